@@ -1,0 +1,313 @@
+"""The configuration of a run: every field with its default, and the checks that come first.
+
+A config file has a function `get_config()` that starts from `default()` and changes what it needs;
+the result is locked, so a field that does not exist is an error. On the command line,
+`--config.opsd.gate=all` changes one more.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import json
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from opsd_jax.losses import parse_gate
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run."""
+
+
+def optimizer(**changes: Any) -> ConfigDict:
+    """AdamW; each stage has its own."""
+    config = ConfigDict()
+    config.learning_rate = 2e-4
+    config.schedule = "constant"  # after the warm-up: "constant", or "cosine" to the stage's end
+    config.final_fraction = 0.1  # of the learning rate is left at the cosine's end
+    config.warmup = 0  # updates over which the learning rate rises from zero
+    config.b1 = 0.9
+    config.b2 = 0.98
+    config.weight_decay = 0.0
+    config.clip_norm = 1.0  # the gradient's global norm is cut to this
+    config.update(changes)
+    return config
+
+
+def default() -> ConfigDict:
+    """The embedded task and a decoder of 0.1 million parameters: the quickstart, stage by stage."""
+    config = ConfigDict()
+    config.seed = 0
+    # The stages, in order. Each is the name of a section below with an `algorithm`.
+    config.stages = ("sft", "rlvr", "opsd")
+    # Sizes of (data, fsdp, tensor); -1 takes the devices that are left.
+    config.mesh = (-1, 1, 1)
+    # "package.module:function", which returns an opsd_jax.data.task.Task.
+    config.task = "opsd_jax.data.arithmetic:task"
+
+    config.model = ConfigDict()
+    # "package.module:function", which takes this section and returns an opsd_jax.policy.Model.
+    config.model.make = "opsd_jax.models.decoder:from_config"
+    config.model.vocab_size = 32
+    config.model.hidden_size = 64
+    config.model.intermediate_size = 176
+    config.model.num_layers = 3
+    config.model.num_heads = 4
+    config.model.num_kv_heads = 2
+    config.model.head_dim = 16
+    config.model.rope_theta = 1000.0
+    config.model.rms_norm_eps = 1e-6
+    config.model.tie_word_embeddings = False
+    config.model.dtype = "float32"  # of activations and products: "float32" or "bfloat16"
+    config.model.param_dtype = "float32"
+    config.model.remat = False  # recompute activations in the backward pass, to save memory
+    config.model.scan_unroll = 3  # layers a turn of the scan over layers; divides num_layers
+
+    config.sft = ConfigDict()
+    config.sft.algorithm = "sft"
+    config.sft.init_from = ""  # stage to start from; "" is fresh parameters
+    config.sft.steps = 900
+    config.sft.batch_size = 64  # demonstrations a step
+    config.sft.microbatch = 64  # rows computed at once
+    config.sft.buckets = (56, 80, 128)  # padded lengths, prompt and response
+    config.sft.checkpoint_every = 100  # steps
+    config.sft.optimizer = optimizer(
+        learning_rate=3e-3, schedule="cosine", warmup=50, weight_decay=0.01
+    )
+
+    config.rlvr = ConfigDict()
+    config.rlvr.algorithm = "rlvr"
+    config.rlvr.init_from = "sft"
+    config.rlvr.steps = 40
+    config.rlvr.prompts = 32  # problems a step
+    config.rlvr.group_size = 8  # rollouts a problem
+    config.rlvr.prompts_at_once = 16  # problems a sampling call; while one runs, the last is judged
+    config.rlvr.temperature = 1.0
+    config.rlvr.prompt_tokens = 16  # the longest prompt
+    config.rlvr.response_tokens = 88  # the budget of a response; one that fills it is truncated
+    config.rlvr.updates = 2  # optimiser updates a step, on equal parts of its rollouts
+    config.rlvr.microbatch = 32
+    config.rlvr.buckets = (48, 88)  # padded lengths of responses
+    config.rlvr.clip_low = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    config.rlvr.clip_high = 0.2
+    config.rlvr.checkpoint_every = 10
+    config.rlvr.optimizer = optimizer()
+
+    config.opsd = ConfigDict()
+    config.opsd.algorithm = "opsd"
+    config.opsd.init_from = "rlvr"
+    config.opsd.steps = 25
+    # What trains: "correct", "incorrect" (truncated ones too), "all", or three weights for correct,
+    # incorrect and truncated rollouts, such as "1,0.5,0".
+    config.opsd.gate = "correct"
+    config.opsd.prompts = 256
+    config.opsd.group_size = 1
+    config.opsd.prompts_at_once = 128
+    config.opsd.temperature = 1.0
+    config.opsd.prompt_tokens = 16
+    config.opsd.teacher_prompt_tokens = 39  # the longest prompt with privileged text in it
+    config.opsd.response_tokens = 88
+    config.opsd.max_rows = 64  # train on the first so many that the gate keeps; 0 for all
+    config.opsd.microbatch = 16
+    config.opsd.buckets = (32, 56, 88)
+    config.opsd.checkpoint_every = 5
+    config.opsd.optimizer = optimizer()
+
+    config.evaluation = ConfigDict()
+    config.evaluation.problems = 512  # held-out ones
+    config.evaluation.samples = 4  # responses a problem
+    config.evaluation.temperature = 1.0
+    config.evaluation.prompts_at_once = 64
+    config.evaluation.prompt_tokens = 16
+    config.evaluation.response_tokens = 88
+    config.evaluation.seed = 0
+
+    config.max_nonfinite = 10  # steps in a row with a gradient that is not finite end the run
+    config.wandb_project = ""  # "" for none; needs the extra `wandb`
+    return config.lock()
+
+
+def load(path: str | pathlib.Path, overrides: dict[str, str] | None = None) -> ConfigDict:
+    """The config of a file's `get_config()`, with overrides, checked.
+
+    Args:
+      path: a Python file.
+      overrides: dotted field -> text, as on the command line.
+
+    Raises:
+      ConfigError: names the file or field, and what was expected.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ConfigError(f"--config: there is no file {path}.")
+    spec = importlib.util.spec_from_file_location("opsd_jax_user_config", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--config: {path} is not a Python file (*.py).")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except AttributeError as error:  # ConfigDict's own suggests the nearest field
+        raise ConfigError(f"{path}: {error}") from error
+    for field, text in (overrides or {}).items():
+        override(config, field, text)
+    validate(config)
+    return config
+
+
+def override(config: ConfigDict, field: str, text: str) -> None:
+    """Sets the dotted `field` from `text`, in the type that it has.
+
+    Raises:
+      ConfigError: there is no such field (suggests the nearest), or the text is of another type.
+    """
+    section, name = config, field
+    while "." in name:
+        head, name = name.split(".", 1)
+        if head not in section or not isinstance(section[head], ConfigDict):
+            raise _unknown(config, field)
+        section = section[head]
+    if name not in section:
+        raise _unknown(config, field)
+    old = section[name]
+    if isinstance(old, ConfigDict):
+        raise ConfigError(f"--config.{field} is a section; set one of {', '.join(old)} in it.")
+    try:
+        section[name] = _parse(text, type(old))
+    except (ValueError, SyntaxError):
+        raise ConfigError(
+            f"--config.{field}={text}: expected {type(old).__name__}, such as {old!r}."
+        ) from None
+
+
+def _parse(text: str, kind: type) -> Any:
+    """`text` as a value of the type, strictly: 3 is a float too, 3.0 is no int."""
+    if kind is str:
+        return text
+    value = ast.literal_eval(text.capitalize() if kind is bool else text)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(text)
+    return value
+
+
+def _unknown(config: ConfigDict, field: str) -> ConfigError:
+    known = list(flatten(config))
+    near = difflib.get_close_matches(field, known, n=1, cutoff=0.5)
+    last = [k for k in known if k.rsplit(".", 1)[-1] == field.rsplit(".", 1)[-1]]
+    hint = f" Did you mean --config.{(near or last)[0]}?" if near or last else ""
+    return ConfigError(f"--config.{field}: there is no such field.{hint}")
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Dotted field -> value, of all sections."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+# Bounds of numbers, by the last part of the field's name.
+_AT_LEAST_ONE = {
+    "steps", "batch_size", "microbatch", "prompts", "prompts_at_once", "prompt_tokens",
+    "teacher_prompt_tokens", "response_tokens", "updates", "checkpoint_every", "problems",
+    "samples", "max_nonfinite", "group_size",
+}  # fmt: skip
+_NOT_NEGATIVE = {
+    "temperature", "max_rows", "warmup", "weight_decay", "clip_low", "clip_high", "final_fraction",
+    "seed",
+}  # fmt: skip
+_POSITIVE = {"learning_rate", "clip_norm"}
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises ConfigError for the first field that cannot be run, before anything is built."""
+
+    def fail(field: str, value: Any, expected: str):
+        raise ConfigError(f"config.{field} is {value!r}; expected {expected}.")
+
+    for field, value in flatten(config).items():
+        name = field.rsplit(".", 1)[-1]
+        if name in _AT_LEAST_ONE and value < 1:
+            fail(field, value, "at least 1")
+        if name in _NOT_NEGATIVE and not 0 <= value < float("inf"):
+            fail(field, value, "a number not below 0")
+        if name in _POSITIVE and not 0 < value < float("inf"):
+            fail(field, value, "a number above 0")
+        if name in ("b1", "b2") and not 0 <= value < 1:
+            fail(field, value, "a number in [0, 1)")
+        if name == "schedule" and value not in ("constant", "cosine"):
+            fail(field, value, "'constant' or 'cosine'")
+        if name == "buckets" and not (value and value[0] > 0 and sorted(set(value)) == value):
+            fail(field, tuple(value), "lengths above 0 in ascending order")
+        if name == "gate":
+            try:
+                parse_gate(value)
+            except ValueError as error:
+                raise ConfigError(f"config.{field}: {error}") from None
+
+    for i, stage in enumerate(config.stages):
+        section = config.get(stage)
+        if not isinstance(section, ConfigDict) or "algorithm" not in section:
+            stages = [
+                k for k, v in config.items() if isinstance(v, ConfigDict) and "algorithm" in v
+            ]
+            fail("stages", tuple(config.stages), f"names of sections among {', '.join(stages)}")
+        if section.algorithm not in ("sft", "rlvr", "opsd"):
+            fail(f"{stage}.algorithm", section.algorithm, "'sft', 'rlvr' or 'opsd'")
+        if section.init_from and section.init_from not in config.stages[:i]:
+            fail(f"{stage}.init_from", section.init_from, "'' or a stage before this one")
+        if section.algorithm != "sft":
+            if section.buckets[-1] < section.response_tokens:
+                fail(
+                    f"{stage}.buckets",
+                    section.buckets,
+                    f"a last bucket that holds a response of {section.response_tokens} tokens",
+                )
+            rollouts = section.prompts * section.group_size
+            if section.algorithm == "rlvr" and section.group_size < 2:
+                fail(f"{stage}.group_size", section.group_size, "at least 2: GRPO compares")
+            if section.algorithm == "rlvr" and rollouts % (section.updates * section.group_size):
+                fail(f"{stage}.updates", section.updates, f"a divisor of {section.prompts} prompts")
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as JSON, a line a field."""
+    return json.dumps(flatten(config), indent=1, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """The config that `to_json` wrote."""
+    config = ConfigDict()
+    for field, value in json.loads(text).items():
+        *sections, name = field.split(".")
+        section = config
+        for part in sections:
+            section = (
+                section.setdefault(part, ConfigDict()) if part not in section else section[part]
+            )
+        section[name] = tuple(value) if isinstance(value, list) else value
+    return config.lock()
+
+
+def check_same(config: ConfigDict, path: pathlib.Path) -> None:
+    """Raises ConfigError that lists the fields in which the config of `path` differs."""
+    saved, now = json.loads(path.read_text()), flatten(config)
+    different = [
+        f"  {field}: {saved.get(field, 'absent')!r} there, {now.get(field, 'absent')!r} now"
+        for field in sorted(saved.keys() | now.keys())
+        if saved.get(field, path) != now.get(field, path)
+    ]
+    if different:
+        raise ConfigError(
+            f"{path.parent} holds a run of another config:\n" + "\n".join(different) + "\n"
+            "Give the same config to go on with it, or another --workdir."
+        )

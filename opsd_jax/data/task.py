@@ -1,0 +1,70 @@
+"""What a run needs to know of its data: problems, how they become token ids, and who judges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import grain
+
+from opsd_jax.verify import verdict
+
+
+class Problem(NamedTuple):
+    """One problem, as text.
+
+    Attributes:
+      id: unique in its data set.
+      question: what the student sees.
+      solution: a worked solution, the teacher's privileged context.
+      answer: what the verifier compares with.
+    """
+
+    id: int
+    question: str
+    solution: str
+    answer: str
+
+
+class Demonstration(NamedTuple):
+    """A prompt and the response to imitate, as token ids; the response ends with EOS."""
+
+    prompt: Sequence[int]
+    response: Sequence[int]
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back. `pad_id` only fills arrays: no loss and no attention sees it."""
+
+    vocab_size: int
+    pad_id: int
+    eos_id: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class Task(NamedTuple):
+    """Everything of the data that the stages use. Data sets are random-access and infinite or
+    finite as they like: a step takes the elements at indices that depend on its number alone.
+
+    Attributes:
+      tokenizer: of prompts and responses.
+      train: problems to roll out.
+      heldout: problems of the evaluation, disjoint from `train`.
+      demonstrations: `seed -> data set of Demonstration`, for SFT.
+      prompt: `Problem -> token ids`, what the student answers to.
+      teacher_prompt: `Problem -> token ids`, the same with the privileged text in it.
+      verify: `(Problem, response text) -> Verdict`, pure; runs in a worker.
+      note: what a reader of the figures has to know; the report shows it.
+    """
+
+    tokenizer: Tokenizer
+    train: grain.MapDataset
+    heldout: grain.MapDataset
+    demonstrations: Callable[[int], grain.MapDataset]
+    prompt: Callable[[Problem], list[int]]
+    teacher_prompt: Callable[[Problem], list[int]]
+    verify: Callable[[Problem, str], verdict.Verdict]
+    note: str = ""

@@ -1,0 +1,103 @@
+"""KL(student || teacher) by position in the response: where the teacher would say otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from opsd_jax.data.task import Problem, Task
+from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.policy import Params, Policy
+from opsd_jax.stages.batch import collate_responses
+from opsd_jax.stages.opsd import token_divergence
+
+FILE = "divergence.json"
+GROUPS = ("correct", "incorrect", "truncated")
+
+
+def group_of(response: dict[str, Any]) -> str:
+    """The group of an evaluated response."""
+    if response["truncated"]:
+        return "truncated"
+    return "correct" if response["correct"] else "incorrect"
+
+
+class DivergenceProbe:
+    """Scores responses under a student and a teacher that sees the solution; compiles once."""
+
+    def __init__(self, config: ConfigDict, task: Task, policy: Policy, mesh: jax.sharding.Mesh):
+        """`config` is the section of an OPSD stage, for its shapes."""
+        self._config, self._task = config, task
+        self._mesh, self._rows = mesh, mesh_lib.rows(mesh)
+        self._divergence = jax.jit(
+            lambda params, teacher, rows: token_divergence(policy, params, teacher, rows)
+        )
+
+    def __call__(
+        self,
+        params: Params,
+        teacher: Params,
+        problems: Sequence[Problem],
+        responses: Sequence[dict[str, Any]],
+    ) -> dict[str, dict[str, list[float]]]:
+        """The mean divergence at each position of the response, by group.
+
+        Args:
+          params: the student's.
+          teacher: the teacher's.
+          problems: one a response.
+          responses: as `evaluate.records` makes them.
+
+        Returns:
+          For each group that occurs, lists over positions: `mean` in nats, its standard error `se`
+          over responses, and the `count` of responses that are so long. Positions that fewer than
+          two responses reach are left out.
+        """
+        m, R = self._config.microbatch, self._config.response_tokens
+        values = np.full((len(responses), R), np.nan)
+        for first in range(0, len(responses), m):
+            part = range(first, min(first + m, len(responses)))
+            rows = collate_responses(
+                [
+                    {
+                        "student": self._task.prompt(problems[i]),
+                        "teacher": self._task.teacher_prompt(problems[i]),
+                        "response": responses[i]["tokens"],
+                    }
+                    for i in part
+                ],
+                R,
+                microbatch=m,
+                prompt_tokens={
+                    "student": self._config.prompt_tokens,
+                    "teacher": self._config.teacher_prompt_tokens,
+                },
+                pad_id=self._task.tokenizer.pad_id,
+            )
+            with jax.set_mesh(self._mesh):
+                scored = self._divergence(params, teacher, jax.device_put(rows, self._rows))
+            masked = np.where(rows["mask"], jax.device_get(scored), np.nan)
+            values[first : first + len(part)] = masked[: len(part)]
+        groups = np.array([group_of(response) for response in responses])
+        return {
+            group: by_position(values[groups == group])
+            for group in GROUPS
+            if np.sum(groups == group) > 1
+        }
+
+
+def by_position(values: np.ndarray) -> dict[str, list[float]]:
+    """Mean, standard error and count of each column of values [N, R], nan where there is none."""
+    count = np.sum(~np.isnan(values), axis=0)
+    values = values[:, : int(np.sum(count > 1))]  # counts only fall with position
+    count = count[: values.shape[1]]
+    error = np.nanstd(values, axis=0, ddof=1) / np.sqrt(count)
+    return {
+        "mean": np.nanmean(values, axis=0).tolist(),
+        "se": error.tolist(),
+        "count": count.tolist(),
+    }

@@ -1,0 +1,162 @@
+"""The report's plots, as SVG text."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+BEFORE, AFTER = "#8a94a6", "#1f6feb"
+COLOURS = ("#1f6feb", "#d1242f", "#2da44e", "#9a6700", "#8250df")
+STYLE: Any = {
+    "font.size": 10,
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e8eb",
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#8a94a6",
+    "legend.frameon": False,
+    "svg.hashsalt": "opsd_jax",  # the same figure is the same text
+    "svg.fonttype": "none",
+}
+
+
+def _svg(draw: Callable[[Any], None], columns: int = 1, width: float = 6.2) -> str:
+    """The SVG of what `draw` puts on `columns` axes side by side."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, 3.1), layout="constrained")
+        draw(figure.subplots(1, columns))
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def _smooth(values: Sequence[float], width: int) -> np.ndarray:
+    """A running mean over up to `width` values on each side of none: shorter at the ends."""
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    i = np.arange(len(values))
+    low, high = np.maximum(i - width, 0), np.minimum(i + width + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def stages(summaries: Sequence[dict[str, Any]]) -> str:
+    """Accuracy and mean length of each stage's result, with two standard errors."""
+
+    def draw(axes):
+        names = [s["name"] for s in summaries]
+        y = np.arange(len(names))[::-1]
+        for axis, key, scale, label in (
+            (axes[0], "accuracy", 100, "held-out accuracy, %"),
+            (axes[1], "mean_length", 1, "mean response length, tokens"),
+        ):
+            values = np.array([s[key] for s in summaries]) * scale
+            errors = (
+                2
+                * scale
+                * np.array(
+                    [
+                        s[f"{key.removeprefix('mean_')}_se"]
+                        if key == "accuracy"
+                        else s["mean_length_se"]
+                        for s in summaries
+                    ]
+                )
+            )
+            axis.barh(y, values, xerr=errors, height=0.6, color=AFTER, ecolor="#24292f")
+            for row, value, error in zip(y, values, errors, strict=True):
+                axis.text(value + error, row, f"  {value:.1f}", va="center")
+            axis.set_yticks(y, names)
+            axis.set_xlabel(label)
+            axis.set_xlim(0, 1.18 * (values + errors).max())
+            axis.grid(axis="y", visible=False)
+        axes[1].set_yticklabels([])
+
+    return _svg(draw, columns=2, width=9.6)
+
+
+def curve(rows: Sequence[dict[str, float]], keys: Sequence[tuple[str, str, float]]) -> str:
+    """Metrics of a stage by step, one panel each: (metric, label, scale); raw and smoothed."""
+
+    def draw(axes):
+        for axis, (key, label, scale) in zip(np.atleast_1d(axes), keys, strict=True):
+            points = [(row["step"] + 1, row[key] * scale) for row in rows if key in row]
+            step, value = np.array(points).T
+            smooth = len(value) // 40 + 1
+            axis.plot(step, value, color=AFTER, alpha=0.3, linewidth=1)
+            axis.plot(step, _smooth(value, smooth), color=AFTER, linewidth=1.8)
+            axis.set_xlabel("step")
+            axis.set_ylabel(label)
+
+    return _svg(draw, columns=len(keys), width=9.6)
+
+
+def lengths(before: Sequence[int], after: Sequence[int], names: tuple[str, str]) -> str:
+    """Histograms of response lengths before and after."""
+
+    def draw(axis: Axes):
+        top = max(*before, *after) + 1
+        bins = np.linspace(0, top, min(top, 45) + 1)
+        for values, colour, name in ((before, BEFORE, names[0]), (after, AFTER, names[1])):
+            label = f"{name}: mean {np.mean(values):.1f}"
+            axis.hist(values, bins.tolist(), color=colour, alpha=0.65, label=label)
+        axis.set_xlabel("response length, tokens")
+        axis.set_ylabel("responses")
+        axis.legend()
+
+    return _svg(draw)
+
+
+def divergence(curves: dict[str, dict[str, dict[str, list[float]]]]) -> str:
+    """KL(student || teacher) by position, before and after, a panel for each group of rollouts."""
+    groups = [g for g in ("correct", "incorrect") if g in curves["before"] or g in curves["after"]]
+
+    def draw(axes):
+        for axis, group in zip(np.atleast_1d(axes), groups, strict=True):
+            for when, colour in (("before", BEFORE), ("after", AFTER)):
+                if group not in curves[when]:
+                    continue
+                mean, error = (np.array(curves[when][group][k]) for k in ("mean", "se"))
+                enough = np.array(curves[when][group]["count"]) >= 10
+                x = np.flatnonzero(enough) + 1
+                mean, error = mean[enough], error[enough]
+                axis.plot(x, mean, color=colour, linewidth=1.6, label=when)
+                axis.fill_between(
+                    x, mean - 2 * error, mean + 2 * error, color=colour, alpha=0.2, linewidth=0
+                )
+            axis.set_title(f"{group} rollouts", fontsize=10)
+            axis.set_xlabel("position in the response")
+            axis.legend()
+        np.atleast_1d(axes)[0].set_ylabel("KL(student ‖ teacher), nats")
+
+    return _svg(draw, columns=len(groups), width=9.6)
+
+
+def comparison(changes: Sequence[dict[str, Any]]) -> str:
+    """Change of accuracy against change of length, a point for each OPSD stage, two errors."""
+
+    def draw(axis: Axes):
+        axis.axhline(0, color="#8a94a6", linewidth=1)
+        axis.axvline(0, color="#8a94a6", linewidth=1)
+        for change, colour in zip(changes, COLOURS * len(changes), strict=False):
+            axis.errorbar(
+                change["d_length_percent"],
+                change["d_accuracy_points"],
+                xerr=2 * change["d_length_percent_se"],
+                yerr=2 * change["d_accuracy_points_se"],
+                fmt="o",
+                color=colour,
+                capsize=3,
+                label=f"{change['name']} ({change['gate']})",
+            )
+        axis.set_xlabel("change of mean length, %")
+        axis.set_ylabel("change of accuracy, points")
+        axis.legend()
+
+    return _svg(draw)

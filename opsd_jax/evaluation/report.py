@@ -1,0 +1,148 @@
+"""The report of a run: `report.json` with its figures, `report.md`, and one HTML page.
+
+Everything is read from the working directory, so a report can be made again, also of a run that has
+only done some of its stages.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import platform
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from opsd_jax.evaluation import divergence, evaluate, page, statistics
+from opsd_jax.training import metrics as metrics_lib
+
+STAGE_FIELDS = (
+    "name", "algorithm", "init_from", "gate", "accuracy", "accuracy_se", "mean_length",
+    "mean_length_se", "mean_length_correct", "truncation_rate", "problems", "samples",
+    "temperature", "steps", "seconds",
+)  # fmt: skip
+EXAMPLES = 3
+
+
+def gather(config: ConfigDict, workdir: pathlib.Path, untrained: str, note: str) -> dict[str, Any]:
+    """All that a report shows, of the stages that are done.
+
+    Args:
+      config: of the run.
+      workdir: its directory.
+      untrained: the name of the evaluation of the initial parameters.
+      note: what a reader has to know of the task, or "".
+
+    Returns:
+      `figures`: what `report.json` holds; and for the page, a stage each, `metrics` rows, `changes`
+      (with the two evaluations' responses), `curves` of divergence.
+    """
+    evaluations = {
+        name: evaluate.read(workdir / name)
+        for name in (untrained, *config.stages)
+        if (workdir / name / evaluate.SUMMARY).exists()
+    }
+    stages, changes = [], []
+    for name in config.stages:
+        if name not in evaluations:
+            continue
+        section = config[name]
+        own = {"algorithm": section.algorithm, "init_from": section.init_from}
+        if section.algorithm == "opsd":
+            own["gate"] = section.gate
+        responses, summary = evaluations[name]
+        record = own | summary
+        stages.append({k: record[k] for k in STAGE_FIELDS if k in record})
+        before = section.init_from or untrained
+        if before in evaluations:
+            change = statistics.compare(evaluations[before][0], responses, summary["samples"])
+            changes.append({"name": name, "from": before, **own, **change})
+    figures = {
+        "stages": stages,
+        "changes": changes,
+        "untrained": evaluations[untrained][1] if untrained in evaluations else None,
+        "note": note,
+        "seconds": sum(s["seconds"] for s in stages),
+        "made": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
+        "versions": {
+            package: importlib.metadata.version(package)
+            for package in ("opsd-jax", "jax", "flax", "optax")
+        },
+    }
+    return {
+        "figures": figures,
+        "responses": {name: responses for name, (responses, _) in evaluations.items()},
+        "metrics": {s["name"]: metrics_lib.read(workdir / s["name"]) for s in stages},
+        "curves": {
+            s["name"]: json.loads((workdir / s["name"] / divergence.FILE).read_text())
+            for s in stages
+            if (workdir / s["name"] / divergence.FILE).exists()
+        },
+    }
+
+
+def examples(
+    before: list[dict[str, Any]], after: list[dict[str, Any]]
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Pairs of responses to the same problem: the first that are correct before and after, from
+    problems of their own; filled up with the first of any kind.
+    """
+    pairs = list(zip(before, after, strict=True))
+    chosen: dict[Any, tuple] = {}
+    for wanted in (True, False):
+        for a, b in pairs:
+            if len(chosen) < EXAMPLES and ((a["correct"] and b["correct"]) or not wanted):
+                chosen.setdefault(a["problem"], (a, b))
+    return list(chosen.values())
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """The report's tables as Markdown."""
+    figures = data["figures"]
+    lines = [
+        "# Report",
+        "",
+        "| stage | accuracy, % | mean length | of correct ones | truncated, % | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = [figures["untrained"]] if figures["untrained"] else []
+    for s in rows + figures["stages"]:
+        correct = s["mean_length_correct"]
+        lines.append(
+            f"| {page.title(s)} | {100 * s['accuracy']:.1f} ± {100 * s['accuracy_se']:.1f} | "
+            f"{s['mean_length']:.1f} ± {s['mean_length_se']:.1f} | "
+            f"{'' if correct is None else f'{correct:.1f}'} | {100 * s['truncation_rate']:.1f} | "
+            f"{s['seconds']:.0f} |"
+        )
+    lines += [
+        "",
+        "| change | accuracy, points | mean length, % |",
+        "|---|---|---|",
+        *(
+            f"| {c['from']} → {page.title(c)} | "
+            f"{c['d_accuracy_points']:+.1f} ± {c['d_accuracy_points_se']:.1f} | "
+            f"{c['d_length_percent']:+.1f} ± {c['d_length_percent_se']:.1f} |"
+            for c in figures["changes"]
+        ),
+        "",
+        page.method(figures),
+        "",
+        figures["note"],
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def write(config: ConfigDict, workdir: pathlib.Path, untrained: str, note: str) -> pathlib.Path:
+    """Writes `workdir/report/`; returns the path of its page."""
+    data = gather(config, workdir, untrained, note)
+    directory = workdir / "report"
+    directory.mkdir(exist_ok=True)
+    figures = json.dumps(data["figures"], indent=2, ensure_ascii=False)
+    evaluate.write_atomically(directory / "report.json", figures + "\n")
+    evaluate.write_atomically(directory / "report.md", markdown(data))
+    html = directory / "index.html"
+    evaluate.write_atomically(html, page.render(data, examples))
+    return html

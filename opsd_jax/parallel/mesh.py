@@ -1,0 +1,96 @@
+"""The device mesh, and which parameter is cut along which of its axes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # the axes over which rows of a batch are split
+
+Rules = Sequence[tuple[str, P]]  # (regular expression on the parameter's path, its partition)
+
+
+def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes `data`, `fsdp` and `tensor`, all of them Auto.
+
+    Args:
+      shape: their sizes; -1, once, takes what is left of the devices.
+      devices: all of this run's by default.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = list(shape)
+    if len(sizes) != len(AXES) or sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+        raise ValueError(
+            f"mesh is {tuple(shape)}; expected sizes of {AXES}, at most one of them -1."
+        )
+    known = 1
+    for size in sizes:
+        known *= size if size > 0 else 1
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = len(devices) // known
+    total = sizes[0] * sizes[1] * sizes[2]
+    if total != len(devices):
+        raise ValueError(
+            f"mesh {tuple(shape)} over {AXES} takes {known if -1 in shape else total} devices or a "
+            f"multiple; there are {len(devices)}."
+        )
+    return jax.make_mesh(sizes, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A pytree path as `a/b/c`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def param_shardings(mesh: Mesh, rules: Rules, tree: Any) -> Any:
+    """The sharding of each leaf, by the first rule whose expression matches its whole path.
+
+    Args:
+      mesh: from `make_mesh`.
+      rules: as `DECODER_RULES`.
+      tree: parameters or their shapes. Paths are matched from the parameter's own root, so for a
+        tree of other things made of parameters (optimiser moments), match by suffix: see
+        `state_shardings`.
+
+    Raises:
+      ValueError: a leaf matches no rule, or a dimension is not divided by its mesh axis.
+    """
+
+    def sharding(path, leaf):
+        name = path_name(path)
+        spec = next((s for pattern, s in rules if re.fullmatch(pattern, name)), None)
+        if spec is None:
+            raise ValueError(f"no sharding rule matches the parameter {name}{list(leaf.shape)}.")
+        for size, axis in zip(leaf.shape, spec, strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                raise ValueError(
+                    f"parameter {name}{list(leaf.shape)}: its dimension of {size} is split over "
+                    f"the mesh axis {axis!r} of {mesh.shape[axis]}, which does not divide it."
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, P())
+
+
+def rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """The sharding of an array whose `axis` counts rows of a batch."""
+    return NamedSharding(mesh, P(*(None,) * axis, ROWS))
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Into how many parts `rows` cuts an array."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -1,0 +1,321 @@
+"""A run: the stages in order, each evaluated when it ends, in one working directory.
+
+    workdir/config.json               what the run is; another config is refused
+    workdir/<stage>/checkpoints/      to go on from
+    workdir/<stage>/params/           the stage's result: what later stages start from
+    workdir/<stage>/metrics.jsonl     a row a step; TensorBoard events lie beside it
+    workdir/<stage>/responses.jsonl   held-out responses of the result, judged
+    workdir/<stage>/evaluation.json   their figures; once it is there the stage is done
+    workdir/untrained/                the evaluation of the parameters that the run began with
+    workdir/report/
+
+Started again after whatever stopped it, the run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import pathlib
+import time
+import zlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+
+from opsd_jax import config as config_lib
+from opsd_jax.data.task import Task
+from opsd_jax.evaluation import divergence, evaluate, report, statistics
+from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.policy import Model, Params
+from opsd_jax.progress import Progress
+from opsd_jax.rollout.collect import Collector, SamplerShape
+from opsd_jax.stages.opsd import opsd
+from opsd_jax.stages.rlvr import rlvr
+from opsd_jax.stages.rollouts import step_rollouts
+from opsd_jax.stages.sft import sft
+from opsd_jax.stages.stage import Stage
+from opsd_jax.training import metrics as metrics_lib
+from opsd_jax.training.checkpoint import abstract_of
+from opsd_jax.training.interrupt import StopSignal
+from opsd_jax.training.loop import run_stage
+from opsd_jax.training.state import make_optimizer
+from opsd_jax.verify.pool import VerifierPool
+
+PROBED = 1024  # held-out responses whose divergence is measured
+UNTRAINED = "untrained"  # the name under which the initial parameters are evaluated
+
+
+def import_function(dotted: str, field: str) -> Any:
+    """The object that "package.module:function" names.
+
+    Raises:
+      ConfigError: it cannot be imported; names the config's field.
+    """
+    module, _, name = dotted.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise config_lib.ConfigError(
+            f"config.{field} is {dotted!r}; expected 'package.module:function' ({error})."
+        ) from error
+
+
+def claim_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Makes the working directory this config's, or finds that it is.
+
+    Raises:
+      ConfigError: it cannot be written, or holds a run of another config.
+    """
+    record = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not os.access(workdir, os.W_OK | os.X_OK):
+            raise PermissionError(13, "permission denied")
+        if record.exists():
+            config_lib.check_same(config, record)
+        else:
+            evaluate.write_atomically(record, config_lib.to_json(config))
+    except OSError as error:
+        raise config_lib.ConfigError(
+            f"--workdir {workdir} cannot be written ({error.strerror or error}); "
+            "expected a directory of yours, or a path where one can be made."
+        ) from error
+
+
+def config_of(workdir: pathlib.Path) -> ConfigDict:
+    """The config of the run in a working directory.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise config_lib.ConfigError(f"--workdir {workdir} holds no run: there is no {path}.")
+    return config_lib.from_json(path.read_text())
+
+
+class Run:
+    """The parts of a run that its stages share, built from the config: nothing is compiled yet."""
+
+    def __init__(self, config: ConfigDict, workdir: pathlib.Path):
+        """Raises ConfigError for what does not fit together."""
+        self.config, self.workdir = config, workdir
+        self.task: Task = import_function(config.task, "task")()
+        make_model = import_function(config.model.make, "model.make")
+        try:
+            self.model: Model = make_model(config.model)
+            self.mesh = mesh_lib.make_mesh(config.mesh)
+            shapes = jax.eval_shape(self.model.init, jax.random.key(0))
+            self.param_shardings = mesh_lib.param_shardings(self.mesh, self.model.rules, shapes)
+            self.check_divides()
+        except ValueError as error:
+            raise config_lib.ConfigError(f"config: {error}") from error
+        if self.model.vocab_size < self.task.tokenizer.vocab_size:
+            raise config_lib.ConfigError(
+                f"config.model.vocab_size is {self.model.vocab_size}, and the task's tokenizer has "
+                f"{self.task.tokenizer.vocab_size} tokens; the model needs at least as many."
+            )
+        self.abstract_params = abstract_of(shapes, self.param_shardings)
+        self.pool = VerifierPool(self.task.verify)
+
+    def check_divides(self) -> None:
+        """Raises ValueError for a count of rows that the mesh does not divide."""
+        shards = mesh_lib.row_shards(self.mesh)
+        for field, value in config_lib.flatten(self.config).items():
+            if field.rsplit(".", 1)[-1] in ("microbatch", "prompts_at_once") and value % shards:
+                raise ValueError(
+                    f"{field} is {value}, which the mesh's data x fsdp = {shards} does not divide."
+                )
+
+    def fresh_params(self) -> Params:
+        """The parameters that the run begins with, made where they belong."""
+        init = jax.jit(self.model.init, out_shardings=self.param_shardings)
+        return init(jax.random.key(self.seed_of("init")))
+
+    def seed_of(self, name: str) -> int:
+        """A seed of its own for each part of the run, in [0, 2^31)."""
+        return zlib.crc32(f"{self.config.seed}/{name}".encode()) >> 1
+
+    def params_of(self, name: str) -> Params:
+        """The result of a finished stage, or the initial parameters for "" and UNTRAINED.
+
+        Raises:
+          ConfigError: the stage has no result yet.
+        """
+        if name in ("", UNTRAINED):
+            return self.fresh_params()
+        path = self.workdir / name / "params"
+        if not path.exists():
+            raise config_lib.ConfigError(f"the stage {name!r} has not ended: there is no {path}.")
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(path.absolute(), self.abstract_params)
+
+    def save_params(self, name: str, params: Params) -> None:
+        """Keeps the result of a stage."""
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save((self.workdir / name / "params").absolute(), params, force=True)
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - one run a process
+    def collector(self, shape: SamplerShape) -> Collector:
+        """The sampling program of a shape, compiled at the first request."""
+        return Collector(
+            self.model.policy, self.abstract_params, self.mesh, self.task, self.pool, shape
+        )
+
+    def stage(self, name: str) -> Stage:
+        """The stage of a section of the config; compiles its sampling program."""
+        section, seed = self.config[name], self.seed_of(name)
+        if section.algorithm == "sft":
+            return sft(section, self.task, self.model.policy, seed)
+        collector = self.collector(
+            SamplerShape(
+                min(section.prompts_at_once, section.prompts),
+                section.prompt_tokens,
+                section.group_size,
+                section.response_tokens,
+            )
+        )
+        # Stages that differ in nothing but the gate sample with the same random numbers.
+        seed = self.seed_of(section.algorithm)
+        make = {"rlvr": rlvr, "opsd": opsd}[section.algorithm]
+        return make(
+            section,
+            self.task,
+            self.model.policy,
+            step_rollouts(section, self.task, collector, seed),
+        )
+
+    def evaluate(
+        self, name: str, params: Params, progress: Progress
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Samples and judges responses to held-out problems: `(responses, figures)`."""
+        began = time.monotonic()
+        config = self.config.evaluation
+        shape = SamplerShape(
+            config.prompts_at_once, config.prompt_tokens, config.samples, config.response_tokens
+        )
+        progress.start(f"evaluate {name}", config.problems * config.samples, unit="response")
+        rollouts = self.collector(shape)(
+            params,
+            [self.task.heldout[i] for i in range(config.problems)],
+            # The same random numbers for every model: differences between two are less noisy.
+            key=jax.random.key(config.seed),
+            temperature=config.temperature,
+            progress=progress.reach,
+        )
+        responses = evaluate.records(rollouts, self.task, config.samples)
+        figures = statistics.summarise(responses, config.samples)
+        progress.finish(
+            f"accuracy {figures['accuracy']:.1%} ± {figures['accuracy_se']:.1%}, "
+            f"length {figures['mean_length']:.1f} ± {figures['mean_length_se']:.1f} tokens"
+        )
+        return responses, {
+            "name": name,
+            **figures,
+            "temperature": config.temperature,
+            "seconds": time.monotonic() - began,
+        }
+
+    def evaluate_and_record(self, name: str, params: Params, progress: Progress) -> None:
+        """Evaluates a stage's result and writes down what belongs to it: the stage is done."""
+        responses, figures = self.evaluate(name, params, progress)
+        section = self.config.get(name)
+        if section is not None and section.algorithm == "opsd":
+            self.probe_divergence(name, params, responses)
+        figures["steps"] = 0 if section is None else section.steps
+        figures["seconds"] += sum(r["seconds"] for r in metrics_lib.read(self.workdir / name))
+        evaluate.write(self.workdir / name, responses, figures)
+
+    def probe_divergence(self, name: str, params: Params, responses: list[dict]) -> None:
+        """Writes the divergence from the stage's teacher by position, before and after the stage,
+        each on the model's own held-out responses.
+        """
+        section, config = self.config[name], self.config.evaluation
+        probe = divergence.DivergenceProbe(section, self.task, self.model.policy, self.mesh)
+        teacher = self.params_of(section.init_from)
+        before, _ = evaluate.read(self.workdir / (section.init_from or UNTRAINED))
+        problems = [
+            self.task.heldout[i] for i in range(config.problems) for _ in range(config.samples)
+        ]
+        n = min(PROBED, len(problems))
+        curves = {
+            "before": probe(teacher, teacher, problems[:n], before[:n]),
+            "after": probe(params, teacher, problems[:n], responses[:n]),
+        }
+        path = self.workdir / name / divergence.FILE
+        evaluate.write_atomically(path, json.dumps(curves) + "\n")
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Runs what is left of the config's stages.
+
+    Raises:
+      ConfigError: before anything is compiled.
+      Interrupted: a signal came; what was done is saved.
+    """
+    claim_workdir(config, workdir)
+    this = Run(config, workdir)
+    with this.pool, StopSignal() as stop, Progress() as progress:
+        if not (workdir / UNTRAINED / evaluate.SUMMARY).exists():
+            this.evaluate_and_record(UNTRAINED, this.params_of(""), progress)
+            stop.check()
+        for name in config.stages:
+            if (workdir / name / evaluate.SUMMARY).exists():
+                continue
+            section = config[name]
+            progress.start(name, section.steps, unit="step")
+            stage = this.stage(name)
+            params = run_stage(
+                stage,
+                make_optimizer(section.optimizer, stage.steps * stage.updates),
+                this.params_of(section.init_from),
+                mesh=this.mesh,
+                directory=workdir / name,
+                checkpoint_every=section.checkpoint_every,
+                max_nonfinite=config.max_nonfinite,
+                stop=stop,
+                report=progress.step,
+                wandb_project=config.wandb_project,
+            )
+            progress.finish()
+            this.save_params(name, params)
+            this.evaluate_and_record(name, params, progress)
+            stop.check()
+
+
+def evaluate_again(
+    config: ConfigDict, workdir: pathlib.Path, stage: str | None, changes: dict[str, Any]
+) -> dict[str, Any]:
+    """Evaluates the result of a finished stage; returns the figures and writes nothing.
+
+    Args:
+      config: of the run in `workdir`.
+      workdir: its directory.
+      stage: its name; the last finished one if None.
+      changes: fields of `config.evaluation` -> values; None leaves the config's.
+
+    Raises:
+      ConfigError: no such stage, it has not ended, or a change that cannot be run.
+    """
+    finished = [s for s in config.stages if (workdir / s / "params").exists()]
+    stage = stage or (finished or [UNTRAINED])[-1]
+    if stage not in (UNTRAINED, *config.stages):
+        raise config_lib.ConfigError(
+            f"--stage {stage}: expected one of {', '.join((UNTRAINED, *config.stages))}."
+        )
+    config.evaluation.update({k: v for k, v in changes.items() if v is not None})
+    config_lib.validate(config)
+    this = Run(config, workdir)
+    with this.pool, Progress() as progress:
+        return this.evaluate(stage, this.params_of(stage), progress)[1]
+
+
+def write_report(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
+    """Writes `workdir/report/`; returns the path of its page."""
+    note = import_function(config.task, "task")().note
+    return report.write(config, workdir, UNTRAINED, note)

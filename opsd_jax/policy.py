@@ -1,0 +1,94 @@
+"""A policy: a language model seen as three pure functions.
+
+Everything in this library that runs a model (sampler, losses, train steps) takes a `Policy` and a
+pytree of parameters, and nothing else. Make a policy once and keep it: it is a static argument of
+`jax.jit`, compared by the identity of its functions, so a new one means a new compilation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+Params = Any  # A nested dict of arrays.
+Cache = Any  # A pytree that belongs to the policy; axis 0 of every leaf is the batch.
+
+
+class Policy(NamedTuple):
+    """A model as pure functions of its parameters.
+
+    `positions` (int32) carries everything that attention has to know. It is the token's index in
+    its own sequence, which RoPE uses, or -1 for padding; a query at position q attends to the keys
+    with `0 <= position <= q`. Left padding, right padding, prefill and decoding follow from that.
+
+    With a cache, `forward` first writes the keys and values of `tokens` at their positions, and
+    then attends to the whole cache; the entries at positions up to the query's must have been
+    written, and whatever an earlier sequence left beyond them is never read.
+
+    Attributes:
+      forward: `(params, tokens[B, T], positions[B, T], cache=None) -> (hidden[B, T, D], cache)`.
+        `hidden` is what `unembed` takes, after the final norm. Without a cache, returns None.
+      unembed: `(params, hidden[..., D]) -> logits[..., V]`, float32, with soft-capping or scaling
+        if the model has them; -inf marks words that cannot occur.
+      init_cache: `(batch, length) -> cache` for sequences of up to `length` tokens.
+    """
+
+    forward: Callable[..., tuple[jax.Array, Cache]]
+    unembed: Callable[[Params, jax.Array], jax.Array]
+    init_cache: Callable[[int, int], Cache]
+
+
+class Model(NamedTuple):
+    """What a run needs of a model; `config.model.make` names a function that returns one.
+
+    Attributes:
+      policy: the model.
+      init: `PRNG key -> params`, fresh parameters.
+      rules: (regular expression on a parameter's path, jax PartitionSpec) pairs; the first that
+        matches the whole path says where the parameter lies (opsd_jax/parallel/mesh.py).
+      vocab_size: V; at least the tokenizer's.
+    """
+
+    policy: Policy
+    init: Callable[[jax.Array], Params]
+    rules: Sequence[tuple[str, jax.sharding.PartitionSpec]]
+    vocab_size: int
+
+
+def from_nnx(
+    make: Callable[[nnx.Rngs], Any],
+) -> tuple[Policy, Callable[[jax.Array], Params]]:
+    """A policy from a Flax NNX module, which is split once and not seen again.
+
+    Args:
+      make: builds the module, `make(nnx.Rngs)`. That has `__call__(tokens, positions, cache)`,
+        `unembed(hidden)` and `init_cache(batch, length)` as in `Policy`, without `params`, and
+        keeps all of its weights in `nnx.Param`.
+
+    Returns:
+      `(policy, init)`, where `init(key) -> params` makes fresh parameters as a nested dict; jit it
+      with `out_shardings` to make them where they belong.
+    """
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+
+    def merge(params: Params) -> Any:
+        state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy: the next line writes into it
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graphdef, state)
+
+    def forward(params, tokens, positions, cache=None):
+        return merge(params)(tokens, positions, cache)
+
+    def unembed(params, hidden):
+        return merge(params).unembed(hidden)
+
+    def init_cache(batch, length):
+        return nnx.merge(graphdef, abstract).init_cache(batch, length)
+
+    def init(key: jax.Array) -> Params:
+        return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(params=key))))
+
+    return Policy(forward, unembed, init_cache), init

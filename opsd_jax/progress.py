@@ -1,0 +1,77 @@
+"""The progress bar: stage, step, reward, length, tokens a second, time left."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import tqdm
+
+# Metric -> how the bar shows it.
+SHOWN = {
+    "loss": "loss {:.3f}",
+    "token_accuracy": "token accuracy {:.1%}",
+    "reward": "reward {:.2f}",
+    "length": "length {:.1f}",
+    "token_kl": "KL {:.3f}",
+    "active_rows": "rows {:.0f}",
+    "empty": "empty",
+    "nonfinite": "not finite",
+}
+FLAGS = ("empty", "nonfinite")
+
+
+class Progress:
+    """One bar at a time, on standard error; a line every so often where that is not a terminal."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def start(self, name: str, total: int, unit: str) -> None:
+        """Begins a bar of `total` units."""
+        self._close()
+        self._bar = tqdm.tqdm(
+            total=total,
+            desc=f"{name:>16}",
+            unit=unit,
+            dynamic_ncols=True,
+            mininterval=0.2 if sys.stderr.isatty() else 20,
+        )
+        self._bar.set_postfix_str("compiling")
+
+    def reach(self, done: int) -> None:
+        """`done` units are done."""
+        self._bar.set_postfix_str("", refresh=False)
+        self._bar.update(done - self._bar.n)
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        """Step `step` is done, with these metrics."""
+        shown = [
+            text.format(values[name])
+            for name, text in SHOWN.items()
+            if name in values and (name not in FLAGS or values[name])
+        ]
+        if "rollout_tokens" in values:
+            shown.append(f"{values['rollout_tokens'] / values['seconds']:,.0f} tokens/s")
+        if self._bar.n == 0 and step:
+            self._bar.initial = self._bar.n = step  # resumed: the rate counts from here
+        self._bar.set_postfix_str(", ".join(shown), refresh=False)
+        self._bar.update(step + 1 - self._bar.n)
+
+    def finish(self, text: str = "") -> None:
+        """Ends the bar, with a last word."""
+        if text:
+            self._bar.set_postfix_str(text, refresh=False)
+        self._bar.refresh()
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._close()

@@ -1,0 +1,81 @@
+"""SFT: cross-entropy on demonstrations, over their response tokens."""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from opsd_jax import losses
+from opsd_jax.data.task import Demonstration, Task
+from opsd_jax.policy import Policy
+from opsd_jax.stages.batch import Microbatch, pack, right_pad
+from opsd_jax.stages.stage import Stage
+
+WINDOW = 16  # steps whose demonstrations are sorted by length together, so that each pads little
+
+
+def loss_fn(policy: Policy, params, teacher, microbatch):
+    """Sum over response tokens of -log p(token), and their number."""
+    del teacher
+    tokens, positions = microbatch["tokens"], microbatch["positions"]
+    hidden_mxTxD, _ = policy.forward(params, tokens[:, :-1], positions[:, :-1])
+    logits_mxTxV = policy.unembed(params, hidden_mxTxD)
+    mask_mxT = microbatch["mask"][:, 1:]
+    values_mxT = -losses.token_logprobs(logits_mxTxV, tokens[:, 1:])
+    total, weight = losses.token_mean(values_mxT, mask_mxT)
+    right_mxT = jnp.argmax(logits_mxTxV, axis=-1) == tokens[:, 1:]
+    return total, (weight, {"token_accuracy": losses.token_mean(right_mxT, mask_mxT)})
+
+
+def sft(config: ml_collections.ConfigDict, task: Task, policy: Policy, seed: int) -> Stage:
+    """The SFT stage; `config` is `config.sft` (see opsd_jax/config.py)."""
+    demonstrations = task.demonstrations(seed)
+    buckets = tuple(config.buckets)
+
+    def collate(rows: list[Demonstration], padded: int) -> Microbatch:
+        shape = (config.microbatch, padded)
+        sequences = [[*row.prompt, *row.response] for row in rows]
+        return {
+            "tokens": right_pad(sequences, shape, np.int32(task.tokenizer.pad_id)),
+            "positions": right_pad([range(len(s)) for s in sequences], shape, np.int32(-1)),
+            "mask": right_pad(
+                [[False] * len(r.prompt) + [True] * len(r.response) for r in rows], shape, False
+            ),
+        }
+
+    def length(row: Demonstration) -> int:
+        return len(row.prompt) + len(row.response)
+
+    def batch_of(rows):
+        return pack(
+            rows,
+            [length(row) for row in rows],
+            buckets=buckets,
+            microbatch=config.microbatch,
+            capacity=config.batch_size,
+            collate=collate,
+        )
+
+    @functools.lru_cache(maxsize=1)
+    def window(index: int) -> list[list[Demonstration]]:
+        """The rows of the WINDOW steps from index * WINDOW on, each step's alike in length."""
+        size = config.batch_size * WINDOW
+        rows = sorted((demonstrations[index * size + i] for i in range(size)), key=length)
+        order = np.random.default_rng((seed, index)).permutation(WINDOW)
+        return [rows[i * config.batch_size : (i + 1) * config.batch_size] for i in order]
+
+    def batches(step, params):
+        del params
+        rows = window(step // WINDOW)[step % WINDOW]
+        return [batch_of(rows)], {"length": float(np.mean([len(row.response) for row in rows]))}
+
+    return Stage(
+        steps=config.steps,
+        updates=1,
+        batches=batches,
+        empty_batch=batch_of([]),
+        loss=functools.partial(loss_fn, policy),
+    )

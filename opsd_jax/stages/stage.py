@@ -1,0 +1,39 @@
+"""What the training loop knows of a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from opsd_jax.policy import Params
+from opsd_jax.stages.batch import Batch, Microbatch
+
+# A sum and its weight: the mean is their quotient, once everything has been added up.
+Metric = tuple[jax.Array, jax.Array]
+
+
+class Stage(NamedTuple):
+    """A training stage. The loop does not know which.
+
+    Attributes:
+      steps: how many steps it has.
+      updates: optimiser updates a step.
+      batches: `(step, params) -> (batches, metrics)`: on the host, the step's `updates` batches and
+        plain-number metrics of its making. A function of the two arguments alone.
+      empty_batch: a batch without rows: the shapes that the train step is compiled for.
+      loss: `(params, teacher, microbatch) -> (sum, (weight, metrics))`: the loss summed over the
+        microbatch, what it is to be divided by in the end, and metrics as `Metric`s. Pure.
+      has_teacher: the stage's initial parameters are kept and given to the loss as `teacher`.
+    """
+
+    steps: int
+    updates: int
+    batches: Callable[[int, Params], tuple[list[Batch], dict[str, float]]]
+    empty_batch: Batch
+    loss: Callable[
+        [Params, Params | None, Microbatch],
+        tuple[jax.Array, tuple[jax.Array, dict[str, Metric]]],
+    ]
+    has_teacher: bool = False

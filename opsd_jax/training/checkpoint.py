@@ -1,0 +1,69 @@
+"""Checkpoints of a stage's state, with Orbax: asynchronous, and complete or not there at all."""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+import orbax.checkpoint as ocp
+
+from opsd_jax.training.state import State
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is there cannot be restored."""
+
+
+class Checkpoints:
+    """The checkpoints of one stage, `directory/<step>/`; the last two are kept.
+
+    A save is written beside its place and moved there when it is whole, so a half-written one is
+    never seen. A context manager; leaving it waits for the save under way.
+    """
+
+    def __init__(self, directory: pathlib.Path, keep: int = 2):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the newest complete checkpoint: how many steps it has behind it."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: State) -> None:
+        """Saves in the background; returns when the arrays have been copied. Once a step."""
+        if step != self.latest:
+            self._manager.save(step, args=ocp.args.StandardSave(state))
+
+    def restore(self, abstract: State) -> State:
+        """The newest state, on the shardings of `abstract`.
+
+        Raises:
+          CheckpointError: it cannot be read, or is not of these shapes; names the directory.
+        """
+        step = self.latest
+        path = self._manager.directory / str(step)
+        try:
+            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        except Exception as error:  # whatever Orbax, tensorstore or the file system raise
+            reason = str(error).strip().split("\n")[0][:300]
+            raise CheckpointError(
+                f"the checkpoint {path} cannot be restored ({type(error).__name__}: {reason}). "
+                "If it is damaged, delete that directory: the run then goes on from the checkpoint "
+                "before it, or starts the stage anew."
+            ) from error
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._manager.close()
+
+
+def abstract_of(tree: State, shardings: State) -> State:
+    """Shapes with shardings, as `restore` and compilation take them."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )

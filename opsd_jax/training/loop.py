@@ -1,0 +1,126 @@
+"""The loop of a stage: batches from the host, the compiled step, metrics, checkpoints.
+
+Restarted with the same arguments it goes on from the newest checkpoint, and everything it does is a
+function of (state, step): the run is then that of one which was never stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.policy import Params
+from opsd_jax.stages.stage import Stage
+from opsd_jax.training import metrics as metrics_lib
+from opsd_jax.training.checkpoint import Checkpoints, abstract_of
+from opsd_jax.training.interrupt import StopSignal
+from opsd_jax.training.state import init_state, state_shardings
+from opsd_jax.training.step import compile_train_step
+
+
+class Diverged(RuntimeError):
+    """Too many updates in a row had a gradient that is not finite."""
+
+
+def run_stage(
+    stage: Stage,
+    optimizer: optax.GradientTransformation,
+    params: Params,
+    *,
+    mesh: jax.sharding.Mesh,
+    directory: pathlib.Path,
+    checkpoint_every: int,
+    max_nonfinite: int,
+    stop: StopSignal,
+    report: Callable[[int, dict[str, float]], None] = lambda step, values: None,
+    wandb_project: str = "",
+) -> Params:
+    """Runs a stage from where it is to its end.
+
+    Args:
+      stage: what to run.
+      optimizer: its optimiser.
+      params: the stage's initial parameters, on their shardings; not donated.
+      mesh: the mesh they lie on.
+      directory: gets `checkpoints/`, `metrics.jsonl` and TensorBoard events.
+      checkpoint_every: steps between checkpoints; there is one at the end in any case.
+      max_nonfinite: this many steps in a row whose updates were all skipped for a gradient that is
+        not finite end the run.
+      stop: is looked at after every step.
+      report: is told each step's number and metrics, one step late.
+      wandb_project: "" for none.
+
+    Returns:
+      The final parameters.
+
+    Raises:
+      Interrupted: `stop` received a signal; a checkpoint was saved.
+      Diverged: see `max_nonfinite`; the checkpoint from before it stays.
+    """
+    param_shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    init = lambda p: init_state(p, optimizer, has_teacher=stage.has_teacher)
+    shapes = jax.eval_shape(init, params)
+    shardings = state_shardings(shapes, optimizer, param_shardings, mesh)
+    abstract = abstract_of(shapes, shardings)
+    batch_shardings = jax.tree.map(
+        lambda x: mesh_lib.rows(mesh, axis=1) if np.ndim(x) else mesh_lib.replicated(mesh),
+        stage.empty_batch,
+    )
+
+    with contextlib.ExitStack() as stack:
+        clock = time.monotonic()
+        checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints"))
+        start = checkpoints.latest or 0
+        if start:
+            state = checkpoints.restore(abstract)
+        else:
+            state = jax.jit(init, out_shardings=shardings)(params)
+        writer = stack.enter_context(metrics_lib.MetricsWriter(directory, start, wandb_project))
+        if start < stage.steps:
+            train_step = compile_train_step(stage, optimizer, abstract, mesh, batch_shardings)
+
+        nonfinite = 0
+        pending: tuple[int, list[Any], dict[str, float]] | None = None
+
+        def flush() -> None:
+            """Fetches the metrics of the step before, which the device has done by now."""
+            nonlocal pending, clock, nonfinite
+            if pending is None:
+                return
+            step, totals, values = pending
+            pending = None
+            values = metrics_lib.means(jax.device_get(totals)) | values
+            clock, began = time.monotonic(), clock
+            values["seconds"] = clock - began
+            writer.write(step, values)
+            report(step, values)
+            nonfinite = nonfinite + 1 if values["nonfinite"] == 1 else 0
+            if nonfinite >= max_nonfinite:
+                raise Diverged(
+                    f"the gradient was not finite for {nonfinite} steps in a row, up to step "
+                    f"{step}; the newest checkpoint is of step {checkpoints.latest}. A lower "
+                    "learning rate or clip_norm may help."
+                )
+
+        for step in range(start, stage.steps):
+            batches, values = stage.batches(step, state["params"])
+            totals = []
+            for batch in batches:
+                state, metrics = train_step(state, jax.device_put(batch, batch_shardings))
+                totals.append(metrics)
+            flush()
+            pending = step, totals, values
+            done = step + 1
+            if done % checkpoint_every == 0 or done == stage.steps or stop.received is not None:
+                flush()
+                checkpoints.save(done, state)
+            stop.check()
+        return state["params"]

@@ -1,0 +1,77 @@
+"""Metrics of a stage: JSON lines and TensorBoard events, and Weights & Biases if asked for."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import tensorboardX
+
+FILE = "metrics.jsonl"
+
+
+def means(totals: Iterable[dict[str, tuple[Any, Any]]]) -> dict[str, float]:
+    """Host numbers of `(sum, weight)` metrics: all sums over all weights; none where that is 0."""
+    sums: dict[str, np.ndarray] = {}
+    for metrics in totals:
+        for name, pair in metrics.items():
+            sums[name] = sums.get(name, np.zeros(2)) + np.array([float(x) for x in pair])
+    return {name: float(s / w) for name, (s, w) in sums.items() if w}
+
+
+def read(directory: pathlib.Path) -> list[dict[str, float]]:
+    """The rows written so far, one a step, in order."""
+    path = directory / FILE
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class MetricsWriter:
+    """Writes a row a step under `directory`. A context manager.
+
+    Rows of steps that the resumed run is going to take again are dropped first, so that the record
+    is that of a run which was never stopped.
+    """
+
+    def __init__(self, directory: pathlib.Path, start: int, wandb_project: str = ""):
+        """`start`: the first step to be written. `wandb_project`: "" for none."""
+        directory.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read(directory) if row["step"] < start]
+        self._file = (directory / FILE).open("w")
+        for row in kept:
+            self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        self._events = tensorboardX.SummaryWriter(
+            str(directory), purge_step=start if start else None
+        )
+        self._wandb: Any = None
+        if wandb_project:
+            import wandb  # the extra `wandb`
+
+            self._wandb = wandb.init(
+                project=wandb_project,
+                name=f"{directory.parent.name}/{directory.name}",
+                dir=str(directory),
+                id=f"{directory.parent.name}-{directory.name}",
+                resume="allow",
+            )
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Writes the values of one step, and flushes the JSON line."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._file.close()
+        self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish()

@@ -1,0 +1,107 @@
+"""The train step: gradients and weights summed over microbatches, divided once, and one update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from opsd_jax.stages.batch import Batch
+from opsd_jax.stages.stage import Stage
+from opsd_jax.training.state import State
+
+
+def make_train_step(
+    loss: Callable[..., Any], optimizer: optax.GradientTransformation
+) -> Callable[[State, Batch], tuple[State, dict[str, Any]]]:
+    """The pure function `(state, batch) -> (state, metrics)`; jit it with the state donated.
+
+    Only the first `count` microbatches of each bucket are computed. The loss is
+    sum / weight over all of them, on every device. When no row has weight, or the gradient is not
+    finite, the parameters and the optimiser's moments stay as they are, to the bit.
+
+    Args:
+      loss: as `Stage.loss`.
+      optimizer: of `state["opt_state"]`.
+
+    Returns:
+      The step. Its metrics are `(sum, weight)` pairs: those of the loss, and `loss`, `grad_norm`
+      (before clipping), `empty` (1 if no row had weight) and `nonfinite` (1 if an update was
+      skipped for its gradient).
+    """
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def train_step(state: State, batch: Batch) -> tuple[State, dict[str, Any]]:
+        params, teacher = state["params"], state["teacher"]
+
+        def accumulate(totals, bucket):
+            def add(i, totals):
+                microbatch = jax.tree.map(lambda x: x[i], bucket["rows"])
+                # Tied to i: with M = 1 the body would be the same in every turn, and XLA would move
+                # it out of the loop, where it is computed whatever `count` is.
+                microbatch, _ = jax.lax.optimization_barrier((microbatch, i))
+                return jax.tree.map(jnp.add, totals, gradient(params, teacher, microbatch))
+
+            return jax.lax.fori_loop(0, bucket["count"], add, totals)
+
+        first = jax.tree.map(lambda x: x[0], batch[0]["rows"])
+        shapes = jax.eval_shape(gradient, params, teacher, first)
+        totals = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        for bucket in batch:
+            totals = accumulate(totals, bucket)
+        (total, (weight, metrics)), grads = totals
+
+        with jax.named_scope("update"):
+            empty = weight == 0
+            grads = jax.tree.map(lambda g: g / jnp.where(empty, 1.0, weight), grads)
+            norm = optax.global_norm(grads)
+            finite = jnp.isfinite(norm)
+            updates, opt_state = optimizer.update(grads, state["opt_state"], params)
+            updated = {
+                "params": optax.apply_updates(params, updates),
+                "opt_state": opt_state,
+            }
+            kept = {"params": params, "opt_state": state["opt_state"]}
+            ok = finite & ~empty
+            updated = jax.tree.map(lambda new, old: jnp.where(ok, new, old), updated, kept)
+        one = jnp.ones((), jnp.float32)
+        live = jnp.where(empty, 0.0, one)
+        metrics = metrics | {
+            "loss": (total, weight),
+            "grad_norm": (jnp.where(empty, 0.0, norm), live),
+            "empty": (1 - live, one),
+            "nonfinite": (jnp.where(finite, 0.0, one), one),
+        }
+        return {"step": state["step"] + 1, "teacher": teacher, **updated}, metrics
+
+    return train_step
+
+
+def compile_train_step(
+    stage: Stage,
+    optimizer: optax.GradientTransformation,
+    abstract_state: State,
+    mesh: jax.sharding.Mesh,
+    batch_shardings: Any,
+) -> Callable[[State, Batch], tuple[State, dict[str, Any]]]:
+    """`make_train_step`, compiled for the shapes of `stage.empty_batch`, the state donated.
+
+    Args:
+      stage: gives the loss and the shapes.
+      optimizer: the stage's.
+      abstract_state: shapes with shardings.
+      mesh: the mesh.
+      batch_shardings: a tree like the batch.
+    """
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    step = jax.jit(
+        make_train_step(stage.loss, optimizer),
+        donate_argnums=0,
+        in_shardings=(state_shardings, batch_shardings),
+        out_shardings=(state_shardings, None),
+    )
+    with jax.set_mesh(mesh):
+        return step.lower(abstract_state, stage.empty_batch).compile()
