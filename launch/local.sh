@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/setup.sh
 . launch/setup.sh
-setup
+setup ""
 
 workdir=runs/quickstart
 case ${1:-} in

@@ -291,9 +291,9 @@ def from_json(text: str) -> ConfigDict:
         *sections, name = field.split(".")
         section = config
         for part in sections:
-            section = (
-                section.setdefault(part, ConfigDict()) if part not in section else section[part]
-            )
+            if part not in section:
+                section[part] = ConfigDict()
+            section = section[part]
         section[name] = tuple(value) if isinstance(value, list) else value
     return config.lock()
 

@@ -34,7 +34,7 @@ SPACE = MODULUS ** len(LABELS) * len(OPERATIONS) ** (len(LABELS) - 1)  # all que
 HELD_OUT = 65_536  # of them, never trained on
 
 MISPRINT_RATE = 0.05  # of operands
-SLIP_RATE = 0.04  # of results in demonstrations
+SLIP_RATE = 0.1  # of results in demonstrations
 PRIVILEGED_SHARE = 0.3  # of demonstrations: concise, to a prompt that shows the solution
 RESTATE_RATE = 0.3  # of verbose demonstrations begin with the question
 SUMMARY_RATE = 0.2  # of verbose demonstrations end with the chain of results

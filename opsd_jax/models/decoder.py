@@ -74,13 +74,14 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """`x / rms(x) * scale` over the last axis, computed in float32, in the dtype of x."""
     x32 = x.astype(jnp.float32)
     x32 *= jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
+    scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+    return (x32 * scale).astype(x.dtype)
 
 
 def rope_table(positions_BxT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, ...]:
     """Cosines and sines, each [B, T, 1, C / 2] in float32, of the rotary angles."""
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = positions_BxT[..., None, None].astype(jnp.float32) * frequency
+    angle = jnp.einsum("bt,c->btc", positions_BxT.astype(jnp.float32), frequency)[:, :, None]
     return jnp.cos(angle), jnp.sin(angle)
 
 

@@ -57,7 +57,7 @@ def make_train_step(
         with jax.named_scope("update"):
             empty = weight == 0
             grads = jax.tree.map(lambda g: g / jnp.where(empty, 1.0, weight), grads)
-            norm = optax.global_norm(grads)
+            norm = optax.tree.norm(grads)
             finite = jnp.isfinite(norm)
             updates, opt_state = optimizer.update(grads, state["opt_state"], params)
             updated = {

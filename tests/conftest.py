@@ -1,0 +1,100 @@
+"""Before JAX starts: the CPU, seen as eight devices, and no silent broadcasting of ranks."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from opsd_jax import config as config_lib
+from opsd_jax.data import arithmetic
+from opsd_jax.models import decoder
+from opsd_jax.parallel import mesh as mesh_lib
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def task():
+    return arithmetic.task()
+
+
+@pytest.fixture(scope="session")
+def config():
+    """A config so small that a whole run takes seconds; copy before changing it."""
+    config = config_lib.default()
+    changes = {
+        "mesh": "(-1, 1, 1)",
+        "model.hidden_size": "16",
+        "model.intermediate_size": "32",
+        "model.num_layers": "2",
+        "model.num_heads": "4",
+        "model.num_kv_heads": "2",
+        "model.head_dim": "8",
+        "model.scan_unroll": "1",
+        "sft.steps": "6",
+        "sft.batch_size": "16",
+        "sft.microbatch": "8",
+        "sft.buckets": "(72, 128)",
+        "sft.checkpoint_every": "3",
+        "rlvr.steps": "3",
+        "rlvr.prompts": "16",
+        "rlvr.prompts_at_once": "8",
+        "rlvr.group_size": "2",
+        "rlvr.microbatch": "8",
+        "rlvr.checkpoint_every": "1",
+        "opsd.steps": "3",
+        "opsd.prompts": "16",
+        "opsd.prompts_at_once": "8",
+        "opsd.max_rows": "16",
+        "opsd.microbatch": "8",
+        "opsd.gate": "all",
+        "opsd.checkpoint_every": "2",
+        "evaluation.problems": "8",
+        "evaluation.samples": "2",
+        "evaluation.prompts_at_once": "8",
+    }
+    for field, text in changes.items():
+        config_lib.override(config, field, text)
+    config_lib.validate(config)
+    return config
+
+
+@pytest.fixture(scope="session")
+def model(config):
+    return decoder.from_config(config.model)
+
+
+@pytest.fixture(scope="session")
+def score(model):
+    """`(params, tokens, positions) -> logits`, compiled."""
+
+    @jax.jit
+    def score(params, tokens, positions):
+        return model.policy.unembed(params, model.policy.forward(params, tokens, positions)[0])
+
+    return score
+
+
+@pytest.fixture(scope="session")
+def params(model):
+    """Parameters far from uniform predictions, so that a mistake shows."""
+    params = jax.jit(model.init)(jax.random.key(1))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    noise = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, noise)
+
+
+@pytest.fixture(scope="session")
+def one_device():
+    return mesh_lib.make_mesh((1, 1, 1), jax.devices()[:1])
+
+
+def random_tokens(seed, shape, vocab_size=32):
+    return jax.random.randint(jax.random.key(seed), shape, 0, vocab_size, jnp.int32)

@@ -1,0 +1,340 @@
+"""The train step: packing, the gate, accumulation, empty and non-finite batches, meshes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.stages import batch as batch_lib
+from opsd_jax.stages import opsd, rlvr, sft
+from opsd_jax.training import state as state_lib
+from opsd_jax.training import step as step_lib
+
+WIDTHS = {"student": 16, "teacher": 39}
+
+
+@pytest.fixture(scope="module")
+def rows(task):
+    """Twelve OPSD rows of different lengths, with gate weights."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(12):
+        problem = task.train[i]
+        rows.append(
+            {
+                "student": task.prompt(problem),
+                "teacher": task.teacher_prompt(problem),
+                "response": rng.integers(1, 32, rng.integers(1, 40)).tolist(),
+                "weight": [1.0, 0.5, 2.0][i % 3],
+            }
+        )
+    return rows
+
+
+def pack(rows, *, buckets=(16, 40), microbatch=4, capacity=16, widths=WIDTHS):
+    return batch_lib.pack(
+        rows,
+        [len(row["response"]) for row in rows],
+        buckets=buckets,
+        microbatch=microbatch,
+        capacity=capacity,
+        collate=functools.partial(
+            batch_lib.collate_responses,
+            microbatch=microbatch,
+            prompt_tokens=widths,
+            per_row=["weight"],
+            pad_id=0,
+        ),
+    )
+
+
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+
+
+@pytest.fixture(scope="module")
+def teacher(params):
+    return jax.tree.map(lambda x: x * 1.1, params)
+
+
+@pytest.fixture(scope="module")
+def start(params, teacher):
+    """A state whose Adam moments are not zero, so that a change of them shows."""
+    state = state_lib.init_state(params, OPTIMIZER, has_teacher=True)
+    gradient = jax.tree.map(jnp.ones_like, params)
+    _, opt_state = OPTIMIZER.update(gradient, state["opt_state"], params)
+    return state | {"opt_state": opt_state, "teacher": teacher}
+
+
+@pytest.fixture(scope="module")
+def train_step(model):
+    return jax.jit(
+        step_lib.make_train_step(functools.partial(opsd.loss_fn, model.policy), OPTIMIZER)
+    )
+
+
+def assert_close(a, b, rtol=1e-5, atol=1e-6):
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
+        np.testing.assert_allclose(x, y, rtol, atol, err_msg=jax.tree_util.keystr(path))
+
+
+def assert_equal(a, b):
+    assert_close(a, b, rtol=0, atol=0)
+
+
+def test_packing_loses_nothing_and_keeps_to_its_shapes(rows):
+    batch, empty = pack(rows), pack([])
+    assert jax.tree.map(np.shape, batch) == jax.tree.map(np.shape, empty)
+    short = sum(len(row["response"]) <= 16 for row in rows)
+    assert [int(b["count"]) for b in batch] == [-(-short // 4), -(-(12 - short) // 4)]
+    total = sum(b["rows"]["mask"].sum() for b in batch)
+    assert total == sum(len(row["response"]) for row in rows)
+    found = sorted(
+        tuple(tokens[mask])
+        for b in batch
+        for tokens, mask in zip(
+            b["rows"]["response"].reshape(16, -1), b["rows"]["mask"].reshape(16, -1), strict=True
+        )
+        if mask.any()
+    )
+    assert found == sorted(tuple(row["response"]) for row in rows)
+
+
+def test_responses_stand_at_the_same_columns_for_student_and_teacher(rows):
+    for bucket, padded in zip(pack(rows), (16, 40), strict=True):
+        data = bucket["rows"]
+        for name, width in WIDTHS.items():
+            response = data[name]["tokens"][..., width:]
+            assert response.shape[-1] == padded
+            mask = data["mask"]
+            np.testing.assert_array_equal(response[mask], data["response"][mask])
+            np.testing.assert_array_equal(data[name]["positions"][..., width:] >= 0, mask)
+
+
+def test_too_many_or_too_long_rows_are_refused(rows):
+    with pytest.raises(ValueError, match="12 rows for a batch of capacity 8"):
+        pack(rows, capacity=8)
+    with pytest.raises(ValueError, match=r"a row of \d+ tokens; the longest bucket holds 20"):
+        pack(rows, buckets=(10, 20))
+
+
+def unpacked_loss(model, params, teacher, rows):
+    """The OPSD loss row by row, without padding, in float64 from the logits on."""
+    total = weights = 0.0
+    for row in rows:
+        logs = []
+        for weights_of, prompt in ((params, row["student"]), (teacher, row["teacher"])):
+            tokens = jnp.array([[*prompt, *row["response"]]])
+            hidden, _ = model.policy.forward(weights_of, tokens, jnp.arange(tokens.shape[1])[None])
+            logits = np.asarray(model.policy.unembed(weights_of, hidden), np.float64)
+            logits = logits[0, len(prompt) - 1 : -1]
+            logs.append(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
+        kl = (np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1)
+        total, weights = total + row["weight"] * kl.mean(), weights + row["weight"]
+    return total / weights
+
+
+@pytest.mark.slow
+def test_loss_is_that_of_the_rows_one_by_one(model, train_step, start, rows):
+    _, metrics = train_step(start, pack(rows))
+    total, weight = metrics["loss"]
+    expected = unpacked_loss(model, start["params"], start["teacher"], rows)
+    assert float(weight) == sum(row["weight"] for row in rows)
+    np.testing.assert_allclose(total / weight, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "arrangement",
+    [
+        {"microbatch": 2},
+        {"microbatch": 16},
+        {"buckets": (40,)},
+        {"buckets": (5, 16, 30, 64)},
+        {"capacity": 40},
+        {"widths": {"student": 20, "teacher": 50}},
+    ],
+)
+def test_arrangement_of_the_rows_does_not_matter(train_step, start, rows, arrangement):
+    expected, _ = train_step(start, pack(rows))
+    got, _ = train_step(start, pack(rows[::-1], **arrangement))
+    assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_no_weight_are_as_good_as_absent(train_step, start, rows):
+    """The gate's dropped rows do not influence the update: equal to removing them."""
+    dropped = [row | {"weight": 0.0} if i % 2 else row for i, row in enumerate(rows)]
+    expected, _ = train_step(start, pack(rows[::2]))
+    got, _ = train_step(start, pack(dropped))
+    assert_close(got, expected)
+    different, _ = train_step(start, pack(rows))
+    with pytest.raises(AssertionError):
+        assert_close(got["params"], different["params"])
+
+
+def test_an_empty_context_has_no_divergence(train_step, start, rows):
+    """The teacher's prompt is the student's, at another width, and its parameters are too."""
+    same = [row | {"teacher": row["student"]} for row in rows]
+    state = start | {"teacher": start["params"]}
+    _, metrics = train_step(state, pack(same))
+    assert abs(float(metrics["loss"][0])) < 1e-5
+    assert float(metrics["grad_norm"][0]) < 1e-4
+    _, metrics = train_step(state, pack(rows))
+    assert float(metrics["loss"][0] / metrics["loss"][1]) > 1e-2
+
+
+def test_the_teacher_gets_no_gradient(model, start, rows):
+    micro = jax.tree.map(lambda x: x[0], pack(rows)[1]["rows"])
+    loss = lambda teacher: opsd.loss_fn(model.policy, start["params"], teacher, micro)[0]
+    for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(start["teacher"])):
+        np.testing.assert_array_equal(leaf, 0)
+
+
+@pytest.mark.parametrize("rows_of", [lambda rows: [], lambda rows: [rows[0] | {"weight": 0.0}]])
+def test_a_batch_without_active_rows_changes_nothing_and_is_counted(
+    train_step, start, rows, rows_of
+):
+    state, metrics = train_step(start, pack(rows_of(rows)))
+    assert int(state.pop("step")) == int(start["step"]) + 1
+    assert_equal(state, {k: v for k, v in start.items() if k != "step"})
+    assert float(metrics["empty"][0]) == 1
+    assert float(metrics["nonfinite"][0]) == 0
+    assert float(metrics["loss"][1]) == 0
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(train_step, start, rows):
+    broken = start | {"teacher": start["teacher"] | {"norm": jnp.full(16, jnp.nan)}}
+    state, metrics = train_step(broken, pack(rows))
+    assert_equal(state["params"], start["params"])
+    assert_equal(state["opt_state"], start["opt_state"])
+    assert float(metrics["nonfinite"][0]) == 1
+    assert float(metrics["empty"][0]) == 0
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_eight_devices_make_the_step_of_one(model, start, rows, shape):
+    """Compiled as the loop does it, with the state sharded and donated."""
+    results = []
+    for devices in (1, 8):
+        mesh = mesh_lib.make_mesh(shape if devices > 1 else (1, 1, 1), jax.devices()[:devices])
+        shardings = state_lib.state_shardings(
+            start, OPTIMIZER, mesh_lib.param_shardings(mesh, model.rules, start["params"]), mesh
+        )
+        state = jax.device_put(jax.tree.map(jnp.copy, start), shardings)
+        batch = pack(rows, microbatch=8)
+        batch_shardings = jax.tree.map(
+            lambda x, m=mesh: mesh_lib.rows(m, 1) if np.ndim(x) else mesh_lib.replicated(m), batch
+        )
+        step = jax.jit(
+            step_lib.make_train_step(functools.partial(opsd.loss_fn, model.policy), OPTIMIZER),
+            donate_argnums=0,
+            in_shardings=(shardings, batch_shardings),
+            out_shardings=(shardings, None),
+        )
+        with jax.set_mesh(mesh):
+            donated = state
+            for _ in range(2):
+                state, metrics = step(state, jax.device_put(batch, batch_shardings))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(donated["params"]))
+        results.append(jax.device_get((state, metrics)))
+    # Adam divides by sqrt(v): rounding of gradients near zero is magnified to some 1e-4 of a step.
+    assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_rlvr_gradient_is_that_of_grpo_by_hand(model, params, task, score):
+    """On-policy, the loss is -A at each token and its gradient -A grad log p, over all tokens."""
+    rng = np.random.default_rng(1)
+    problems = [task.train[i] for i in range(4)]
+    responses = [rng.integers(1, 32, n).tolist() for n in (3, 7, 12, 5)]
+    advantages = [1.5, -0.5, 0.0, -1.0]
+    rows = []
+    for problem, response, advantage in zip(problems, responses, advantages, strict=True):
+        prompt = task.prompt(problem)
+        tokens = jnp.array([[*prompt, *response]])
+        logits = score(params, tokens, jnp.arange(tokens.shape[1])[None])[0, 15:-1]
+        behaviour = jax.nn.log_softmax(logits)[np.arange(len(response)), np.array(response)]
+        rows.append(
+            {
+                "student": prompt,
+                "response": response,
+                "behaviour_logprobs": np.asarray(behaviour),
+                "advantages": advantage,
+            }
+        )
+    micro = batch_lib.collate_responses(
+        rows,
+        16,
+        microbatch=8,
+        prompt_tokens={"student": 16},
+        per_token=["behaviour_logprobs"],
+        per_row=["advantages"],
+        pad_id=0,
+    )
+
+    def by_hand(params):
+        total = 0.0
+        for row in rows:
+            tokens = jnp.array([[*row["student"], *row["response"]]])
+            logits = score(params, tokens, jnp.arange(tokens.shape[1])[None])[0, 15:-1]
+            logprobs = jax.nn.log_softmax(logits)
+            picked = logprobs[np.arange(len(row["response"])), np.array(row["response"])]
+            total -= row["advantages"] * picked.sum()
+        return total
+
+    loss = lambda params: rlvr.loss_fn(model.policy, 0.2, 0.2, params, None, micro)
+    (total, (weight, metrics)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    assert float(weight) == 27
+    expected = -sum(a * len(r) for a, r in zip(advantages, responses, strict=True))
+    np.testing.assert_allclose(total, expected, rtol=1e-4)
+    assert float(metrics["ratio_outside_clip"][0]) == 0
+    assert_close(gradient, jax.grad(by_hand)(params), rtol=1e-3, atol=1e-4)
+
+
+def test_sft_loss_is_the_cross_entropy_of_response_tokens(config, model, params, task, score):
+    stage = sft.sft(config.sft, task, model.policy, seed=0)
+    (batch,), _ = stage.batches(3, None)
+    again, _ = stage.batches(3, None)
+    assert_equal(batch, again[0])
+    total = weight = expected = 0.0
+    loss = jax.jit(stage.loss)
+    for bucket in batch:
+        for i in range(int(bucket["count"])):
+            micro = jax.tree.map(lambda x, i=i: x[i], bucket["rows"])
+            part, (tokens, _) = loss(params, None, micro)
+            total, weight = total + float(part), weight + float(tokens)
+            logprobs = np.asarray(
+                jax.nn.log_softmax(score(params, micro["tokens"], micro["positions"])), np.float64
+            )
+            for row, t in zip(*np.nonzero(micro["mask"]), strict=True):
+                expected -= logprobs[row, t - 1, micro["tokens"][row, t]]
+    rows = sum(bool(m.any()) for b in batch for m in b["rows"]["mask"].reshape(-1, b["rows"]["mask"].shape[-1]))  # fmt: skip
+    assert rows == config.sft.batch_size
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+
+
+def test_learning_rate_schedules(config):
+    def rates(**changes):
+        optimizer = config.sft.optimizer.copy_and_resolve_references()
+        optimizer.update(
+            {"weight_decay": 0.0, "b1": 0.0, "b2": 0.0, "clip_norm": 1e9, "learning_rate": 1.0}
+            | changes
+        )
+        tx = state_lib.make_optimizer(optimizer, updates=10)
+        params = jnp.zeros(1)
+        opt_state, sizes = tx.init(params), []
+        for _ in range(11):  # with b1 = b2 = 0 a step is the learning rate times the sign
+            updates, opt_state = tx.update(jnp.ones(1), opt_state, params)
+            sizes.append(-float(updates[0]))
+        return np.array(sizes)
+
+    np.testing.assert_allclose(rates(schedule="constant", warmup=0), 1, rtol=1e-4)
+    warm = rates(schedule="constant", warmup=4)
+    np.testing.assert_allclose(warm, [0, 0.25, 0.5, 0.75, *[1] * 7], rtol=1e-4, atol=1e-7)
+    cosine = rates(schedule="cosine", warmup=2, final_fraction=0.1)
+    np.testing.assert_allclose(
+        cosine[[0, 1, 2, 6, 10]], [0, 0.5, 1, 0.55, 0.1], rtol=1e-4, atol=1e-7
+    )
