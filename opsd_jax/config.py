@@ -70,9 +70,9 @@ def default() -> ConfigDict:
     config.sft = ConfigDict()
     config.sft.algorithm = "sft"
     config.sft.init_from = ""  # stage to start from; "" is fresh parameters
-    config.sft.steps = 900
-    config.sft.batch_size = 64  # demonstrations a step
-    config.sft.microbatch = 64  # rows computed at once
+    config.sft.steps = 1300
+    config.sft.batch_size = 32  # demonstrations a step
+    config.sft.microbatch = 32  # rows computed at once
     config.sft.buckets = (56, 80, 128)  # padded lengths, prompt and response
     config.sft.checkpoint_every = 100  # steps
     config.sft.optimizer = optimizer(
@@ -113,7 +113,7 @@ def default() -> ConfigDict:
     config.opsd.response_tokens = 88
     config.opsd.max_rows = 64  # train on the first so many that the gate keeps; 0 for all
     config.opsd.microbatch = 16
-    config.opsd.buckets = (32, 56, 88)
+    config.opsd.buckets = (40, 88)
     config.opsd.checkpoint_every = 5
     config.opsd.optimizer = optimizer()
 
@@ -265,6 +265,13 @@ def validate(config: ConfigDict) -> None:
             fail(f"{stage}.algorithm", section.algorithm, "'sft', 'rlvr' or 'opsd'")
         if section.init_from and section.init_from not in config.stages[:i]:
             fail(f"{stage}.init_from", section.init_from, "'' or a stage before this one")
+        updates = section.steps * section.get("updates", 1)
+        if section.optimizer.warmup >= updates:
+            fail(
+                f"{stage}.optimizer.warmup",
+                section.optimizer.warmup,
+                f"less than {updates}, the stage's updates",
+            )
         if section.algorithm != "sft":
             if section.buckets[-1] < section.response_tokens:
                 fail(

@@ -19,6 +19,13 @@ from opsd_jax.parallel import mesh as mesh_lib
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Programs that several tests compile, a restarted run's for one, are compiled once."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
 @pytest.fixture(scope="session")
 def task():
     return arithmetic.task()
@@ -42,6 +49,7 @@ def config():
         "sft.microbatch": "8",
         "sft.buckets": "(72, 128)",
         "sft.checkpoint_every": "3",
+        "sft.optimizer.warmup": "2",
         "rlvr.steps": "3",
         "rlvr.prompts": "16",
         "rlvr.prompts_at_once": "8",

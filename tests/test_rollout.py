@@ -63,11 +63,13 @@ def test_logprobs_equal_teacher_forced_ones(model, score, params, temperature):
 
 def test_a_response_ends_with_its_eos_or_its_budget(samples):
     assert {sampler.STOP_EOS, sampler.STOP_LENGTH} == set(samples.stop.tolist())  # both occur
-    for tokens, logprobs, n, stop in zip(*map(np.asarray, (samples.tokens, samples.logprobs, samples.lengths, samples.stop)), strict=True):  # fmt: skip
-        assert (EOS not in tokens[: n - 1]) and (tokens[n:] == PAD).all()
+    for tokens, logprobs, n, stop in zip(*samples, strict=True):
+        assert EOS not in tokens[: n - 1]
+        assert (tokens[n:] == PAD).all()
         assert (logprobs[n:] == 0).all()
         assert (logprobs[:n] < 0).all()
-        assert tokens[n - 1] == EOS if stop == sampler.STOP_EOS else n == 24 and tokens[-1] != EOS
+        assert (tokens[n - 1] == EOS) == (stop == sampler.STOP_EOS)
+        assert n == 24 or stop == sampler.STOP_EOS
 
 
 def test_a_rollout_depends_on_its_id_alone(model, params, samples):

@@ -311,8 +311,9 @@ def test_sft_loss_is_the_cross_entropy_of_response_tokens(config, model, params,
             )
             for row, t in zip(*np.nonzero(micro["mask"]), strict=True):
                 expected -= logprobs[row, t - 1, micro["tokens"][row, t]]
-    rows = sum(bool(m.any()) for b in batch for m in b["rows"]["mask"].reshape(-1, b["rows"]["mask"].shape[-1]))  # fmt: skip
-    assert rows == config.sft.batch_size
+    assert (
+        sum(bucket["rows"]["mask"].any(axis=-1).sum() for bucket in batch) == config.sft.batch_size
+    )
     np.testing.assert_allclose(total, expected, rtol=1e-5)
 
 

@@ -3,7 +3,7 @@
 A problem has five operands and four operations. One in twenty operands is *misprinted*: the
 question shows another digit than the one that the answer is computed from. A hash of the problem
 decides which, so a student cannot tell; the worked solution shows the true operands. Thus there are
-wrong rollouts that no amount of care avoids (79 % is the ceiling of accuracy) and a teacher that
+wrong rollouts that no amount of care avoids (82 % is the ceiling of accuracy) and a teacher that
 knows better than the student could: what makes training on incorrect rollouts harmful.
 
 A response, here concise, and one line of it verbose:
@@ -34,7 +34,7 @@ SPACE = MODULUS ** len(LABELS) * len(OPERATIONS) ** (len(LABELS) - 1)  # all que
 HELD_OUT = 65_536  # of them, never trained on
 
 MISPRINT_RATE = 0.05  # of operands
-SLIP_RATE = 0.1  # of results in demonstrations
+SLIP_VERBOSE, SLIP_CONCISE = 0.1, 0.03  # share of wrong results in demonstrations
 PRIVILEGED_SHARE = 0.3  # of demonstrations: concise, to a prompt that shows the solution
 RESTATE_RATE = 0.3  # of verbose demonstrations begin with the question
 SUMMARY_RATE = 0.2  # of verbose demonstrations end with the chain of results
@@ -46,9 +46,8 @@ NOTE = (
     "What this miniature is not: the teacher is concise because its kind of example was concise "
     "in the SFT mix, and one operand in twenty is misprinted by design, so that some rollouts are "
     "wrong in a way that only the teacher can see. Every gate shortens alike; the gate decides "
-    "what becomes of accuracy. RLVR shortens by itself here, and Correct-only may raise accuracy "
-    "a little instead of leaving it flat. A prompt never reveals a misprint, so about 82 % is the "
-    "most that a student can reach."
+    "what becomes of accuracy. A prompt never reveals a misprint, so about 82 % is the most that a "
+    "student can reach."
 )
 
 
@@ -151,7 +150,9 @@ def teacher_prompt(problem: Problem) -> list[int]:
     return TOKENIZER.encode(f"<bos> {problem.question} ? <ref> {problem.solution} </ref>")
 
 
-def _think(rng: np.random.Generator, operands, operations, recheck_rate, reference) -> list:
+def _think(
+    rng: np.random.Generator, operands, operations, recheck_rate, slip_rate, reference=None
+) -> list:
     """The lines of a demonstration; a reference, if given, supplies each line's carried value."""
     words: list = []
     carried = operands[0]
@@ -162,7 +163,7 @@ def _think(rng: np.random.Generator, operands, operations, recheck_rate, referen
         right = OPERATIONS[operation](carried, operand) % MODULUS
 
         def compute(right=right):
-            slip = rng.random() < SLIP_RATE
+            slip = rng.random() < slip_rate
             return (right + rng.integers(1, MODULUS)) % MODULUS if slip else right
 
         line = [label, carried, operation, operand]
@@ -189,7 +190,7 @@ def _think(rng: np.random.Generator, operands, operations, recheck_rate, referen
 def demonstrate(number: int, rng: np.random.Generator) -> Demonstration:
     """A demonstration for SFT: mostly verbose reasoning from the question as printed; in
     PRIVILEGED_SHARE of cases a nearly concise one in answer to the prompt with the solution, which
-    takes carried values and answer from it. Results slip at SLIP_RATE in both.
+    takes carried values and answer from it. In both some results are wrong.
     """
     number = int(number)
     operands, operations = _parse(number)
@@ -199,11 +200,12 @@ def demonstrate(number: int, rng: np.random.Generator) -> Demonstration:
         if privileged:
             true = _true_operands(number)
             rate = rng.uniform(*RECHECK_CONCISE)
-            words += _think(rng, true, operations, rate, _results(true, operations))
+            words += _think(rng, true, operations, rate, SLIP_CONCISE, _results(true, operations))
         else:
             if rng.random() < RESTATE_RATE:
                 words += ["problem", *_question(number).split()]
-            words += _think(rng, operands, operations, rng.uniform(*RECHECK_VERBOSE), None)
+            rate = rng.uniform(*RECHECK_VERBOSE)
+            words += _think(rng, operands, operations, rate, SLIP_VERBOSE)
         if len(words) < MAX_RESPONSE:
             break
     text = " ".join(map(str, [*words, "<eos>"]))
@@ -223,7 +225,7 @@ def verify(problem: Problem, response: str) -> Verdict:
 def task() -> Task:
     """The embedded task."""
     # One fixed permutation of all questions, cut in two: disjoint whatever the run's seed.
-    numbers = grain.MapDataset.range(SPACE).shuffle(seed=0)
+    numbers = grain.MapDataset.range(SPACE).shuffle(seed=1)
     heldout, train = numbers[:HELD_OUT], numbers[HELD_OUT:]
     return Task(
         tokenizer=TOKENIZER,

@@ -58,8 +58,8 @@ def method(figures: dict[str, Any]) -> str:
     return (
         f"{s['problems']} held-out problems, {s['samples']} responses to each, sampled at "
         f"temperature {s['temperature']:g}; ± is one standard error, clustered by problem "
-        "(changes: paired by problem). A truncated response counts as wrong. Lengths are in tokens, EOS "
-        "included."
+        "(changes: paired by problem). A truncated response counts as wrong. Lengths are in "
+        "tokens, EOS included."
     )
 
 

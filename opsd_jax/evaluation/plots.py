@@ -74,7 +74,7 @@ def stages(summaries: Sequence[dict[str, Any]]) -> str:
                 axis.text(value + error, row, f"  {value:.1f}", va="center")
             axis.set_yticks(y, names)
             axis.set_xlabel(label)
-            axis.set_xlim(0, 1.18 * (values + errors).max())
+            axis.set_xlim(0, 1.18 * max((values + errors).max(), 1))
             axis.grid(axis="y", visible=False)
         axes[1].set_yticklabels([])
 
@@ -87,7 +87,7 @@ def curve(rows: Sequence[dict[str, float]], keys: Sequence[tuple[str, str, float
     def draw(axes):
         for axis, (key, label, scale) in zip(np.atleast_1d(axes), keys, strict=True):
             points = [(row["step"] + 1, row[key] * scale) for row in rows if key in row]
-            step, value = np.array(points).T
+            step, value = np.array(points).reshape(-1, 2).T  # empty if no batch had an active row
             smooth = len(value) // 40 + 1
             axis.plot(step, value, color=AFTER, alpha=0.3, linewidth=1)
             axis.plot(step, _smooth(value, smooth), color=AFTER, linewidth=1.8)

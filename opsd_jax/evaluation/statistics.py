@@ -28,8 +28,8 @@ def summarise(responses: Sequence[dict[str, Any]], samples: int) -> dict[str, fl
 
     Returns:
       `accuracy` and `truncation_rate` in [0, 1], `mean_length` in tokens, `mean_length_correct`
-      over the correct alone (nan if there are none), standard errors `accuracy_se` and `mean_length_se`
-      clustered by problem, and the numbers of `problems` and `samples`.
+      over the correct alone (nan if there are none), standard errors `accuracy_se` and
+      `mean_length_se` clustered by problem, and the numbers of `problems` and `samples`.
     """
     table = {
         name: np.array([r[name] for r in responses], np.float64).reshape(-1, samples)

@@ -1,7 +1,7 @@
 """From ragged rows to batches of a few fixed shapes, and the scoring of responses in them.
 
-A batch is a tuple of buckets, a padded length each: `{"count": n, "rows": arrays [M, m, ...]}`. Of
-its M microbatches of m rows the first n are live, and the train step runs those alone, so rows that a
+A batch is a tuple of buckets, one a padded length: `{"count": n, "rows": arrays [M, m, ...]}`. Of
+its M microbatches of m rows the first n are live, and the train step runs those alone: rows that a
 gate dropped cost nothing, and no number of rows means another program.
 """
 

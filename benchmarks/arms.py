@@ -1,0 +1,89 @@
+"""Correct-only, Incorrect-only and all rollouts, from one RLVR model a seed: the paper's comparison.
+
+    python benchmarks/arms.py [--seeds 0 1 2] [--workdir runs/arms]
+
+Runs configs/quickstart_arms.py once a seed (five to seven minutes each on two idle cores), each in a
+process of its own; what is done already is not done again. Prints a Markdown table, mean and standard
+deviation over seeds, and last one JSON line: for each gate, and for RLVR, lists over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "configs" / "quickstart_arms.py"
+
+
+def run(seed: int, workdir: pathlib.Path) -> dict:
+    """The figures of one seed's report."""
+    command = [sys.executable, "-m", "opsd_jax.main", "train", "--config", str(CONFIG)]
+    command += ["--workdir", str(workdir), f"--config.seed={seed}"]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    return json.loads((workdir / "report" / "report.json").read_text())
+
+
+def show(values: list[float], sign: str = "") -> str:
+    """Mean and standard deviation."""
+    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):{sign}.1f} ± {deviation:.1f}"
+
+
+def main() -> None:
+    """Runs the seeds and prints the table and the line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/arms"))
+    arguments = parser.parse_args()
+    reports = [run(seed, arguments.workdir / f"seed{seed}") for seed in arguments.seeds]
+
+    stages = [stage["name"] for stage in reports[0]["stages"]]
+    levels = {
+        name: [next(s for s in r["stages"] if s["name"] == name) for r in reports]
+        for name in stages
+    }
+    changes = {
+        name: [next(c for c in r["changes"] if c["name"] == name) for r in reports]
+        for name in stages
+    }
+    print("| after | accuracy, % | mean length | Δ accuracy, points | Δ length, % |")
+    print("|---|---|---|---|---|")
+    for name in stages:
+        cells = [
+            name,
+            show([100 * s["accuracy"] for s in levels[name]]),
+            show([s["mean_length"] for s in levels[name]]),
+        ]
+        cells += (
+            ["", ""]
+            if name == "sft"
+            else [
+                show([c["d_accuracy_points"] for c in changes[name]], "+"),
+                show([c["d_length_percent"] for c in changes[name]], "+"),
+            ]
+        )
+        print(f"| {' | '.join(cells)} |")
+
+    result = {
+        (name.removeprefix("opsd_")): {
+            key: [round(c[key], 2) for c in changes[name]]
+            for key in ("d_accuracy_points", "d_length_percent")
+        }
+        for name in stages
+        if name != "sft"
+    }
+    result["seeds"] = arguments.seeds
+    result["stage_seconds"] = {name: [round(s["seconds"]) for s in levels[name]] for name in stages}
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result["peak_rss_gib"] = round(children.ru_maxrss / 2**20, 2)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

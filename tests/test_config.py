@@ -1,0 +1,176 @@
+"""Bad input: every error names the field, the value and what was expected, before any work."""
+
+import json
+import pathlib
+
+import pytest
+
+from opsd_jax import config as config_lib
+from opsd_jax import main, pipeline
+
+QUICKSTART = "configs/quickstart.py"
+
+
+def load(**overrides):
+    return config_lib.load(QUICKSTART, {k.replace("__", "."): v for k, v in overrides.items()})
+
+
+def test_overrides_take_the_field_s_type():
+    config = load(
+        opsd__gate="1,0.5,0",
+        seed="7",
+        rlvr__optimizer__learning_rate="1",
+        model__remat="true",
+        mesh="(1, 1, 1)",
+        evaluation__temperature="0.5",
+    )
+    assert config.opsd.gate == "1,0.5,0"
+    assert config.seed == 7
+    assert config.rlvr.optimizer.learning_rate == 1.0
+    assert config.model.remat is True
+    assert config.mesh == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "message"),
+    [
+        ("opsd.gat", "all", "no such field. Did you mean --config.opsd.gate"),
+        ("opsd.learning_rate", "1e-4", r"Did you mean --config.opsd.optimizer.learning_rate"),
+        ("opds.gate", "all", "Did you mean --config.opsd.gate"),
+        ("seed.x", "1", "no such field"),
+        ("xyzzy", "1", "no such field.$"),
+        ("opsd", "1", r"opsd is a section; set one of .*gate"),
+        ("sft.steps", "3.5", "expected int, such as 1300"),
+        ("sft.steps", "many", "expected int"),
+        ("sft.steps", "True", "expected int"),
+        ("model.remat", "1", "expected bool"),
+        ("sft.buckets", "56", "expected tuple"),
+        ("sft.steps", "", "expected int"),
+    ],
+)
+def test_a_bad_override_is_refused(field, text, message):
+    with pytest.raises(config_lib.ConfigError, match=message):
+        config_lib.load(QUICKSTART, {field: text})
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "message"),
+    [
+        ("sft.batch_size", "-4", "sft.batch_size is -4; expected at least 1"),
+        ("rlvr.prompts", "0", "rlvr.prompts is 0"),
+        ("rlvr.group_size", "1", "rlvr.group_size is 1; expected at least 2"),
+        ("rlvr.updates", "3", "rlvr.updates is 3; expected a divisor of 32 prompts"),
+        ("opsd.temperature", "-0.1", "opsd.temperature is -0.1"),
+        ("opsd.gate", "corect", "config.opsd.gate: gate is 'corect'; expected one of correct"),
+        ("opsd.buckets", "(40,)", r"opsd.buckets is .*holds a response of 88 tokens"),
+        ("opsd.buckets", "(88, 40)", "ascending order"),
+        ("sft.buckets", "()", "ascending order"),
+        ("opsd.init_from", "opsd", "opsd.init_from is 'opsd'; expected '' or a stage before"),
+        ("opsd.algorithm", "ppo", "opsd.algorithm is 'ppo'"),
+        ("stages", "('sft', 'dpo')", "names of sections among opsd, rlvr, sft"),
+        ("stages", "('sft', 'model')", "names of sections"),
+        ("sft.optimizer.learning_rate", "0.0", "sft.optimizer.learning_rate is 0.0"),
+        ("sft.optimizer.schedule", "linear", "expected 'constant' or 'cosine'"),
+        ("sft.optimizer.b2", "1.0", "b2 is 1.0"),
+        ("opsd.optimizer.warmup", "25", "warmup is 25; expected less than 25, the stage's updates"),
+    ],
+)
+def test_a_config_that_cannot_run_is_refused(field, text, message):
+    with pytest.raises(config_lib.ConfigError, match=message):
+        config_lib.load(QUICKSTART, {field: text})
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "message"),
+    [
+        ("task", "opsd_jax.data.nothing:task", "config.task is 'opsd_jax.data.nothing:task'"),
+        ("model.make", "nonsense", "config.model.make is 'nonsense'; expected 'package.module:fun"),
+        ("model.vocab_size", "16", "vocab_size is 16.*tokenizer has 32 tokens"),
+        ("model.num_kv_heads", "3", "num_heads is 4"),
+        ("mesh", "(3, 1, 1)", r"mesh \(3, 1, 1\)"),
+        ("rlvr.microbatch", "12", "rlvr.microbatch is 12, which the mesh's data x fsdp = 8"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_before_compiling(tmp_path, field, text, message):
+    config = config_lib.load(QUICKSTART, {field: text})
+    with pytest.raises(config_lib.ConfigError, match=message):
+        pipeline.Run(config, tmp_path)
+
+
+def test_a_config_file_with_a_field_too_many(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from opsd_jax.config import default\n"
+        "def get_config():\n"
+        "    config = default()\n"
+        "    config.opsd.gat = 'all'\n"
+        "    return config\n"
+    )
+    with pytest.raises(config_lib.ConfigError, match=r"mine.py: .*gat.*[\s\S]*gate"):
+        config_lib.load(path)
+    with pytest.raises(config_lib.ConfigError, match="there is no file"):
+        config_lib.load(tmp_path / "absent.py")
+
+
+def test_json_keeps_a_config():
+    config = config_lib.load("configs/quickstart_arms.py")
+    assert config_lib.from_json(config_lib.to_json(config)) == config
+
+
+def test_a_workdir_of_another_config_is_refused(tmp_path):
+    pipeline.claim_workdir(load(), tmp_path)
+    pipeline.claim_workdir(load(), tmp_path)  # the same is fine
+    with pytest.raises(config_lib.ConfigError) as error:
+        pipeline.claim_workdir(load(opsd__gate="all", seed="1"), tmp_path)
+    assert "opsd.gate: 'correct' there, 'all' now" in str(error.value)
+    assert "seed: 0 there, 1 now" in str(error.value)
+
+
+def test_an_unwritable_workdir_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(config_lib.ConfigError, match="file/run cannot be written"):
+        pipeline.claim_workdir(load(), tmp_path / "file" / "run")
+    with pytest.raises(config_lib.ConfigError, match="cannot be written"):
+        pipeline.claim_workdir(load(), pathlib.Path("/proc/opsd_jax"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--config", QUICKSTART, "--config.opsd.gat=all"], "Did you mean"),
+        (["train", "--config", QUICKSTART, "--config.sft.batch_size", "-4"], "at least 1"),
+        (["train", "--config", "absent.py"], "there is no file"),
+        (["evaluate"], "holds no run"),
+        (["report"], "holds no run"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong_and_writes_nothing(
+    tmp_path, capsys, arguments, message
+):
+    workdir = tmp_path / "run"
+    assert main.main([*arguments, "--workdir", str(workdir)]) == 2
+    assert message in capsys.readouterr().err
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["report", "--config.seed=1"]])
+def test_usage_errors(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main.main(arguments)
+    assert stop.value.code == 2
+    assert "usage: opsd-jax" in capsys.readouterr().err
+
+
+def test_help_shows_the_commands_and_an_example(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main.main(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("train", "evaluate", "report", "configs/quickstart.py"))
+
+
+def test_config_json_is_readable(tmp_path):
+    pipeline.claim_workdir(load(), tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["opsd.gate"] == "correct"
+    assert saved["stages"] == ["sft", "rlvr", "opsd"]

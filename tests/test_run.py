@@ -1,0 +1,329 @@
+"""Whole runs: what they write, that they learn, and that stopping one does it no harm."""
+
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from opsd_jax import config as config_lib
+from opsd_jax import main, pipeline
+from opsd_jax.losses import reverse_kl
+from opsd_jax.training import loop
+from opsd_jax.training.checkpoint import CheckpointError
+from opsd_jax.training.interrupt import Interrupted
+
+TIMES = {"seconds", "verifier_wait_seconds"}
+
+
+def run(config, workdir):
+    pipeline.run(config, workdir)
+    return pipeline.write_report(config, workdir)
+
+
+def outcome(workdir, stages=("sft", "rlvr", "opsd")):
+    """All of a run that does not tell the time: parameters to the bit, metrics, responses."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        params = {s: checkpointer.restore((workdir / s / "params").absolute()) for s in stages}
+    metrics = {
+        s: [
+            {k: v for k, v in json.loads(line).items() if k not in TIMES}
+            for line in (workdir / s / "metrics.jsonl").read_text().splitlines()
+        ]
+        for s in stages
+    }
+    responses = {s: (workdir / s / "responses.jsonl").read_text() for s in stages}
+    curves = (workdir / "opsd" / "divergence.json").read_text()
+    return params, metrics, responses, curves
+
+
+def assert_same(a, b):
+    for x, y in zip(jax.tree.leaves(a[0]), jax.tree.leaves(b[0]), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert a[1:] == b[1:]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    run(config, workdir)
+    return workdir
+
+
+def test_a_run_leaves_what_it_promises(config, undisturbed):
+    report = json.loads((undisturbed / "report" / "report.json").read_text())
+    assert [s["name"] for s in report["stages"]] == ["sft", "rlvr", "opsd"]
+    fields = [
+        "accuracy",
+        "accuracy_se",
+        "mean_length",
+        "truncation_rate",
+        "problems",
+        "samples",
+        "seconds",
+    ]
+    for stage in report["stages"]:
+        assert all(isinstance(stage[field], int | float) for field in fields)
+        lines = (undisturbed / stage["name"] / "responses.jsonl").read_text().splitlines()
+        responses = [json.loads(line) for line in lines]
+        assert len(responses) == 16
+        assert stage["accuracy"] == np.mean([r["correct"] for r in responses])
+        assert stage["mean_length"] == np.mean([len(r["tokens"]) for r in responses])
+        assert stage["truncation_rate"] == np.mean([r["truncated"] for r in responses])
+        lines = (undisturbed / stage["name"] / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert [row["step"] for row in rows] == list(range(config[stage["name"]].steps))
+        assert list((undisturbed / stage["name"]).glob("events.out.tfevents.*"))
+    page = (undisturbed / "report" / "index.html").read_text()
+    assert page.count("<svg") == 6
+    assert not re.findall(r"(?:src|href)=.https?://(?!www\.w3\.org|purl|creativecommons)", page)
+    assert (undisturbed / "report" / "report.md").read_text().count("±") >= 11
+
+
+def test_the_same_command_again_does_nothing(config, undisturbed, monkeypatch):
+    before = outcome(undisturbed)
+    monkeypatch.setattr(pipeline, "run_stage", None)
+    run(config, undisturbed)
+    assert_same(outcome(undisturbed), before)
+
+
+def test_the_teacher_is_the_stage_s_start_to_the_bit(config, undisturbed):
+    """The checkpoint's teacher at the end of OPSD is RLVR's result."""
+    directory = (undisturbed / "opsd" / "checkpoints").absolute()
+    with ocp.CheckpointManager(directory) as manager:
+        state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore())
+    with ocp.StandardCheckpointer() as checkpointer:
+        rlvr = checkpointer.restore((undisturbed / "rlvr" / "params").absolute())
+    for a, b in zip(jax.tree.leaves(state["teacher"]), jax.tree.leaves(rlvr), strict=True):
+        np.testing.assert_array_equal(a, b)
+    changed = zip(jax.tree.leaves(state["params"]), jax.tree.leaves(rlvr), strict=True)
+    assert not all(np.array_equal(a, b) for a, b in changed)
+
+
+class Crash(BaseException):
+    """What nothing in the library catches."""
+
+
+def test_a_run_that_dies_between_any_two_steps_ends_the_same(
+    config, undisturbed, tmp_path, monkeypatch
+):
+    """It dies before each step of each stage in turn, and once in each evaluation."""
+    pending = [(s, i) for s in config.stages for i in [*range(config[s].steps), "evaluation"]]
+    make_stage, evaluate = pipeline.Run.stage, pipeline.Run.evaluate
+
+    def die_at(point):
+        if pending and pending[0] == point:
+            raise Crash(pending.pop(0))
+
+    def mortal_stage(self, name):
+        stage = make_stage(self, name)
+
+        def batches(step, params):
+            die_at((name, step))
+            return stage.batches(step, params)
+
+        return stage._replace(batches=batches)
+
+    def mortal_evaluate(self, name, *arguments):
+        die_at((name, "evaluation"))
+        return evaluate(self, name, *arguments)
+
+    monkeypatch.setattr(pipeline.Run, "stage", mortal_stage)
+    monkeypatch.setattr(pipeline.Run, "evaluate", mortal_evaluate)
+    deaths = 0
+    while pending:
+        with pytest.raises(Crash):
+            run(config, tmp_path)
+        deaths += 1
+    run(config, tmp_path)
+    assert deaths == 6 + 3 + 3 + 3
+    assert_same(outcome(tmp_path), outcome(undisturbed))
+
+
+def test_a_signal_saves_and_the_run_goes_on(config, undisturbed, tmp_path, monkeypatch):
+    make_stage = pipeline.Run.stage
+
+    def signalled_stage(self, name):
+        stage = make_stage(self, name)
+
+        def batches(step, params):
+            if (name, step) == ("sft", 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return stage.batches(step, params)
+
+        return stage._replace(batches=batches)
+
+    monkeypatch.setattr(pipeline.Run, "stage", signalled_stage)
+    with pytest.raises(Interrupted) as stop:
+        run(config, tmp_path)
+    assert stop.value.exit_code == 143
+    assert [p.name for p in (tmp_path / "sft" / "checkpoints").iterdir()] == ["2"]  # no step lost
+    monkeypatch.undo()
+    run(config, tmp_path)
+    assert_same(outcome(tmp_path), outcome(undisturbed))
+
+
+def test_a_corrupt_checkpoint_is_named(config, undisturbed, tmp_path):
+    """A run that stopped within SFT, whose newest checkpoint lost half of each file."""
+    workdir = tmp_path / "run"
+    short = config.copy_and_resolve_references()
+    with short.unlocked():
+        short.stages = ("sft",)
+    pipeline.run(short, workdir)
+    for path in (workdir / "sft" / "evaluation.json", workdir / "config.json"):
+        path.unlink()
+    checkpoint = max((workdir / "sft" / "checkpoints").iterdir())
+    for path in checkpoint.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=f"{checkpoint}.*delete that directory"):
+        pipeline.run(short, workdir)
+
+
+def test_evaluate_reproduces_the_recorded_figures(config, undisturbed, capsys):
+    recorded = json.loads((undisturbed / "rlvr" / "evaluation.json").read_text())
+    assert main.main(["evaluate", "--workdir", str(undisturbed), "--stage", "rlvr"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    for field in ("accuracy", "mean_length", "truncation_rate", "problems", "samples"):
+        assert figures[field] == recorded[field]
+    assert main.main(["evaluate", "--workdir", str(undisturbed), "--stage", "dpo"]) == 2
+    assert "expected one of untrained, sft, rlvr, opsd" in capsys.readouterr().err
+
+
+def test_divergence_by_position_is_that_of_a_full_forward(config, undisturbed, task, model, score):
+    """The curve before OPSD, recomputed response by response."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        params = checkpointer.restore((undisturbed / "rlvr" / "params").absolute())
+    lines = (undisturbed / "rlvr" / "responses.jsonl").read_text().splitlines()
+    responses = [r for r in map(json.loads, lines) if not r["correct"] and not r["truncated"]]
+    values = []
+    for response in responses:
+        problem = next(p for i in range(8) if (p := task.heldout[i]).id == response["problem"])
+        logits = []
+        for prompt in (task.prompt(problem), task.teacher_prompt(problem)):
+            ids = [*prompt, *response["tokens"]]
+            tokens, positions = np.zeros((1, 128), np.int32), np.full((1, 128), -1, np.int32)
+            tokens[0, : len(ids)], positions[0, : len(ids)] = ids, np.arange(len(ids))
+            predicting = slice(len(prompt) - 1, len(ids) - 1)
+            logits.append(score(params, tokens, positions)[0, predicting])
+        values.append(reverse_kl(student_logits=logits[0], teacher_logits=logits[1]))
+    curve = json.loads((undisturbed / "opsd" / "divergence.json").read_text())["before"][
+        "incorrect"
+    ]
+    assert curve["count"][0] == len(responses)
+    for t, (mean, count) in enumerate(zip(curve["mean"], curve["count"], strict=True)):
+        at = [float(v[t]) for v in values if len(v) > t]
+        assert count == len(at)
+        np.testing.assert_allclose(mean, np.mean(at), rtol=1e-3, atol=1e-5)
+
+
+def test_nothing_active_is_counted_and_leaves_the_model_alone(config, undisturbed, tmp_path):
+    """An untrained model has no correct rollout: Correct-only OPSD then does nothing."""
+    idle = config.copy_and_resolve_references()
+    with idle.unlocked():
+        idle.stages = ("opsd",)
+        idle.opsd.init_from, idle.opsd.gate = "", "correct"
+    run(idle, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "opsd" / "metrics.jsonl").open()]
+    active = [row["active_rows"] for row in rows]
+    assert [row["empty"] for row in rows] == [float(n == 0) for n in active]
+    assert 0 in active
+    if not any(active):
+        start = pipeline.Run(idle, tmp_path).fresh_params()
+        end = pipeline.Run(idle, tmp_path).params_of("opsd")
+        for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(end), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_run_that_diverges_stops_and_says_so(config, tmp_path):
+    wild = config.copy_and_resolve_references()
+    with wild.unlocked():
+        wild.max_nonfinite = 2
+        wild.sft.optimizer.learning_rate = 1e30
+        wild.sft.optimizer.warmup = 0
+        wild.sft.optimizer.schedule = "constant"
+    with pytest.raises(loop.Diverged, match="not finite for 2 steps in a row, up to step 2"):
+        run(wild, tmp_path)
+
+
+@pytest.fixture
+def tiny(config):
+    """The miniature of a minute: three stages on a task of a few tokens."""
+    tiny = config.copy_and_resolve_references()
+    with tiny.unlocked():
+        tiny.task = "tiny_task:task"
+        tiny.mesh = (1, 1, 1)
+        tiny.model.vocab_size = 16
+        tiny.model.hidden_size, tiny.model.intermediate_size = 32, 64
+        tiny.sft.update({"steps": 150, "batch_size": 64, "microbatch": 64, "buckets": (16,)})
+        tiny.sft.checkpoint_every = 1000
+        for stage in (tiny.rlvr, tiny.opsd):
+            stage.update({"prompt_tokens": 3, "response_tokens": 12, "buckets": (12,)})
+            stage.update({"checkpoint_every": 1000, "prompts_at_once": 32, "microbatch": 32})
+            stage.optimizer.learning_rate = 1e-3
+        tiny.rlvr.update({"steps": 20, "prompts": 32, "group_size": 8})
+        tiny.opsd.update({"steps": 20, "prompts": 64, "max_rows": 64, "gate": "correct"})
+        tiny.opsd.teacher_prompt_tokens = 5
+        tiny.evaluation.update({"prompt_tokens": 3, "response_tokens": 12})
+        tiny.evaluation.update({"problems": 200, "samples": 4, "prompts_at_once": 100})
+    config_lib.validate(tiny)
+    return tiny
+
+
+def test_the_miniature_learns(tiny, tmp_path, monkeypatch):
+    """Bounds fixed beforehand: SFT imitates demonstrations that are right in 76 % of cases, RLVR
+    has to do clearly better than they, and OPSD to shorten by a quarter at that accuracy."""
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).parent)
+    began = time.monotonic()
+    with jax.default_device(jax.devices()[0]):
+        first = jax.devices()[:1]
+        monkeypatch.setattr(jax, "devices", lambda: first)
+        run(tiny, tmp_path)
+    seconds = time.monotonic() - began
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    sft, rlvr, opsd = report["stages"]
+    assert 0.6 < sft["accuracy"] < 0.85
+    assert rlvr["accuracy"] > 0.9
+    assert opsd["accuracy"] > rlvr["accuracy"] - 0.05
+    assert opsd["mean_length"] < 0.75 * rlvr["mean_length"]
+    assert seconds < 120  # a minute on two idle cores; the machine may be busy
+
+
+@pytest.mark.slow
+def test_kill_nine_at_random_moments(config, tmp_path):
+    """A process of its own, killed five times wherever it is, ends as one that was left alone."""
+    (tmp_path / "tiny.py").write_text(
+        "from opsd_jax import config\n"
+        f"def get_config():\n    return config.from_json({config_lib.to_json(config)!r})\n"
+    )
+
+    def start(workdir):
+        command = [sys.executable, "-m", "opsd_jax.main", "train"]
+        command += ["--config", str(tmp_path / "tiny.py"), "--workdir", str(workdir)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    began = time.monotonic()
+    assert start(tmp_path / "whole").wait() == 0
+    whole = time.monotonic() - began
+    rng, kills = random.Random(0), 0
+    while kills < 5:
+        process = start(tmp_path / "killed")
+        try:
+            process.wait(timeout=rng.uniform(0.2, 0.8) * whole)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            kills += 1
+        if process.wait() == 0:
+            break
+    assert start(tmp_path / "killed").wait() == 0
+    assert kills > 0
+    assert_same(outcome(tmp_path / "killed"), outcome(tmp_path / "whole"))

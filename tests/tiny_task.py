@@ -1,0 +1,57 @@
+"""A task of a few tokens, as a user would write one of their own: it is learnt in seconds.
+
+A question is two digits, the answer their sum modulo 5. Demonstrations muse at length and are wrong
+in three of ten cases; those in answer to the prompt that shows the solution are short and right.
+"""
+
+import grain
+
+from opsd_jax.data.arithmetic import WordTokenizer
+from opsd_jax.data.task import Demonstration, Problem, Task
+from opsd_jax.verify.verdict import Verdict
+
+TOKENIZER = WordTokenizer(
+    ["<pad>", "<bos>", "<eos>", "hm", "so", "ref", *map(str, range(10))], pad="<pad>", eos="<eos>"
+)
+
+
+def problem(number):
+    a, b = divmod(int(number) % 25, 5)
+    answer = str((a + b) % 5)
+    return Problem(int(number), f"{a} {b}", answer, answer)
+
+
+def prompt(problem):
+    return TOKENIZER.encode(f"<bos> {problem.question}")
+
+
+def teacher_prompt(problem):
+    return TOKENIZER.encode(f"<bos> {problem.question} ref {problem.solution}")
+
+
+def demonstrate(problem, rng):
+    if rng.random() < 0.4:
+        response = f"so {problem.answer} <eos>"
+        return Demonstration(teacher_prompt(problem), TOKENIZER.encode(response))
+    answer = problem.answer if rng.random() < 0.7 else rng.integers(5)
+    response = "hm " * int(rng.integers(2, 7)) + f"so {answer} <eos>"
+    return Demonstration(prompt(problem), TOKENIZER.encode(response))
+
+
+def verify(problem, response):
+    right = response.split()[-3:] == ["so", problem.answer, "<eos>"]
+    return Verdict(right, "match" if right else "mismatch")
+
+
+def task():
+    problems = grain.MapDataset.range(1000).map(problem)
+    train = problems[:750]
+    return Task(
+        tokenizer=TOKENIZER,
+        train=train,
+        heldout=problems[750:],
+        demonstrations=lambda seed: train.seed(seed).shuffle().repeat().random_map(demonstrate),
+        prompt=prompt,
+        teacher_prompt=teacher_prompt,
+        verify=verify,
+    )
