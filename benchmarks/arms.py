@@ -1,10 +1,10 @@
-"""Correct-only, Incorrect-only and all rollouts, from one RLVR model a seed: the paper's comparison.
+"""Correct-only, Incorrect-only and all rollouts, from one RLVR model a seed.
 
     python benchmarks/arms.py [--seeds 0 1 2] [--workdir runs/arms]
 
-Runs configs/quickstart_arms.py once a seed (five to seven minutes each on two idle cores), each in a
-process of its own; what is done already is not done again. Prints a Markdown table, mean and standard
-deviation over seeds, and last one JSON line: for each gate, and for RLVR, lists over the seeds.
+Runs configs/quickstart_arms.py once a seed (some six minutes each on two idle cores), each in a
+process of its own; what is done already is not done again. Prints a Markdown table of means and
+standard deviations over seeds, and last one JSON line: for each gate and RLVR, lists over seeds.
 """
 
 from __future__ import annotations

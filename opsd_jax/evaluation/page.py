@@ -23,8 +23,8 @@ p { margin: 0 0 12px; } .soft { color: var(--soft); font-size: 14px; }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); gap: 16px;
   margin: 24px 0 8px; }
 .fact { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 16px 20px; }
-.fact b { display: block; font-size: 28px; line-height: 1.2; } .fact span { color: var(--soft);
-  font-size: 14px; }
+.fact b { display: block; font-size: 26px; line-height: 1.3; white-space: nowrap; }
+.fact span { color: var(--soft); font-size: 14px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 7px 10px; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
@@ -75,24 +75,22 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _facts(figures: dict[str, Any]) -> str:
-    """The run in a few large numbers."""
-    facts = [
-        (
-            f"{_number(c['d_accuracy_points'], sign='+')} points",
-            f"accuracy, {c['from']} → {c['name']}",
-        )
-        for c in figures["changes"]
-        if c["algorithm"] == "rlvr"
-    ]
+    """What RLVR and OPSD changed, in large numbers: a card each, the main effect first."""
+    cards = []
     for c in figures["changes"]:
-        if c["algorithm"] == "opsd":
-            arm = f"{c['from']} → {html.escape(title(c))}"
-            facts.append((f"{_number(c['d_length_percent'], sign='+')} %", f"mean length, {arm}"))
-            facts.append(
-                (f"{_number(c['d_accuracy_points'], sign='+')} points", f"accuracy, {arm}")
+        points = f"{_number(c['d_accuracy_points'], sign='+')} points"
+        percent = f"{_number(c['d_length_percent'], sign='+')} %"
+        first, rest = (
+            (points, f"accuracy, and {percent} length")
+            if c["algorithm"] == "rlvr"
+            else (percent, f"length, and {points} accuracy")
+        )
+        if c["algorithm"] != "sft":
+            cards.append(
+                f'<div class="fact"><span>{html.escape(c["from"])} → {html.escape(title(c))}</span>'
+                f"<b>{first}</b><span>{rest}</span></div>"
             )
-    cards = "".join(f'<div class="fact"><b>{a}</b><span>{b}</span></div>' for a, b in facts)
-    return f'<div class="facts">{cards}</div>'
+    return f'<div class="facts">{"".join(cards)}</div>'
 
 
 def _stage_table(figures: dict[str, Any]) -> str:
@@ -183,13 +181,16 @@ def render(data: dict[str, Any], examples: Callable[[list, list], list[tuple[dic
 
     arms = [c for c in figures["changes"] if c["algorithm"] == "opsd"]
     if len(arms) > 1:
-        parts += ["<h2>The gates compared</h2>", card(plots.comparison(arms))]
+        parts += [
+            "<h2>The gates compared</h2>",
+            card(plots.comparison([(title(c), c) for c in arms])),
+        ]
     for change in arms:
         name, before = change["name"], change["from"]
         parts.append(f"<h2>{html.escape(title(change))}: before and after</h2>")
         parts.append("<h3>Response lengths</h3>")
         both = [[r["length"] for r in responses[n]] for n in (before, name)]
-        parts.append(card(plots.lengths(both[0], both[1], (before, name))))
+        parts.append(card(plots.lengths(both[0], both[1], (before, title(change)))))
         if name in data["curves"]:
             parts.append("<h3>Divergence from the teacher by position</h3>")
             parts.append(card(plots.divergence(data["curves"][name])))

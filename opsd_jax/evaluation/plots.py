@@ -38,7 +38,7 @@ def _svg(draw: Callable[[Any], None], columns: int = 1, width: float = 6.2) -> s
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-def _smooth(values: Sequence[float], width: int) -> np.ndarray:
+def _smooth(values: np.ndarray, width: int) -> np.ndarray:
     """A running mean over up to `width` values on each side of none: shorter at the ends."""
     sums = np.cumsum(np.concatenate([[0.0], values]))
     i = np.arange(len(values))
@@ -57,18 +57,7 @@ def stages(summaries: Sequence[dict[str, Any]]) -> str:
             (axes[1], "mean_length", 1, "mean response length, tokens"),
         ):
             values = np.array([s[key] for s in summaries]) * scale
-            errors = (
-                2
-                * scale
-                * np.array(
-                    [
-                        s[f"{key.removeprefix('mean_')}_se"]
-                        if key == "accuracy"
-                        else s["mean_length_se"]
-                        for s in summaries
-                    ]
-                )
-            )
+            errors = np.array([s[f"{key}_se"] for s in summaries]) * scale * 2
             axis.barh(y, values, xerr=errors, height=0.6, color=AFTER, ecolor="#24292f")
             for row, value, error in zip(y, values, errors, strict=True):
                 axis.text(value + error, row, f"  {value:.1f}", va="center")
@@ -102,7 +91,8 @@ def lengths(before: Sequence[int], after: Sequence[int], names: tuple[str, str])
 
     def draw(axis: Axes):
         top = max(*before, *after) + 1
-        bins = np.linspace(0, top, min(top, 45) + 1)
+        width = -(-top // 45)  # a whole number of tokens
+        bins = np.arange(0, top + width, width)
         for values, colour, name in ((before, BEFORE, names[0]), (after, AFTER, names[1])):
             label = f"{name}: mean {np.mean(values):.1f}"
             axis.hist(values, bins.tolist(), color=colour, alpha=0.65, label=label)
@@ -138,13 +128,13 @@ def divergence(curves: dict[str, dict[str, dict[str, list[float]]]]) -> str:
     return _svg(draw, columns=len(groups), width=9.6)
 
 
-def comparison(changes: Sequence[dict[str, Any]]) -> str:
-    """Change of accuracy against change of length, a point for each OPSD stage, two errors."""
+def comparison(changes: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """Change of accuracy against change of length with two standard errors, of (name, change)s."""
 
     def draw(axis: Axes):
         axis.axhline(0, color="#8a94a6", linewidth=1)
         axis.axvline(0, color="#8a94a6", linewidth=1)
-        for change, colour in zip(changes, COLOURS * len(changes), strict=False):
+        for (name, change), colour in zip(changes, COLOURS * len(changes), strict=False):
             axis.errorbar(
                 change["d_length_percent"],
                 change["d_accuracy_points"],
@@ -153,7 +143,7 @@ def comparison(changes: Sequence[dict[str, Any]]) -> str:
                 fmt="o",
                 color=colour,
                 capsize=3,
-                label=f"{change['name']} ({change['gate']})",
+                label=name,
             )
         axis.set_xlabel("change of mean length, %")
         axis.set_ylabel("change of accuracy, points")
