@@ -7,8 +7,6 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from opsd_jax.evaluation import plots
-
 STYLE = """
 :root { color-scheme: light; --ink: #1f2328; --soft: #59636e; --line: #d9dee3; --blue: #1f6feb; }
 * { box-sizing: border-box; }
@@ -144,17 +142,6 @@ def _examples(change: dict[str, Any], pairs: list[tuple[dict, dict]]) -> str:
     )
 
 
-CURVES: dict[str, list[tuple[str, str, float]]] = {
-    "sft": [("loss", "loss, nats a token", 1), ("token_accuracy", "token accuracy, %", 100)],
-    "rlvr": [("reward", "reward", 1), ("length", "mean length, tokens", 1)],
-    "opsd": [
-        ("token_kl", "KL a token, nats", 1),
-        ("length", "mean length, tokens", 1),
-        ("reward", "reward", 1),
-    ],
-}
-
-
 def render(data: dict[str, Any], examples: Callable[[list, list], list[tuple[dict, dict]]]) -> str:
     """The page.
 
@@ -162,7 +149,7 @@ def render(data: dict[str, Any], examples: Callable[[list, list], list[tuple[dic
       data: from `report.gather`.
       examples: chooses pairs of responses, before and after, to show.
     """
-    figures, responses = data["figures"], data["responses"]
+    figures, plots, responses = data["figures"], data["plots"], data["responses"]
     card = lambda content: f'<div class="card">{content}</div>'
     parts = [
         "<h1>SFT → RLVR → OPSD</h1>",
@@ -173,35 +160,29 @@ def render(data: dict[str, Any], examples: Callable[[list, list], list[tuple[dic
     ]
     if figures["changes"]:
         parts.append(card(_change_table(figures)))
-    if figures["stages"]:
-        shown = [{**s, "name": title(s)} for s in figures["stages"]]
-        parts.append(card(plots.stages(shown)))
+    if "stages" in plots:
+        parts.append(card(plots["stages"]))
     if figures["note"]:
         parts.append(f'<p class="soft">{html.escape(figures["note"])}</p>')
 
     arms = [c for c in figures["changes"] if c["algorithm"] == "opsd"]
-    if len(arms) > 1:
-        parts += [
-            "<h2>The gates compared</h2>",
-            card(plots.comparison([(title(c), c) for c in arms])),
-        ]
+    if "gates" in plots:
+        parts += ["<h2>The gates compared</h2>", card(plots["gates"])]
     for change in arms:
         name, before = change["name"], change["from"]
         parts.append(f"<h2>{html.escape(title(change))}: before and after</h2>")
-        parts.append("<h3>Response lengths</h3>")
-        both = [[r["length"] for r in responses[n]] for n in (before, name)]
-        parts.append(card(plots.lengths(both[0], both[1], (before, title(change)))))
-        if name in data["curves"]:
+        parts += ["<h3>Response lengths</h3>", card(plots[f"lengths_{name}"])]
+        if f"divergence_{name}" in plots:
             parts.append("<h3>Divergence from the teacher by position</h3>")
-            parts.append(card(plots.divergence(data["curves"][name])))
+            parts.append(card(plots[f"divergence_{name}"]))
         parts.append("<h3>The same problems, before and after</h3>")
         parts.append(_examples(change, examples(responses[before], responses[name])))
 
     parts.append("<h2>Training</h2>")
     for stage in figures["stages"]:
-        if data["metrics"][stage["name"]]:
-            curve = plots.curve(data["metrics"][stage["name"]], CURVES[stage["algorithm"]])
-            parts.append(f"<h3>{html.escape(title(stage))}</h3>{card(curve)}")
+        if f"training_{stage['name']}" in plots:
+            parts.append(f"<h3>{html.escape(title(stage))}</h3>")
+            parts.append(card(plots[f"training_{stage['name']}"]))
     versions = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
     parts.append(
         f'<p class="soft">{figures["seconds"]:.0f} s in all, compilation and evaluation included. '

@@ -1,4 +1,4 @@
-"""The report of a run: `report.json` with its figures, `report.md`, and one HTML page.
+"""The report of a run: `report.json` with its figures, `report.md` and plots, and one HTML page.
 
 Everything is read from the working directory, so a report can be made again, also of a run that has
 only done some of its stages.
@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from opsd_jax.evaluation import divergence, evaluate, page, statistics
+from opsd_jax.evaluation import divergence, evaluate, page, plots, statistics
 from opsd_jax.training import metrics as metrics_lib
 
 STAGE_FIELDS = (
@@ -24,6 +24,17 @@ STAGE_FIELDS = (
     "temperature", "steps", "seconds",
 )  # fmt: skip
 EXAMPLES = 3
+
+# By algorithm, what is drawn of its training: (metric, label, scale).
+CURVES: dict[str, list[tuple[str, str, float]]] = {
+    "sft": [("loss", "loss, nats a token", 1), ("token_accuracy", "token accuracy, %", 100)],
+    "rlvr": [("reward", "reward", 1), ("length", "mean length, tokens", 1)],
+    "opsd": [
+        ("token_kl", "KL a token, nats", 1),
+        ("length", "mean length, tokens", 1),
+        ("reward", "reward", 1),
+    ],
+}
 
 
 def gather(config: ConfigDict, workdir: pathlib.Path, untrained: str, note: str) -> dict[str, Any]:
@@ -36,8 +47,7 @@ def gather(config: ConfigDict, workdir: pathlib.Path, untrained: str, note: str)
       note: what a reader has to know of the task, or "".
 
     Returns:
-      `figures`: what `report.json` holds; and for the page, a stage each, `metrics` rows, `changes`
-      (with the two evaluations' responses), `curves` of divergence.
+      `figures`: what `report.json` holds; `plots`: name -> SVG; `responses`: evaluation -> records.
     """
     evaluations = {
         name: evaluate.read(workdir / name)
@@ -72,16 +82,39 @@ def gather(config: ConfigDict, workdir: pathlib.Path, untrained: str, note: str)
             for package in ("opsd-jax", "jax", "flax", "optax")
         },
     }
+    judged = {name: evaluation[0] for name, evaluation in evaluations.items()}
     return {
         "figures": figures,
-        "responses": {name: responses for name, (responses, _) in evaluations.items()},
-        "metrics": {s["name"]: metrics_lib.read(workdir / s["name"]) for s in stages},
-        "curves": {
-            s["name"]: json.loads((workdir / s["name"] / divergence.FILE).read_text())
-            for s in stages
-            if (workdir / s["name"] / divergence.FILE).exists()
-        },
+        "plots": draw(workdir, stages, changes, judged),
+        "responses": judged,
     }
+
+
+def draw(
+    workdir: pathlib.Path,
+    stages: list[dict[str, Any]],
+    changes: list[dict[str, Any]],
+    responses: dict[str, list[dict[str, Any]]],
+) -> dict[str, str]:
+    """The plots, by the name of their file."""
+    drawn = {}
+    if stages:
+        drawn["stages"] = plots.stages([s | {"name": page.title(s)} for s in stages])
+    arms = [c for c in changes if c["algorithm"] == "opsd"]
+    if len(arms) > 1:
+        drawn["gates"] = plots.comparison([(page.title(c), c) for c in arms])
+    for change in arms:
+        name, before = change["name"], change["from"]
+        old, new = ([r["length"] for r in responses[n]] for n in (before, name))
+        drawn[f"lengths_{name}"] = plots.lengths(old, new, (before, page.title(change)))
+        path = workdir / name / divergence.FILE
+        if path.exists():
+            drawn[f"divergence_{name}"] = plots.divergence(json.loads(path.read_text()))
+    for stage in stages:
+        if rows := metrics_lib.read(workdir / stage["name"]):
+            curves = plots.curve(rows, CURVES[stage["algorithm"]])
+            drawn[f"training_{stage['name']}"] = curves
+    return drawn
 
 
 def examples(
@@ -131,6 +164,8 @@ def markdown(data: dict[str, Any]) -> str:
         page.method(figures),
         "",
         figures["note"],
+        "",
+        *(f"![{name.replace('_', ' ')}]({name}.svg)" for name in data["plots"]),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -143,6 +178,8 @@ def write(config: ConfigDict, workdir: pathlib.Path, untrained: str, note: str) 
     figures = json.dumps(data["figures"], indent=2, ensure_ascii=False)
     evaluate.write_atomically(directory / "report.json", figures + "\n")
     evaluate.write_atomically(directory / "report.md", markdown(data))
+    for name, svg in data["plots"].items():
+        evaluate.write_atomically(directory / f"{name}.svg", svg)
     html = directory / "index.html"
     evaluate.write_atomically(html, page.render(data, examples))
     return html
