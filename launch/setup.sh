@@ -12,11 +12,10 @@ setup() {
   wanted=$(cat pyproject.toml constraints.txt | cksum)
   if [ "$(cat "$mark" 2>/dev/null)" != "$wanted" ]; then
     echo "Installing into $venv (a minute or so, once) ..."
-    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+    "$python" -m venv "$venv"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
       --constraint constraints.txt --editable ".${extra:+[$extra]}"
     echo "$wanted" > "$mark"
   fi
-  export PATH="$PWD/$venv/bin:$PATH"
-  case $venv in /*) export PATH="$venv/bin:$PATH" ;; esac
+  PATH=$(cd "$venv" && pwd)/bin:$PATH
 }

@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # Lint, types and tests, in .venv with the test extra.
 #
-#   ./launch/test.sh [--slow] [PYTEST ARGUMENT ...]     --slow: the tests marked slow as well
+#   ./launch/test.sh [--slow] [PYTEST ARGUMENT ...]
+#
+# --slow: the tests marked slow in place of the others. They need torch and transformers as well.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/setup.sh
 . launch/setup.sh
-setup test
 
-which_tests="not slow"
-if [ "${1:-}" = --slow ]; then which_tests="slow or not slow"; shift; fi
+which_tests="not slow" extra=test
+if [ "${1:-}" = --slow ]; then which_tests="slow" extra=test,parity; shift; fi
+setup "$extra"
 ruff format --check .
 ruff check .
 mypy

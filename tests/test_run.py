@@ -264,12 +264,12 @@ def tiny(config):
         tiny.mesh = (1, 1, 1)
         tiny.model.vocab_size = 16
         tiny.model.hidden_size, tiny.model.intermediate_size = 32, 64
-        tiny.sft.update({"steps": 150, "batch_size": 64, "microbatch": 64, "buckets": (16,)})
+        tiny.sft.update({"steps": 400, "batch_size": 64, "microbatch": 64, "buckets": (16,)})
         tiny.sft.checkpoint_every = 1000
         for stage in (tiny.rlvr, tiny.opsd):
             stage.update({"prompt_tokens": 3, "response_tokens": 12, "buckets": (12,)})
             stage.update({"checkpoint_every": 1000, "prompts_at_once": 32, "microbatch": 32})
-            stage.optimizer.learning_rate = 1e-3
+            stage.optimizer.learning_rate = 5e-4
         tiny.rlvr.update({"steps": 20, "prompts": 32, "group_size": 8})
         tiny.opsd.update({"steps": 20, "prompts": 64, "max_rows": 64, "gate": "correct"})
         tiny.opsd.teacher_prompt_tokens = 5
