@@ -23,18 +23,32 @@ checkpoint saved: the same command goes on from there.
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """The arguments, but for the `--config.field=value` ones."""
+def fields() -> str:
+    """The fields of a config with their defaults, a line each."""
+    from opsd_jax import config as config_lib
+
+    flat = config_lib.flatten(config_lib.default())
+    lines = [f"  {OVERRIDE}{field}={value}" for field, value in flat.items()]
+    return "fields and their defaults (opsd_jax/config.py says what each does):\n" + "\n".join(
+        lines
+    )
+
+
+def parser(show_fields: bool = False) -> argparse.ArgumentParser:
+    """The arguments, but for the `--config.field=value` ones; their list goes into train's help."""
+    raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(
         prog="opsd-jax",
         description="Post-train reasoning models: SFT, RLVR, on-policy self-distillation.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=raw,
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
+    def command(name: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=text, description=text, epilog=epilog, formatter_class=raw
+        )
         sub.add_argument(
             "--workdir",
             required=True,
@@ -43,16 +57,15 @@ def parser() -> argparse.ArgumentParser:
         )
         return sub
 
-    train = command("train", "Run the stages of a config, evaluate each, and write the report.")
-    train.add_argument("--config", required=True, help="a Python file with get_config()")
+    train = command(
+        "train",
+        "Run the stages of a config, evaluate each, and write the report.",
+        fields() if show_fields else "",
+    )
     train.add_argument(
-        f"{OVERRIDE}FIELD=VALUE",
-        dest="_",
-        action="append",
-        nargs="?",
-        metavar="",
-        help="change a field of the config, such as --config.opsd.gate=all; "
-        "opsd_jax/config.py lists them all",
+        "--config",
+        required=True,
+        help=f"a Python file with get_config(); {OVERRIDE}FIELD=VALUE changes a field of it",
     )
     evaluate = command("evaluate", "Evaluate the result of a finished stage once more.")
     evaluate.add_argument("--stage", help="the stage (default: the last that is finished)")
@@ -83,7 +96,8 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
     rest, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
-    arguments = parser().parse_args(rest)
+    wants_help = rest[:1] == ["train"] and not {"-h", "--help"}.isdisjoint(rest)
+    arguments = parser(show_fields=wants_help).parse_args(rest)
     if overrides and arguments.command != "train":
         parser().error(f"{arguments.command} takes the run's own config, without {OVERRIDE}…")
 

@@ -51,8 +51,7 @@ class Progress:
             for name, text in SHOWN.items()
             if name in values and (name not in FLAGS or values[name])
         ]
-        if "rollout_tokens" in values:
-            shown.append(f"{values['rollout_tokens'] / values['seconds']:,.0f} tokens/s")
+        shown.append(f"{values['tokens'] / values['seconds']:,.0f} tokens/s")
         if self._bar.n == 0 and step:
             self._bar.initial = self._bar.n = step  # resumed: the rate counts from here
         self._bar.set_postfix_str(", ".join(shown), refresh=False)

@@ -169,6 +169,13 @@ def test_help_shows_the_commands_and_an_example(capsys):
     assert all(word in out for word in ("train", "evaluate", "report", "configs/quickstart.py"))
 
 
+def test_help_of_train_lists_the_fields(capsys):
+    with pytest.raises(SystemExit):
+        main.main(["train", "--help"])
+    out = capsys.readouterr().out
+    assert all(f"--config.{field}=" in out for field in config_lib.flatten(config_lib.default()))
+
+
 def test_config_json_is_readable(tmp_path):
     pipeline.claim_workdir(load(), tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def pair(config, request):
-    """A torch model with weights of standard deviation 0.2 and jittered norms, and ours with them."""
+    """A torch model, weights of standard deviation 0.2 and jittered norms, and ours with them."""
     ours = config.model.copy_and_resolve_references()
     ours.tie_word_embeddings = request.param
     ours.rope_theta = 5e5

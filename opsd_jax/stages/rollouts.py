@@ -44,7 +44,7 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
         "length": float(lengths.mean()),
         "incorrect": float(incorrect.mean()),
         "truncated": float(truncated.mean()),
-        "rollout_tokens": float(lengths.sum()),
+        "tokens": float(lengths.sum()),
         "verifier_wait_seconds": rollouts.wait_seconds,
     } | {
         f"verdict/{reason.replace(' ', '_')}": float(count)

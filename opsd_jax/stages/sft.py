@@ -70,7 +70,10 @@ def sft(config: ml_collections.ConfigDict, task: Task, policy: Policy, seed: int
     def batches(step, params):
         del params
         rows = window(step // WINDOW)[step % WINDOW]
-        return [batch_of(rows)], {"length": float(np.mean([len(row.response) for row in rows]))}
+        return [batch_of(rows)], {
+            "length": float(np.mean([len(row.response) for row in rows])),
+            "tokens": float(sum(map(length, rows))),
+        }
 
     return Stage(
         steps=config.steps,

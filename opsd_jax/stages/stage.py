@@ -21,7 +21,8 @@ class Stage(NamedTuple):
       steps: how many steps it has.
       updates: optimiser updates a step.
       batches: `(step, params) -> (batches, metrics)`: on the host, the step's `updates` batches and
-        plain-number metrics of its making. A function of the two arguments alone.
+        plain-number metrics of its making, among them `tokens`, how many it sampled or read. A
+        function of the two arguments alone.
       empty_batch: a batch without rows: the shapes that the train step is compiled for.
       loss: `(params, teacher, microbatch) -> (sum, (weight, metrics))`: the loss summed over the
         microbatch, what it is to be divided by in the end, and metrics as `Metric`s. Pure.

@@ -1,0 +1,42 @@
+"""What the README shows works as it stands there."""
+
+import pathlib
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opsd_jax import config as config_lib
+from opsd_jax import losses, main
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_loss_of_the_readme():
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(block, names)
+    rng = np.random.default_rng(0)
+    student, teacher = jnp.asarray(rng.normal(size=(2, 3, 4, 5)), jnp.float32)
+    mask = jnp.asarray(np.arange(4) < np.array([4, 2, 3])[:, None])
+    groups = jnp.eye(3, dtype=bool)
+    got = names["opsd_loss"](student, teacher, mask, *groups)
+    only = losses.reverse_kl(student_logits=student[0], teacher_logits=teacher[0]).mean()
+    np.testing.assert_allclose(got, only, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "command", re.findall(r"^opsd-jax (.*?)(?:\s+#.*)?$", README, re.MULTILINE)
+)
+def test_the_commands_of_the_readme(command):
+    words, overrides = main.split_overrides(command.split())
+    arguments = main.parser().parse_args(words)
+    if arguments.command == "train":
+        config_lib.load(ROOT / arguments.config, overrides)
+
+
+def test_its_links_lead_somewhere():
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert link.startswith("https://") or (ROOT / link).exists(), link
