@@ -3,7 +3,7 @@
     opsd-jax train --config configs/quickstart_arms.py --workdir runs/arms
 
 Hardware: two CPU cores, 2 GB of memory; some seven minutes. Expect all three arms to shorten the
-responses alike, Correct-only and All to keep the accuracy, and Incorrect-only to lose points of it.
+responses alike, Correct-only to keep the accuracy, and Incorrect-only to lose ten points or more.
 """
 
 from opsd_jax import config as config_lib

@@ -5,15 +5,18 @@
 #   ./launch/local.sh [WORKDIR] [--config.field=value ...]     (default: runs/quickstart)
 #   CONFIG=configs/quickstart_arms.py ./launch/local.sh runs/arms
 set -euo pipefail
+caller=$PWD
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/setup.sh
 . launch/setup.sh
 setup ""
 
-workdir=runs/quickstart
+workdir=$PWD/runs/quickstart
 case ${1:-} in
   --*) ;;
-  ?*) workdir=$1; shift ;;
+  /*) workdir=$1; shift ;;
+  ?*) workdir=$caller/$1; shift ;;
 esac
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
-exec opsd-jax train --config "${CONFIG:-configs/quickstart.py}" --workdir "$workdir" "$@"
+exec python -m opsd_jax.main train \
+  --config "${CONFIG:-configs/quickstart.py}" --workdir "$workdir" "$@"

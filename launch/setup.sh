@@ -8,13 +8,28 @@ setup() {
     echo "Python 3.11 or newer is needed and '$python' is not one; set PYTHON to one." >&2
     return 2
   fi
+  # What was installed, from where and for which Python: a moved or changed checkout installs anew.
+  wanted=$({ cat pyproject.toml constraints.txt; pwd; "$python" --version; } | cksum)
   mark=$venv/installed${extra:+-$extra}
-  wanted=$(cat pyproject.toml constraints.txt | cksum)
   if [ "$(cat "$mark" 2>/dev/null)" != "$wanted" ]; then
     echo "Installing into $venv (a minute or so, once) ..."
-    "$python" -m venv "$venv"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+    # An installation that was killed may look whole to pip: begin again.
+    if [ -e "$venv/installing" ]; then rm -rf "$venv"; fi
+    mkdir -p "$venv" && touch "$venv/installing"
+    # Some distributions keep ensurepip in a package of its own: then the outer pip does it.
+    if "$python" -c 'import ensurepip' 2>/dev/null; then
+      "$python" -m venv "$venv"
+    else
+      "$python" -m venv --without-pip "$venv"
+    fi
+    if "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+      set -- "$venv/bin/python" -m pip
+    else
+      set -- "$python" -m pip --python "$venv/bin/python"
+    fi
+    "$@" --disable-pip-version-check install --quiet \
       --constraint constraints.txt --editable ".${extra:+[$extra]}"
+    rm "$venv/installing"
     echo "$wanted" > "$mark"
   fi
   PATH=$(cd "$venv" && pwd)/bin:$PATH

@@ -15,4 +15,4 @@ setup "$extra"
 ruff format --check .
 ruff check .
 mypy
-exec pytest -m "$which_tests" "$@"
+exec pytest --numprocesses 2 --dist loadfile -m "$which_tests" "$@"

@@ -142,17 +142,17 @@ def load(path: str | pathlib.Path, overrides: dict[str, str] | None = None) -> C
       ConfigError: names the file or field, and what was expected.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise ConfigError(f"--config: there is no file {path}.")
     spec = importlib.util.spec_from_file_location("opsd_jax_user_config", path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"--config: {path} is not a Python file (*.py).")
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ConfigError(f"--config: there is no Python file {path}.")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
-    except AttributeError as error:  # ConfigDict's own suggests the nearest field
-        raise ConfigError(f"{path}: {error}") from error
+    except Exception as error:  # a field that is not there: ConfigDict suggests the nearest
+        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"{path}: get_config() returned {config!r}; expected a ConfigDict.")
     for field, text in (overrides or {}).items():
         override(config, field, text)
     validate(config)
@@ -225,7 +225,7 @@ _NOT_NEGATIVE = {
     "temperature", "max_rows", "warmup", "weight_decay", "clip_low", "clip_high", "final_fraction",
     "seed",
 }  # fmt: skip
-_POSITIVE = {"learning_rate", "clip_norm"}
+_POSITIVE = {"learning_rate", "clip_norm", "rope_theta", "rms_norm_eps"}
 
 
 def validate(config: ConfigDict) -> None:
@@ -242,11 +242,19 @@ def validate(config: ConfigDict) -> None:
             fail(field, value, "a number not below 0")
         if name in _POSITIVE and not 0 < value < float("inf"):
             fail(field, value, "a number above 0")
+        if field == "evaluation.problems" and value < 2:
+            fail(field, value, "at least 2, for a standard error")
+        if name == "seed" and value >= 2**31:
+            fail(field, value, "less than 2^31")
         if name in ("b1", "b2") and not 0 <= value < 1:
             fail(field, value, "a number in [0, 1)")
         if name == "schedule" and value not in ("constant", "cosine"):
             fail(field, value, "'constant' or 'cosine'")
-        if name == "buckets" and not (value and value[0] > 0 and sorted(set(value)) == value):
+        if name == "buckets" and not (
+            value
+            and all(type(length) is int and length > 0 for length in value)
+            and sorted(set(value)) == value
+        ):
             fail(field, tuple(value), "lengths above 0 in ascending order")
         if name == "gate":
             try:
@@ -254,6 +262,17 @@ def validate(config: ConfigDict) -> None:
             except ValueError as error:
                 raise ConfigError(f"config.{field}: {error}") from None
 
+    for field, kind in (("stages", str), ("mesh", int)):
+        if not all(type(value) is kind for value in config[field]):
+            fail(field, config[field], f"a tuple of {kind.__name__}")
+    if config.wandb_project and importlib.util.find_spec("wandb") is None:
+        fail(
+            "wandb_project",
+            config.wandb_project,
+            "'' without the extra: pip install 'opsd-jax[wandb]'",
+        )
+    if len(set(config.stages)) != len(config.stages):
+        fail("stages", config.stages, "names that differ")
     for i, stage in enumerate(config.stages):
         section = config.get(stage)
         if not isinstance(section, ConfigDict) or "algorithm" not in section:
@@ -280,6 +299,8 @@ def validate(config: ConfigDict) -> None:
                     f"a last bucket that holds a response of {section.response_tokens} tokens",
                 )
             rollouts = section.prompts * section.group_size
+            if section.temperature == 0:
+                fail(f"{stage}.temperature", 0, "above 0: a stage learns from what it samples")
             if section.algorithm == "rlvr" and section.group_size < 2:
                 fail(f"{stage}.group_size", section.group_size, "at least 2: GRPO compares")
             if section.algorithm == "rlvr" and rollouts % (section.updates * section.group_size):
@@ -291,10 +312,10 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(flatten(config), indent=1, sort_keys=True) + "\n"
 
 
-def from_json(text: str) -> ConfigDict:
-    """The config that `to_json` wrote."""
+def from_flat(flat: dict[str, Any]) -> ConfigDict:
+    """The config that `flatten` flattened."""
     config = ConfigDict()
-    for field, value in json.loads(text).items():
+    for field, value in flat.items():
         *sections, name = field.split(".")
         section = config
         for part in sections:
@@ -305,16 +326,16 @@ def from_json(text: str) -> ConfigDict:
     return config.lock()
 
 
-def check_same(config: ConfigDict, path: pathlib.Path) -> None:
-    """Raises ConfigError that lists the fields in which the config of `path` differs."""
-    saved, now = json.loads(path.read_text()), flatten(config)
+def check_same(config: ConfigDict, saved: ConfigDict, workdir: pathlib.Path) -> None:
+    """Raises ConfigError that lists the fields in which the `saved` config of a workdir differs."""
+    there, now = flatten(saved), flatten(config)
     different = [
-        f"  {field}: {saved.get(field, 'absent')!r} there, {now.get(field, 'absent')!r} now"
-        for field in sorted(saved.keys() | now.keys())
-        if saved.get(field, path) != now.get(field, path)
+        f"  {field}: {there.get(field, 'absent')!r} there, {now.get(field, 'absent')!r} now"
+        for field in sorted(there.keys() | now.keys())
+        if there.get(field, workdir) != now.get(field, workdir)
     ]
     if different:
         raise ConfigError(
-            f"{path.parent} holds a run of another config:\n" + "\n".join(different) + "\n"
+            f"{workdir} holds a run of another config:\n" + "\n".join(different) + "\n"
             "Give the same config to go on with it, or another --workdir."
         )

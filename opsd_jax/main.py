@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pathlib
 import sys
@@ -86,8 +85,8 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             continue
         field, equals, value = word.removeprefix(OVERRIDE).partition("=")
         if not equals:
-            if not words:
-                raise SystemExit(f"opsd-jax: {word} needs a value.")
+            if not words or words[0].startswith("--"):
+                parser().error(f"{word} needs a value")
             value = words.pop(0)
         overrides[field] = value
     return rest, overrides
@@ -104,36 +103,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported late: --help and a wrong argument need no JAX.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     from opsd_jax import config as config_lib
-    from opsd_jax import pipeline
-    from opsd_jax.training.checkpoint import CheckpointError
+    from opsd_jax import pipeline, workdir
+    from opsd_jax.data.task import DataError
+    from opsd_jax.training.files import RecordError, to_json
     from opsd_jax.training.interrupt import Interrupted
     from opsd_jax.training.loop import Diverged
 
+    directory = arguments.workdir.absolute()
     try:
         if arguments.command == "train":
             config = config_lib.load(arguments.config, overrides)
-            pipeline.run(config, arguments.workdir)
-            pipeline.write_report(config, arguments.workdir)
+            pipeline.run(config, directory)
         else:
-            config = pipeline.config_of(arguments.workdir)
-            if arguments.command == "evaluate":
-                summary = pipeline.evaluate_again(
-                    config,
-                    arguments.workdir,
-                    arguments.stage,
-                    {k: getattr(arguments, k) for k in ("problems", "samples", "seed")},
-                )
-                print(json.dumps(summary, indent=2))
-                return 0
-        print(f"report: {pipeline.write_report(config, arguments.workdir)}")
+            config = workdir.config_of(directory)
+        if arguments.command == "evaluate":
+            changes = {name: getattr(arguments, name) for name in ("problems", "samples", "seed")}
+            figures = pipeline.evaluate_again(config, directory, arguments.stage, changes)
+            print(to_json(figures, indent=2))
+        else:
+            print(f"report: {pipeline.write_report(config, directory)}")
         return 0
     except Interrupted as stop:
         print(f"opsd-jax: {stop}: saved; the same command goes on from here.", file=sys.stderr)
         return stop.exit_code
-    except ValueError as error:  # ConfigError among them: what the user gave does not fit
+    except (config_lib.ConfigError, DataError) as error:
         print(f"opsd-jax: {error}", file=sys.stderr)
         return 2
-    except (CheckpointError, Diverged) as error:
+    except (RecordError, Diverged) as error:
         print(f"opsd-jax: {error}", file=sys.stderr)
         return 1
 

@@ -16,18 +16,20 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
-import os
 import pathlib
+import resource
+import sys
 import time
 import zlib
+from collections.abc import Callable
 from typing import Any
 
+import grain
 import jax
-import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
+from opsd_jax import workdir as workdir_lib
 from opsd_jax.data.task import Task
 from opsd_jax.evaluation import divergence, evaluate, report, statistics
 from opsd_jax.parallel import mesh as mesh_lib
@@ -39,6 +41,7 @@ from opsd_jax.stages.rlvr import rlvr
 from opsd_jax.stages.rollouts import step_rollouts
 from opsd_jax.stages.sft import sft
 from opsd_jax.stages.stage import Stage
+from opsd_jax.training import checkpoint, files
 from opsd_jax.training import metrics as metrics_lib
 from opsd_jax.training.checkpoint import abstract_of
 from opsd_jax.training.interrupt import StopSignal
@@ -46,6 +49,7 @@ from opsd_jax.training.loop import run_stage
 from opsd_jax.training.state import make_optimizer
 from opsd_jax.verify.pool import VerifierPool
 
+LOOKED_AT = 64  # elements of each data set, before a run begins
 PROBED = 1024  # held-out responses whose divergence is measured
 UNTRAINED = "untrained"  # the name under which the initial parameters are evaluated
 
@@ -65,40 +69,6 @@ def import_function(dotted: str, field: str) -> Any:
         ) from error
 
 
-def claim_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Makes the working directory this config's, or finds that it is.
-
-    Raises:
-      ConfigError: it cannot be written, or holds a run of another config.
-    """
-    record = workdir / "config.json"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not os.access(workdir, os.W_OK | os.X_OK):
-            raise PermissionError(13, "permission denied")
-        if record.exists():
-            config_lib.check_same(config, record)
-        else:
-            evaluate.write_atomically(record, config_lib.to_json(config))
-    except OSError as error:
-        raise config_lib.ConfigError(
-            f"--workdir {workdir} cannot be written ({error.strerror or error}); "
-            "expected a directory of yours, or a path where one can be made."
-        ) from error
-
-
-def config_of(workdir: pathlib.Path) -> ConfigDict:
-    """The config of the run in a working directory.
-
-    Raises:
-      ConfigError: there is none.
-    """
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise config_lib.ConfigError(f"--workdir {workdir} holds no run: there is no {path}.")
-    return config_lib.from_json(path.read_text())
-
-
 class Run:
     """The parts of a run that its stages share, built from the config: nothing is compiled yet."""
 
@@ -112,25 +82,50 @@ class Run:
             self.mesh = mesh_lib.make_mesh(config.mesh)
             shapes = jax.eval_shape(self.model.init, jax.random.key(0))
             self.param_shardings = mesh_lib.param_shardings(self.mesh, self.model.rules, shapes)
-            self.check_divides()
         except ValueError as error:
             raise config_lib.ConfigError(f"config: {error}") from error
-        if self.model.vocab_size < self.task.tokenizer.vocab_size:
-            raise config_lib.ConfigError(
-                f"config.model.vocab_size is {self.model.vocab_size}, and the task's tokenizer has "
-                f"{self.task.tokenizer.vocab_size} tokens; the model needs at least as many."
-            )
+        self.check_sizes()
         self.abstract_params = abstract_of(shapes, self.param_shardings)
         self.pool = VerifierPool(self.task.verify)
 
-    def check_divides(self) -> None:
-        """Raises ValueError for a count of rows that the mesh does not divide."""
-        shards = mesh_lib.row_shards(self.mesh)
-        for field, value in config_lib.flatten(self.config).items():
-            if field.rsplit(".", 1)[-1] in ("microbatch", "prompts_at_once") and value % shards:
-                raise ValueError(
-                    f"{field} is {value}, which the mesh's data x fsdp = {shards} does not divide."
-                )
+    def check_sizes(self) -> None:
+        """Raises ConfigError where the task's data or the mesh do not go with a field, as far as a
+        first look at the data tells.
+        """
+        config, task, shards = self.config, self.task, mesh_lib.row_shards(self.mesh)
+
+        def check(holds: bool, field: str, value: Any, expected: str) -> None:
+            if not holds:
+                raise config_lib.ConfigError(f"config.{field} is {value}; expected {expected}.")
+
+        def divides(field: str, value: int) -> None:
+            check(value % shards == 0, field, value, f"a multiple of data x fsdp = {shards}")
+
+        def holds(field: str, value: int, data: grain.MapDataset, tokens: Callable) -> None:
+            longest = max(len(tokens(data[i])) for i in range(min(LOOKED_AT, len(data))))
+            check(longest <= value, field, value, f"at least {longest}, which the data have")
+
+        tokens, words = self.model.vocab_size, task.tokenizer.vocab_size
+        check(tokens >= words, "model.vocab_size", tokens, f"at least {words}, the tokenizer's")
+        evaluation = config.evaluation
+        there = len(task.heldout)
+        expected = f"at most {there}, all that are held out"
+        check(evaluation.problems <= there, "evaluation.problems", evaluation.problems, expected)
+        divides("evaluation.prompts_at_once", evaluation.prompts_at_once)
+        holds("evaluation.prompt_tokens", evaluation.prompt_tokens, task.heldout, task.prompt)
+        for name in config.stages:
+            section = config[name]
+            divides(f"{name}.microbatch", section.microbatch)
+            if section.algorithm == "sft":
+                both = lambda row: [*row.prompt, *row.response]
+                rows = task.demonstrations(self.stage_seed(name))
+                holds(f"{name}.buckets", section.buckets[-1], rows, both)
+                continue
+            divides(f"{name}.prompts_at_once", min(section.prompts_at_once, section.prompts))
+            holds(f"{name}.prompt_tokens", section.prompt_tokens, task.train, task.prompt)
+            if section.algorithm == "opsd":
+                field, width = f"{name}.teacher_prompt_tokens", section.teacher_prompt_tokens
+                holds(field, width, task.train, task.teacher_prompt)
 
     def fresh_params(self) -> Params:
         """The parameters that the run begins with, made where they belong."""
@@ -140,6 +135,15 @@ class Run:
     def seed_of(self, name: str) -> int:
         """A seed of its own for each part of the run, in [0, 2^31)."""
         return zlib.crc32(f"{self.config.seed}/{name}".encode()) >> 1
+
+    def stage_seed(self, name: str) -> int:
+        """The seed of a stage: arms that start from one model draw the same problems and random
+        numbers, and a stage that follows one of its own kind draws others.
+        """
+        algorithm, ancestor, generation = self.config[name].algorithm, name, 0
+        while ancestor := self.config[ancestor].init_from:
+            generation += self.config[ancestor].algorithm == algorithm
+        return self.seed_of(f"{algorithm}/{generation}" if generation else algorithm)
 
     def params_of(self, name: str) -> Params:
         """The result of a finished stage, or the initial parameters for "" and UNTRAINED.
@@ -152,13 +156,7 @@ class Run:
         path = self.workdir / name / "params"
         if not path.exists():
             raise config_lib.ConfigError(f"the stage {name!r} has not ended: there is no {path}.")
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(path.absolute(), self.abstract_params)
-
-    def save_params(self, name: str, params: Params) -> None:
-        """Keeps the result of a stage."""
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save((self.workdir / name / "params").absolute(), params, force=True)
+        return checkpoint.restore_params(path, self.abstract_params)
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - one run a process
     def collector(self, shape: SamplerShape) -> Collector:
@@ -169,7 +167,7 @@ class Run:
 
     def stage(self, name: str) -> Stage:
         """The stage of a section of the config; compiles its sampling program."""
-        section, seed = self.config[name], self.seed_of(name)
+        section, seed = self.config[name], self.stage_seed(name)
         if section.algorithm == "sft":
             return sft(section, self.task, self.model.policy, seed)
         collector = self.collector(
@@ -180,8 +178,6 @@ class Run:
                 section.response_tokens,
             )
         )
-        # Stages that differ in nothing but the gate sample with the same random numbers.
-        seed = self.seed_of(section.algorithm)
         make = {"rlvr": rlvr, "opsd": opsd}[section.algorithm]
         return make(
             section,
@@ -191,10 +187,18 @@ class Run:
         )
 
     def evaluate(
-        self, name: str, params: Params, progress: Progress
+        self, name: str, params: Params, progress: Progress, stop: StopSignal
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Samples and judges responses to held-out problems: `(responses, figures)`."""
-        began = time.monotonic()
+        """Samples and judges responses to held-out problems: `(responses, figures)`.
+
+        Raises:
+          Interrupted: a signal came; nothing is kept.
+        """
+
+        def reach(responses: int) -> None:
+            progress.reach(responses)
+            stop.check()
+
         config = self.config.evaluation
         shape = SamplerShape(
             config.prompts_at_once, config.prompt_tokens, config.samples, config.response_tokens
@@ -206,7 +210,7 @@ class Run:
             # The same random numbers for every model: differences between two are less noisy.
             key=jax.random.key(config.seed),
             temperature=config.temperature,
-            progress=progress.reach,
+            progress=reach,
         )
         responses = evaluate.records(rollouts, self.task, config.samples)
         figures = statistics.summarise(responses, config.samples)
@@ -218,17 +222,29 @@ class Run:
             "name": name,
             **figures,
             "temperature": config.temperature,
-            "seconds": time.monotonic() - began,
         }
 
-    def evaluate_and_record(self, name: str, params: Params, progress: Progress) -> None:
-        """Evaluates a stage's result and writes down what belongs to it: the stage is done."""
-        responses, figures = self.evaluate(name, params, progress)
+    def evaluate_and_record(
+        self, name: str, params: Params, progress: Progress, stop: StopSignal, began: float
+    ) -> None:
+        """Evaluates a stage's result and writes down what belongs to it: the stage is done.
+
+        Args:
+          name: the stage, or UNTRAINED.
+          params: its result.
+          progress: shows the evaluation.
+          stop: ends it.
+          began: the time.monotonic() from which the stage's seconds count.
+        """
+        responses, figures = self.evaluate(name, params, progress, stop)
         section = self.config.get(name)
         if section is not None and section.algorithm == "opsd":
             self.probe_divergence(name, params, responses)
         figures["steps"] = 0 if section is None else section.steps
-        figures["seconds"] += sum(r["seconds"] for r in metrics_lib.read(self.workdir / name))
+        figures["seconds"] = time.monotonic() - began
+        # ru_maxrss is in KiB on Linux and in bytes on macOS.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        figures["peak_rss_gib"] = peak / 2 ** (30 if sys.platform == "darwin" else 20)
         evaluate.write(self.workdir / name, responses, figures)
 
     def probe_divergence(self, name: str, params: Params, responses: list[dict]) -> None:
@@ -236,7 +252,7 @@ class Run:
         each on the model's own held-out responses.
         """
         section, config = self.config[name], self.config.evaluation
-        probe = divergence.DivergenceProbe(section, self.task, self.model.policy, self.mesh)
+        probe = divergence.DivergenceProbe(section, config, self.task, self.model.policy, self.mesh)
         teacher = self.params_of(section.init_from)
         before, _ = evaluate.read(self.workdir / (section.init_from or UNTRAINED))
         problems = [
@@ -248,7 +264,7 @@ class Run:
             "after": probe(params, teacher, problems[:n], responses[:n]),
         }
         path = self.workdir / name / divergence.FILE
-        evaluate.write_atomically(path, json.dumps(curves) + "\n")
+        files.write_atomically(path, files.to_json(curves) + "\n")
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -258,15 +274,22 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
       ConfigError: before anything is compiled.
       Interrupted: a signal came; what was done is saved.
     """
-    claim_workdir(config, workdir)
     this = Run(config, workdir)
-    with this.pool, StopSignal() as stop, Progress() as progress:
+    with (
+        workdir_lib.claimed(config, workdir),
+        this.pool,
+        StopSignal() as stop,
+        Progress() as progress,
+    ):
         if not (workdir / UNTRAINED / evaluate.SUMMARY).exists():
-            this.evaluate_and_record(UNTRAINED, this.params_of(""), progress)
-            stop.check()
+            began = time.monotonic()
+            this.evaluate_and_record(UNTRAINED, this.params_of(""), progress, stop, began)
         for name in config.stages:
             if (workdir / name / evaluate.SUMMARY).exists():
                 continue
+            # The steps that are done already took their time before this process began.
+            earlier = sum(row["seconds"] for row in metrics_lib.read(workdir / name))
+            began = time.monotonic() - earlier
             section = config[name]
             progress.start(name, section.steps, unit="step")
             stage = this.stage(name)
@@ -283,9 +306,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
                 wandb_project=config.wandb_project,
             )
             progress.finish()
-            this.save_params(name, params)
-            this.evaluate_and_record(name, params, progress)
-            stop.check()
+            checkpoint.save_params(workdir / name / "params", params)
+            this.evaluate_and_record(name, params, progress, stop, began)
 
 
 def evaluate_again(
@@ -311,8 +333,8 @@ def evaluate_again(
     config.evaluation.update({k: v for k, v in changes.items() if v is not None})
     config_lib.validate(config)
     this = Run(config, workdir)
-    with this.pool, Progress() as progress:
-        return this.evaluate(stage, this.params_of(stage), progress)[1]
+    with this.pool, StopSignal() as stop, Progress() as progress:
+        return this.evaluate(stage, this.params_of(stage), progress, stop)[1]
 
 
 def write_report(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:

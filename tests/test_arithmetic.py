@@ -39,7 +39,10 @@ def test_train_and_held_out_problems_are_disjoint(task):
     assert len(task.train) == arithmetic.SPACE - arithmetic.HELD_OUT
     assert not heldout & {task.train[i].id for i in range(20_000)}
     shuffled = task.train.shuffle(seed=5).repeat()
-    assert not heldout & {shuffled[i].id for i in range(20_000)}
+    for first in (0, len(task.train), 3 * len(task.train)):  # in later epochs too
+        assert not heldout & {shuffled[first + i].id for i in range(5_000)}
+        assert not heldout & {task.train[first + i].id for i in range(5_000)}
+    assert task.heldout[len(task.heldout) + 5] == task.heldout[5]
 
 
 def test_the_number_of_a_problem_is_its_question():

@@ -7,8 +7,9 @@ import pytest
 
 from opsd_jax import config as config_lib
 from opsd_jax import main, pipeline
+from opsd_jax.workdir import claimed
 
-QUICKSTART = "configs/quickstart.py"
+QUICKSTART = str(pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py")
 
 
 def load(**overrides):
@@ -72,6 +73,14 @@ def test_a_bad_override_is_refused(field, text, message):
         ("sft.optimizer.learning_rate", "0.0", "sft.optimizer.learning_rate is 0.0"),
         ("sft.optimizer.schedule", "linear", "expected 'constant' or 'cosine'"),
         ("sft.optimizer.b2", "1.0", "b2 is 1.0"),
+        ("rlvr.temperature", "0.0", "rlvr.temperature is 0; expected above 0"),
+        ("evaluation.problems", "1", "evaluation.problems is 1; expected at least 2"),
+        ("evaluation.seed", "100000000000", "less than 2.31"),
+        ("sft.buckets", "('a',)", "buckets is .*ascending order"),
+        ("mesh", "('a', 1, 1)", "a tuple of int"),
+        ("stages", "(['sft'],)", "a tuple of str"),
+        ("stages", "('sft', 'sft')", "names that differ"),
+        ("wandb_project", "mine", "without the extra"),
         ("opsd.optimizer.warmup", "25", "warmup is 25; expected less than 25, the stage's updates"),
     ],
 )
@@ -85,10 +94,17 @@ def test_a_config_that_cannot_run_is_refused(field, text, message):
     [
         ("task", "opsd_jax.data.nothing:task", "config.task is 'opsd_jax.data.nothing:task'"),
         ("model.make", "nonsense", "config.model.make is 'nonsense'; expected 'package.module:fun"),
-        ("model.vocab_size", "16", "vocab_size is 16.*tokenizer has 32 tokens"),
+        ("model.vocab_size", "16", "vocab_size is 16; expected at least 32, the tokenizer's"),
+        ("model.scan_unroll", "2", "scan_unroll is 2, which does not divide"),
         ("model.num_kv_heads", "3", "num_heads is 4"),
         ("mesh", "(3, 1, 1)", r"mesh \(3, 1, 1\)"),
-        ("rlvr.microbatch", "12", "rlvr.microbatch is 12, which the mesh's data x fsdp = 8"),
+        ("rlvr.microbatch", "12", "rlvr.microbatch is 12; expected a multiple of data x fsdp = 8"),
+        ("opsd.prompts", "20", "opsd.prompts_at_once is 20; expected a multiple of"),
+        ("opsd.teacher_prompt_tokens", "16", "teacher_prompt_tokens is 16; expected at least 39"),
+        ("rlvr.prompt_tokens", "8", "rlvr.prompt_tokens is 8; expected at least 16"),
+        ("evaluation.prompt_tokens", "8", "evaluation.prompt_tokens is 8; expected at least 16"),
+        ("evaluation.problems", "70000", "problems is 70000; expected at most 65536"),
+        ("sft.buckets", "(56, 80)", "sft.buckets is 80; expected at least"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_before_compiling(tmp_path, field, text, message):
@@ -108,30 +124,44 @@ def test_a_config_file_with_a_field_too_many(tmp_path):
     )
     with pytest.raises(config_lib.ConfigError, match=r"mine.py: .*gat.*[\s\S]*gate"):
         config_lib.load(path)
-    with pytest.raises(config_lib.ConfigError, match="there is no file"):
+    with pytest.raises(config_lib.ConfigError, match="there is no Python file"):
         config_lib.load(tmp_path / "absent.py")
+    path.write_text("def get_config():\n    return None\n")
+    with pytest.raises(config_lib.ConfigError, match="returned None; expected a ConfigDict"):
+        config_lib.load(path)
+    path.write_text("import nothing_of_this_name\n")
+    with pytest.raises(config_lib.ConfigError, match=r"mine.py: ModuleNotFoundError"):
+        config_lib.load(path)
 
 
 def test_json_keeps_a_config():
-    config = config_lib.load("configs/quickstart_arms.py")
-    assert config_lib.from_json(config_lib.to_json(config)) == config
+    config = config_lib.load(QUICKSTART.replace("quickstart", "quickstart_arms"))
+    assert config_lib.from_flat(json.loads(config_lib.to_json(config))) == config
 
 
 def test_a_workdir_of_another_config_is_refused(tmp_path):
-    pipeline.claim_workdir(load(), tmp_path)
-    pipeline.claim_workdir(load(), tmp_path)  # the same is fine
-    with pytest.raises(config_lib.ConfigError) as error:
-        pipeline.claim_workdir(load(opsd__gate="all", seed="1"), tmp_path)
+    for _ in range(2):  # the same is fine
+        with claimed(load(), tmp_path):
+            pass
+    other = claimed(load(opsd__gate="all", seed="1"), tmp_path)
+    with pytest.raises(config_lib.ConfigError) as error, other:
+        pass
     assert "opsd.gate: 'correct' there, 'all' now" in str(error.value)
     assert "seed: 0 there, 1 now" in str(error.value)
 
 
 def test_an_unwritable_workdir_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(config_lib.ConfigError, match="file/run cannot be written"):
-        pipeline.claim_workdir(load(), tmp_path / "file" / "run")
-    with pytest.raises(config_lib.ConfigError, match="cannot be written"):
-        pipeline.claim_workdir(load(), pathlib.Path("/proc/opsd_jax"))
+    for path in (tmp_path / "file" / "run", pathlib.Path("/proc/opsd_jax")):
+        workdir = claimed(load(), path)
+        with pytest.raises(config_lib.ConfigError, match=f"{path} cannot be written"), workdir:
+            pass
+
+
+def test_a_workdir_in_use_is_refused(tmp_path):
+    second = claimed(load(), tmp_path)
+    with claimed(load(), tmp_path), pytest.raises(config_lib.ConfigError, match="is in use"):
+        second.__enter__()
 
 
 @pytest.mark.parametrize(
@@ -139,7 +169,7 @@ def test_an_unwritable_workdir_is_refused(tmp_path):
     [
         (["train", "--config", QUICKSTART, "--config.opsd.gat=all"], "Did you mean"),
         (["train", "--config", QUICKSTART, "--config.sft.batch_size", "-4"], "at least 1"),
-        (["train", "--config", "absent.py"], "there is no file"),
+        (["train", "--config", "absent.py"], "there is no Python file"),
         (["evaluate"], "holds no run"),
         (["report"], "holds no run"),
     ],
@@ -177,7 +207,8 @@ def test_help_of_train_lists_the_fields(capsys):
 
 
 def test_config_json_is_readable(tmp_path):
-    pipeline.claim_workdir(load(), tmp_path)
+    with claimed(load(), tmp_path):
+        pass
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["opsd.gate"] == "correct"
     assert saved["stages"] == ["sft", "rlvr", "opsd"]

@@ -203,3 +203,15 @@ def test_gates():
 def test_a_bad_gate_is_refused(text):
     with pytest.raises(ValueError, match="gate is"):
         losses.parse_gate(text)
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+@pytest.mark.parametrize("reduce", [losses.token_mean, losses.sequence_mean])
+def test_a_row_of_no_weight_may_hold_anything(rng, reduce, bad):
+    values = rng.normal(size=(3, 4)).astype(np.float32)
+    spoilt = jnp.asarray(values).at[1].set(bad)
+    mask, weight = np.ones((3, 4), bool), np.array([1, 0, 2], np.float32)
+    np.testing.assert_allclose(reduce(spoilt, mask, weight), reduce(values, mask, weight))
+    gradient = jax.grad(lambda v: reduce(v, mask, weight)[0])(spoilt)
+    np.testing.assert_array_equal(gradient[1], 0)
+    assert np.isfinite(gradient).all()

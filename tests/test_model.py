@@ -7,7 +7,6 @@ import pytest
 from conftest import random_tokens
 from jax.sharding import PartitionSpec as P
 
-from opsd_jax import config as config_lib
 from opsd_jax.models import decoder
 from opsd_jax.parallel import mesh as mesh_lib
 
@@ -154,7 +153,3 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(shape):
 
 def test_a_mesh_takes_what_is_left():
     assert dict(mesh_lib.make_mesh((-1, 2, 1)).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
-
-
-def test_the_default_config_is_the_quickstart():
-    assert config_lib.load("configs/quickstart.py") == config_lib.default()

@@ -5,6 +5,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,11 @@ import pytest
 
 from opsd_jax import config as config_lib
 from opsd_jax import main, pipeline
+from opsd_jax import workdir as workdir_lib
 from opsd_jax.losses import reverse_kl
 from opsd_jax.training import loop
-from opsd_jax.training.checkpoint import CheckpointError
+from opsd_jax.training import metrics as metrics_lib
+from opsd_jax.training.files import RecordError
 from opsd_jax.training.interrupt import Interrupted
 
 TIMES = {"seconds", "verifier_wait_seconds"}
@@ -185,8 +188,29 @@ def test_a_corrupt_checkpoint_is_named(config, undisturbed, tmp_path):
     for path in checkpoint.rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(CheckpointError, match=f"{checkpoint}.*delete that directory"):
+    with pytest.raises(RecordError, match=f"{checkpoint}.*delete that directory"):
         pipeline.run(short, workdir)
+
+
+def test_damaged_records_are_named(config, undisturbed, tmp_path):
+    """A torn last line of metrics is what a kill leaves, and no damage; the rest is."""
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed, workdir)
+    rows = metrics_lib.read(workdir / "sft")
+    with (workdir / "sft" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    assert metrics_lib.read(workdir / "sft") == rows
+    for path in (workdir / "rlvr" / "params").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(RecordError, match=r"rlvr/params cannot be restored.*delete that directory"):
+        pipeline.Run(config, workdir).params_of("rlvr")
+    (workdir / "opsd" / "evaluation.json").write_text("{")
+    with pytest.raises(RecordError, match=r"opsd/evaluation.json is damaged"):
+        pipeline.write_report(config, workdir)
+    (workdir / "config.json").write_text("{")
+    with pytest.raises(RecordError, match=r"config.json is damaged"):
+        workdir_lib.config_of(workdir)
 
 
 def test_evaluate_reproduces_the_recorded_figures(config, undisturbed, capsys):
@@ -271,7 +295,7 @@ def tiny(config):
             stage.update({"checkpoint_every": 1000, "prompts_at_once": 32, "microbatch": 32})
             stage.optimizer.learning_rate = 5e-4
         tiny.rlvr.update({"steps": 20, "prompts": 32, "group_size": 8})
-        tiny.opsd.update({"steps": 20, "prompts": 64, "max_rows": 64, "gate": "correct"})
+        tiny.opsd.update({"steps": 50, "prompts": 64, "max_rows": 64, "gate": "correct"})
         tiny.opsd.teacher_prompt_tokens = 5
         tiny.evaluation.update({"prompt_tokens": 3, "response_tokens": 12})
         tiny.evaluation.update({"problems": 200, "samples": 4, "prompts_at_once": 100})

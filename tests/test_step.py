@@ -72,7 +72,7 @@ def start(params, teacher):
 @pytest.fixture(scope="module")
 def train_step(model):
     return jax.jit(
-        step_lib.make_train_step(functools.partial(opsd.loss_fn, model.policy), OPTIMIZER)
+        step_lib.make_train_step(functools.partial(opsd.loss_fn, model.policy, 1.0), OPTIMIZER)
     )
 
 
@@ -190,7 +190,7 @@ def test_an_empty_context_has_no_divergence(train_step, start, rows):
 
 def test_the_teacher_gets_no_gradient(model, start, rows):
     micro = jax.tree.map(lambda x: x[0], pack(rows)[1]["rows"])
-    loss = lambda teacher: opsd.loss_fn(model.policy, start["params"], teacher, micro)[0]
+    loss = lambda teacher: opsd.loss_fn(model.policy, 1.0, start["params"], teacher, micro)[0]
     for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(start["teacher"])):
         np.testing.assert_array_equal(leaf, 0)
 
@@ -216,6 +216,20 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(train_step
     assert float(metrics["empty"][0]) == 0
 
 
+def test_bfloat16_parameters_keep_their_dtype_over_steps(model, start, rows):
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), start["params"])
+    state = state_lib.init_state(low, OPTIMIZER, has_teacher=True)
+    dtypes = jax.tree.map(jnp.dtype, state)
+    step = jax.jit(
+        step_lib.make_train_step(functools.partial(opsd.loss_fn, model.policy, 1.0), OPTIMIZER)
+    )
+    for _ in range(2):
+        state, metrics = step(state, pack(rows))
+        assert jax.tree.map(jnp.dtype, state) == dtypes
+    assert step._cache_size() == 1
+    assert np.isfinite(float(metrics["loss"][0]))
+
+
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_eight_devices_make_the_step_of_one(model, start, rows, shape):
     """Compiled as the loop does it, with the state sharded and donated."""
@@ -231,7 +245,7 @@ def test_eight_devices_make_the_step_of_one(model, start, rows, shape):
             lambda x, m=mesh: mesh_lib.rows(m, 1) if np.ndim(x) else mesh_lib.replicated(m), batch
         )
         step = jax.jit(
-            step_lib.make_train_step(functools.partial(opsd.loss_fn, model.policy), OPTIMIZER),
+            step_lib.make_train_step(functools.partial(opsd.loss_fn, model.policy, 1.0), OPTIMIZER),
             donate_argnums=0,
             in_shardings=(shardings, batch_shardings),
             out_shardings=(shardings, None),
@@ -246,7 +260,8 @@ def test_eight_devices_make_the_step_of_one(model, start, rows, shape):
     assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
-def test_rlvr_gradient_is_that_of_grpo_by_hand(model, params, task, score):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_rlvr_gradient_is_that_of_grpo_by_hand(model, params, task, score, temperature):
     """On-policy, the loss is -A at each token and its gradient -A grad log p, over all tokens."""
     rng = np.random.default_rng(1)
     problems = [task.train[i] for i in range(4)]
@@ -255,7 +270,7 @@ def test_rlvr_gradient_is_that_of_grpo_by_hand(model, params, task, score):
     rows = []
     for problem, response, advantage in zip(problems, responses, advantages, strict=True):
         prompt = task.prompt(problem)
-        logits = response_logits(score, params, prompt, response)
+        logits = response_logits(score, params, prompt, response) / temperature
         behaviour = jax.nn.log_softmax(logits)[np.arange(len(response)), np.array(response)]
         rows.append(
             {
@@ -279,12 +294,12 @@ def test_rlvr_gradient_is_that_of_grpo_by_hand(model, params, task, score):
         total = 0.0
         for row in rows:
             logits = response_logits(score, params, row["student"], row["response"])
-            logprobs = jax.nn.log_softmax(logits)
+            logprobs = jax.nn.log_softmax(logits / temperature)
             picked = logprobs[np.arange(len(row["response"])), np.array(row["response"])]
             total -= row["advantages"] * picked.sum()
         return total
 
-    loss = lambda params: rlvr.loss_fn(model.policy, 0.2, 0.2, params, None, micro)
+    loss = lambda params: rlvr.loss_fn(model.policy, temperature, 0.2, 0.2, params, None, micro)
     (total, (weight, metrics)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     assert float(weight) == 27
     expected = -sum(a * len(r) for a, r in zip(advantages, responses, strict=True))

@@ -2,6 +2,7 @@
 
 A question is two digits, the answer their sum modulo 5. Demonstrations muse at length and are wrong
 in three of ten cases; those in answer to the prompt that shows the solution are short and right.
+With 25 questions in all, the held-out ones are no others: this task shows that the machine learns.
 """
 
 import grain
@@ -44,12 +45,11 @@ def verify(problem, response):
 
 
 def task():
-    problems = grain.MapDataset.range(1000).map(problem)
-    train = problems[:750]
+    train = grain.MapDataset.range(750).map(problem)
     return Task(
         tokenizer=TOKENIZER,
         train=train,
-        heldout=problems[750:],
+        heldout=grain.MapDataset.range(750, 1000).map(problem),
         demonstrations=lambda seed: train.seed(seed).shuffle().repeat().random_map(demonstrate),
         prompt=prompt,
         teacher_prompt=teacher_prompt,

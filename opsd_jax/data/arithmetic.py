@@ -222,11 +222,27 @@ def verify(problem: Problem, response: str) -> Verdict:
     return Verdict(right, "match" if right else "mismatch")
 
 
+class Part:
+    """Questions [low, high) of one fixed permutation of them all, which no seed or epoch changes.
+
+    A slice of a shuffled grain data set would not do: grain shuffles each epoch anew, then cuts.
+    """
+
+    def __init__(self, low: int, high: int):
+        self._numbers = grain.MapDataset.range(SPACE).shuffle(seed=1)
+        self._low, self._high = low, high
+
+    def __len__(self) -> int:
+        return self._high - self._low
+
+    def __getitem__(self, index: int) -> int:
+        return self._numbers[self._low + index]
+
+
 def task() -> Task:
     """The embedded task."""
-    # One fixed permutation of all questions, cut in two: disjoint whatever the run's seed.
-    numbers = grain.MapDataset.range(SPACE).shuffle(seed=1)
-    heldout, train = numbers[:HELD_OUT], numbers[HELD_OUT:]
+    heldout = grain.MapDataset.source(Part(0, HELD_OUT))
+    train = grain.MapDataset.source(Part(HELD_OUT, SPACE))
     return Task(
         tokenizer=TOKENIZER,
         train=train.map(problem),

@@ -26,6 +26,23 @@ class Problem(NamedTuple):
     answer: str
 
 
+class DataError(ValueError):
+    """A row of the data that cannot be used; says which and why."""
+
+
+def check_fits(ids: Sequence[int], limit: int, problem: Problem, field: str) -> Sequence[int]:
+    """The ids of a prompt.
+
+    Raises:
+      DataError: they are more than `limit`, the config's `field`; names the problem.
+    """
+    if len(ids) > limit:
+        raise DataError(
+            f"the prompt of problem {problem.id} has {len(ids)} tokens; {field} is {limit}."
+        )
+    return ids
+
+
 class Demonstration(NamedTuple):
     """A prompt and the response to imitate, as token ids; the response ends with EOS."""
 

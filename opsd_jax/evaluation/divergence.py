@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,13 +30,23 @@ def group_of(response: dict[str, Any]) -> str:
 class DivergenceProbe:
     """Scores responses under a student and a teacher that sees the solution; compiles once."""
 
-    def __init__(self, config: ConfigDict, task: Task, policy: Policy, mesh: jax.sharding.Mesh):
-        """`config` is the section of an OPSD stage, for its shapes."""
-        self._config, self._task = config, task
+    def __init__(
+        self,
+        config: ConfigDict,
+        evaluation: ConfigDict,
+        task: Task,
+        policy: Policy,
+        mesh: jax.sharding.Mesh,
+    ):
+        """`config` is the section of an OPSD stage, `evaluation` that of the responses."""
+        self._microbatch, self._task = config.microbatch, task
+        self._response_tokens = evaluation.response_tokens
+        self._prompt_tokens = {
+            "student": evaluation.prompt_tokens,
+            "teacher": config.teacher_prompt_tokens,
+        }
         self._mesh, self._rows = mesh, mesh_lib.rows(mesh)
-        self._divergence = jax.jit(
-            lambda params, teacher, rows: token_divergence(policy, params, teacher, rows)
-        )
+        self._divergence = jax.jit(functools.partial(token_divergence, policy, config.temperature))
 
     def __call__(
         self,
@@ -54,10 +65,10 @@ class DivergenceProbe:
 
         Returns:
           For each group that occurs, lists over positions: `mean` in nats, its standard error `se`
-          over responses, and the `count` of responses that are so long. Positions that fewer than
-          two responses reach are left out.
+          clustered by problem, and the `count` of responses that are so long. Positions that fewer
+          than two problems' responses reach are left out.
         """
-        m, R = self._config.microbatch, self._config.response_tokens
+        m, R = self._microbatch, self._response_tokens
         values = np.full((len(responses), R), np.nan)
         for first in range(0, len(responses), m):
             part = range(first, min(first + m, len(responses)))
@@ -72,10 +83,7 @@ class DivergenceProbe:
                 ],
                 R,
                 microbatch=m,
-                prompt_tokens={
-                    "student": self._config.prompt_tokens,
-                    "teacher": self._config.teacher_prompt_tokens,
-                },
+                prompt_tokens=self._prompt_tokens,
                 pad_id=self._task.tokenizer.pad_id,
             )
             with jax.set_mesh(self._mesh):
@@ -83,21 +91,31 @@ class DivergenceProbe:
             masked = np.where(rows["mask"], jax.device_get(scored), np.nan)
             values[first : first + len(part)] = masked[: len(part)]
         groups = np.array([group_of(response) for response in responses])
+        ids = np.array([response["problem"] for response in responses])
         return {
-            group: by_position(values[groups == group])
+            group: by_position(values[groups == group], ids[groups == group])
             for group in GROUPS
-            if np.sum(groups == group) > 1
+            if len(set(ids[groups == group])) > 1
         }
 
 
-def by_position(values: np.ndarray) -> dict[str, list[float]]:
-    """Mean, standard error and count of each column of values [N, R], nan where there is none."""
-    count = np.sum(~np.isnan(values), axis=0)
-    values = values[:, : int(np.sum(count > 1))]  # counts only fall with position
-    count = count[: values.shape[1]]
-    error = np.nanstd(values, axis=0, ddof=1) / np.sqrt(count)
-    return {
-        "mean": np.nanmean(values, axis=0).tolist(),
-        "se": error.tolist(),
-        "count": count.tolist(),
-    }
+def by_position(values: np.ndarray, clusters: np.ndarray) -> dict[str, list[float]]:
+    """Mean, clustered standard error and count of each column of values [N, R].
+
+    Args:
+      values: nan where there is none: after a row's end.
+      clusters: [N], rows of one cluster are not independent.
+    """
+    curve: dict[str, list[float]] = {"mean": [], "se": [], "count": []}
+    for column in values.T:
+        there = ~np.isnan(column)
+        _, cluster = np.unique(clusters[there], return_inverse=True)
+        n, k = int(there.sum()), int(cluster.max(initial=-1)) + 1
+        if k < 2:
+            break
+        mean = column[there].mean()
+        residuals = np.bincount(cluster, weights=column[there] - mean)
+        curve["mean"].append(float(mean))
+        curve["se"].append(float(np.sqrt(np.square(residuals).sum() * k / (k - 1)) / n))
+        curve["count"].append(n)
+    return curve

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import pathlib
 from typing import Any
 
 from opsd_jax.data.task import Task
 from opsd_jax.rollout.collect import Rollouts
+from opsd_jax.training import files
 
 RESPONSES = "responses.jsonl"
 SUMMARY = "evaluation.json"
@@ -38,19 +38,23 @@ def write(
 ) -> None:
     """Writes all responses, then the summary, whose presence says that both are whole."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / RESPONSES, "".join(json.dumps(r) + "\n" for r in responses))
-    finite = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in summary.items()}
-    write_atomically(directory / SUMMARY, json.dumps(finite, indent=2) + "\n")
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a file that is either the old one or the whole new one, whenever the run dies."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    files.write_atomically(
+        directory / RESPONSES, "".join(files.to_json(r) + "\n" for r in responses)
+    )
+    files.write_atomically(directory / SUMMARY, files.to_json(summary, indent=2) + "\n")
 
 
 def read(directory: pathlib.Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """What `write` wrote: `(responses, summary)`."""
-    lines = (directory / RESPONSES).read_text().splitlines()
-    return [json.loads(line) for line in lines], json.loads((directory / SUMMARY).read_text())
+    """What `write` wrote: `(responses, summary)`.
+
+    Raises:
+      RecordError: it cannot be read any more; names the file.
+    """
+    path = directory / RESPONSES
+    try:
+        responses = [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, json.JSONDecodeError) as error:
+        raise files.RecordError(
+            f"{path} is damaged ({error}). Delete {directory / SUMMARY} to evaluate again."
+        ) from error
+    return responses, files.read_json(directory / SUMMARY)

@@ -38,6 +38,8 @@ pre { white-space: pre-wrap; margin: 0; } mark { background: #fff1c2; border-rad
 details summary { cursor: pointer; color: var(--soft); }
 """
 
+BARS = '<p class="soft">Bars are two standard errors.</p>'
+
 # Words of doubt and re-checking, marked in the examples.
 MARKERS = re.compile(r"\b(wait|hmm|check|perhaps|maybe|however|alternatively)\b", re.IGNORECASE)
 
@@ -115,7 +117,7 @@ def _change_table(figures: dict[str, Any]) -> str:
         ["change", "accuracy, points", "mean length, %"],
         [
             [
-                f"{c['from']} → {html.escape(title(c))}",
+                f"{html.escape(c['from'])} → {html.escape(title(c))}",
                 _number(c["d_accuracy_points"], c["d_accuracy_points_se"], "+"),
                 _number(c["d_length_percent"], c["d_length_percent_se"], "+"),
             ]
@@ -161,21 +163,31 @@ def render(data: dict[str, Any], examples: Callable[[list, list], list[tuple[dic
     if figures["changes"]:
         parts.append(card(_change_table(figures)))
     if "stages" in plots:
-        parts.append(card(plots["stages"]))
+        parts.append(card(plots["stages"] + BARS))
     if figures["note"]:
         parts.append(f'<p class="soft">{html.escape(figures["note"])}</p>')
 
     arms = [c for c in figures["changes"] if c["algorithm"] == "opsd"]
     if "gates" in plots:
-        parts += ["<h2>The gates compared</h2>", card(plots["gates"])]
+        parts += ["<h2>The gates compared</h2>", card(plots["gates"] + BARS)]
     for change in arms:
         name, before = change["name"], change["from"]
         parts.append(f"<h2>{html.escape(title(change))}: before and after</h2>")
         parts += ["<h3>Response lengths</h3>", card(plots[f"lengths_{name}"])]
         if f"divergence_{name}" in plots:
             parts.append("<h3>Divergence from the teacher by position</h3>")
-            parts.append(card(plots[f"divergence_{name}"]))
+            parts.append(
+                card(
+                    plots[f"divergence_{name}"]
+                    + '<p class="soft">Each model on its own held-out responses; bands are two '
+                    "standard errors, clustered by problem.</p>"
+                )
+            )
         parts.append("<h3>The same problems, before and after</h3>")
+        parts.append(
+            '<p class="soft">The first two that were answered correctly both times, and the first '
+            "whose verdict changed.</p>"
+        )
         parts.append(_examples(change, examples(responses[before], responses[name])))
 
     parts.append("<h2>Training</h2>")
@@ -185,7 +197,8 @@ def render(data: dict[str, Any], examples: Callable[[list, list], list[tuple[dic
             parts.append(card(plots[f"training_{stage['name']}"]))
     versions = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
     parts.append(
-        f'<p class="soft">{figures["seconds"]:.0f} s in all, compilation and evaluation included. '
+        f'<p class="soft">{figures["seconds"]:.0f} s in all, compilation and evaluation included; '
+        f"at most {figures['peak_rss_gib']:.1f} GiB of memory. "
         f"{html.escape(figures['machine'])}; {html.escape(versions)}; {figures['made']}.</p>"
     )
     return (

@@ -105,7 +105,7 @@ def lengths(before: Sequence[int], after: Sequence[int], names: tuple[str, str])
 
 def divergence(curves: dict[str, dict[str, dict[str, list[float]]]]) -> str:
     """KL(student || teacher) by position, before and after, a panel for each group of rollouts."""
-    groups = [g for g in ("correct", "incorrect") if g in curves["before"] or g in curves["after"]]
+    groups = [g for g in curves["before"] | curves["after"] if g != "truncated"] or ["truncated"]
 
     def draw(axes):
         for axis, group in zip(np.atleast_1d(axes), groups, strict=True):

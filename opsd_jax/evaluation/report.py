@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import pathlib
 import platform
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from opsd_jax.evaluation import divergence, evaluate, page, plots, statistics
+from opsd_jax.training import files
 from opsd_jax.training import metrics as metrics_lib
 
 STAGE_FIELDS = (
@@ -23,7 +23,6 @@ STAGE_FIELDS = (
     "mean_length_se", "mean_length_correct", "truncation_rate", "problems", "samples",
     "temperature", "steps", "seconds",
 )  # fmt: skip
-EXAMPLES = 3
 
 # By algorithm, what is drawn of its training: (metric, label, scale).
 CURVES: dict[str, list[tuple[str, str, float]]] = {
@@ -74,7 +73,8 @@ def gather(config: ConfigDict, workdir: pathlib.Path, untrained: str, note: str)
         "changes": changes,
         "untrained": evaluations[untrained][1] if untrained in evaluations else None,
         "note": note,
-        "seconds": sum(s["seconds"] for s in stages),
+        "seconds": sum(summary["seconds"] for _, summary in evaluations.values()),
+        "peak_rss_gib": max((s["peak_rss_gib"] for _, s in evaluations.values()), default=0.0),
         "made": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
         "versions": {
@@ -108,26 +108,27 @@ def draw(
         old, new = ([r["length"] for r in responses[n]] for n in (before, name))
         drawn[f"lengths_{name}"] = plots.lengths(old, new, (before, page.title(change)))
         path = workdir / name / divergence.FILE
-        if path.exists():
-            drawn[f"divergence_{name}"] = plots.divergence(json.loads(path.read_text()))
+        if path.exists() and any((curves := files.read_json(path)).values()):
+            drawn[f"divergence_{name}"] = plots.divergence(curves)
     for stage in stages:
         if rows := metrics_lib.read(workdir / stage["name"]):
-            curves = plots.curve(rows, CURVES[stage["algorithm"]])
-            drawn[f"training_{stage['name']}"] = curves
+            drawn[f"training_{stage['name']}"] = plots.curve(rows, CURVES[stage["algorithm"]])
     return drawn
 
 
 def examples(
     before: list[dict[str, Any]], after: list[dict[str, Any]]
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Pairs of responses to the same problem: the first that are correct before and after, from
-    problems of their own; filled up with the first of any kind.
+    """Pairs of responses to the same problem, of three problems: the first two that are correct
+    before and after, and the first whose verdict changed; where there are none, any.
     """
     pairs = list(zip(before, after, strict=True))
-    chosen: dict[Any, tuple] = {}
-    for wanted in (True, False):
-        for a, b in pairs:
-            if len(chosen) < EXAMPLES and ((a["correct"] and b["correct"]) or not wanted):
+    both = [(a, b) for a, b in pairs if a["correct"] and b["correct"]]
+    changed = [(a, b) for a, b in pairs if a["correct"] != b["correct"]]
+    chosen: dict[Any, tuple[dict[str, Any], dict[str, Any]]] = {}
+    for most, kind in ((2, both), (3, changed), (3, pairs)):
+        for a, b in kind:
+            if len(chosen) < most:
                 chosen.setdefault(a["problem"], (a, b))
     return list(chosen.values())
 
@@ -175,11 +176,11 @@ def write(config: ConfigDict, workdir: pathlib.Path, untrained: str, note: str) 
     data = gather(config, workdir, untrained, note)
     directory = workdir / "report"
     directory.mkdir(exist_ok=True)
-    figures = json.dumps(data["figures"], indent=2, ensure_ascii=False)
-    evaluate.write_atomically(directory / "report.json", figures + "\n")
-    evaluate.write_atomically(directory / "report.md", markdown(data))
+    figures = files.to_json(data["figures"], indent=2, ensure_ascii=False)
+    files.write_atomically(directory / "report.json", figures + "\n")
+    files.write_atomically(directory / "report.md", markdown(data))
     for name, svg in data["plots"].items():
-        evaluate.write_atomically(directory / f"{name}.svg", svg)
+        files.write_atomically(directory / f"{name}.svg", svg)
     html = directory / "index.html"
-    evaluate.write_atomically(html, page.render(data, examples))
+    files.write_atomically(html, page.render(data, examples))
     return html

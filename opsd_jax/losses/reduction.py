@@ -16,15 +16,16 @@ def token_mean(
     """Every token counts alike.
 
     Args:
-      values: [B, T]; what stands at masked places is not looked at, NaN included.
+      values: [B, T]; what stands where the mask is false or the weight is 0 is not looked at, NaN
+        and infinity included.
       mask: bool [B, T], the tokens that count.
-      row_weight: [B], or one number for all.
+      row_weight: [B], or one number for all; not negative.
 
     Returns:
       float32 scalars `(sum, weight)`.
     """
     weight = jnp.where(mask, jnp.reshape(row_weight, (-1, 1)), 0.0)
-    return jnp.sum(jnp.where(mask, values, 0.0) * weight), jnp.sum(weight)
+    return jnp.sum(jnp.where(weight > 0, values, 0.0) * weight), jnp.sum(weight)
 
 
 def sequence_mean(
@@ -36,6 +37,7 @@ def sequence_mean(
     return are those of `token_mean`; a row without tokens weighs nothing.
     """
     tokens = jnp.sum(mask, axis=1)
-    row_mean = jnp.sum(jnp.where(mask, values, 0.0), axis=1) / jnp.maximum(tokens, 1)
     weight = jnp.where(tokens > 0, row_weight, 0.0)
+    counted = mask & (weight > 0)[:, None]
+    row_mean = jnp.sum(jnp.where(counted, values, 0.0), axis=1) / jnp.maximum(tokens, 1)
     return jnp.sum(row_mean * weight), jnp.sum(weight)

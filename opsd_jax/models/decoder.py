@@ -66,6 +66,11 @@ class DecoderConfig:
                 f"model.num_heads is {self.num_heads}, which model.num_kv_heads = "
                 f"{self.num_kv_heads} does not divide: every key-value head serves as many heads."
             )
+        if self.num_layers % self.scan_unroll:
+            raise ValueError(
+                f"model.scan_unroll is {self.scan_unroll}, which does not divide model.num_layers "
+                f"= {self.num_layers}."
+            )
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim is {self.head_dim}; rotary positions need it even.")
 
@@ -181,7 +186,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Embedding, layers, final norm and head. Call it through `Policy`: see `decoder_policy`."""
+    """Embedding, layers, final norm and head. Run it through `Policy`: see `from_config`."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config

@@ -57,9 +57,7 @@ def param_shardings(mesh: Mesh, rules: Rules, tree: Any) -> Any:
     Args:
       mesh: from `make_mesh`.
       rules: as `DECODER_RULES`.
-      tree: parameters or their shapes. Paths are matched from the parameter's own root, so for a
-        tree of other things made of parameters (optimiser moments), match by suffix: see
-        `state_shardings`.
+      tree: parameters or their shapes.
 
     Raises:
       ValueError: a leaf matches no rule, or a dimension is not divided by its mesh axis.

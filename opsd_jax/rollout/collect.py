@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from opsd_jax.data.task import Problem, Task
+from opsd_jax.data.task import Problem, Task, check_fits
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.policy import Params, Policy
 from opsd_jax.rollout import sampler
@@ -131,16 +131,13 @@ class Collector:
           progress: is told the number of rollouts done after each call.
 
         Raises:
-          ValueError: a prompt is too long; names the problem.
+          DataError: a prompt is too long; names the problem.
         """
         N, P, G, _ = self.shape
-        prompts = [self._task.prompt(problem) for problem in problems]
-        for problem, ids in zip(problems, prompts, strict=True):
-            if len(ids) > P:
-                raise ValueError(
-                    f"the prompt of problem {problem.id} has {len(ids)} tokens; rollouts take up "
-                    f"to {P} (prompt_tokens)."
-                )
+        prompts = [
+            check_fits(self._task.prompt(problem), P, problem, "prompt_tokens")
+            for problem in problems
+        ]
         tokenizer = self._task.tokenizer
         scalars = np.float32(temperature), np.int32(tokenizer.eos_id), np.int32(tokenizer.pad_id)
 

@@ -143,8 +143,13 @@ def collate_responses(
 
 
 def response_logits(
-    policy: Policy, params: Params, sequences: dict[str, jax.Array], response_tokens: int
+    policy: Policy,
+    params: Params,
+    sequences: dict[str, jax.Array],
+    response_tokens: int,
+    temperature: float,
 ) -> jax.Array:
-    """The logits [m, R, V] that predict each response token, of `prompt_and_response` sequences."""
+    """The logits [m, R, V] of the distribution that each response token was, or would be, drawn
+    from at a temperature, of `prompt_and_response` sequences."""
     hidden_mxTxD, _ = policy.forward(params, sequences["tokens"], sequences["positions"])
-    return policy.unembed(params, hidden_mxTxD[:, -response_tokens - 1 : -1])
+    return policy.unembed(params, hidden_mxTxD[:, -response_tokens - 1 : -1]) / temperature

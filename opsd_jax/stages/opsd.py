@@ -18,26 +18,33 @@ import ml_collections
 import numpy as np
 
 from opsd_jax import losses
-from opsd_jax.data.task import Task
+from opsd_jax.data.task import Task, check_fits
 from opsd_jax.policy import Policy
 from opsd_jax.stages.batch import collate_responses, pack, response_logits
 from opsd_jax.stages.rollouts import RollOut, rollout_metrics
 from opsd_jax.stages.stage import Stage
 
 
-def token_divergence(policy: Policy, params, teacher, microbatch) -> jax.Array:
-    """KL(student || teacher) [m, R] at each response token; no gradient for the teacher."""
+def token_divergence(policy: Policy, temperature: float, params, teacher, microbatch) -> jax.Array:
+    """KL(student || teacher) [m, R] at each response token; no gradient for the teacher.
+
+    Both sides are compared at `temperature`, that of the sampling.
+    """
     response_tokens = microbatch["mask"].shape[1]
-    student_mxRxV = response_logits(policy, params, microbatch["student"], response_tokens)
-    teacher_mxRxV = response_logits(policy, teacher, microbatch["teacher"], response_tokens)
+    student_mxRxV = response_logits(
+        policy, params, microbatch["student"], response_tokens, temperature
+    )
+    teacher_mxRxV = response_logits(
+        policy, teacher, microbatch["teacher"], response_tokens, temperature
+    )
     return losses.reverse_kl(
         student_logits=student_mxRxV, teacher_logits=jax.lax.stop_gradient(teacher_mxRxV)
     )
 
 
-def loss_fn(policy: Policy, params, teacher, microbatch):
+def loss_fn(policy: Policy, temperature: float, params, teacher, microbatch):
     """Sum over rollouts of weight x mean token divergence, and the sum of the weights."""
-    values_mxR = token_divergence(policy, params, teacher, microbatch)
+    values_mxR = token_divergence(policy, temperature, params, teacher, microbatch)
     mask_mxR = microbatch["mask"]
     total, weight = losses.sequence_mean(values_mxR, mask_mxR, microbatch["weight"])
     return total, (weight, {"token_kl": losses.token_mean(values_mxR, mask_mxR)})
@@ -83,7 +90,12 @@ def opsd(
         rows = [
             {
                 "student": task.prompt(rollouts.problems[i]),
-                "teacher": task.teacher_prompt(rollouts.problems[i]),
+                "teacher": check_fits(
+                    task.teacher_prompt(rollouts.problems[i]),
+                    config.teacher_prompt_tokens,
+                    rollouts.problems[i],
+                    "teacher_prompt_tokens",
+                ),
                 "response": rollouts.responses[i],
                 "weight": weights[i],
             }
@@ -96,6 +108,6 @@ def opsd(
         updates=1,
         batches=batches,
         empty_batch=batch_of([]),
-        loss=functools.partial(loss_fn, policy),
+        loss=functools.partial(loss_fn, policy, config.temperature),
         has_teacher=True,
     )

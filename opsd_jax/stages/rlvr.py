@@ -16,11 +16,24 @@ from opsd_jax.stages.rollouts import RollOut, rollout_metrics
 from opsd_jax.stages.stage import Stage
 
 
-def loss_fn(policy: Policy, clip_low: float, clip_high: float, params, teacher, microbatch):
-    """Sum over response tokens of the clipped surrogate, and their number."""
+def loss_fn(
+    policy: Policy,
+    temperature: float,
+    clip_low: float,
+    clip_high: float,
+    params,
+    teacher,
+    microbatch,
+):
+    """Sum over response tokens of the clipped surrogate, and their number.
+
+    `temperature` is that of the sampling: the ratio compares the distributions sampled from.
+    """
     del teacher
     response_mxR, mask_mxR = microbatch["response"], microbatch["mask"]
-    logits_mxRxV = response_logits(policy, params, microbatch["student"], response_mxR.shape[1])
+    logits_mxRxV = response_logits(
+        policy, params, microbatch["student"], response_mxR.shape[1], temperature
+    )
     logprobs_mxR = losses.token_logprobs(logits_mxRxV, response_mxR)
     values_mxR = losses.clipped_surrogate(
         logprobs=logprobs_mxR,
@@ -96,5 +109,7 @@ def rlvr(
         updates=config.updates,
         batches=batches,
         empty_batch=batch_of([]),
-        loss=functools.partial(loss_fn, policy, config.clip_low, config.clip_high),
+        loss=functools.partial(
+            loss_fn, policy, config.temperature, config.clip_low, config.clip_high
+        ),
     )

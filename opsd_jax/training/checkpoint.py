@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 
 import jax
 import orbax.checkpoint as ocp
 
+from opsd_jax.policy import Params
+from opsd_jax.training.files import RecordError
 from opsd_jax.training.state import State
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is there cannot be restored."""
 
 
 class Checkpoints:
@@ -39,19 +39,14 @@ class Checkpoints:
         """The newest state, on the shardings of `abstract`.
 
         Raises:
-          CheckpointError: it cannot be read, or is not of these shapes; names the directory.
+          RecordError: it cannot be read, or is not of these shapes; names the directory.
         """
         step = self.latest
-        path = self._manager.directory / str(step)
-        try:
+        with explained(
+            pathlib.Path(self._manager.directory) / str(step),
+            "the run then goes on from the checkpoint before it, or starts the stage anew",
+        ):
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        except Exception as error:  # whatever Orbax, tensorstore or the file system raise
-            reason = str(error).strip().split("\n")[0][:300]
-            raise CheckpointError(
-                f"the checkpoint {path} cannot be restored ({type(error).__name__}: {reason}). "
-                "If it is damaged, delete that directory: the run then goes on from the checkpoint "
-                "before it, or starts the stage anew."
-            ) from error
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -67,3 +62,38 @@ def abstract_of(tree: State, shardings: State) -> State:
         tree,
         shardings,
     )
+
+
+@contextlib.contextmanager
+def explained(path: pathlib.Path, then: str) -> Iterator[None]:
+    """Turns whatever Orbax, tensorstore or the file system raise within into a RecordError.
+
+    Args:
+      path: what is being restored.
+      then: what happens when it has been deleted.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:300]
+        raise RecordError(
+            f"{path} cannot be restored ({type(error).__name__}: {reason}). If it is damaged, "
+            f"delete that directory: {then}."
+        ) from error
+
+
+def save_params(path: pathlib.Path, params: Params) -> None:
+    """Keeps parameters, the result of a stage, at `path`."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path.absolute(), params, force=True)
+
+
+def restore_params(path: pathlib.Path, abstract: Params) -> Params:
+    """What `save_params` saved, on the shardings of `abstract`.
+
+    Raises:
+      RecordError: it cannot be read; names the directory.
+    """
+    then = "it is made again from the stage's last checkpoint"
+    with explained(path, then), ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path.absolute(), abstract)

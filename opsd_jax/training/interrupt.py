@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 from types import FrameType
 
 
@@ -24,11 +24,10 @@ class StopSignal:
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         self.received = signum
         self._restore()
-        print(
-            f"\n{signal.Signals(signum).name}: stopping after this step, with a checkpoint; "
-            "once more stops at once.",
-            file=sys.stderr,
-        )
+        # Not print: the signal may have come within one, and that is not reentrant.
+        name = signal.Signals(signum).name
+        text = f"\n{name}: stopping after this step, with a checkpoint; once more stops at once.\n"
+        os.write(2, text.encode())
 
     def _restore(self) -> None:
         for signum, handler in self._previous.items():

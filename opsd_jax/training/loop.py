@@ -106,8 +106,8 @@ def run_stage(
             if nonfinite >= max_nonfinite:
                 raise Diverged(
                     f"the gradient was not finite for {nonfinite} steps in a row, up to step "
-                    f"{step}; the newest checkpoint is of step {checkpoints.latest}. A lower "
-                    "learning rate or clip_norm may help."
+                    f"{step}; the newest checkpoint is of step {checkpoints.latest}. A run in "
+                    "another workdir with a lower learning rate or clip_norm may do better."
                 )
 
         for step in range(start, stage.steps):
@@ -118,9 +118,11 @@ def run_stage(
                 totals.append(metrics)
             flush()
             pending = step, totals, values
-            done = step + 1
-            if done % checkpoint_every == 0 or done == stage.steps or stop.received is not None:
+            done, stopping = step + 1, stop.received is not None
+            if done % checkpoint_every == 0 or done == stage.steps or stopping:
                 flush()
+                writer.flush()
                 checkpoints.save(done, state)
-            stop.check()
+            if stopping:
+                stop.check()
         return state["params"]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import pathlib
+import zlib
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import tensorboardX
+
+from opsd_jax.training.files import RecordError, write_atomically
 
 FILE = "metrics.jsonl"
 
@@ -25,7 +28,15 @@ def means(totals: Iterable[dict[str, tuple[Any, Any]]]) -> dict[str, float]:
 def read(directory: pathlib.Path) -> list[dict[str, float]]:
     """The rows written so far, one a step, in order."""
     path = directory / FILE
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text().split("\n")[:-1], 1):  # a torn end is left out
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise RecordError(f"{path}, line {number}, is not JSON: {error}.") from error
+    return rows
 
 
 class MetricsWriter:
@@ -39,13 +50,9 @@ class MetricsWriter:
         """`start`: the first step to be written. `wandb_project`: "" for none."""
         directory.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read(directory) if row["step"] < start]
-        self._file = (directory / FILE).open("w")
-        for row in kept:
-            self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        self._events = tensorboardX.SummaryWriter(
-            str(directory), purge_step=start if start else None
-        )
+        write_atomically(directory / FILE, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = (directory / FILE).open("a")
+        self._events = tensorboardX.SummaryWriter(str(directory), purge_step=start)
         self._wandb: Any = None
         if wandb_project:
             import wandb  # the extra `wandb`
@@ -54,7 +61,7 @@ class MetricsWriter:
                 project=wandb_project,
                 name=f"{directory.parent.name}/{directory.name}",
                 dir=str(directory),
-                id=f"{directory.parent.name}-{directory.name}",
+                id=f"{zlib.crc32(str(directory.absolute()).encode()):08x}",
                 resume="allow",
             )
 
@@ -66,6 +73,10 @@ class MetricsWriter:
             self._events.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
+
+    def flush(self) -> None:
+        """Writes out what TensorBoard's writer still holds."""
+        self._events.flush()
 
     def __enter__(self) -> MetricsWriter:
         return self

@@ -49,7 +49,7 @@ def make_train_step(
 
         first = jax.tree.map(lambda x: x[0], batch[0]["rows"])
         shapes = jax.eval_shape(gradient, params, teacher, first)
-        totals = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        totals = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
         for bucket in batch:
             totals = accumulate(totals, bucket)
         (total, (weight, metrics)), grads = totals
@@ -66,7 +66,9 @@ def make_train_step(
             }
             kept = {"params": params, "opt_state": state["opt_state"]}
             ok = finite & ~empty
-            updated = jax.tree.map(lambda new, old: jnp.where(ok, new, old), updated, kept)
+            updated = jax.tree.map(
+                lambda new, old: jnp.where(ok, new, old).astype(old.dtype), updated, kept
+            )
         one = jnp.ones((), jnp.float32)
         live = jnp.where(empty, 0.0, one)
         metrics = metrics | {

@@ -21,7 +21,14 @@ class VerifierPool:
 
     def submit(self, problem: Any, response: str) -> concurrent.futures.Future[Verdict]:
         """Queues one response; the future's `result()` is its verdict."""
-        return self._executor.submit(self._verify, problem, response)
+        return self._executor.submit(self._judge, problem, response)
+
+    def _judge(self, problem: Any, response: str) -> Verdict:
+        """The verdict; a verifier that raises costs its own row alone, and is counted."""
+        try:
+            return self._verify(problem, response)
+        except Exception as error:
+            return Verdict(False, f"verifier {type(error).__name__}")
 
     def __enter__(self) -> VerifierPool:
         return self

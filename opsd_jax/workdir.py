@@ -1,0 +1,60 @@
+"""The working directory of a run: whose it is, and that one process at a time uses it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pathlib
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from opsd_jax import config as config_lib
+from opsd_jax.training import files
+
+CONFIG = "config.json"
+
+
+@contextlib.contextmanager
+def claimed(config: ConfigDict, workdir: pathlib.Path) -> Iterator[None]:
+    """Holds the directory for a run of this config: made if need be, locked to other processes.
+
+    Raises:
+      ConfigError: it cannot be written, is in use, or holds a run of another config.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not os.access(workdir, os.W_OK | os.X_OK):
+            raise PermissionError(13, "permission denied")
+        lock = (workdir / "lock").open("w")
+    except OSError as error:
+        raise config_lib.ConfigError(
+            f"--workdir {workdir} cannot be written ({error.strerror or error}); "
+            "expected a directory of yours, or a path where one can be made."
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise config_lib.ConfigError(
+                f"--workdir {workdir} is in use by another process; wait for it or stop it."
+            ) from error
+        if (workdir / CONFIG).exists():
+            config_lib.check_same(config, config_of(workdir), workdir)
+        else:
+            files.write_atomically(workdir / CONFIG, config_lib.to_json(config))
+        yield
+
+
+def config_of(workdir: pathlib.Path) -> ConfigDict:
+    """The config of the run in a working directory.
+
+    Raises:
+      ConfigError: there is none.
+      RecordError: it cannot be read.
+    """
+    path = workdir / CONFIG
+    if not path.is_file():
+        raise config_lib.ConfigError(f"--workdir {workdir} holds no run: there is no {path}.")
+    return config_lib.from_flat(files.read_json(path))
