@@ -271,8 +271,8 @@ def validate(config: ConfigDict) -> None:
             config.wandb_project,
             "'' without the extra: pip install 'opsd-jax[wandb]'",
         )
-    if len(set(config.stages)) != len(config.stages):
-        fail("stages", config.stages, "names that differ")
+    if len({*config.stages, "untrained", "report"}) != len(config.stages) + 2:
+        fail("stages", config.stages, "names that differ, none of them 'untrained' or 'report'")
     for i, stage in enumerate(config.stages):
         section = config.get(stage)
         if not isinstance(section, ConfigDict) or "algorithm" not in section:

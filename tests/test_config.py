@@ -80,6 +80,7 @@ def test_a_bad_override_is_refused(field, text, message):
         ("mesh", "('a', 1, 1)", "a tuple of int"),
         ("stages", "(['sft'],)", "a tuple of str"),
         ("stages", "('sft', 'sft')", "names that differ"),
+        ("stages", "('sft', 'report')", "none of them 'untrained' or 'report'"),
         ("wandb_project", "mine", "without the extra"),
         ("opsd.optimizer.warmup", "25", "warmup is 25; expected less than 25, the stage's updates"),
     ],

@@ -322,6 +322,21 @@ def test_the_miniature_learns(tiny, tmp_path, monkeypatch):
     assert seconds < 120  # a minute on two idle cores; the machine may be busy
 
 
+def test_a_model_of_one_s_own_runs(tiny, tmp_path, monkeypatch):
+    """Three stages with the plain-dict model of tiny_model.py, on all eight devices."""
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).parent)
+    with tiny.unlocked():
+        tiny.model.make = "tiny_model:make"
+        tiny.mesh = (4, 1, 2)
+        tiny.sft.steps, tiny.rlvr.steps, tiny.opsd.steps = 60, 2, 2
+        tiny.sft.optimizer.warmup = 0
+    run(tiny, tmp_path)
+    rows = metrics_lib.read(tmp_path / "sft")
+    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert [s["name"] for s in report["stages"]] == ["sft", "rlvr", "opsd"]
+
+
 @pytest.mark.slow
 def test_kill_nine_at_random_moments(config, tmp_path):
     """A process of its own, killed five times wherever it is, ends as one that was left alone."""

@@ -68,8 +68,11 @@ class WordTokenizer:
             raise ValueError(f"no token for the word {error} of {text!r}.") from None
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The words of token ids, special ones included."""
-        return " ".join(self._words[i] for i in ids)
+        """The words of token ids, special ones included; an id beyond them, which a model with a
+        larger vocabulary may sample, reads <unknown>.
+        """
+        known = len(self._words)
+        return " ".join(self._words[i] if i < known else "<unknown>" for i in ids)
 
 
 TOKENIZER = WordTokenizer(

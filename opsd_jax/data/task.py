@@ -51,7 +51,11 @@ class Demonstration(NamedTuple):
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back. `pad_id` only fills arrays: no loss and no attention sees it."""
+    """Text to token ids and back.
+
+    `pad_id` only fills arrays: no loss and no attention sees it. `decode` takes any id that the
+    model can sample, also where the model's vocabulary is larger.
+    """
 
     vocab_size: int
     pad_id: int

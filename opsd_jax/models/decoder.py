@@ -103,8 +103,8 @@ def attend(
     """Grouped-query attention, softmax in float32; a query with no key gets finite nonsense."""
     B, T, H, C = q_BxTxHxC.shape
     K = k_BxKxCxS.shape[1]
-    # The heads and the queries that share keys as one dimension: two plain batched products, which
-    # XLA:CPU runs 2.7 times as fast as the einsum over both.
+    # The heads and queries that share keys go into one dimension: plain batched products, which
+    # XLA:CPU runs far faster than an einsum that keeps the two apart.
     q_BxKxGxTxC = q_BxTxHxC.reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4) * (C**-0.5)
     q_BxKxQxC = q_BxKxGxTxC.reshape(B, K, -1, C)
     scores = jnp.einsum("bkqc,bkcs->bkqs", q_BxKxQxC, k_BxKxCxS, preferred_element_type=jnp.float32)

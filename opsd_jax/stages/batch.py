@@ -7,11 +7,13 @@ gate dropped cost nothing, and no number of rows means another program.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from opsd_jax.policy import Params, Policy
 from opsd_jax.rollout.collect import left_pad
@@ -140,6 +142,36 @@ def collate_responses(
             for k in per_row
         },
     }
+
+
+def pack_responses(
+    rows: Sequence[dict[str, Any]],
+    config: ConfigDict,
+    *,
+    capacity: int,
+    prompt_tokens: dict[str, int],
+    per_token: Sequence[str] = (),
+    per_row: Sequence[str] = (),
+    pad_id: int,
+) -> Batch:
+    """`pack` by response length, with `collate_responses`; `config` is a stage's, for its `buckets`
+    and `microbatch`.
+    """
+    return pack(
+        rows,
+        [len(row["response"]) for row in rows],
+        buckets=config.buckets,
+        microbatch=config.microbatch,
+        capacity=capacity,
+        collate=functools.partial(
+            collate_responses,
+            microbatch=config.microbatch,
+            prompt_tokens=prompt_tokens,
+            per_token=per_token,
+            per_row=per_row,
+            pad_id=pad_id,
+        ),
+    )
 
 
 def response_logits(

@@ -20,7 +20,7 @@ import numpy as np
 from opsd_jax import losses
 from opsd_jax.data.task import Task, check_fits
 from opsd_jax.policy import Policy
-from opsd_jax.stages.batch import collate_responses, pack, response_logits
+from opsd_jax.stages.batch import pack_responses, response_logits
 from opsd_jax.stages.rollouts import RollOut, rollout_metrics
 from opsd_jax.stages.stage import Stage
 
@@ -64,24 +64,14 @@ def opsd(
     rollouts_a_step = config.prompts * config.group_size
     capacity = min(config.max_rows or rollouts_a_step, rollouts_a_step)
 
-    def batch_of(rows):
-        return pack(
-            rows,
-            [len(row["response"]) for row in rows],
-            buckets=tuple(config.buckets),
-            microbatch=config.microbatch,
-            capacity=capacity,
-            collate=functools.partial(
-                collate_responses,
-                microbatch=config.microbatch,
-                prompt_tokens={
-                    "student": config.prompt_tokens,
-                    "teacher": config.teacher_prompt_tokens,
-                },
-                per_row=["weight"],
-                pad_id=task.tokenizer.pad_id,
-            ),
-        )
+    batch_of = functools.partial(
+        pack_responses,
+        config=config,
+        capacity=capacity,
+        prompt_tokens={"student": config.prompt_tokens, "teacher": config.teacher_prompt_tokens},
+        per_row=["weight"],
+        pad_id=task.tokenizer.pad_id,
+    )
 
     def batches(step, params):
         rollouts = roll_out(step, params)

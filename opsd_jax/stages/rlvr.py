@@ -11,7 +11,7 @@ import numpy as np
 from opsd_jax import losses
 from opsd_jax.data.task import Task
 from opsd_jax.policy import Policy
-from opsd_jax.stages.batch import collate_responses, pack, response_logits
+from opsd_jax.stages.batch import pack_responses, response_logits
 from opsd_jax.stages.rollouts import RollOut, rollout_metrics
 from opsd_jax.stages.stage import Stage
 
@@ -64,24 +64,16 @@ def rlvr(
 
     `roll_out(step, params)` gives the step's rollouts, `config.group_size` of each problem.
     """
-    rollouts_a_step = config.prompts * config.group_size
-
-    def batch_of(rows):
-        return pack(
-            rows,
-            [len(row["response"]) for row in rows],
-            buckets=tuple(config.buckets),
-            microbatch=config.microbatch,
-            capacity=rollouts_a_step // config.updates,
-            collate=functools.partial(
-                collate_responses,
-                microbatch=config.microbatch,
-                prompt_tokens={"student": config.prompt_tokens},
-                per_token=["behaviour_logprobs"],
-                per_row=["advantages"],
-                pad_id=task.tokenizer.pad_id,
-            ),
-        )
+    size = config.prompts * config.group_size // config.updates  # rollouts an update
+    batch_of = functools.partial(
+        pack_responses,
+        config=config,
+        capacity=size,
+        prompt_tokens={"student": config.prompt_tokens},
+        per_token=["behaviour_logprobs"],
+        per_row=["advantages"],
+        pad_id=task.tokenizer.pad_id,
+    )
 
     def batches(step, params):
         rollouts = roll_out(step, params)
@@ -96,7 +88,6 @@ def rlvr(
             }
             for i, problem in enumerate(rollouts.problems)
         ]
-        size = rollouts_a_step // config.updates
         parts = [batch_of(rows[i : i + size]) for i in range(0, len(rows), size)]
         by_group = rewards.reshape(-1, config.group_size).mean(axis=1)
         return parts, rollout_metrics(rollouts) | {

@@ -1,0 +1,28 @@
+"""A model of a user's own as a plain dict of arrays: the next word from the last word alone."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from opsd_jax.policy import Model, Policy
+
+
+def forward(params, tokens, positions, cache=None):
+    return jnp.tanh(params["table"][tokens]), cache
+
+
+def unembed(params, hidden):
+    return hidden @ params["out"]
+
+
+def init_cache(batch, length):
+    return jnp.zeros((batch, 1))  # nothing to remember
+
+
+def make(config):
+    def init(key):
+        table, out = jax.random.normal(key, (2, config.vocab_size, config.hidden_size))
+        return {"table": table, "out": out.T * 0.1}
+
+    rules = ((r"table", P(None, "tensor")), (r"out", P("tensor", None)))
+    return Model(Policy(forward, unembed, init_cache), init, rules, config.vocab_size)
