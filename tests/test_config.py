@@ -1,5 +1,6 @@
 """Bad input: every error names the field, the value and what was expected, before any work."""
 
+import importlib.util
 import json
 import pathlib
 
@@ -81,7 +82,6 @@ def test_a_bad_override_is_refused(field, text, message):
         ("stages", "(['sft'],)", "a tuple of str"),
         ("stages", "('sft', 'sft')", "names that differ"),
         ("stages", "('sft', 'report')", "none of them 'untrained' or 'report'"),
-        ("wandb_project", "mine", "without the extra"),
         ("opsd.optimizer.warmup", "25", "warmup is 25; expected less than 25, the stage's updates"),
     ],
 )
@@ -112,6 +112,12 @@ def test_parts_that_do_not_fit_are_refused_before_compiling(tmp_path, field, tex
     config = config_lib.load(QUICKSTART, {field: text})
     with pytest.raises(config_lib.ConfigError, match=message):
         pipeline.Run(config, tmp_path)
+
+
+def test_wandb_without_its_package_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(config_lib.ConfigError, match="wandb_project is 'mine'.*without the extra"):
+        load(wandb_project="mine")
 
 
 def test_a_config_file_with_a_field_too_many(tmp_path):
