@@ -1,0 +1,1 @@
+"""Post-training of reasoning models in JAX: SFT, RLVR, and on-policy self-distillation."""
