@@ -109,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from opsd_jax.training.interrupt import Interrupted
     from opsd_jax.training.loop import Diverged
 
+    sys.path.append(os.getcwd())  # a task or a model of the user's own may lie there
     directory = arguments.workdir.absolute()
     try:
         if arguments.command == "train":

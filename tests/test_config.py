@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import sys
 
 import pytest
 
@@ -118,6 +119,15 @@ def test_wandb_without_its_package_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(config_lib.ConfigError, match=r"wandb_project is .mine.*without the extra"):
         load(wandb_project="mine")
+
+
+def test_a_task_is_found_in_the_current_directory(tmp_path, monkeypatch):
+    (tmp_path / "task_of_mine.py").write_text("def task():\n    raise OSError('it was called')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    command = ["train", "--config", QUICKSTART, "--workdir", "run"]
+    with pytest.raises(OSError, match="it was called"):
+        main.main([*command, "--config.task=task_of_mine:task"])
 
 
 def test_a_config_file_with_a_field_too_many(tmp_path):
