@@ -200,6 +200,10 @@ def test_damaged_records_are_named(config, undisturbed, tmp_path):
     with (workdir / "sft" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
     assert metrics_lib.read(workdir / "sft") == rows
+    with (workdir / "sft" / "metrics.jsonl").open("a") as file:
+        file.write("\n")
+    with pytest.raises(RecordError, match=r"metrics.jsonl, line 7, is not JSON"):
+        metrics_lib.read(workdir / "sft")
     for path in (workdir / "rlvr" / "params").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")

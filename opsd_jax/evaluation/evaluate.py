@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any
 
@@ -50,11 +49,6 @@ def read(directory: pathlib.Path) -> tuple[list[dict[str, Any]], dict[str, Any]]
     Raises:
       RecordError: it cannot be read any more; names the file.
     """
-    path = directory / RESPONSES
-    try:
-        responses = [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, json.JSONDecodeError) as error:
-        raise files.RecordError(
-            f"{path} is damaged ({error}). Delete {directory / SUMMARY} to evaluate again."
-        ) from error
+    mend = f"Delete {directory / SUMMARY} to evaluate again."
+    responses = files.read_json_lines(directory / RESPONSES, mend)
     return responses, files.read_json(directory / SUMMARY)

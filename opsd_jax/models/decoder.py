@@ -86,7 +86,8 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 def rope_table(positions_BxT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, ...]:
     """Cosines and sines, each [B, T, 1, C / 2] in float32, of the rotary angles."""
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = jnp.einsum("bt,c->btc", positions_BxT.astype(jnp.float32), frequency)[:, :, None]
+    # Not an einsum: a TPU's matrix unit would round the positions to bfloat16.
+    angle = positions_BxT[..., None, None].astype(jnp.float32) * frequency[None, None, None]
     return jnp.cos(angle), jnp.sin(angle)
 
 

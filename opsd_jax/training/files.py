@@ -34,6 +34,25 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def read_json_lines(path: pathlib.Path, mend: str) -> list[Any]:
+    """The values of a file with one a line; a last line without its end, cut off, is left out.
+
+    Raises:
+      RecordError: it is not there, or a line is not JSON; names the file and `mend`, what to do.
+    """
+    try:
+        lines = path.read_text().split("\n")[:-1]
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read ({error.strerror}). {mend}") from error
+    values = []
+    for number, line in enumerate(lines, 1):
+        try:
+            values.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise RecordError(f"{path}, line {number}, is not JSON: {error}. {mend}") from error
+    return values
+
+
 def read_json(path: pathlib.Path) -> Any:
     """The value in a JSON file.
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tensorboardX
 
-from opsd_jax.training.files import RecordError, write_atomically
+from opsd_jax.training.files import read_json_lines, write_atomically
 
 FILE = "metrics.jsonl"
 
@@ -28,15 +28,8 @@ def means(totals: Iterable[dict[str, tuple[Any, Any]]]) -> dict[str, float]:
 def read(directory: pathlib.Path) -> list[dict[str, float]]:
     """The rows written so far, one a step, in order."""
     path = directory / FILE
-    if not path.exists():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text().split("\n")[:-1], 1):  # a torn end is left out
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise RecordError(f"{path}, line {number}, is not JSON: {error}.") from error
-    return rows
+    mend = "Delete that line: the metrics of its step are lost."
+    return read_json_lines(path, mend) if path.exists() else []
 
 
 class MetricsWriter:
