@@ -3,14 +3,15 @@
 #
 #   ./launch/test.sh [--slow] [PYTEST ARGUMENT ...]
 #
-# --slow: the tests marked slow in place of the others. They need torch and transformers as well.
+# --slow: the tests marked slow in place of the others. They need torch and transformers as well,
+# and the compiler for TPUs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/setup.sh
 . launch/setup.sh
 
 which_tests="not slow" extra=test
-if [ "${1:-}" = --slow ]; then which_tests="slow" extra=test,parity; shift; fi
+if [ "${1:-}" = --slow ]; then which_tests="slow" extra=test,parity,tpu; shift; fi
 setup "$extra"
 ruff format --check .
 ruff check .

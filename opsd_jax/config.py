@@ -16,7 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from opsd_jax.losses import parse_gate
+from opsd_jax import losses
 
 
 class ConfigError(ValueError):
@@ -36,6 +36,18 @@ def optimizer(**changes: Any) -> ConfigDict:
     config.clip_norm = 1.0  # the gradient's global norm is cut to this
     config.update(changes)
     return config
+
+
+def objective(preset: str, **changes: Any) -> ConfigDict:
+    """The parts of a policy-gradient algorithm, one of `opsd_jax.losses.PRESETS`, with changes."""
+    return ConfigDict(losses.PRESETS[preset]._asdict() | changes)
+
+
+def distillation(**changes: Any) -> ConfigDict:
+    """The options of `opsd_jax.losses.OPSD` but for the gate, with changes."""
+    options = losses.OPSD()._asdict()
+    del options["gate"]  # a field of the stage itself
+    return ConfigDict(options | changes)
 
 
 def default() -> ConfigDict:
@@ -74,6 +86,7 @@ def default() -> ConfigDict:
     config.sft.batch_size = 32  # demonstrations a step
     config.sft.microbatch = 32  # rows computed at once
     config.sft.buckets = (56, 80, 128)  # padded lengths, prompt and response
+    config.sft.loss_chunk = 0  # tokens whose logits are made at once, on a device; 0: as fits
     config.sft.checkpoint_every = 100  # steps
     config.sft.optimizer = optimizer(
         learning_rate=3e-3, schedule="cosine", warmup=50, weight_decay=0.01
@@ -92,8 +105,11 @@ def default() -> ConfigDict:
     config.rlvr.updates = 2  # optimiser updates a step, on equal parts of its rollouts
     config.rlvr.microbatch = 32
     config.rlvr.buckets = (48, 88)  # padded lengths of responses
-    config.rlvr.clip_low = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
-    config.rlvr.clip_high = 0.2
+    config.rlvr.loss_chunk = 0
+    # The algorithm, by its parts; every field is explained at opsd_jax.losses.PolicyGradient.
+    config.rlvr.objective = objective("grpo", kl_coefficient=0.0, aggregation="token")
+    config.rlvr.overlong_buffer = 0  # tokens before the budget where DAPO's punishment begins
+    config.rlvr.overlong_factor = 1.0  # the punishment at the budget
     config.rlvr.checkpoint_every = 10
     config.rlvr.optimizer = optimizer()
 
@@ -114,6 +130,9 @@ def default() -> ConfigDict:
     config.opsd.max_rows = 64  # train on the first so many that the gate keeps; 0 for all
     config.opsd.microbatch = 16
     config.opsd.buckets = (40, 88)
+    config.opsd.loss_chunk = 0
+    # The divergence and what weighs it; every field is explained at opsd_jax.losses.OPSD.
+    config.opsd.loss = distillation()
     config.opsd.checkpoint_every = 5
     config.opsd.optimizer = optimizer()
 
@@ -222,8 +241,8 @@ _AT_LEAST_ONE = {
     "samples", "max_nonfinite", "group_size",
 }  # fmt: skip
 _NOT_NEGATIVE = {
-    "temperature", "max_rows", "warmup", "weight_decay", "clip_low", "clip_high", "final_fraction",
-    "seed",
+    "temperature", "max_rows", "warmup", "weight_decay", "final_fraction", "seed",
+    "loss_chunk", "overlong_factor",
 }  # fmt: skip
 _POSITIVE = {"learning_rate", "clip_norm", "rope_theta", "rms_norm_eps"}
 
@@ -258,7 +277,7 @@ def validate(config: ConfigDict) -> None:
             fail(field, tuple(value), "lengths above 0 in ascending order")
         if name == "gate":
             try:
-                parse_gate(value)
+                losses.parse_gate(value)
             except ValueError as error:
                 raise ConfigError(f"config.{field}: {error}") from None
 
@@ -299,10 +318,25 @@ def validate(config: ConfigDict) -> None:
                     f"a last bucket that holds a response of {section.response_tokens} tokens",
                 )
             rollouts = section.prompts * section.group_size
+            parts = {
+                "rlvr": ("objective", losses.PolicyGradient),
+                "opsd": ("loss", losses.OPSD),
+            }[section.algorithm]
+            try:
+                parts[1](**section[parts[0]]).check()
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"config.{stage}.{parts[0]}: {error}") from None
             if section.temperature == 0:
                 fail(f"{stage}.temperature", 0, "above 0: a stage learns from what it samples")
-            if section.algorithm == "rlvr" and section.group_size < 2:
-                fail(f"{stage}.group_size", section.group_size, "at least 2: GRPO compares")
+            if section.algorithm == "rlvr":
+                if section.group_size < 2:
+                    fail(f"{stage}.group_size", section.group_size, "at least 2, to be compared")
+                if not 0 <= section.overlong_buffer <= section.response_tokens:
+                    fail(
+                        f"{stage}.overlong_buffer",
+                        section.overlong_buffer,
+                        f"from 0, for none, to the budget of {section.response_tokens} tokens",
+                    )
             if section.algorithm == "rlvr" and rollouts % (section.updates * section.group_size):
                 fail(f"{stage}.updates", section.updates, f"a divisor of {section.prompts} prompts")
 

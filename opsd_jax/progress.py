@@ -13,7 +13,7 @@ SHOWN = {
     "token_accuracy": "token accuracy {:.1%}",
     "reward": "reward {:.2f}",
     "length": "length {:.1f}",
-    "token_kl": "KL {:.3f}",
+    "token_divergence": "divergence {:.3f}",
     "active_rows": "rows {:.0f}",
     "empty": "empty",
     "nonfinite": "not finite",

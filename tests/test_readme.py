@@ -19,11 +19,16 @@ def test_the_loss_of_the_readme():
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(block, names)
     rng = np.random.default_rng(0)
-    student, teacher = jnp.asarray(rng.normal(size=(2, 3, 4, 5)), jnp.float32)
+    params, teacher_params = jnp.asarray(rng.normal(size=(2, 6, 5)), jnp.float32)
+    hidden, teacher_hidden = jnp.asarray(rng.normal(size=(2, 3, 4, 6)), jnp.float32)
     mask = jnp.asarray(np.arange(4) < np.array([4, 2, 3])[:, None])
-    groups = jnp.eye(3, dtype=bool)
-    got = names["opsd_loss"](student, teacher, mask, *groups)
-    only = losses.reverse_kl(student_logits=student[0], teacher_logits=teacher[0]).mean()
+    unembed = lambda params, hidden: hidden @ params
+    got = names["opsd_loss"](
+        params, hidden, teacher_params, teacher_hidden, unembed, mask, jnp.eye(3, dtype=bool)
+    )
+    only = losses.reverse_kl(
+        student_logits=hidden[0] @ params, teacher_logits=teacher_hidden[0] @ teacher_params
+    ).mean()
     np.testing.assert_allclose(got, only, rtol=1e-6)
 
 

@@ -8,12 +8,16 @@ import numpy as np
 import optax
 import pytest
 
+from opsd_jax import losses
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.stages import batch as batch_lib
 from opsd_jax.stages import opsd, rlvr, sft
 from opsd_jax.training import state as state_lib
 from opsd_jax.training import step as step_lib
+from opsd_jax.verify.verdict import Groups
 
+GATE = (1.0, 0.5, 2.0)
+NO_GROUP = dict.fromkeys(Groups._fields, False)
 WIDTHS = {"student": 16, "teacher": 39}
 
 
@@ -28,8 +32,10 @@ def rows(task):
             {
                 "student": task.prompt(problem),
                 "teacher": task.teacher_prompt(problem),
-                "response": rng.integers(1, 32, rng.integers(1, 40)).tolist(),
-                "weight": [1.0, 0.5, 2.0][i % 3],
+                "response": (response := rng.integers(1, 32, rng.integers(1, 40)).tolist()),
+                "behaviour_logprobs": [-1.0] * len(response),
+                "weight": GATE[i % 3],  # what the test expects of its group
+                **{group: i % 3 == j for j, group in enumerate(Groups._fields)},
             }
         )
     return rows
@@ -46,7 +52,8 @@ def pack(rows, *, buckets=(16, 40), microbatch=4, capacity=16, widths=WIDTHS):
             batch_lib.collate_responses,
             microbatch=microbatch,
             prompt_tokens=widths,
-            per_row=["weight"],
+            per_token=["behaviour_logprobs"],
+            per_row=Groups._fields,
             pad_id=0,
         ),
     )
@@ -70,10 +77,13 @@ def start(params, teacher):
 
 
 @pytest.fixture(scope="module")
-def train_step(model):
-    return jax.jit(
-        step_lib.make_train_step(functools.partial(opsd.loss_fn, model.policy, 1.0), OPTIMIZER)
-    )
+def loss_fn(model):
+    return functools.partial(opsd.loss_fn, model.policy, losses.OPSD(gate=GATE), 1.0, 0)
+
+
+@pytest.fixture(scope="module")
+def train_step(loss_fn):
+    return jax.jit(step_lib.make_train_step(loss_fn, OPTIMIZER))
 
 
 def assert_close(a, b, rtol=1e-5, atol=1e-6):
@@ -168,7 +178,7 @@ def test_arrangement_of_the_rows_does_not_matter(train_step, start, rows, arrang
 
 def test_rows_of_no_weight_are_as_good_as_absent(train_step, start, rows):
     """The gate's dropped rows do not influence the update: equal to removing them."""
-    dropped = [row | {"weight": 0.0} if i % 2 else row for i, row in enumerate(rows)]
+    dropped = [row | NO_GROUP if i % 2 else row for i, row in enumerate(rows)]
     expected, _ = train_step(start, pack(rows[::2]))
     got, _ = train_step(start, pack(dropped))
     assert_close(got, expected)
@@ -188,14 +198,14 @@ def test_an_empty_context_has_no_divergence(train_step, start, rows):
     assert float(metrics["loss"][0] / metrics["loss"][1]) > 1e-2
 
 
-def test_the_teacher_gets_no_gradient(model, start, rows):
+def test_the_teacher_gets_no_gradient(loss_fn, start, rows):
     micro = jax.tree.map(lambda x: x[0], pack(rows)[1]["rows"])
-    loss = lambda teacher: opsd.loss_fn(model.policy, 1.0, start["params"], teacher, micro)[0]
+    loss = lambda teacher: loss_fn(start["params"], teacher, micro)[0]
     for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(start["teacher"])):
         np.testing.assert_array_equal(leaf, 0)
 
 
-@pytest.mark.parametrize("rows_of", [lambda rows: [], lambda rows: [rows[0] | {"weight": 0.0}]])
+@pytest.mark.parametrize("rows_of", [lambda rows: [], lambda rows: [rows[0] | NO_GROUP]])
 def test_a_batch_without_active_rows_changes_nothing_and_is_counted(
     train_step, start, rows, rows_of
 ):
@@ -216,13 +226,11 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(train_step
     assert float(metrics["empty"][0]) == 0
 
 
-def test_bfloat16_parameters_keep_their_dtype_over_steps(model, start, rows):
+def test_bfloat16_parameters_keep_their_dtype_over_steps(loss_fn, start, rows):
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), start["params"])
     state = state_lib.init_state(low, OPTIMIZER, has_teacher=True)
     dtypes = jax.tree.map(lambda x: x.dtype, state)
-    step = jax.jit(
-        step_lib.make_train_step(functools.partial(opsd.loss_fn, model.policy, 1.0), OPTIMIZER)
-    )
+    step = jax.jit(step_lib.make_train_step(loss_fn, OPTIMIZER))
     for _ in range(2):
         state, metrics = step(state, pack(rows))
         assert jax.tree.map(lambda x: x.dtype, state) == dtypes
@@ -231,7 +239,7 @@ def test_bfloat16_parameters_keep_their_dtype_over_steps(model, start, rows):
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
-def test_eight_devices_make_the_step_of_one(model, start, rows, shape):
+def test_eight_devices_make_the_step_of_one(model, loss_fn, start, rows, shape):
     """Compiled as the loop does it, with the state sharded and donated."""
     results = []
     for devices in (1, 8):
@@ -245,7 +253,7 @@ def test_eight_devices_make_the_step_of_one(model, start, rows, shape):
             lambda x, m=mesh: mesh_lib.rows(m, 1) if np.ndim(x) else mesh_lib.replicated(m), batch
         )
         step = jax.jit(
-            step_lib.make_train_step(functools.partial(opsd.loss_fn, model.policy, 1.0), OPTIMIZER),
+            step_lib.make_train_step(loss_fn, OPTIMIZER),
             donate_argnums=0,
             in_shardings=(shardings, batch_shardings),
             out_shardings=(shardings, None),
@@ -299,7 +307,8 @@ def test_rlvr_gradient_is_that_of_grpo_by_hand(model, params, task, score, tempe
             total -= row["advantages"] * picked.sum()
         return total
 
-    loss = lambda params: rlvr.loss_fn(model.policy, temperature, 0.2, 0.2, params, None, micro)
+    options = losses.PolicyGradient(aggregation="token")
+    loss = lambda params: rlvr.loss_fn(model.policy, options, temperature, 0, params, None, micro)
     (total, (weight, metrics)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     assert float(weight) == 27
     expected = -sum(a * len(r) for a, r in zip(advantages, responses, strict=True))

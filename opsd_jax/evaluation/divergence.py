@@ -10,11 +10,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from opsd_jax import losses
 from opsd_jax.data.task import Problem, Task
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.policy import Params, Policy
-from opsd_jax.stages.batch import collate_responses
-from opsd_jax.stages.opsd import token_divergence
+from opsd_jax.stages.batch import collate_responses, response_head
 
 FILE = "divergence.json"
 GROUPS = ("correct", "incorrect", "truncated")
@@ -25,6 +25,27 @@ def group_of(response: dict[str, Any]) -> str:
     if response["truncated"]:
         return "truncated"
     return "correct" if response["correct"] else "incorrect"
+
+
+def token_kl(
+    policy: Policy, temperature: float, chunk: int, params: Params, teacher: Params, rows: Any
+) -> jax.Array:
+    """KL(student || teacher) [m, R] at each response token, of `collate_responses` rows."""
+
+    def loss(student, teacher, _):
+        return losses.reverse_kl(
+            student_logits=student, teacher_logits=teacher, temperature=temperature
+        ), {}
+
+    R = rows["mask"].shape[1]
+    return losses.token_values(
+        loss,
+        rows["mask"],
+        student=response_head(policy, params, rows["student"], R),
+        teacher=response_head(policy, teacher, rows["teacher"], R),
+        chunk=chunk,
+        partition=mesh_lib.rows_in_context(),
+    )
 
 
 class DivergenceProbe:
@@ -46,7 +67,9 @@ class DivergenceProbe:
             "teacher": config.teacher_prompt_tokens,
         }
         self._mesh, self._rows = mesh, mesh_lib.rows(mesh)
-        self._divergence = jax.jit(functools.partial(token_divergence, policy, config.temperature))
+        self._divergence = jax.jit(
+            functools.partial(token_kl, policy, config.temperature, config.loss_chunk)
+        )
 
     def __call__(
         self,

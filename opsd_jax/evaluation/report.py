@@ -29,7 +29,7 @@ CURVES: dict[str, list[tuple[str, str, float]]] = {
     "sft": [("loss", "loss, nats a token", 1), ("token_accuracy", "token accuracy, %", 100)],
     "rlvr": [("reward", "reward", 1), ("length", "mean length, tokens", 1)],
     "opsd": [
-        ("token_kl", "KL a token, nats", 1),
+        ("token_divergence", "divergence a token, nats", 1),
         ("length", "mean length, tokens", 1),
         ("reward", "reward", 1),
     ],

@@ -1,20 +1,63 @@
-"""Loss functions of arrays, without config, model or tokenizer: for train steps of your own."""
+"""Loss functions of arrays, without config, model or tokenizer: for train steps of your own.
 
-from opsd_jax.losses.divergence import reverse_kl
+Start with `sft`, `policy_gradient`, `opsd` and `joint`. Each takes logits, or a `Head`, from which
+it computes them a chunk of tokens at a time. docs/losses.md has every equation and default.
+"""
+
+from opsd_jax.losses.advantage import advantages, informative, overlong_penalty
+from opsd_jax.losses.divergence import (
+    forward_kl,
+    jsd,
+    kl_estimates,
+    reverse_kl,
+    sampled_kl,
+    skewed_kl,
+    top_k,
+)
+from opsd_jax.losses.fused import Head, token_values, weighted_loss
 from opsd_jax.losses.gate import GATES, gate_weights, parse_gate
+from opsd_jax.losses.joint import joint
 from opsd_jax.losses.likelihood import entropy, token_logprobs
-from opsd_jax.losses.policy_gradient import clipped_surrogate, group_advantages
-from opsd_jax.losses.reduction import sequence_mean, token_mean
+from opsd_jax.losses.opsd import OPSD, opsd
+from opsd_jax.losses.policy_gradient import (
+    PRESETS,
+    PolicyGradient,
+    policy_gradient,
+    response_logprobs,
+)
+from opsd_jax.losses.reduction import position_weights, token_weights, weighted_sum
+from opsd_jax.losses.result import Loss
+from opsd_jax.losses.sft import sft
 
 __all__ = [
     "GATES",
-    "clipped_surrogate",
+    "OPSD",
+    "PRESETS",
+    "Head",
+    "Loss",
+    "PolicyGradient",
+    "advantages",
     "entropy",
+    "forward_kl",
     "gate_weights",
-    "group_advantages",
+    "informative",
+    "joint",
+    "jsd",
+    "kl_estimates",
+    "opsd",
+    "overlong_penalty",
     "parse_gate",
+    "policy_gradient",
+    "position_weights",
+    "response_logprobs",
     "reverse_kl",
-    "sequence_mean",
+    "sampled_kl",
+    "sft",
+    "skewed_kl",
     "token_logprobs",
-    "token_mean",
+    "token_values",
+    "token_weights",
+    "top_k",
+    "weighted_loss",
+    "weighted_sum",
 ]

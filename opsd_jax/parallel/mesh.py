@@ -89,6 +89,11 @@ def rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, P(*(None,) * axis, ROWS))
 
 
+def rows_in_context() -> P | None:
+    """The PartitionSpec of `rows` if there is a mesh in context (`jax.set_mesh`), else None."""
+    return None if jax.sharding.get_abstract_mesh().empty else P(ROWS)
+
+
 def row_shards(mesh: Mesh) -> int:
     """Into how many parts `rows` cuts an array."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from opsd_jax.losses import Head
 from opsd_jax.policy import Params, Policy
 from opsd_jax.rollout.collect import left_pad
 
@@ -174,14 +175,9 @@ def pack_responses(
     )
 
 
-def response_logits(
-    policy: Policy,
-    params: Params,
-    sequences: dict[str, jax.Array],
-    response_tokens: int,
-    temperature: float,
-) -> jax.Array:
-    """The logits [m, R, V] of the distribution that each response token was, or would be, drawn
-    from at a temperature, of `prompt_and_response` sequences."""
+def response_head(
+    policy: Policy, params: Params, sequences: dict[str, jax.Array], response_tokens: int
+) -> Head:
+    """The logits [m, R, V] that predict each response token of `prompt_and_response` sequences."""
     hidden_mxTxD, _ = policy.forward(params, sequences["tokens"], sequences["positions"])
-    return policy.unembed(params, hidden_mxTxD[:, -response_tokens - 1 : -1]) / temperature
+    return Head(policy.unembed, params, hidden_mxTxD[:, -response_tokens - 1 : -1])

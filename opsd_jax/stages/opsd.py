@@ -6,48 +6,58 @@ Each step:
 3. score their tokens twice: the student from its own prompt, the teacher (the parameters that the
    stage began with) from the prompt that shows the worked solution;
 4. minimise KL(student || teacher) over the whole vocabulary, the mean over rollouts of the mean
-   over their tokens, with the gate's weights.
+   over their tokens, with the gate's weights; or what else `config.loss` says.
 """
 
 from __future__ import annotations
 
 import functools
 
-import jax
 import ml_collections
 import numpy as np
 
 from opsd_jax import losses
 from opsd_jax.data.task import Task, check_fits
+from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
-from opsd_jax.stages.batch import pack_responses, response_logits
+from opsd_jax.stages.batch import pack_responses, response_head
 from opsd_jax.stages.rollouts import RollOut, rollout_metrics
 from opsd_jax.stages.stage import Stage
+from opsd_jax.verify.verdict import Groups
 
 
-def token_divergence(policy: Policy, temperature: float, params, teacher, microbatch) -> jax.Array:
-    """KL(student || teacher) [m, R] at each response token; no gradient for the teacher.
+def loss_fn(
+    policy: Policy,
+    options: losses.OPSD,
+    temperature: float,
+    chunk: int,
+    params,
+    teacher,
+    microbatch,
+):
+    """Sum over rollouts of gate x mean token divergence, and the sum of the gate's weights.
 
-    Both sides are compared at `temperature`, that of the sampling.
+    That is with the default options; see `losses.opsd`.
     """
-    response_tokens = microbatch["mask"].shape[1]
-    student_mxRxV = response_logits(
-        policy, params, microbatch["student"], response_tokens, temperature
+    R = microbatch["mask"].shape[1]
+    loss = losses.opsd(
+        student=response_head(policy, params, microbatch["student"], R),
+        teacher=response_head(policy, teacher, microbatch["teacher"], R),
+        mask=microbatch["mask"],
+        groups=tuple(microbatch[group] > 0 for group in Groups._fields),
+        tokens=microbatch["response"],
+        behaviour_logprobs=microbatch["behaviour_logprobs"],
+        options=options,
+        temperature=temperature,
+        chunk=chunk,
+        partition=rows_in_context(),
     )
-    teacher_mxRxV = response_logits(
-        policy, teacher, microbatch["teacher"], response_tokens, temperature
-    )
-    return losses.reverse_kl(
-        student_logits=student_mxRxV, teacher_logits=jax.lax.stop_gradient(teacher_mxRxV)
-    )
+    return loss.sum, (loss.weight, {"token_divergence": loss.metric("divergence")})
 
 
-def loss_fn(policy: Policy, temperature: float, params, teacher, microbatch):
-    """Sum over rollouts of weight x mean token divergence, and the sum of the weights."""
-    values_mxR = token_divergence(policy, temperature, params, teacher, microbatch)
-    mask_mxR = microbatch["mask"]
-    total, weight = losses.sequence_mean(values_mxR, mask_mxR, microbatch["weight"])
-    return total, (weight, {"token_kl": losses.token_mean(values_mxR, mask_mxR)})
+def options_of(config: ml_collections.ConfigDict) -> losses.OPSD:
+    """The options of the loss, of a stage's section of the config."""
+    return losses.OPSD(gate=losses.parse_gate(config.gate), **config.loss)
 
 
 def opsd(
@@ -60,7 +70,7 @@ def opsd(
 
     `roll_out(step, params)` gives the step's rollouts, `config.group_size` of each problem.
     """
-    gate = losses.parse_gate(config.gate)
+    options = options_of(config)
     rollouts_a_step = config.prompts * config.group_size
     capacity = min(config.max_rows or rollouts_a_step, rollouts_a_step)
 
@@ -69,13 +79,14 @@ def opsd(
         config=config,
         capacity=capacity,
         prompt_tokens={"student": config.prompt_tokens, "teacher": config.teacher_prompt_tokens},
-        per_row=["weight"],
+        per_token=["behaviour_logprobs"],
+        per_row=Groups._fields,
         pad_id=task.tokenizer.pad_id,
     )
 
     def batches(step, params):
         rollouts = roll_out(step, params)
-        weights = losses.gate_weights(*rollouts.groups, gate)
+        weights = losses.gate_weights(*rollouts.groups, options.gate)
         active = np.flatnonzero(weights)[:capacity]
         rows = [
             {
@@ -87,8 +98,9 @@ def opsd(
                     "teacher_prompt_tokens",
                 ),
                 "response": rollouts.responses[i],
-                "weight": weights[i],
+                "behaviour_logprobs": rollouts.logprobs[i],
             }
+            | {group: members[i] for group, members in rollouts.groups._asdict().items()}
             for i in active
         ]
         return [batch_of(rows)], rollout_metrics(rollouts) | {"active_rows": float(len(active))}
@@ -98,6 +110,6 @@ def opsd(
         updates=1,
         batches=batches,
         empty_batch=batch_of([]),
-        loss=functools.partial(loss_fn, policy, config.temperature),
+        loss=functools.partial(loss_fn, policy, options, config.temperature, config.loss_chunk),
         has_teacher=True,
     )

@@ -1,57 +1,74 @@
-"""RLVR: GRPO (DeepSeekMath, arXiv 2402.03300) on rewards of 1 for a correct rollout, else 0."""
+"""RLVR: policy gradient on rewards of 1 for a correct rollout, else 0.
+
+GRPO, Dr.GRPO, DAPO, GSPO, RLOO, REINFORCE++, CISPO or another choice of the parts that make them
+up: `config.objective` (opsd_jax/losses/policy_gradient.py).
+"""
 
 from __future__ import annotations
 
 import functools
 
-import jax.numpy as jnp
+import jax
 import ml_collections
 import numpy as np
 
 from opsd_jax import losses
 from opsd_jax.data.task import Task
+from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
-from opsd_jax.stages.batch import pack_responses, response_logits
+from opsd_jax.stages.batch import pack_responses, response_head
 from opsd_jax.stages.rollouts import RollOut, rollout_metrics
 from opsd_jax.stages.stage import Stage
 
 
 def loss_fn(
     policy: Policy,
+    options: losses.PolicyGradient,
     temperature: float,
-    clip_low: float,
-    clip_high: float,
+    chunk: int,
     params,
     teacher,
     microbatch,
 ):
-    """Sum over response tokens of the clipped surrogate, and their number.
+    """Sum over response tokens of the policy-gradient loss, and its normaliser.
 
     `temperature` is that of the sampling: the ratio compares the distributions sampled from.
+    `teacher` is the reference, if the options have a KL to one.
     """
-    del teacher
-    response_mxR, mask_mxR = microbatch["response"], microbatch["mask"]
-    logits_mxRxV = response_logits(
-        policy, params, microbatch["student"], response_mxR.shape[1], temperature
+    tokens_mxR, mask_mxR = microbatch["response"], microbatch["mask"]
+    partition = rows_in_context()
+    head = functools.partial(
+        response_head, policy, sequences=microbatch["student"], response_tokens=mask_mxR.shape[1]
     )
-    logprobs_mxR = losses.token_logprobs(logits_mxRxV, response_mxR)
-    values_mxR = losses.clipped_surrogate(
-        logprobs=logprobs_mxR,
+    reference_mxR = None
+    if options.kl_coefficient:
+        reference_mxR = losses.response_logprobs(
+            student=jax.lax.stop_gradient(head(teacher)),
+            tokens=tokens_mxR,
+            mask=mask_mxR,
+            temperature=temperature,
+            chunk=chunk,
+            partition=partition,
+        )
+    loss = losses.policy_gradient(
+        student=head(params),
+        tokens=tokens_mxR,
+        mask=mask_mxR,
+        advantages=microbatch["advantages"],
         behaviour_logprobs=microbatch["behaviour_logprobs"],
-        advantages=microbatch["advantages"][:, None],
-        clip_low=clip_low,
-        clip_high=clip_high,
+        reference_logprobs=reference_mxR,
+        options=options,
+        temperature=temperature,
+        chunk=chunk,
+        partition=partition,
     )
-    ratio_mxR = jnp.exp(logprobs_mxR - microbatch["behaviour_logprobs"])
-    clipped_mxR = (ratio_mxR < 1 - clip_low) | (ratio_mxR > 1 + clip_high)
-    total, weight = losses.token_mean(values_mxR, mask_mxR)
-    return total, (
-        weight,
-        {
-            "entropy": losses.token_mean(losses.entropy(logits_mxRxV), mask_mxR),
-            "ratio_outside_clip": losses.token_mean(clipped_mxR, mask_mxR),
-        },
-    )
+    metrics = {
+        "entropy": loss.metric("entropy"),
+        "ratio_outside_clip": loss.metric("clipped"),
+    }
+    if options.kl_coefficient:
+        metrics["reference_kl"] = loss.metric("kl")
+    return loss.sum, (loss.weight, metrics)
 
 
 def rlvr(
@@ -64,6 +81,7 @@ def rlvr(
 
     `roll_out(step, params)` gives the step's rollouts, `config.group_size` of each problem.
     """
+    options = losses.PolicyGradient(**config.objective)
     size = config.prompts * config.group_size // config.updates  # rollouts an update
     batch_of = functools.partial(
         pack_responses,
@@ -77,8 +95,21 @@ def rlvr(
 
     def batches(step, params):
         rollouts = roll_out(step, params)
-        rewards = rollouts.groups.correct.astype(np.float32)
-        advantages = losses.group_advantages(rewards, config.group_size)
+        correct = rollouts.groups.correct.astype(np.float32)
+        rewards = correct
+        if config.overlong_buffer:
+            rewards = correct + losses.overlong_penalty(
+                np.array([len(response) for response in rollouts.responses], np.float32),
+                max_tokens=config.response_tokens,
+                buffer=config.overlong_buffer,
+                factor=config.overlong_factor,
+            )
+        advantages = losses.advantages(
+            rewards, config.group_size, baseline=options.baseline, scale=options.scale
+        )
+        counts = np.ones(len(rewards), bool)
+        if options.drop_uninformative:
+            counts = losses.informative(rewards, config.group_size)
         rows = [
             {
                 "student": task.prompt(problem),
@@ -88,8 +119,11 @@ def rlvr(
             }
             for i, problem in enumerate(rollouts.problems)
         ]
-        parts = [batch_of(rows[i : i + size]) for i in range(0, len(rows), size)]
-        by_group = rewards.reshape(-1, config.group_size).mean(axis=1)
+        parts = [
+            batch_of([rows[i] for i in range(first, first + size) if counts[i]])
+            for first in range(0, len(rows), size)
+        ]
+        by_group = correct.reshape(-1, config.group_size).mean(axis=1)
         return parts, rollout_metrics(rollouts) | {
             "groups_all_correct": float(np.mean(by_group == 1)),
             "groups_all_wrong": float(np.mean(by_group == 0)),
@@ -100,7 +134,6 @@ def rlvr(
         updates=config.updates,
         batches=batches,
         empty_batch=batch_of([]),
-        loss=functools.partial(
-            loss_fn, policy, config.temperature, config.clip_low, config.clip_high
-        ),
+        loss=functools.partial(loss_fn, policy, options, config.temperature, config.loss_chunk),
+        has_teacher=options.kl_coefficient > 0,
     )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 from opsd_jax import losses
 from opsd_jax.data.task import Demonstration, Task
+from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
 from opsd_jax.stages.batch import Microbatch, pack, right_pad
 from opsd_jax.stages.stage import Stage
@@ -17,17 +17,19 @@ from opsd_jax.stages.stage import Stage
 WINDOW = 16  # steps whose demonstrations are sorted by length together, so that each pads little
 
 
-def loss_fn(policy: Policy, params, teacher, microbatch):
+def loss_fn(policy: Policy, chunk: int, params, teacher, microbatch):
     """Sum over response tokens of -log p(token), and their number."""
     del teacher
     tokens, positions = microbatch["tokens"], microbatch["positions"]
     hidden_mxTxD, _ = policy.forward(params, tokens[:, :-1], positions[:, :-1])
-    logits_mxTxV = policy.unembed(params, hidden_mxTxD)
-    mask_mxT = microbatch["mask"][:, 1:]
-    values_mxT = -losses.token_logprobs(logits_mxTxV, tokens[:, 1:])
-    total, weight = losses.token_mean(values_mxT, mask_mxT)
-    right_mxT = jnp.argmax(logits_mxTxV, axis=-1) == tokens[:, 1:]
-    return total, (weight, {"token_accuracy": losses.token_mean(right_mxT, mask_mxT)})
+    loss = losses.sft(
+        student=losses.Head(policy.unembed, params, hidden_mxTxD),
+        tokens=tokens[:, 1:],
+        mask=microbatch["mask"][:, 1:],
+        chunk=chunk,
+        partition=rows_in_context(),
+    )
+    return loss.sum, (loss.weight, {"token_accuracy": loss.metric("accuracy")})
 
 
 def sft(config: ml_collections.ConfigDict, task: Task, policy: Policy, seed: int) -> Stage:
@@ -80,5 +82,5 @@ def sft(config: ml_collections.ConfigDict, task: Task, policy: Policy, seed: int
         updates=1,
         batches=batches,
         empty_batch=batch_of([]),
-        loss=functools.partial(loss_fn, policy),
+        loss=functools.partial(loss_fn, policy, config.loss_chunk),
     )

@@ -1,0 +1,103 @@
+"""GRPO around a Flax Linen model of one's own: python examples/linen_grpo.py
+
+The model answers with six words and is rewarded if most of them are even. Each step samples a
+group of responses to every prompt, compares them, and makes the better ones likelier.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax.training.train_state import TrainState
+
+from opsd_jax import losses
+
+WORDS, WIDTH, PROMPT, RESPONSE, PROMPTS, GROUP = 32, 32, 3, 6, 8, 8
+OPTIONS = losses.PRESETS["dapo"]
+
+
+class Model(nn.Module):
+    """A recurrent network whose head is its embedding."""
+
+    def setup(self):
+        self.embedding = nn.Embed(WORDS, WIDTH)
+        self.rnn = nn.RNN(nn.GRUCell(WIDTH))
+
+    def __call__(self, tokens):
+        return self.rnn(self.embedding(tokens))
+
+    def unembed(self, hidden):
+        return self.embedding.attend(hidden)
+
+
+MODEL = Model()
+
+
+def unembed(params, hidden):
+    return MODEL.apply({"params": params}, hidden, method="unembed")
+
+
+def head(params, prompt, response) -> losses.Head:
+    tokens = jnp.concatenate([prompt, response], axis=1)
+    hidden = MODEL.apply({"params": params}, tokens)
+    return losses.Head(unembed, params, hidden[:, PROMPT - 1 : -1])
+
+
+@jax.jit
+def sample(params, prompt, key):
+    """Responses [B, RESPONSE] and the log-probabilities that they were sampled with."""
+    response = jnp.zeros((len(prompt), RESPONSE), jnp.int32)
+    logprobs = jnp.zeros(response.shape)
+    for t in range(RESPONSE):
+        logits = unembed(params, head(params, prompt, response).hidden[:, t])
+        words = jax.random.categorical(jax.random.fold_in(key, t), logits)
+        response = response.at[:, t].set(words)
+        logprobs = logprobs.at[:, t].set(losses.token_logprobs(logits, words))
+    return response, logprobs
+
+
+@jax.jit
+def train_step(state: TrainState, batch):
+    def loss_fn(params):
+        loss = losses.policy_gradient(
+            student=head(params, batch["prompt"], batch["response"]),
+            tokens=batch["response"],
+            mask=jnp.ones(batch["response"].shape, bool),
+            advantages=batch["advantages"],
+            behaviour_logprobs=batch["logprobs"],
+            row_weight=batch["row_weight"],
+            options=OPTIONS,
+        )
+        return loss.mean
+
+    return state.apply_gradients(grads=jax.grad(loss_fn)(state.params))
+
+
+def main(steps: int = 40) -> list[float]:
+    key = jax.random.key(0)
+    params = MODEL.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    state = TrainState.create(apply_fn=MODEL.apply, params=params, tx=optax.adam(1e-2))
+    rewards = []
+    for step in range(steps):
+        of_prompt, of_sample = jax.random.split(jax.random.fold_in(key, step))
+        prompt = jax.random.randint(of_prompt, (PROMPTS, PROMPT), 0, WORDS)
+        prompt = jnp.repeat(prompt, GROUP, axis=0)
+        response, logprobs = sample(state.params, prompt, of_sample)
+        reward = (jnp.sum(response % 2 == 0, axis=1) > RESPONSE // 2).astype(jnp.float32)
+        batch = {
+            "prompt": prompt,
+            "response": response,
+            "logprobs": logprobs,
+            "advantages": losses.advantages(
+                reward, GROUP, baseline=OPTIONS.baseline, scale=OPTIONS.scale
+            ),
+            "row_weight": losses.informative(reward, GROUP),
+        }
+        state = train_step(state, batch)
+        rewards.append(float(reward.mean()))
+    return rewards
+
+
+if __name__ == "__main__":
+    curve = main()
+    print(f"mean reward: {curve[0]:.2f} -> {curve[-1]:.2f}")

@@ -1,0 +1,512 @@
+"""From hidden states, chunk by chunk: any head, any mesh, no [tokens, vocabulary] array."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import checkify
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_losses import assert_near
+
+from opsd_jax import losses
+from opsd_jax.parallel import mesh as mesh_lib
+
+B, T, D, V = 8, 6, 5, 12
+
+
+@pytest.fixture(scope="module")
+def data():
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(0, 1, shape), jnp.float32)
+    params = lambda: {
+        "kernel": normal(D, V),
+        "embedding": normal(V, D),
+        "bias": normal(V),
+        "int8": jnp.asarray(rng.integers(-9, 9, (D, V)), jnp.int8),
+        "layers": normal(3, D, D),  # no head reads it
+    }
+    return {
+        "params": params(),
+        "teacher_params": params(),
+        "hidden": normal(B, T, D),
+        "teacher_hidden": normal(B, T, D),
+        "mask": np.arange(T) < np.array([6, 1, 3, 0, 4, 5, 2, 6])[:, None],
+        "groups": tuple(np.arange(B) % 3 == g for g in range(3)),
+        "tokens": rng.integers(0, V - 2, (B, T)),  # two words are padding to one of the heads
+        "behaviour_logprobs": -rng.uniform(1, 4, (B, T)).astype(np.float32),
+        "advantages": rng.normal(size=B).astype(np.float32),
+    }
+
+
+def dot(hidden, kernel):
+    return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def bias(params, hidden):
+    return params["bias"].reshape((1,) * (hidden.ndim - 1) + (V,))
+
+
+HEADS = {
+    "plain": lambda p, h: dot(h, p["kernel"]),
+    "tied": lambda p, h: dot(h, p["embedding"].T),
+    "biased": lambda p, h: dot(h, p["kernel"]) + bias(p, h),
+    "soft-capped and scaled": lambda p, h: 3 * jnp.tanh(dot(h, p["kernel"]) * 0.8 / 3),
+    "two of them": lambda p, h: dot(h, p["kernel"] + p["embedding"].T) + bias(p, h),
+    "quantised": lambda p, h: dot(h, p["int8"].astype(h.dtype)) / 5 + bias(p, h),
+    "padded": lambda p, h: dot(h, p["kernel"]).at[..., V - 2 :].set(-jnp.inf),
+    "jitted": jax.jit(lambda p, h: dot(h, p["kernel"])),
+}
+JOINT = {
+    "policy": losses.PolicyGradient(ratio="sequence"),
+    "distillation": losses.OPSD(gate=(1.0, 0.5, 0.25), divergence="jsd", importance_cap=2.0),
+}
+
+
+def joint(data, fused, unembed=HEADS["plain"], params=None, hidden=None, **arguments):
+    """Everything at once: both objectives, from logits or from heads."""
+    params = data["params"] if params is None else params
+    hidden = data["hidden"] if hidden is None else hidden
+    student = losses.Head(unembed, params, hidden)
+    teacher = losses.Head(unembed, data["teacher_params"], data["teacher_hidden"])
+    if not fused:
+        student, teacher = (x.unembed(x.params, x.hidden) for x in (student, teacher))
+    names = ("mask", "groups", "tokens", "behaviour_logprobs", "advantages")
+    given = {name: data[name] for name in names} | JOINT | arguments
+    return losses.joint(student=student, teacher=teacher, **given)
+
+
+def value_and_grad(data, fused, **arguments):
+    def loss(trained, hidden):
+        params = {name: trained.get(name, x) for name, x in data["params"].items()}
+        total, policy, opsd = joint(data, fused, params=params, hidden=hidden, **arguments)
+        return total.sum, (total.weight, policy.sum, opsd.sum, policy.tokens, opsd.tokens)
+
+    trained = {name: x for name, x in data["params"].items() if name != "int8"}
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(trained, data["hidden"])
+
+
+def assert_tree_near(got, expected, relative=1e-5):
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True
+    ):
+        try:
+            assert_near(x, y, relative)
+        except AssertionError as error:
+            raise AssertionError(jax.tree_util.keystr(path)) from error
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 128, None])
+@pytest.mark.parametrize("unembed", HEADS.values(), ids=HEADS)
+def test_heads_of_every_kind(data, unembed, chunk):
+    expected = value_and_grad(data, False, unembed=unembed)
+    got = value_and_grad(data, True, unembed=unembed, chunk=chunk)
+    assert_tree_near(got, expected)
+    np.testing.assert_array_equal(got[1][0]["layers"], 0)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 1, 1)],
+    ids=lambda shape: "x".join(map(str, shape)),
+)
+@pytest.mark.parametrize("tied", [False, True], ids=["kernel", "tied"])
+def test_a_mesh_changes_nothing(data, mesh, tied):
+    """Rows over data and fsdp, the head over fsdp and its vocabulary over tensor."""
+    unembed = HEADS["tied" if tied else "biased"]
+    expected = value_and_grad(data, False, unembed=unembed)
+    devices = jax.devices()[: int(np.prod(mesh))]
+    mesh = mesh_lib.make_mesh(mesh, devices)
+    specs = {"kernel": P(None, "tensor"), "embedding": P("tensor"), "bias": P("tensor")}
+    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+    sharded = dict(data)
+    for name in ("params", "teacher_params"):
+        sharded[name] = {k: put(x, specs.get(k, P())) for k, x in data[name].items()}
+    for name in ("hidden", "teacher_hidden"):
+        sharded[name] = put(data[name], P(mesh_lib.ROWS))
+    with jax.set_mesh(mesh):
+        run = jax.jit(
+            lambda data: value_and_grad(
+                data, True, unembed=unembed, chunk=3, partition=mesh_lib.rows_in_context()
+            )
+        )
+        assert_tree_near(run(sharded), expected)
+
+
+def test_tokens_may_be_split_too(data):
+    expected = value_and_grad(data, False)
+    mesh = mesh_lib.make_mesh((2, 2, 1), jax.devices()[:4])
+    narrow = {k: x[:, :4] if getattr(x, "shape", ())[:2] == (B, T) else x for k, x in data.items()}
+    expected = value_and_grad(narrow, False)
+    with jax.set_mesh(mesh):
+        run = jax.jit(lambda d: value_and_grad(d, True, chunk=3, partition=P("data", "fsdp")))
+        assert_tree_near(run(narrow), expected)
+
+
+def inner_jaxprs(jaxpr):
+    """A jaxpr and all that its equations hold."""
+    yield jaxpr
+    for eqn in jaxpr.eqns:
+        for value in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(value, "eqns"):
+                yield from inner_jaxprs(value)
+            elif hasattr(value, "jaxpr"):
+                yield from inner_jaxprs(value.jaxpr)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "logits"])
+def test_no_array_of_tokens_by_words_and_the_head_multiplied_once(fused):
+    """Read off the program of a loss and its gradient, which is run forwards and backwards."""
+    tokens, words, chunk = 64, 96, 16
+    shapes = jnp.zeros((1, tokens, D)), jnp.zeros((D, words))
+
+    def loss(hidden, kernel):
+        head = losses.Head(lambda w, h: dot(h, w), kernel, hidden)
+        scores = head if fused else dot(hidden, kernel)
+        return losses.opsd(
+            student=scores,
+            teacher=losses.Head(lambda w, h: dot(h, w), kernel + 1, hidden),
+            mask=jnp.ones((1, tokens), bool),
+            groups=(jnp.ones(1, bool), jnp.zeros(1, bool), jnp.zeros(1, bool)),
+            chunk=chunk,
+        ).sum
+
+    program = jax.make_jaxpr(jax.grad(loss, (0, 1)))(*shapes).jaxpr
+    sizes, products = [], 0
+    for jaxpr in inner_jaxprs(program):
+        for eqn in jaxpr.eqns:
+            sizes += [var.aval.size for var in eqn.outvars]
+            products += eqn.primitive.name == "dot_general"
+    assert (max(sizes) < tokens * words) == fused
+    assert max(sizes) >= chunk * words
+    # The student's logits, the teacher's, and the two gradients of the student's.
+    assert products == 4
+
+
+def test_memory_does_not_grow_with_the_tokens():
+    """Compiled: the temporaries of four times the tokens, beside the hidden states themselves."""
+    words = 4096
+
+    def temporaries(tokens):
+        def loss(hidden, kernel, mask):
+            head = losses.Head(lambda w, h: dot(h, w), kernel, hidden)
+            return losses.sft(
+                student=head, tokens=jnp.zeros((1, tokens), int), mask=mask, chunk=32
+            ).sum
+
+        f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+        mask = jax.ShapeDtypeStruct((1, tokens), bool)
+        compiled = (
+            jax.jit(jax.grad(loss, (0, 1))).lower(f32(1, tokens, D), f32(D, words), mask).compile()
+        )
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    few, many = temporaries(256), temporaries(1024)
+    assert few < 256 * words * 4  # one [tokens, words] array
+    assert many - few < 0.1 * (1024 - 256) * words * 4
+
+
+def test_tokens_without_weight_are_not_looked_at(data):
+    """NaN and infinity there, in scores and inputs, for values, gradients and diagnostics."""
+    dead = ~data["mask"]
+    spoilt = dict(data)
+    for name in ("hidden", "teacher_hidden"):
+        spoilt[name] = jnp.where(dead[..., None], jnp.nan, data[name])
+    spoilt["behaviour_logprobs"] = np.where(dead, np.inf, data["behaviour_logprobs"])
+    spoilt["tokens"] = np.where(dead, -100, data["tokens"])
+    expected = value_and_grad(data, True, chunk=5)
+    got = value_and_grad(spoilt, True, chunk=5)
+    assert_tree_near(got, expected)
+    np.testing.assert_array_equal(got[1][1][dead], 0)
+
+    logits = [dot(spoilt[f"{x}hidden"], data[f"{x}params"]["kernel"]) for x in ("", "teacher_")]
+    loss = lambda student: logits_loss(spoilt, student=student, teacher=logits[1]).sum
+    value, gradient = jax.value_and_grad(loss)(logits[0])
+    assert np.isfinite(value)
+    np.testing.assert_array_equal(gradient[dead], 0)
+    assert np.isfinite(gradient).all()
+
+
+def test_masked_is_compressed_and_padding_is_nothing(data):
+    """Rows alone, without their padding, and with more of it on either side."""
+    expected, (_, of_hidden) = value_and_grad(data, True)
+    by_token = [k for k, x in data.items() if np.shape(x)[:2] == (B, T)]
+    total = 0.0
+    for b in np.flatnonzero(data["mask"].any(axis=1)):
+        n = int(data["mask"][b].sum())
+        row = {k: data[k][b : b + 1, :n] for k in by_token}
+        row |= {"advantages": data["advantages"][b : b + 1]}
+        row |= {"groups": tuple(g[b : b + 1] for g in data["groups"])}
+        total += float(jax.jit(lambda row: joint(data | row, True)[0].sum)(row))
+    assert_near(total, expected[0])
+    for left, right in ((3, 0), (2, 5)):
+        sides = lambda x, pad=(left, right): [(0, 0), pad] + [(0, 0)] * (np.ndim(x) - 2)
+        padded = data | {k: jnp.pad(data[k], sides(data[k])) for k in by_token}
+        for fused in (True, False):
+            got, (_, gradient) = value_and_grad(padded, fused, chunk=4)
+            assert_near(got[0], expected[0])
+            assert_near(gradient[:, left : left + T], of_hidden)
+
+
+def test_no_row_passes_the_gate(data):
+    """A sum and a weight of 0, and gradients of 0."""
+    nothing = tuple(np.zeros(B, bool) for _ in range(3))
+
+    def loss(params):
+        out = losses.opsd(
+            student=losses.Head(HEADS["plain"], params, data["hidden"]),
+            teacher=losses.Head(HEADS["plain"], data["teacher_params"], data["teacher_hidden"]),
+            mask=data["mask"],
+            groups=nothing,
+        )
+        return out.mean, out
+
+    trained = {"kernel": data["params"]["kernel"]}
+    (mean, out), gradient = jax.value_and_grad(loss, has_aux=True)(trained)
+    assert (float(mean), float(out.sum), float(out.weight)) == (0, 0, 0)
+    np.testing.assert_array_equal(gradient["kernel"], 0)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "logits"])
+def test_gradients_flow_into_the_student_alone(data, fused):
+    def loss(others):
+        return joint(data | others, fused)[0].sum
+
+    others = {
+        name: jnp.asarray(data[name])
+        for name in ("teacher_hidden", "behaviour_logprobs", "advantages")
+    } | {"teacher_params": {k: x for k, x in data["teacher_params"].items() if k != "int8"}}
+    for leaf in jax.tree.leaves(jax.grad(loss)(others)):
+        np.testing.assert_array_equal(leaf, 0)
+
+
+def test_token_values_are_differentiated_for_any_cotangent(data):
+    """A sum of squares, which is no weighted sum of the values."""
+
+    def objective(params, hidden, fused):
+        student = losses.Head(HEADS["biased"], params, hidden)
+        if not fused:
+            student = student.unembed(params, hidden)
+        values = losses.response_logprobs(
+            student=student, tokens=data["tokens"], mask=data["mask"], chunk=4
+        )
+        return jnp.sum(values**2), values
+
+    params = {name: data["params"][name] for name in ("kernel", "bias")}
+    run = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
+    assert_tree_near(run(params, data["hidden"], True), run(params, data["hidden"], False))
+
+
+def test_without_a_gradient_none_is_made(data):
+    """Evaluation: the same values from a program without the products of the gradients."""
+    loss = lambda hidden: joint(data, True, hidden=hidden, policy=losses.PolicyGradient())[0].sum
+    count = lambda f: sum(
+        eqn.primitive.name == "dot_general"
+        for jaxpr in inner_jaxprs(jax.make_jaxpr(f)(data["hidden"]).jaxpr)
+        for eqn in jaxpr.eqns
+    )
+    assert (count(loss), count(jax.grad(loss))) == (2, 4)
+    np.testing.assert_array_equal(loss(data["hidden"]), jax.value_and_grad(loss)(data["hidden"])[0])
+
+
+@pytest.mark.parametrize("options", [losses.OPSD(), losses.OPSD(divergence="jsd", top_k=4)])
+def test_bfloat16(options):
+    """Hidden states and head in bfloat16, products and all after them in float32."""
+    rng = np.random.default_rng(0)
+    low = lambda *shape: jnp.asarray(rng.normal(0, 1, shape), jnp.bfloat16)
+    student, teacher = ((low(D, V), low(4, T, D)) for _ in range(2))
+
+    def loss(kernel, hidden, dtype):
+        heads = [
+            losses.Head(lambda w, h: dot(h, w), w.astype(dtype), h.astype(dtype))
+            for w, h in ((kernel, hidden), teacher)
+        ]
+        return losses.opsd(
+            student=heads[0],
+            teacher=heads[1],
+            mask=np.ones((4, T), bool),
+            groups=(np.ones(4, bool), np.zeros(4, bool), np.zeros(4, bool)),
+            options=options,
+            chunk=5,
+        ).mean
+
+    run = jax.value_and_grad(loss, argnums=(0, 1))
+    value, gradients = run(*student, jnp.bfloat16)
+    exact, exact_gradients = run(*(x.astype(jnp.float32) for x in student), jnp.float32)
+    assert_near(value, exact)  # inputs are the same numbers, and sums are float32 on both sides
+    # Each chunk's gradient of the head is rounded to bfloat16 once, and the result once: 2^-8 each.
+    for got, expected in zip(gradients, exact_gradients, strict=True):
+        assert got.dtype == jnp.bfloat16
+        assert_near(got, expected, 3 * 2**-8)
+
+
+# What cannot be right.
+
+
+def logits_loss(data, **changes):
+    arguments = {
+        "student": dot(data["hidden"], data["params"]["kernel"]),
+        "teacher": losses.Head(HEADS["plain"], data["teacher_params"], data["teacher_hidden"]),
+    }
+    names = ("mask", "groups", "tokens", "behaviour_logprobs")
+    arguments |= {name: data[name] for name in names}
+    return losses.opsd(**arguments | changes)
+
+
+BAD = {
+    "ranks": ({"mask": np.ones(T, bool)}, r"mask has shape \[6\]; expected \[rows, tokens\]"),
+    "flat logits": (
+        {"student": np.zeros((B * T, V))},
+        r"student has shape \[48, 12\]; expected logits \[rows, tokens, V\], or a Head",
+    ),
+    "lengths": (
+        {"student": np.zeros((B, T + 1, V))},
+        r"student has shape \[8, 7, 12\]; expected \[rows, tokens\] \[8, 6\] first",
+    ),
+    "teacher's length": (
+        {"teacher": losses.Head(HEADS["plain"], {"kernel": np.zeros((D, V))}, np.zeros((B, 9, D)))},
+        r"teacher.hidden has shape \[8, 9, 5\]; expected \[rows, tokens\] \[8, 6\] first",
+    ),
+    "vocabularies": (
+        {"teacher": np.zeros((B, T, V + 4))},
+        "student and teacher have 12 and 16 words; expected one vocabulary",
+    ),
+    "tokens": (
+        {"tokens": np.zeros((B, T + 1), int)},
+        r"tokens has shape \[8, 7\]; expected \[8, 6\]",
+    ),
+    "groups": (
+        {"groups": (np.ones(B, bool), np.ones(B + 1, bool), np.ones(B, bool))},
+        r"incorrect has shape \[9\]; expected \[8\]",
+    ),
+    "row weight": ({"row_weight": np.ones(3)}, r"row_weight has shape \[3\]; expected \[8\]"),
+    "divergence": (
+        {"options": losses.OPSD(divergence="kl")},
+        "divergence is 'kl'; expected one of reverse_kl, forward_kl, jsd",
+    ),
+    "two divergences": (
+        {"options": losses.OPSD(divergence="jsd,jsd")},
+        "divergence is 'jsd,jsd'; expected one, or one for each of three groups",
+    ),
+    "beta": ({"options": losses.OPSD(beta=1.5)}, r"beta is 1.5; expected a number in \[0, 1\]"),
+    "alpha": ({"options": losses.OPSD(alpha=0.0)}, "alpha is 0.0"),
+    "gate": ({"options": losses.OPSD(gate=(1.0, -1.0, 0.0))}, "gate is -1.0; expected"),
+    "support": ({"options": losses.OPSD(support="both")}, "support is 'both'; expected one of"),
+    "rest": ({"options": losses.OPSD(rest="tail")}, "rest is 'tail'; expected one of"),
+    "position": ({"options": losses.OPSD(position="late")}, "position is 'late'; expected one of"),
+    "aggregation": ({"options": losses.OPSD(aggregation="mean")}, "aggregation is 'mean'"),
+    "temperature": ({"temperature": 0}, "temperature is 0; expected a number above 0"),
+    "behaviour": (
+        {"behaviour_logprobs": None, "options": losses.OPSD(importance_cap=2.0)},
+        "behaviour_logprobs is None; expected",
+    ),
+    "no tokens": (
+        {"tokens": None, "options": losses.OPSD(divergence="sampled_kl")},
+        "tokens is None; expected",
+    ),
+    "unembed": (
+        {"teacher": losses.Head(lambda p, h: dot(h, p)[0], np.zeros((D, V)), np.zeros((B, T, D)))},
+        r"teacher.unembed maps hidden states \[1, 5\] to \[12\]; expected logits \[1, V\]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD)
+def test_bad_arguments_are_named_before_anything_runs(data, changes, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: logits_loss(data, **changes).sum)
+
+
+BAD_POLICY = {
+    "reference": ({"options": losses.PRESETS["grpo"]}, "reference_logprobs is None; expected"),
+    "advantages": ({"advantages": np.ones(3)}, r"advantages has shape \[3\]; expected \[8\]"),
+    "behaviour": (
+        {"behaviour_logprobs": np.ones((B, 1))},
+        r"behaviour_logprobs has shape \[8, 1\]",
+    ),
+    "ratio": ({"options": losses.PolicyGradient(ratio="row")}, "ratio is 'row'; expected one of"),
+    "clip": ({"options": losses.PolicyGradient(clip="min")}, "clip is 'min'; expected one of"),
+    "clip_low": ({"options": losses.PolicyGradient(clip_low=-0.1)}, "clip_low is -0.1"),
+    "dual_clip": ({"options": losses.PolicyGradient(dual_clip=0.5)}, "dual_clip is 0.5"),
+    "axis": ({"partition": P("rows")}, r"names the axis 'rows'; the mesh in context has none"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_POLICY.values(), ids=BAD_POLICY)
+def test_bad_arguments_of_the_policy_gradient(data, changes, message):
+    arguments = {
+        "student": losses.Head(HEADS["plain"], data["params"], data["hidden"]),
+        "options": losses.PolicyGradient(),
+    }
+    names = ("mask", "tokens", "behaviour_logprobs", "advantages")
+    arguments |= {name: data[name] for name in names}
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: losses.policy_gradient(**arguments | changes).sum)
+
+
+def test_other_bad_arguments(data):
+    mesh = mesh_lib.make_mesh((8, 1, 1))
+    head = losses.Head(HEADS["plain"], data["params"], data["hidden"][:6])
+    arguments = {"student": head, "tokens": data["tokens"][:6], "mask": data["mask"][:6]}
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(ValueError, match="splits 6 over 8 devices; expected a multiple"),
+    ):
+        losses.sft(**arguments, partition=mesh_lib.rows_in_context())
+    with pytest.raises(ValueError, match="expected the same, since the sum has one normaliser"):
+        joint(data, True, policy=losses.PolicyGradient(aggregation="token"))
+    logits = jnp.zeros((2, 3, V))
+    with pytest.raises(ValueError, match=r"student_logits\[2, 3, 12\] and teacher_logits\[2, 12\]"):
+        losses.reverse_kl(student_logits=logits, teacher_logits=logits[:, 0])
+    with pytest.raises(ValueError, match=r"tokens has shape \[2\]; expected \[2, 3\]"):
+        losses.token_logprobs(logits, jnp.zeros(2, int))
+    with pytest.raises(ValueError, match="k is 0; expected at least 1 word"):
+        losses.top_k(student_logits=logits, teacher_logits=logits, k=0)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "logits"])
+def test_bad_values_come_out_as_nan_or_infinity(data, fused):
+    """Where a live token has them: never as a number that looks right."""
+    live = np.argwhere(data["mask"])[0]
+
+    def spoil(name, value):
+        return data | {name: jnp.asarray(data[name]).at[tuple(live)].set(value)}
+
+    for bad in (
+        spoil("teacher_hidden", np.nan),
+        spoil("hidden", np.nan),
+        spoil("behaviour_logprobs", np.nan),
+        spoil("tokens", -100),
+        spoil("tokens", V),
+        data | {"advantages": np.full(B, np.nan, np.float32)},
+    ):
+        assert not np.isfinite(joint(bad, fused)[0].sum)
+    assert np.isnan(joint(data, fused, row_weight=np.arange(B) - 1.0)[0].sum)
+
+
+CHECKED = {
+    "row_weight is negative": {"row_weight": np.arange(B) - 1.0},
+    "advantages are not finite": {"advantages": np.full(B, np.inf, np.float32)},
+    "behaviour_logprobs are above 0": {"behaviour_logprobs": np.full((B, T), 0.5)},
+    "groups are not disjoint": {"groups": (np.ones(B, bool),) * 3},
+}
+
+
+@pytest.mark.parametrize(("message", "changes"), CHECKED.items(), ids=CHECKED)
+def test_checkify_names_bad_values(data, message, changes):
+    loss = lambda hidden, changes: joint(data, True, hidden=hidden, **changes)[0].sum
+    checked = checkify.checkify(jax.jit(jax.value_and_grad(loss)))
+    error, (value, _) = checked(data["hidden"], {})
+    error.throw()
+    np.testing.assert_allclose(value, loss(data["hidden"], {}), rtol=1e-6)
+    with pytest.raises(checkify.JaxRuntimeError, match=message):
+        checked(data["hidden"], changes)[0].throw()
+
+
+def test_checkify_names_a_teacher_that_is_not_finite(data):
+    def loss(teacher):
+        return logits_loss(data, teacher=teacher).sum
+
+    error, _ = checkify.checkify(loss)(jnp.full((B, T, V), jnp.nan))
+    with pytest.raises(checkify.JaxRuntimeError, match="divergence is not finite somewhere"):
+        error.throw()
