@@ -144,7 +144,7 @@ def policy_gradient(
         }[o.clip]
         if o.dual_clip and A < 0:
             values = np.minimum(values, -o.dual_clip * A)
-        if old is not None:
+        if old is not None and o.importance_cap:
             values *= np.minimum(np.exp(old - behaviour)[b, counted], o.importance_cap)
         if reference is not None:
             gap = reference[b, counted] - logp

@@ -172,6 +172,7 @@ PG_OPTIONS = {
     "dual clip": (losses.PolicyGradient(dual_clip=1.1), ()),
     "reference": (losses.PolicyGradient(kl_coefficient=0.1), ("reference",)),
     "truncated importance": (losses.PolicyGradient(importance_cap=1.1), ("old",)),
+    "no truncated importance": (losses.PolicyGradient(importance_cap=0.0), ("old",)),
     "cispo": (losses.PRESETS["cispo"], ()),
     "cispo, bounds": (losses.PolicyGradient(clip="cispo"), ()),
     "none, fixed": (losses.PolicyGradient(clip="none", aggregation="fixed", length=7.0), ()),

@@ -42,6 +42,14 @@ def test_the_commands_of_the_readme(command):
         config_lib.load(ROOT / arguments.config, overrides)
 
 
-def test_its_links_lead_somewhere():
-    for link in re.findall(r"\]\(([^)#]+)\)", README):
-        assert link.startswith("https://") or (ROOT / link).exists(), link
+@pytest.mark.parametrize("page", ["README.md", "docs/losses.md", "benchmarks/README.md"])
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
+        assert link.startswith("https://") or (ROOT / page).parent.joinpath(link).exists(), link
+
+
+def test_the_page_of_the_losses_has_every_name():
+    """Functions, options and presets."""
+    page = (ROOT / "docs" / "losses.md").read_text()
+    names = {*losses.__all__, *losses.OPSD._fields, *losses.PolicyGradient._fields, *losses.PRESETS}
+    assert [name for name in sorted(names) if not re.search(rf"\b{re.escape(name)}", page)] == []

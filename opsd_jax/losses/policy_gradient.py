@@ -33,11 +33,12 @@ class PolicyGradient(NamedTuple):
       clip: see above.
       clip_low, clip_high: how far r may fall below and rise above 1 (unequal: DAPO's clip-higher);
         a clip_low of 1 is no lower bound.
-      dual_clip: where A < 0 the loss is at most this times |A| (arXiv 1912.09729); above 1, or 0
-        for none.
+      dual_clip: of "ppo": where A < 0 the loss is at most this times |A| (arXiv 1912.09729); above
+        1, or 0 for none.
       kl_coefficient: of k3(p || reference) added to each token's loss (GRPO's beta).
       importance_cap: of the factor min(p_old / p_behaviour, cap) on each token's loss, where the
-        sampler's probabilities are not quite the trainer's (truncated importance sampling).
+        sampler's probabilities are not quite the trainer's (truncated importance sampling); 0 for
+        no such factor.
       aggregation, length: of `token_weights`.
       drop_uninformative: groups whose rewards are all alike weigh nothing (DAPO's dynamic sampling;
         see `informative`).
@@ -67,6 +68,8 @@ class PolicyGradient(NamedTuple):
         check_range("clip_low", self.clip_low, 0)
         check_range("clip_high", self.clip_high, 0)
         check_range("dual_clip", self.dual_clip, 1 if self.dual_clip else 0)
+        if self.dual_clip and self.clip != "ppo":
+            raise ValueError(f"dual_clip is {self.dual_clip} with clip {self.clip!r}; expected 0.")
         check_range("kl_coefficient", self.kl_coefficient, 0)
         check_range("importance_cap", self.importance_cap, 0)
 
@@ -228,7 +231,7 @@ def policy_inputs(
         "advantages": advantages,
         "old": behaviour_logprobs if old_logprobs is None else old_logprobs,
     }
-    if old_logprobs is not None:
+    if old_logprobs is not None and options.importance_cap:
         mismatch = importance_ratio(old_logprobs, behaviour_logprobs)
         inputs["importance"] = jnp.minimum(mismatch, options.importance_cap)
     if reference_logprobs is not None:
