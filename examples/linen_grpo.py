@@ -88,9 +88,7 @@ def main(steps: int = 40) -> list[float]:
             "prompt": prompt,
             "response": response,
             "logprobs": logprobs,
-            "advantages": losses.advantages(
-                reward, GROUP, baseline=OPTIONS.baseline, scale=OPTIONS.scale
-            ),
+            "advantages": OPTIONS.advantages(reward, GROUP),
             "row_weight": losses.informative(reward, GROUP),
         }
         state = train_step(state, batch)

@@ -54,6 +54,7 @@ HEADS = {
     "soft-capped and scaled": lambda p, h: 3 * jnp.tanh(dot(h, p["kernel"]) * 0.8 / 3),
     "two of them": lambda p, h: dot(h, p["kernel"] + p["embedding"].T) + bias(p, h),
     "quantised": lambda p, h: dot(h, p["int8"].astype(h.dtype)) / 5 + bias(p, h),
+    "cosine": lambda p, h: dot(h / jnp.sqrt((h * h).sum(-1, keepdims=True)), p["kernel"]),
     "padded": lambda p, h: dot(h, p["kernel"]).at[..., V - 2 :].set(-jnp.inf),
     "jitted": jax.jit(lambda p, h: dot(h, p["kernel"])),
 }
@@ -354,7 +355,23 @@ def logits_loss(data, **changes):
 
 
 BAD = {
-    "ranks": ({"mask": np.ones(T, bool)}, r"mask has shape \[6\]; expected \[rows, tokens\]"),
+    "ranks": ({"mask": np.ones(T, bool)}, r"mask is bool with shape \[6\]; expected bool \[rows"),
+    "numbers as mask": (
+        {"mask": np.ones((B, T))},
+        r"mask is float32 with shape \[8, 6\]; expected",
+    ),
+    "two groups": ({"groups": (np.ones(B, bool),) * 2}, r"groups are 2; expected \(correct"),
+    "no teacher": ({"teacher": None}, "teacher is None; expected logits or a Head"),
+    "chunk": (
+        {"student": losses.Head(lambda p, h: dot(h, p), np.ones((D, V)), np.ones((B, T, D)))}
+        | {"chunk": -1},
+        "chunk is -1; expected a number of tokens",
+    ),
+    "no window": (
+        {"options": losses.OPSD(skip_first=3, first_only=3)},
+        "first_only is 3 and skip_first 3; expected tokens between",
+    ),
+    "gate's name": ({"options": losses.OPSD(gate="all")}, "gate is 'all'; expected weights"),
     "flat logits": (
         {"student": np.zeros((B * T, V))},
         r"student has shape \[48, 12\]; expected logits \[rows, tokens, V\], or a Head",
@@ -424,6 +441,12 @@ BAD_POLICY = {
         {"behaviour_logprobs": np.ones((B, 1))},
         r"behaviour_logprobs has shape \[8, 1\]",
     ),
+    "options": ({"options": "grpo"}, "options is 'grpo'; expected a PolicyGradient"),
+    "length": ({"options": losses.PRESETS["dr_grpo"]}, "length is 0.0; expected a number in"),
+    "dual clip of cispo": (
+        {"options": losses.PolicyGradient(clip="cispo", dual_clip=3.0)},
+        "dual_clip is 3.0 with clip 'cispo'; expected 0",
+    ),
     "ratio": ({"options": losses.PolicyGradient(ratio="row")}, "ratio is 'row'; expected one of"),
     "clip": ({"options": losses.PolicyGradient(clip="min")}, "clip is 'min'; expected one of"),
     "clip_low": ({"options": losses.PolicyGradient(clip_low=-0.1)}, "clip_low is -0.1"),
@@ -442,6 +465,55 @@ def test_bad_arguments_of_the_policy_gradient(data, changes, message):
     arguments |= {name: data[name] for name in names}
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda: losses.policy_gradient(**arguments | changes).sum)
+
+
+def test_a_mesh_that_cannot_be(data):
+    """Explicit axes, and a shard_map of the caller's that checks replication."""
+    head = losses.Head(HEADS["plain"], data["params"], data["hidden"])
+    arguments = {"tokens": data["tokens"], "mask": data["mask"]}
+    explicit = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(explicit), pytest.raises(ValueError, match="has Explicit axes \\['data'\\]"):
+        losses.sft(student=head, **arguments, partition=P("data"))
+    mesh = mesh_lib.make_mesh((8, 1, 1))
+
+    def each(hidden, tokens, mask, check):
+        student = losses.Head(HEADS["plain"], data["params"], hidden)
+        loss = losses.sft(student=student, tokens=tokens, mask=mask, chunk=3)
+        return jax.lax.psum(loss.sum, "data")
+
+    def mapped(check):
+        return jax.shard_map(
+            lambda *arrays: each(*arrays, check),
+            mesh=mesh,
+            in_specs=P("data"),
+            out_specs=P(),
+            check_vma=check,
+        )(data["hidden"], jnp.asarray(data["tokens"]), jnp.asarray(data["mask"]))
+
+    with pytest.raises(ValueError, match="a Head inside a shard_map that checks replication"):
+        mapped(True)
+    assert_near(mapped(False), losses.sft(student=head, **arguments).sum)
+
+
+def test_no_rows_at_all(data):
+    none = jnp.zeros((0, T, D))
+    loss = losses.sft(
+        student=losses.Head(HEADS["plain"], data["params"], none),
+        tokens=np.zeros((0, T), int),
+        mask=np.zeros((0, T), bool),
+    )
+    assert (float(loss.sum), float(loss.weight)) == (0, 0)
+
+
+def test_a_weight_that_anneals(data):
+    """The weights of the joint objective may be traced, and the row weights are each part's own."""
+    loss = jax.jit(lambda w: [x.sum for x in joint(data, True, distillation_weight=w)])
+    (half, policy, opsd), (none, *_) = loss(0.5), loss(0.0)
+    assert_near(half - none, 0.5 * opsd)
+    total, policy, _ = joint(data, True, row_weight=np.zeros(B))
+    assert float(policy.sum) == 0
+    assert_near(total.sum, opsd)
+    assert float(total.weight) == 7
 
 
 def test_other_bad_arguments(data):
@@ -481,6 +553,10 @@ def test_bad_values_come_out_as_nan_or_infinity(data, fused):
         data | {"advantages": np.full(B, np.nan, np.float32)},
     ):
         assert not np.isfinite(joint(bad, fused)[0].sum)
+    for infinite in (spoil("behaviour_logprobs", -np.inf), spoil("behaviour_logprobs", np.inf)):
+        for ratio in ("token", "sequence"):
+            policy = losses.PolicyGradient(ratio=ratio)
+            assert np.isnan(joint(infinite, fused, policy=policy)[0].sum)
     assert np.isnan(joint(data, fused, row_weight=np.arange(B) - 1.0)[0].sum)
 
 
@@ -488,6 +564,7 @@ CHECKED = {
     "row_weight is negative": {"row_weight": np.arange(B) - 1.0},
     "advantages are not finite": {"advantages": np.full(B, np.inf, np.float32)},
     "behaviour_logprobs are above 0": {"behaviour_logprobs": np.full((B, T), 0.5)},
+    "behaviour_logprobs are .* not finite": {"behaviour_logprobs": np.full((B, T), -np.inf)},
     "groups are not disjoint": {"groups": (np.ones(B, bool),) * 3},
 }
 

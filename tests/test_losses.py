@@ -386,6 +386,32 @@ def test_a_word_impossible_on_one_side(divergence, ruled_out_by, logits):
 
 
 @each_divergence
+def test_a_vocabulary_padded_by_a_very_low_logit_on_one_side(divergence, logits):
+    """Probabilities that underflow, against -inf: as good as both at -inf."""
+    low, never = (np.full((4, 5, 2), x, np.float32) for x in (-1e9, -np.inf))
+    expected = divergence(student_logits=logits[0], teacher_logits=logits[1])
+    loss = lambda s, t: divergence(student_logits=s, teacher_logits=t)
+    for student, teacher in ((low, never), (never, low)):
+        pads = np.concatenate([logits[0], student], -1), np.concatenate([logits[1], teacher], -1)
+        assert_near(loss(*pads), expected)
+        for side in (0, 1):
+            gradient = jax.grad(lambda *x: loss(*x).sum(), side)(*pads)
+            assert np.isfinite(gradient).all()
+
+
+def test_a_support_on_which_the_student_is_nowhere():
+    student, teacher = jnp.array([[-jnp.inf, 1.0, 2.0, 0.0]]), jnp.array([[5.0, 0.0, 1.0, 0.3]])
+
+    def loss(student):
+        s, t = losses.top_k(student_logits=student, teacher_logits=teacher, k=1)
+        return losses.reverse_kl(student_logits=s, teacher_logits=t).sum()
+
+    value, gradient = jax.value_and_grad(loss)(student)
+    assert np.isfinite(value)
+    np.testing.assert_allclose(gradient, 0, atol=1e-6)  # it is all in the bucket, wherever there
+
+
+@each_divergence
 def test_nan_stays_nan_in_its_own_token(divergence, logits):
     for side in (0, 1):
         spoilt = [x.copy() for x in logits]
@@ -577,7 +603,11 @@ def test_advantages_by_hand():
         np.testing.assert_allclose(
             losses.advantages(jnp.asarray(rewards), 4, **arguments), got, rtol=1e-5, atol=1e-6
         )
-    np.testing.assert_array_equal(losses.advantages(np.ones(4), 4), 0)
+    for equal in (np.ones(4), np.full(7, 10.1, np.float32), jnp.full(8, 0.1)):  # means are rounded
+        for baseline, scale in by_hand:
+            got = losses.advantages(equal, len(equal), baseline=baseline, scale=scale)
+            np.testing.assert_array_equal(got, 0)
+    assert losses.informative([1.0, np.nan, 1.0, 1.0], 2).tolist() == [True, True, False, False]
     np.testing.assert_array_equal(
         losses.informative(rewards, 4), [True] * 4 + [False] * 4 + [True] * 4
     )
@@ -595,6 +625,8 @@ def test_overlong_penalty_by_hand():
     lengths = np.array([0, 60, 80, 90, 100, 120])
     got = losses.overlong_penalty(lengths, max_tokens=100, buffer=20, factor=0.5)
     np.testing.assert_allclose(got, [0, 0, 0, -0.25, -0.5, -0.5])
+    unsigned = losses.overlong_penalty(lengths.astype(np.uint16), max_tokens=100, buffer=20)
+    np.testing.assert_allclose(unsigned, [0, 0, 0, -0.5, -1, -1])
     with pytest.raises(ValueError, match="buffer is 101; expected a number in"):
         losses.overlong_penalty(lengths, max_tokens=100, buffer=101)
 
@@ -627,14 +659,14 @@ def test_presets_by_hand(name):
     above = np.array([1, 1, 1, 2])[:, None]  # reference / new
     rewards = np.array([1, 0, 1, 1], np.float32)
     options = losses.PRESETS[name]
-    if options.aggregation == "fixed" and name == "dr_grpo":
+    if name == "dr_grpo":
         options = options._replace(length=4.0)
     other = np.where(mask, 1 - new, 0.5)
     loss = losses.policy_gradient(
         student=jnp.log(jnp.asarray(np.stack([new, other], axis=-1), jnp.float32)),
         tokens=np.zeros((4, 4), int),
         mask=mask,
-        advantages=losses.advantages(rewards, 2, baseline=options.baseline, scale=options.scale),
+        advantages=options.advantages(rewards, 2),
         behaviour_logprobs=np.log(new / ratio).astype(np.float32),
         reference_logprobs=np.log(new * above).astype(np.float32),
         row_weight=losses.informative(rewards, 2) if options.drop_uninformative else 1.0,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from opsd_jax.losses.checks import check_option, check_range
 
 BASELINES = ("group", "leave_one_out", "batch")
@@ -40,17 +42,16 @@ def advantages(
     check_option("baseline", baseline, BASELINES)
     check_option("scale", scale, SCALES)
     check_range("eps", eps, 0)
-    compared = baseline != "batch" or scale == "group"
-    if group_size < 1 + compared or len(rewards) % group_size:
-        raise ValueError(
-            f"group_size is {group_size} for {len(rewards)} rewards; it must divide their number, "
-            "and be at least 2 where rollouts of a group are compared."
-        )
-    groups = rewards.reshape(-1, group_size)
+    if baseline == "batch" and scale == "group":
+        raise ValueError("baseline is 'batch' with scale 'group'; expected 'batch' or 'none'.")
+    groups = _groups(rewards, group_size, at_least=1 if baseline == "batch" else 2)
     if baseline == "batch":
+        differ = groups.max() != groups.min()
         centred = groups - groups.mean()
     else:
+        differ = groups.max(axis=1, keepdims=True) != groups.min(axis=1, keepdims=True)
         centred = groups - groups.mean(axis=1, keepdims=True)
+    centred = centred * differ  # a mean is rounded: equal rewards need not be equal to theirs
     if baseline == "leave_one_out":  # r - (sum - r) / (G - 1) = (r - mean) G / (G - 1)
         centred = centred * (group_size / (group_size - 1))
     if scale == "group":
@@ -60,19 +61,28 @@ def advantages(
     return centred.reshape(-1)
 
 
+def _groups(rewards, group_size: int, at_least: int):
+    """[N / group_size, group_size]."""
+    if not hasattr(rewards, "reshape"):
+        rewards = np.asarray(rewards, np.float32)
+    if group_size < at_least or len(rewards) % group_size:
+        raise ValueError(
+            f"group_size is {group_size} for {len(rewards)} rewards; it must divide their number, "
+            "and be at least 2 where rollouts of a group are compared."
+        )
+    return rewards.reshape(-1, group_size)
+
+
 def informative(rewards, group_size: int):
     """Which rollouts are of a group whose rewards differ: bool [N].
 
     The others have an advantage of 0 from their group. Dynamic sampling (DAPO, arXiv 2503.14476)
-    drops them, and samples others in their place: give `informative(...)` as the row weight.
+    drops them, and samples others in their place: give `informative(...)` as the row weight. Its
+    rewards are those of correctness, without a punishment of length. NaN differs from everything.
     """
-    if group_size < 1 or len(rewards) % group_size:
-        raise ValueError(
-            f"group_size is {group_size} for {len(rewards)} rewards; it must divide them."
-        )
-    groups = rewards.reshape(-1, group_size)
-    differ = groups.max(axis=1, keepdims=True) > groups.min(axis=1, keepdims=True)
-    return (differ & (groups == groups)).reshape(-1)
+    groups = _groups(rewards, group_size, at_least=1)
+    differ = groups.max(axis=1) != groups.min(axis=1)
+    return differ.repeat(group_size)
 
 
 def overlong_penalty(lengths, *, max_tokens: int, buffer: int, factor: float = 1.0):
@@ -92,5 +102,5 @@ def overlong_penalty(lengths, *, max_tokens: int, buffer: int, factor: float = 1
     """
     check_range("buffer", buffer, 1, max_tokens)
     check_range("factor", factor, 0)
-    over = (lengths - (max_tokens - buffer)) / buffer
+    over = (lengths * 1.0 - (max_tokens - buffer)) / buffer  # unsigned numbers would wrap
     return -factor * over.clip(0, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 
@@ -23,10 +24,14 @@ def check_shape(shape: Sequence[int], because: str, **arrays: Any) -> None:
             )
 
 
-def check_mask(mask: Any) -> None:
-    """Raises ValueError if `mask` is not of rank 2."""
-    if jnp.ndim(mask) != 2:
-        raise ValueError(f"mask has shape {list(jnp.shape(mask))}; expected [rows, tokens].")
+def check_mask(mask: Any) -> jax.Array:
+    """`mask` as an array; raises ValueError if it is not boolean and of rank 2."""
+    mask = jnp.asarray(mask)
+    if mask.ndim != 2 or mask.dtype != jnp.bool_:
+        raise ValueError(
+            f"mask is {mask.dtype} with shape {list(mask.shape)}; expected bool [rows, tokens]."
+        )
+    return mask
 
 
 def check_row_weight(row_weight: Any, mask: Any) -> None:
@@ -42,6 +47,6 @@ def check_option(name: str, value: Any, choices: Collection[Any]) -> None:
 
 
 def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
-    """Raises ValueError if `value` is not in [low, high]; NaN is in no range."""
-    if not low <= value <= high:
+    """Raises ValueError if `value` is known and not in [low, high]; NaN is in no range."""
+    if not isinstance(value, jax.core.Tracer) and not low <= value <= high:
         raise ValueError(f"{name} is {value}; expected a number in [{low}, {high}].")

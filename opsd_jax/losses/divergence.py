@@ -291,8 +291,8 @@ _sum_of_terms.defvjp(_sum_of_terms_fwd, _sum_of_terms_bwd)
 
 
 def _kl_term(x: jax.Array, y: jax.Array, weight: float) -> jax.Array:
-    """e^x (x - log((1 - weight) e^x + weight e^y)); 0 where x is -inf."""
-    possible = x != -jnp.inf  # not >: NaN is no impossible word
+    """e^x (x - log((1 - weight) e^x + weight e^y)); 0 where e^x is."""
+    possible = jnp.exp(x) != 0  # not > 0: NaN is no impossible word
     # `where` on the inputs too: 0 * inf in the branch not taken would still make NaN gradients.
     x, y = jnp.where(possible, x, 0.0), jnp.where(possible, y, 0.0)
     gap = x - y if weight == 1 else -_log_mix(y - x, weight)

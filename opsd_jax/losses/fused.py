@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.interpreters import partial_eval
 from jax.sharding import PartitionSpec as P
 
+from opsd_jax.losses.checks import check_mask
 from opsd_jax.losses.reduction import weighted_sum
 
 
@@ -33,12 +34,12 @@ class Head:
     """Logits not computed yet, `unembed(params, hidden)`; stands where a loss takes logits.
 
     Attributes:
-      unembed: `(params, hidden [n, D]) -> logits [n, V]`, each token by itself; a pure function of
-        its arguments. It may scale, soft-cap, add a bias or use the transposed embedding: it is
-        run, and differentiated, as it is. Let its product come out in float32
-        (`preferred_element_type`).
-      params: a pytree of arrays; those that `unembed` does not read (give it the whole model's)
-        cost nothing.
+      unembed: `(params, hidden [n, D]) -> logits [n, V]`, each token by itself. It may scale,
+        soft-cap, add a bias or use the transposed embedding: it is run, and differentiated, as it
+        is. Let its product come out in float32 (`preferred_element_type`). It may close over
+        constants, but over nothing that is differentiated: that goes through `params`.
+      params: a pytree of arrays, of float32 or bfloat16 where they are trained; those that
+        `unembed` does not read (give it the whole model's) cost nothing.
       hidden: [B, T, D], after the final norm.
     """
 
@@ -95,7 +96,7 @@ def weighted_loss(
     """
     weights, inputs, teacher = jax.lax.stop_gradient((jnp.asarray(weights), inputs, teacher))
     _check(weights, inputs, student, teacher)
-    if not isinstance(student, Head):
+    if not isinstance(student, Head) or not weights.size:
         live = weights != 0
         values, said = where_live(loss, live, _logits(student), _logits(teacher), inputs)
         return weighted_sum(values, weights), jax.lax.stop_gradient(said)
@@ -141,9 +142,9 @@ def token_values(
       float32 [B, T].
     """
     inputs, teacher = jax.lax.stop_gradient((inputs, teacher))
-    live = jnp.asarray(mask, bool)
+    live = check_mask(mask)
     _check(live, inputs, student, teacher)
-    if not isinstance(student, Head):
+    if not isinstance(student, Head) or not live.size:
         return where_live(loss, live, _logits(student), _logits(teacher), inputs)[0]
 
     trained, fixed, loop = _loop(loss, student, teacher, inputs, chunk, partition)
@@ -170,26 +171,28 @@ def where_live(loss: TokenLoss, live: jax.Array, student_logits, teacher_logits,
 
     On the way in too, for the gradients' sake: 0 * NaN is NaN.
     """
-    values, said = loss(*_zeroed(live, (student_logits, teacher_logits, inputs)))
-    return _zeroed(live, (values, {**said, "loss": values}))
+    values, said = loss(*_filled(live, (student_logits, teacher_logits, inputs), 0))
+    return _filled(live, (values, {**said, "loss": values}), 0)
 
 
-def _zeroed(live: jax.Array, tree: Any) -> Any:
-    """Arrays [..., ...] with 0 where `live` [...] is false."""
+def _filled(live: jax.Array, tree: Any, value: int) -> Any:
+    """Arrays [..., ...] with `value` where `live` [...] is false."""
 
-    def zeroed(x):
+    def filled(x):
         x = jnp.asarray(x)
         there = live.reshape(live.shape + (1,) * (x.ndim - live.ndim))
-        return jnp.where(there, x, jnp.zeros((), x.dtype))
+        return jnp.where(there, x, jnp.array(value, x.dtype))
 
-    return jax.tree.map(zeroed, tree)
+    return jax.tree.map(filled, tree)
 
 
 def _logits(scores: Any) -> Any:
     """Logits in float32; of no teacher, None."""
     if isinstance(scores, Head):
-        scores = scores.unembed(scores.params, scores.hidden)
-    return scores if scores is None else scores.astype(jnp.float32)
+        hidden = jnp.asarray(scores.hidden)
+        logits = scores.unembed(scores.params, hidden.reshape(-1, hidden.shape[-1]))
+        scores = logits.reshape(*hidden.shape[:-1], logits.shape[-1])
+    return scores if scores is None else jnp.asarray(scores).astype(jnp.float32)
 
 
 def _loop(loss, student: Head, teacher: Scores | None, inputs, chunk: int | None, partition):
@@ -209,6 +212,14 @@ def _loop(loss, student: Head, teacher: Scores | None, inputs, chunk: int | None
     trained = head, student.hidden
     fixed = (student_fixed, teacher_params), (teacher_tokens, inputs)
 
+    if chunk is not None and (not isinstance(chunk, int) or chunk < 0):
+        raise ValueError(f"chunk is {chunk!r}; expected a number of tokens, or None or 0.")
+    varying = getattr(getattr(jax.typeof(student.hidden), "mat", None), "varying", ())
+    if varying:
+        raise ValueError(
+            "a Head inside a shard_map that checks replication; expected `partition` in place of "
+            "the shard_map, or check_vma=False and gradients that you reduce yourself."
+        )
     vocab_size, width = _vocabulary("student", student), student.hidden.shape[-1]
     most = chunk or max(128, min(width // 2, 512), 2**24 // vocab_size)
     axes = _axes(partition, jnp.shape(student.hidden)[:2])
@@ -236,7 +247,8 @@ def _loop(loss, student: Head, teacher: Scores | None, inputs, chunk: int | None
 
         # The live tokens first; after the last, indices past the end: they read 0, write nothing.
         order = jnp.concatenate([jnp.argsort(weights == 0), jnp.arange(n, steps * size)])
-        live_steps = -(-jnp.sum(weights != 0) // size)
+        live = jnp.sum(weights != 0)
+        live_steps = -(-live // size)
         if axes:  # the same for all: `unembed` may be split over other axes of the mesh
             live_steps = jax.lax.pmax(live_steps, axes)
 
@@ -244,7 +256,7 @@ def _loop(loss, student: Head, teacher: Scores | None, inputs, chunk: int | None
             teacher, inputs = tokens
             student = student_logits(head, params[0], hidden)
             values, said = loss(student, teacher_logits(params[1], teacher), inputs)
-            said = _zeroed(weights != 0, {**said, "loss": values})
+            said = _filled(weights != 0, {**said, "loss": values}, 0)
             return weighted_sum(values, weights), said
 
         def step(i, carry):
@@ -253,13 +265,21 @@ def _loop(loss, student: Head, teacher: Scores | None, inputs, chunk: int | None
             read = lambda x: x.at[at].get(mode="fill", fill_value=0)
             write = lambda out, x: out.at[at].set(x, mode="drop", unique_indices=True)
             weights_c = read(weights)
-            # Hidden states of 0 for dead tokens, rather than logits: those would be [chunk, V].
-            hidden_c, tokens_c = _zeroed(weights_c != 0, jax.tree.map(read, (hidden, tokens)))
+            # A live token stands in for dead ones, with a weight of 0: its loss is defined, and so
+            # are its gradients, whatever `unembed` and `loss` do. Where all are dead, ones do.
+            stand_in = jnp.where(weights_c != 0, at, order[0])
+            present = jnp.broadcast_to(live > 0, at.shape)
+            hidden_c, tokens_c = _filled(
+                present,
+                jax.tree.map(lambda x: x.at[stand_in].get(mode="clip"), (hidden, tokens)),
+                1,
+            )
             if differentiated:
                 (value, said_c), (of_head, of_hidden) = jax.value_and_grad(
                     chunk_loss, argnums=(0, 1), has_aux=True
                 )(head, hidden_c, weights_c, tokens_c)
-                of_head = jax.tree.map(jnp.add, gradients[0], of_head)
+                add = lambda total, g: total + g.astype(jnp.float32)
+                of_head = jax.tree.map(add, gradients[0], of_head)
                 gradients = of_head, write(gradients[1], of_hidden)
             else:
                 value, said_c = chunk_loss(head, hidden_c, weights_c, tokens_c)
@@ -319,6 +339,12 @@ def _trimmed(head: Head):
 def _axes(partition: P | None, shape: tuple[int, ...]) -> tuple[str, ...]:
     """The mesh axes of a partition of [B, T], once it is known to go with the mesh in context."""
     mesh = jax.sharding.get_abstract_mesh()
+    explicit = list(mesh.explicit_axes)
+    if explicit:
+        raise ValueError(
+            f"the mesh in context has Explicit axes {explicit}; expected Auto ones, as of "
+            "jax.make_mesh(shape, names, (jax.sharding.AxisType.Auto,) * len(names))."
+        )
     axes: list[str] = []
     for size, names in zip(shape, partition or (), strict=False):
         names = (names,) if isinstance(names, str) else names or ()

@@ -26,6 +26,7 @@ def joint(
     old_logprobs: jax.Array | None = None,
     reference_logprobs: jax.Array | None = None,
     row_weight: jax.Array | float = 1.0,
+    distillation_row_weight: jax.Array | float = 1.0,
     policy: PolicyGradient = PolicyGradient(),
     distillation: OPSD = OPSD(),
     policy_weight: float = 1.0,
@@ -36,17 +37,19 @@ def joint(
 ) -> tuple[Loss, Loss, Loss]:
     """policy_weight * policy gradient + distillation_weight * OPSD, on the same rollouts.
 
-    Both are means over *all* rollouts (or all their tokens): one behind the gate counts with a
-    distillation of 0. So a batch in which few are correct distils less, and the sum has one
-    normaliser. The student's head is multiplied once for both.
+    Both are divided by the number of *all* rollouts (or of all their tokens): one behind the gate
+    counts with a distillation of 0, one with a row weight of 0 with a loss of 0. So a batch in
+    which few are correct distils less, and the sum has one normaliser. The student's head is
+    multiplied once for both.
 
     Args:
       student, tokens, mask, advantages, behaviour_logprobs, old_logprobs, reference_logprobs,
-        row_weight: as in `policy_gradient`.
-      teacher, groups: as in `opsd`.
+        row_weight: as in `policy_gradient`, of which the row weight is alone: an all-correct group
+        has no signal for it, and is what OPSD wants.
+      teacher, groups, distillation_row_weight: as in `opsd`.
       policy: of the policy gradient.
       distillation: of OPSD, with the same aggregation and length.
-      policy_weight, distillation_weight: not negative.
+      policy_weight, distillation_weight: not negative; may be traced, for a schedule.
       temperature, chunk, partition: of both.
 
     Returns:
@@ -67,7 +70,8 @@ def joint(
     weights, total = token_weights(
         mask, row_weight, aggregation=policy.aggregation, length=policy.length
     )
-    opsd_weight, opsd_total = opsd_weights(mask, groups, row_weight, distillation)
+    _, everything = token_weights(mask, aggregation=policy.aggregation, length=policy.length)
+    opsd_weight, opsd_total = opsd_weights(mask, groups, distillation_row_weight, distillation)
     inputs = {
         "policy": policy_inputs(
             student=student,
@@ -110,7 +114,7 @@ def joint(
         return Loss(weighted_sum(said[name]["loss"], weights), total, weights, said[name])
 
     return (
-        Loss(value, total, live, {"loss": said["loss"]}),
+        Loss(value, everything, live, {"loss": said["loss"]}),
         part("policy", weights, total),
         part("opsd", opsd_weight, opsd_total),
     )

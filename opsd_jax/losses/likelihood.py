@@ -29,6 +29,7 @@ def _log_normaliser_fwd(logits):
 
 def _log_normaliser_bwd(residuals, cotangent):
     logits, total = residuals
+    total = jnp.where(total == -jnp.inf, 0.0, total)  # of no word at all
     return (cotangent[..., None] * jnp.exp(logits - total[..., None]),)
 
 
@@ -69,9 +70,10 @@ def entropy(logits: jax.Array, temperature: float = 1.0) -> jax.Array:
     return -jnp.sum(jnp.where(possible, jnp.exp(logprobs) * logprobs, 0.0), axis=-1)
 
 
-def importance_ratio(logprobs: jax.Array, behaviour_logprobs: jax.Array) -> jax.Array:
-    """exp(logprobs - behaviour_logprobs), the difference cut to +-20 against overflow."""
-    return jnp.exp(jnp.clip(logprobs - behaviour_logprobs, -20.0, 20.0))
+def importance_ratio(log_ratio: jax.Array) -> jax.Array:
+    """e^log_ratio, cut to e^+-20 against overflow; NaN if it is infinite, which no sample has."""
+    ratio = jnp.exp(jnp.clip(log_ratio, -20.0, 20.0))
+    return jnp.where(jnp.isfinite(log_ratio), ratio, jnp.nan)
 
 
 def at_temperature(logits: jax.Array, temperature: float) -> jax.Array:
@@ -80,7 +82,7 @@ def at_temperature(logits: jax.Array, temperature: float) -> jax.Array:
     Raises:
       ValueError: the temperature is a number that is not above 0.
     """
-    if isinstance(temperature, int | float) and not temperature > 0:
+    if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
         raise ValueError(f"temperature is {temperature}; expected a number above 0.")
     logits = jnp.asarray(logits).astype(jnp.float32)
     return (

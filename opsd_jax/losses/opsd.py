@@ -49,7 +49,8 @@ class OPSD(NamedTuple):
       top_k: compare the k likeliest words alone; 0 for the whole vocabulary. See `top_k`.
       support, rest: of `top_k`.
       clip: if above 0, a token's divergence above this counts as this, its gradient scaled down in
-        proportion. It is the sum over words that is clipped: clipping the terms can turn its sign.
+        proportion; one below -clip, which "sampled_kl" can have, as -clip. It is the sum over words
+        that is clipped: clipping the terms can turn its sign.
       importance_cap: if above 0, each token is weighted by min(p / p_behaviour, cap), held fixed,
         for rollouts that are not quite the student's own (SDPO takes 2).
       skip_first: the first so many tokens of a response do not count.
@@ -88,9 +89,10 @@ class OPSD(NamedTuple):
 
     def check(self) -> None:
         """Raises ValueError that names the option and what was expected."""
-        if len(self.gate) != 3:
+        if isinstance(self.gate, str) or len(self.gate) != 3:
             raise ValueError(
-                f"gate is {self.gate}; expected weights (correct, incorrect, truncated)."
+                f"gate is {self.gate!r}; expected weights (correct, incorrect, truncated), such as "
+                "GATES['correct'] or parse_gate('1,0.5,0')."
             )
         for weight in self.gate:
             check_range("gate", weight, 0)
@@ -108,6 +110,12 @@ class OPSD(NamedTuple):
         check_option("aggregation", self.aggregation, AGGREGATIONS)
         check_range("beta", self.beta, 0, 1)
         check_range("alpha", self.alpha, 1e-6, 1)
+        check_range("length", self.length, 1e-6)
+        if 0 < self.first_only <= self.skip_first:
+            raise ValueError(
+                f"first_only is {self.first_only} and skip_first {self.skip_first}; expected "
+                "tokens between the two."
+            )
         for name in ("top_k", "clip", "importance_cap", "skip_first", "first_only"):
             check_range(name, getattr(self, name), 0)
 
@@ -153,6 +161,8 @@ def opsd(
     Raises:
       ValueError: a shape, an option, or an argument that the options need; names it.
     """
+    if teacher is None:
+        raise ValueError("teacher is None; expected logits or a Head.")
     weights, total = opsd_weights(mask, groups, row_weight, options)
     inputs = opsd_inputs(mask, groups, tokens, behaviour_logprobs, options)
     value, said = weighted_loss(
@@ -174,7 +184,9 @@ def opsd(
 def opsd_weights(mask, groups: Groups, row_weight, options: OPSD) -> tuple[jax.Array, jax.Array]:
     """Weights [B, T] and their normaliser: the gate, the positions and the aggregation."""
     options.check()
-    check_mask(mask)
+    mask = check_mask(mask)
+    if len(groups) != 3:
+        raise ValueError(f"groups are {len(groups)}; expected (correct, incorrect, truncated).")
     check_row_weight(row_weight, mask)
     check_shape(
         mask.shape[:1],
@@ -185,7 +197,7 @@ def opsd_weights(mask, groups: Groups, row_weight, options: OPSD) -> tuple[jax.A
         jnp.all(sum(jnp.asarray(group, jnp.int32) for group in groups) <= 1),
         "groups are not disjoint: a rollout is correct, incorrect or truncated.",
     )
-    counted = position_in_row(jnp.asarray(mask, bool))
+    counted = position_in_row(mask)
     window = mask & (counted >= options.skip_first)
     if options.first_only:
         window &= counted < options.first_only
@@ -274,7 +286,7 @@ def opsd_token_loss(options: OPSD, temperature: float) -> TokenLoss:
             values *= options.clip / jnp.maximum(size, options.clip)
         if "behaviour" in inputs:
             logprobs = jax.lax.stop_gradient(token_logprobs(student, inputs["tokens"]))
-            ratio = importance_ratio(logprobs, inputs["behaviour"])
+            ratio = importance_ratio(logprobs - inputs["behaviour"])
             said["importance"] = jnp.minimum(ratio, options.importance_cap)
             values *= said["importance"]
         return values, said

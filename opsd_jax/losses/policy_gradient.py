@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
 
-from opsd_jax.losses.advantage import BASELINES, SCALES
+from opsd_jax.losses.advantage import BASELINES, SCALES, advantages
 from opsd_jax.losses.checks import check_mask, check_option, check_range, check_shape
 from opsd_jax.losses.fused import Scores, TokenLoss, token_values, weighted_loss
 from opsd_jax.losses.likelihood import entropy, importance_ratio, token_logprobs
@@ -19,6 +19,9 @@ from opsd_jax.losses.result import Loss
 
 class PolicyGradient(NamedTuple):
     """The parts of a policy-gradient algorithm; `PRESETS` has the published combinations.
+
+    `baseline`, `scale` and `drop_uninformative` say how rewards become advantages and which rows to
+    train on, before the loss: see `advantages` below and `informative`. The others are the loss's.
 
     With r the ratio of the new to the old probability and A the advantage, a token's loss is
 
@@ -40,8 +43,8 @@ class PolicyGradient(NamedTuple):
         sampler's probabilities are not quite the trainer's (truncated importance sampling); 0 for
         no such factor.
       aggregation, length: of `token_weights`.
-      drop_uninformative: groups whose rewards are all alike weigh nothing (DAPO's dynamic sampling;
-        see `informative`).
+      drop_uninformative: groups whose rewards are all alike are left out (DAPO's dynamic sampling):
+        give `informative(...)` as the row weight, as the RLVR stage does.
     """
 
     baseline: str = "group"
@@ -57,12 +60,17 @@ class PolicyGradient(NamedTuple):
     length: float = 1.0
     drop_uninformative: bool = False
 
+    def advantages(self, rewards, group_size: int):
+        """`losses.advantages` with this algorithm's baseline and scale."""
+        return advantages(rewards, group_size, baseline=self.baseline, scale=self.scale)
+
     def check(self) -> None:
         """Raises ValueError that names the part and what was expected."""
         check_option("baseline", self.baseline, BASELINES)
         check_option("scale", self.scale, SCALES)
         check_option("aggregation", self.aggregation, AGGREGATIONS)
-        check_range("length", self.length, 1e-6)
+        if self.aggregation == "fixed":
+            check_range("length", self.length, 1e-6)
         check_option("ratio", self.ratio, ("token", "sequence"))
         check_option("clip", self.clip, ("ppo", "cispo", "none"))
         check_range("clip_low", self.clip_low, 0)
@@ -78,7 +86,7 @@ PRESETS = {
     # DeepSeekMath, arXiv 2402.03300, eq. 3, with its beta
     "grpo": PolicyGradient(kl_coefficient=0.04),
     # arXiv 2503.20783: neither 1/std nor 1/|o|; set `length` to the budget of a response
-    "dr_grpo": PolicyGradient(scale="none", aggregation="fixed"),
+    "dr_grpo": PolicyGradient(scale="none", aggregation="fixed", length=0.0),
     # arXiv 2503.14476; its overlong punishment is `overlong_penalty`, on the rewards
     "dapo": PolicyGradient(clip_high=0.28, aggregation="token", drop_uninformative=True),
     # arXiv 2507.18071, section 5.1
@@ -118,7 +126,7 @@ def policy_gradient(
       student: logits [B, T, V] or a `Head`; those at t predict `tokens[:, t]`.
       tokens: int [B, T], as sampled.
       mask: bool [B, T], the response's tokens.
-      advantages: float [B], or [B, T].
+      advantages: float [B], or [B, T]; of `options.advantages(rewards, group_size)`.
       behaviour_logprobs: [B, T], of the tokens when they were sampled, at `temperature`.
       old_logprobs: [B, T], the same as the trainer computes them, before the first update; the
         ratio is to these. By default, to `behaviour_logprobs`, and then there is nothing for
@@ -137,9 +145,6 @@ def policy_gradient(
     Raises:
       ValueError: a shape, an option, or a reference that is missing; names it.
     """
-    weights, total = token_weights(
-        mask, row_weight, aggregation=options.aggregation, length=options.length
-    )
     inputs = policy_inputs(
         student=student,
         tokens=tokens,
@@ -152,6 +157,9 @@ def policy_gradient(
         temperature=temperature,
         chunk=chunk,
         partition=partition,
+    )
+    weights, total = token_weights(
+        mask, row_weight, aggregation=options.aggregation, length=options.length
     )
     token_loss = policy_token_loss(options, temperature)
     value, said = weighted_loss(
@@ -199,8 +207,10 @@ def policy_inputs(
     partition,
 ) -> dict[str, jax.Array]:
     """The arrays [B, T] that `policy_token_loss` reads; arguments as in `policy_gradient`."""
+    if not isinstance(options, PolicyGradient):
+        raise ValueError(f"options is {options!r}; expected a PolicyGradient, or one of PRESETS.")
     options.check()
-    check_mask(mask)
+    mask = check_mask(mask)
     shape = mask.shape
     check_shape(
         shape,
@@ -223,8 +233,8 @@ def policy_inputs(
         jnp.all(jnp.where(mask, jnp.isfinite(advantages), True)), "advantages are not finite."
     )
     checkify.debug_check(
-        jnp.all(jnp.where(mask, behaviour_logprobs <= 1e-4, True)),
-        "behaviour_logprobs are above 0, or NaN.",
+        jnp.all(jnp.where(mask, jnp.isfinite(behaviour_logprobs) & (behaviour_logprobs < 1e-4), 1)),
+        "behaviour_logprobs are above 0, or not finite.",
     )
     inputs = {
         "tokens": tokens,
@@ -232,7 +242,7 @@ def policy_inputs(
         "old": behaviour_logprobs if old_logprobs is None else old_logprobs,
     }
     if old_logprobs is not None and options.importance_cap:
-        mismatch = importance_ratio(old_logprobs, behaviour_logprobs)
+        mismatch = importance_ratio(old_logprobs - behaviour_logprobs)
         inputs["importance"] = jnp.minimum(mismatch, options.importance_cap)
     if reference_logprobs is not None:
         inputs["reference"] = reference_logprobs
@@ -256,10 +266,11 @@ def policy_token_loss(options: PolicyGradient, temperature: float) -> TokenLoss:
 
     def token_loss(logits, _, inputs):
         logprobs = token_logprobs(logits, inputs["tokens"], temperature)
-        old = inputs["old"]
+        log_ratio = logprobs - inputs["old"]
         if "sequence_log_ratio" in inputs:  # the response's value, with this token's gradient
-            old = jax.lax.stop_gradient(logprobs) - inputs["sequence_log_ratio"]
-        ratio = importance_ratio(logprobs, old)
+            nothing = logprobs - jax.lax.stop_gradient(logprobs)
+            log_ratio = inputs["sequence_log_ratio"] + nothing
+        ratio = importance_ratio(log_ratio)
         advantages = inputs["advantages"]
         low, high = 1 - options.clip_low, 1 + options.clip_high
         clipped = jnp.clip(ratio, low, high)
@@ -283,7 +294,8 @@ def policy_token_loss(options: PolicyGradient, temperature: float) -> TokenLoss:
         if "reference" in inputs:
             gap = inputs["reference"] - logprobs
             said["kl"] = jnp.expm1(gap) - gap
-            loss += options.kl_coefficient * said["kl"]
+            if options.kl_coefficient:
+                loss += options.kl_coefficient * said["kl"]
         return loss, said
 
     return token_loss

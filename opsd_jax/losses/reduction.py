@@ -47,17 +47,17 @@ def token_weights(
       position_weights: [B, T], with mean 1 over each row's tokens (`position_weights`).
 
     Returns:
-      float32 `(weights [B, T], total [])`; weights are 0 where the mask is false.
+      float32 `(weights [B, T], total [])`, without gradients; weights are 0 where the mask is
+      false.
 
     Raises:
       ValueError: a shape does not fit or an option is none of these.
     """
-    check_mask(mask)
+    mask = check_mask(mask)
     check_row_weight(row_weight, mask)
     check_shape(mask.shape, "the shape of mask", position_weights=position_weights)
     check_option("aggregation", aggregation, AGGREGATIONS)
     check_range("length", length, 1e-6)
-    mask = jnp.asarray(mask, bool)
     row_weight = jnp.broadcast_to(jnp.asarray(row_weight, jnp.float32), mask.shape[:1])
     checkify.debug_check(jnp.all(row_weight >= 0), "row_weight is negative or NaN somewhere.")
     row_weight = jnp.where(row_weight < 0, jnp.nan, row_weight)
@@ -70,7 +70,8 @@ def token_weights(
     weights = jnp.where(mask, (row_weight / divisor)[:, None], 0.0)
     if position_weights is not None:
         weights = jnp.where(mask, weights * position_weights, 0.0)
-    return weights, jnp.sum(row_weight * (tokens if aggregation == "token" else 1.0))
+    total = jnp.sum(row_weight * (tokens if aggregation == "token" else 1.0))
+    return jax.lax.stop_gradient((weights, total))
 
 
 def weighted_sum(values: jax.Array, weights: jax.Array) -> jax.Array:
@@ -82,7 +83,7 @@ def weighted_sum(values: jax.Array, weights: jax.Array) -> jax.Array:
     """
     check_shape(jnp.shape(values), "the shape of values", weights=weights)
     weights = jnp.asarray(weights).astype(jnp.float32)
-    return jnp.sum(jnp.where(weights != 0, values, 0.0) * weights)
+    return jnp.sum(jnp.where(weights != 0, values, 0.0).astype(jnp.float32) * weights)
 
 
 POSITIONS = ("uniform", "linear", "exponential", "sigmoid")
@@ -125,7 +126,7 @@ def position_weights(
     check_range("late", late, 0)
     check_range("floor", floor, 0, 1)
     check_range("width", width, 1e-6)
-    mask = jnp.asarray(mask, bool)
+    mask = check_mask(mask)
     n = jnp.sum(mask, axis=1, keepdims=True, dtype=jnp.float32)
     t = position_in_row(mask).astype(jnp.float32)
     fraction = t / jnp.maximum(n - 1, 1)

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from opsd_jax.losses.checks import check_shape
 from opsd_jax.losses.fused import Scores, weighted_loss
-from opsd_jax.losses.likelihood import token_logprobs
+from opsd_jax.losses.likelihood import log_normaliser, token_logprobs
 from opsd_jax.losses.reduction import token_weights
 from opsd_jax.losses.result import Loss
 
@@ -44,7 +44,7 @@ def sft(
 
     def token_loss(logits, _, tokens):
         logprobs = token_logprobs(logits, tokens)
-        best = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+        best = jnp.max(logits, axis=-1) - log_normaliser(logits)
         return -logprobs, {"accuracy": (logprobs >= best).astype(jnp.float32)}
 
     value, said = weighted_loss(

@@ -104,12 +104,10 @@ def rlvr(
                 buffer=config.overlong_buffer,
                 factor=config.overlong_factor,
             )
-        advantages = losses.advantages(
-            rewards, config.group_size, baseline=options.baseline, scale=options.scale
-        )
+        advantages = options.advantages(rewards, config.group_size)
         counts = np.ones(len(rewards), bool)
         if options.drop_uninformative:
-            counts = losses.informative(rewards, config.group_size)
+            counts = losses.informative(correct, config.group_size)
         rows = [
             {
                 "student": task.prompt(problem),
