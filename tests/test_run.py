@@ -359,14 +359,18 @@ def test_kill_nine_at_random_moments(config, tmp_path):
     whole = time.monotonic() - began
     rng, kills = random.Random(0), 0
     while kills < 5:
-        process = start(tmp_path / "killed")
+        began, process = time.monotonic(), start(tmp_path / "killed")
         try:
             process.wait(timeout=rng.uniform(0.2, 0.8) * whole)
         except subprocess.TimeoutExpired:
             process.kill()
             kills += 1
         if process.wait() == 0:
-            break
+            if kills:
+                break
+            # It ran to its end before its time: the machine was busier while `whole` was measured.
+            whole = min(0.9 * whole, time.monotonic() - began)
+            shutil.rmtree(tmp_path / "killed")
     assert start(tmp_path / "killed").wait() == 0
     assert kills > 0
     assert_same(outcome(tmp_path / "killed"), outcome(tmp_path / "whole"))
