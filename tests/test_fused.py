@@ -476,14 +476,14 @@ def test_a_mesh_that_cannot_be(data):
         losses.sft(student=head, **arguments, partition=P("data"))
     mesh = mesh_lib.make_mesh((8, 1, 1))
 
-    def each(hidden, tokens, mask, check):
+    def each(hidden, tokens, mask):
         student = losses.Head(HEADS["plain"], data["params"], hidden)
         loss = losses.sft(student=student, tokens=tokens, mask=mask, chunk=3)
         return jax.lax.psum(loss.sum, "data")
 
     def mapped(check):
         return jax.shard_map(
-            lambda *arrays: each(*arrays, check),
+            each,
             mesh=mesh,
             in_specs=P("data"),
             out_specs=P(),

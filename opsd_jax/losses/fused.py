@@ -245,7 +245,7 @@ def _loop(loss, student: Head, teacher: Scores | None, inputs, chunk: int | None
         flat = lambda x: jnp.asarray(x).reshape(n, *jnp.shape(x)[2:])
         hidden, weights, tokens = jax.tree.map(flat, (hidden, weights, tokens))
 
-        # The live tokens first; after the last, indices past the end: they read 0, write nothing.
+        # The live tokens first; after the last, indices past the end: of weight 0, not written to.
         order = jnp.concatenate([jnp.argsort(weights == 0), jnp.arange(n, steps * size)])
         live = jnp.sum(weights != 0)
         live_steps = -(-live // size)
@@ -262,9 +262,8 @@ def _loop(loss, student: Head, teacher: Scores | None, inputs, chunk: int | None
         def step(i, carry):
             total, said, gradients = carry
             at = jax.lax.dynamic_slice(order, (i * size,), (size,))
-            read = lambda x: x.at[at].get(mode="fill", fill_value=0)
             write = lambda out, x: out.at[at].set(x, mode="drop", unique_indices=True)
-            weights_c = read(weights)
+            weights_c = weights.at[at].get(mode="fill", fill_value=0)
             # A live token stands in for dead ones, with a weight of 0: its loss is defined, and so
             # are its gradients, whatever `unembed` and `loss` do. Where all are dead, ones do.
             stand_in = jnp.where(weights_c != 0, at, order[0])
