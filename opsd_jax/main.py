@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     from opsd_jax import config as config_lib
     from opsd_jax import pipeline, workdir
-    from opsd_jax.data.task import DataError
+    from opsd_jax.data.problem import DataError
     from opsd_jax.training.files import RecordError, to_json
     from opsd_jax.training.interrupt import Interrupted
     from opsd_jax.training.loop import Diverged

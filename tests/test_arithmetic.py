@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from opsd_jax.data import arithmetic
-from opsd_jax.verify.verdict import Verdict, groups
+from opsd_jax.verify.groups import groups
+from opsd_jax.verify.verdict import Verdict
 
 CALCULATE = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 

@@ -9,7 +9,8 @@ from opsd_jax import losses
 from opsd_jax.rollout.collect import Rollouts
 from opsd_jax.stages.opsd import opsd
 from opsd_jax.stages.rlvr import rlvr
-from opsd_jax.verify.verdict import Groups, Verdict, groups
+from opsd_jax.verify.groups import Groups, groups
+from opsd_jax.verify.verdict import Verdict
 
 
 @pytest.fixture(scope="module")

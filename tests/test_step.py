@@ -14,7 +14,7 @@ from opsd_jax.stages import batch as batch_lib
 from opsd_jax.stages import opsd, rlvr, sft
 from opsd_jax.training import state as state_lib
 from opsd_jax.training import step as step_lib
-from opsd_jax.verify.verdict import Groups
+from opsd_jax.verify.groups import Groups
 
 GATE = (1.0, 0.5, 2.0)
 NO_GROUP = dict.fromkeys(Groups._fields, False)

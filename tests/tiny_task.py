@@ -8,7 +8,8 @@ With 25 questions in all, the held-out ones are no others: this task shows that 
 import grain
 
 from opsd_jax.data.arithmetic import WordTokenizer
-from opsd_jax.data.task import Demonstration, Problem, Task
+from opsd_jax.data.problem import Problem
+from opsd_jax.data.task import Demonstration, Task
 from opsd_jax.verify.verdict import Verdict
 
 TOKENIZER = WordTokenizer(

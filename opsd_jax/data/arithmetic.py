@@ -24,7 +24,8 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from opsd_jax.data.task import Demonstration, Problem, Task
+from opsd_jax.data.problem import Problem
+from opsd_jax.data.task import Demonstration, Task
 from opsd_jax.verify.verdict import Verdict
 
 MODULUS = 10

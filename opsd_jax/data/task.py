@@ -7,27 +7,8 @@ from typing import NamedTuple, Protocol
 
 import grain
 
-from opsd_jax.verify import verdict
-
-
-class Problem(NamedTuple):
-    """One problem, as text.
-
-    Attributes:
-      id: unique in its data set.
-      question: what the student sees.
-      solution: a worked solution, the teacher's privileged context.
-      answer: what the verifier compares with.
-    """
-
-    id: int
-    question: str
-    solution: str
-    answer: str
-
-
-class DataError(ValueError):
-    """A row of the data that cannot be used; says which and why."""
+from opsd_jax.data.problem import DataError, Problem
+from opsd_jax.verify.verdict import Judge, Verifier
 
 
 def check_fits(ids: Sequence[int], limit: int, problem: Problem, field: str) -> Sequence[int]:
@@ -77,7 +58,8 @@ class Task(NamedTuple):
       demonstrations: `seed -> data set of Demonstration`, for SFT.
       prompt: `Problem -> token ids`, what the student answers to.
       teacher_prompt: `Problem -> token ids`, the same with the privileged text in it.
-      verify: `(Problem, response text) -> Verdict`, pure; runs in a worker.
+      verify: a `Verifier`, or any pure `(Problem, response text) -> Verdict`, which then runs in a
+        worker.
       note: what a reader of the figures has to know; the report shows it.
     """
 
@@ -87,5 +69,5 @@ class Task(NamedTuple):
     demonstrations: Callable[[int], grain.MapDataset]
     prompt: Callable[[Problem], list[int]]
     teacher_prompt: Callable[[Problem], list[int]]
-    verify: Callable[[Problem, str], verdict.Verdict]
+    verify: Verifier | Judge
     note: str = ""

@@ -11,7 +11,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from opsd_jax import losses
-from opsd_jax.data.task import Problem, Task
+from opsd_jax.data.problem import Problem
+from opsd_jax.data.task import Task
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.policy import Params, Policy
 from opsd_jax.stages.batch import collate_responses, response_head

@@ -9,12 +9,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from opsd_jax.data.task import Problem, Task, check_fits
+from opsd_jax.data.problem import Problem
+from opsd_jax.data.task import Task, check_fits
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.policy import Params, Policy
 from opsd_jax.rollout import sampler
+from opsd_jax.verify.groups import Groups, groups
 from opsd_jax.verify.pool import VerifierPool
-from opsd_jax.verify.verdict import Groups, Verdict, groups
+from opsd_jax.verify.verdict import Verdict
 
 
 class SamplerShape(NamedTuple):

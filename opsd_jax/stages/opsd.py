@@ -23,7 +23,7 @@ from opsd_jax.policy import Policy
 from opsd_jax.stages.batch import pack_responses, response_head
 from opsd_jax.stages.rollouts import RollOut, rollout_metrics
 from opsd_jax.stages.stage import Stage
-from opsd_jax.verify.verdict import Groups
+from opsd_jax.verify.groups import Groups
 
 
 def loss_fn(

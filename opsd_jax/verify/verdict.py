@@ -1,11 +1,11 @@
-"""Verdicts on responses, and the three groups that gate the losses."""
+"""What a verifier is, and what it says. Imports nothing heavy: workers start with it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
+from opsd_jax.data.problem import Problem
 
 
 class Verdict(NamedTuple):
@@ -15,27 +15,41 @@ class Verdict(NamedTuple):
     reason: str
 
 
-Verifier = Callable[[Any, str], Verdict]  # (problem, response text) -> verdict
+MATCH, MISMATCH = Verdict(True, "match"), Verdict(False, "mismatch")
+NO_ANSWER = Verdict(False, "no answer")
+TRUNCATED = Verdict(False, "truncated")  # never asked: cut at its budget
+TIMEOUT, CRASH, MEMORY = (Verdict(False, reason) for reason in ("timeout", "crash", "memory"))
+REASONS = tuple(
+    verdict.reason for verdict in (MATCH, MISMATCH, NO_ANSWER, TRUNCATED, TIMEOUT, CRASH, MEMORY)
+)
+
+Judge = Callable[[Problem, str], Verdict]  # (problem, response text) -> verdict
+Question = Any  # what is left to be judged: picklable, and the same whenever the verdict is
 
 
-class Groups(NamedTuple):
-    """Boolean masks [N] over rollouts: disjoint, and together they cover every rollout."""
+class Verifier(NamedTuple):
+    """A judge in two halves, so that only what may be slow or hostile goes to a worker.
 
-    correct: np.ndarray
-    incorrect: np.ndarray
-    truncated: np.ndarray
+    Called with a problem and a response it runs both, without any bound on time or memory; a
+    `VerifierPool` bounds the second and asks it once a question.
 
-
-def groups(verdicts: Sequence[Verdict], truncated: np.ndarray) -> Groups:
-    """The groups of N rollouts.
-
-    Args:
-      verdicts: one a rollout; that of a truncated one is not looked at.
-      truncated: bool [N], the rollout was cut at its token budget. It is neither correct nor
-        incorrect: whatever it holds, it was not finished.
+    Attributes:
+      ask: `(problem, response) -> Verdict`, where that is quick and safe to find, or the question
+        that is left. Runs in the caller.
+      judge: `question -> Verdict`. Runs in a worker: a function of a module or a `partial` of one.
+      ask_gold: `problem -> Verdict | question`, as `ask`, whether the problem's own answer can be
+        verified against itself. None where there is no telling.
     """
-    truncated = np.asarray(truncated, bool)
-    correct = np.array([v.correct for v in verdicts], bool)
-    if correct.shape != truncated.shape:
-        raise ValueError(f"{len(verdicts)} verdicts for truncated{list(truncated.shape)}.")
-    return Groups(correct & ~truncated, ~correct & ~truncated, truncated)
+
+    ask: Callable[[Problem, str], Verdict | Question]
+    judge: Callable[[Question], Verdict]
+    ask_gold: Callable[[Problem], Verdict | Question] | None = None
+
+    def __call__(self, problem: Problem, response: str) -> Verdict:
+        question = self.ask(problem, response)
+        return question if isinstance(question, Verdict) else self.judge(question)
+
+
+def verdict_on(right: bool) -> Verdict:
+    """MATCH or MISMATCH."""
+    return MATCH if right else MISMATCH
