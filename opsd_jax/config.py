@@ -9,18 +9,38 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib
 import importlib.util
 import json
 import pathlib
+import re
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from opsd_jax import losses
 
+SOURCES = ("train", "heldout", "exclude")  # the sections of `config.data` that hold them
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be run."""
+
+
+def import_function(dotted: str, field: str) -> Any:
+    """The object that "package.module:function" names.
+
+    Raises:
+      ConfigError: it cannot be imported; names the config's field.
+    """
+    module, _, name = dotted.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"config.{field} is {dotted!r}; expected 'package.module:function' ({error})."
+        ) from error
 
 
 def optimizer(**changes: Any) -> ConfigDict:
@@ -50,6 +70,45 @@ def distillation(**changes: Any) -> ConfigDict:
     return ConfigDict(options | changes)
 
 
+def verifier(kind: str = "maths", **changes: Any) -> ConfigDict:
+    """Who judges the responses to a source's problems."""
+    config = ConfigDict()
+    config.kind = kind
+    config.lock()
+    config.update(changes)
+    return config
+
+
+def source(path: str = "", **changes: Any) -> ConfigDict:
+    """A file or folder of problems, with changes: `source("a.jsonl", columns={"answer": "gold"})`.
+
+    docs/data.md has an example of each field.
+    """
+    config = ConfigDict()
+    config.path = path  # .jsonl, .jsonl.gz, .parquet, .arrow, or a folder of Hugging Face's
+    config.split = ""  # of a folder with several
+    config.columns = ConfigDict()  # names of columns; a dot leads into an object: "reward.answer"
+    config.columns.id = "id"  # where there is none, the row's number
+    config.columns.question = "problem"
+    config.columns.answer = "answer"  # "" for none
+    config.columns.solution = "solution"  # where there is none, ""
+    config.extra = ()  # further columns that the verifier needs, kept in Problem.extra
+    config.weight = 1.0  # of training sources: the share of the problems that come from this one
+    config.verifier = verifier()
+    config.difficulty = ConfigDict()
+    config.difficulty.column = ""  # keep only rows with a value in [low, high]; "" keeps all
+    config.difficulty.low = -float("inf")
+    config.difficulty.high = float("inf")
+    config.pass_rates = ConfigDict()
+    config.pass_rates.path = ""  # of earlier rollouts: keep problems solved in [low, high] of them
+    config.pass_rates.low = 0.0
+    config.pass_rates.high = 1.0
+    config.bad_rows = "refuse"  # or "drop": leave them out, and say so
+    config.lock()
+    config.update(changes)
+    return config
+
+
 def default() -> ConfigDict:
     """The embedded task and a decoder of 0.1 million parameters: the quickstart, stage by stage."""
     config = ConfigDict()
@@ -58,8 +117,24 @@ def default() -> ConfigDict:
     config.stages = ("sft", "rlvr", "opsd")
     # Sizes of (data, fsdp, tensor); -1 takes the devices that are left.
     config.mesh = (-1, 1, 1)
-    # "package.module:function", which returns an opsd_jax.data.task.Task.
+    # "package.module:function", which takes the section `data` and returns an
+    # opsd_jax.data.task.Task: "opsd_jax.data.text:task" reads files.
     config.task = "opsd_jax.data.arithmetic:task"
+
+    config.data = ConfigDict()
+    # Sources by name, each a `source(...)`; no name stands in two of the three.
+    config.data.train = ConfigDict()
+    config.data.heldout = ConfigDict()
+    config.data.exclude = ConfigDict()  # not trained on, as the held-out ones: other evaluations
+    config.data.tokenizer = "opsd_jax.data.tokenizer:ByteTokenizer"  # called without arguments
+    # {question}, {solution} and {answer} are filled in; the answer, where there is no solution.
+    config.data.prompt = (
+        "{question}\nPlease reason step by step, and put your final answer within \\boxed{}.\n"
+    )
+    config.data.teacher_prompt = (
+        "{question}\n\nHere is a reference solution:\n{solution}\n\n"
+        "Please reason step by step, and put your final answer within \\boxed{}.\n"
+    )
 
     config.model = ConfigDict()
     # "package.module:function", which takes this section and returns an opsd_jax.policy.Model.
@@ -147,7 +222,10 @@ def default() -> ConfigDict:
 
     config.max_nonfinite = 10  # steps in a row with a gradient that is not finite end the run
     config.wandb_project = ""  # "" for none; needs the extra `wandb`
-    return config.lock()
+    config.lock()
+    for part in SOURCES:
+        config.data[part].unlock()  # until the config is loaded
+    return config
 
 
 def load(path: str | pathlib.Path, overrides: dict[str, str] | None = None) -> ConfigDict:
@@ -172,6 +250,7 @@ def load(path: str | pathlib.Path, overrides: dict[str, str] | None = None) -> C
         raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"{path}: get_config() returned {config!r}; expected a ConfigDict.")
+    config.lock()
     for field, text in (overrides or {}).items():
         override(config, field, text)
     validate(config)
@@ -224,11 +303,11 @@ def _unknown(config: ConfigDict, field: str) -> ConfigError:
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """Dotted field -> value, of all sections."""
+    """Dotted field -> value, of all sections; an empty one is {}."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, ConfigDict):
-            flat |= flatten(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.") if value else {prefix + name: {}}
         else:
             flat[prefix + name] = list(value) if isinstance(value, tuple) else value
     return flat
@@ -244,7 +323,7 @@ _NOT_NEGATIVE = {
     "temperature", "max_rows", "warmup", "weight_decay", "final_fraction", "seed",
     "loss_chunk", "overlong_factor",
 }  # fmt: skip
-_POSITIVE = {"learning_rate", "clip_norm", "rope_theta", "rms_norm_eps"}
+_POSITIVE = {"learning_rate", "clip_norm", "rope_theta", "rms_norm_eps", "weight"}
 
 
 def validate(config: ConfigDict) -> None:
@@ -281,6 +360,7 @@ def validate(config: ConfigDict) -> None:
             except ValueError as error:
                 raise ConfigError(f"config.{field}: {error}") from None
 
+    _validate_sources(config.data, fail)
     for field, kind in (("stages", str), ("mesh", int)):
         if not all(type(value) is kind for value in config[field]):
             fail(field, config[field], f"a tuple of {kind.__name__}")
@@ -339,6 +419,28 @@ def validate(config: ConfigDict) -> None:
                     )
             if section.algorithm == "rlvr" and rollouts % (section.updates * section.group_size):
                 fail(f"{stage}.updates", section.updates, f"a divisor of {section.prompts} prompts")
+
+
+def _validate_sources(data: ConfigDict, fail: Callable[[str, Any, str], None]) -> None:
+    """Calls `fail` for the first field of a source that cannot be used."""
+    names = [name for part in SOURCES for name in data[part]]
+    for part in SOURCES:
+        for name, section in data[part].items():
+            field = f"data.{part}.{name}"
+            if not isinstance(section, ConfigDict) or set(section) != set(source()):
+                fail(field, section, "what opsd_jax.config.source returns")
+            if not re.fullmatch(r"[\w-]+", name) or names.count(name) > 1:
+                fail(field, section.path, "a name of its own, of letters, digits, _ and -")
+            if not section.path:
+                fail(f"{field}.path", section.path, "a file or folder")
+            if section.bad_rows not in ("refuse", "drop"):
+                fail(f"{field}.bad_rows", section.bad_rows, "'refuse' or 'drop'")
+            if not section.columns.question:
+                fail(f"{field}.columns.question", "", "the name of a column")
+            for bounds in ("difficulty", "pass_rates"):
+                low, high = section[bounds].low, section[bounds].high
+                if not low <= high:
+                    fail(f"{field}.{bounds}.low", low, f"at most {high}, its high")
 
 
 def to_json(config: ConfigDict) -> str:

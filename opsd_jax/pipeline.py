@@ -1,6 +1,7 @@
 """A run: the stages in order, each evaluated when it ends, in one working directory.
 
     workdir/config.json               what the run is; another config is refused
+    workdir/note.txt                  what the task says of its figures
     workdir/<stage>/checkpoints/      to go on from
     workdir/<stage>/params/           the stage's result: what later stages start from
     workdir/<stage>/metrics.jsonl     a row a step; TensorBoard events lie beside it
@@ -15,7 +16,6 @@ Started again after whatever stopped it, the run goes on where it was.
 from __future__ import annotations
 
 import functools
-import importlib
 import pathlib
 import resource
 import sys
@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
 from opsd_jax import workdir as workdir_lib
+from opsd_jax.data.problem import DataError, Problem
 from opsd_jax.data.task import Task
 from opsd_jax.evaluation import divergence, evaluate, report, statistics
 from opsd_jax.parallel import mesh as mesh_lib
@@ -49,24 +50,11 @@ from opsd_jax.training.loop import run_stage
 from opsd_jax.training.state import make_optimizer
 from opsd_jax.verify.pool import VerifierPool
 
-LOOKED_AT = 64  # elements of each data set, before a run begins
+LOOKED_AT = 64  # elements of a data set before a run begins, if it has more than this many:
+WHOLLY_LOOKED_AT = 50_000
+NOTE = "note.txt"  # what a reader of the figures has to know, as the task says it
 PROBED = 1024  # held-out responses whose divergence is measured
 UNTRAINED = "untrained"  # the name under which the initial parameters are evaluated
-
-
-def import_function(dotted: str, field: str) -> Any:
-    """The object that "package.module:function" names.
-
-    Raises:
-      ConfigError: it cannot be imported; names the config's field.
-    """
-    module, _, name = dotted.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise config_lib.ConfigError(
-            f"config.{field} is {dotted!r}; expected 'package.module:function' ({error})."
-        ) from error
 
 
 class Run:
@@ -75,8 +63,14 @@ class Run:
     def __init__(self, config: ConfigDict, workdir: pathlib.Path):
         """Raises ConfigError for what does not fit together."""
         self.config, self.workdir = config, workdir
-        self.task: Task = import_function(config.task, "task")()
-        make_model = import_function(config.model.make, "model.make")
+        make_task = config_lib.import_function(config.task, "task")
+        try:
+            self.task: Task = make_task(config.data)
+        except (config_lib.ConfigError, DataError):
+            raise
+        except ValueError as error:
+            raise config_lib.ConfigError(f"config.task is {config.task!r}: {error}") from error
+        make_model = config_lib.import_function(config.model.make, "model.make")
         try:
             self.model: Model = make_model(config.model)
             self.mesh = mesh_lib.make_mesh(config.mesh)
@@ -102,8 +96,15 @@ class Run:
             check(value % shards == 0, field, value, f"a multiple of data x fsdp = {shards}")
 
         def holds(field: str, value: int, data: grain.MapDataset, tokens: Callable) -> None:
-            longest = max(len(tokens(data[i])) for i in range(min(LOOKED_AT, len(data))))
-            check(longest <= value, field, value, f"at least {longest}, which the data have")
+            n = len(data) if len(data) <= WHOLLY_LOOKED_AT else LOOKED_AT
+            longest, i = max((len(tokens(data[i])), i) for i in range(n))
+            row = data[i]
+            whose = (
+                f"problem {row.id}"
+                if isinstance(row, Problem)
+                else f"the demonstration to {task.tokenizer.decode(row.prompt)[:60]!r}"
+            )
+            check(longest <= value, field, value, f"at least {longest}, which {whose} has")
 
         tokens, words = self.model.vocab_size, task.tokenizer.vocab_size
         check(tokens >= words, "model.vocab_size", tokens, f"at least {words}, the tokenizer's")
@@ -281,6 +282,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         StopSignal() as stop,
         Progress() as progress,
     ):
+        files.write_atomically(workdir / NOTE, this.task.note)
         if not (workdir / UNTRAINED / evaluate.SUMMARY).exists():
             began = time.monotonic()
             this.evaluate_and_record(UNTRAINED, this.params_of(""), progress, stop, began)
@@ -339,5 +341,6 @@ def evaluate_again(
 
 def write_report(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
     """Writes `workdir/report/`; returns the path of its page."""
-    note = import_function(config.task, "task")().note
+    path = workdir / NOTE
+    note = path.read_text() if path.exists() else ""
     return report.write(config, workdir, UNTRAINED, note)

@@ -33,7 +33,7 @@ def compilation_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def task():
-    return arithmetic.task()
+    return arithmetic.task(config_lib.default().data)
 
 
 @pytest.fixture(scope="session")

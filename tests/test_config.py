@@ -129,7 +129,9 @@ def test_wandb_without_its_package_is_refused(monkeypatch):
 
 
 def test_a_task_is_found_in_the_current_directory(tmp_path, monkeypatch):
-    (tmp_path / "task_of_mine.py").write_text("def task():\n    raise OSError('it was called')\n")
+    (tmp_path / "task_of_mine.py").write_text(
+        "def task(data):\n    raise OSError('it was called')\n"
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     command = ["train", "--config", QUICKSTART, "--workdir", "run"]

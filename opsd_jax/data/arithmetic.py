@@ -23,6 +23,7 @@ from collections.abc import Sequence
 
 import grain
 import numpy as np
+from ml_collections import ConfigDict
 
 from opsd_jax.data.problem import Problem
 from opsd_jax.data.task import Demonstration, Task
@@ -243,8 +244,17 @@ class Part:
         return self._numbers[self._low + index]
 
 
-def task() -> Task:
-    """The embedded task."""
+def task(config: ConfigDict) -> Task:
+    """The embedded task. Of its section `config.data` it uses nothing.
+
+    Raises:
+      ValueError: the config names files, which this task does not read.
+    """
+    if config.train or config.heldout or config.exclude:
+        raise ValueError(
+            "it reads no files, and config.data names some; expected "
+            "config.task = 'opsd_jax.data.text:task', or none there."
+        )
     heldout = grain.MapDataset.source(Part(0, HELD_OUT))
     train = grain.MapDataset.source(Part(HELD_OUT, SPACE))
     return Task(

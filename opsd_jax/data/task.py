@@ -53,7 +53,7 @@ class Task(NamedTuple):
 
     Attributes:
       tokenizer: of prompts and responses.
-      train: problems to roll out.
+      train: problems to roll out, each once.
       heldout: problems of the evaluation, disjoint from `train`.
       demonstrations: `seed -> data set of Demonstration`, for SFT.
       prompt: `Problem -> token ids`, what the student answers to.
@@ -61,6 +61,9 @@ class Task(NamedTuple):
       verify: a `Verifier`, or any pure `(Problem, response text) -> Verdict`, which then runs in a
         worker.
       note: what a reader of the figures has to know; the report shows it.
+      stream: `seed -> data set` of the problems of `train` in the order in which they are rolled
+        out; indices go on beyond its length. None is `train.shuffle(seed=seed).repeat()`: grain
+        makes a new order for each time round.
     """
 
     tokenizer: Tokenizer
@@ -71,3 +74,4 @@ class Task(NamedTuple):
     teacher_prompt: Callable[[Problem], list[int]]
     verify: Verifier | Judge
     note: str = ""
+    stream: Callable[[int], grain.MapDataset] | None = None

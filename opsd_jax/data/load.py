@@ -1,0 +1,72 @@
+"""The data of a run: every source that the config names, free of duplicates and of the evaluation.
+
+Sources are taken in the order of their names, so that a config means the same however it is kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from opsd_jax.data import sources
+from opsd_jax.data.duplicates import without_duplicates
+from opsd_jax.data.problem import DataError, Problem
+from opsd_jax.data.sources import Counts
+from opsd_jax.verify.verdict import Verifier
+
+
+class Data(NamedTuple):
+    """The problems of each source by its name, what became of its rows, and who judges."""
+
+    train: dict[str, list[Problem]]
+    heldout: dict[str, list[Problem]]
+    counts: dict[str, Counts]
+    verifiers: dict[str, Verifier]
+
+
+def load(config: ConfigDict) -> Data:
+    """Reads the sources of `config.data`, and tells standard error how many rows were left out.
+
+    A training problem is left out whose question also stands in a held-out source or in one of
+    `exclude`, or came before, as `normalise` has it.
+
+    Raises:
+      DataError: a source cannot be read, has bad rows, or has no problem left; or there is none to
+        train on, or none held out.
+    """
+    from opsd_jax.verify.pool import check_golds
+    from opsd_jax.verify.verifiers import from_config
+
+    verifiers: dict[str, Verifier] = {}
+    data: dict[str, dict[str, list[Problem]]] = {"heldout": {}, "train": {}}
+    counts: dict[str, Counts] = {}
+    for part in data:
+        if not config[part]:
+            raise DataError(
+                f"config.data.{part} is empty; expected sources, such as "
+                f"config.data.{part}.maths = config_lib.source('maths.jsonl')."
+            )
+        for name, section in sorted(config[part].items()):
+            field = f"data.{part}.{name}"
+            try:
+                verifiers[name] = from_config(section.verifier)
+            except ValueError as error:
+                raise DataError(f"config.{field}.verifier: {error}") from error
+            check = functools.partial(check_golds, verifiers[name])
+            data[part][name], counts[name] = sources.problems(name, section, field, check)
+    evaluated = {name: [p.question for p in part] for name, part in data["heldout"].items()}
+    for name, section in sorted(config.exclude.items()):
+        evaluated[name] = sources.questions(name, section, f"data.exclude.{name}")
+    data["train"], counted = without_duplicates(data["train"], evaluated)
+    for name, (overlap, repeated) in counted.items():
+        kept = len(data["train"][name])
+        counts[name] = counts[name]._replace(kept=kept, overlap=overlap, repeated=repeated)
+        if not kept:
+            raise DataError(f"config.data.train.{name}: no problem is left: {counts[name]}.")
+    for part in data:
+        for name in data[part]:
+            print(f"data: {part}.{name}: {counts[name]}", file=sys.stderr)
+    return Data(data["train"], data["heldout"], counts, verifiers)

@@ -1,0 +1,241 @@
+"""From the rows of a source to its problems: checked, filtered, and counted.
+
+A source is a section of the config, made by `opsd_jax.config.source`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from opsd_jax.data import files
+from opsd_jax.data.pass_rates import pass_rates
+from opsd_jax.data.problem import DataError, Problem
+
+LISTED = 10  # bad rows that a message shows
+
+CheckGolds = Callable[[Sequence[Problem]], Sequence[str]]  # of each problem "", or what is wrong
+
+
+class Counts(NamedTuple):
+    """What became of the rows of a source; those from `bad` on were left out.
+
+    Attributes:
+      rows: read.
+      kept: problems that are left.
+      bad: rows that cannot be used.
+      difficulty: outside the bounds of `difficulty`.
+      pass_rate: outside the bounds of `pass_rates`.
+      overlap: evaluation set -> questions that stand there too.
+      repeated: questions that came before, in this source or an earlier one.
+    """
+
+    rows: int
+    kept: int
+    bad: int = 0
+    difficulty: int = 0
+    pass_rate: int = 0
+    overlap: Mapping[str, int] = {}
+    repeated: int = 0
+
+    def __str__(self) -> str:
+        left_out = {
+            "bad": self.bad,
+            "of another difficulty": self.difficulty,
+            "of another pass rate": self.pass_rate,
+            **{f"also in {name}": count for name, count in self.overlap.items()},
+            "repeated": self.repeated,
+        }
+        parts = [f"{count} {what}" for what, count in left_out.items() if count]
+        return ", ".join([f"{self.rows} rows", *parts, f"{self.kept} kept"])
+
+
+class _Row(NamedTuple):
+    """A row, read: `problem` is whole where nothing is `wrong`."""
+
+    where: str
+    problem: Problem
+    difficulty: float
+    wrong: list[str]
+
+
+def problems(
+    name: str, section: ConfigDict, field: str, check_golds: CheckGolds
+) -> tuple[list[Problem], Counts]:
+    """The problems of a source, in the order of its rows, and what became of the others.
+
+    Args:
+      name: of the source; every problem's id begins with it.
+      section: of the config.
+      field: of the config: where the section stands.
+      check_golds: says whether each answer verifies against itself; asked once, of the problems
+        that the filters leave.
+
+    Raises:
+      DataError: rows are bad, all of them in one message; or no problem is left.
+    """
+    earlier, level = section.pass_rates, section.difficulty
+    rates = pass_rates(earlier.path, name, f"{field}.pass_rates") if earlier.path else {}
+    numbered = enumerate(files.rows(section.path, section.split, field), 1)
+    rows = [_read(row, number, name, section) for number, row in numbered]
+    _mark_repeated_ids(rows, section.columns.id)
+    good = [row for row in rows if not row.wrong]
+    fitting = [r for r in good if not level.column or level.low <= r.difficulty <= level.high]
+    asked_for = [
+        r for r in fitting if earlier.low <= rates.get(r.problem.id, earlier.low) <= earlier.high
+    ]
+    reasons = check_golds([row.problem for row in asked_for])
+    for row, reason in zip(asked_for, reasons, strict=True):
+        if reason:
+            answer = f"field {section.columns.answer!r} is {_shown(row.problem.answer)}"
+            row.wrong.append(f"{answer}; it does not verify against itself: {reason}")
+    bad = _refuse(rows, section, field)
+    kept = [row.problem for row in asked_for if not row.wrong]
+    counts = Counts(
+        rows=len(rows),
+        kept=len(kept),
+        bad=bad,
+        difficulty=len(good) - len(fitting),
+        pass_rate=len(fitting) - len(asked_for),
+    )
+    if not kept:
+        raise DataError(f"config.{field}: no problem is left of {section.path}: {counts}.")
+    return kept, counts
+
+
+def questions(name: str, section: ConfigDict, field: str) -> list[str]:
+    """The questions of a source of which nothing else is needed.
+
+    Raises:
+      DataError: rows are bad, all of them in one message.
+    """
+    rows = []
+    for row in files.rows(section.path, section.split, field):
+        read = _Reader(row)
+        question = read(section.columns.question, _text, "a string that is not empty")
+        rows.append(_Row(row.where, Problem("", question, "", "", name), math.nan, read.wrong))
+    _refuse(rows, section, field)
+    return [row.problem.question for row in rows if not row.wrong]
+
+
+def _read(row: files.Row, number: int, name: str, section: ConfigDict) -> _Row:
+    read, columns = _Reader(row), section.columns
+    text = "a string that is not empty"
+    key = read(columns.id, _key, "a string or an integer", absent=number)
+    problem = Problem(
+        id=f"{name}/{key}",
+        question=read(columns.question, _text, text),
+        solution=read(columns.solution, _string, "a string", absent=""),
+        answer=read(
+            columns.answer,
+            _answer,
+            f"{text}, an integer, or a list of one such string",
+            absent=None if columns.answer else "",  # a verifier may go by `extra` alone
+        ),
+        source=name,
+        extra={column: read(column, lambda value: value, "a value") for column in section.extra},
+    )
+    level = section.difficulty.column
+    difficulty = read(level, _number, "a number") if level else math.nan
+    return _Row(row.where, problem, difficulty, read.wrong)
+
+
+class _Reader:
+    """Takes values out of a row, and notes in `wrong` each that is not what was expected."""
+
+    def __init__(self, row: files.Row):
+        self._columns = row.columns or {}
+        self.wrong = [row.error] if row.error else []
+
+    def __call__(
+        self, column: str, kind: Callable[[Any], Any], expected: str, absent: Any = None
+    ) -> Any:
+        """`kind(value)` of a column, or `absent` where there is none and that is given."""
+        value = reach(self._columns, column)
+        if value is None and absent is not None:
+            return absent
+        try:
+            return kind(value)
+        except (TypeError, ValueError, OverflowError):
+            if value is not None:
+                self.wrong.append(f"field {column!r} is {_shown(value)}; expected {expected}")
+            elif self._columns:
+                there = ", ".join(self._columns)
+                self.wrong.append(f"field {column!r} is missing; expected {expected} (has {there})")
+
+
+def reach(columns: Mapping[str, Any], column: str) -> Any:
+    """The value of a column, None where there is none; a dot leads into an object or a list."""
+    if column in columns:
+        return columns[column]
+    value: Any = columns
+    for part in column.split("."):
+        if isinstance(value, Mapping):
+            value = value.get(part)
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return None
+    return value
+
+
+def _string(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    value.encode()  # half of a surrogate pair is no text; UnicodeEncodeError is a ValueError
+    return value
+
+
+def _text(value: Any) -> str:
+    if not _string(value).strip():
+        raise ValueError
+    return value
+
+
+def _key(value: Any) -> str:
+    return str(value) if type(value) is int else _text(value)
+
+
+def _answer(value: Any) -> str:
+    if isinstance(value, list) and len(value) == 1:
+        return _text(value[0])
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return _key(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise TypeError
+    return float(value)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _mark_repeated_ids(rows: Sequence[_Row], column: str) -> None:
+    first: dict[int | str, str] = {}
+    for row in rows:
+        there = first.setdefault(row.problem.id, row.where)
+        if there != row.where and not row.wrong:
+            row.wrong.append(f"field {column!r} is that of {there} too; expected one of its own")
+
+
+def _refuse(rows: Sequence[_Row], section: ConfigDict, field: str) -> int:
+    """The number of bad rows, which are told of; raises DataError if they are not to be dropped."""
+    bad = [f"{row.where}: {'; '.join(row.wrong)}" for row in rows if row.wrong]
+    if bad:
+        listed = "\n".join(f"  {line}" for line in bad[:LISTED])
+        more = f"\n  and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
+        message = f"config.{field}: {len(bad)} bad of {len(rows)} rows:\n{listed}{more}"
+        if section.bad_rows != "drop":
+            mend = f"Mend them, or leave them out with config.{field}.bad_rows='drop'."
+            raise DataError(f"{message}\n{mend}")
+        print(f"{message}\nleft out.", file=sys.stderr)
+    return len(bad)

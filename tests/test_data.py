@@ -1,0 +1,338 @@
+"""Rows of files into problems: every form of file, every filter, every message."""
+
+import gzip
+import json
+import subprocess
+import sys
+
+import pytest
+
+from opsd_jax import config as config_lib
+from opsd_jax.data import files, sources
+from opsd_jax.data.problem import DataError, Problem
+
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+ROWS = [
+    {"id": "a", "problem": "What is 1 + 1?", "answer": "2", "solution": "1 + 1 = 2"},
+    {"id": "b", "problem": "What is 2 + 3?", "answer": "5", "solution": None},
+    {"id": "c", "problem": "What is π · 0?", "answer": "0", "solution": "0"},
+]
+PROBLEMS = [
+    Problem("maths/a", "What is 1 + 1?", "1 + 1 = 2", "2", "maths"),
+    Problem("maths/b", "What is 2 + 3?", "", "5", "maths"),
+    Problem("maths/c", "What is π · 0?", "0", "0", "maths"),
+]
+
+
+def write_json_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def write_parquet(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def write_arrow(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pyarrow.Table.from_pylist(rows)
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table)
+    return path
+
+
+def write_saved_dataset(folder, rows, split=None):
+    """What Dataset.save_to_disk leaves: two Arrow files, and the order in which they count."""
+    write_arrow(folder / "data-00000-of-00002.arrow", rows[:1])
+    write_arrow(folder / "data-00001-of-00002.arrow", rows[1:])
+    names = [{"filename": f"data-0000{i}-of-00002.arrow"} for i in range(2)]
+    (folder / "state.json").write_text(json.dumps({"_data_files": names, "_split": split}))
+    (folder / "dataset_info.json").write_text("{}")
+    return folder
+
+
+def write_saved_dict(folder, rows):
+    """What DatasetDict.save_to_disk leaves."""
+    write_saved_dataset(folder / "train", rows, "train")
+    write_saved_dataset(folder / "test", rows[:2], "test")
+    (folder / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
+    return folder
+
+
+def write_snapshot(folder, rows):
+    """A repository of the hub."""
+    write_parquet(folder / "data" / "train-00000-of-00002.parquet", rows[:2])
+    write_parquet(folder / "data" / "train-00001-of-00002.parquet", rows[2:])
+    write_json_lines(folder / "test_small.jsonl", rows[:1])
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    return folder
+
+
+def read(path, check_golds=lambda problems: [""] * len(problems), **changes):
+    section = config_lib.source(str(path), **changes)
+    return sources.problems("maths", section, "data.train.maths", check_golds)
+
+
+@pytest.mark.parametrize(
+    ("write", "name", "split"),
+    [
+        (write_json_lines, "a.jsonl", ""),
+        (write_json_lines, "a.jsonl.gz", ""),
+        (write_parquet, "a.parquet", ""),
+        (write_arrow, "a.arrow", ""),
+        (write_saved_dataset, "saved", ""),
+        (write_saved_dict, "dict", "train"),
+        (write_snapshot, "snapshot", "train"),
+    ],
+)
+def test_every_form_of_file_reads_the_same(tmp_path, write, name, split):
+    problems, counts = read(write(tmp_path / name, ROWS), split=split)
+    assert problems == PROBLEMS
+    assert counts == sources.Counts(rows=3, kept=3)
+
+
+@pytest.mark.slow
+def test_what_the_datasets_package_saves_reads_the_same(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    dataset = datasets.Dataset.from_list(ROWS)
+    dataset.save_to_disk(tmp_path / "saved", num_shards=2)
+    assert read(tmp_path / "saved")[0] == PROBLEMS
+    splits = datasets.DatasetDict({"train": dataset, "test": dataset.select([2, 0])})
+    splits.save_to_disk(tmp_path / "dict")
+    assert read(tmp_path / "dict", split="train")[0] == PROBLEMS
+    assert read(tmp_path / "dict", split="test")[0] == [PROBLEMS[2], PROBLEMS[0]]
+    dataset.to_parquet(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
+    assert read(tmp_path / "hub")[0] == PROBLEMS
+
+
+def test_splits(tmp_path):
+    assert len(read(write_saved_dict(tmp_path / "d", ROWS), split="test")[0]) == 2
+    assert len(read(write_snapshot(tmp_path / "s", ROWS), split="test_small")[0]) == 1
+    assert len(read(write_saved_dataset(tmp_path / "one", ROWS, "train"), split="train")[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("make", "split", "message"),
+    [
+        (lambda p: p / "absent.jsonl", "", r"absent.jsonl'; there is no such file or folder"),
+        (lambda p: p, "", "a folder without data: expected state.json, dataset_dict.json, or"),
+        (lambda p: write_json_lines(p / "a.csv", []), "", r"ends in .jsonl, .jsonl.gz, .parquet"),
+        (
+            lambda p: write_json_lines(p / "a.jsonl", ROWS),
+            "train",
+            "split is 'train'; expected one",
+        ),
+        (
+            lambda p: write_saved_dict(p / "d", ROWS),
+            "",
+            "split is ''; expected one of 'train', 'te",
+        ),
+        (
+            lambda p: write_saved_dataset(p / "d", ROWS, "train"),
+            "test",
+            "expected one of 'train', ",
+        ),
+        (lambda p: write_snapshot(p / "s", ROWS), "dev", "expected one of 'train', 'test_small', "),
+        (lambda p: write_json_lines(p / "a.jsonl", []), "", "no problem is left of .*: 0 rows, 0"),
+    ],
+)
+def test_a_path_that_leads_nowhere(tmp_path, make, split, message):
+    with pytest.raises(DataError, match=rf"config.data.train.maths\W.*{message}"):
+        read(make(tmp_path), split=split)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl.gz", "d/state.json"])
+def test_a_damaged_file_is_named(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(gzip.compress(b'{"id": "a"}\n' * 9999)[:-30] if name[-1] == "z" else b"{ PAR1")
+    path = path.parent if name[0] == "d" else path
+    with pytest.raises(DataError, match=f"config.data.train.maths.path is '{path}', which cannot"):
+        read(path)
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    path = write_parquet(tmp_path / "a.parquet", ROWS)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"pip install 'opsd-jax\[data\]'"):
+        read(path)
+
+
+def test_json_lines_need_no_pyarrow():
+    code = "import sys, opsd_jax.data.text; assert 'pyarrow' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_columns_map(tmp_path):
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"Question {i}"}],
+            "reward": {"gold": gold},
+            "a.b": "dotted",
+            "tests": [1, 2],
+        }
+        for i, gold in enumerate(["7", 7, 7.0, ["7"]])
+    ]
+    columns = {"question": "prompt.0.content", "answer": "reward.gold", "solution": "a.b"}
+    for path in (
+        write_json_lines(tmp_path / "a.jsonl", rows),
+        write_parquet(tmp_path / "a.parquet", rows[:1]),
+    ):
+        problems, _ = read(path, columns=columns, extra=("tests",))
+        for i, problem in enumerate(problems):
+            assert problem == Problem(
+                f"maths/{i + 1}", f"Question {i}", "dotted", "7", "maths", {"tests": [1, 2]}
+            )
+    no_answer, _ = read(path, columns=columns | {"answer": ""})
+    assert no_answer[0].answer == ""
+
+
+BAD = [
+    ("{", "not JSON: Expecting property name"),
+    ("[" * 100_000, "not JSON"),
+    ('"text"', "a JSON str; expected an object, column -> value"),
+    ({"problem": "q"}, "field 'answer' is missing; expected a string .* (has problem)"),
+    ({"problem": "q", "answer": None}, "field 'answer' is missing"),
+    (
+        {"answer": "1"},
+        "field 'problem' is missing; expected a string that is not empty (has answer)",
+    ),
+    (
+        {"problem": " ", "answer": "1"},
+        "field 'problem' is ' '; expected a string that is not empty",
+    ),
+    ({"problem": 3, "answer": "1"}, "field 'problem' is 3"),
+    ({"problem": "q", "answer": ""}, "field 'answer' is ''"),
+    ({"problem": "q", "answer": True}, "field 'answer' is True"),
+    ({"problem": "q", "answer": 0.5}, "field 'answer' is 0.5; expected a string"),
+    ({"problem": "q", "answer": float("nan")}, "field 'answer' is nan"),
+    ({"problem": "q", "answer": ["1", "2"]}, "an integer, or a list of one such string"),
+    ({"problem": "q", "answer": [1]}, "field 'answer' is [1]"),
+    ({"problem": "q", "answer": {"a": "x" * 99}}, "field 'answer' is {'a': 'xxx"),
+    ({"problem": "q", "answer": "1", "solution": 3}, "field 'solution' is 3; expected a string"),
+    ({"problem": "q", "answer": "1", "id": 1.5}, "field 'id' is 1.5; expected a string or an int"),
+    ({"problem": "\ud800", "answer": "1"}, r"field 'problem' is '\ud800'"),
+    ({"problem": 3, "answer": 0.5}, "field 'problem' is 3; expected .*; field 'answer' is 0.5"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), BAD)
+def test_a_bad_row_is_refused_with_file_line_field_and_reason(tmp_path, row, reason):
+    path = tmp_path / "a.jsonl"
+    good = '{"problem": "What?", "answer": "1"}\n'
+    path.write_text(good + "\n" + (row if isinstance(row, str) else json.dumps(row)) + "\n")
+    with pytest.raises(DataError) as error:
+        read(path)
+    message = str(error.value)
+    assert message.startswith("config.data.train.maths: 1 bad of 2 rows:\n")
+    assert f"\n  {path}:3: " in message
+    position = 0
+    for part in reason.split(".*"):  # in this order
+        position = message.index(part, position)
+    assert "config.data.train.maths.bad_rows='drop'" in message
+
+
+def test_all_bad_rows_come_in_one_message(tmp_path, capsys):
+    rows = [{"problem": f"q{i}", "answer": "" if i % 2 else "1"} for i in range(30)]
+    path = write_json_lines(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError) as error:
+        read(path)
+    lines = str(error.value).splitlines()
+    assert lines[0] == "config.data.train.maths: 15 bad of 30 rows:"
+    assert [line.split(":")[1] for line in lines[1:11]] == [str(i) for i in range(2, 22, 2)]
+    assert lines[11] == "  and 5 more"
+    assert len(lines) == 13
+    problems, counts = read(path, bad_rows="drop")
+    assert [p.question for p in problems] == [f"q{i}" for i in range(0, 30, 2)]
+    assert counts == sources.Counts(rows=30, kept=15, bad=15)
+    assert "15 bad of 30 rows:" in capsys.readouterr().err
+
+
+def test_ids_are_unique(tmp_path):
+    rows = [*ROWS, ROWS[1] | {"problem": "another"}]
+    path = write_parquet(tmp_path / "a.parquet", rows)
+    with pytest.raises(DataError, match=f"{path}:4: field 'id' is that of {path}:2 too; expected"):
+        read(path)
+
+
+def test_a_gold_that_does_not_verify_is_a_bad_row(tmp_path):
+    rows = [*ROWS, {"id": "d", "problem": "Why?", "answer": ""}]
+    path = write_json_lines(tmp_path / "a.jsonl", rows)
+
+    def check_golds(problems):
+        assert problems == PROBLEMS  # a row that is bad already is not asked for
+        return ["", "mismatch", ""]
+
+    with pytest.raises(DataError) as error:
+        read(path, check_golds)
+    assert str(error.value).splitlines()[:3] == [
+        "config.data.train.maths: 2 bad of 4 rows:",
+        f"  {path}:2: field 'answer' is '5'; it does not verify against itself: mismatch",
+        f"  {path}:4: field 'answer' is ''; expected a string that is not empty, an integer, or a "
+        "list of one such string",
+    ]
+
+
+def test_difficulty(tmp_path):
+    rows = [row | {"meta": {"level": level}} for row, level in zip(ROWS, (1, 2.5, 5), strict=True)]
+    path = write_json_lines(tmp_path / "a.jsonl", rows)
+    problems, counts = read(path, difficulty={"column": "meta.level", "low": 2.0})
+    assert problems == PROBLEMS[1:]
+    assert counts == sources.Counts(rows=3, kept=2, difficulty=1)
+    assert len(read(path, difficulty={"column": "meta.level", "high": 2.5})[0]) == 2
+    rows[1]["meta"]["level"] = "Level 5"
+    write_json_lines(path, rows)
+    with pytest.raises(DataError, match=r"2: field 'meta.level' is 'Level 5'; expected a number"):
+        read(path, difficulty={"column": "meta.level", "low": 2.0})
+    with pytest.raises(DataError, match="field 'level' is missing; expected a number"):
+        read(path, difficulty={"column": "level"})
+
+
+def test_pass_rates(tmp_path):
+    """From an evaluation's records, a row a rollout, or from a stage's, a row a group."""
+    path = write_json_lines(tmp_path / "a.jsonl", ROWS)
+    records = write_json_lines(
+        tmp_path / "responses.jsonl",
+        [
+            {"problem": "maths/a", "correct": True, "response": "2"},
+            {"problem": "maths/a", "correct": False},
+            {"problem": "b", "correct": 4, "rollouts": 4, "source": "maths"},
+            {"problem": "c", "correct": 4, "rollouts": 4, "source": "another"},
+        ],
+    )
+    rates = {"path": str(records), "low": 0.1, "high": 0.9}
+    problems, counts = read(path, pass_rates=rates)
+    assert problems == [PROBLEMS[0], PROBLEMS[2]]  # half; never seen
+    assert counts == sources.Counts(rows=3, kept=2, pass_rate=1)
+    assert str(counts) == "3 rows, 1 of another pass rate, 2 kept"
+    for bad, reason in [
+        ({"problem": "a"}, "responses.jsonl:2: problem 'a', correct None, rollouts 1; expected"),
+        ({"problem": "a", "correct": 3, "rollouts": 2}, "correct 3, rollouts 2; expected an id"),
+        ({"problem": "a", "correct": 0, "rollouts": 0}, "correct 0, rollouts 0; expected an id"),
+        ([], "responses.jsonl:2: a JSON list"),
+    ]:
+        write_json_lines(records, [{"problem": "a", "correct": True}, bad])
+        with pytest.raises(DataError, match=f"data.train.maths.pass_rates: .*{reason}"):
+            read(path, pass_rates=rates)
+
+
+def test_questions_need_nothing_else(tmp_path):
+    path = write_json_lines(tmp_path / "a.jsonl", [{"q": "What?"}, {"q": ""}])
+    section = config_lib.source(str(path), columns={"question": "q"})
+    with pytest.raises(DataError, match=r"data.exclude.x: 1 bad of 2 rows:\n  .*:2: field 'q' is"):
+        sources.questions("x", section, "data.exclude.x")
+    section.bad_rows = "drop"
+    assert sources.questions("x", section, "data.exclude.x") == ["What?"]
+
+
+def test_rows_know_where_they_stand(tmp_path):
+    folder = write_snapshot(tmp_path / "s", ROWS)
+    where = [row.where for row in files.rows(str(folder), "train")]
+    first, second = (f"{folder}/data/train-0000{i}-of-00002.parquet" for i in range(2))
+    assert where == [f"{first}:1", f"{first}:2", f"{second}:1"]
