@@ -71,9 +71,13 @@ def distillation(**changes: Any) -> ConfigDict:
 
 
 def verifier(kind: str = "maths", **changes: Any) -> ConfigDict:
-    """Who judges the responses to a source's problems."""
+    """Who judges the responses to a source's problems; the kinds: opsd_jax/verify/verifiers.py."""
     config = ConfigDict()
     config.kind = kind
+    config.answer = ("boxed",)  # where the answer stands: conventions, tried in this order
+    config.ignore_case = False  # of "exact"
+    config.relative_tolerance = 1e-6  # of "numeric", as the next
+    config.absolute_tolerance = 0.0
     config.lock()
     config.update(changes)
     return config

@@ -35,7 +35,8 @@ _SUBSTITUTIONS = [
         (r"``|''", '"'),
         (r"\\[lc]?dots[bcim]?(?![a-z])|\.\.\.|\u2026", r"\\dots"),
         (r"\{,\}", ","),
-        (r"(?<=[_^]\d)\s+(?=\d)", ""),  # to TeX, \log_8 2 is \log_82
+        # To TeX, \frac 1 2 is \frac12, and \log_8 2 is \log_82.
+        (r"((?:[_^]|\\frac)\s*\d)\s+(?=\d)", r"\1"),
         # A space counts between two numbers alone: "1 2" is not "12".
         (r"(?<=\d)\s+(?=\d)", "\0"),
         (r"\s+", ""),
