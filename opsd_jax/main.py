@@ -27,7 +27,8 @@ def fields() -> str:
     from opsd_jax import config as config_lib
 
     flat = config_lib.flatten(config_lib.default())
-    lines = [f"  {OVERRIDE}{field}={value}" for field, value in flat.items()]
+    on_a_line = lambda value: str(value).replace("\n", r"\n")
+    lines = [f"  {OVERRIDE}{field}={on_a_line(value)}" for field, value in flat.items()]
     return "fields and their defaults (opsd_jax/config.py says what each does):\n" + "\n".join(
         lines
     )

@@ -1,6 +1,8 @@
 """A task from files: duplicates, mixtures, prompts, what is refused, and a run on it."""
 
 import json
+import pathlib
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -320,6 +322,23 @@ def test_a_source_has_the_fields_that_it_has():
     with pytest.raises(KeyError, match="answers"):
         config_lib.source("a", columns={"answers": "gold"})
     assert config_lib.source("a", columns={"answer": "gold"}).columns.question == "problem"
+
+
+def test_the_config_of_the_documentation(tmp_path, monkeypatch):
+    """It loads; then it asks for its files."""
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    path = tmp_path / "maths.py"
+    path.write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    config = config_lib.load(path, {"data.train.maths.weight": "3"})
+    assert config.data.train.maths.weight == 3.0
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["train", "--config", str(path), "--workdir", "run"]) == 2
+    with pytest.raises(DataError, match=r"math500.path is 'data/math500.jsonl'; there is no such"):
+        text.task(config.data)
+    table = set(re.findall(r"`([a-z_.]+)`", page))
+    for field in config_lib.flatten(config_lib.source()):
+        parts = field.split(".")
+        assert field in table or parts[0] in table or f".{parts[-1]}" in table
 
 
 def test_a_run_on_files(config, tmp_path):
