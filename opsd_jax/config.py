@@ -277,7 +277,8 @@ def override(config: ConfigDict, field: str, text: str) -> None:
         raise _unknown(config, field)
     old = section[name]
     if isinstance(old, ConfigDict):
-        raise ConfigError(f"--config.{field} is a section; set one of {', '.join(old)} in it.")
+        fields = f"set one of {', '.join(old)} in it" if old else "its fields are the config file's"
+        raise ConfigError(f"--config.{field} is a section; {fields}.")
     try:
         section[name] = _parse(text, type(old))
     except (ValueError, SyntaxError):

@@ -95,16 +95,20 @@ class Run:
         def divides(field: str, value: int) -> None:
             check(value % shards == 0, field, value, f"a multiple of data x fsdp = {shards}")
 
-        def holds(field: str, value: int, data: grain.MapDataset, tokens: Callable) -> None:
+        @functools.cache
+        def longest(data: grain.MapDataset, tokens: Callable) -> tuple[int, int]:
             n = len(data) if len(data) <= WHOLLY_LOOKED_AT else LOOKED_AT
-            longest, i = max((len(tokens(data[i])), i) for i in range(n))
+            return max((len(tokens(data[i])), i) for i in range(n))
+
+        def holds(field: str, value: int, data: grain.MapDataset, tokens: Callable) -> None:
+            length, i = longest(data, tokens)
             row = data[i]
             whose = (
                 f"problem {row.id}"
                 if isinstance(row, Problem)
                 else f"the demonstration to {task.tokenizer.decode(row.prompt)[:60]!r}"
             )
-            check(longest <= value, field, value, f"at least {longest}, which {whose} has")
+            check(length <= value, field, value, f"at least {length}, which {whose} has")
 
         tokens, words = self.model.vocab_size, task.tokenizer.vocab_size
         check(tokens >= words, "model.vocab_size", tokens, f"at least {words}, the tokenizer's")

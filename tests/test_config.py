@@ -43,6 +43,7 @@ def test_overrides_take_the_field_s_type():
         ("seed.x", "1", "no such field"),
         ("xyzzy", "1", "no such field.$"),
         ("opsd", "1", r"opsd is a section; set one of .*gate"),
+        ("data.train", "a.jsonl", "data.train is a section; its fields are the config file's."),
         ("sft.steps", "3.5", "expected int, such as 1300"),
         ("sft.steps", "many", "expected int"),
         ("sft.steps", "True", "expected int"),
