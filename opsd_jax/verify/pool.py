@@ -1,37 +1,347 @@
-"""Verification beside the device's work: submit responses as they come, take verdicts later."""
+"""Verification beside the device's work, in processes that can be killed.
+
+Submit responses as they come, take verdicts when the loss needs them. What happens when
+- a question runs over its time: its worker is killed, the verdict is "timeout";
+- it takes more memory than it may: "memory"; it takes its process down: "crash";
+- a worker is killed from outside: its question is asked again, ATTEMPTS times, then "crash";
+- the verifier raises: "verifier ValueError", or whatever it was;
+- no worker can start: verdicts raise PoolError, none is made up;
+- the pool is left or its process ends, in whatever way: its workers end.
+Each costs its own question alone, and the worker is replaced.
+
+One thread owns the workers, and each worker has a pipe of its own. (concurrent.futures cannot kill;
+pebble can, but its workers share a lock, and one killed while it holds that stops them all.)
+"""
 
 from __future__ import annotations
 
-import concurrent.futures
-from typing import Any
+import collections
+import contextlib
+import fcntl
+import hashlib
+import importlib
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import NamedTuple
 
-from opsd_jax.verify.verdict import Verdict, Verifier
+from opsd_jax.data.problem import Problem
+from opsd_jax.verify.verdict import (
+    CRASH,
+    MATCH,
+    MEMORY,
+    TIMEOUT,
+    Judge,
+    Question,
+    Verdict,
+    Verifier,
+)
+from opsd_jax.verify.verifiers import as_verifier
+
+ATTEMPTS = 5  # times that a question is asked while its workers are killed from outside
+STARTS = 5  # starts in a row that may fail
+RECYCLED = 5000  # questions after which a worker is replaced: parsers' caches grow
+REMEMBERED = 1 << 16  # verdicts
+PRELOADED = ("opsd_jax.verify.warm",)  # what the server that workers are forked from has loaded
+
+_READY = "ready"
+_KILLED = (-signal.SIGKILL, -signal.SIGTERM, 255)  # 255: the server that knew is gone, too
+_CONTEXT = multiprocessing.get_context("forkserver")
+
+
+class PoolError(RuntimeError):
+    """Nothing can be verified: workers do not start, or the pool is closed."""
+
+
+class Limits(NamedTuple):
+    """What a question may take.
+
+    Attributes:
+      seconds: time, then its worker is killed.
+      memory_mb: MiB by which its worker may grow, on Linux.
+    """
+
+    seconds: float = 2.0
+    memory_mb: int = 512
+
+
+LIMITS = Limits()
+
+
+class _Task:
+    """A question on its way to a verdict."""
+
+    def __init__(self, question: bytes):
+        self.question, self.future, self.attempts = question, Future[Verdict](), 0
+
+
+class _Worker:
+    """A process, its pipe, and the task that it has."""
+
+    def __init__(self, judge: bytes, limits: Limits):
+        self.pipe, theirs = _CONTEXT.Pipe()
+        self._process = _CONTEXT.Process(
+            target=_work, args=(theirs, judge, limits), name="verifier", daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        self.ready, self.ended = False, False
+        self.task: _Task | None = None
+        self.deadline = math.inf
+
+    def give(self, task: _Task, seconds: float) -> None:
+        """Hands it a task."""
+        self.task, self.deadline = task, time.monotonic() + seconds
+        task.attempts += 1
+        # One that has died is found out when it is listened to.
+        with contextlib.suppress(OSError):
+            self.pipe.send_bytes(task.question)
+
+    def free(self) -> _Task | None:
+        """Takes its task from it."""
+        task, self.task, self.deadline = self.task, None, math.inf
+        return task
+
+    def end(self, wait: float = 0.0) -> int:
+        """Its exit code, once it has ended: by itself within `wait` seconds, or killed."""
+        self._process.join(wait)
+        if self._process.exitcode is None:
+            self._process.kill()
+            self._process.join()
+        self.pipe.close()
+        self.ended = True
+        return self._process.exitcode or 0
 
 
 class VerifierPool:
-    """Runs a verifier on worker threads while the caller keeps the device busy.
+    """Asks a verifier's questions in processes. A context manager; leaving it ends them.
 
-    For verifiers that are quick and trusted, as the embedded task's exact comparison is. A context
-    manager; leaving it drops what was not asked for.
+    Threads may share it. What was asked before, or is being asked, is not asked again. Processes
+    start with the first question: a verifier that settles everything needs none. They import the
+    main module, as multiprocessing's do, so a script that makes a pool wants its
+    `if __name__ == "__main__":`.
+
+    Attributes:
+      judged: how many questions workers were asked.
     """
 
-    def __init__(self, verify: Verifier, workers: int = 1):
-        self._verify = verify
-        self._executor = concurrent.futures.ThreadPoolExecutor(workers, "verifier")
+    def __init__(self, verifier: Verifier | Judge, *, workers: int = 0, limits: Limits = LIMITS):
+        """`workers`: how many processes; 0 for one a core, but at most 8."""
+        self._verifier, self._limits = as_verifier(verifier), limits
+        self._judge = pickle.dumps(self._verifier.judge)
+        self._size = workers or min(os.cpu_count() or 1, 8)
+        self._lock = threading.Lock()
+        self._waiting: collections.deque[_Task] = collections.deque()
+        self._known: collections.OrderedDict[bytes, Future[Verdict]] = collections.OrderedDict()
+        self._failure = ""
+        self._thread: threading.Thread | None = None
+        self._workers: list[_Worker] = []  # the thread's alone
+        self._failed_starts = 0
+        self._ear, self._mouth = _CONTEXT.Pipe(duplex=False)
+        self.judged = 0
 
-    def submit(self, problem: Any, response: str) -> concurrent.futures.Future[Verdict]:
-        """Queues one response; the future's `result()` is its verdict."""
-        return self._executor.submit(self._judge, problem, response)
+    def submit(self, problem: Problem, response: str) -> Future[Verdict]:
+        """Queues a response; the future's `result()` is its verdict.
 
-    def _judge(self, problem: Any, response: str) -> Verdict:
-        """The verdict; a verifier that raises costs its own row alone, and is counted."""
+        Raises:
+          PoolError: the pool is closed, or its workers do not start.
+        """
+        return self._resolve(self._verifier.ask, problem, response)
+
+    def submit_gold(self, problem: Problem) -> Future[Verdict]:
+        """As `submit`, whether the problem's own answer verifies against itself."""
+        return self._resolve(self._verifier.ask_gold or (lambda problem: MATCH), problem)
+
+    def _resolve(self, ask: Callable[..., Verdict | Question], *arguments) -> Future[Verdict]:
         try:
-            return self._verify(problem, response)
+            reply = ask(*arguments)
         except Exception as error:
-            return Verdict(False, f"verifier {type(error).__name__}")
+            reply = _raised(error)
+        if isinstance(reply, Verdict):
+            settled: Future[Verdict] = Future()
+            settled.set_result(reply)
+            return settled
+        question = pickle.dumps(reply)
+        key = hashlib.blake2b(question, digest_size=16).digest()
+        with self._lock:
+            if self._failure:
+                raise PoolError(self._failure)
+            if key in self._known:
+                self._known.move_to_end(key)
+                return self._known[key]
+            task = _Task(question)
+            self._known[key] = task.future
+            if len(self._known) > REMEMBERED:
+                self._known.popitem(last=False)
+            self._waiting.append(task)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="verifiers", daemon=True)
+                self._thread.start()
+            self._mouth.send_bytes(b"")
+        return task.future
+
+    def close(self) -> None:
+        """Ends the workers; whoever still waits for a verdict gets a PoolError."""
+        with self._lock:
+            self._failure = self._failure or "the pool of verifiers is closed."
+        self._mouth.send_bytes(b"")
+        if self._thread is not None:
+            self._thread.join()
 
     def __enter__(self) -> VerifierPool:
         return self
 
     def __exit__(self, *exc) -> None:
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        self.close()
+
+    def _run(self) -> None:
+        """The thread that owns the workers."""
+        _CONTEXT.set_forkserver_preload(list(PRELOADED))
+        try:
+            while not self._failure:
+                self._staff()
+                patience = min((w.deadline for w in self._workers), default=math.inf)
+                pipes = {worker.pipe: worker for worker in self._workers}
+                heard = multiprocessing.connection.wait(
+                    [self._ear, *pipes],
+                    None if patience == math.inf else max(0.0, patience - time.monotonic()),
+                )
+                while self._ear.poll():
+                    self._ear.recv_bytes()
+                for pipe, worker in pipes.items():
+                    if pipe in heard:
+                        self._listen(worker)
+                    elif worker.deadline <= time.monotonic():
+                        self._settle(worker, TIMEOUT)
+                        worker.end()
+                self._workers = [worker for worker in self._workers if not worker.ended]
+        except BaseException as error:
+            self._failure = f"the pool of verifiers failed: {error!r}."
+            raise
+        finally:
+            for worker in self._workers:
+                worker.end()
+            with self._lock:
+                tasks = [*filter(None, map(_Worker.free, self._workers)), *self._waiting]
+                self._waiting.clear()
+            for task in tasks:
+                task.future.set_exception(PoolError(self._failure))
+
+    def _staff(self) -> None:
+        """Starts the workers that are missing, and gives those that are free what waits."""
+        while self._waiting and not self._failure and len(self._workers) < self._size:
+            try:
+                self._workers.append(_Worker(self._judge, self._limits))
+            except (
+                EOFError,
+                OSError,
+            ) as error:  # the server that forks died; the next start renews it
+                self._failed_start(repr(error))
+        for worker in self._workers:
+            if worker.ready and worker.task is None and self._waiting:
+                worker.give(self._waiting.popleft(), self._limits.seconds)
+
+    def _failed_start(self, why: str) -> None:
+        time.sleep(0.1)  # a server that was killed takes a moment to be gone
+        self._failed_starts += 1
+        if self._failed_starts == STARTS:
+            self._failure = (
+                f"{STARTS} verifier processes in a row ended at their start ({why}); what they "
+                "wrote stands above. A script that makes a pool has to do it under "
+                "`if __name__ == '__main__':`."
+            )
+
+    def _listen(self, worker: _Worker) -> None:
+        """Takes what a worker says, or finds that it has died."""
+        try:
+            said = worker.pipe.recv()
+        except (EOFError, OSError):
+            self._bury(worker, worker.end(wait=1.0))
+            return
+        if said == _READY:
+            worker.ready, self._failed_starts = True, 0
+            return
+        self._settle(worker, said)
+        if said == MEMORY:  # nobody knows what it could not allocate
+            worker.end()
+
+    def _settle(self, worker: _Worker, verdict: Verdict) -> None:
+        self.judged += 1
+        task = worker.free()
+        if task is not None:
+            task.future.set_result(verdict)
+
+    def _bury(self, worker: _Worker, code: int) -> None:
+        """What becomes of the task of a worker that ended by itself, or was killed from outside."""
+        outside = code in _KILLED
+        if not worker.ready and not outside:
+            self._failed_start(f"exit code {code}")
+        if worker.task is None:
+            return
+        if outside and worker.task.attempts < ATTEMPTS:
+            task = worker.free()
+            assert task is not None
+            self._waiting.appendleft(task)
+        else:
+            self._settle(worker, TIMEOUT if code == -signal.SIGXCPU else CRASH)
+
+
+def check_golds(verifier: Verifier | Judge, problems: Sequence[Problem]) -> list[str]:
+    """Whether each problem's answer verifies against itself: "" if so, else the reason."""
+    with VerifierPool(verifier) as pool:
+        futures = [pool.submit_gold(problem) for problem in problems]
+        verdicts = [future.result() for future in futures]
+    return ["" if verdict.correct else verdict.reason for verdict in verdicts]
+
+
+def _raised(error: BaseException) -> Verdict:
+    return Verdict(False, f"verifier {type(error).__name__}")
+
+
+def _work(pipe: multiprocessing.connection.Connection, judge: bytes, limits: Limits) -> None:
+    """A worker: reads questions, writes verdicts, until its pipe ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for name in PRELOADED:
+        importlib.import_module(name)
+    decide = pickle.loads(judge)
+    pipe.send(_READY)
+    with contextlib.suppress(EOFError, OSError):
+        for _ in range(RECYCLED):
+            question = pickle.loads(pipe.recv_bytes())
+            # From here to the verdict the kernel ends this process if the parent's end of the pipe
+            # closes, or if it takes more processor time than the parent would have let it: native
+            # code hears no thread and no handler.
+            fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
+            flags = fcntl.fcntl(pipe, fcntl.F_GETFL)
+            fcntl.fcntl(pipe, fcntl.F_SETFL, flags | os.O_ASYNC)
+            _bound(limits)
+            try:
+                verdict = decide(question)
+            except MemoryError:
+                verdict = MEMORY
+            except BaseException as error:
+                verdict = _raised(error)
+            fcntl.fcntl(pipe, fcntl.F_SETFL, flags)
+            pipe.send(verdict)
+
+
+def _bound(limits: Limits) -> None:
+    """Bounds what this process may take from now on."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    spent = math.ceil(used.ru_utime + used.ru_stime + limits.seconds) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (spent, resource.RLIM_INFINITY))
+    if sys.platform == "linux":
+        with open("/proc/self/statm") as file:
+            size = int(file.read().split()[0]) * resource.getpagesize()
+        most = size + limits.memory_mb * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))

@@ -1,0 +1,205 @@
+"""How often the verifier is right, what hostile answers can do to it, and what it costs.
+
+    python benchmarks/verifier.py [--cases DIR]
+
+DIR holds JSON lines of `gold`, `pred` and `expect`: derived_math500, rollouts_math_qwen,
+rollouts_gsm8k_gpt3, cases, probes and hostile. What is wrong is listed; one JSON line comes last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import pathlib
+import statistics
+import tempfile
+import threading
+import time
+from typing import Any
+
+import psutil
+
+from opsd_jax.data.problem import Problem
+from opsd_jax.verify.maths import maths
+from opsd_jax.verify.pool import VerifierPool
+from opsd_jax.verify.verdict import Verifier
+from opsd_jax.verify.verifiers import choice
+
+CASES = pathlib.Path(__file__).parents[2] / "shared" / "data" / "verifier"
+LEFT_OUT = ("disputed", "conflict", "convention")
+REPEATS = 5
+Row = dict[str, Any]
+
+
+def read(path: pathlib.Path) -> list[Row]:
+    """The scored rows of a file; `pred` is put together where it comes in parts."""
+    rows = [json.loads(line) for line in path.open()]
+    for row in rows:
+        if "pred_parts" in row:
+            row["pred"] = "".join(text * count for text, count in row["pred_parts"])
+    return [row for row in rows if not any(row.get(flag) for flag in LEFT_OUT)]
+
+
+def verify(rows: list[Row], verifier: Verifier) -> list[Any]:
+    """The verdicts on rows, each the only use of its pool's memory."""
+    with VerifierPool(verifier) as pool:
+        futures = [
+            pool.submit(Problem(i, "", "", r["gold"]), r["pred"]) for i, r in enumerate(rows)
+        ]
+        return [future.result() for future in futures]
+
+
+def score(name: str, rows: list[Row], verifier: Verifier) -> int:
+    """How many rows get the verdict that they should; prints the others."""
+    right = 0
+    for row, verdict in zip(rows, verify(rows, verifier), strict=True):
+        right += verdict.correct == row["expect"]
+        if verdict.correct != row["expect"]:
+            print(
+                f"{name} {row['id']}: {row['gold'][-60:]!r} | {row['pred'][-60:]!r} | "
+                f"expected {row['expect']}, got {verdict.reason}"
+            )
+    return right
+
+
+def score_public(rows: list[Row]) -> int:
+    """Public suites pass whole texts, bare answers, or choices; each has its convention."""
+    answers = [
+        row | {"pred": rf"\boxed{{{row['pred']} }}"}
+        for row in rows
+        if row["kind"] == "answer" and "\\boxed" not in row["pred"]
+    ]
+    choices = [row for row in rows if row["kind"] == "mcq"]
+    seen = {row["id"] for row in answers + choices}
+    texts = [row for row in rows if row["id"] not in seen]
+    return (
+        score("public", answers, maths())
+        + score("public", choices, choice(("boxed", "text")))
+        + score("public", texts, maths(("boxed", "####", "text")))
+    )
+
+
+class Watch:
+    """The most memory that any process below this one took, in MiB, sampled."""
+
+    def __enter__(self):
+        self.peak, self._stop = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        return self
+
+    def _run(self):
+        while not self._stop.wait(0.02):
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):  # it has ended
+                    self.peak = max(self.peak, process.memory_info().rss / 2**20)
+
+    def __exit__(self, *exc):
+        self._stop.set()
+        self._thread.join()
+
+
+def hostile(rows: list[Row], innocent: list[Row]) -> int:
+    """Violations: code run, a wrong verdict, a bound passed, harm to another row of the batch."""
+    violations = 0
+
+    def violation(row: Row, what: str) -> None:
+        nonlocal violations
+        violations += 1
+        print(f"hostile {row['id']} ({row['cat']}): {what}")
+
+    with tempfile.TemporaryDirectory() as directory:
+        mark = pathlib.Path(directory) / "mark"
+        rows = [
+            row | {key: row[key].replace("%MARK%", str(mark)) for key in ("gold", "pred")}
+            for row in rows
+        ]
+        with VerifierPool(maths(("boxed", "text"))) as pool:
+            for row in rows:  # each alone, for its time and memory
+                began = time.monotonic()
+                with Watch() as watch:
+                    verdict = pool.submit(Problem(0, "", "", row["gold"]), row["pred"]).result()
+                seconds = time.monotonic() - began
+                if verdict.correct != row["expect"] and not row.get("lenient"):
+                    violation(row, f"{verdict.reason}, expected {row['verdict']}")
+                if seconds > row["max_seconds"] or watch.peak > row["max_mb"]:
+                    violation(row, f"{seconds:.1f} s, {watch.peak:.0f} MiB")
+                if mark.exists():
+                    violation(row, "ran code")
+                    mark.unlink()
+        batch = [row for pair in zip(rows, innocent, strict=False) for row in pair]
+        verdicts = verify(batch, maths(("boxed", "####", "text")))
+        for row, verdict in list(zip(batch, verdicts, strict=True))[1::2]:
+            if verdict.correct != row["expect"]:
+                violation(row | {"cat": "innocent"}, verdict.reason)
+    return violations
+
+
+def cpu_seconds() -> float:
+    """What this process and those below it have used; one that has ended counts no more."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+
+def cost(rows: list[Row]) -> tuple[float, float]:
+    """Seconds and CPU-seconds that a warm pool takes for the rows, medians."""
+    wall, cpu = [], []
+    for _ in range(REPEATS):
+        with VerifierPool(maths(("boxed", "####"))) as pool:
+            warm = [
+                pool.submit(Problem(0, "", "", f"x^{i}"), rf"\boxed{{y^{i}}}") for i in range(9)
+            ]
+            for future in warm:
+                future.result()
+            before, began = cpu_seconds(), time.monotonic()
+            futures = [
+                pool.submit(Problem(i, "", "", r["gold"]), r["pred"]) for i, r in enumerate(rows)
+            ]
+            for future in futures:
+                future.result()
+            wall.append(time.monotonic() - began)
+            cpu.append(cpu_seconds() - before)
+    return statistics.median(wall), statistics.median(cpu)
+
+
+def take(rows: list[Row], count: int) -> list[Row]:
+    """The first so many rows, from the start again where they do not suffice."""
+    return (rows * -(-count // len(rows)))[:count]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=pathlib.Path, default=CASES)
+    directory = parser.parse_args().cases
+    derived, qwen, gsm8k, cases, probes, attacks = (
+        read(directory / f"{name}.jsonl")
+        for name in (
+            "derived_math500",
+            "rollouts_math_qwen",
+            "rollouts_gsm8k_gpt3",
+            "cases",
+            "probes",
+            "hostile",
+        )
+    )
+    figures: dict[str, float] = {
+        "derived_math500": score("derived", derived, maths()) / len(derived),
+        "rollouts": (score("rollouts", qwen, maths()) + score("rollouts", gsm8k, maths(("####",))))
+        / len(qwen + gsm8k),
+        "public_cases": score_public(cases) / len(cases),
+        "probes": score("probes", probes, maths()) / len(probes),
+        "hostile_violations": hostile(attacks, take(qwen, len(attacks))),
+    }
+    rollouts = take(qwen + gsm8k, 1024)
+    figures["seconds_1024"], figures["cpu_seconds_1024"] = cost(rollouts)
+    every = len(rollouts) // 10  # 1 %
+    slow = take([row for row in attacks if row["cat"] in ("tower", "factorial", "sum")], 10)
+    for i, row in enumerate(slow):
+        rollouts[i * every] = row
+    figures["seconds_1024_hostile"], _ = cost(rollouts)
+    print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
+
+
+if __name__ == "__main__":
+    main()

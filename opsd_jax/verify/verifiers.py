@@ -1,0 +1,257 @@
+r"""Verifiers by name: what a config's `verifier` section says.
+
+`kind` is "maths", "exact", "numeric", "choice", "package.module:function" for one's own, or several
+of these with " and " (all have to say yes) or " or " (one does) between them.
+"""
+
+from __future__ import annotations
+
+import functools
+import pkgutil
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from opsd_jax.data.problem import Problem
+from opsd_jax.verify import extract
+from opsd_jax.verify.maths import gold_of, maths
+from opsd_jax.verify.normalise import bare, normalise, plain_number
+from opsd_jax.verify.verdict import (
+    MATCH,
+    NO_ANSWER,
+    Judge,
+    Question,
+    Verdict,
+    Verifier,
+    verdict_on,
+)
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+_NUMBER = re.compile(
+    r"[-+]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+)
+_LETTER = re.compile(r"\(?([A-Z])(?:[).:,\s]|$)")
+_NAMED_LETTER = re.compile(r"answer(?: is)?\W{0,4}([A-Z])\b", re.IGNORECASE)
+_ALONE = re.compile(r"(?<![\w'])([A-Z])(?![\w'])")
+
+
+def at_once(judge: Judge) -> Verifier:
+    """A quick and trusted judge's verifier: no worker sees it."""
+    return Verifier(judge, _never)
+
+
+def as_verifier(judge: Verifier | Judge) -> Verifier:
+    """A verifier as it is; of another judge one that leaves everything to a worker."""
+    if isinstance(judge, Verifier):
+        return judge
+    return Verifier(_whole, functools.partial(_call, judge))
+
+
+def _never(question: Question) -> Verdict:
+    raise AssertionError(f"{question!r} was to be settled at once.")
+
+
+def _whole(problem: Problem, response: str) -> Question:
+    return problem, response
+
+
+def _call(judge: Judge, question: Question) -> Verdict:
+    verdict = judge(*question)
+    if isinstance(verdict, bool):
+        return verdict_on(verdict)
+    if not isinstance(verdict, Verdict):
+        raise TypeError(f"a verifier returned {verdict!r}; expected a Verdict or a bool.")
+    return verdict
+
+
+def function(name: str) -> Verifier:
+    """The verifier that a name stands for, or that asks a worker for what the function returns.
+
+    Args:
+      name: "package.module:function", of a `Verifier` or a pure function `(problem, response) ->
+        Verdict or bool`.
+
+    Raises:
+      ValueError: it cannot be imported, or called.
+    """
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"the verifier {name!r} cannot be imported ({error}).") from error
+    if not callable(found):
+        raise ValueError(f"the verifier {name!r} is {found!r}; expected a function.")
+    return as_verifier(found)
+
+
+def _extracting(
+    conventions: Sequence[str], same: Callable[[str, str], bool | None], problem: Problem, text: str
+) -> Verdict:
+    """`same(gold, answer)` of the extracted answer; None where that is no answer of the kind."""
+    answer = extract.extract(text, conventions)
+    right = None if answer is None else same(problem.answer, answer)
+    return NO_ANSWER if right is None else verdict_on(right)
+
+
+def _with_gold(conventions: Sequence[str], same: Callable[[str, str], bool | None]) -> Verifier:
+    """The verifier of an answer that is compared at once, and of a gold with itself."""
+    check = lambda problem: (
+        MATCH if same(problem.answer, problem.answer) else Verdict(False, "not of this kind")
+    )
+    return Verifier(functools.partial(_extracting, tuple(conventions), same), _never, check)
+
+
+def exact(conventions: Sequence[str] = ("boxed",), *, ignore_case: bool = False) -> Verifier:
+    """The same text, white space aside."""
+
+    def same(gold: str, answer: str) -> bool | None:
+        a, b = (" ".join(text.split()) for text in (gold, answer))
+        return (a.lower() == b.lower() if ignore_case else a == b) if b else None
+
+    return _with_gold(conventions, same)
+
+
+def number_in(text: str) -> float | None:
+    """The one number of a text, such as "12.5 kg" or "3/4"; None if there is not just one."""
+    text = normalise(text[: extract.LONGEST])
+    if spelled := plain_number(text):
+        return float(spelled[0])
+    found = _NUMBER.findall(text)
+    return float(found[0].replace(",", "")) if len(found) == 1 else None
+
+
+def numeric(
+    conventions: Sequence[str] = ("boxed",),
+    *,
+    relative_tolerance: float = 1e-6,
+    absolute_tolerance: float = 0.0,
+) -> Verifier:
+    """A number within a tolerance of the gold, |a - gold| <= max(absolute, relative |gold|)."""
+
+    def same(gold: str, answer: str) -> bool | None:
+        a, b = number_in(gold), number_in(answer)
+        if b is None:
+            return None
+        if a is None:
+            return False
+        return abs(a - b) <= max(absolute_tolerance, relative_tolerance * abs(a))
+
+    return _with_gold(conventions, same)
+
+
+def letter_in(text: str) -> str | None:
+    """The choice that an answer names: "(C)", "C. because", "the answer is C", or a last lone C."""
+    begins = _LETTER.match(bare(normalise(text[: extract.LONGEST])))
+    named, alone = _NAMED_LETTER.findall(text), _ALONE.findall(text)
+    if named:
+        return named[-1].upper()
+    if begins:
+        return begins[1]
+    return alone[-1] if alone else None
+
+
+def choice(conventions: Sequence[str] = ("boxed",)) -> Verifier:
+    """Multiple choice: the letter that the answer names. The gold begins with its letter."""
+
+    def same(gold: str, answer: str) -> bool | None:
+        letter = letter_in(answer)
+        return None if letter is None else letter == letter_in(gold_of(gold))
+
+    return _with_gold(conventions, same)
+
+
+def combine(verifiers: Sequence[Verifier], *, every: bool) -> Verifier:
+    """All of several verifiers have to say yes, or one does; workers are asked in their order."""
+    parts = tuple(verifiers)
+    checks = [v.ask_gold for v in parts]
+    ask_gold = None
+    if any(checks):
+        first, *rest = (check for check in checks if check)
+        ask_gold = lambda problem: _first_open([check(problem) for check in (first, *rest)], every)
+    return Verifier(
+        lambda problem, response: _first_open([v.ask(problem, response) for v in parts], every),
+        functools.partial(_judge_open, tuple(v.judge for v in parts), every),
+        ask_gold,
+    )
+
+
+def _first_open(replies: list[Verdict | Question], every: bool) -> Verdict | Question:
+    """The verdict if the settled replies give it; else the open questions with their places."""
+    settled = [reply for reply in replies if isinstance(reply, Verdict)]
+    for reply in settled:
+        if reply.correct != every:
+            return reply
+    if len(settled) == len(replies):
+        return settled[-1]
+    return tuple((i, r) for i, r in enumerate(replies) if not isinstance(r, Verdict))
+
+
+def by_source(verifiers: Mapping[str, Verifier]) -> Verifier:
+    """For a mixture of data: the verifier of the problem's source."""
+    return Verifier(
+        lambda problem, response: _tagged(
+            problem.source, verifiers[problem.source].ask(problem, response)
+        ),
+        functools.partial(_judge_tagged, {name: v.judge for name, v in verifiers.items()}),
+        lambda problem: (
+            MATCH
+            if (check := verifiers[problem.source].ask_gold) is None
+            else _tagged(problem.source, check(problem))
+        ),
+    )
+
+
+def _tagged(source: str, reply: Verdict | Question) -> Verdict | Question:
+    return reply if isinstance(reply, Verdict) else (source, reply)
+
+
+def _judge_tagged(judges: Mapping[str, Callable], question: Question) -> Verdict:
+    source, question = question
+    return judges[source](question)
+
+
+def from_config(section: ConfigDict) -> Verifier:
+    """The verifier of a config's section (`opsd_jax.config.verifier`).
+
+    Raises:
+      ValueError: it names a kind or a convention that there is not.
+    """
+    known = (*extract.CONVENTIONS, extract.TEXT)
+    for convention in section.answer:
+        if convention not in known:
+            raise ValueError(f"answer has {convention!r}; expected some of {', '.join(known)}.")
+    kinds = {
+        "maths": lambda: maths(section.answer),
+        "exact": lambda: exact(section.answer, ignore_case=section.ignore_case),
+        "numeric": lambda: numeric(
+            section.answer,
+            relative_tolerance=section.relative_tolerance,
+            absolute_tolerance=section.absolute_tolerance,
+        ),
+        "choice": lambda: choice(section.answer),
+    }
+
+    def one(kind: str) -> Verifier:
+        if kind in kinds:
+            return kinds[kind]()
+        if ":" in kind:
+            return function(kind)
+        raise ValueError(
+            f"kind is {kind!r}; expected {', '.join(kinds)}, 'package.module:function', or several "
+            "with ' and ' or ' or ' between them."
+        )
+
+    every = " and " in section.kind
+    if every and " or " in section.kind:
+        raise ValueError(f"kind is {section.kind!r}; expected only ' and ' or only ' or ' in it.")
+    parts = [one(kind.strip()) for kind in section.kind.split(" and " if every else " or ")]
+    return combine(parts, every=every) if len(parts) > 1 else parts[0]
+
+
+def _judge_open(judges: Sequence[Callable], every: bool, questions: Question) -> Verdict:
+    for i, question in questions:
+        verdict = judges[i](question)
+        if verdict.correct != every:
+            break
+    return verdict
