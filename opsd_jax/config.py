@@ -178,6 +178,9 @@ def default() -> ConfigDict:
     config.rlvr.prompts = 32  # problems a step
     config.rlvr.group_size = 8  # rollouts a problem
     config.rlvr.prompts_at_once = 16  # problems a sampling call; while one runs, the last is judged
+    # Rounds that may roll out other problems where a step's leave less to train on than it could
+    # have (DAPO's dynamic sampling), given objective.drop_uninformative.
+    config.rlvr.resample_rounds = 0
     config.rlvr.temperature = 1.0
     config.rlvr.prompt_tokens = 16  # the longest prompt
     config.rlvr.response_tokens = 88  # the budget of a response; one that fills it is truncated
@@ -202,6 +205,9 @@ def default() -> ConfigDict:
     config.opsd.prompts = 256
     config.opsd.group_size = 1
     config.opsd.prompts_at_once = 128
+    # Rounds that may roll out other problems where a step's leave less to train on than it could
+    # have (DAPO's dynamic sampling).
+    config.opsd.resample_rounds = 0
     config.opsd.temperature = 1.0
     config.opsd.prompt_tokens = 16
     config.opsd.teacher_prompt_tokens = 39  # the longest prompt with privileged text in it
@@ -223,6 +229,11 @@ def default() -> ConfigDict:
     config.evaluation.prompt_tokens = 16
     config.evaluation.response_tokens = 88
     config.evaluation.seed = 0
+
+    config.pool = ConfigDict()  # the processes that judge responses
+    config.pool.workers = 0  # how many; 0: a core each, at most 8
+    config.pool.seconds = 2.0  # for a response; then its worker is killed and it counts as wrong
+    config.pool.memory_mb = 512  # MiB for a response; Linux only
 
     config.max_nonfinite = 10  # steps in a row with a gradient that is not finite end the run
     config.wandb_project = ""  # "" for none; needs the extra `wandb`
@@ -326,9 +337,17 @@ _AT_LEAST_ONE = {
 }  # fmt: skip
 _NOT_NEGATIVE = {
     "temperature", "max_rows", "warmup", "weight_decay", "final_fraction", "seed",
-    "loss_chunk", "overlong_factor",
+    "loss_chunk", "overlong_factor", "resample_rounds", "workers",
 }  # fmt: skip
-_POSITIVE = {"learning_rate", "clip_norm", "rope_theta", "rms_norm_eps", "weight"}
+_POSITIVE = {
+    "learning_rate",
+    "clip_norm",
+    "rope_theta",
+    "rms_norm_eps",
+    "weight",
+    "seconds",
+    "memory_mb",
+}
 
 
 def validate(config: ConfigDict) -> None:
@@ -421,6 +440,13 @@ def validate(config: ConfigDict) -> None:
                         f"{stage}.overlong_buffer",
                         section.overlong_buffer,
                         f"from 0, for none, to the budget of {section.response_tokens} tokens",
+                    )
+                dropped = section.objective.drop_uninformative
+                if section.resample_rounds and not dropped:
+                    fail(
+                        f"{stage}.resample_rounds",
+                        section.resample_rounds,
+                        "0, or objective.drop_uninformative: nothing is left out to be replaced",
                     )
             if section.algorithm == "rlvr" and rollouts % (section.updates * section.group_size):
                 fail(f"{stage}.updates", section.updates, f"a divisor of {section.prompts} prompts")

@@ -5,6 +5,7 @@
     workdir/<stage>/checkpoints/      to go on from
     workdir/<stage>/params/           the stage's result: what later stages start from
     workdir/<stage>/metrics.jsonl     a row a step; TensorBoard events lie beside it
+    workdir/<stage>/groups.jsonl      how many rollouts of each problem were correct
     workdir/<stage>/responses.jsonl   held-out responses of the result, judged
     workdir/<stage>/evaluation.json   their figures; once it is there the stage is done
     workdir/untrained/                the evaluation of the parameters that the run began with
@@ -37,10 +38,8 @@ from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.policy import Model, Params
 from opsd_jax.progress import Progress
 from opsd_jax.rollout.collect import Collector, SamplerShape
-from opsd_jax.stages.opsd import opsd
-from opsd_jax.stages.rlvr import rlvr
+from opsd_jax.stages import opsd, rlvr, sft
 from opsd_jax.stages.rollouts import step_rollouts
-from opsd_jax.stages.sft import sft
 from opsd_jax.stages.stage import Stage
 from opsd_jax.training import checkpoint, files
 from opsd_jax.training import metrics as metrics_lib
@@ -48,7 +47,7 @@ from opsd_jax.training.checkpoint import abstract_of
 from opsd_jax.training.interrupt import StopSignal
 from opsd_jax.training.loop import run_stage
 from opsd_jax.training.state import make_optimizer
-from opsd_jax.verify.pool import VerifierPool
+from opsd_jax.verify.pool import Limits, VerifierPool
 
 LOOKED_AT = 64  # elements of a data set before a run begins, if it has more than this many:
 WHOLLY_LOOKED_AT = 50_000
@@ -80,7 +79,11 @@ class Run:
             raise config_lib.ConfigError(f"config: {error}") from error
         self.check_sizes()
         self.abstract_params = abstract_of(shapes, self.param_shardings)
-        self.pool = VerifierPool(self.task.verify)
+        self.pool = VerifierPool(
+            self.task.verify,
+            workers=config.pool.workers,
+            limits=Limits(config.pool.seconds, config.pool.memory_mb),
+        )
 
     def check_sizes(self) -> None:
         """Raises ConfigError where the task's data or the mesh do not go with a field, as far as a
@@ -174,7 +177,7 @@ class Run:
         """The stage of a section of the config; compiles its sampling program."""
         section, seed = self.config[name], self.stage_seed(name)
         if section.algorithm == "sft":
-            return sft(section, self.task, self.model.policy, seed)
+            return sft.stage(section, self.task, self.model.policy, seed)
         collector = self.collector(
             SamplerShape(
                 min(section.prompts_at_once, section.prompts),
@@ -183,13 +186,16 @@ class Run:
                 section.response_tokens,
             )
         )
-        make = {"rlvr": rlvr, "opsd": opsd}[section.algorithm]
-        return make(
+        module = {"rlvr": rlvr, "opsd": opsd}[section.algorithm]
+        roll_out = step_rollouts(
             section,
             self.task,
-            self.model.policy,
-            step_rollouts(section, self.task, collector, seed),
+            collector,
+            seed,
+            capacity=module.capacity(section),
+            trains=functools.partial(module.trains, section),
         )
+        return module.stage(section, self.task, self.model.policy, roll_out)
 
     def evaluate(
         self, name: str, params: Params, progress: Progress, stop: StopSignal

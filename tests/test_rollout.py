@@ -153,13 +153,13 @@ def test_calls_and_their_filling_change_nothing(collect, task):
 
 def test_groups_are_disjoint_and_cover(collect, task):
     rollouts = collect()([task.train[i] for i in range(32)])
-    groups = np.stack(rollouts.groups)
+    groups = np.stack(rollouts.judged.groups)
     np.testing.assert_array_equal(groups.sum(axis=0), 1)
     np.testing.assert_array_equal(
-        rollouts.groups.truncated,
+        rollouts.judged.groups.truncated,
         [r[-1] != task.tokenizer.eos_id for r in rollouts.responses],
     )
-    assert rollouts.groups.truncated.any()
+    assert rollouts.judged.groups.truncated.any()
 
 
 def test_a_prompt_that_is_too_long_is_named(collect, task):

@@ -1,15 +1,23 @@
 """How a stage turns rollouts into batches: the gate, the advantages, the parts."""
 
+import dataclasses
+import functools
+import threading
+from concurrent.futures import Future
+
 import jax
 import numpy as np
 import pytest
 
 from opsd_jax import config as config_lib
 from opsd_jax import losses
-from opsd_jax.rollout.collect import Rollouts
-from opsd_jax.stages.opsd import opsd
-from opsd_jax.stages.rlvr import rlvr
-from opsd_jax.verify.groups import Groups, groups
+from opsd_jax.rollout.collect import Rollouts, SamplerShape
+from opsd_jax.stages import opsd as opsd_lib
+from opsd_jax.stages import rlvr as rlvr_lib
+from opsd_jax.stages.opsd import stage as opsd
+from opsd_jax.stages.rlvr import stage as rlvr
+from opsd_jax.stages.rollouts import step_rollouts
+from opsd_jax.verify.groups import Groups
 from opsd_jax.verify.verdict import Verdict
 
 
@@ -25,9 +33,8 @@ def rollouts(task):
         problems=[task.train[i // 2] for i in range(32)],
         responses=responses,
         logprobs=[-rng.random(len(r)).astype(np.float32) for r in responses],
-        verdicts=verdicts,
-        groups=groups(verdicts, rng.random(32) < 0.2),
-        wait_seconds=0.0,
+        truncated=rng.random(32) < 0.2,
+        replies=verdicts,
     )
 
 
@@ -63,9 +70,9 @@ def test_opsd_trains_on_what_the_gate_keeps(config, task, model, rollouts, gate,
     section = config.opsd.copy_and_resolve_references()
     section.update({"gate": gate, "prompts": 32, "max_rows": 0})
     stage = opsd(section, task, model.policy, lambda step, params: rollouts)
-    (batch,), metrics = stage.batches(0, None)
+    (batch,), metrics, _ = stage.batches(0, None)
     rows = rows_of(batch)
-    groups_of = np.stack(rollouts.groups, axis=1)
+    groups_of = np.stack(rollouts.judged.groups, axis=1)
     expected = groups_of @ np.array(weights)
     assert set(rows) == set(np.flatnonzero(expected).tolist())
     assert metrics["active_rows"] == len(rows)
@@ -82,15 +89,15 @@ def test_opsd_takes_the_first_rows_up_to_its_cap(config, task, model, rollouts):
     section = config.opsd.copy_and_resolve_references()
     section.update({"gate": "correct", "prompts": 32, "max_rows": 5})
     stage = opsd(section, task, model.policy, lambda step, params: rollouts)
-    (batch,), _ = stage.batches(0, None)
-    assert sorted(rows_of(batch)) == np.flatnonzero(rollouts.groups.correct)[:5].tolist()
+    (batch,), *_ = stage.batches(0, None)
+    assert sorted(rows_of(batch)) == np.flatnonzero(rollouts.judged.groups.correct)[:5].tolist()
 
 
 def test_rlvr_gives_each_rollout_its_advantage(config, task, model, rollouts):
     stage = rlvr(config.rlvr, task, model.policy, lambda step, params: rollouts)
-    parts, metrics = stage.batches(0, None)
+    parts, metrics, _ = stage.batches(0, None)
     assert len(parts) == config.rlvr.updates == 2
-    rewards = rollouts.groups.correct.astype(float)
+    rewards = rollouts.judged.groups.correct.astype(float)
     assert metrics["reward"] == rewards.mean()
     for part, batch in enumerate(parts):
         rows = rows_of(batch)
@@ -112,8 +119,8 @@ def section_with(section, **changes):
 def test_rlvr_leaves_out_groups_without_signal(config, task, model, rollouts):
     """They are not computed, and not counted in the mean."""
     section = section_with(config.rlvr, objective=config_lib.objective("dapo"))
-    parts, _ = rlvr(section, task, model.policy, lambda step, params: rollouts).batches(0, None)
-    rewards = rollouts.groups.correct.reshape(-1, 2)
+    parts, *_ = rlvr(section, task, model.policy, lambda step, params: rollouts).batches(0, None)
+    rewards = rollouts.judged.groups.correct.reshape(-1, 2)
     expected = np.flatnonzero(np.repeat(rewards[:, 0] != rewards[:, 1], 2))
     assert 0 < len(expected) < 32
     assert sorted(i for part in parts for i in rows_of(part)) == expected.tolist()
@@ -121,10 +128,10 @@ def test_rlvr_leaves_out_groups_without_signal(config, task, model, rollouts):
 
 def test_rlvr_punishes_overlong_responses_in_tokens(config, task, model, rollouts):
     section = section_with(config.rlvr, overlong_buffer=60, overlong_factor=0.5)
-    parts, metrics = rlvr(section, task, model.policy, lambda *_: rollouts).batches(0, None)
-    assert metrics["reward"] == rollouts.groups.correct.mean()
+    parts, metrics, _ = rlvr(section, task, model.policy, lambda *_: rollouts).batches(0, None)
+    assert metrics["reward"] == rollouts.judged.groups.correct.mean()
     over = np.clip([(len(r) - 28) / 60 for r in rollouts.responses], 0, 1)
-    rewards = rollouts.groups.correct - 0.5 * over
+    rewards = rollouts.judged.groups.correct - 0.5 * over
     for i, row in {i: row for part in parts for i, row in rows_of(part).items()}.items():
         pair = rewards[i - i % 2 : i - i % 2 + 2]
         expected = (rewards[i] - pair.mean()) / (pair.std(ddof=1) + 1e-6)
@@ -138,7 +145,7 @@ def test_other_objectives_of_rlvr(config, task, model, params, rollouts, preset)
     stage = rlvr(section, task, model.policy, lambda *_: rollouts)
     assert stage.has_teacher == (preset == "grpo")
     teacher = jax.tree.map(lambda x: 1.1 * x, params) if stage.has_teacher else None
-    (batch, _), _ = stage.batches(0, None)
+    (batch, _), *_ = stage.batches(0, None)
     micro = jax.tree.map(lambda x: x[0], batch[1]["rows"])
     (total, (weight, metrics)), gradient = jax.jit(jax.value_and_grad(stage.loss, has_aux=True))(
         params, teacher, micro
@@ -165,7 +172,7 @@ def test_other_losses_of_opsd(config, task, model, params, rollouts):
         config.opsd, gate="1,0.5,0.25", prompts=32, loss=config_lib.distillation(**changes)
     )
     stage = opsd(section, task, model.policy, lambda *_: rollouts)
-    (batch,), _ = stage.batches(0, None)
+    (batch,), *_ = stage.batches(0, None)
     micro = jax.tree.map(lambda x: x[0], batch[1]["rows"])
     teacher = jax.tree.map(lambda x: 1.1 * x, params)
     total, (weight, _) = jax.jit(stage.loss)(params, teacher, micro)
@@ -185,3 +192,151 @@ def test_other_losses_of_opsd(config, task, model, params, rollouts):
     )
     np.testing.assert_allclose(total, expected.sum, rtol=1e-4)
     assert float(weight) == float(expected.weight)
+
+
+@pytest.fixture
+def collector(task):
+    """Stands in for the device: responses are their problem's id and number, and right where the
+    id is divisible by `right`; the problems asked for are kept."""
+
+    class Collector:
+        shape = SamplerShape(prompts=4, prompt_tokens=16, group_size=2, response_tokens=40)
+
+        def __init__(self, right):
+            self.right, self.calls = right, []
+
+        def __call__(self, params, problems, *, key, temperature):
+            self.calls.append([problem.id for problem in problems])
+            replies = [
+                Future() if (i + p.id) % 2 else Verdict(self.right(p.id, i), "match")
+                for p in problems
+                for i in range(2)
+            ]
+            for i, reply in enumerate(replies):
+                if isinstance(reply, Future):
+                    reply.set_result(Verdict(self.right(problems[i // 2].id, i % 2), "match"))
+            return Rollouts(
+                problems=[p for p in problems for _ in range(2)],
+                responses=[np.array([3, p.id % 30, i], np.int32) for p in problems for i in (0, 1)],
+                logprobs=[np.full(3, -1.0, np.float32)] * (2 * len(problems)),
+                truncated=np.zeros(2 * len(problems), bool),
+                replies=replies,
+            )
+
+    return Collector
+
+
+@pytest.mark.parametrize("share", [2, 5, 1000])
+def test_dynamic_sampling_replaces_problems_without_signal(config, task, model, collector, share):
+    """One in `share` problems has one right rollout of two; the others have none or both."""
+    section = section_with(
+        config.rlvr, objective=config_lib.objective("dapo"), prompts=8, resample_rounds=3
+    )
+    right = lambda problem, i: i == 0 if problem % share == 0 else problem % 2 == 0
+    sampled = collector(right)
+    roll_out = step_rollouts(
+        section,
+        task,
+        sampled,
+        seed=5,
+        capacity=rlvr_lib.capacity(section),
+        trains=functools.partial(rlvr_lib.trains, section),
+    )
+    stage = rlvr(section, task, model.policy, roll_out)
+    parts, metrics, records = stage.batches(3, None)
+    ids = [i for call in sampled.calls for i in call]
+    assert len(set(ids)) == len(ids) == metrics["problems"] == len(records)
+    informative = [i for i in ids if i % share == 0]
+    rows = [row["response"][1] for part in parts for row in all_rows(part)]
+    assert rows == [i % 30 for i in informative[:8] for _ in range(2)]
+    assert len(sampled.calls) <= 4
+    assert len(rows) == 16 or len(sampled.calls) == 4
+    assert (len(sampled.calls) > 1) == (share > 1)
+    all_right = sum(i % share > 0 and i % 2 == 0 for i in ids)
+    all_wrong = sum(i % share > 0 and i % 2 == 1 for i in ids)
+    assert metrics["groups_all_correct"] == all_right
+    assert metrics["groups_all_incorrect"] == all_wrong
+    sizes = [len(all_rows(part)) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+    assert [r["correct"] for r in records] == [
+        1 if i % share == 0 else 2 * (i % 2 == 0) for i in ids
+    ]
+    before = list(sampled.calls)
+    sampled.calls.clear()
+    stage.batches(4, None)
+    assert not set(before[0]) & set(sampled.calls[0])
+    sampled.calls.clear()
+    stage.batches(3, None)  # of the step alone: a resumed run asks for the same
+    assert sampled.calls == before
+
+
+def all_rows(batch):
+    """The rows of a batch that hold anything, in order."""
+    found = []
+    for bucket in batch:
+        data = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), bucket["rows"])
+        for i in np.flatnonzero(data["mask"].any(axis=1)):
+            found.append(jax.tree.map(lambda x, i=i: x[i], data))
+    return found
+
+
+def test_opsd_resamples_until_its_rows_are_full(config, task, model, collector):
+    section = section_with(
+        config.opsd, gate="correct", prompts=8, group_size=2, max_rows=6, resample_rounds=4
+    )
+    sampled = collector(lambda problem, i: problem % 50 == 0)
+    roll_out = step_rollouts(
+        section,
+        task,
+        sampled,
+        seed=5,
+        capacity=opsd_lib.capacity(section),
+        trains=functools.partial(opsd_lib.trains, section),
+    )
+    stage = opsd(section, task, model.policy, roll_out)
+    (batch,), metrics, _ = stage.batches(0, None)
+    right = [i for call in sampled.calls for i in call if i % 50 == 0]
+    assert metrics["active_rows"] == len(all_rows(batch)) == min(6, 2 * len(right))
+    assert 1 < len(sampled.calls) <= 5
+    section.resample_rounds = 0
+    sampled.calls.clear()
+    stage.batches(0, None)
+    assert len(sampled.calls) == 1
+
+
+def test_a_stage_asks_for_verdicts_late(config, task, model, rollouts):
+    """Prompts are made before the masks are asked for; the wait is measured."""
+    late = Future()
+    replies = [late, *rollouts.replies[1:]]
+    pending = dataclasses.replace(rollouts, replies=replies)
+    prompted = []
+
+    def prompt(problem):
+        prompted.append(problem.id)
+        if len(prompted) == 16:  # all problems
+            threading.Timer(0.2, late.set_result, [rollouts.replies[0]]).start()
+        return task.prompt(problem)
+
+    stage = rlvr(config.rlvr, task._replace(prompt=prompt), model.policy, lambda *_: pending)
+    _, metrics, _ = stage.batches(0, None)
+    assert 0.1 < metrics["verifier_wait_seconds"] < 5
+    _, settled, _ = rlvr(config.rlvr, task, model.policy, lambda *_: rollouts).batches(0, None)
+    assert settled["verifier_wait_seconds"] < 0.05
+    wait = "verifier_wait_seconds"
+    assert {k: v for k, v in metrics.items() if k != wait} == {
+        k: v for k, v in settled.items() if k != wait
+    }
+
+
+def test_every_reason_is_counted(config, task, model, rollouts):
+    """Those that nothing had, too: a curve of time-outs begins at 0."""
+    reasons = ["timeout", "crash", "memory", "no answer", "verifier ValueError"]
+    replies = [Verdict(False, reason) for reason in reasons] + rollouts.replies[5:]
+    marked = dataclasses.replace(rollouts, replies=replies)
+    _, metrics, _ = rlvr(config.rlvr, task, model.policy, lambda *_: marked).batches(0, None)
+    counts = {k.removeprefix("verdict/"): v for k, v in metrics.items() if k.startswith("verdict/")}
+    assert counts.pop("") == 27  # the fixture's verdicts give none
+    assert counts == {
+        **dict.fromkeys(["match", "mismatch", "truncated"], 0),
+        **dict.fromkeys(["timeout", "crash", "memory", "no_answer", "verifier_ValueError"], 1),
+    }

@@ -318,9 +318,9 @@ def test_rlvr_gradient_is_that_of_grpo_by_hand(model, params, task, score, tempe
 
 
 def test_sft_loss_is_the_cross_entropy_of_response_tokens(config, model, params, task, score):
-    stage = sft.sft(config.sft, task, model.policy, seed=0)
-    (batch,), _ = stage.batches(3, None)
-    again, _ = stage.batches(3, None)
+    stage = sft.stage(config.sft, task, model.policy, seed=0)
+    (batch,), *_ = stage.batches(3, None)
+    again, *_ = stage.batches(3, None)
     assert_equal(batch, again[0])
     total = weight = expected = 0.0
     loss = jax.jit(stage.loss)

@@ -11,6 +11,7 @@ from opsd_jax.data.arithmetic import WordTokenizer
 from opsd_jax.data.problem import Problem
 from opsd_jax.data.task import Demonstration, Task
 from opsd_jax.verify.verdict import Verdict
+from opsd_jax.verify.verifiers import at_once
 
 TOKENIZER = WordTokenizer(
     ["<pad>", "<bos>", "<eos>", "hm", "so", "ref", *map(str, range(10))], pad="<pad>", eos="<eos>"
@@ -55,5 +56,5 @@ def task(config):
         demonstrations=lambda seed: train.seed(seed).shuffle().repeat().random_map(demonstrate),
         prompt=prompt,
         teacher_prompt=teacher_prompt,
-        verify=verify,
+        verify=at_once(verify),
     )

@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from opsd_jax.data.problem import Problem
 from opsd_jax.data.task import Demonstration, Task
 from opsd_jax.verify.verdict import Verdict
+from opsd_jax.verify.verifiers import at_once
 
 MODULUS = 10
 LABELS = "ABCDE"
@@ -264,6 +265,6 @@ def task(config: ConfigDict) -> Task:
         demonstrations=lambda seed: train.seed(seed).shuffle().random_map(demonstrate),
         prompt=prompt,
         teacher_prompt=teacher_prompt,
-        verify=verify,
+        verify=at_once(verify),
         note=NOTE,
     )

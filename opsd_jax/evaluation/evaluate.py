@@ -15,6 +15,7 @@ SUMMARY = "evaluation.json"
 
 def records(rollouts: Rollouts, task: Task, samples: int) -> list[dict[str, Any]]:
     """One JSON-ready record a response."""
+    verdicts, groups, _ = rollouts.judged
     return [
         {
             "problem": problem.id,
@@ -24,9 +25,9 @@ def records(rollouts: Rollouts, task: Task, samples: int) -> list[dict[str, Any]
             "response": task.tokenizer.decode(rollouts.responses[i].tolist()),
             "tokens": rollouts.responses[i].tolist(),
             "length": len(rollouts.responses[i]),
-            "correct": bool(rollouts.groups.correct[i]),
-            "truncated": bool(rollouts.groups.truncated[i]),
-            "verdict": rollouts.verdicts[i].reason,
+            "correct": bool(groups.correct[i]),
+            "truncated": bool(groups.truncated[i]),
+            "verdict": verdicts[i].reason,
         }
         for i, problem in enumerate(rollouts.problems)
     ]

@@ -1,9 +1,15 @@
-"""Rollouts of problems, verified: the device samples one chunk while workers judge the last."""
+"""Rollouts of problems, verified: the device samples one call while workers judge the last.
+
+Verdicts are waited for when they are asked for, and no sooner.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import NamedTuple
 
 import jax
@@ -16,7 +22,7 @@ from opsd_jax.policy import Params, Policy
 from opsd_jax.rollout import sampler
 from opsd_jax.verify.groups import Groups, groups
 from opsd_jax.verify.pool import VerifierPool
-from opsd_jax.verify.verdict import Verdict
+from opsd_jax.verify.verdict import TRUNCATED, Verdict
 
 
 class SamplerShape(NamedTuple):
@@ -35,29 +41,63 @@ class SamplerShape(NamedTuple):
     response_tokens: int
 
 
-class Rollouts(NamedTuple):
+class Judged(NamedTuple):
+    """What the verifier says of N rollouts.
+
+    Attributes:
+      verdicts: one a rollout; "truncated" where it was not asked.
+      groups: the masks that they make.
+      wait_seconds: how long the device had to wait for them.
+    """
+
+    verdicts: list[Verdict]
+    groups: Groups
+    wait_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
     """N rollouts on the host, ragged: lists hold one entry a rollout.
 
     Attributes:
       problems: the problem of each; those of a group stand next to each other.
       responses: int32 arrays, the sampled ids with EOS, as the device drew them.
       logprobs: float32 arrays, behaviour log-probability of each token.
-      verdicts: the verifier's; "truncated" where it was not asked.
-      groups: the masks that the verdicts make.
-      wait_seconds: how long the host waited for verdicts after the device had finished.
+      truncated: bool [N], cut at the budget.
+      replies: the verdict of each, or the future of it.
+      waited: seconds that the device waited for verdicts already.
     """
 
     problems: list[Problem]
     responses: list[np.ndarray]
     logprobs: list[np.ndarray]
-    verdicts: list[Verdict]
-    groups: Groups
-    wait_seconds: float
+    truncated: np.ndarray
+    replies: list[Verdict | Future[Verdict]]
+    waited: float = 0.0
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens in each response, int [N]."""
         return np.array([len(response) for response in self.responses])
+
+    @functools.cached_property
+    def judged(self) -> Judged:
+        """The verdicts. To ask for them is to wait until the last is there: ask late."""
+        began = time.monotonic()
+        verdicts = [r if isinstance(r, Verdict) else r.result() for r in self.replies]
+        waited = self.waited + time.monotonic() - began
+        return Judged(verdicts, groups(verdicts, self.truncated), waited)
+
+    def __add__(self, other: Rollouts) -> Rollouts:
+        """These, then those of other problems."""
+        return Rollouts(
+            self.problems + other.problems,
+            self.responses + other.responses,
+            self.logprobs + other.logprobs,
+            np.concatenate([self.truncated, other.truncated]),
+            [*self.judged.verdicts, *other.judged.verdicts],
+            self.judged.wait_seconds + other.judged.wait_seconds,
+        )
 
 
 def left_pad(prompts: Sequence[Sequence[int]], width: int, pad_id: int):
@@ -150,7 +190,8 @@ class Collector:
             arguments = jax.device_put((*arrays, rollout_ids, key, *scalars), self._shardings)
             return self._generate(params, *arguments)
 
-        responses, logprobs, truncated, futures = [], [], [], []
+        responses, logprobs, truncated = [], [], []
+        replies: list[Verdict | Future[Verdict]] = []
         starts = range(0, len(problems), N)
         ahead: sampler.Samples | None = sample(0)
         for first in starts:
@@ -163,15 +204,12 @@ class Collector:
                 logprobs.append(samples.logprobs[row, : len(ids)])
                 truncated.append(samples.stop[row] == sampler.STOP_LENGTH)
                 text, problem = tokenizer.decode(ids.tolist()), problems[first + row // G]
-                futures.append(None if truncated[-1] else self._pool.submit(problem, text))
+                replies.append(TRUNCATED if truncated[-1] else self._pool.submit(problem, text))
             progress(len(responses))
-        waited = time.monotonic()
-        verdicts = [Verdict(False, "truncated") if f is None else f.result() for f in futures]
         return Rollouts(
             problems=[problem for problem in problems for _ in range(G)],
             responses=responses,
             logprobs=logprobs,
-            verdicts=verdicts,
-            groups=groups(verdicts, np.array(truncated)),
-            wait_seconds=time.monotonic() - waited,
+            truncated=np.array(truncated),
+            replies=replies,
         )

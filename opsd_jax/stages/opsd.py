@@ -21,8 +21,8 @@ from opsd_jax.data.task import Task, check_fits
 from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
 from opsd_jax.stages.batch import pack_responses, response_head
-from opsd_jax.stages.rollouts import RollOut, rollout_metrics
-from opsd_jax.stages.stage import Stage
+from opsd_jax.stages.rollouts import RollOut, group_records, rollout_metrics
+from opsd_jax.stages.stage import Stage, StepData
 from opsd_jax.verify.groups import Groups
 
 
@@ -60,7 +60,18 @@ def options_of(config: ml_collections.ConfigDict) -> losses.OPSD:
     return losses.OPSD(gate=losses.parse_gate(config.gate), **config.loss)
 
 
-def opsd(
+def capacity(config: ml_collections.ConfigDict) -> int:
+    """The most rollouts that a step trains on."""
+    rollouts = config.prompts * config.group_size
+    return min(config.max_rows or rollouts, rollouts)
+
+
+def trains(config: ml_collections.ConfigDict, groups: Groups) -> np.ndarray:
+    """Which rollouts the gate gives weight, bool [N]."""
+    return losses.gate_weights(*groups, losses.parse_gate(config.gate)) != 0
+
+
+def stage(
     config: ml_collections.ConfigDict,
     task: Task,
     policy: Policy,
@@ -71,13 +82,10 @@ def opsd(
     `roll_out(step, params)` gives the step's rollouts, `config.group_size` of each problem.
     """
     options = options_of(config)
-    rollouts_a_step = config.prompts * config.group_size
-    capacity = min(config.max_rows or rollouts_a_step, rollouts_a_step)
-
     batch_of = functools.partial(
         pack_responses,
         config=config,
-        capacity=capacity,
+        capacity=capacity(config),
         prompt_tokens={"student": config.prompt_tokens, "teacher": config.teacher_prompt_tokens},
         per_token=["behaviour_logprobs"],
         per_row=Groups._fields,
@@ -86,24 +94,32 @@ def opsd(
 
     def batches(step, params):
         rollouts = roll_out(step, params)
-        weights = losses.gate_weights(*rollouts.groups, options.gate)
-        active = np.flatnonzero(weights)[:capacity]
-        rows = [
-            {
-                "student": task.prompt(rollouts.problems[i]),
+        prompts = {
+            problem.id: {
+                "student": task.prompt(problem),
                 "teacher": check_fits(
-                    task.teacher_prompt(rollouts.problems[i]),
+                    task.teacher_prompt(problem),
                     config.teacher_prompt_tokens,
-                    rollouts.problems[i],
+                    problem,
                     "teacher_prompt_tokens",
                 ),
-                "response": rollouts.responses[i],
-                "behaviour_logprobs": rollouts.logprobs[i],
             }
-            | {group: members[i] for group, members in rollouts.groups._asdict().items()}
+            for problem in rollouts.problems[:: config.group_size]
+        }
+        groups = rollouts.judged.groups  # the first need of the masks
+        active = np.flatnonzero(trains(config, groups))[: capacity(config)]
+        rows = [
+            prompts[rollouts.problems[i].id]
+            | {"response": rollouts.responses[i], "behaviour_logprobs": rollouts.logprobs[i]}
+            | {group: members[i] for group, members in groups._asdict().items()}
             for i in active
         ]
-        return [batch_of(rows)], rollout_metrics(rollouts) | {"active_rows": float(len(active))}
+        metrics = rollout_metrics(rollouts, config.group_size)
+        return StepData(
+            [batch_of(rows)],
+            metrics | {"active_rows": float(len(active))},
+            group_records(rollouts, config.group_size),
+        )
 
     return Stage(
         steps=config.steps,

@@ -17,8 +17,9 @@ from opsd_jax.data.task import Task
 from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
 from opsd_jax.stages.batch import pack_responses, response_head
-from opsd_jax.stages.rollouts import RollOut, rollout_metrics
-from opsd_jax.stages.stage import Stage
+from opsd_jax.stages.rollouts import RollOut, group_records, rollout_metrics
+from opsd_jax.stages.stage import Stage, StepData
+from opsd_jax.verify.groups import Groups
 
 
 def loss_fn(
@@ -71,7 +72,19 @@ def loss_fn(
     return loss.sum, (loss.weight, metrics)
 
 
-def rlvr(
+def capacity(config: ml_collections.ConfigDict) -> int:
+    """The most rollouts that a step trains on."""
+    return config.prompts * config.group_size
+
+
+def trains(config: ml_collections.ConfigDict, groups: Groups) -> np.ndarray:
+    """Which rollouts have a signal, bool [N]; all, if the objective does not ask."""
+    if not config.objective.drop_uninformative:
+        return np.ones(len(groups.correct), bool)
+    return losses.informative(groups.correct.astype(np.float32), config.group_size)
+
+
+def stage(
     config: ml_collections.ConfigDict,
     task: Task,
     policy: Policy,
@@ -82,11 +95,10 @@ def rlvr(
     `roll_out(step, params)` gives the step's rollouts, `config.group_size` of each problem.
     """
     options = losses.PolicyGradient(**config.objective)
-    size = config.prompts * config.group_size // config.updates  # rollouts an update
     batch_of = functools.partial(
         pack_responses,
         config=config,
-        capacity=size,
+        capacity=capacity(config) // config.updates,
         prompt_tokens={"student": config.prompt_tokens},
         per_token=["behaviour_logprobs"],
         per_row=["advantages"],
@@ -95,37 +107,33 @@ def rlvr(
 
     def batches(step, params):
         rollouts = roll_out(step, params)
-        correct = rollouts.groups.correct.astype(np.float32)
-        rewards = correct
+        prompts = {p.id: task.prompt(p) for p in rollouts.problems[:: config.group_size]}
+        groups = rollouts.judged.groups  # the first need of the masks
+        rewards = groups.correct.astype(np.float32)
         if config.overlong_buffer:
-            rewards = correct + losses.overlong_penalty(
-                np.array([len(response) for response in rollouts.responses], np.float32),
+            rewards = rewards + losses.overlong_penalty(
+                rollouts.lengths.astype(np.float32),
                 max_tokens=config.response_tokens,
                 buffer=config.overlong_buffer,
                 factor=config.overlong_factor,
             )
         advantages = options.advantages(rewards, config.group_size)
-        counts = np.ones(len(rewards), bool)
-        if options.drop_uninformative:
-            counts = losses.informative(correct, config.group_size)
+        kept = np.flatnonzero(trains(config, groups))[: capacity(config)]
         rows = [
             {
-                "student": task.prompt(problem),
+                "student": prompts[rollouts.problems[i].id],
                 "response": rollouts.responses[i],
                 "behaviour_logprobs": rollouts.logprobs[i],
                 "advantages": advantages[i],
             }
-            for i, problem in enumerate(rollouts.problems)
+            for i in kept
         ]
-        parts = [
-            batch_of([rows[i] for i in range(first, first + size) if counts[i]])
-            for first in range(0, len(rows), size)
-        ]
-        by_group = correct.reshape(-1, config.group_size).mean(axis=1)
-        return parts, rollout_metrics(rollouts) | {
-            "groups_all_correct": float(np.mean(by_group == 1)),
-            "groups_all_wrong": float(np.mean(by_group == 0)),
-        }
+        parts = np.array_split(np.arange(len(rows)), config.updates)
+        return StepData(
+            [batch_of([rows[i] for i in part]) for part in parts],
+            rollout_metrics(rollouts, config.group_size),
+            group_records(rollouts, config.group_size),
+        )
 
     return Stage(
         steps=config.steps,

@@ -2,51 +2,113 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
+import grain
 import jax
 import ml_collections
+import numpy as np
 
 from opsd_jax.data.task import Task
 from opsd_jax.policy import Params
 from opsd_jax.rollout.collect import Collector, Rollouts
+from opsd_jax.verify.groups import Groups
+from opsd_jax.verify.verdict import REASONS
 
 RollOut = Callable[[int, Params], Rollouts]
 
 
 def step_rollouts(
-    config: ml_collections.ConfigDict, task: Task, collector: Collector, seed: int
+    config: ml_collections.ConfigDict,
+    task: Task,
+    collector: Collector,
+    seed: int,
+    *,
+    capacity: int,
+    trains: Callable[[Groups], np.ndarray],
 ) -> RollOut:
-    """`(step, params) -> Rollouts` of the step's `config.prompts` problems: problems and random
-    numbers are functions of (seed, step).
+    """`(step, params) -> Rollouts` of the step's problems.
+
+    These and the random numbers are functions of (seed, step) alone, on any number of hosts.
+
+    Dynamic sampling (DAPO, arXiv 2503.14476): where fewer than `capacity` rollouts train, up to
+    `config.resample_rounds` further rounds roll out other problems, drawn apart from the epoch's
+    order, as many as would do if all of theirs did.
+
+    Args:
+      config: of the stage.
+      task: of the run.
+      collector: samples and verifies.
+      seed: of the stage.
+      capacity: how many rollouts a step trains on.
+      trains: which of some rollouts do, bool [N].
     """
-    problems = task.train.shuffle(seed=seed).repeat()
+
+    def stream(seed: int) -> grain.MapDataset:
+        return task.stream(seed) if task.stream else task.train.shuffle(seed=seed).repeat()
+
+    problems, others = stream(seed), stream(zlib.crc32(f"{seed}/resampled".encode()) >> 1)
 
     def roll_out(step: int, params: Params) -> Rollouts:
+        key = jax.random.fold_in(jax.random.key(seed), step)
+
+        def sample(chosen: list, key: jax.Array) -> Rollouts:
+            return collector(params, chosen, key=key, temperature=config.temperature)
+
         first = step * config.prompts
-        return collector(
-            params,
-            [problems[first + i] for i in range(config.prompts)],
-            key=jax.random.fold_in(jax.random.key(seed), step),
-            temperature=config.temperature,
-        )
+        rollouts = sample([problems[first + i] for i in range(config.prompts)], key)
+        for again in range(config.resample_rounds):
+            missing = capacity - int(trains(rollouts.judged.groups).sum())
+            if missing <= 0:
+                break
+            # The last sampling call of a round would be filled up anyway.
+            calls = -(-missing // (config.group_size * collector.shape.prompts))
+            first = (step * config.resample_rounds + again) * config.prompts
+            there = {problem.id for problem in rollouts.problems}
+            drawn = [others[first + i] for i in range(calls * collector.shape.prompts)]
+            fresh = [*{p.id: p for p in drawn if p.id not in there}.values()]
+            if not fresh:
+                break
+            rollouts += sample(fresh, jax.random.fold_in(key, again + 1))
+        return rollouts
 
     return roll_out
 
 
-def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
-    """Numbers of a step's rollouts: reward, length in tokens, the groups, the verdicts' reasons."""
-    correct, incorrect, truncated = rollouts.groups
+def rollout_metrics(rollouts: Rollouts, group_size: int) -> dict[str, float]:
+    """Numbers of a step's rollouts: reward, length in tokens, the groups of rollouts, how many
+    problems were all right and all wrong, how many verdicts had which reason.
+    """
+    verdicts, (correct, incorrect, truncated), wait_seconds = rollouts.judged
     lengths = rollouts.lengths
+    by_problem = correct.reshape(-1, group_size).mean(axis=1)
+    reasons = Counter(dict.fromkeys(REASONS, 0))
+    reasons.update(verdict.reason for verdict in verdicts)
     return {
         "reward": float(correct.mean()),
         "length": float(lengths.mean()),
         "incorrect": float(incorrect.mean()),
         "truncated": float(truncated.mean()),
         "tokens": float(lengths.sum()),
-        "verifier_wait_seconds": rollouts.wait_seconds,
-    } | {
-        f"verdict/{reason.replace(' ', '_')}": float(count)
-        for reason, count in Counter(v.reason for v in rollouts.verdicts).items()
-    }
+        "problems": float(len(by_problem)),
+        "groups_all_correct": float(np.sum(by_problem == 1)),
+        "groups_all_incorrect": float(np.sum(by_problem == 0)),
+        "verifier_wait_seconds": wait_seconds,
+    } | {f"verdict/{reason.replace(' ', '_')}": float(reasons[reason]) for reason in reasons}
+
+
+def group_records(rollouts: Rollouts, group_size: int) -> list[dict[str, Any]]:
+    """A JSON-ready record a problem: how many of how many rollouts were correct."""
+    correct = rollouts.judged.groups.correct.reshape(-1, group_size).sum(axis=1)
+    return [
+        {
+            "problem": problem.id,
+            **({"source": problem.source} if problem.source else {}),
+            "correct": int(right),
+            "rollouts": group_size,
+        }
+        for problem, right in zip(rollouts.problems[::group_size], correct, strict=True)
+    ]

@@ -12,7 +12,7 @@ from opsd_jax.data.task import Demonstration, Task
 from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
 from opsd_jax.stages.batch import Microbatch, pack, right_pad
-from opsd_jax.stages.stage import Stage
+from opsd_jax.stages.stage import Stage, StepData
 
 WINDOW = 16  # steps whose demonstrations are sorted by length together, so that each pads little
 
@@ -32,7 +32,7 @@ def loss_fn(policy: Policy, chunk: int, params, teacher, microbatch):
     return loss.sum, (loss.weight, {"token_accuracy": loss.metric("accuracy")})
 
 
-def sft(config: ml_collections.ConfigDict, task: Task, policy: Policy, seed: int) -> Stage:
+def stage(config: ml_collections.ConfigDict, task: Task, policy: Policy, seed: int) -> Stage:
     """The SFT stage; `config` is `config.sft` (see opsd_jax/config.py)."""
     demonstrations = task.demonstrations(seed)
     buckets = tuple(config.buckets)
@@ -72,10 +72,11 @@ def sft(config: ml_collections.ConfigDict, task: Task, policy: Policy, seed: int
     def batches(step, params):
         del params
         rows = window(step // WINDOW)[step % WINDOW]
-        return [batch_of(rows)], {
+        metrics = {
             "length": float(np.mean([len(row.response) for row in rows])),
             "tokens": float(sum(map(length, rows))),
         }
+        return StepData([batch_of(rows)], metrics)
 
     return Stage(
         steps=config.steps,

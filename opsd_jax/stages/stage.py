@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
@@ -14,15 +14,29 @@ from opsd_jax.stages.batch import Batch, Microbatch
 Metric = tuple[jax.Array, jax.Array]
 
 
+class StepData(NamedTuple):
+    """What the host makes for a step.
+
+    Attributes:
+      batches: one an optimiser update.
+      metrics: plain numbers of their making, among them `tokens`, how many were sampled or read.
+      groups: JSON-ready records of the problems that were rolled out, how many of how many rollouts
+        were correct: a later run can choose its problems by them.
+    """
+
+    batches: list[Batch]
+    metrics: dict[str, float]
+    groups: Sequence[dict[str, Any]] = ()
+
+
 class Stage(NamedTuple):
     """A training stage. The loop does not know which.
 
     Attributes:
       steps: how many steps it has.
       updates: optimiser updates a step.
-      batches: `(step, params) -> (batches, metrics)`: on the host, the step's `updates` batches and
-        plain-number metrics of its making, among them `tokens`, how many it sampled or read. A
-        function of the two arguments alone.
+      batches: `(step, params) -> StepData`, on the host, with `updates` batches: a function of the
+        two arguments alone.
       empty_batch: a batch without rows: the shapes that the train step is compiled for.
       loss: `(params, teacher, microbatch) -> (sum, (weight, metrics))`: the loss summed over the
         microbatch, what it is to be divided by in the end, and metrics as `Metric`s. Pure.
@@ -31,7 +45,7 @@ class Stage(NamedTuple):
 
     steps: int
     updates: int
-    batches: Callable[[int, Params], tuple[list[Batch], dict[str, float]]]
+    batches: Callable[[int, Params], StepData]
     empty_batch: Batch
     loss: Callable[
         [Params, Params | None, Microbatch],

@@ -18,7 +18,7 @@ import optax
 
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.policy import Params
-from opsd_jax.stages.stage import Stage
+from opsd_jax.stages.stage import Stage, StepData
 from opsd_jax.training import metrics as metrics_lib
 from opsd_jax.training.checkpoint import Checkpoints, abstract_of
 from opsd_jax.training.interrupt import StopSignal
@@ -50,7 +50,7 @@ def run_stage(
       optimizer: its optimiser.
       params: the stage's initial parameters, on their shardings; not donated.
       mesh: the mesh they lie on.
-      directory: gets `checkpoints/`, `metrics.jsonl` and TensorBoard events.
+      directory: gets `checkpoints/`, `metrics.jsonl`, `groups.jsonl` and TensorBoard events.
       checkpoint_every: steps between checkpoints; there is one at the end in any case.
       max_nonfinite: this many steps in a row whose updates were all skipped for a gradient that is
         not finite end the run.
@@ -88,19 +88,19 @@ def run_stage(
             train_step = compile_train_step(stage, optimizer, abstract, mesh, batch_shardings)
 
         nonfinite = 0
-        pending: tuple[int, list[Any], dict[str, float]] | None = None
+        pending: tuple[int, list[Any], StepData] | None = None
 
         def flush() -> None:
             """Fetches the metrics of the step before, which the device has done by now."""
             nonlocal pending, clock, nonfinite
             if pending is None:
                 return
-            step, totals, values = pending
+            step, totals, data = pending
             pending = None
-            values = metrics_lib.means(jax.device_get(totals)) | values
+            values = metrics_lib.means(jax.device_get(totals)) | data.metrics
             clock, began = time.monotonic(), clock
             values["seconds"] = clock - began
-            writer.write(step, values)
+            writer.write(step, values, data.groups)
             report(step, values)
             nonfinite = nonfinite + 1 if values["nonfinite"] == 1 else 0
             if nonfinite >= max_nonfinite:
@@ -111,13 +111,13 @@ def run_stage(
                 )
 
         for step in range(start, stage.steps):
-            batches, values = stage.batches(step, state["params"])
+            data = stage.batches(step, state["params"])
             totals = []
-            for batch in batches:
+            for batch in data.batches:
                 state, metrics = train_step(state, jax.device_put(batch, batch_shardings))
                 totals.append(metrics)
             flush()
-            pending = step, totals, values
+            pending = step, totals, data
             done, stopping = step + 1, stop.received is not None
             if done % checkpoint_every == 0 or done == stage.steps or stopping:
                 flush()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import tensorboardX
 from opsd_jax.training.files import read_json_lines, write_atomically
 
 FILE = "metrics.jsonl"
+GROUPS = "groups.jsonl"  # of the problems that a step rolled out, how many rollouts were correct
 
 
 def means(totals: Iterable[dict[str, tuple[Any, Any]]]) -> dict[str, float]:
@@ -25,10 +26,10 @@ def means(totals: Iterable[dict[str, tuple[Any, Any]]]) -> dict[str, float]:
     return {name: float(s / w) for name, (s, w) in sums.items() if w}
 
 
-def read(directory: pathlib.Path) -> list[dict[str, float]]:
-    """The rows written so far, one a step, in order."""
-    path = directory / FILE
-    mend = "Delete that line: the metrics of its step are lost."
+def read(directory: pathlib.Path, file: str = FILE) -> list[dict[str, Any]]:
+    """The rows written so far, in order: of FILE one a step, of GROUPS one a problem."""
+    path = directory / file
+    mend = "Delete that line: what it told of its step is lost."
     return read_json_lines(path, mend) if path.exists() else []
 
 
@@ -42,9 +43,11 @@ class MetricsWriter:
     def __init__(self, directory: pathlib.Path, start: int, wandb_project: str = ""):
         """`start`: the first step to be written. `wandb_project`: "" for none."""
         directory.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read(directory) if row["step"] < start]
-        write_atomically(directory / FILE, "".join(json.dumps(row) + "\n" for row in kept))
+        for file in (FILE, GROUPS):
+            kept = [row for row in read(directory, file) if row["step"] < start]
+            write_atomically(directory / file, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = (directory / FILE).open("a")
+        self._groups = (directory / GROUPS).open("a")
         self._events = tensorboardX.SummaryWriter(str(directory), purge_step=start)
         self._wandb: Any = None
         if wandb_project:
@@ -58,8 +61,12 @@ class MetricsWriter:
                 resume="allow",
             )
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes the values of one step, and flushes the JSON line."""
+    def write(
+        self, step: int, values: dict[str, float], groups: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        """Writes the values of one step and the records of its problems, and flushes the lines."""
+        self._groups.writelines(json.dumps({"step": step, **group}) + "\n" for group in groups)
+        self._groups.flush()
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -76,6 +83,7 @@ class MetricsWriter:
 
     def __exit__(self, *exc) -> None:
         self._file.close()
+        self._groups.close()
         self._events.close()
         if self._wandb is not None:
             self._wandb.finish()
