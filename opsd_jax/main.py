@@ -109,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from opsd_jax.training.files import RecordError, to_json
     from opsd_jax.training.interrupt import Interrupted
     from opsd_jax.training.loop import Diverged
+    from opsd_jax.verify.pool import PoolError
 
     sys.path.append(os.getcwd())  # a task or a model of the user's own may lie there
     directory = arguments.workdir.absolute()
@@ -131,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (config_lib.ConfigError, DataError) as error:
         print(f"opsd-jax: {error}", file=sys.stderr)
         return 2
-    except (RecordError, Diverged) as error:
+    except (RecordError, Diverged, PoolError) as error:
         print(f"opsd-jax: {error}", file=sys.stderr)
         return 1
 

@@ -51,6 +51,8 @@ class Progress:
             for name, text in SHOWN.items()
             if name in values and (name not in FLAGS or values[name])
         ]
+        if "verifier_wait_seconds" in values:
+            shown.append(f"verifier {values['verifier_wait_seconds'] / values['seconds']:.1%}")
         shown.append(f"{values['tokens'] / values['seconds']:,.0f} tokens/s")
         if self._bar.n == 0 and step:
             self._bar.initial = self._bar.n = step  # resumed: the rate counts from here

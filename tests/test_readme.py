@@ -42,7 +42,10 @@ def test_the_commands_of_the_readme(command):
         config_lib.load(ROOT / arguments.config, overrides)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/losses.md", "benchmarks/README.md"])
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "docs/losses.md", "docs/data.md", "docs/verifiers.md", "benchmarks/README.md"],
+)
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
         assert link.startswith("https://") or (ROOT / page).parent.joinpath(link).exists(), link

@@ -44,7 +44,10 @@ def outcome(workdir, stages=("sft", "rlvr", "opsd")):
         ]
         for s in stages
     }
-    responses = {s: (workdir / s / "responses.jsonl").read_text() for s in stages}
+    responses = {
+        s: [(workdir / s / file).read_text() for file in ("responses.jsonl", "groups.jsonl")]
+        for s in stages
+    }
     curves = (workdir / "opsd" / "divergence.json").read_text()
     return params, metrics, responses, curves
 
@@ -86,6 +89,18 @@ def test_a_run_leaves_what_it_promises(config, undisturbed):
         rows = [json.loads(line) for line in lines]
         assert [row["step"] for row in rows] == list(range(config[stage["name"]].steps))
         assert list((undisturbed / stage["name"]).glob("events.out.tfevents.*"))
+    for stage in report["stages"][1:]:
+        rows = metrics_lib.read(undisturbed / stage["name"])
+        # What the quickstart's device waits for its verifier, which settles everything at once.
+        assert all(row["verifier_wait_seconds"] < 0.01 * row["seconds"] for row in rows[1:])
+        assert stage["verifier_wait_share"] < 0.01
+        section = config[stage["name"]]
+        rollouts = section.steps * section.prompts * section.group_size
+        assert sum(stage["verdicts"].values()) == rollouts
+        assert stage["verdicts"]["timeout"] == 0
+        groups = metrics_lib.read(undisturbed / stage["name"], metrics_lib.GROUPS)
+        assert [g["step"] for g in groups] == sorted(list(range(section.steps)) * section.prompts)
+        assert sum(g["correct"] for g in groups) == stage["verdicts"]["match"]
     page = (undisturbed / "report" / "index.html").read_text()
     assert page.count("<svg") == 6
     assert not re.findall(r"(?:src|href)=.https?://(?!www\.w3\.org|purl|creativecommons)", page)

@@ -126,6 +126,19 @@ def _change_table(figures: dict[str, Any]) -> str:
     )
 
 
+def _verification(stage: dict[str, Any]) -> str:
+    if "verdicts" not in stage:
+        return ""
+    counts = ", ".join(
+        f"{count:,} {html.escape(reason.replace('_', ' '))}"
+        for reason, count in sorted(stage["verdicts"].items(), key=lambda item: -item[1])
+    )
+    return (
+        f'<p class="soft">Verdicts on its rollouts: {counts}. The device waited '
+        f"{stage['verifier_wait_share']:.2%} of the time for them, the first step apart.</p>"
+    )
+
+
 def _response(name: str, response: dict[str, Any]) -> str:
     kind = "right" if response["correct"] else "wrong"
     text = MARKERS.sub(r"<mark>\1</mark>", html.escape(response["response"]))
@@ -194,7 +207,7 @@ def render(data: dict[str, Any], examples: Callable[[list, list], list[tuple[dic
     for stage in figures["stages"]:
         if f"training_{stage['name']}" in plots:
             parts.append(f"<h3>{html.escape(title(stage))}</h3>")
-            parts.append(card(plots[f"training_{stage['name']}"]))
+            parts.append(card(plots[f"training_{stage['name']}"] + _verification(stage)))
     versions = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
     parts.append(
         f'<p class="soft">{figures["seconds"]:.0f} s in all, compilation and evaluation included; '

@@ -10,6 +10,7 @@ import datetime
 import importlib.metadata
 import pathlib
 import platform
+from collections import Counter
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -21,7 +22,7 @@ from opsd_jax.training import metrics as metrics_lib
 STAGE_FIELDS = (
     "name", "algorithm", "init_from", "gate", "accuracy", "accuracy_se", "mean_length",
     "mean_length_se", "mean_length_correct", "truncation_rate", "problems", "samples",
-    "temperature", "steps", "seconds",
+    "temperature", "steps", "seconds", "verifier_wait_share", "verdicts",
 )  # fmt: skip
 
 # By algorithm, what is drawn of its training: (metric, label, scale).
@@ -62,7 +63,7 @@ def gather(config: ConfigDict, workdir: pathlib.Path, untrained: str, note: str)
         if section.algorithm == "opsd":
             own["gate"] = section.gate
         responses, summary = evaluations[name]
-        record = own | summary
+        record = own | summary | verification(metrics_lib.read(workdir / name))
         stages.append({k: record[k] for k in STAGE_FIELDS if k in record})
         before = section.init_from or untrained
         if before in evaluations:
@@ -87,6 +88,23 @@ def gather(config: ConfigDict, workdir: pathlib.Path, untrained: str, note: str)
         "figures": figures,
         "plots": draw(workdir, stages, changes, judged),
         "responses": judged,
+    }
+
+
+def verification(rows: list[dict[str, float]]) -> dict[str, Any]:
+    """Of a stage's metrics, what its rollouts' verdicts were, and the share of its time, the first
+    step apart, that the device waited for them; nothing of a stage without rollouts.
+    """
+    later = [row for row in rows[1:] if "verifier_wait_seconds" in row]
+    if not later:
+        return {}
+    verdicts: Counter[str] = Counter()
+    for row in rows:
+        verdicts.update({k: int(v) for k, v in row.items() if k.startswith("verdict/")})
+    waited = sum(row["verifier_wait_seconds"] for row in later)
+    return {
+        "verifier_wait_share": waited / sum(row["seconds"] for row in later),
+        "verdicts": {name.removeprefix("verdict/"): count for name, count in verdicts.items()},
     }
 
 
