@@ -226,6 +226,19 @@ def collector(task):
     return Collector
 
 
+def stage_with(module, section, task, model, collector):
+    """The stage as a run makes it, with a collector of the test's."""
+    roll_out = step_rollouts(
+        section,
+        task,
+        collector,
+        seed=5,
+        capacity=module.capacity(section),
+        trains=functools.partial(module.trains, section),
+    )
+    return module.stage(section, task, model.policy, roll_out)
+
+
 @pytest.mark.parametrize("share", [2, 5, 1000])
 def test_dynamic_sampling_replaces_problems_without_signal(config, task, model, collector, share):
     """One in `share` problems has one right rollout of two; the others have none or both."""
@@ -234,15 +247,7 @@ def test_dynamic_sampling_replaces_problems_without_signal(config, task, model, 
     )
     right = lambda problem, i: i == 0 if problem % share == 0 else problem % 2 == 0
     sampled = collector(right)
-    roll_out = step_rollouts(
-        section,
-        task,
-        sampled,
-        seed=5,
-        capacity=rlvr_lib.capacity(section),
-        trains=functools.partial(rlvr_lib.trains, section),
-    )
-    stage = rlvr(section, task, model.policy, roll_out)
+    stage = stage_with(rlvr_lib, section, task, model, sampled)
     parts, metrics, records = stage.batches(3, None)
     ids = [i for call in sampled.calls for i in call]
     assert len(set(ids)) == len(ids) == metrics["problems"] == len(records)
@@ -285,15 +290,7 @@ def test_opsd_resamples_until_its_rows_are_full(config, task, model, collector):
         config.opsd, gate="correct", prompts=8, group_size=2, max_rows=6, resample_rounds=4
     )
     sampled = collector(lambda problem, i: problem % 50 == 0)
-    roll_out = step_rollouts(
-        section,
-        task,
-        sampled,
-        seed=5,
-        capacity=opsd_lib.capacity(section),
-        trains=functools.partial(opsd_lib.trains, section),
-    )
-    stage = opsd(section, task, model.policy, roll_out)
+    stage = stage_with(opsd_lib, section, task, model, sampled)
     (batch,), metrics, _ = stage.batches(0, None)
     right = [i for call in sampled.calls for i in call if i % 50 == 0]
     assert metrics["active_rows"] == len(all_rows(batch)) == min(6, 2 * len(right))
