@@ -192,6 +192,7 @@ class Collector:
 
         responses, logprobs, truncated = [], [], []
         replies: list[Verdict | Future[Verdict]] = []
+        waited = 0.0
         starts = range(0, len(problems), N)
         ahead: sampler.Samples | None = sample(0)
         for first in starts:
@@ -204,7 +205,10 @@ class Collector:
                 logprobs.append(samples.logprobs[row, : len(ids)])
                 truncated.append(samples.stop[row] == sampler.STOP_LENGTH)
                 text, problem = tokenizer.decode(ids.tolist()), problems[first + row // G]
+                began = time.monotonic()
                 replies.append(TRUNCATED if truncated[-1] else self._pool.submit(problem, text))
+                if ahead is None:  # the device has nothing more to do
+                    waited += time.monotonic() - began
             progress(len(responses))
         return Rollouts(
             problems=[problem for problem in problems for _ in range(G)],
@@ -212,4 +216,5 @@ class Collector:
             logprobs=logprobs,
             truncated=np.array(truncated),
             replies=replies,
+            waited=waited,
         )
