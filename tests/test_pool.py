@@ -21,6 +21,7 @@ from opsd_jax.verify.pool import Limits, PoolError, VerifierPool, check_golds
 from opsd_jax.verify.verdict import Verdict
 from opsd_jax.verify.verifiers import at_once
 
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 ANY = Problem(0, "", "", "4")
 
 
@@ -250,6 +251,38 @@ def test_workers_that_cannot_start_are_an_error(tmp_path):
     assert "PoolError" in done.stderr
     assert "if __name__ == '__main__':" in done.stderr
     assert done.stdout == ""
+
+
+def test_a_future_is_shared_and_cannot_be_cancelled():
+    with VerifierPool(judges.misbehave, workers=1) as pool:
+        first, second = (pool.submit(ANY, "sleep 0.2") for _ in range(2))
+        assert not first.cancel()
+        assert second.result(timeout=60) == first.result() == Verdict(True, "sleep")
+        assert pool.judged == 1
+
+
+def test_a_judge_that_cannot_be_sent_is_refused():
+    with pytest.raises(ValueError, match="expected a function of a module"):
+        VerifierPool(lambda problem, response: True)
+
+
+@LINUX
+def test_pools_leave_no_files_open():
+    count = lambda: len(os.listdir("/proc/self/fd"))
+    verdicts(judges.misbehave, ["fine"])  # starts the server that forks
+    before = count()
+    for _ in range(5):
+        assert verdicts(judges.misbehave, ["fine"]) == [Verdict(True, "fine")]
+    assert count() <= before
+
+
+@LINUX
+def test_limits_of_the_session_are_kept():
+    """A shell's `ulimit` is below what a worker would set for itself: workers live with it."""
+    with VerifierPool(judges.misbehave, workers=1) as pool:
+        assert pool.submit(ANY, "limit").result(timeout=60) == Verdict(True, "limit")
+        assert pool.submit(ANY, "fine").result(timeout=60) == Verdict(True, "fine")
+        assert pool.submit(ANY, "eat 400").result(timeout=60) == Verdict(False, "memory")
 
 
 def test_golds_are_checked_against_themselves():

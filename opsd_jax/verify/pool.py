@@ -82,6 +82,7 @@ class _Task:
 
     def __init__(self, question: bytes):
         self.question, self.future, self.attempts = question, Future[Verdict](), 0
+        self.future.set_running_or_notify_cancel()  # others may wait for it: nobody cancels it
 
 
 class _Worker:
@@ -135,9 +136,19 @@ class VerifierPool:
     """
 
     def __init__(self, verifier: Verifier | Judge, *, workers: int = 0, limits: Limits = LIMITS):
-        """`workers`: how many processes; 0 for one a core, but at most 8."""
+        """`workers`: how many processes; 0 for one a core, but at most 8.
+
+        Raises:
+          ValueError: the judge cannot be sent to another process.
+        """
         self._verifier, self._limits = as_verifier(verifier), limits
-        self._judge = pickle.dumps(self._verifier.judge)
+        try:
+            self._judge = pickle.dumps(self._verifier.judge)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"the judge {self._verifier.judge!r} cannot be sent to a worker ({error}); "
+                "expected a function of a module, or a functools.partial of one."
+            ) from error
         self._size = workers or min(os.cpu_count() or 1, 8)
         self._lock = threading.Lock()
         self._waiting: collections.deque[_Task] = collections.deque()
@@ -193,9 +204,12 @@ class VerifierPool:
         """Ends the workers; whoever still waits for a verdict gets a PoolError."""
         with self._lock:
             self._failure = self._failure or "the pool of verifiers is closed."
-        self._mouth.send_bytes(b"")
+            if not self._mouth.closed:
+                self._mouth.send_bytes(b"")
         if self._thread is not None:
             self._thread.join()
+        self._mouth.close()
+        self._ear.close()
 
     def __enter__(self) -> VerifierPool:
         return self
@@ -338,10 +352,15 @@ def _work(pipe: multiprocessing.connection.Connection, judge: bytes, limits: Lim
 def _bound(limits: Limits) -> None:
     """Bounds what this process may take from now on."""
     used = resource.getrusage(resource.RUSAGE_SELF)
-    spent = math.ceil(used.ru_utime + used.ru_stime + limits.seconds) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (spent, resource.RLIM_INFINITY))
+    _lower(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime + limits.seconds) + 1)
     if sys.platform == "linux":
         with open("/proc/self/statm") as file:
             size = int(file.read().split()[0]) * resource.getpagesize()
-        most = size + limits.memory_mb * 2**20
-        resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+        _lower(resource.RLIMIT_AS, size + limits.memory_mb * 2**20)
+
+
+def _lower(kind: int, most: int) -> None:
+    """Sets a limit of the kernel's, below the one that this process was given."""
+    _, hard = resource.getrlimit(kind)
+    unlimited = hard == resource.RLIM_INFINITY
+    resource.setrlimit(kind, (most if unlimited else min(most, hard), hard))
