@@ -1,5 +1,7 @@
 """Sampling: behaviour log-probabilities, reproducibility, stopping, statistics."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.rollout import sampler
 from opsd_jax.rollout.collect import Collector, SamplerShape, left_pad
 from opsd_jax.verify.pool import VerifierPool
+from opsd_jax.verify.verdict import Verdict
 
 EOS, PAD = 2, 0
 
@@ -160,6 +163,22 @@ def test_groups_are_disjoint_and_cover(collect, task):
         [r[-1] != task.tokenizer.eos_id for r in rollouts.responses],
     )
     assert rollouts.judged.groups.truncated.any()
+
+
+def test_the_device_s_wait_is_measured(collect, task, monkeypatch):
+    """What is judged while the device samples costs nothing; what it waits for is told."""
+    problems = [task.train[i] for i in range(8)]
+    assert 0 <= collect()(problems).judged.wait_seconds < 0.05
+
+    def slow(self, problem, response):
+        time.sleep(0.02)
+        return VerifierPool.__dict__["_resolve"](self, lambda: Verdict(True, "match"))
+
+    monkeypatch.setattr(VerifierPool, "submit", slow)
+    rollouts = collect()(problems)  # one call: nothing is beside it
+    asked = int((~rollouts.truncated).sum())
+    assert asked > 3
+    assert 0.02 * asked <= rollouts.judged.wait_seconds < 0.02 * asked + 0.5
 
 
 def test_a_prompt_that_is_too_long_is_named(collect, task):

@@ -45,7 +45,11 @@ def outcome(workdir, stages=("sft", "rlvr", "opsd")):
         for s in stages
     }
     responses = {
-        s: [(workdir / s / file).read_text() for file in ("responses.jsonl", "groups.jsonl")]
+        s: [
+            (workdir / s / file).read_text()
+            for file in ("responses.jsonl", "groups.jsonl")
+            if s != "sft" or file == "responses.jsonl"
+        ]
         for s in stages
     }
     curves = (workdir / "opsd" / "divergence.json").read_text()

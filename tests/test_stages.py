@@ -275,6 +275,38 @@ def test_dynamic_sampling_replaces_problems_without_signal(config, task, model, 
     assert sampled.calls == before
 
 
+def test_resampled_problems_do_not_come_again_in_the_next_step(config, task, model, collector):
+    """Whatever the sizes: rounds are filled up to whole sampling calls, of 4 problems here."""
+    section = section_with(
+        config.rlvr, objective=config_lib.objective("dapo"), prompts=6, resample_rounds=3
+    )
+    sampled = collector(lambda problem, i: i == 0 and problem % 3 == 0)
+    stage = stage_with(rlvr_lib, section, task, model, sampled)
+    for step in range(12):
+        stage.batches(step, None)
+    ids = [i for call in sampled.calls for i in call]
+    assert len(sampled.calls) > 20
+    assert max(map(len, sampled.calls)) == 8
+    assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.parametrize("preset", ["dapo", "reinforce++"])
+def test_what_is_dropped_changes_no_advantage(config, task, model, rollouts, preset):
+    """Statistics of the whole batch, too, are of what trains."""
+    objective = config_lib.objective(preset, drop_uninformative=True)
+    section = section_with(config.rlvr, objective=objective)
+    parts, *_ = rlvr(section, task, model.policy, lambda *_: rollouts).batches(0, None)
+    correct = rollouts.judged.groups.correct.reshape(-1, 2)
+    kept = np.flatnonzero(np.repeat(correct[:, 0] != correct[:, 1], 2))
+    alone = losses.PolicyGradient(**objective).advantages(
+        rollouts.judged.groups.correct[kept].astype(np.float32), 2
+    )
+    got = {i: row["advantages"] for part in parts for i, row in rows_of(part).items()}
+    assert 0 < len(kept) < 32
+    for i, advantage in zip(kept, alone, strict=True):
+        np.testing.assert_allclose(got[i], advantage, rtol=1e-6)
+
+
 def all_rows(batch):
     """The rows of a batch that hold anything, in order."""
     found = []

@@ -133,10 +133,13 @@ def _verification(stage: dict[str, Any]) -> str:
         f"{count:,} {html.escape(reason.replace('_', ' '))}"
         for reason, count in sorted(stage["verdicts"].items(), key=lambda item: -item[1])
     )
-    return (
-        f'<p class="soft">Verdicts on its rollouts: {counts}. The device waited '
-        f"{stage['verifier_wait_share']:.2%} of the time for them, the first step apart.</p>"
+    share = stage["verifier_wait_share"]
+    waited = (
+        ""
+        if share is None
+        else f" The device waited {share:.2%} of the time for them, the first step apart."
     )
+    return f'<p class="soft">Verdicts on its rollouts: {counts}.{waited}</p>'
 
 
 def _response(name: str, response: dict[str, Any]) -> str:

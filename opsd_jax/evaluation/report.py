@@ -95,15 +95,16 @@ def verification(rows: list[dict[str, float]]) -> dict[str, Any]:
     """Of a stage's metrics, what its rollouts' verdicts were, and the share of its time, the first
     step apart, that the device waited for them; nothing of a stage without rollouts.
     """
-    later = [row for row in rows[1:] if "verifier_wait_seconds" in row]
-    if not later:
-        return {}
     verdicts: Counter[str] = Counter()
     for row in rows:
         verdicts.update({k: int(v) for k, v in row.items() if k.startswith("verdict/")})
-    waited = sum(row["verifier_wait_seconds"] for row in later)
+    if not verdicts:
+        return {}
+    waited, seconds = (
+        sum(row[name] for row in rows[1:]) for name in ("verifier_wait_seconds", "seconds")
+    )
     return {
-        "verifier_wait_share": waited / sum(row["seconds"] for row in later),
+        "verifier_wait_share": waited / seconds if seconds else None,
         "verdicts": {name.removeprefix("verdict/"): count for name, count in verdicts.items()},
     }
 

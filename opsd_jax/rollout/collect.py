@@ -116,6 +116,11 @@ def left_pad(prompts: Sequence[Sequence[int]], width: int, pad_id: int):
     return tokens, positions
 
 
+def _is_there(samples: sampler.Samples) -> bool:
+    """Whether the device has made them."""
+    return samples.tokens.is_ready()  # type: ignore[attr-defined]
+
+
 class Collector:
     """Samples and verifies rollouts of one shape. The program compiles here, once."""
 
@@ -205,10 +210,9 @@ class Collector:
                 logprobs.append(samples.logprobs[row, : len(ids)])
                 truncated.append(samples.stop[row] == sampler.STOP_LENGTH)
                 text, problem = tokenizer.decode(ids.tolist()), problems[first + row // G]
-                began = time.monotonic()
+                began, idle = time.monotonic(), ahead is None or _is_there(ahead)
                 replies.append(TRUNCATED if truncated[-1] else self._pool.submit(problem, text))
-                if ahead is None:  # the device has nothing more to do
-                    waited += time.monotonic() - began
+                waited += (time.monotonic() - began) * idle
             progress(len(responses))
         return Rollouts(
             problems=[problem for problem in problems for _ in range(G)],

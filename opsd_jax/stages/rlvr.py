@@ -117,16 +117,17 @@ def stage(
                 buffer=config.overlong_buffer,
                 factor=config.overlong_factor,
             )
-        advantages = options.advantages(rewards, config.group_size)
-        kept = np.flatnonzero(trains(config, groups))[: capacity(config)]
+        kept = np.flatnonzero(trains(config, groups))[: capacity(config)]  # whole groups
         rows = [
             {
                 "student": prompts[rollouts.problems[i].id],
                 "response": rollouts.responses[i],
                 "behaviour_logprobs": rollouts.logprobs[i],
-                "advantages": advantages[i],
+                "advantages": advantage,
             }
-            for i in kept
+            for i, advantage in zip(
+                kept, options.advantages(rewards[kept], config.group_size), strict=True
+            )
         ]
         parts = np.array_split(np.arange(len(rows)), config.updates)
         return StepData(

@@ -50,29 +50,31 @@ def step_rollouts(
     def stream(seed: int) -> grain.MapDataset:
         return task.stream(seed) if task.stream else task.train.shuffle(seed=seed).repeat()
 
-    problems, others = stream(seed), stream(zlib.crc32(f"{seed}/resampled".encode()) >> 1)
+    other_seed = zlib.crc32(f"{seed}/resampled".encode()) >> 1
+    problems, others = stream(seed), stream(other_seed)
+    at_once = collector.shape.prompts
+    round_size = -(-config.prompts // at_once) * at_once  # the most that a round can take
 
     def roll_out(step: int, params: Params) -> Rollouts:
-        key = jax.random.fold_in(jax.random.key(seed), step)
-
-        def sample(chosen: list, key: jax.Array) -> Rollouts:
+        def sample(chosen: list, seed: int, draw: int) -> Rollouts:
+            key = jax.random.fold_in(jax.random.key(seed), draw)
             return collector(params, chosen, key=key, temperature=config.temperature)
 
         first = step * config.prompts
-        rollouts = sample([problems[first + i] for i in range(config.prompts)], key)
+        rollouts = sample([problems[first + i] for i in range(config.prompts)], seed, step)
         for again in range(config.resample_rounds):
             missing = capacity - int(trains(rollouts.judged.groups).sum())
             if missing <= 0:
                 break
             # The last sampling call of a round would be filled up anyway.
-            calls = -(-missing // (config.group_size * collector.shape.prompts))
-            first = (step * config.resample_rounds + again) * config.prompts
+            calls = -(-missing // (config.group_size * at_once))
+            draw = step * config.resample_rounds + again
             there = {problem.id for problem in rollouts.problems}
-            drawn = [others[first + i] for i in range(calls * collector.shape.prompts)]
+            drawn = [others[draw * round_size + i] for i in range(calls * at_once)]
             fresh = [*{p.id: p for p in drawn if p.id not in there}.values()]
             if not fresh:
                 break
-            rollouts += sample(fresh, jax.random.fold_in(key, again + 1))
+            rollouts += sample(fresh, other_seed, draw)
         return rollouts
 
     return roll_out

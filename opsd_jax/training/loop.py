@@ -90,16 +90,17 @@ def run_stage(
         nonfinite = 0
         pending: tuple[int, list[Any], StepData] | None = None
 
-        def flush() -> None:
-            """Fetches the metrics of the step before, which the device has done by now."""
+        def flush(ended: float) -> None:
+            """Fetches the metrics of the step before, which the device has done by now; `ended` is
+            when it was over: what came since is of the next.
+            """
             nonlocal pending, clock, nonfinite
             if pending is None:
                 return
             step, totals, data = pending
             pending = None
             values = metrics_lib.means(jax.device_get(totals)) | data.metrics
-            clock, began = time.monotonic(), clock
-            values["seconds"] = clock - began
+            values["seconds"], clock = ended - clock, ended
             writer.write(step, values, data.groups)
             report(step, values)
             nonfinite = nonfinite + 1 if values["nonfinite"] == 1 else 0
@@ -111,16 +112,17 @@ def run_stage(
                 )
 
         for step in range(start, stage.steps):
+            began = time.monotonic()
             data = stage.batches(step, state["params"])
             totals = []
             for batch in data.batches:
                 state, metrics = train_step(state, jax.device_put(batch, batch_shardings))
                 totals.append(metrics)
-            flush()
+            flush(began)
             pending = step, totals, data
             done, stopping = step + 1, stop.received is not None
             if done % checkpoint_every == 0 or done == stage.steps or stopping:
-                flush()
+                flush(time.monotonic())
                 writer.flush()
                 checkpoints.save(done, state)
             if stopping:

@@ -44,10 +44,11 @@ class MetricsWriter:
         """`start`: the first step to be written. `wandb_project`: "" for none."""
         directory.mkdir(parents=True, exist_ok=True)
         for file in (FILE, GROUPS):
-            kept = [row for row in read(directory, file) if row["step"] < start]
-            write_atomically(directory / file, "".join(json.dumps(row) + "\n" for row in kept))
+            if file == FILE or (directory / file).exists():
+                kept = [row for row in read(directory, file) if row["step"] < start]
+                write_atomically(directory / file, "".join(json.dumps(r) + "\n" for r in kept))
         self._file = (directory / FILE).open("a")
-        self._groups = (directory / GROUPS).open("a")
+        self._directory = directory
         self._events = tensorboardX.SummaryWriter(str(directory), purge_step=start)
         self._wandb: Any = None
         if wandb_project:
@@ -65,8 +66,9 @@ class MetricsWriter:
         self, step: int, values: dict[str, float], groups: Sequence[dict[str, Any]] = ()
     ) -> None:
         """Writes the values of one step and the records of its problems, and flushes the lines."""
-        self._groups.writelines(json.dumps({"step": step, **group}) + "\n" for group in groups)
-        self._groups.flush()
+        if groups:
+            with (self._directory / GROUPS).open("a") as file:
+                file.writelines(json.dumps({"step": step, **group}) + "\n" for group in groups)
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -83,7 +85,6 @@ class MetricsWriter:
 
     def __exit__(self, *exc) -> None:
         self._file.close()
-        self._groups.close()
         self._events.close()
         if self._wandb is not None:
             self._wandb.finish()
