@@ -197,6 +197,7 @@ BAD = [
     ("{", "not JSON: Expecting property name"),
     ("[" * 100_000, "not JSON"),
     ('"text"', "a JSON str; expected an object, column -> value"),
+    ({}, "field 'problem' is missing; .* (has none); field 'answer' is missing"),
     ({"problem": "q"}, "field 'answer' is missing; expected a string .* (has problem)"),
     ({"problem": "q", "answer": None}, "field 'answer' is missing"),
     (
@@ -258,6 +259,24 @@ def test_ids_are_unique(tmp_path):
     rows = [*ROWS, ROWS[1] | {"problem": "another"}]
     path = write_parquet(tmp_path / "a.parquet", rows)
     with pytest.raises(DataError, match=f"{path}:4: field 'id' is that of {path}:2 too; expected"):
+        read(path)
+
+
+def test_an_id_counts_once_its_row_is_good(tmp_path):
+    rows = [ROWS[0] | {"answer": ""}, *ROWS]
+    path = write_json_lines(tmp_path / "a.jsonl", rows)
+    problems, counts = read(path, bad_rows="drop")
+    assert problems == PROBLEMS
+    assert counts == sources.Counts(rows=4, kept=3, bad=1)
+
+
+def test_a_number_that_is_another_row_s_id(tmp_path):
+    without, second = {"problem": "q", "answer": "1"}, ROWS[0] | {"id": 2}
+    path = write_json_lines(tmp_path / "a.jsonl", [second, without])
+    with pytest.raises(DataError, match=f"2: field 'id' is missing, and the row's .* of {path}:1;"):
+        read(path)
+    write_json_lines(path, [ROWS[0], without, second])
+    with pytest.raises(DataError, match=f"3: field 'id' is the number of {path}:2, which has no"):
         read(path)
 
 
@@ -326,9 +345,9 @@ def test_questions_need_nothing_else(tmp_path):
     path = write_json_lines(tmp_path / "a.jsonl", [{"q": "What?"}, {"q": ""}])
     section = config_lib.source(str(path), columns={"question": "q"})
     with pytest.raises(DataError, match=r"data.exclude.x: 1 bad of 2 rows:\n  .*:2: field 'q' is"):
-        sources.questions("x", section, "data.exclude.x")
+        sources.questions(section, "data.exclude.x")
     section.bad_rows = "drop"
-    assert sources.questions("x", section, "data.exclude.x") == ["What?"]
+    assert sources.questions(section, "data.exclude.x") == ["What?"]
 
 
 def test_rows_know_where_they_stand(tmp_path):

@@ -59,7 +59,7 @@ def load(config: ConfigDict) -> Data:
             data[part][name], counts[name] = sources.problems(name, section, field, check)
     evaluated = {name: [p.question for p in part] for name, part in data["heldout"].items()}
     for name, section in sorted(config.exclude.items()):
-        evaluated[name] = sources.questions(name, section, f"data.exclude.{name}")
+        evaluated[name] = sources.questions(section, f"data.exclude.{name}")
     data["train"], counted = without_duplicates(data["train"], evaluated)
     for name, (overlap, repeated) in counted.items():
         kept = len(data["train"][name])

@@ -17,6 +17,7 @@ from opsd_jax.data.pass_rates import pass_rates
 from opsd_jax.data.problem import DataError, Problem
 
 LISTED = 10  # bad rows that a message shows
+TEXT = "a string that is not empty"  # what is expected of a question and an answer
 
 CheckGolds = Callable[[Sequence[Problem]], Sequence[str]]  # of each problem "", or what is wrong
 
@@ -55,12 +56,26 @@ class Counts(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """A row, read: `problem` is whole where nothing is `wrong`."""
+    """Where a row stands, and all that is wrong with it."""
 
     where: str
+    wrong: list[str]
+
+
+class _Candidate(NamedTuple):
+    """What was read of a row that nothing was wrong with so far.
+
+    Attributes:
+      row: where it stands; what is found wrong later is noted there.
+      problem: of the row.
+      difficulty: NaN where none is asked for.
+      numbered: it has no id: its number stands for one.
+    """
+
+    row: _Row
     problem: Problem
     difficulty: float
-    wrong: list[str]
+    numbered: bool
 
 
 def problems(
@@ -80,21 +95,27 @@ def problems(
     """
     earlier, level = section.pass_rates, section.difficulty
     rates = pass_rates(earlier.path, name, f"{field}.pass_rates") if earlier.path else {}
-    numbered = enumerate(files.rows(section.path, section.split, field), 1)
-    rows = [_read(row, number, name, section) for number, row in numbered]
-    _mark_repeated_ids(rows, section.columns.id)
-    good = [row for row in rows if not row.wrong]
-    fitting = [r for r in good if not level.column or level.low <= r.difficulty <= level.high]
+    rows: list[_Row] = []
+    read: list[_Candidate] = []
+    for number, row in enumerate(files.rows(section.path, section.split, field), 1):
+        reader = _Reader(row)
+        candidate = _read(reader, number, name, section)
+        rows.append(reader.row)
+        if candidate:
+            read.append(candidate)
+    _mark_repeated_ids(read, section.columns.id)
+    good = [c for c in read if not c.row.wrong]
+    fitting = [c for c in good if not level.column or level.low <= c.difficulty <= level.high]
     asked_for = [
-        r for r in fitting if earlier.low <= rates.get(r.problem.id, earlier.low) <= earlier.high
+        c for c in fitting if earlier.low <= rates.get(c.problem.id, earlier.low) <= earlier.high
     ]
-    reasons = check_golds([row.problem for row in asked_for])
-    for row, reason in zip(asked_for, reasons, strict=True):
+    reasons = check_golds([c.problem for c in asked_for])
+    for candidate, reason in zip(asked_for, reasons, strict=True):
         if reason:
-            answer = f"field {section.columns.answer!r} is {_shown(row.problem.answer)}"
-            row.wrong.append(f"{answer}; it does not verify against itself: {reason}")
+            answer = f"field {section.columns.answer!r} is {_shown(candidate.problem.answer)}"
+            candidate.row.wrong.append(f"{answer}; it does not verify against itself: {reason}")
     bad = _refuse(rows, section, field)
-    kept = [row.problem for row in asked_for if not row.wrong]
+    kept = [c.problem for c in asked_for if not c.row.wrong]
     counts = Counts(
         rows=len(rows),
         kept=len(kept),
@@ -107,65 +128,65 @@ def problems(
     return kept, counts
 
 
-def questions(name: str, section: ConfigDict, field: str) -> list[str]:
+def questions(section: ConfigDict, field: str) -> list[str]:
     """The questions of a source of which nothing else is needed.
 
     Raises:
       DataError: rows are bad, all of them in one message.
     """
-    rows = []
-    for row in files.rows(section.path, section.split, field):
-        read = _Reader(row)
-        question = read(section.columns.question, _text, "a string that is not empty")
-        rows.append(_Row(row.where, Problem("", question, "", "", name), math.nan, read.wrong))
-    _refuse(rows, section, field)
-    return [row.problem.question for row in rows if not row.wrong]
+    readers = [_Reader(row) for row in files.rows(section.path, section.split, field)]
+    read = [reader(section.columns.question, _text, TEXT) for reader in readers]
+    _refuse([reader.row for reader in readers], section, field)
+    return [
+        question for reader, question in zip(readers, read, strict=True) if not reader.row.wrong
+    ]
 
 
-def _read(row: files.Row, number: int, name: str, section: ConfigDict) -> _Row:
-    read, columns = _Reader(row), section.columns
-    text = "a string that is not empty"
-    key = read(columns.id, _key, "a string or an integer", absent=number)
-    problem = Problem(
-        id=f"{name}/{key}",
-        question=read(columns.question, _text, text),
-        solution=read(columns.solution, _string, "a string", absent=""),
-        answer=read(
-            columns.answer,
-            _answer,
-            f"{text}, an integer, or a list of one such string",
-            absent=None if columns.answer else "",  # a verifier may go by `extra` alone
-        ),
-        source=name,
-        extra={column: read(column, lambda value: value, "a value") for column in section.extra},
+def _read(read: _Reader, number: int, name: str, section: ConfigDict) -> _Candidate | None:
+    """What a row holds; None where something is wrong with it, which `read` has noted."""
+    columns, level = section.columns, section.difficulty.column
+    key = read(columns.id, _key, "a string or an integer", absent="")
+    question = read(columns.question, _text, TEXT)
+    solution = read(columns.solution, _string, "a string", absent="")
+    answer = read(
+        columns.answer,
+        _answer,
+        f"{TEXT}, an integer, or a list of one such string",
+        absent=None if columns.answer else "",  # a verifier may go by `extra` alone
     )
-    level = section.difficulty.column
+    extra = {column: read(column, lambda value: value, "a value") for column in section.extra}
     difficulty = read(level, _number, "a number") if level else math.nan
-    return _Row(row.where, problem, difficulty, read.wrong)
+    if read.row.wrong:
+        return None
+    problem = Problem(f"{name}/{key or number}", question, solution, answer, name, extra)
+    return _Candidate(read.row, problem, difficulty, numbered=not key)
 
 
 class _Reader:
-    """Takes values out of a row, and notes in `wrong` each that is not what was expected."""
+    """Takes values out of a row, and notes in `row.wrong` each that is not what was expected."""
 
     def __init__(self, row: files.Row):
-        self._columns = row.columns or {}
-        self.wrong = [row.error] if row.error else []
+        self._columns = row.columns  # None: that there is none is what is wrong with it
+        self.row = _Row(row.where, [row.error] if row.error else [])
 
     def __call__(
         self, column: str, kind: Callable[[Any], Any], expected: str, absent: Any = None
     ) -> Any:
         """`kind(value)` of a column, or `absent` where there is none and that is given."""
+        if self._columns is None:
+            return absent
         value = reach(self._columns, column)
         if value is None and absent is not None:
             return absent
         try:
             return kind(value)
         except (TypeError, ValueError, OverflowError):
-            if value is not None:
-                self.wrong.append(f"field {column!r} is {_shown(value)}; expected {expected}")
-            elif self._columns:
-                there = ", ".join(self._columns)
-                self.wrong.append(f"field {column!r} is missing; expected {expected} (has {there})")
+            found = f"is {_shown(value)}"
+            has = ""
+            if value is None:
+                found, has = "is missing", f" (has {', '.join(self._columns) or 'none'})"
+            self.row.wrong.append(f"field {column!r} {found}; expected {expected}{has}")
+            return absent
 
 
 def reach(columns: Mapping[str, Any], column: str) -> Any:
@@ -219,12 +240,20 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _mark_repeated_ids(rows: Sequence[_Row], column: str) -> None:
-    first: dict[int | str, str] = {}
-    for row in rows:
-        there = first.setdefault(row.problem.id, row.where)
-        if there != row.where and not row.wrong:
-            row.wrong.append(f"field {column!r} is that of {there} too; expected one of its own")
+def _mark_repeated_ids(read: Sequence[_Candidate], column: str) -> None:
+    first: dict[int | str, _Candidate] = {}
+    for candidate in read:
+        before = first.setdefault(candidate.problem.id, candidate)
+        if before is candidate:
+            continue
+        there = before.row.where
+        if candidate.numbered:
+            wrong = f"field {column!r} is missing, and the row's number is the id of {there}"
+        elif before.numbered:
+            wrong = f"field {column!r} is the number of {there}, which has no id"
+        else:
+            wrong = f"field {column!r} is that of {there} too"
+        candidate.row.wrong.append(f"{wrong}; expected one of its own")
 
 
 def _refuse(rows: Sequence[_Row], section: ConfigDict, field: str) -> int:
