@@ -1,8 +1,10 @@
 """Judges that misbehave, for test_pool.py: workers import them from here."""
 
+import multiprocessing
 import os
 import resource
 import signal
+import subprocess
 import time
 
 from opsd_jax.verify.verdict import Verdict
@@ -35,6 +37,15 @@ def misbehave(problem, response):
         with open("/proc/self/statm") as file:
             most = int(file.read().split()[0]) * resource.getpagesize() + 200 * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    elif what == "child":  # starts a process and waits for it
+        child = subprocess.Popen(["sleep", "300"])
+        with open(detail, "w") as file:
+            file.write(str(child.pid))
+        child.wait()
+    elif what == "once":  # slow the first time that it is asked
+        if not os.path.exists(detail):
+            open(detail, "w").close()
+            time.sleep(30)
     elif what == "mark":  # says that it began, and does not end
         open(detail, "w").close()
         time.sleep(60)
@@ -42,3 +53,24 @@ def misbehave(problem, response):
         open(detail, "w").close()
         pow(3, 10**9)
     return Verdict(True, what)
+
+
+def odd(question):
+    """Verdicts that are none."""
+    return {"none": None, "true": True, "list": [1, 2, 3], "object": (True, object())}[question]
+
+
+class Hanging:
+    """A judge whose arrival in a worker takes for ever."""
+
+    def __reduce__(self):
+        return _hang, ()
+
+    def __call__(self, question):
+        return Verdict(True, "match")
+
+
+def _hang():
+    if multiprocessing.current_process().name == "verifier":
+        time.sleep(300)
+    return Hanging()

@@ -16,9 +16,10 @@ import psutil
 import pytest
 
 from opsd_jax.data.problem import Problem
+from opsd_jax.verify import pool as pool_lib
 from opsd_jax.verify.maths import maths
 from opsd_jax.verify.pool import Limits, PoolError, VerifierPool, check_golds
-from opsd_jax.verify.verdict import Verdict
+from opsd_jax.verify.verdict import Verdict, Verifier
 from opsd_jax.verify.verifiers import at_once
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -83,6 +84,58 @@ def test_a_question_is_asked_once():
         assert reasons == ["match", "match", "mismatch", "match", "no answer"] * 50
         assert pool.judged == 2  # the others are the same, or need no parser
         assert pool.submit(ANY, r"\boxed{4}").done()
+
+
+def test_a_passing_slowness_is_not_remembered(tmp_path):
+    with VerifierPool(judges.misbehave, workers=1, limits=Limits(seconds=0.5)) as pool:
+        question = f"once {tmp_path / 'asked'}"
+        assert pool.submit(ANY, question).result(timeout=60) == Verdict(False, "timeout")
+        assert pool.submit(ANY, question).result(timeout=60) == Verdict(True, "once")
+        assert pool.submit(ANY, question).done()
+
+
+def test_workers_are_replaced_after_a_while(monkeypatch):
+    """And no question is lost by that."""
+    monkeypatch.setattr(pool_lib, "RECYCLED", 5)
+    with VerifierPool(judges.misbehave, workers=1) as pool:
+        futures = [pool.submit(ANY, f"fine {i}") for i in range(23)]
+        seen = set()
+        for future in futures:
+            seen.update(worker._process.pid for worker in list(pool._workers))
+            assert future.result(timeout=60) == Verdict(True, "fine")
+    assert len(seen) > 2
+
+
+def test_what_a_judge_started_ends_with_it(tmp_path):
+    path = tmp_path / "pid"
+    got = verdicts(judges.misbehave, [f"child {path}"], limits=Limits(seconds=0.5))
+    assert got == [Verdict(False, "timeout")]
+    pid = int(path.read_text())
+    deadline = time.monotonic() + 5
+    while psutil.pid_exists(pid) and running(psutil.Process(pid)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_odd_verdicts_cost_their_own_row():
+    verifier = Verifier(lambda problem, response: response, judges.odd)
+    reasons = [v.reason for v in verdicts(verifier, ["none", "true", "list", "x", "object"])]
+    assert reasons[:3] == ["verifier TypeError", "verifier TypeError", "verifier ValueError"]
+    assert reasons[3] == "verifier KeyError"
+    assert reasons[4].startswith("<object")
+
+
+def test_a_question_that_cannot_be_sent_costs_its_own_row():
+    verifier = Verifier(lambda problem, response: lambda: response, judges.odd)
+    assert not verdicts(verifier, ["x"])[0].correct
+
+
+def test_a_worker_that_is_never_ready_is_an_error(monkeypatch):
+    monkeypatch.setattr(pool_lib, "START_SECONDS", 1.0)
+    monkeypatch.setattr(pool_lib, "STARTS", 2)
+    verifier = Verifier(lambda problem, response: response, judges.Hanging())
+    with pytest.raises(PoolError, match="not ready after 1 s"):
+        verdicts(verifier, ["x"])
 
 
 def test_what_needs_no_worker_starts_none():

@@ -6,8 +6,11 @@ Submit responses as they come, take verdicts when the loss needs them. What happ
 - a worker is killed from outside: its question is asked again, ATTEMPTS times, then "crash";
 - the verifier raises: "verifier ValueError", or whatever it was;
 - no worker can start: verdicts raise PoolError, none is made up;
-- the pool is left or its process ends, in whatever way: its workers end.
-Each costs its own question alone, and the worker is replaced.
+- the pool is left or its process ends: its workers end, and what they started. Only where a kernel
+  does not kill by SIGIO (macOS) may one that is busy when its parent is killed run on, for as long
+  as a question may take of the processor.
+Each costs its own question alone, and the worker is replaced. A verdict is remembered, but not one
+of time, memory or a crash: those may have been the machine's.
 
 One thread owns the workers, and each worker has a pipe of its own. (concurrent.futures cannot kill;
 pebble can, but its workers share a lock, and one killed while it holds that stops them all.)
@@ -49,11 +52,11 @@ from opsd_jax.verify.verifiers import as_verifier
 
 ATTEMPTS = 5  # times that a question is asked while its workers are killed from outside
 STARTS = 5  # starts in a row that may fail
+START_SECONDS = 60.0  # that a start may take
 RECYCLED = 5000  # questions after which a worker is replaced: parsers' caches grow
 REMEMBERED = 1 << 16  # verdicts
 PRELOADED = ("opsd_jax.verify.warm",)  # what the server that workers are forked from has loaded
 
-_READY = "ready"
 _KILLED = (-signal.SIGKILL, -signal.SIGTERM, 255)  # 255: the server that knew is gone, too
 _CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -81,8 +84,9 @@ PATIENT = Limits(seconds=10.0)  # for golds: checked once, and none is refused f
 class _Task:
     """A question on its way to a verdict."""
 
-    def __init__(self, question: bytes):
-        self.question, self.future, self.attempts = question, Future[Verdict](), 0
+    def __init__(self, key: bytes, question: bytes):
+        self.key, self.question, self.attempts = key, question, 0
+        self.future: Future[Verdict] = Future()
         self.future.set_running_or_notify_cancel()  # others may wait for it: nobody cancels it
 
 
@@ -98,12 +102,14 @@ class _Worker:
         theirs.close()
         self.ready, self.ended = False, False
         self.task: _Task | None = None
-        self.deadline = math.inf
+        self.tasks = 0  # that it was given
+        self.deadline = time.monotonic() + START_SECONDS
 
     def give(self, task: _Task, seconds: float) -> None:
         """Hands it a task."""
         self.task, self.deadline = task, time.monotonic() + seconds
         task.attempts += 1
+        self.tasks += 1
         # One that has died is found out when it is listened to.
         with contextlib.suppress(OSError):
             self.pipe.send_bytes(task.question)
@@ -116,9 +122,13 @@ class _Worker:
     def end(self, wait: float = 0.0) -> int:
         """Its exit code, once it has ended: by itself within `wait` seconds, or killed."""
         self._process.join(wait)
-        if self._process.exitcode is None:
-            self._process.kill()
-            self._process.join()
+        # With what it has started: a worker leads a group of its own, once it is ready.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if self.ready and self._process.pid:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            elif self._process.exitcode is None:
+                self._process.kill()
+        self._process.join()
         self.pipe.close()
         self.ended = True
         return self._process.exitcode or 0
@@ -176,13 +186,13 @@ class VerifierPool:
     def _resolve(self, ask: Callable[..., Verdict | Question], *arguments) -> Future[Verdict]:
         try:
             reply = ask(*arguments)
+            question = b"" if isinstance(reply, Verdict) else pickle.dumps(reply)
         except Exception as error:
             reply = _raised(error)
         if isinstance(reply, Verdict):
             settled: Future[Verdict] = Future()
             settled.set_result(reply)
             return settled
-        question = pickle.dumps(reply)
         key = hashlib.blake2b(question, digest_size=16).digest()
         with self._lock:
             if self._failure:
@@ -190,7 +200,7 @@ class VerifierPool:
             if key in self._known:
                 self._known.move_to_end(key)
                 return self._known[key]
-            task = _Task(question)
+            task = _Task(key, question)
             self._known[key] = task.future
             if len(self._known) > REMEMBERED:
                 self._known.popitem(last=False)
@@ -236,6 +246,8 @@ class VerifierPool:
                     if pipe in heard:
                         self._listen(worker)
                     elif worker.deadline <= time.monotonic():
+                        if not worker.ready:
+                            self._failed_start(f"not ready after {START_SECONDS:.0f} s")
                         self._settle(worker, TIMEOUT)
                         worker.end()
                 self._workers = [worker for worker in self._workers if not worker.ended]
@@ -282,18 +294,24 @@ class VerifierPool:
         except (EOFError, OSError):
             self._bury(worker, worker.end(wait=1.0))
             return
-        if said == _READY:
-            worker.ready, self._failed_starts = True, 0
+        if not worker.ready:
+            worker.ready, worker.deadline, self._failed_starts = True, math.inf, 0
             return
-        self._settle(worker, said)
-        if said == MEMORY:  # nobody knows what it could not allocate
+        verdict = Verdict(*said)
+        self._settle(worker, verdict)
+        # After MEMORY nobody knows what it could not allocate.
+        if verdict == MEMORY or worker.tasks >= RECYCLED:
             worker.end()
 
     def _settle(self, worker: _Worker, verdict: Verdict) -> None:
-        self.judged += 1
         task = worker.free()
-        if task is not None:
-            task.future.set_result(verdict)
+        if task is None:
+            return
+        self.judged += 1
+        if verdict in (TIMEOUT, CRASH, MEMORY):
+            with self._lock:
+                self._known.pop(task.key, None)
+        task.future.set_result(verdict)
 
     def _bury(self, worker: _Worker, code: int) -> None:
         """What becomes of the task of a worker that ended by itself, or was killed from outside."""
@@ -326,12 +344,13 @@ def _work(pipe: multiprocessing.connection.Connection, judge: bytes, limits: Lim
     """A worker: reads questions, writes verdicts, until its pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.setsid()
     for name in PRELOADED:
         importlib.import_module(name)
     decide = pickle.loads(judge)
-    pipe.send(_READY)
+    pipe.send("ready")
     with contextlib.suppress(EOFError, OSError):
-        for _ in range(RECYCLED):
+        while True:
             question = pickle.loads(pipe.recv_bytes())
             # From here to the verdict the kernel ends this process if the parent's end of the pipe
             # closes, or if it takes more processor time than the parent would have let it: native
@@ -341,13 +360,14 @@ def _work(pipe: multiprocessing.connection.Connection, judge: bytes, limits: Lim
             fcntl.fcntl(pipe, fcntl.F_SETFL, flags | os.O_ASYNC)
             _bound(limits)
             try:
-                verdict = decide(question)
+                correct, reason = decide(question)
+                said = bool(correct), str(reason)
             except MemoryError:
-                verdict = MEMORY
+                said = False, MEMORY.reason
             except BaseException as error:
-                verdict = _raised(error)
+                said = False, _raised(error).reason
             fcntl.fcntl(pipe, fcntl.F_SETFL, flags)
-            pipe.send(verdict)
+            pipe.send(said)
 
 
 def _bound(limits: Limits) -> None:
