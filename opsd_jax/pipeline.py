@@ -17,12 +17,13 @@ Started again after whatever stopped it, the run goes on where it was.
 from __future__ import annotations
 
 import functools
+import heapq
 import pathlib
 import resource
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import grain
@@ -49,8 +50,10 @@ from opsd_jax.training.loop import run_stage
 from opsd_jax.training.state import make_optimizer
 from opsd_jax.verify.pool import Limits, VerifierPool
 
-LOOKED_AT = 64  # elements of a data set before a run begins, if it has more than this many:
+# What is made into tokens of a data set before a run begins, if it has more elements than this:
 WHOLLY_LOOKED_AT = 50_000
+LONGEST = 256  # of problems in memory, those with the longest question, and with a solution to it;
+LOOKED_AT = 64  # of others the first, as each may have to be made
 NOTE = "note.txt"  # what a reader of the figures has to know, as the task says it
 PROBED = 1024  # held-out responses whose divergence is measured
 UNTRAINED = "untrained"  # the name under which the initial parameters are evaluated
@@ -98,10 +101,22 @@ class Run:
         def divides(field: str, value: int) -> None:
             check(value % shards == 0, field, value, f"a multiple of data x fsdp = {shards}")
 
+        def looked_at(data: grain.MapDataset) -> Iterable[int]:
+            if len(data) <= WHOLLY_LOOKED_AT:
+                return range(len(data))
+            if not (task.in_memory and (data is task.train or data is task.heldout)):
+                return range(LOOKED_AT)
+            question = [len(data[i].question) for i in range(len(data))]
+            both = [n + len(data[i].solution or data[i].answer) for i, n in enumerate(question)]
+            return {
+                i
+                for lengths in (question, both)
+                for i in heapq.nlargest(LONGEST, range(len(data)), key=lengths.__getitem__)
+            }
+
         @functools.cache
         def longest(data: grain.MapDataset, tokens: Callable) -> tuple[int, int]:
-            n = len(data) if len(data) <= WHOLLY_LOOKED_AT else LOOKED_AT
-            return max((len(tokens(data[i])), i) for i in range(n))
+            return max((len(tokens(data[i])), i) for i in looked_at(data))
 
         def holds(field: str, value: int, data: grain.MapDataset, tokens: Callable) -> None:
             length, i = longest(data, tokens)

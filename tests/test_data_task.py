@@ -17,6 +17,7 @@ from opsd_jax.data.duplicates import normalise, without_duplicates
 from opsd_jax.data.mixture import mixture
 from opsd_jax.data.problem import DataError, Problem
 from opsd_jax.data.tokenizer import ByteTokenizer
+from opsd_jax.stages import sft
 from opsd_jax.training import metrics
 
 
@@ -259,6 +260,37 @@ def test_what_does_not_fit_fails_before_compiling(config, tmp_path, field, value
     message = message.replace("(", r"\(").replace("{", r"\{")
     with pytest.raises((config_lib.ConfigError, DataError), match=f"(?s){message}"):
         pipeline.Run(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "message"),
+    [
+        (8, "rlvr.prompt_tokens is 8; expected at least 13, which problem sums/2 has"),
+        (13, "teacher_prompt_tokens is 20; expected at least 34, which problem sums/3 has"),
+    ],
+)
+def test_of_many_problems_the_longest_are_looked_at(
+    config, tmp_path, monkeypatch, prompt_tokens, message
+):
+    rows = [{"problem": f"{i} + 0", "answer": f"{i}", "solution": f"{i}"} for i in range(10, 60)]
+    rows[1]["problem"] = "11 + 0 + 0"
+    rows[2]["solution"] = "a rather long solution"
+    for name in ("WHOLLY_LOOKED_AT", "LONGEST", "LOOKED_AT"):
+        monkeypatch.setattr(pipeline, name, 1)
+    with config.unlocked():
+        config.data.train = {"sums": config_lib.source(write(tmp_path / "many.jsonl", rows))}
+        config.rlvr.prompt_tokens = config.opsd.prompt_tokens = prompt_tokens
+    with pytest.raises(config_lib.ConfigError, match=message):
+        pipeline.Run(config, tmp_path)
+
+
+def test_a_demonstration_that_is_too_long_is_named(config, tmp_path):
+    task = pipeline.Run(config, tmp_path).task
+    section = config.sft.copy_and_resolve_references()
+    section.buckets = (17,)
+    stage = sft.stage(section, task, None, seed=0)
+    with pytest.raises(DataError, match=r"to '. . . = ' has 18 tokens; the last of .* is 17"):
+        stage.batches(0, None)
 
 
 def test_without_data_there_is_no_task(config, tmp_path):

@@ -64,6 +64,8 @@ class Task(NamedTuple):
       stream: `seed -> data set` of the problems of `train` in the order in which they are rolled
         out; indices go on beyond its length. None is `train.shuffle(seed=seed).repeat()`: grain
         makes a new order for each time round.
+      in_memory: the problems are there and cost nothing to look at: before a run begins, the
+        longest are sought among all of them, however many.
     """
 
     tokenizer: Tokenizer
@@ -75,3 +77,4 @@ class Task(NamedTuple):
     verify: Verifier | Judge
     note: str = ""
     stream: Callable[[int], grain.MapDataset] | None = None
+    in_memory: bool = False

@@ -70,6 +70,7 @@ def task(config: ConfigDict) -> Task:
         teacher_prompt=lambda problem: tokenizer.encode(teacher_prompt(problem)),
         verify=by_source(data.verifiers),
         stream=lambda seed: mixture(data.train, weights, seed),
+        in_memory=True,
     )
 
 

@@ -8,6 +8,7 @@ import ml_collections
 import numpy as np
 
 from opsd_jax import losses
+from opsd_jax.data.problem import DataError
 from opsd_jax.data.task import Demonstration, Task
 from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
@@ -49,7 +50,13 @@ def stage(config: ml_collections.ConfigDict, task: Task, policy: Policy, seed: i
         }
 
     def length(row: Demonstration) -> int:
-        return len(row.prompt) + len(row.response)
+        tokens = len(row.prompt) + len(row.response)
+        if tokens > buckets[-1]:
+            raise DataError(
+                f"the demonstration to {task.tokenizer.decode(row.prompt)[:60]!r} has {tokens} "
+                f"tokens; the last of the stage's buckets is {buckets[-1]}."
+            )
+        return tokens
 
     def batch_of(rows):
         return pack(
