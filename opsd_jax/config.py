@@ -468,6 +468,10 @@ def _validate_sources(data: ConfigDict, fail: Callable[[str, Any, str], None]) -
                 fail(f"{field}.bad_rows", section.bad_rows, "'refuse' or 'drop'")
             if not section.columns.question:
                 fail(f"{field}.columns.question", "", "the name of a column")
+            for bound, rate in section.pass_rates.items():
+                if bound != "path" and not 0 <= rate <= 1:
+                    expected = "a share in [0, 1], such as 0.9 for 90 percent"
+                    fail(f"{field}.pass_rates.{bound}", rate, expected)
             for bounds in ("difficulty", "pass_rates"):
                 low, high = section[bounds].low, section[bounds].high
                 if not low <= high:

@@ -328,8 +328,11 @@ def test_pass_rates(tmp_path):
     rates = {"path": str(records), "low": 0.1, "high": 0.9}
     problems, counts = read(path, pass_rates=rates)
     assert problems == [PROBLEMS[0], PROBLEMS[2]]  # half; never seen
-    assert counts == sources.Counts(rows=3, kept=2, pass_rate=1)
-    assert str(counts) == "3 rows, 1 of another pass rate, 2 kept"
+    assert counts == sources.Counts(rows=3, kept=2, pass_rate=1, unrated=1)
+    assert str(counts) == "3 rows, 1 of another pass rate, 2 kept, 1 without a pass rate"
+    with records.open("a") as file:
+        file.write('{"problem": "maths/c", "corr')  # where a run was killed
+    assert read(path, pass_rates=rates) == (problems, counts)
     for bad, reason in [
         ({"problem": "a"}, "responses.jsonl:2: problem 'a', correct None, rollouts 1; expected"),
         ({"problem": "a", "correct": 3, "rollouts": 2}, "correct 3, rollouts 2; expected an id"),
@@ -339,6 +342,20 @@ def test_pass_rates(tmp_path):
         write_json_lines(records, [{"problem": "a", "correct": True}, bad])
         with pytest.raises(DataError, match=f"data.train.maths.pass_rates: .*{reason}"):
             read(path, pass_rates=rates)
+
+
+def test_pass_rates_of_other_problems(tmp_path):
+    path = write_json_lines(tmp_path / "a.jsonl", ROWS)
+    lines = [{"problem": "tests/1", "correct": True}]
+    for records, message in (
+        (lines, "in which none of its problems, such as 'tests/1', is one of .*'maths/a'"),
+        ([lines[0] | {"source": "tests"}], "in which no problem is one of .*a.jsonl, such as 'm"),
+    ):
+        there = write_json_lines(tmp_path / "responses.jsonl", records)
+        with pytest.raises(DataError, match=f"pass_rates.path is '{there}', {message}"):
+            read(path, pass_rates={"path": str(there)})
+    with pytest.raises(DataError, match=r"pass_rates.path is 'absent'.*cannot be read"):
+        read(path, pass_rates={"path": "absent"})
 
 
 def test_questions_need_nothing_else(tmp_path):

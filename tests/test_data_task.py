@@ -338,6 +338,10 @@ def test_without_data_there_is_no_task(config, tmp_path):
             {"train": {"a": config_lib.source("a", pass_rates={"low": 0.9, "high": 0.1})}},
             "a.pass_rates.low is 0.9; expected at most 0.1, its high",
         ),
+        (
+            {"train": {"a": config_lib.source("a", pass_rates={"high": 90.0})}},
+            r"a.pass_rates.high is 90.0; expected a share in \[0, 1\], such as 0.9 for 90 percent",
+        ),
     ],
 )
 def test_sections_that_cannot_be_used(change, message):

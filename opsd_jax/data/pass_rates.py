@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections import Counter
 
-from opsd_jax.data import files
 from opsd_jax.data.problem import DataError
+from opsd_jax.training import files
 
 
 def pass_rates(path: str, source: str, field: str) -> dict[int | str, float]:
@@ -14,7 +15,8 @@ def pass_rates(path: str, source: str, field: str) -> dict[int | str, float]:
     Args:
       path: JSON lines, each `{"problem": id, "correct": true, false or their number}`, with
         "rollouts", of how many, if not of one, and with "source", if not of any. The
-        `responses.jsonl` of an evaluation and the `groups.jsonl` of a training stage are such.
+        `groups.jsonl` of a training stage and the `responses.jsonl` of an evaluation are such; a
+        last line that a killed run cut off is left out.
       source: its name. Ids are taken with it before them and without.
       field: of the config: where the path stands.
 
@@ -23,9 +25,16 @@ def pass_rates(path: str, source: str, field: str) -> dict[int | str, float]:
     """
     correct: Counter[str] = Counter()
     rollouts: Counter[str] = Counter()
-    for where, columns, error in files.rows(path, field=field):
-        if columns is None:
-            raise DataError(f"config.{field}: {where}: {error}.")
+    try:
+        lines = files.read_json_lines(pathlib.Path(path), "Expected the records of rollouts.")
+    except (files.RecordError, UnicodeDecodeError) as error:
+        raise DataError(f"config.{field}.path is {path!r}: {error}") from error
+    for number, columns in enumerate(lines, 1):
+        if not isinstance(columns, dict):
+            raise DataError(
+                f"config.{field}: {path}:{number}: a JSON {type(columns).__name__}; expected an "
+                "object."
+            )
         if columns.get("source", source) != source:
             continue
         problem, right = columns.get("problem"), columns.get("correct")
@@ -37,8 +46,8 @@ def pass_rates(path: str, source: str, field: str) -> dict[int | str, float]:
             and 0 <= right <= of > 0
         ):
             raise DataError(
-                f"config.{field}: {where}: problem {problem!r}, correct {right!r}, rollouts {of!r};"
-                " expected an id, and how many of how many rollouts are correct."
+                f"config.{field}: {path}:{number}: problem {problem!r}, correct {right!r}, "
+                f"rollouts {of!r}; expected an id, and how many of how many rollouts are correct."
             )
         key = f"{source}/{str(problem).removeprefix(f'{source}/')}"
         correct[key] += right

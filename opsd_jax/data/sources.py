@@ -23,7 +23,7 @@ CheckGolds = Callable[[Sequence[Problem]], Sequence[str]]  # of each problem "",
 
 
 class Counts(NamedTuple):
-    """What became of the rows of a source; those from `bad` on were left out.
+    """What became of the rows of a source; those from `bad` to `repeated` were left out.
 
     Attributes:
       rows: read.
@@ -33,6 +33,7 @@ class Counts(NamedTuple):
       pass_rate: outside the bounds of `pass_rates`.
       overlap: evaluation set -> questions that stand there too.
       repeated: questions that came before, in this source or an earlier one.
+      unrated: problems without a pass rate where `pass_rates` is given; it leaves them in.
     """
 
     rows: int
@@ -42,6 +43,7 @@ class Counts(NamedTuple):
     pass_rate: int = 0
     overlap: Mapping[str, int] = {}
     repeated: int = 0
+    unrated: int = 0
 
     def __str__(self) -> str:
         left_out = {
@@ -51,8 +53,10 @@ class Counts(NamedTuple):
             **{f"also in {name}": count for name, count in self.overlap.items()},
             "repeated": self.repeated,
         }
-        parts = [f"{count} {what}" for what, count in left_out.items() if count]
-        return ", ".join([f"{self.rows} rows", *parts, f"{self.kept} kept"])
+        left_in = {"without a pass rate": self.unrated}
+        texts = lambda counts: [f"{count} {what}" for what, count in counts.items() if count]
+        kept = [f"{self.kept} kept", *texts(left_in)]
+        return ", ".join([f"{self.rows} rows", *texts(left_out), *kept])
 
 
 class _Row(NamedTuple):
@@ -105,6 +109,14 @@ def problems(
             read.append(candidate)
     _mark_repeated_ids(read, section.columns.id)
     good = [c for c in read if not c.row.wrong]
+    if earlier.path and good and not any(c.problem.id in rates for c in good):
+        ids = [str(key).removeprefix(f"{name}/") for key in rates]
+        there = f"none of its problems, such as {ids[0]!r}," if ids else "no problem"
+        raise DataError(
+            f"config.{field}.pass_rates.path is {earlier.path!r}, in which {there} is one of "
+            f"{section.path}, such as {good[0].problem.id!r}; expected the records of a run that "
+            "rolled them out."
+        )
     fitting = [c for c in good if not level.column or level.low <= c.difficulty <= level.high]
     asked_for = [
         c for c in fitting if earlier.low <= rates.get(c.problem.id, earlier.low) <= earlier.high
@@ -122,6 +134,7 @@ def problems(
         bad=bad,
         difficulty=len(good) - len(fitting),
         pass_rate=len(fitting) - len(asked_for),
+        unrated=sum(c.problem.id not in rates for c in asked_for) if earlier.path else 0,
     )
     if not kept:
         raise DataError(f"config.{field}: no problem is left of {section.path}: {counts}.")
