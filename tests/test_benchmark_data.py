@@ -48,13 +48,15 @@ def test_the_rows_that_cannot_be_used_are_listed():
 def test_counts(data):
     assert data.counts == {
         "aime24": sources.Counts(rows=30, kept=30),
-        "aime25": sources.Counts(rows=30, kept=30),
+        "aime25": sources.Counts(rows=30, kept=30, unsolved=30),
         "gsm8k_test": sources.Counts(rows=1319, kept=1319),
         "math500": sources.Counts(rows=500, kept=500),
         "gsm8k_train": sources.Counts(rows=7473, kept=7473),
         "train_aime_1983_2023": sources.Counts(rows=975, kept=968, overlap={"math500": 7}),
         # 5 stand in it twice; 355 are problems of the AIME above.
-        "train_math_deepscaler": sources.Counts(rows=7474, kept=7112, bad=2, repeated=360),
+        "train_math_deepscaler": sources.Counts(
+            rows=7474, kept=7112, bad=2, repeated=360, unsolved=7112
+        ),
     }
 
 

@@ -94,7 +94,7 @@ def read(path, check_golds=lambda problems: [""] * len(problems), **changes):
 def test_every_form_of_file_reads_the_same(tmp_path, write, name, split):
     problems, counts = read(write(tmp_path / name, ROWS), split=split)
     assert problems == PROBLEMS
-    assert counts == sources.Counts(rows=3, kept=3)
+    assert counts == sources.Counts(rows=3, kept=3, unsolved=1)
 
 
 @pytest.mark.slow
@@ -193,9 +193,27 @@ def test_columns_map(tmp_path):
     assert no_answer[0].answer == ""
 
 
+def test_a_column_that_the_config_names_and_no_row_has(tmp_path):
+    path = write_json_lines(tmp_path / "a.jsonl", ROWS)
+    with pytest.raises(
+        DataError, match=r"maths.columns.solution is 'proof', which no row of .*a.j"
+    ):
+        read(path, columns={"solution": "proof"})
+    with pytest.raises(DataError, match="1: field 'tests' is missing; expected a value"):
+        read(path, extra=("tests",))
+    wrong = ["no gold", "no gold", "no gold"]
+    with pytest.raises(DataError, match=r"columns.answer is '': .*maths.verifier, of kind 'maths'"):
+        read(path, lambda problems: wrong, columns={"answer": ""})
+
+
 BAD = [
     ("{", "not JSON: Expecting property name"),
     ("[" * 100_000, "not JSON"),
+    (
+        '{"problem": "q", "answer": "1", "a": {"b": 1, "b": 2}}',
+        "the key 'b' stands in it twice",
+    ),
+    ({"problem": "q", "answer": 1e16}, "field 'answer' is 1e+16; expected a string"),
     ('"text"', "a JSON str; expected an object, column -> value"),
     ({}, "field 'problem' is missing; .* (has none); field 'answer' is missing"),
     ({"problem": "q"}, "field 'answer' is missing; expected a string .* (has problem)"),
@@ -251,7 +269,7 @@ def test_all_bad_rows_come_in_one_message(tmp_path, capsys):
     assert len(lines) == 13
     problems, counts = read(path, bad_rows="drop")
     assert [p.question for p in problems] == [f"q{i}" for i in range(0, 30, 2)]
-    assert counts == sources.Counts(rows=30, kept=15, bad=15)
+    assert counts == sources.Counts(rows=30, kept=15, bad=15, unsolved=15)
     assert "15 bad of 30 rows:" in capsys.readouterr().err
 
 
@@ -267,7 +285,7 @@ def test_an_id_counts_once_its_row_is_good(tmp_path):
     path = write_json_lines(tmp_path / "a.jsonl", rows)
     problems, counts = read(path, bad_rows="drop")
     assert problems == PROBLEMS
-    assert counts == sources.Counts(rows=4, kept=3, bad=1)
+    assert counts == sources.Counts(rows=4, kept=3, bad=1, unsolved=1)
 
 
 def test_a_number_that_is_another_row_s_id(tmp_path):
@@ -303,7 +321,7 @@ def test_difficulty(tmp_path):
     path = write_json_lines(tmp_path / "a.jsonl", rows)
     problems, counts = read(path, difficulty={"column": "meta.level", "low": 2.0})
     assert problems == PROBLEMS[1:]
-    assert counts == sources.Counts(rows=3, kept=2, difficulty=1)
+    assert counts == sources.Counts(rows=3, kept=2, difficulty=1, unsolved=1)
     assert len(read(path, difficulty={"column": "meta.level", "high": 2.5})[0]) == 2
     rows[1]["meta"]["level"] = "Level 5"
     write_json_lines(path, rows)

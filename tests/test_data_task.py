@@ -75,7 +75,9 @@ def test_numbers_and_operators_tell_questions_apart(a, b):
 def test_dots_within_a_question_take_no_time():
     began = time.monotonic()
     normalise(": " * 100_000 + "x")
-    assert time.monotonic() - began < 5  # it was half a minute where each one began a search for the end
+    assert (
+        time.monotonic() - began < 5
+    )  # it was half a minute where each one began a search for the end
 
 
 def test_without_duplicates():
@@ -215,7 +217,7 @@ def test_load_counts_what_it_leaves_out(config, capsys):
     assert [p.id for p in data.train["sums"]] == [f"sums/{i}" for i in (1, *range(3, 12))]
     assert [p.id for p in data.heldout["tests"]] == ["tests/12", "tests/13"]
     out = capsys.readouterr().err
-    counts = "14 rows, 1 also in others, 2 also in tests, 1 repeated, 10 kept"
+    counts = "14 rows, 1 also in others, 2 also in tests, 1 repeated, 10 kept, 1 without a solution"
     assert f"data: train.sums: {counts}\n" in out
     assert "data: heldout.tests: 2 rows, 2 kept\n" in out
 

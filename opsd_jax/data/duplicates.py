@@ -11,20 +11,22 @@ from collections.abc import Iterable, Mapping
 from opsd_jax.data.problem import Problem
 
 # Signs typed in several ways: quotes, minus and dashes, and those that TeX has a command for.
-_SIGNS = str.maketrans(
-    "\u2018\u2019\u201c\u201d\u2212\u2010\u2011\u2013\u2014", "''\"\"-----"
-) | str.maketrans(
-    {
-        **{wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)},  # ASCII in full width
-        "\u00d7": r"\times ",
-        "\u00b7": r"\cdot ",
-        "\u22c5": r"\cdot ",
-        "\u00b0": r"^\circ ",
-        "\u03c0": r"\pi ",
-        "\u2264": r"\le ",
-        "\u2265": r"\ge ",
-        "\u2260": r"\ne ",
-    }
+_WIDE = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)}  # ASCII in full width
+_SIGNS = (
+    _WIDE
+    | str.maketrans("\u2018\u2019\u201c\u201d\u2212\u2010\u2011\u2013\u2014", "''\"\"-----")
+    | str.maketrans(
+        {
+            "\u00d7": r"\times ",
+            "\u00b7": r"\cdot ",
+            "\u22c5": r"\cdot ",
+            "\u00b0": r"^\circ ",
+            "\u03c0": r"\pi ",
+            "\u2264": r"\le ",
+            "\u2265": r"\ge ",
+            "\u2260": r"\ne ",
+        }
+    )
 )
 _SUBSTITUTIONS = [
     (re.compile(pattern), new)

@@ -115,15 +115,30 @@ def _json_lines(path: pathlib.Path) -> Iterator[Row]:
                 continue
             where = f"{path}:{number}"
             try:
-                columns = json.loads(line)
+                columns = json.loads(line, object_pairs_hook=_object)
             except (ValueError, RecursionError) as error:
                 yield Row(where, None, f"not JSON: {error}")
+                continue
+            except _RepeatedKey as error:
+                yield Row(where, None, f"the key {error} stands in it twice; expected it once")
                 continue
             if isinstance(columns, dict):
                 yield Row(where, columns)
             else:
                 kind = type(columns).__name__
                 yield Row(where, None, f"a JSON {kind}; expected an object, column -> value")
+
+
+class _RepeatedKey(Exception):
+    """An object has a key twice: which value is meant, nobody knows."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    columns = dict(pairs)
+    if len(columns) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _RepeatedKey(repr(next(key for key in keys if keys.count(key) > 1)))
+    return columns
 
 
 def _parquet(path: pathlib.Path) -> Iterator[Row]:

@@ -62,8 +62,13 @@ def load(config: ConfigDict) -> Data:
         evaluated[name] = sources.questions(section, f"data.exclude.{name}")
     data["train"], counted = without_duplicates(data["train"], evaluated)
     for name, (overlap, repeated) in counted.items():
-        kept = len(data["train"][name])
-        counts[name] = counts[name]._replace(kept=kept, overlap=overlap, repeated=repeated)
+        kept = data["train"][name]
+        counts[name] = counts[name]._replace(
+            kept=len(kept),
+            overlap=overlap,
+            repeated=repeated,
+            unsolved=sum(not problem.solution for problem in kept),
+        )
         if not kept:
             raise DataError(f"config.data.train.{name}: no problem is left: {counts[name]}.")
     for part in data:

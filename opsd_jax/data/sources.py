@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from opsd_jax import config as config_lib
 from opsd_jax.data import files
 from opsd_jax.data.pass_rates import pass_rates
 from opsd_jax.data.problem import DataError, Problem
@@ -34,6 +35,7 @@ class Counts(NamedTuple):
       overlap: evaluation set -> questions that stand there too.
       repeated: questions that came before, in this source or an earlier one.
       unrated: problems without a pass rate where `pass_rates` is given; it leaves them in.
+      unsolved: of the problems kept, those without a solution.
     """
 
     rows: int
@@ -44,6 +46,7 @@ class Counts(NamedTuple):
     overlap: Mapping[str, int] = {}
     repeated: int = 0
     unrated: int = 0
+    unsolved: int = 0
 
     def __str__(self) -> str:
         left_out = {
@@ -53,7 +56,10 @@ class Counts(NamedTuple):
             **{f"also in {name}": count for name, count in self.overlap.items()},
             "repeated": self.repeated,
         }
-        left_in = {"without a pass rate": self.unrated}
+        left_in = {
+            "without a pass rate": self.unrated,
+            "without a solution": self.unsolved,
+        }
         texts = lambda counts: [f"{count} {what}" for what, count in counts.items() if count]
         kept = [f"{self.kept} kept", *texts(left_in)]
         return ", ".join([f"{self.rows} rows", *texts(left_out), *kept])
@@ -95,7 +101,8 @@ def problems(
         that the filters leave.
 
     Raises:
-      DataError: rows are bad, all of them in one message; or no problem is left.
+      DataError: rows are bad, all of them in one message; no problem is left; or a field of the
+        section fits none of the rows.
     """
     earlier, level = section.pass_rates, section.difficulty
     rates = pass_rates(earlier.path, name, f"{field}.pass_rates") if earlier.path else {}
@@ -109,6 +116,13 @@ def problems(
             read.append(candidate)
     _mark_repeated_ids(read, section.columns.id)
     good = [c for c in read if not c.row.wrong]
+    solution = section.columns.solution
+    named = solution and solution != config_lib.source().columns.solution
+    if named and good and not any(c.problem.solution for c in good):
+        raise DataError(
+            f"config.{field}.columns.solution is {solution!r}, which no row of {section.path} has; "
+            "expected the name of a column, or '' for none."
+        )
     if earlier.path and good and not any(c.problem.id in rates for c in good):
         ids = [str(key).removeprefix(f"{name}/") for key in rates]
         there = f"none of its problems, such as {ids[0]!r}," if ids else "no problem"
@@ -122,6 +136,12 @@ def problems(
         c for c in fitting if earlier.low <= rates.get(c.problem.id, earlier.low) <= earlier.high
     ]
     reasons = check_golds([c.problem for c in asked_for])
+    if not section.columns.answer and asked_for and all(reasons):
+        raise DataError(
+            f"config.{field}.columns.answer is '': no problem has an answer, and config.{field}."
+            f"verifier, of kind {section.verifier.kind!r}, needs one ({reasons[0]}); expected the "
+            "name of a column."
+        )
     for candidate, reason in zip(asked_for, reasons, strict=True):
         if reason:
             answer = f"field {section.columns.answer!r} is {_shown(candidate.problem.answer)}"
@@ -135,6 +155,7 @@ def problems(
         difficulty=len(good) - len(fitting),
         pass_rate=len(fitting) - len(asked_for),
         unrated=sum(c.problem.id not in rates for c in asked_for) if earlier.path else 0,
+        unsolved=sum(not problem.solution for problem in kept),
     )
     if not kept:
         raise DataError(f"config.{field}: no problem is left of {section.path}: {counts}.")
@@ -167,7 +188,7 @@ def _read(read: _Reader, number: int, name: str, section: ConfigDict) -> _Candid
         f"{TEXT}, an integer, or a list of one such string",
         absent=None if columns.answer else "",  # a verifier may go by `extra` alone
     )
-    extra = {column: read(column, lambda value: value, "a value") for column in section.extra}
+    extra = {column: read(column, _present, "a value") for column in section.extra}
     difficulty = read(level, _number, "a number") if level else math.nan
     if read.row.wrong:
         return None
@@ -217,6 +238,12 @@ def reach(columns: Mapping[str, Any], column: str) -> Any:
     return value
 
 
+def _present(value: Any) -> Any:
+    if value is None:
+        raise TypeError
+    return value
+
+
 def _string(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError
@@ -237,7 +264,8 @@ def _key(value: Any) -> str:
 def _answer(value: Any) -> str:
     if isinstance(value, list) and len(value) == 1:
         return _text(value[0])
-    if isinstance(value, float) and value.is_integer():
+    # Beyond that a float does not tell a number from the next one.
+    if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
         value = int(value)
     return _key(value)
 
