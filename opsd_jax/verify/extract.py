@@ -19,7 +19,7 @@ _ANSWER_LINE = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _HOPE = re.compile(r"\.?\s*I hope it is correct.*", re.IGNORECASE)
-_HASHES_LINE = re.compile(r"####[ \t]*(\S[^\n]*)")
+_HASHES_LINE = re.compile(r"(?<!#)####(?!#)[ \t]*(\S[^\n]*)")
 
 
 def after_thinking(response: str) -> str | None:
@@ -35,8 +35,8 @@ def after_thinking(response: str) -> str | None:
 def boxed(text: str) -> str | None:
     r"""The content of the last balanced `\boxed{}` (or `\fbox`, or `\boxed 5`).
 
-    Boxes with nothing but commas, "and" or "or" between them are one answer, their list: a response
-    does not get to name several and be right with the last.
+    Boxes with nothing but commas, "and" or "or" between them are one answer, their list: one cannot
+    name several in a row and be right with the last.
     """
     first = min((i for i in (text.find("\\boxed"), text.find("\\fbox")) if i >= 0), default=None)
     if first is None:
@@ -57,14 +57,15 @@ def boxed(text: str) -> str | None:
         return bare[-1] if bare else None
     boxes.sort()
     begin, start, end = boxes[-1]
-    answers = [text[start:end].strip()]
+    answers = {text[start:end].strip(): None}  # in order, the last first
+    length = end - start
     for before, start, end in reversed(boxes[:-1]):
-        if not _CONNECTIVE.fullmatch(text, end + 1, begin):
+        if length > LONGEST or not _CONNECTIVE.fullmatch(text, end + 1, begin):
             break
         begin = before
-        if text[start:end].strip() not in answers:
-            answers.insert(0, text[start:end].strip())
-    return ", ".join(answers)
+        length += end - start
+        answers.setdefault(text[start:end].strip())
+    return ", ".join(reversed(answers))
 
 
 def hashes(text: str) -> str | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from opsd_jax.verify.settle import Pair, close, settle, understood
 from opsd_jax.verify.verdict import MATCH, MISMATCH, NO_ANSWER, Verdict, Verifier, verdict_on
 
 _RELATION = re.compile(r"\\approx(?![a-zA-Z])|≈|(?<![<>!\\])=")
+_APPLIED = re.compile(r"[a-zA-Z]'*(?:_\{?\w+\}?)?\([^()]*\)")  # f(x) on the left is a name
 # Between a letter of a script that is written without spaces and a number.
 _NO_SPACES = re.compile(r"(?<=[\u0e00-\u0eff\u3040-\u30ff\u4e00-\u9fff])(?=[-0-9])")
 
@@ -59,30 +61,38 @@ def judge(pair: Pair) -> Verdict:
         answer_text: str | None = pair.answer
         answer = math_verify.parse(pair.answer, parsing_timeout=None)
     else:
-        answer_text = _first_of_chain(pair.answer, parse)
+        answer_text = _first_of_chain(pair.answer, parse, alone=not _RELATION.search(pair.gold))
         answer = parse(answer_text) if answer_text else []
     if not gold or not answer:
         return MISMATCH
     if not math_verify.verify(gold, answer, allow_set_relation_comp=True, timeout_seconds=None):
         return verdict_on(_same_where_real(gold[0], answer[0]))
-    # It has rounded to six places. That 50 % may be 50 is meant.
-    scales = (1, 100, Fraction(1, 100)) if "%" in f"{gold_text}{answer_text}" else (1,)
-    pairs = zip(_numbers(gold[0]), _numbers(answer[0]), strict=False)
-    return verdict_on(all(any(abs(a - s * b) * 10_000 <= abs(a) for s in scales) for a, b in pairs))
+    return verdict_on(_near(gold[0], answer[0], percent="%" in f"{gold_text}{answer_text}"))
 
 
-def _first_of_chain(text: str, parse: Callable[[str], list[Any]]) -> str | None:
+def _first_of_chain(
+    text: str, parse: Callable[[str], list[Any]], *, alone: bool = False
+) -> str | None:
     r"""An answer that is a chain, `x = 14/3 \approx 4.67`, as its first number; None where the
     numbers of a chain differ; any other answer as it is.
+
+    `alone`: what is asked for is no equation, so that expressions in the same variables differ only
+    if the chain is false.
     """
     terms = _chain(text)
     if len(terms) == 1 or re.search(r"[,;]|\\begin|\\text|\\cup|\\in(?![a-zA-Z])", text):
         return text
-    numbers = []
+    numbers, expressions = [], []
     for relation, term in zip(["=", *terms[1::2]], terms[::2], strict=True):
-        value = _value(next(iter(parse(term)), None))
+        parsed = next(iter(parse(term)), None)
+        value = _value(parsed)
         if value is not None:
             numbers.append((relation, term, value))
+        elif parsed is not None and relation == "=" and not _APPLIED.fullmatch(term):
+            expressions.append(parsed)
+    for one, other in itertools.pairwise(expressions) if alone else ():
+        if one.free_symbols & other.free_symbols and not _same(one, other):
+            return None  # y = 3x = 2x, and x = 2x
     if not numbers:
         return text
     _, first_term, first = numbers[0]
@@ -91,6 +101,12 @@ def _first_of_chain(text: str, parse: Callable[[str], list[Any]]) -> str | None:
         if not (within or close(first, value)):
             return None
     return text if len(numbers) == 1 and terms[1::2] == ["="] else first_term
+
+
+def _same(a: Any, b: Any) -> bool:
+    import math_verify
+
+    return math_verify.verify(a, b, timeout_seconds=None) or _same_where_real(a, b)
 
 
 def _chain(text: str) -> list[str]:
@@ -112,14 +128,41 @@ def _value(parsed: Any) -> Any:
         return None
 
 
-def _numbers(parsed: Any) -> list[Any]:
-    """The values of a number, or of all in a tuple, a set or an assignment; [] if any is none."""
+def _near(a: Any, b: Any, percent: bool) -> bool:
+    """That two things called equal are so not only by rounding to six places: their numbers agree
+    to a relative 1e-4, and expressions without decimals exactly.
+    """
     import sympy
 
-    if isinstance(parsed, sympy.Eq) and parsed.lhs.is_Symbol:
-        parsed = parsed.rhs
-    many = isinstance(parsed, sympy.Tuple | sympy.FiniteSet)
-    values = [_value(part) for part in (parsed.args if many else [parsed])]
+    if isinstance(a, sympy.Eq) and isinstance(b, sympy.Eq) and a.lhs == b.lhs:
+        a, b = a.rhs, b.rhs
+    scales = (1, 100, Fraction(1, 100)) if percent else (1,)
+    pairs = zip(_numbers(a), _numbers(b), strict=False)
+    if not all(any(abs(x - s * y) * 10_000 <= abs(x) for s in scales) for x, y in pairs):
+        return False
+    both = [side.rhs if isinstance(side, sympy.Eq) else side for side in (a, b)]
+    if isinstance(a, sympy.Eq) and isinstance(b, sympy.Eq):
+        return True  # two forms of one equation
+    if not all(isinstance(side, sympy.Expr) and side.free_symbols for side in both):
+        return True
+    decimal = any(side.has(sympy.Float) for side in both)
+    return decimal or both[0] == both[1] or sympy.simplify(both[0] - both[1]) == 0
+
+
+def _numbers(parsed: Any) -> list[Any]:
+    """The values of a number, of an interval's ends or of all in a tuple or set, assigned or not;
+    [] if any is none.
+    """
+    import sympy
+
+    if isinstance(parsed, sympy.Tuple | sympy.FiniteSet):
+        parts = list(parsed.args)
+    elif isinstance(parsed, sympy.Interval):
+        parts = [end for end in (parsed.start, parsed.end) if end.is_finite]
+    else:
+        parts = [parsed]
+    assigned = lambda e: e.rhs if isinstance(e, sympy.Eq) and e.lhs.is_Symbol else e
+    values = [_value(assigned(part)) for part in parts]
     if any(value is None or not value.is_real for value in values):
         return []
     return sorted(values) if isinstance(parsed, sympy.FiniteSet) else values

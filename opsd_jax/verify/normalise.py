@@ -6,28 +6,39 @@ import re
 from fractions import Fraction
 
 _DELIMITED = re.compile(r"(?:\$\$?(.*?)\$\$?|\\\[(.*)\\\]|\\\((.*)\\\))[.\s]*", re.DOTALL)
-_TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
+_TEXT = re.compile(
+    r"\\(?:text(?:bf|it|rm|tt|sf|normal)?|math(?:rm|bf|it)|mbox|operatorname)\s*\{([^{}]*)\}"
+)
 _NAMES = [
     "mm millimeter millimeters millimetres", "cm centimeter centimeters centimetres",
     "m meter meters metre metres", "km kilometer kilometers kilometres",
     "in inch inches", "ft foot feet", "yd yard yards", "mi mile miles",
     "mg milligram milligrams", "g gram grams", "kg kilogram kilograms",
-    "lb lbs pound pounds", "oz ounce ounces",
-    "s sec second seconds", "min minute minutes", "h hr hour hours", "day days",
+    "lb lbs pound pounds", "oz ounce ounces", "l liter liters litre litres",
+    "ml milliliter milliliters millilitres", "gal gallon gallons",
+    "s sec second seconds", "min mins minute minutes", "h hr hrs hour hours", "day days",
     "week weeks", "month months", "year years", "cent cents", "dollar dollars",
-    "degree degrees", "unit units",
+    "degree degrees", "rad radian radians", "celsius", "fahrenheit", "unit units",
 ]  # fmt: skip
 UNITS = {name: names.split()[0] for names in _NAMES for name in names.split()}
+_SPEEDS = {"mph": "mi/h", "kmh": "km/h", "kph": "km/h", "kmph": "km/h"}
 _UNIT = re.compile(
     r"(.*[^\\\s^_=,+*/-]) ?"
-    r"(?:\\(?:text(?:bf|it|rm|normal)?|mathrm|mbox)\{([^{}]*)\}|"
+    r"(?:\\(?:text(?:bf|it|rm|normal)?|mathrm|mbox)\{([a-zA-Z ./]*)\}|"
     rf"(?<=[0-9}}])[ ]?({'|'.join(name for name in UNITS if len(name) > 1)})|"
     r"\^\{?\\circ\}?)"
     r"(?:\^\{?([23])\}?)?",
     re.DOTALL,
 )
+# Words behind a number that are no unit, but change what it says.
+FACTORS = re.compile(
+    r"\b(?:and|or|not|no|if|pi|million|billion|trillion|thousand|hundred|dozen|half|base|mod)\b",
+    re.IGNORECASE,
+)
 _REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\overline\s*\{?([0-9]+)\}?")
-_THOUSANDS = re.compile(r"([+-]?[0-9]{1,3})((?:(?:,|\{,\}| )[0-9]{3})+)(\.[0-9]+)?")
+_THOUSANDS = re.compile(
+    r"((?:\\?\$)?[+-]?[1-9][0-9]{0,2})((?:(?:,|\{,\}|,?\\[!,]| )[0-9]{3})+)(\.[0-9]+)?"
+)
 _NUMBER = re.compile(
     r"([+-]?)(?:([0-9]*\.[0-9]+|[0-9]+\.?)|(?:([0-9]+) )?([0-9]+)/0*([1-9][0-9]*))"
 )
@@ -41,6 +52,7 @@ _RULES = [
         (r"\\?\$", ""),
         (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle)(?![a-zA-Z])", ""),
         (r"(?<=[0-9])(?:,\\!|\{,\}|\\,)(?=[0-9]{3}(?![0-9]))", ""),  # thousands
+        (r"(?<=[0-9])\\,(?=[0-9])", " "),
         (r"(?<!\\)\\[!,]|\\[hv]?phantom\s*(?:\{[^{}]*\}|[^\\{}])", ""),
         (r"(?<!\\)\\[;:> ]|~|\\q?quad(?![a-zA-Z])", " "),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
@@ -54,12 +66,23 @@ _RULES = [
         (r"\\(?:ge|geqslant)(?![a-zA-Z])|≥", r"\\geq"),
         ("\N{MINUS SIGN}", "-"),
         (r"[,;\s]*(?:\\(?:text|mbox)\{[,\s]*(?:and|or)\s*\}|\b(?:and|or)\b)\s*|;", ","),
-        (r"\\degree(?![a-zA-Z])", r"^\\circ"),
+        (r"\\(?:text|mathrm|operatorname)\{\s*([eid])\s*\}", r"\1"),  # upright constants
+        (r"\\(?:text|mathrm)\{\s*pi\s*\}|π", r"\\pi "),
+        (r"\\(?:large|Large|bf|it|rm|textstyle)(?![a-zA-Z])|\*\*", ""),
+        (r"\\underline\{([^{}]*)\}", r"\1"),
+        (r"√\s*([0-9a-zA-Z])", r"\\sqrt{\1}"),
+        (r"\^?(?:\\degree(?![a-zA-Z])|°)", r"^\\circ"),
+        (r"\^\{?\\circ\}?\s*\\(?:text|mathrm)\{\s*C\s*\}", r"\\text{celsius}"),
+        (r"\^\{?\\circ\}?\s*\\(?:text|mathrm)\{\s*F\s*\}", r"\\text{fahrenheit}"),
+        ("²", "^2"),
+        ("³", "^3"),
+        (r"\\colon(?![a-zA-Z])|\{:\}", ":"),
         (r"\\text\{\s*percent\s*\}|\bpercent(?:age)?\b", r"\\%"),
         (r"\s+", " "),
         # A space counts between words and between digits.
         (r" ?([^0-9a-zA-Z\\ ]) ?| (?=\\)", r"\1"),
-        (r"^\\approx(?![a-zA-Z])|[.,\\ ]+$", ""),
+        (r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", ", "),  # of a list: math-verify would read a number
+        (r"^\\approx(?![a-zA-Z])|(?:(?<!\.)\.|[,\\ ])+$", ""),
     ]
 ]
 
@@ -80,8 +103,20 @@ def quantity(text: str) -> tuple[str, str | None]:
     if not found:
         return text, None
     value, setting, word, power = found.groups()
-    known = UNITS.get((setting or word or "degree").strip().lower())
-    return value, known and f"{known}^{power or 1}"
+    words = (word or ("degree" if setting is None else setting)).lower()
+    return (text, None) if FACTORS.search(words) else (value, _unit(words, power or "1"))
+
+
+def _unit(words: str, power: str) -> str | None:
+    """One name for each of the units known, such as "ft^2" and "m^1/s^1"."""
+    if squared := re.match(r"\s*(?:(square|sq)|cubic|cu)[. ]\s*", words):
+        words, power = words[squared.end() :], "2" if squared[1] else "3"
+    name = re.sub(r"[ .]", "", words.replace(" per ", "/"))
+    parts = _SPEEDS.get(name, name).split("/")
+    if not all(part in UNITS for part in parts):
+        return None
+    first, *others = (UNITS[part] for part in parts)
+    return "/".join([f"{first}^{power}", *others])
 
 
 def normalise(answer: str) -> str:
@@ -89,19 +124,18 @@ def normalise(answer: str) -> str:
     text = answer.strip()
     inside = delimited(text)
     text = _REPEATING.sub(_as_fraction, text if inside is None else inside)
+    if number := _THOUSANDS.fullmatch(text.strip(" .$")):
+        text = number[1] + re.sub("[^0-9]", "", number[2]) + (number[3] or "")
     if "\\begin" not in text:  # there two backslashes end a row
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
-    text = text.strip()
-    if number := _THOUSANDS.fullmatch(text):
-        text = number[1] + re.sub("[^0-9]", "", number[2]) + (number[3] or "")
-    return text
+    return text.strip()
 
 
 def bare(text: str) -> str:
     r"""A normalised answer without `\text{}` and its kin around words."""
-    return re.sub(r"\s+", " ", _TEXT.sub(r"\1", text)).strip()
+    return re.sub(r"\s+", " ", _TEXT.sub(r"\1", text)).strip().removesuffix(".")
 
 
 def _as_fraction(decimal: re.Match) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from opsd_jax.data.problem import Problem
 from opsd_jax.verify import extract
 from opsd_jax.verify.maths import gold_of, maths
-from opsd_jax.verify.normalise import bare, normalise, plain_number
+from opsd_jax.verify.normalise import bare, normalise, plain_number, quantity
 from opsd_jax.verify.verdict import (
     MATCH,
     NO_ANSWER,
@@ -30,11 +30,15 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 _NUMBER = re.compile(
-    r"[-+]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+    r"(?<![\w^{.])[-+]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
 )
-_LETTER = re.compile(r"\(?([A-Z])(?:[).:,\s]|$)")
-_NAMED_LETTER = re.compile(r"answer(?: is)?\W{0,4}([A-Z])\b", re.IGNORECASE)
-_ALONE = re.compile(r"(?<![\w'])([A-Z])(?![\w'])")
+_POWER_OF_TEN = re.compile(r"\s*(?:\\times|\\cdot|\*|\u00d7)\s*10\^\{?(-?[0-9]+)\}?")
+_BEGINS = re.compile(r"\(?([A-Z])(?:[).:,\s]|$)")
+_NAMED = re.compile(
+    r"(?i:(?:answer|choice|option)(?: is)?)\W{0,4}\(?([A-Z])(?:[).:,*]|\s*$)",
+)
+# "A" and "I" are words, too, unless something stops behind them.
+_ALONE = re.compile(r"(?<![\w'\u2019])(?:([B-HJ-Z])(?![\w'\u2019])|([AI])(?=[).:,*]|\s*$))")
 
 
 def at_once(judge: Judge) -> Verifier:
@@ -113,11 +117,13 @@ def exact(conventions: Sequence[str] = ("boxed",), *, ignore_case: bool = False)
 
 
 def number_in(text: str) -> float | None:
-    """The one number of a text, such as "12.5 kg" or "3/4"; None if there is not just one."""
-    text = normalise(text[: extract.LONGEST])
+    """The one number of a text, such as "12.5 kg", "v = 1.2 \\times 10^{3}" or "3/4"; None if there
+    is not just one.
+    """
+    text, _ = quantity(normalise(text[: extract.LONGEST].rpartition("=")[2]))
     if spelled := plain_number(text):
-        return float(spelled[0])
-    found = _NUMBER.findall(text)
+        return float(spelled[0]) if abs(spelled[0]) < 1e300 else None
+    found = _NUMBER.findall(_POWER_OF_TEN.sub(r"e\1", text))
     return float(found[0].replace(",", "")) if len(found) == 1 else None
 
 
@@ -141,13 +147,21 @@ def numeric(
 
 
 def letter_in(text: str) -> str | None:
-    """The choice that an answer names: "(C)", "C. because", "the answer is C", or a last lone C."""
-    begins = _LETTER.match(bare(normalise(text[: extract.LONGEST])))
-    named, alone = _NAMED_LETTER.findall(text), _ALONE.findall(text)
+    """The choice that a text names: "(C)", "C. because", "the answer is C", or a last lone C; None
+    where there is none, or an answer is a list of several.
+    """
+    named = _NAMED.findall(text)
     if named:
-        return named[-1].upper()
-    if begins:
-        return begins[1]
+        return named[-1]
+    short = bare(normalise(text[: extract.LONGEST]))
+    alone = [first or second for first, second in _ALONE.findall(text)]
+    if begins := _BEGINS.match(short):
+        listed = re.fullmatch(r"\(?[A-Z]\)?(?:,\(?[A-Z]\)?)+", short)
+        lone = begins[1] not in "AI" or begins[1] in alone[:1] or len(short) < 4
+        if listed:
+            return None
+        if lone and len(set(alone)) < 2:
+            return begins[1]
     return alone[-1] if alone else None
 
 
@@ -217,10 +231,10 @@ def from_config(section: ConfigDict) -> Verifier:
     Raises:
       ValueError: it names a kind or a convention that there is not.
     """
-    known = (*extract.CONVENTIONS, extract.TEXT)
     for convention in section.answer:
-        if convention not in known:
-            raise ValueError(f"answer has {convention!r}; expected some of {', '.join(known)}.")
+        if convention not in extract.CONVENTIONS:
+            known = ", ".join(extract.CONVENTIONS)
+            raise ValueError(f"answer has {convention!r}; expected some of {known}.")
     kinds = {
         "maths": lambda: maths(section.answer),
         "exact": lambda: exact(section.answer, ignore_case=section.ignore_case),
