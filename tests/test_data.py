@@ -157,6 +157,47 @@ def test_a_damaged_file_is_named(tmp_path, name):
         read(path)
 
 
+def test_an_arrow_file_with_damage_inside_is_named(tmp_path):
+    """Whatever byte it is: reading the values of a damaged batch would end the process."""
+    path = write_arrow(tmp_path / "a.arrow", ROWS)
+    whole = path.read_bytes()
+    code = (
+        "import sys\n"
+        "from opsd_jax.data import files\n"
+        "from opsd_jax.data.problem import DataError\n"
+        "path, whole = sys.argv[1], open(sys.argv[1], 'rb').read()\n"
+        "refused = 0\n"
+        "for i in range(0, len(whole), 3):\n"
+        "    open(path, 'wb').write(whole[:i] + b'\\x7f' * 3 + whole[i + 3 :])\n"
+        "    try:\n"
+        "        list(files.rows(path))\n"
+        "    except DataError:\n"
+        "        refused += 1\n"
+        "print(refused)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) > len(whole) // 100
+
+
+@pytest.mark.parametrize(
+    ("write", "name"), [(write_parquet, "a.parquet"), (write_arrow, "a.arrow")]
+)
+def test_a_column_that_is_not_asked_for_may_be_of_any_type(tmp_path, write, name):
+    took = pyarrow.scalar(1_000_000_001, pyarrow.duration("ns"))  # finer than Python's
+    rows = [row | {"meta": {"level": 3}, "meta.x": 1, "took": took} for row in ROWS]
+    path = write(tmp_path / name, rows)
+    assert read(path, difficulty={"column": "meta.level", "low": 1.0})[0] == PROBLEMS
+    with pytest.raises(DataError, match=r"'gold' is missing.*has id, .*answer, .*meta.*took"):
+        read(path, columns={"answer": "gold"})
+    with pytest.raises(DataError, match="which cannot be read: ValueError"):
+        read(path, extra=("took",))
+    section = config_lib.source(str(path), columns={"question": "absent"})
+    with pytest.raises(DataError, match="3 bad of 3 rows"):
+        sources.questions(section, "data.exclude.x")
+
+
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     path = write_parquet(tmp_path / "a.parquet", ROWS)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -383,6 +424,18 @@ def test_questions_need_nothing_else(tmp_path):
         sources.questions(section, "data.exclude.x")
     section.bad_rows = "drop"
     assert sources.questions(section, "data.exclude.x") == ["What?"]
+
+
+def test_files_of_a_snapshot(tmp_path):
+    """Those with a hash are shards, those that begin with a dot are none."""
+    for i in range(2):
+        path = tmp_path / f"train-0000{i}-of-00002-a09b74b3ef9c3b5{i}.parquet"
+        write_parquet(path, ROWS[2 * i : 2 * i + 2])
+    write_json_lines(tmp_path / ".train.jsonl", ROWS)
+    assert read(tmp_path)[0] == PROBLEMS
+    write_json_lines(tmp_path / "train.jsonl", ROWS)
+    with pytest.raises(DataError, match=r"several formats: train-00000.*, train.jsonl; expected"):
+        read(tmp_path, split="train")
 
 
 def test_rows_know_where_they_stand(tmp_path):

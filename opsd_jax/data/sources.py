@@ -106,9 +106,10 @@ def problems(
     """
     earlier, level = section.pass_rates, section.difficulty
     rates = pass_rates(earlier.path, name, f"{field}.pass_rates") if earlier.path else {}
+    found = files.rows(section.path, section.split, field, _columns(section))
     rows: list[_Row] = []
     read: list[_Candidate] = []
-    for number, row in enumerate(files.rows(section.path, section.split, field), 1):
+    for number, row in enumerate(found, 1):
         reader = _Reader(row)
         candidate = _read(reader, number, name, section)
         rows.append(reader.row)
@@ -168,12 +169,18 @@ def questions(section: ConfigDict, field: str) -> list[str]:
     Raises:
       DataError: rows are bad, all of them in one message.
     """
-    readers = [_Reader(row) for row in files.rows(section.path, section.split, field)]
+    rows = files.rows(section.path, section.split, field, {section.columns.question})
+    readers = [_Reader(row) for row in rows]
     read = [reader(section.columns.question, _text, TEXT) for reader in readers]
     _refuse([reader.row for reader in readers], section, field)
     return [
         question for reader, question in zip(readers, read, strict=True) if not reader.row.wrong
     ]
+
+
+def _columns(section: ConfigDict) -> set[str]:
+    """All columns that `_read` may read."""
+    return {*section.columns.values(), *section.extra, section.difficulty.column}
 
 
 def _read(read: _Reader, number: int, name: str, section: ConfigDict) -> _Candidate | None:
@@ -201,6 +208,7 @@ class _Reader:
 
     def __init__(self, row: files.Row):
         self._columns = row.columns  # None: that there is none is what is wrong with it
+        self._there = row.there or row.columns or ()
         self.row = _Row(row.where, [row.error] if row.error else [])
 
     def __call__(
@@ -218,7 +226,7 @@ class _Reader:
             found = f"is {_shown(value)}"
             has = ""
             if value is None:
-                found, has = "is missing", f" (has {', '.join(self._columns) or 'none'})"
+                found, has = "is missing", f" (has {', '.join(self._there) or 'none'})"
             self.row.wrong.append(f"field {column!r} {found}; expected {expected}{has}")
             return absent
 
