@@ -12,8 +12,11 @@ import difflib
 import importlib
 import importlib.util
 import json
+import math
+import os
 import pathlib
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -83,13 +86,15 @@ def verifier(kind: str = "maths", **changes: Any) -> ConfigDict:
     return config
 
 
-def source(path: str = "", **changes: Any) -> ConfigDict:
+def source(path: str | pathlib.Path = "", **changes: Any) -> ConfigDict:
     """A file or folder of problems, with changes: `source("a.jsonl", columns={"answer": "gold"})`.
 
     docs/data.md has an example of each field.
     """
     config = ConfigDict()
-    config.path = path  # .jsonl, .jsonl.gz, .parquet, .arrow, or a folder of Hugging Face's
+    config.path = os.fspath(
+        path
+    )  # .jsonl, .jsonl.gz, .parquet, .arrow, or a folder of Hugging Face's
     config.split = ""  # of a folder with several
     config.columns = ConfigDict()  # names of columns; a dot leads into an object: "reward.answer"
     config.columns.id = "id"  # where there is none, the row's number
@@ -302,9 +307,9 @@ def _parse(text: str, kind: type) -> Any:
     """`text` as a value of the type, strictly: 3 is a float too, 3.0 is no int."""
     if kind is str:
         return text
+    if kind is float:
+        return float(text)  # "inf" too
     value = ast.literal_eval(text.capitalize() if kind is bool else text)
-    if kind is float and type(value) is int:
-        return float(value)
     if type(value) is not kind:
         raise ValueError(text)
     return value
@@ -319,12 +324,16 @@ def _unknown(config: ConfigDict, field: str) -> ConfigError:
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """Dotted field -> value, of all sections; an empty one is {}."""
+    """Dotted field -> value, of all sections; an empty one is {}, infinity the largest float: JSON,
+    in which a workdir keeps a config, has none.
+    """
     flat: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, ConfigDict):
             flat |= flatten(value, f"{prefix}{name}.") if value else {prefix + name: {}}
         else:
+            if isinstance(value, float) and math.isinf(value):
+                value = math.copysign(sys.float_info.max, value)
             flat[prefix + name] = list(value) if isinstance(value, tuple) else value
     return flat
 
@@ -356,13 +365,17 @@ def validate(config: ConfigDict) -> None:
     def fail(field: str, value: Any, expected: str):
         raise ConfigError(f"config.{field} is {value!r}; expected {expected}.")
 
+    _validate_sources(config.data, fail)
+    largest = sys.float_info.max  # what stands for infinity
     for field, value in flatten(config).items():
         name = field.rsplit(".", 1)[-1]
+        if isinstance(value, float) and math.isnan(value):
+            fail(field, value, "a number")
         if name in _AT_LEAST_ONE and value < 1:
             fail(field, value, "at least 1")
-        if name in _NOT_NEGATIVE and not 0 <= value < float("inf"):
+        if name in _NOT_NEGATIVE and not 0 <= value < largest:
             fail(field, value, "a number not below 0")
-        if name in _POSITIVE and not 0 < value < float("inf"):
+        if name in _POSITIVE and not 0 < value < largest:
             fail(field, value, "a number above 0")
         if field == "evaluation.problems" and value < 2:
             fail(field, value, "at least 2, for a standard error")
@@ -384,7 +397,6 @@ def validate(config: ConfigDict) -> None:
             except ValueError as error:
                 raise ConfigError(f"config.{field}: {error}") from None
 
-    _validate_sources(config.data, fail)
     for field, kind in (("stages", str), ("mesh", int)):
         if not all(type(value) is kind for value in config[field]):
             fail(field, config[field], f"a tuple of {kind.__name__}")
@@ -455,15 +467,20 @@ def validate(config: ConfigDict) -> None:
 def _validate_sources(data: ConfigDict, fail: Callable[[str, Any, str], None]) -> None:
     """Calls `fail` for the first field of a source that cannot be used."""
     names = [name for part in SOURCES for name in data[part]]
+    default = flatten(source())
     for part in SOURCES:
         for name, section in data[part].items():
             field = f"data.{part}.{name}"
-            if not isinstance(section, ConfigDict) or set(section) != set(source()):
+            if not isinstance(section, ConfigDict) or set(flatten(section)) != set(default):
                 fail(field, section, "what opsd_jax.config.source returns")
+            for inner, value in flatten(section).items():
+                _validate_type(f"{field}.{inner}", value, default[inner], fail)
             if not re.fullmatch(r"[\w-]+", name) or names.count(name) > 1:
                 fail(field, section.path, "a name of its own, of letters, digits, _ and -")
             if not section.path:
                 fail(f"{field}.path", section.path, "a file or folder")
+            if not 0 < section.weight < float("inf"):
+                fail(f"{field}.weight", section.weight, "a number above 0")
             if section.bad_rows not in ("refuse", "drop"):
                 fail(f"{field}.bad_rows", section.bad_rows, "'refuse' or 'drop'")
             if not section.columns.question:
@@ -476,11 +493,30 @@ def _validate_sources(data: ConfigDict, fail: Callable[[str, Any, str], None]) -
                 low, high = section[bounds].low, section[bounds].high
                 if not low <= high:
                     fail(f"{field}.{bounds}.low", low, f"at most {high}, its high")
+    weights = {name: section.weight for name, section in data.train.items()}
+    for name, weight in weights.items():
+        if weight < 1e-6 * sum(weights.values()):
+            least = f"at least a millionth of all, {sum(weights.values())}: it would never come"
+            fail(f"data.train.{name}.weight", weight, least)
+
+
+def _validate_type(
+    field: str, value: Any, default: Any, fail: Callable[[str, Any, str], None]
+) -> None:
+    """Calls `fail` for a value of another type than the default's; an int does for a float."""
+    kinds = {float: ("a number", (float, int)), list: ("a tuple of strings", (list,))}
+    kind = type(default)
+    expected, allowed = kinds.get(kind, (f"of type {kind.__name__}", (kind,)))
+    items = value if isinstance(value, list) else []
+    if type(value) not in allowed or not all(isinstance(item, str) for item in items):
+        fail(field, value, expected)
+    if isinstance(value, float) and math.isnan(value):
+        fail(field, value, expected)
 
 
 def to_json(config: ConfigDict) -> str:
     """The config as JSON, a line a field."""
-    return json.dumps(flatten(config), indent=1, sort_keys=True) + "\n"
+    return json.dumps(flatten(config), indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
 def from_flat(flat: dict[str, Any]) -> ConfigDict:

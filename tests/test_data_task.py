@@ -351,6 +351,22 @@ def test_without_data_there_is_no_task(config, tmp_path):
             {"train": {"a": config_lib.source("a", weight=0.0)}},
             "a.weight is 0.0; expected a number",
         ),
+        ({"train": {"a": config_lib.source("a", columns={"id": None})}}, "id is None; .* type str"),
+        ({"train": {"a": config_lib.source("a", weight=None)}}, "a.weight is None; .* a number"),
+        (
+            {"train": {"a": config_lib.source("a", difficulty={"low": float("nan")})}},
+            "a.difficulty.low is nan; expected a number",
+        ),
+        ({"train": {"a": config_lib.source("a", extra=("b", 1))}}, "extra is .*a tuple of strings"),
+        (
+            {"train": {"a": config_lib.source("a", verifier={"ignore_case": None})}},
+            "data.train.a.verifier.ignore_case is None; expected of type bool",
+        ),
+        ({"train": {"problems": None}}, "data.train.problems is None; expected what .*source"),
+        (
+            {"train": {"a": config_lib.source("a", weight=1e-7)}},
+            "a.weight is 1e-07; expected at least a millionth of all",
+        ),
         ({"train": {"a": config_lib.source("a", bad_rows="keep")}}, "expected 'refuse' or 'drop'"),
         ({"train": {"a": config_lib.source("a", columns={"question": ""})}}, "name of a column"),
         (
@@ -377,6 +393,30 @@ def test_a_source_has_the_fields_that_it_has():
     with pytest.raises(KeyError, match="answers"):
         config_lib.source("a", columns={"answers": "gold"})
     assert config_lib.source("a", columns={"answer": "gold"}).columns.question == "problem"
+
+
+def test_a_source_may_be_a_path_and_have_the_name_of_a_field():
+    config = config_lib.default()
+    config.data.train.problems = config_lib.source(pathlib.Path("a") / "b.jsonl")
+    config_lib.validate(config)
+    assert config.data.train.problems.path == "a/b.jsonl"
+    config.data.train.problems.verifier = None
+    with pytest.raises(config_lib.ConfigError, match=r"(?s)problems is .*; expected what opsd_j"):
+        config_lib.validate(config)
+
+
+def test_infinite_bounds_are_kept_as_strict_json(tmp_path):
+    config = config_lib.default()
+    config.data.train.a = config_lib.source("a")
+    config.lock()
+    config_lib.override(config, "data.train.a.difficulty.high", "inf")
+    assert config.data.train.a.difficulty.high == float("inf")
+    config_lib.validate(config)
+    text = config_lib.to_json(config)
+    assert "Infinity" not in text
+    saved = config_lib.from_flat(json.loads(text))
+    config_lib.check_same(config, saved, tmp_path)
+    assert saved.data.train.a.difficulty.high > 1e308
 
 
 def test_the_config_of_the_documentation(tmp_path, monkeypatch):
