@@ -423,7 +423,10 @@ def test_questions_need_nothing_else(tmp_path):
     with pytest.raises(DataError, match=r"data.exclude.x: 1 bad of 2 rows:\n  .*:2: field 'q' is"):
         sources.questions(section, "data.exclude.x")
     section.bad_rows = "drop"
-    assert sources.questions(section, "data.exclude.x") == ["What?"]
+    assert sources.questions(section, "data.exclude.x") == (
+        ["What?"],
+        sources.Counts(rows=2, kept=1, bad=1),
+    )
 
 
 def test_files_of_a_snapshot(tmp_path):

@@ -210,7 +210,7 @@ def config(config, tmp_path, monkeypatch):
 def test_load_counts_what_it_leaves_out(config, capsys):
     data = load.load(config.data)
     assert {name: tuple(counts[:2]) for name, counts in data.counts.items()} == {
-        "more": (2, 2), "sums": (14, 10), "tests": (2, 2),
+        "more": (2, 2), "sums": (14, 10), "tests": (2, 2), "others": (1, 1),
     }  # fmt: skip
     assert data.counts["sums"].overlap == {"tests": 2, "others": 1}
     assert data.counts["sums"].repeated == 1  # "$1+1$": sources are taken by name
@@ -220,6 +220,7 @@ def test_load_counts_what_it_leaves_out(config, capsys):
     counts = "14 rows, 1 also in others, 2 also in tests, 1 repeated, 10 kept, 1 without a solution"
     assert f"data: train.sums: {counts}\n" in out
     assert "data: heldout.tests: 2 rows, 2 kept\n" in out
+    assert "data: exclude.others: 1 rows, 1 kept\n" in out
 
 
 def test_a_task_from_files(config):

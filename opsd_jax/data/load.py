@@ -59,7 +59,8 @@ def load(config: ConfigDict) -> Data:
             data[part][name], counts[name] = sources.problems(name, section, field, check)
     evaluated = {name: [p.question for p in part] for name, part in data["heldout"].items()}
     for name, section in sorted(config.exclude.items()):
-        evaluated[name] = sources.questions(section, f"data.exclude.{name}")
+        field = f"data.exclude.{name}"
+        evaluated[name], counts[name] = sources.questions(section, field)
     data["train"], counted = without_duplicates(data["train"], evaluated)
     for name, (overlap, repeated) in counted.items():
         kept = data["train"][name]
@@ -71,7 +72,7 @@ def load(config: ConfigDict) -> Data:
         )
         if not kept:
             raise DataError(f"config.data.train.{name}: no problem is left: {counts[name]}.")
-    for part in data:
-        for name in data[part]:
+    for part in ("heldout", "exclude", "train"):
+        for name in sorted(config[part]):
             print(f"data: {part}.{name}: {counts[name]}", file=sys.stderr)
     return Data(data["train"], data["heldout"], counts, verifiers)

@@ -163,8 +163,8 @@ def problems(
     return kept, counts
 
 
-def questions(section: ConfigDict, field: str) -> list[str]:
-    """The questions of a source of which nothing else is needed.
+def questions(section: ConfigDict, field: str) -> tuple[list[str], Counts]:
+    """The questions of a source of which nothing else is needed, and what became of its rows.
 
     Raises:
       DataError: rows are bad, all of them in one message.
@@ -172,10 +172,9 @@ def questions(section: ConfigDict, field: str) -> list[str]:
     rows = files.rows(section.path, section.split, field, {section.columns.question})
     readers = [_Reader(row) for row in rows]
     read = [reader(section.columns.question, _text, TEXT) for reader in readers]
-    _refuse([reader.row for reader in readers], section, field)
-    return [
-        question for reader, question in zip(readers, read, strict=True) if not reader.row.wrong
-    ]
+    bad = _refuse([reader.row for reader in readers], section, field)
+    kept = [text for reader, text in zip(readers, read, strict=True) if not reader.row.wrong]
+    return kept, Counts(rows=len(readers), kept=len(kept), bad=bad)
 
 
 def _columns(section: ConfigDict) -> set[str]:
