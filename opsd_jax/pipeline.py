@@ -1,6 +1,7 @@
 """A run: the stages in order, each evaluated when it ends, in one working directory.
 
     workdir/config.json               what the run is; another config is refused
+    workdir/data.json                 which problems of files it has, as digests; others are refused
     workdir/note.txt                  what the task says of its figures
     workdir/<stage>/checkpoints/      to go on from
     workdir/<stage>/params/           the stage's result: what later stages start from
@@ -297,7 +298,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Runs what is left of the config's stages.
 
     Raises:
-      ConfigError: before anything is compiled.
+      ConfigError: before anything is compiled; also where the data are not what they were.
       Interrupted: a signal came; what was done is saved.
     """
     this = Run(config, workdir)
@@ -307,6 +308,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         StopSignal() as stop,
         Progress() as progress,
     ):
+        workdir_lib.check_data(this.task, workdir)
         files.write_atomically(workdir / NOTE, this.task.note)
         if not (workdir / UNTRAINED / evaluate.SUMMARY).exists():
             began = time.monotonic()

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import os
 import pathlib
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
+from opsd_jax.data.task import Task
 from opsd_jax.training import files
 
 CONFIG = "config.json"
+DATA = "data.json"
 
 
 @contextlib.contextmanager
@@ -45,6 +51,44 @@ def claimed(config: ConfigDict, workdir: pathlib.Path) -> Iterator[None]:
         else:
             files.write_atomically(workdir / CONFIG, config_lib.to_json(config))
         yield
+
+
+def check_data(task: Task, workdir: pathlib.Path) -> None:
+    """Writes down which problems the run has, where they come from files; a later call compares.
+
+    Raises:
+      ConfigError: they are others than those that the run began with; names the sources.
+    """
+    if not task.in_memory:
+        return
+    digests: dict[str, Any] = {}
+    counts: Counter[str] = Counter()
+    for part, problems in (("heldout", task.heldout), ("train", task.train)):
+        for i in range(len(problems)):
+            problem = problems[i]
+            name = f"{part}.{problem.source}"
+            what = [problem.id, problem.question, problem.solution, problem.answer]
+            digests.setdefault(name, hashlib.sha256()).update(json.dumps(what).encode())
+            counts[name] += 1
+    now = {
+        name: f"{counts[name]} problems, {digest.hexdigest()[:16]}"
+        for name, digest in digests.items()
+    }
+    if not (workdir / DATA).exists():
+        files.write_atomically(workdir / DATA, files.to_json(now, indent=1) + "\n")
+        return
+    there = files.read_json(workdir / DATA)
+    different = [
+        f"  config.data.{name}: {there.get(name, 'absent')} there, {now.get(name, 'absent')} now"
+        for name in sorted(there.keys() | now.keys())
+        if there.get(name) != now.get(name)
+    ]
+    if different:
+        raise config_lib.ConfigError(
+            f"{workdir} holds a run on other data (number and digest of what is kept):\n"
+            + "\n".join(different)
+            + "\nGive the same files to go on with it, or another --workdir."
+        )
 
 
 def config_of(workdir: pathlib.Path) -> ConfigDict:

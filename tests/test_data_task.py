@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from opsd_jax import config as config_lib
-from opsd_jax import main, pipeline
+from opsd_jax import main, pipeline, workdir
 from opsd_jax.data import arithmetic, load, text
 from opsd_jax.data.duplicates import normalise, without_duplicates
 from opsd_jax.data.mixture import mixture
@@ -435,6 +435,24 @@ def test_the_config_of_the_documentation(tmp_path, monkeypatch):
     for field in config_lib.flatten(config_lib.source()):
         parts = field.split(".")
         assert field in table or parts[0] in table or f".{parts[-1]}" in table
+
+
+def test_a_run_goes_on_with_the_data_that_it_began_with(config, tmp_path):
+    check = lambda: workdir.check_data(text.task(config.data), tmp_path)
+    check()
+    check()
+    path = pathlib.Path(config.data.train.more.path)
+    path.write_text(path.read_text().replace('"18"', '"19"'))
+    message = (
+        r"(?s)other data .*  config.data.train.more: 2 problems, \w+ there, 2 problems, \w+ now"
+    )
+    with pytest.raises(config_lib.ConfigError, match=message) as error:
+        check()
+    assert "train.sums" not in str(error.value)
+    with config.unlocked():
+        del config.data.train.more
+    with pytest.raises(config_lib.ConfigError, match=r"more: 2 problems, \w+ there, absent now"):
+        check()
 
 
 def test_a_run_on_files(config, tmp_path):
