@@ -51,7 +51,7 @@ from opsd_jax.verify.verdict import (
 from opsd_jax.verify.verifiers import as_verifier
 
 ATTEMPTS = 5  # times that a question is asked while its workers are killed from outside
-STARTS = 5  # starts in a row that may fail
+STARTS = 10  # starts in a row that may fail
 START_SECONDS = 60.0  # that a start may take
 RECYCLED = 5000  # questions after which a worker is replaced: parsers' caches grow
 REMEMBERED = 1 << 16  # verdicts
@@ -268,10 +268,8 @@ class VerifierPool:
         while self._waiting and not self._failure and len(self._workers) < self._size:
             try:
                 self._workers.append(_Worker(self._judge, self._limits))
-            except (
-                EOFError,
-                OSError,
-            ) as error:  # the server that forks died; the next start renews it
+            except (EOFError, OSError) as error:
+                # The server that forks has died; the next start renews it.
                 self._failed_start(repr(error))
         for worker in self._workers:
             if worker.ready and worker.task is None and self._waiting:
@@ -316,7 +314,7 @@ class VerifierPool:
     def _bury(self, worker: _Worker, code: int) -> None:
         """What becomes of the task of a worker that ended by itself, or was killed from outside."""
         outside = code in _KILLED
-        if not worker.ready and not outside:
+        if not worker.ready:
             self._failed_start(f"exit code {code}")
         if worker.task is None:
             return
