@@ -51,7 +51,7 @@ from opsd_jax.verify.verdict import (
 from opsd_jax.verify.verifiers import as_verifier
 
 ATTEMPTS = 5  # times that a question is asked while its workers are killed from outside
-STARTS = 10  # starts in a row that may fail
+STARTS = 5  # starts in a row that may fail; one that was killed from outside is a twentieth
 START_SECONDS = 60.0  # that a start may take
 RECYCLED = 5000  # questions after which a worker is replaced: parsers' caches grow
 REMEMBERED = 1 << 16  # verdicts
@@ -167,7 +167,7 @@ class VerifierPool:
         self._failure = ""
         self._thread: threading.Thread | None = None
         self._workers: list[_Worker] = []  # the thread's alone
-        self._failed_starts = 0
+        self._failed_starts = 0.0
         self._ear, self._mouth = _CONTEXT.Pipe(duplex=False)
         self.judged = 0
 
@@ -269,16 +269,16 @@ class VerifierPool:
             try:
                 self._workers.append(_Worker(self._judge, self._limits))
             except (EOFError, OSError) as error:
-                # The server that forks has died; the next start renews it.
-                self._failed_start(repr(error))
+                # The server that forks was killed. A moment, and the next start renews it.
+                time.sleep(0.1)
+                self._failed_start(repr(error), 0.05)
         for worker in self._workers:
             if worker.ready and worker.task is None and self._waiting:
                 worker.give(self._waiting.popleft(), self._limits.seconds)
 
-    def _failed_start(self, why: str) -> None:
-        time.sleep(0.1)  # a server that was killed takes a moment to be gone
-        self._failed_starts += 1
-        if self._failed_starts == STARTS:
+    def _failed_start(self, why: str, share: float = 1.0) -> None:
+        self._failed_starts += share
+        if self._failed_starts >= STARTS:
             self._failure = (
                 f"{STARTS} verifier processes in a row ended at their start ({why}); what they "
                 "wrote stands above. A script that makes a pool has to do it under "
@@ -315,7 +315,7 @@ class VerifierPool:
         """What becomes of the task of a worker that ended by itself, or was killed from outside."""
         outside = code in _KILLED
         if not worker.ready:
-            self._failed_start(f"exit code {code}")
+            self._failed_start(f"exit code {code}", 0.05 if outside else 1.0)
         if worker.task is None:
             return
         if outside and worker.task.attempts < ATTEMPTS:
