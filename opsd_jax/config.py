@@ -92,9 +92,8 @@ def source(path: str | pathlib.Path = "", **changes: Any) -> ConfigDict:
     docs/data.md has an example of each field.
     """
     config = ConfigDict()
-    config.path = os.fspath(
-        path
-    )  # .jsonl, .jsonl.gz, .parquet, .arrow, or a folder of Hugging Face's
+    # .jsonl, .jsonl.gz, .parquet, .arrow, or a folder of Hugging Face's.
+    config.path = os.fspath(path)
     config.split = ""  # of a folder with several
     config.columns = ConfigDict()  # names of columns; a dot leads into an object: "reward.answer"
     config.columns.id = "id"  # where there is none, the row's number
