@@ -32,6 +32,7 @@ import jax
 from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
+from opsd_jax import validation
 from opsd_jax import workdir as workdir_lib
 from opsd_jax.data.problem import DataError, Problem
 from opsd_jax.data.task import Task
@@ -360,7 +361,7 @@ def evaluate_again(
             f"--stage {stage}: expected one of {', '.join((UNTRAINED, *config.stages))}."
         )
     config.evaluation.update({k: v for k, v in changes.items() if v is not None})
-    config_lib.validate(config)
+    validation.validate(config)
     this = Run(config, workdir)
     with this.pool, StopSignal() as stop, Progress() as progress:
         return this.evaluate(stage, this.params_of(stage), progress, stop)[1]

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import pytest
 
 from opsd_jax import config as config_lib
+from opsd_jax import validation
 from opsd_jax.data import arithmetic
 from opsd_jax.models import decoder
 from opsd_jax.parallel import mesh as mesh_lib
@@ -74,7 +75,7 @@ def config():
     }
     for field, text in changes.items():
         config_lib.override(config, field, text)
-    config_lib.validate(config)
+    validation.validate(config)
     return config
 
 

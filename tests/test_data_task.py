@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from opsd_jax import config as config_lib
-from opsd_jax import main, pipeline, workdir
+from opsd_jax import main, pipeline, validation, workdir
 from opsd_jax.data import arithmetic, load, text
 from opsd_jax.data.duplicates import normalise, without_duplicates
 from opsd_jax.data.mixture import mixture
@@ -203,7 +203,7 @@ def config(config, tmp_path, monkeypatch):
         config.opsd.teacher_prompt_tokens = 20
         config.evaluation.update({"problems": 2, "prompts_at_once": 2, "samples": 2})
         config.evaluation.update({"prompt_tokens": 8, "response_tokens": 12})
-    config_lib.validate(config)
+    validation.validate(config)
     return config.lock()
 
 
@@ -387,7 +387,7 @@ def test_sections_that_cannot_be_used(change, message):
         for name, section in sections.items():
             config.data[part][name] = section
     with pytest.raises(config_lib.ConfigError, match=message):
-        config_lib.validate(config)
+        validation.validate(config)
 
 
 def test_a_source_has_the_fields_that_it_has():
@@ -399,11 +399,11 @@ def test_a_source_has_the_fields_that_it_has():
 def test_a_source_may_be_a_path_and_have_the_name_of_a_field():
     config = config_lib.default()
     config.data.train.problems = config_lib.source(pathlib.Path("a") / "b.jsonl")
-    config_lib.validate(config)
+    validation.validate(config)
     assert config.data.train.problems.path == "a/b.jsonl"
     config.data.train.problems.verifier = None
     with pytest.raises(config_lib.ConfigError, match=r"(?s)problems is .*; expected what opsd_j"):
-        config_lib.validate(config)
+        validation.validate(config)
 
 
 def test_infinite_bounds_are_kept_as_strict_json(tmp_path):
@@ -412,7 +412,7 @@ def test_infinite_bounds_are_kept_as_strict_json(tmp_path):
     config.lock()
     config_lib.override(config, "data.train.a.difficulty.high", "inf")
     assert config.data.train.a.difficulty.high == float("inf")
-    config_lib.validate(config)
+    validation.validate(config)
     text = config_lib.to_json(config)
     assert "Infinity" not in text
     saved = config_lib.from_flat(json.loads(text))

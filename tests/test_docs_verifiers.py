@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from opsd_jax import config as config_lib
+from opsd_jax import validation
 from opsd_jax.data.load import load
 from opsd_jax.data.problem import Problem
 from opsd_jax.verify.extract import CONVENTIONS
@@ -58,7 +59,7 @@ def test_a_verifier_of_one_s_own(here):
 def test_the_sources(here):
     config = config_lib.default()
     exec(SOURCES, {"config": config, "config_lib": config_lib})
-    config_lib.validate(config.lock())
+    validation.validate(config.lock())
     assert config.data.train.gsm8k.verifier.answer == ("####", "boxed")
 
 

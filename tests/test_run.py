@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from opsd_jax import config as config_lib
-from opsd_jax import main, pipeline
+from opsd_jax import main, pipeline, validation
 from opsd_jax import workdir as workdir_lib
 from opsd_jax.losses import reverse_kl
 from opsd_jax.training import loop
@@ -322,7 +322,7 @@ def tiny(config):
         tiny.opsd.teacher_prompt_tokens = 5
         tiny.evaluation.update({"prompt_tokens": 3, "response_tokens": 12})
         tiny.evaluation.update({"problems": 200, "samples": 4, "prompts_at_once": 100})
-    config_lib.validate(tiny)
+    validation.validate(tiny)
     return tiny
 
 
