@@ -370,7 +370,10 @@ def test_combinations():
     assert either(p, wrong) == MATCH
     assert either(p, f"far too many words {wrong}") == MISMATCH
     assert isinstance(both.ask(p, "no box"), Verdict)  # settled: no worker is asked
-    assert not both.ask_gold(problem(r"\frac{1}{")).correct
+    for verifier in (both, combine([short, maths()], every=True)):
+        assert not verifier.ask_gold(problem(r"\frac{1}{")).correct
+        assert verifier.judge(verifier.ask_gold(problem(r"\sqrt{8}"))) == MATCH
+    assert either.ask_gold(problem("anything")).correct  # the function may accept it
 
 
 def test_each_source_has_its_verifier():

@@ -178,11 +178,10 @@ def choice(conventions: Sequence[str] = ("boxed",)) -> Verifier:
 def combine(verifiers: Sequence[Verifier], *, every: bool) -> Verifier:
     """All of several verifiers have to say yes, or one does; workers are asked in their order."""
     parts = tuple(verifiers)
-    checks = [v.ask_gold for v in parts]
-    ask_gold = None
-    if any(checks):
-        first, *rest = (check for check in checks if check)
-        ask_gold = lambda problem: _first_open([check(problem) for check in (first, *rest)], every)
+    # Of one that cannot tell, a gold is taken to be right.
+    ask_gold = lambda problem: _first_open(
+        [part.ask_gold(problem) if part.ask_gold else MATCH for part in parts], every
+    )
     return Verifier(
         lambda problem, response: _first_open([v.ask(problem, response) for v in parts], every),
         functools.partial(_judge_open, tuple(v.judge for v in parts), every),
