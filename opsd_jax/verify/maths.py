@@ -140,9 +140,9 @@ def _near(a: Any, b: Any, percent: bool) -> bool:
     pairs = zip(_numbers(a), _numbers(b), strict=False)
     if not all(any(abs(x - s * y) * 10_000 <= abs(x) for s in scales) for x, y in pairs):
         return False
-    both = [side.rhs if isinstance(side, sympy.Eq) else side for side in (a, b)]
     if isinstance(a, sympy.Eq) and isinstance(b, sympy.Eq):
         return True  # two forms of one equation
+    both = [side.rhs if isinstance(side, sympy.Eq) else side for side in (a, b)]
     if not all(isinstance(side, sympy.Expr) and side.free_symbols for side in both):
         return True
     decimal = any(side.has(sympy.Float) for side in both)

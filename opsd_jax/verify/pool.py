@@ -40,7 +40,6 @@ from typing import NamedTuple
 from opsd_jax.data.problem import Problem
 from opsd_jax.verify.verdict import (
     CRASH,
-    MATCH,
     MEMORY,
     TIMEOUT,
     Judge,
@@ -181,7 +180,7 @@ class VerifierPool:
 
     def submit_gold(self, problem: Problem) -> Future[Verdict]:
         """As `submit`, whether the problem's own answer verifies against itself."""
-        return self._resolve(self._verifier.ask_gold or (lambda problem: MATCH), problem)
+        return self._resolve(self._verifier.ask_gold, problem)
 
     def _resolve(self, ask: Callable[..., Verdict | Question], *arguments) -> Future[Verdict]:
         try:

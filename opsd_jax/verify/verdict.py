@@ -27,6 +27,11 @@ Judge = Callable[[Problem, str], Verdict]  # (problem, response text) -> verdict
 Question = Any  # what is left to be judged: picklable, and the same whenever the verdict is
 
 
+def unchecked(problem: Problem) -> Verdict:
+    """MATCH: there is no telling whether the problem's answer can be verified."""
+    return MATCH
+
+
 class Verifier(NamedTuple):
     """A judge in two halves, so that only what may be slow or hostile goes to a worker.
 
@@ -38,12 +43,12 @@ class Verifier(NamedTuple):
         that is left. Runs in the caller.
       judge: `question -> Verdict`. Runs in a worker: a function of a module or a `partial` of one.
       ask_gold: `problem -> Verdict | question`, as `ask`, whether the problem's own answer can be
-        verified against itself. None where there is no telling.
+        verified against itself.
     """
 
     ask: Callable[[Problem, str], Verdict | Question]
     judge: Callable[[Question], Verdict]
-    ask_gold: Callable[[Problem], Verdict | Question] | None = None
+    ask_gold: Callable[[Problem], Verdict | Question] = unchecked
 
     def __call__(self, problem: Problem, response: str) -> Verdict:
         question = self.ask(problem, response)

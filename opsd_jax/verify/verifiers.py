@@ -178,14 +178,10 @@ def choice(conventions: Sequence[str] = ("boxed",)) -> Verifier:
 def combine(verifiers: Sequence[Verifier], *, every: bool) -> Verifier:
     """All of several verifiers have to say yes, or one does; workers are asked in their order."""
     parts = tuple(verifiers)
-    # Of one that cannot tell, a gold is taken to be right.
-    ask_gold = lambda problem: _first_open(
-        [part.ask_gold(problem) if part.ask_gold else MATCH for part in parts], every
-    )
     return Verifier(
         lambda problem, response: _first_open([v.ask(problem, response) for v in parts], every),
         functools.partial(_judge_open, tuple(v.judge for v in parts), every),
-        ask_gold,
+        lambda problem: _first_open([v.ask_gold(problem) for v in parts], every),
     )
 
 
@@ -207,11 +203,7 @@ def by_source(verifiers: Mapping[str, Verifier]) -> Verifier:
             problem.source, verifiers[problem.source].ask(problem, response)
         ),
         functools.partial(_judge_tagged, {name: v.judge for name, v in verifiers.items()}),
-        lambda problem: (
-            MATCH
-            if (check := verifiers[problem.source].ask_gold) is None
-            else _tagged(problem.source, check(problem))
-        ),
+        lambda problem: _tagged(problem.source, verifiers[problem.source].ask_gold(problem)),
     )
 
 
