@@ -227,6 +227,8 @@ def default() -> ConfigDict:
     config.evaluation.problems = 512  # held-out ones
     config.evaluation.samples = 4  # responses a problem
     config.evaluation.temperature = 1.0
+    config.evaluation.top_k = 0  # sample from the likeliest so many words; 0: from all
+    config.evaluation.top_p = 1.0  # of these from the fewest likeliest with this mass; 1: from all
     config.evaluation.prompts_at_once = 64
     config.evaluation.prompt_tokens = 16
     config.evaluation.response_tokens = 88

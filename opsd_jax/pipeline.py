@@ -40,7 +40,8 @@ from opsd_jax.evaluation import divergence, evaluate, report, statistics
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.policy import Model, Params
 from opsd_jax.progress import Progress
-from opsd_jax.rollout.collect import Collector, SamplerShape
+from opsd_jax.rollout.collect import Collector
+from opsd_jax.rollout.engine import Engine, SamplerShape
 from opsd_jax.stages import opsd, rlvr, sft
 from opsd_jax.stages.rollouts import step_rollouts
 from opsd_jax.stages.stage import Stage
@@ -184,11 +185,22 @@ class Run:
         return checkpoint.restore_params(path, self.abstract_params)
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - one run a process
-    def collector(self, shape: SamplerShape) -> Collector:
+    def engine(self, shape: SamplerShape, top_k: int = 0, top_p: float = 1.0) -> Engine:
         """The sampling program of a shape, compiled at the first request."""
-        return Collector(
-            self.model.policy, self.abstract_params, self.mesh, self.task, self.pool, shape
+        return Engine(
+            self.model.policy,
+            self.abstract_params,
+            self.mesh,
+            shape,
+            eos_ids=self.task.tokenizer.eos_ids,
+            pad_id=self.task.tokenizer.pad_id,
+            top_k=top_k,
+            top_p=top_p,
         )
+
+    def collector(self, shape: SamplerShape, top_k: int = 0, top_p: float = 1.0) -> Collector:
+        """As `engine`; it has problems for prompts, and verifies."""
+        return Collector(self.engine(shape, top_k, top_p), self.task, self.pool)
 
     def stage(self, name: str) -> Stage:
         """The stage of a section of the config; compiles its sampling program."""
@@ -222,25 +234,22 @@ class Run:
         Raises:
           Interrupted: a signal came; nothing is kept.
         """
-
-        def reach(responses: int) -> None:
-            progress.reach(responses)
-            stop.check()
-
         config = self.config.evaluation
         shape = SamplerShape(
             config.prompts_at_once, config.prompt_tokens, config.samples, config.response_tokens
         )
         progress.start(f"evaluate {name}", config.problems * config.samples, unit="response")
-        rollouts = self.collector(shape)(
+        responses: list[dict[str, Any]] = []
+        for rollouts in self.collector(shape, config.top_k, config.top_p).calls(
             params,
             [self.task.heldout[i] for i in range(config.problems)],
             # The same random numbers for every model: differences between two are less noisy.
             key=jax.random.key(config.seed),
             temperature=config.temperature,
-            progress=reach,
-        )
-        responses = evaluate.records(rollouts, self.task, config.samples)
+        ):
+            responses += evaluate.records(rollouts, self.task, config.samples)
+            progress.reach(len(responses))
+            stop.check()
         figures = statistics.summarise(responses, config.samples)
         progress.finish(
             f"accuracy {figures['accuracy']:.1%} ± {figures['accuracy_se']:.1%}, "

@@ -22,7 +22,7 @@ _AT_LEAST_ONE = {
 }  # fmt: skip
 _NOT_NEGATIVE = {
     "temperature", "max_rows", "warmup", "weight_decay", "final_fraction", "seed",
-    "loss_chunk", "overlong_factor", "resample_rounds", "workers",
+    "loss_chunk", "overlong_factor", "resample_rounds", "workers", "top_k",
 }  # fmt: skip
 _POSITIVE = {
     "learning_rate",
@@ -57,6 +57,8 @@ def validate(config: ConfigDict) -> None:
             fail(field, value, "at least 2, for a standard error")
         if name == "seed" and value >= 2**31:
             fail(field, value, "less than 2^31")
+        if name == "top_p" and not 0 < value <= 1:
+            fail(field, value, "a mass in (0, 1]")
         if name in ("b1", "b2") and not 0 <= value < 1:
             fail(field, value, "a number in [0, 1)")
         if name == "schedule" and value not in ("constant", "cosine"):

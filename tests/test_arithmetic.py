@@ -63,7 +63,7 @@ def test_demonstrations_are_what_they_are_said_to_be(task):
     verbose, concise = [], []
     for i in range(3000):
         prompt, response = data[i]
-        assert response[-1] == task.tokenizer.eos_id
+        assert response[-1] == task.tokenizer.eos_ids[0]
         assert len(response) <= arithmetic.MAX_RESPONSE
         (concise if "<ref>" in decode(prompt) else verbose).append(
             (decode(prompt), decode(response))

@@ -238,7 +238,7 @@ def test_a_task_from_files(config):
     texts = {decode(shown[i].prompt) + decode(shown[i].response) for i in range(len(shown))}
     assert len(texts) == 9  # of ten sums one has no solution, nor have the others
     assert r"1 + 2 = \boxed{3}" in texts
-    assert all(shown[i].response[-1] == task.tokenizer.eos_id for i in range(len(shown)))
+    assert all(shown[i].response[-1] == task.tokenizer.eos_ids[0] for i in range(len(shown)))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from scipy.special import logsumexp
 
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.rollout import sampler
-from opsd_jax.rollout.collect import Collector, SamplerShape, left_pad
+from opsd_jax.rollout.collect import Collector
+from opsd_jax.rollout.engine import Engine, SamplerShape, left_pad
 from opsd_jax.verify.pool import VerifierPool
 from opsd_jax.verify.verdict import Verdict
 
@@ -31,7 +32,7 @@ def generate(model, params, prompts, ids, *, width=8, budget=24, temperature=1.0
         jnp.array(ids, jnp.int32),
         jax.random.key(seed),
         jnp.float32(temperature),
-        jnp.int32(EOS),
+        jnp.array([EOS]),
         jnp.int32(PAD),
         max_new_tokens=budget,
     )
@@ -125,9 +126,15 @@ def collect(model, params, task):
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), placed
         )
         pool = VerifierPool(task.verify)
-        collector = Collector(
-            model.policy, abstract, mesh, task, pool, SamplerShape(prompts, 16, 2, 40)
+        engine = Engine(
+            model.policy,
+            abstract,
+            mesh,
+            SamplerShape(prompts, 16, 2, 40),
+            eos_ids=task.tokenizer.eos_ids,
+            pad_id=task.tokenizer.pad_id,
         )
+        collector = Collector(engine, task, pool)
         return lambda problems, **kw: collector(
             placed, problems, **({"key": jax.random.key(3), "temperature": 1.0} | kw)
         )
@@ -160,7 +167,7 @@ def test_groups_are_disjoint_and_cover(collect, task):
     np.testing.assert_array_equal(groups.sum(axis=0), 1)
     np.testing.assert_array_equal(
         rollouts.judged.groups.truncated,
-        [r[-1] != task.tokenizer.eos_id for r in rollouts.responses],
+        [r[-1] not in task.tokenizer.eos_ids for r in rollouts.responses],
     )
     assert rollouts.judged.groups.truncated.any()
 

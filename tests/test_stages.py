@@ -11,7 +11,8 @@ import pytest
 
 from opsd_jax import config as config_lib
 from opsd_jax import losses
-from opsd_jax.rollout.collect import Rollouts, SamplerShape
+from opsd_jax.rollout.collect import Rollouts
+from opsd_jax.rollout.engine import SamplerShape
 from opsd_jax.stages import opsd as opsd_lib
 from opsd_jax.stages import rlvr as rlvr_lib
 from opsd_jax.stages.opsd import stage as opsd

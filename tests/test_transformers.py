@@ -106,7 +106,7 @@ def test_greedy_continuation(pair):
         jnp.zeros(1, jnp.int32),
         jax.random.key(0),
         jnp.float32(0),
-        jnp.int32(-1),
+        jnp.array([-1]),
         jnp.int32(0),
         max_new_tokens=100,
     )

@@ -61,7 +61,7 @@ class WordTokenizer:
         self._words = tuple(words)
         self._ids = {word: i for i, word in enumerate(words)}
         self.vocab_size = len(self._words)
-        self.pad_id, self.eos_id = self._ids[pad], self._ids[eos]
+        self.pad_id, self.eos_ids = self._ids[pad], (self._ids[eos],)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. Raises ValueError that names a word outside the vocabulary."""

@@ -34,13 +34,16 @@ class Demonstration(NamedTuple):
 class Tokenizer(Protocol):
     """Text to token ids and back.
 
-    `pad_id` only fills arrays: no loss and no attention sees it. `decode` takes any id that the
-    model can sample, also where the model's vocabulary is larger.
+    Any of `eos_ids` ends a response; the first is what a demonstration ends with. `pad_id` only
+    fills arrays: no loss and no attention sees it. `decode` takes any id that the model can sample,
+    also where the model's vocabulary is larger.
     """
 
     vocab_size: int
     pad_id: int
-    eos_id: int
+
+    @property
+    def eos_ids(self) -> Sequence[int]: ...
 
     def encode(self, text: str) -> list[int]: ...
 

@@ -50,7 +50,7 @@ def task(config: ConfigDict) -> Task:
     }
 
     def demonstrate(problem: Problem) -> Demonstration:
-        response = [*tokenizer.encode(problem.solution), tokenizer.eos_id]
+        response = [*tokenizer.encode(problem.solution), tokenizer.eos_ids[0]]
         return Demonstration(tokenizer.encode(prompt(problem)), response)
 
     def demonstrations(seed: int) -> grain.MapDataset:

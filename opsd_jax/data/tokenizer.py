@@ -9,7 +9,7 @@ class ByteTokenizer:
     """Ids 0 and 1 are padding and the end of a response; byte b is b + 2."""
 
     vocab_size = 258
-    pad_id, eos_id = 0, 1
+    pad_id, eos_ids = 0, (1,)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without specials."""

@@ -36,17 +36,43 @@ class Samples(NamedTuple):
 
 
 def draw(
-    logits_BxV: jax.Array, keys_B: jax.Array, temperature: jax.Array
+    logits_BxV: jax.Array,
+    keys_B: jax.Array,
+    temperature: jax.Array,
+    *,
+    top_k: int = 0,
+    top_p: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """A token a row from softmax(logits / temperature), and its log-probability there.
+    """A token a row, and its log-probability under the distribution that it is drawn from.
+
+    That is softmax(logits / temperature), without all but the `top_k` likeliest words (0 keeps
+    all), then without all but the fewest likeliest of these whose mass reaches `top_p` (None keeps
+    all; the likeliest always stays), summing to 1 again. Of equal words the first comes first.
 
     A temperature of 0 takes the likeliest token, and reports its log-probability at temperature 1.
     """
     greedy = temperature == 0
     logprobs_BxV = jax.nn.log_softmax(logits_BxV / jnp.where(greedy, 1.0, temperature))
-    drawn_B = jax.vmap(jax.random.categorical)(keys_B, logprobs_BxV)
-    token_B = jnp.where(greedy, jnp.argmax(logprobs_BxV, axis=-1), drawn_B).astype(jnp.int32)
-    return token_B, jnp.take_along_axis(logprobs_BxV, token_B[:, None], axis=-1)[:, 0]
+    if not top_k and top_p is None:
+        drawn_B = jax.vmap(jax.random.categorical)(keys_B, logprobs_BxV)
+        token_B = jnp.where(greedy, jnp.argmax(logprobs_BxV, axis=-1), drawn_B).astype(jnp.int32)
+        return token_B, jnp.take_along_axis(logprobs_BxV, token_B[:, None], axis=-1)[:, 0]
+    V = logits_BxV.shape[-1]
+    logprobs_BxK, words_BxK = jax.lax.top_k(logprobs_BxV, min(top_k or V, V))
+    logprobs_BxK = jax.nn.log_softmax(logprobs_BxK)
+    if top_p is not None:
+        mass_BxK = jnp.exp(logprobs_BxK)
+        likelier_BxK = jnp.cumsum(mass_BxK, axis=-1) - mass_BxK
+        first_BxK = jnp.arange(mass_BxK.shape[-1])[None] == 0
+        kept_BxK = first_BxK | (likelier_BxK < top_p)
+        logprobs_BxK = jax.nn.log_softmax(jnp.where(kept_BxK, logprobs_BxK, -jnp.inf))
+    # A word's noise is its own, whatever its rank: models that rank two words differently stay
+    # comparable, and rounding that swaps equal ones changes nothing.
+    noise = lambda key, word: jax.random.gumbel(jax.random.fold_in(key, word))
+    noise_BxK = jax.vmap(jax.vmap(noise, (None, 0)))(keys_B, words_BxK)
+    best_B = jnp.where(greedy, 0, jnp.argmax(logprobs_BxK + noise_BxK, axis=-1))
+    take = lambda values_BxK: jnp.take_along_axis(values_BxK, best_B[:, None], axis=-1)[:, 0]
+    return take(words_BxK), take(logprobs_BxK)
 
 
 def generate(
@@ -57,12 +83,15 @@ def generate(
     rollout_ids: jax.Array,
     key: jax.Array,
     temperature: jax.Array,
-    eos_id: jax.Array,
+    eos_ids: jax.Array,
     pad_id: jax.Array,
+    top_p: jax.Array | None = None,
     *,
+    top_k: int = 0,
     max_new_tokens: int,
 ) -> Samples:
-    """Samples G responses to each of N prompts. Pure: jit it, `policy` and `max_new_tokens` static.
+    """Samples G responses to each of N prompts. Pure: jit it, `policy`, `top_k` and
+    `max_new_tokens` static.
 
     Args:
       policy, params: the model.
@@ -71,8 +100,9 @@ def generate(
       rollout_ids: int32 [N * G], distinct under one key: they choose the random numbers.
       key: a scalar PRNG key, for this step and purpose.
       temperature: float32 scalar, 0 for greedy decoding.
-      eos_id: int32 scalar, the token that ends a response.
+      eos_ids: int32 [E], the tokens that end a response.
       pad_id: int32 scalar, fills `tokens` after the end.
+      top_p, top_k: as `draw` has them.
       max_new_tokens: the budget L of a response.
 
     Returns:
@@ -86,15 +116,16 @@ def generate(
     def record(t, logits_BxV, done_B, samples):
         """Draws token t of each live row from `logits_BxV` and writes it down."""
         keys_B = jax.vmap(jax.random.fold_in, (0, None))(row_keys_B, t)
-        token_B, logprob_B = draw(logits_BxV, keys_B, temperature)
+        token_B, logprob_B = draw(logits_BxV, keys_B, temperature, top_k=top_k, top_p=top_p)
         token_B = jnp.where(done_B, pad_id, token_B)
+        ends_B = ~done_B & jnp.isin(token_B, eos_ids)
         samples = Samples(
             tokens=samples.tokens.at[:, t].set(token_B),
             logprobs=samples.logprobs.at[:, t].set(jnp.where(done_B, 0.0, logprob_B)),
             lengths=samples.lengths + ~done_B,
-            stop=jnp.where(~done_B & (token_B == eos_id), STOP_EOS, samples.stop),
+            stop=jnp.where(ends_B, STOP_EOS, samples.stop),
         )
-        return t + 1, token_B, done_B | (token_B == eos_id), samples
+        return t + 1, token_B, done_B | ends_B, samples
 
     with jax.named_scope("prefill"):
         cache = policy.init_cache(N, P + L)

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from opsd_jax.losses import Head
 from opsd_jax.policy import Params, Policy
-from opsd_jax.rollout.collect import left_pad
+from opsd_jax.rollout.engine import left_pad
 
 Batch = tuple[dict[str, Any], ...]
 Microbatch = dict[str, Any]
