@@ -8,6 +8,7 @@ the result is locked, so a field that does not exist is an error. On the command
 from __future__ import annotations
 
 import ast
+import dataclasses
 import difflib
 import importlib
 import importlib.util
@@ -21,8 +22,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from opsd_jax import losses
+from opsd_jax.models.presets import PRESETS
+from opsd_jax.models.rope import RopeScaling
 
 SOURCES = ("train", "heldout", "exclude")  # the sections of `config.data` that hold them
+
+# How models are run that are large: products in bfloat16; parameters in float32, since a step
+# of 1e-6 is lost on a bfloat16 weight, which has 8 bits; activations computed again, not kept.
+LARGE = {"dtype": "bfloat16", "param_dtype": "float32", "remat": True, "scan_unroll": 1}
 
 
 class ConfigError(ValueError):
@@ -115,6 +122,73 @@ def source(path: str | pathlib.Path = "", **changes: Any) -> ConfigDict:
     return config
 
 
+def decoder(**changes: Any) -> ConfigDict:
+    """The section `model` of the reference decoder; by default the quickstart's sizes."""
+    config = ConfigDict()
+    # "package.module:function", which takes this section and returns an opsd_jax.policy.Model.
+    config.make = "opsd_jax.models.decoder:from_config"
+    config.vocab_size = 32
+    config.hidden_size = 64
+    config.intermediate_size = 176
+    config.num_layers = 3
+    config.num_heads = 4
+    config.num_kv_heads = 2
+    config.head_dim = 16
+    config.rope_theta = 1000.0
+    config.rope_scaling = rope_scaling()
+    config.rms_norm_eps = 1e-6
+    config.qk_norm = True  # normalise queries and keys, as Qwen3 does
+    config.attention_bias = False  # of queries, keys and values: Qwen2.5 has them
+    config.tie_word_embeddings = False
+    config.dtype = "float32"  # of activations and products: "float32" or "bfloat16"
+    config.param_dtype = "float32"
+    config.remat = False  # recompute activations in the backward pass, to save memory
+    config.scan_unroll = 3  # layers a turn of the scan over layers; divides num_layers
+    config.lock()
+    config.update(changes)
+    return config
+
+
+def preset(name: str, **changes: Any) -> ConfigDict:
+    """The reference decoder in the sizes of a released model, with random initial parameters.
+
+    Args:
+      name: one of `opsd_jax.models.presets.PRESETS`.
+      changes: fields of `decoder` -> values.
+
+    Raises:
+      ConfigError: there is no such preset (lists those that there are).
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"there is no preset {name!r}; expected one of {', '.join(PRESETS)}.")
+    return decoder(**{**LARGE, **PRESETS[name], **changes})
+
+
+def pretrained(path: str | pathlib.Path = "", **changes: Any) -> ConfigDict:
+    """The section `model` of a directory with a Hugging Face `config.json` and safetensors files.
+
+    Args:
+      path: the directory; `--config.model.path` says it as well.
+      changes: its other fields -> values.
+    """
+    config = ConfigDict()
+    config.make = "opsd_jax.models.pretrained:from_config"
+    config.path = os.fspath(path)
+    config.update(LARGE)
+    config.lock()
+    config.update(changes)
+    return config
+
+
+def rope_scaling(**changes: Any) -> ConfigDict:
+    """How rotary angles are scaled to a longer context; the fields are those of
+    `opsd_jax.models.rope.RopeScaling`.
+    """
+    config = ConfigDict(dataclasses.asdict(RopeScaling()))
+    config.update(changes)
+    return config
+
+
 def default() -> ConfigDict:
     """The embedded task and a decoder of 0.1 million parameters: the quickstart, stage by stage."""
     config = ConfigDict()
@@ -142,23 +216,7 @@ def default() -> ConfigDict:
         "Please reason step by step, and put your final answer within \\boxed{}.\n"
     )
 
-    config.model = ConfigDict()
-    # "package.module:function", which takes this section and returns an opsd_jax.policy.Model.
-    config.model.make = "opsd_jax.models.decoder:from_config"
-    config.model.vocab_size = 32
-    config.model.hidden_size = 64
-    config.model.intermediate_size = 176
-    config.model.num_layers = 3
-    config.model.num_heads = 4
-    config.model.num_kv_heads = 2
-    config.model.head_dim = 16
-    config.model.rope_theta = 1000.0
-    config.model.rms_norm_eps = 1e-6
-    config.model.tie_word_embeddings = False
-    config.model.dtype = "float32"  # of activations and products: "float32" or "bfloat16"
-    config.model.param_dtype = "float32"
-    config.model.remat = False  # recompute activations in the backward pass, to save memory
-    config.model.scan_unroll = 3  # layers a turn of the scan over layers; divides num_layers
+    config.model = decoder()
 
     config.sft = ConfigDict()
     config.sft.algorithm = "sft"

@@ -1,9 +1,9 @@
-"""The reference decoder: the Qwen3 shape at any size, in Flax NNX.
+"""The reference decoder: the shapes of Qwen3, Qwen2.5 and Llama 3 at any size, in Flax NNX.
 
-RMSNorm before every part, rotary positions, grouped-query attention with normalised queries and
-keys, SwiGLU. The parameters of the layers are stacked on a leading axis, [L, ...]: without a cache
-the layers run in a scan, so the program does not grow with depth; with one they are unrolled, since
-a scan would copy the cache that it returns.
+RMSNorm before every part, rotary positions, grouped-query attention (Qwen3's queries and keys are
+normalised, Qwen2.5's have biases), SwiGLU. The parameters of the layers are stacked on a leading
+axis, [L, ...]: without a cache the layers run in a scan, so the program does not grow with depth;
+with one they are unrolled, since a scan would copy the cache that it returns.
 
 Shapes: B batch, T tokens, S cache slots, D hidden, H heads, K key-value heads, G = H / K,
 C head size, F intermediate size, V vocabulary, L layers.
@@ -12,7 +12,6 @@ C head size, F intermediate size, V vocabulary, L layers.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +20,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from opsd_jax import policy as policy_lib
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+from opsd_jax.models import rope
+from opsd_jax.models.architecture import DecoderConfig, dtype_of
 
 # Which dimension of which parameter lies along which mesh axis (opsd_jax/parallel/mesh.py). The
 # layers are stacked, so the leading dimension of theirs is depth.
@@ -30,49 +29,12 @@ DECODER_RULES = (
     (r"embedding", P("tensor", "fsdp")),
     (r"head", P("fsdp", "tensor")),
     (r"layers/(q|k|v)", P(None, "fsdp", "tensor", None)),
+    (r"layers/(q|k|v)_bias", P(None, "tensor", None)),
     (r"layers/o", P(None, "tensor", None, "fsdp")),
     (r"layers/(gate|up)", P(None, "fsdp", "tensor")),
     (r"layers/down", P(None, "tensor", "fsdp")),
     (r"(layers/\w+_)?norm", P()),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """Sizes of a decoder; the names are those of a Hugging Face `config.json` where it has them."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_theta: float = 1e6
-    rms_norm_eps: float = 1e-6
-    tie_word_embeddings: bool = False
-    dtype: Any = jnp.float32  # of activations, matrix products and the cache
-    param_dtype: Any = jnp.float32
-    remat: bool = False  # recompute each layer's activations in the backward pass
-    scan_unroll: int = 1  # layers that one turn of the scan runs; must divide num_layers
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and value < 1:
-                raise ValueError(f"model.{field.name} is {value}; it must be at least 1.")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"model.num_heads is {self.num_heads}, which model.num_kv_heads = "
-                f"{self.num_kv_heads} does not divide: every key-value head serves as many heads."
-            )
-        if self.num_layers % self.scan_unroll:
-            raise ValueError(
-                f"model.scan_unroll is {self.scan_unroll}, which does not divide model.num_layers "
-                f"= {self.num_layers}."
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"model.head_dim is {self.head_dim}; rotary positions need it even.")
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -81,21 +43,6 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     x32 *= jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
     return (x32 * scale).astype(x.dtype)
-
-
-def rope_table(positions_BxT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, ...]:
-    """Cosines and sines, each [B, T, 1, C / 2] in float32, of the rotary angles."""
-    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    # Not an einsum: a TPU's matrix unit would round the positions to bfloat16.
-    angle = positions_BxT[..., None, None].astype(jnp.float32) * frequency[None, None, None]
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rope(x_BxTxNxC: jax.Array, table: tuple[jax.Array, ...]) -> jax.Array:
-    """Rotary position embedding (Su et al., arXiv 2104.09864), the halves of C as the pairs."""
-    cos, sin = table
-    a, b = jnp.split(x_BxTxNxC.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxTxNxC.dtype)
 
 
 def attend(
@@ -133,9 +80,15 @@ class Block(nnx.Module):
         def ones(size):
             return nnx.Param(jnp.ones(size, config.param_dtype))
 
+        def zeros(*shape):
+            return nnx.Param(jnp.zeros(shape, config.param_dtype))
+
         self.attention_norm, self.mlp_norm = ones(D), ones(D)
         self.q, self.k, self.v = weight(D, D, H, C), weight(D, D, K, C), weight(D, D, K, C)
-        self.q_norm, self.k_norm = ones(C), ones(C)
+        if config.attention_bias:
+            self.q_bias, self.k_bias, self.v_bias = zeros(H, C), zeros(K, C), zeros(K, C)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = ones(C), ones(C)
         self.o = weight(H * C, H, C, D, scale=depth)
         self.gate, self.up = weight(D, D, F), weight(D, D, F)
         self.down = weight(F, F, D, scale=depth)
@@ -146,10 +99,15 @@ class Block(nnx.Module):
         q_BxTxHxC = jnp.einsum("btd,dhc->bthc", x_BxTxD, w(self.q))
         k_BxTxKxC = jnp.einsum("btd,dkc->btkc", x_BxTxD, w(self.k))
         v_BxTxKxC = jnp.einsum("btd,dkc->btkc", x_BxTxD, w(self.v))
-        q_BxTxHxC = rms_norm(q_BxTxHxC, self.q_norm[...], config.rms_norm_eps)
-        k_BxTxKxC = rms_norm(k_BxTxKxC, self.k_norm[...], config.rms_norm_eps)
-        q_BxTxHxC = rope(q_BxTxHxC, table)
-        k_BxTxKxC = rope(k_BxTxKxC, table)
+        if config.attention_bias:
+            q_BxTxHxC += w(self.q_bias)[None, None]
+            k_BxTxKxC += w(self.k_bias)[None, None]
+            v_BxTxKxC += w(self.v_bias)[None, None]
+        if config.qk_norm:
+            q_BxTxHxC = rms_norm(q_BxTxHxC, self.q_norm[...], config.rms_norm_eps)
+            k_BxTxKxC = rms_norm(k_BxTxKxC, self.k_norm[...], config.rms_norm_eps)
+        q_BxTxHxC = rope.rotate(q_BxTxHxC, table)
+        k_BxTxKxC = rope.rotate(k_BxTxKxC, table)
         if cache is None:
             k_BxKxCxS, v_BxKxSxC = k_BxTxKxC.transpose(0, 2, 3, 1), v_BxTxKxC.swapaxes(1, 2)
             key_positions = positions_BxT
@@ -209,7 +167,7 @@ class Decoder(nnx.Module):
         """Final hidden states [B, T, D]; with a cache, also the cache with these tokens in it."""
         config = self.config
         x_BxTxD = self.embedding[...].astype(config.dtype)[tokens_BxT]
-        table = rope_table(positions_BxT, config.head_dim, config.rope_theta)
+        table = rope.table(positions_BxT, config.head_dim, config.rope_theta, config.rope_scaling)
         graphdef, stacked = nnx.split(self.layers)
         if cache is None:
 
@@ -252,17 +210,24 @@ class Decoder(nnx.Module):
         )
 
 
-def from_config(config: ml_collections.ConfigDict) -> policy_lib.Model:
-    """The decoder of a config's `model` section.
+def sizes(config: ml_collections.ConfigDict) -> DecoderConfig:
+    """The sizes in a config's `model` section.
 
     Raises:
-      ValueError: sizes that do not fit together; names the field.
+      ValueError: they do not fit together; names the field.
     """
-    sizes = {f.name: config[f.name] for f in dataclasses.fields(DecoderConfig)}
-    for name in ("dtype", "param_dtype"):
-        if sizes[name] not in DTYPES:
-            raise ValueError(f"model.{name} is {sizes[name]!r}; expected one of {list(DTYPES)}.")
-        sizes[name] = DTYPES[sizes[name]]
-    decoder = DecoderConfig(**sizes)
-    policy, init = policy_lib.from_nnx(lambda rngs: Decoder(decoder, rngs=rngs))
-    return policy_lib.Model(policy, init, DECODER_RULES, decoder.vocab_size)
+    fields = {f.name: config[f.name] for f in dataclasses.fields(DecoderConfig)}
+    fields |= {name: dtype_of(fields[name], name) for name in ("dtype", "param_dtype")}
+    fields["rope_scaling"] = rope.RopeScaling(**fields["rope_scaling"])
+    return DecoderConfig(**fields)
+
+
+def model(config: DecoderConfig) -> policy_lib.Model:
+    """The decoder of these sizes, with random initial parameters."""
+    policy, init = policy_lib.from_nnx(lambda rngs: Decoder(config, rngs=rngs))
+    return policy_lib.Model(policy, init, DECODER_RULES, config.vocab_size)
+
+
+def from_config(config: ml_collections.ConfigDict) -> policy_lib.Model:
+    """The decoder of a config's `model` section; raises as `sizes` does."""
+    return model(sizes(config))

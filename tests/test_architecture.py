@@ -1,0 +1,208 @@
+"""Shapes of decoders: presets, what a config.json says, and how positions turn."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_tokens
+from jax.sharding import PartitionSpec as P
+
+from opsd_jax import config as config_lib
+from opsd_jax.models import architecture, decoder, presets, rope
+from opsd_jax.parallel import mesh as mesh_lib
+
+# Parameters as published (model cards; safetensors' own counts), in millions.
+MILLIONS = {
+    "qwen3-0.6b": 596.05,
+    "qwen3-1.7b": 1720.57,
+    "qwen3-4b": 4022.47,
+    "qwen3-8b": 8190.74,
+    "qwen3-14b": 14768.31,
+    "qwen3-32b": 32762.12,
+    "qwen2.5-0.5b": 494.03,
+    "qwen2.5-1.5b": 1543.71,
+    "qwen2.5-3b": 3085.94,
+    "qwen2.5-7b": 7615.62,
+    "qwen2.5-14b": 14770.03,
+    "qwen2.5-32b": 32763.88,
+    "qwen2.5-math-1.5b": 1543.71,
+    "qwen2.5-math-7b": 7615.62,
+    "r1-distill-qwen-1.5b": 1777.09,
+    "r1-distill-qwen-7b": 7615.62,
+    "r1-distill-qwen-14b": 14770.03,
+    "acereason-nemotron-7b": 7615.62,
+    "acereason-nemotron-14b": 14770.03,
+    "llama-3.1-8b": 8030.26,
+    "llama-3.2-1b": 1235.81,
+    "llama-3.2-3b": 3212.75,
+}
+CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+}
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_a_preset_has_the_published_size(name):
+    model = decoder.from_config(config_lib.preset(name, param_dtype="bfloat16"))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    assert total / 1e6 == pytest.approx(MILLIONS[name], abs=0.01)
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(config_lib.ConfigError, match="no preset 'qwen3-9b'; expected one of qwen3"):
+        config_lib.preset("qwen3-9b")
+
+
+@pytest.fixture
+def written(tmp_path):
+    """`(**changes) -> the path of a config.json`, without the fields that are None."""
+
+    def write(**changes):
+        path = tmp_path / "config.json"
+        fields = {k: v for k, v in (CONFIG | changes).items() if v is not None}
+        path.write_text(json.dumps(fields))
+        return path
+
+    return write
+
+
+def test_older_and_newer_files_say_the_same(written):
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    newer = written(rope_parameters={**scaling, "rope_theta": 123.0})
+    expected = architecture.from_json(newer)
+    assert (expected.rope_theta, expected.rope_scaling.factor) == (123.0, 4.0)
+    assert (expected.head_dim, expected.attention_bias, expected.qk_norm) == (4, True, False)
+    older = written(rope_theta=123, rope_scaling={"type": "yarn", **scaling})
+    assert architecture.from_json(older) == expected
+    assert architecture.from_json(written()).rope_theta == 10_000.0
+
+
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen2.5-7b", "llama-3.2-1b"])
+def test_a_config_json_of_ours_reads_back(name, tmp_path):
+    section = config_lib.preset(name)
+    sizes = decoder.sizes(section)
+    (tmp_path / "config.json").write_text(json.dumps(architecture.to_json(sizes, "float32")))
+    options = {"dtype": jnp.bfloat16, "remat": True}
+    assert architecture.from_json(tmp_path / "config.json", **options) == sizes
+
+
+def test_normalised_queries_with_biases_have_no_architecture():
+    sizes = decoder.sizes(config_lib.decoder(attention_bias=True))
+    with pytest.raises(ValueError, match=r"qk_norm and model\.attention_bias are both True"):
+        architecture.to_json(sizes, "float32")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["MistralForCausalLM"]}, r"architectures is \[\"MistralForCausalLM\"\]"),
+        ({"architectures": None}, "architectures is null; expected one of Qwen3ForCausalLM"),
+        ({"hidden_act": "gelu"}, "hidden_act is \"gelu\"; expected 'silu'"),
+        ({"hidden_size": None}, "hidden_size is null; expected an integer above 0"),
+        ({"num_hidden_layers": "2"}, 'num_hidden_layers is "2"; expected an integer'),
+        ({"num_key_value_heads": 3}, "num_heads is 4, which model.num_kv_heads = 3 does not"),
+        ({"attention_bias": False}, "attention_bias is false; expected True"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is .*bits"),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "use_sliding"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is .*sliding"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, 'rope_type is "dynamic"; expected'),
+        ({"rope_scaling": {"type": "linear"}}, "factor is null; expected a number above 0"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor is 0.5; expected at least 1"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "original_max_position_emb.* is null"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}}, "truncate is false"),
+        ({"rope_theta": "1e6"}, 'rope_theta is "1e6"; expected a number'),
+    ],
+)
+def test_what_the_decoder_cannot_do_is_refused(written, changes, message):
+    path = written(**changes)
+    with pytest.raises(ValueError, match=rf"config\.json: .*{message}"):
+        architecture.from_json(path)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", None])
+def test_a_config_json_that_cannot_be_read_is_named(tmp_path, text):
+    path = tmp_path / "config.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json (cannot be read|holds a list)"):
+        architecture.from_json(path)
+
+
+def test_a_window_that_no_layer_has_is_none(written):
+    # As released models have it: a window, not in use.
+    changes = {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 1}
+    assert architecture.from_json(written(**changes)).num_layers == 2
+
+
+SCALINGS = {
+    "linear": rope.RopeScaling("linear", 4.0),
+    "llama3": rope.RopeScaling("llama3", 8.0, original_max_position_embeddings=256),
+    "yarn": rope.RopeScaling("yarn", 4.0, original_max_position_embeddings=256),
+}
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_scaling_keeps_fast_turns_and_slows_the_others(kind):
+    plain, _ = rope.frequencies(64, 1e4, rope.RopeScaling())
+    scaled, factor = rope.frequencies(64, 1e4, SCALINGS[kind])
+    ratio = plain / scaled
+    np.testing.assert_allclose(ratio[0], 4 if kind == "linear" else 1, rtol=1e-6)
+    np.testing.assert_allclose(ratio[-1], SCALINGS[kind].factor, rtol=1e-6)
+    assert (np.diff(ratio) > -1e-6).all()
+    assert factor == (1 + 0.1 * math.log(4) if kind == "yarn" else 1)
+
+
+def test_a_scaling_that_cannot_be_is_named():
+    with pytest.raises(ValueError, match=r"rope_type is 'ntk'; expected one of"):
+        rope.RopeScaling("ntk")
+    with pytest.raises(ValueError, match=r"low_freq_factor is 4.0; expected less than high_freq"):
+        rope.RopeScaling("llama3", 8.0, low_freq_factor=4.0)
+
+
+@pytest.mark.parametrize("kind", ["biased", "plain", *SCALINGS])
+def test_cached_decoding_equals_the_full_forward_in_every_shape(kind):
+    section = config_lib.decoder(
+        hidden_size=16,
+        intermediate_size=32,
+        head_dim=8,
+        num_layers=2,
+        scan_unroll=1,
+        qk_norm=False,
+        attention_bias=kind == "biased",
+    )
+    sizes = decoder.sizes(section)
+    if kind in SCALINGS:
+        sizes = dataclasses.replace(sizes, rope_scaling=SCALINGS[kind])
+    model = decoder.model(sizes)
+    params = jax.tree.map(
+        lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape),
+        jax.jit(model.init)(jax.random.key(0)),
+    )
+    tokens = random_tokens(0, (2, 12))
+    positions = jnp.broadcast_to(jnp.arange(12), tokens.shape)
+    forward = jax.jit(model.policy.forward)
+    full, _ = forward(params, tokens, positions)
+    hidden, cache = forward(params, tokens[:, :7], positions[:, :7], model.policy.init_cache(2, 16))
+    np.testing.assert_allclose(hidden, full[:, :7], rtol=1e-5, atol=1e-5)
+    for t in range(7, 12):
+        at = slice(t, t + 1)
+        hidden, cache = forward(params, tokens[:, at], positions[:, at], cache)
+        np.testing.assert_allclose(hidden[:, 0], full[:, t], rtol=1e-5, atol=1e-5)
+    if kind == "biased":
+        shardings = mesh_lib.param_shardings(mesh_lib.make_mesh((2, 2, 2)), model.rules, params)
+        assert shardings["layers"]["k_bias"].spec == P(None, "tensor", None)
+        without = jax.tree.map(jnp.zeros_like, params["layers"]["k_bias"])
+        params["layers"]["v_bias"] = without
+        assert not np.allclose(forward(params, tokens, positions)[0], full, atol=1e-2)
