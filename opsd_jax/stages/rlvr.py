@@ -19,6 +19,7 @@ from opsd_jax.policy import Policy
 from opsd_jax.stages.batch import pack_responses, response_head
 from opsd_jax.stages.rollouts import RollOut, group_records, rollout_metrics
 from opsd_jax.stages.stage import Stage, StepData
+from opsd_jax.stages.teacher import FROZEN
 from opsd_jax.verify.groups import Groups
 
 
@@ -142,5 +143,5 @@ def stage(
         batches=batches,
         empty_batch=batch_of([]),
         loss=functools.partial(loss_fn, policy, options, config.temperature, config.loss_chunk),
-        has_teacher=options.kl_coefficient > 0,
+        teacher=FROZEN if options.kl_coefficient > 0 else None,
     )

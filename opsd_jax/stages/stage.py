@@ -9,6 +9,7 @@ import jax
 
 from opsd_jax.policy import Params
 from opsd_jax.stages.batch import Batch, Microbatch
+from opsd_jax.stages.teacher import Teacher
 
 # A sum and its weight: the mean is their quotient, once everything has been added up.
 Metric = tuple[jax.Array, jax.Array]
@@ -40,7 +41,7 @@ class Stage(NamedTuple):
       empty_batch: a batch without rows: the shapes that the train step is compiled for.
       loss: `(params, teacher, microbatch) -> (sum, (weight, metrics))`: the loss summed over the
         microbatch, what it is to be divided by in the end, and metrics as `Metric`s. Pure.
-      has_teacher: the stage's initial parameters are kept and given to the loss as `teacher`.
+      teacher: how the state's teacher is made and changes; None if the loss gets None for it.
     """
 
     steps: int
@@ -51,4 +52,4 @@ class Stage(NamedTuple):
         [Params, Params | None, Microbatch],
         tuple[jax.Array, tuple[jax.Array, dict[str, Metric]]],
     ]
-    has_teacher: bool = False
+    teacher: Teacher | None = None

@@ -66,7 +66,7 @@ def run_stage(
       Diverged: see `max_nonfinite`; the checkpoint from before it stays.
     """
     param_shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
-    init = lambda p: init_state(p, optimizer, has_teacher=stage.has_teacher)
+    init = lambda p: init_state(p, optimizer, stage.teacher)
     shapes = jax.eval_shape(init, params)
     shardings = state_shardings(shapes, optimizer, param_shardings, mesh)
     abstract = abstract_of(shapes, shardings)

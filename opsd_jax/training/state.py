@@ -11,6 +11,7 @@ import optax
 
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.policy import Params
+from opsd_jax.stages.teacher import Teacher
 
 # {"step": int32, optimiser updates tried; "params"; "opt_state"; "teacher": params or None}
 State = dict[str, Any]
@@ -42,14 +43,14 @@ def make_optimizer(config: ml_collections.ConfigDict, updates: int) -> optax.Gra
 
 
 def init_state(
-    params: Params, optimizer: optax.GradientTransformation, *, has_teacher: bool
+    params: Params, optimizer: optax.GradientTransformation, teacher: Teacher | None = None
 ) -> State:
-    """A stage's first state. The teacher, where there is one, is a copy of the parameters."""
+    """A stage's first state."""
     return {
         "step": jnp.zeros((), jnp.int32),
         "params": params,
         "opt_state": optimizer.init(params),
-        "teacher": jax.tree.map(jnp.copy, params) if has_teacher else None,
+        "teacher": teacher.init(params) if teacher else None,
     }
 
 

@@ -11,21 +11,25 @@ import optax
 
 from opsd_jax.stages.batch import Batch
 from opsd_jax.stages.stage import Stage
+from opsd_jax.stages.teacher import Teacher
 from opsd_jax.training.state import State
 
 
 def make_train_step(
-    loss: Callable[..., Any], optimizer: optax.GradientTransformation
+    loss: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    teacher_rule: Teacher | None = None,
 ) -> Callable[[State, Batch], tuple[State, dict[str, Any]]]:
     """The pure function `(state, batch) -> (state, metrics)`; jit it with the state donated.
 
     Only the first `count` microbatches of each bucket are computed. The loss is
     sum / weight over all of them, on every device. When no row has weight, or the gradient is not
-    finite, the parameters and the optimiser's moments stay as they are, to the bit.
+    finite, the parameters, the optimiser's moments and the teacher stay as they are, to the bit.
 
     Args:
       loss: as `Stage.loss`.
       optimizer: of `state["opt_state"]`.
+      teacher_rule: how `state["teacher"]` follows the parameters; None for not at all.
 
     Returns:
       The step. Its metrics are `(sum, weight)` pairs: those of the loss, and `loss`, `grad_norm`
@@ -65,6 +69,10 @@ def make_train_step(
                 "opt_state": opt_state,
             }
             kept = {"params": params, "opt_state": state["opt_state"]}
+            if teacher_rule is not None:
+                updates_done = state["step"] + 1
+                kept["teacher"] = teacher
+                updated["teacher"] = teacher_rule.update(teacher, updated["params"], updates_done)
             ok = finite & ~empty
             updated = jax.tree.map(
                 lambda new, old: jnp.where(ok, new, old).astype(old.dtype), updated, kept
@@ -77,7 +85,7 @@ def make_train_step(
             "empty": (1 - live, one),
             "nonfinite": (jnp.where(finite, 0.0, one), one),
         }
-        return {"step": state["step"] + 1, "teacher": teacher, **updated}, metrics
+        return state | updated | {"step": state["step"] + 1}, metrics
 
     return train_step
 
@@ -100,7 +108,7 @@ def compile_train_step(
     """
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     step = jax.jit(
-        make_train_step(stage.loss, optimizer),
+        make_train_step(stage.loss, optimizer, stage.teacher),
         donate_argnums=0,
         in_shardings=(state_shardings, batch_shardings),
         out_shardings=(state_shardings, None),
