@@ -26,7 +26,7 @@ from opsd_jax.models.presets import PRESETS
 from opsd_jax.models.rope import RopeScaling
 
 SOURCES = ("train", "heldout", "exclude")  # the sections of `config.data` that hold them
-
+REQUEST = "Please reason step by step, and put your final answer within \\boxed{}.\n"
 # How models are run that are large: products in bfloat16; parameters in float32, since a step
 # of 1e-6 is lost on a bfloat16 weight, which has 8 bits; activations computed again, not kept.
 LARGE = {"dtype": "bfloat16", "param_dtype": "float32", "remat": True, "scan_unroll": 1}
@@ -105,6 +105,7 @@ def source(path: str | pathlib.Path = "", **changes: Any) -> ConfigDict:
     config.columns.question = "problem"
     config.columns.answer = "answer"  # "" for none
     config.columns.solution = "solution"  # where there is none, ""
+    config.answer_after = ""  # the answer is what follows the last of this in its column: "####"
     config.extra = ()  # further columns that the verifier needs, kept in Problem.extra
     config.weight = 1.0  # of training sources: the share of the problems that come from this one
     config.verifier = verifier()
@@ -206,14 +207,47 @@ def default() -> ConfigDict:
     config.data.train = ConfigDict()
     config.data.heldout = ConfigDict()
     config.data.exclude = ConfigDict()  # not trained on, as the held-out ones: other evaluations
-    config.data.tokenizer = "opsd_jax.data.tokenizer:ByteTokenizer"  # called without arguments
-    # {question}, {solution} and {answer} are filled in; the answer, where there is no solution.
-    config.data.prompt = (
-        "{question}\nPlease reason step by step, and put your final answer within \\boxed{}.\n"
+    # With no `heldout` source, so many problems of `train` are held out, the same ones every time.
+    config.data.heldout_problems = 0
+    # A directory with a tokenizer.json, or "package.module:function", called without arguments.
+    config.data.tokenizer = "opsd_jax.data.tokenizer:ByteTokenizer"
+    config.data.chat_template = ""  # the tokenizer's own; "none": plain text; or a file's name
+    config.data.thinking = ""  # "on", "off", or what the chat template does by itself
+    config.data.system = ""  # the system's turn; "" for none
+    config.data.template_options = ConfigDict()  # further variables of the chat template
+    # What the user says. {question} is filled in.
+    config.data.prompt = "{question}\n" + REQUEST
+    # What the user says to the teacher: {context} as well, in the words of its kind.
+    config.data.teacher_prompt = "{question}\n\n{context}\n\n" + REQUEST
+    config.data.contexts = ConfigDict()
+    config.data.contexts.solution = "Here is a reference solution:\n{context}"
+    config.data.contexts.answer = "The correct final answer is {context}."
+    config.data.contexts.sibling = "Here is a correct solution:\n{context}"
+    config.data.contexts.concise = (
+        "Think as briefly as you can: go straight at the answer, take each step once, and leave "
+        "out whatever the solution does not need."
     )
-    config.data.teacher_prompt = (
-        "{question}\n\nHere is a reference solution:\n{solution}\n\n"
-        "Please reason step by step, and put your final answer within \\boxed{}.\n"
+    config.data.contexts.memo = (
+        "You have worked on problems like this one, and recall:\n{context}\n"
+        "Use it to solve the problem correctly and without detours."
+    )
+    config.data.contexts.column = "{context}"
+    # A context as a thought in the middle of a response (opsd.reinject_every); {context} as above.
+    config.data.reminder = "\n\nWait, I recall this. {context}\n\n"
+    # How the model is asked for a memo on its response; {answer} and {solution} are filled in.
+    config.data.memo = ConfigDict()
+    config.data.memo.correct = (
+        "That is right: the answer is {answer}. Write a short memo for solving problems like this "
+        "one: the key insight, and the most direct way to the answer. Write the memo alone."
+    )
+    config.data.memo.incorrect = (
+        "That is wrong: the answer is {answer}. Write a short memo for solving problems like this "
+        "one: the key insight, where the attempt went wrong, and how one notices. Write the memo "
+        "alone."
+    )
+    config.data.memo.truncated = (
+        "You ran out of room; the answer is {answer}. Write a short memo for solving problems like "
+        "this one: the key insight, and a more direct way to the answer. Write the memo alone."
     )
 
     config.model = decoder()
@@ -270,7 +304,26 @@ def default() -> ConfigDict:
     config.opsd.resample_rounds = 0
     config.opsd.temperature = 1.0
     config.opsd.prompt_tokens = 16
-    config.opsd.teacher_prompt_tokens = 39  # the longest prompt with privileged text in it
+    # What the teacher sees, by kind (opsd_jax/data/contexts.py): the first that a rollout has.
+    config.opsd.contexts = ("solution",)
+    config.opsd.sibling = "shortest"  # which correct sibling: "shortest" or "first"
+    config.opsd.sibling_thinking = False  # show its thinking, too
+    config.opsd.context_column = ""  # of "column": one of the sources' `extra`
+    config.opsd.memo = ConfigDict()
+    config.opsd.memo.request_tokens = 256  # the longest request for a memo
+    config.opsd.memo.tokens = 1024  # the budget of a memo, its thinking included
+    config.opsd.memo.close_tokens = 256  # more, where it has not ended its thinking by then
+    config.opsd.memo.at_once = 32  # memos a sampling call
+    config.opsd.memo.temperature = 1.0
+    config.opsd.reinject_every = 0  # tokens between reminders in the teacher's copy of a response
+    config.opsd.reminder_tokens = 64  # the longest reminder
+    # A longer prompt with privileged text in it loses the end of that text.
+    config.opsd.teacher_prompt_tokens = 39
+    config.opsd.teacher = ConfigDict()
+    # "frozen", "ema", "refresh", "trust_region" or "live" (opsd_jax/stages/teacher.py).
+    config.opsd.teacher.kind = "frozen"
+    config.opsd.teacher.rate = 0.05  # of "ema", and the current model's share in "trust_region"
+    config.opsd.teacher.every = 50  # of "refresh": updates between two copies
     config.opsd.response_tokens = 88
     config.opsd.max_rows = 64  # train on the first so many that the gate keeps; 0 for all
     config.opsd.microbatch = 16
@@ -282,7 +335,7 @@ def default() -> ConfigDict:
     config.opsd.optimizer = optimizer()
 
     config.evaluation = ConfigDict()
-    config.evaluation.problems = 512  # held-out ones
+    config.evaluation.problems = 512  # held-out ones; 0 for all
     config.evaluation.samples = 4  # responses a problem
     config.evaluation.temperature = 1.0
     config.evaluation.top_k = 0  # sample from the likeliest so many words; 0: from all
@@ -300,7 +353,7 @@ def default() -> ConfigDict:
     config.max_nonfinite = 10  # steps in a row with a gradient that is not finite end the run
     config.wandb_project = ""  # "" for none; needs the extra `wandb`
     config.lock()
-    for part in SOURCES:
+    for part in (*SOURCES, "template_options"):
         config.data[part].unlock()  # until the config is loaded
     return config
 

@@ -24,7 +24,7 @@ import resource
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import grain
@@ -34,6 +34,8 @@ from ml_collections import ConfigDict
 from opsd_jax import config as config_lib
 from opsd_jax import validation
 from opsd_jax import workdir as workdir_lib
+from opsd_jax.data import contexts
+from opsd_jax.data.contexts import Context
 from opsd_jax.data.problem import DataError, Problem
 from opsd_jax.data.task import Task
 from opsd_jax.evaluation import divergence, evaluate, report, statistics
@@ -42,7 +44,8 @@ from opsd_jax.policy import Model, Params
 from opsd_jax.progress import Progress
 from opsd_jax.rollout.collect import Collector
 from opsd_jax.rollout.engine import Engine, SamplerShape
-from opsd_jax.stages import opsd, rlvr, sft
+from opsd_jax.stages import memos, opsd, rlvr, sft
+from opsd_jax.stages.privileged import Privileged
 from opsd_jax.stages.rollouts import step_rollouts
 from opsd_jax.stages.stage import Stage
 from opsd_jax.training import checkpoint, files
@@ -141,6 +144,8 @@ class Run:
         holds("evaluation.prompt_tokens", evaluation.prompt_tokens, task.heldout, task.prompt)
         for name in config.stages:
             section = config[name]
+            example = "sources, such as config.data.train.maths = config_lib.source('maths.jsonl')"
+            check(len(task.train) > 0, "data.train", "empty", example)
             divides(f"{name}.microbatch", section.microbatch)
             if section.algorithm == "sft":
                 both = lambda row: [*row.prompt, *row.response]
@@ -150,8 +155,33 @@ class Run:
             divides(f"{name}.prompts_at_once", min(section.prompts_at_once, section.prompts))
             holds(f"{name}.prompt_tokens", section.prompt_tokens, task.train, task.prompt)
             if section.algorithm == "opsd":
-                field, width = f"{name}.teacher_prompt_tokens", section.teacher_prompt_tokens
-                holds(field, width, task.train, task.teacher_prompt)
+                for kind in section.contexts:
+                    self.check_contexts(name, kind, looked_at(task.train))
+
+    def check_contexts(self, stage: str, kind: str, looked_at: Iterable[int]) -> None:
+        """Raises ConfigError where a teacher's prompt does not fit without its context, and tells
+        standard error how many of those looked at lose a part of it.
+        """
+        task, limit = self.task, self.config[stage].teacher_prompt_tokens
+        find = {"solution": contexts.solution, "answer": contexts.answer}.get(kind)
+        cut = looked = 0
+        for i in looked_at:
+            problem = task.train[i]
+            text = find(problem, 0, ()) if find else ""
+            if text is None or ":" in kind:
+                continue
+            try:
+                cut += task.teacher_prompt(problem, Context(kind, text), limit)[1]
+            except ValueError as error:
+                field = f"config.{stage}.teacher_prompt_tokens"
+                raise config_lib.ConfigError(f"{field} is {limit}; {error}") from error
+            looked += 1
+        if cut:
+            print(
+                f"{stage}: of the teacher's prompts that were looked at, {cut} of {looked} lose a "
+                f"part of the {kind} to teacher_prompt_tokens = {limit}.",
+                file=sys.stderr,
+            )
 
     def fresh_params(self) -> Params:
         """The parameters that the run begins with, made where they belong."""
@@ -224,42 +254,90 @@ class Run:
             capacity=module.capacity(section),
             trains=functools.partial(module.trains, section),
         )
-        return module.stage(section, self.task, self.model.policy, roll_out)
+        if section.algorithm == "rlvr":
+            return rlvr.stage(section, self.task, self.model.policy, roll_out)
+        privileged = self.privileged(
+            section, section, section.group_size, self.seed_of(f"{name}/memos")
+        )
+        return opsd.stage(section, self.task, self.model.policy, roll_out, privileged)
+
+    def privileged(
+        self, section: ConfigDict, sampled: ConfigDict, group_size: int, seed: int
+    ) -> Privileged:
+        """Who finds the contexts of an OPSD stage; compiles the sampling of memos, if it has any.
+
+        Args:
+          section: of the stage.
+          sampled: of the rollouts: their `prompt_tokens` and `response_tokens`.
+          group_size: rollouts of each problem.
+          seed: of memos.
+        """
+        if "memo" not in section.contexts:
+            return Privileged(section, self.task, group_size)
+        sizes = sampled.prompt_tokens, sampled.response_tokens
+        engines = map(self.engine, memos.shapes(section.memo, self.task, *sizes))
+        writer = memos.Memos(section.memo, self.task, seed, *engines)
+        return Privileged(section, self.task, group_size, writer)
+
+    def heldout(self) -> list[Problem]:
+        """The held-out problems that are evaluated."""
+        heldout = self.task.heldout
+        return [heldout[i] for i in range(self.config.evaluation.problems or len(heldout))]
 
     def evaluate(
-        self, name: str, params: Params, progress: Progress, stop: StopSignal
+        self,
+        name: str,
+        params: Params,
+        progress: Progress,
+        stop: StopSignal,
+        *,
+        problems: Sequence[Problem],
+        directory: pathlib.Path,
+        settings: dict[str, Any],
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Samples and judges responses to held-out problems: `(responses, figures)`.
+        """Samples and judges responses to problems: `(responses, figures)`. What is done stands in
+        the directory after each sampling call, and is not done again.
+
+        Args:
+          name: of the evaluation.
+          params: of the model.
+          progress: shows it.
+          stop: ends it between two calls.
+          problems: the evaluated ones.
+          directory: of the records.
+          settings: `evaluate.settings`.
 
         Raises:
-          Interrupted: a signal came; nothing is kept.
+          ConfigError: the directory holds an evaluation with other settings.
+          Interrupted: a signal came; what was done is kept.
         """
         config = self.config.evaluation
-        shape = SamplerShape(
-            config.prompts_at_once, config.prompt_tokens, config.samples, config.response_tokens
-        )
-        progress.start(f"evaluate {name}", config.problems * config.samples, unit="response")
-        responses: list[dict[str, Any]] = []
-        for rollouts in self.collector(shape, config.top_k, config.top_p).calls(
-            params,
-            [self.task.heldout[i] for i in range(config.problems)],
-            # The same random numbers for every model: differences between two are less noisy.
-            key=jax.random.key(config.seed),
-            temperature=config.temperature,
-        ):
-            responses += evaluate.records(rollouts, self.task, config.samples)
-            progress.reach(len(responses))
-            stop.check()
-        figures = statistics.summarise(responses, config.samples)
+        progress.start(f"evaluate {name}", len(problems) * config.samples, unit="response")
+        responses = evaluate.resume(directory, settings)
+        done = len(responses) // config.samples
+        if done < len(problems):
+            shape = SamplerShape(
+                config.prompts_at_once, config.prompt_tokens, config.samples, config.response_tokens
+            )
+            for rollouts in self.collector(shape, config.top_k, config.top_p).calls(
+                params,
+                problems[done:],
+                # The same random numbers for every model: differences between two are less noisy.
+                key=jax.random.key(config.seed),
+                temperature=config.temperature,
+                offset=done,
+            ):
+                made = evaluate.records(rollouts, self.task, config.samples)
+                evaluate.append(directory, made)
+                responses += made
+                progress.reach(len(responses))
+                stop.check()
+        figures = statistics.summarise(responses)
         progress.finish(
             f"accuracy {figures['accuracy']:.1%} ± {figures['accuracy_se']:.1%}, "
             f"length {figures['mean_length']:.1f} ± {figures['mean_length_se']:.1f} tokens"
         )
-        return responses, {
-            "name": name,
-            **figures,
-            "temperature": config.temperature,
-        }
+        return responses, {"name": name, **figures, "settings": settings}
 
     def evaluate_and_record(
         self, name: str, params: Params, progress: Progress, stop: StopSignal, began: float
@@ -273,7 +351,17 @@ class Run:
           stop: ends it.
           began: the time.monotonic() from which the stage's seconds count.
         """
-        responses, figures = self.evaluate(name, params, progress, stop)
+        problems, directory = self.heldout(), self.workdir / name
+        settings = evaluate.settings(name, self.config, self.task, problems)
+        responses, figures = self.evaluate(
+            name,
+            params,
+            progress,
+            stop,
+            problems=problems,
+            directory=directory,
+            settings=settings,
+        )
         section = self.config.get(name)
         if section is not None and section.algorithm == "opsd":
             self.probe_divergence(name, params, responses)
@@ -282,24 +370,29 @@ class Run:
         # ru_maxrss is in KiB on Linux and in bytes on macOS.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         figures["peak_rss_gib"] = peak / 2 ** (30 if sys.platform == "darwin" else 20)
-        evaluate.write(self.workdir / name, responses, figures)
+        evaluate.finish(directory, figures)
 
     def probe_divergence(self, name: str, params: Params, responses: list[dict]) -> None:
         """Writes the divergence from the stage's teacher by position, before and after the stage,
-        each on the model's own held-out responses.
+        each on the model's own held-out responses. The teacher is the model before the stage.
         """
         section, config = self.config[name], self.config.evaluation
-        probe = divergence.DivergenceProbe(section, config, self.task, self.model.policy, self.mesh)
+        privileged = self.privileged(section, config, config.samples, self.seed_of("probe"))
+        probe = divergence.DivergenceProbe(
+            section, config, self.task, self.model.policy, self.mesh, privileged.insert_tokens
+        )
         teacher = self.params_of(section.init_from)
         before, _ = evaluate.read(self.workdir / (section.init_from or UNTRAINED))
-        problems = [
-            self.task.heldout[i] for i in range(config.problems) for _ in range(config.samples)
-        ]
-        n = min(PROBED, len(problems))
-        curves = {
-            "before": probe(teacher, teacher, problems[:n], before[:n]),
-            "after": probe(params, teacher, problems[:n], responses[:n]),
-        }
+        there = min(len(before) // config.samples, max(1, PROBED // config.samples))
+        problems = [self.task.heldout[i] for i in range(there)]
+
+        def curve(student: Params, responses: list[dict[str, Any]]) -> dict[str, Any]:
+            rollouts = evaluate.rollouts_of(problems, responses)
+            n = len(rollouts.responses)
+            taught = privileged(0, student, rollouts, range(n), capacity=n)
+            return probe(student, teacher, rollouts, taught.rows)
+
+        curves = {"before": curve(teacher, before), "after": curve(params, responses)}
         path = self.workdir / name / divergence.FILE
         files.write_atomically(path, files.to_json(curves) + "\n")
 

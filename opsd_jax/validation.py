@@ -13,16 +13,20 @@ from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
 from opsd_jax import losses
+from opsd_jax.data import contexts
+from opsd_jax.stages import teacher as teacher_lib
 
 # Bounds of numbers, by the last part of the field's name.
 _AT_LEAST_ONE = {
     "steps", "batch_size", "microbatch", "prompts", "prompts_at_once", "prompt_tokens",
-    "teacher_prompt_tokens", "response_tokens", "updates", "checkpoint_every", "problems",
-    "samples", "max_nonfinite", "group_size",
+    "teacher_prompt_tokens", "response_tokens", "updates", "checkpoint_every",
+    "samples", "max_nonfinite", "group_size", "request_tokens", "tokens", "close_tokens", "at_once",
+    "reminder_tokens", "every",
 }  # fmt: skip
 _NOT_NEGATIVE = {
     "temperature", "max_rows", "warmup", "weight_decay", "final_fraction", "seed",
-    "loss_chunk", "overlong_factor", "resample_rounds", "workers", "top_k",
+    "loss_chunk", "overlong_factor", "resample_rounds", "workers", "top_k", "reinject_every",
+    "heldout_problems",
 }  # fmt: skip
 _POSITIVE = {
     "learning_rate",
@@ -53,8 +57,8 @@ def validate(config: ConfigDict) -> None:
             fail(field, value, "a number not below 0")
         if name in _POSITIVE and not 0 < value < largest:
             fail(field, value, "a number above 0")
-        if field == "evaluation.problems" and value < 2:
-            fail(field, value, "at least 2, for a standard error")
+        if field == "evaluation.problems" and value != 0 and value < 2:
+            fail(field, value, "at least 2, for a standard error, or 0 for all")
         if name == "seed" and value >= 2**31:
             fail(field, value, "less than 2^31")
         if name == "top_p" and not 0 < value <= 1:
@@ -138,8 +142,33 @@ def validate(config: ConfigDict) -> None:
                         section.resample_rounds,
                         "0, or objective.drop_uninformative: nothing is left out to be replaced",
                     )
+            if section.algorithm == "opsd":
+                _validate_teaching(stage, section, fail)
             if section.algorithm == "rlvr" and rollouts % (section.updates * section.group_size):
                 fail(f"{stage}.updates", section.updates, f"a divisor of {section.prompts} prompts")
+
+
+def _validate_teaching(
+    stage: str, section: ConfigDict, fail: Callable[[str, Any, str], None]
+) -> None:
+    """Calls `fail` for the first field of an OPSD stage's contexts and teacher that cannot be."""
+    kinds, teacher = tuple(section.contexts), section.teacher
+    known = ", ".join(contexts.KINDS)
+    if not kinds or not all(kind in contexts.KINDS or ":" in kind for kind in kinds):
+        expected = f"a tuple of kinds among {known}, or 'package.module:function'"
+        fail(f"{stage}.contexts", kinds, expected)
+    if section.sibling not in contexts.SIBLINGS:
+        fail(f"{stage}.sibling", section.sibling, f"one of {', '.join(contexts.SIBLINGS)}")
+    if "sibling" in kinds and section.group_size < 2:
+        fail(
+            f"{stage}.group_size", section.group_size, "at least 2, for a rollout to have siblings"
+        )
+    if "column" in kinds and not section.context_column:
+        fail(f"{stage}.context_column", "", "the name of one of the sources' `extra` columns")
+    if teacher.kind not in teacher_lib.KINDS:
+        fail(f"{stage}.teacher.kind", teacher.kind, f"one of {', '.join(teacher_lib.KINDS)}")
+    if teacher.kind in ("ema", "trust_region") and not 0 < teacher.rate <= 1:
+        fail(f"{stage}.teacher.rate", teacher.rate, "a number in (0, 1]")
 
 
 def _validate_sources(data: ConfigDict, fail: Callable[[str, Any, str], None]) -> None:

@@ -110,7 +110,11 @@ def test_a_config_that_cannot_run_is_refused(field, text, message):
         ("mesh", "(3, 1, 1)", r"mesh \(3, 1, 1\)"),
         ("rlvr.microbatch", "12", "rlvr.microbatch is 12; expected a multiple of data x fsdp = 8"),
         ("opsd.prompts", "20", "opsd.prompts_at_once is 20; expected a multiple of"),
-        ("opsd.teacher_prompt_tokens", "16", "teacher_prompt_tokens is 16; expected at least 39"),
+        (
+            "opsd.teacher_prompt_tokens",
+            "16",
+            "teacher_prompt_tokens is 16; the prompt of problem .* has 39 tokens",
+        ),
         ("rlvr.prompt_tokens", "8", "rlvr.prompt_tokens is 8; expected at least 16"),
         ("evaluation.prompt_tokens", "8", "evaluation.prompt_tokens is 8; expected at least 16"),
         ("evaluation.problems", "70000", "problems is 70000; expected at most 65536"),

@@ -16,6 +16,7 @@ from opsd_jax import main, pipeline, validation, workdir
 from opsd_jax.data import arithmetic, load, text
 from opsd_jax.data.duplicates import normalise, without_duplicates
 from opsd_jax.data.mixture import mixture
+from opsd_jax.data.contexts import Context
 from opsd_jax.data.problem import DataError, Problem
 from opsd_jax.data.tokenizer import ByteTokenizer
 from opsd_jax.stages import sft
@@ -160,10 +161,9 @@ def test_byte_tokenizer():
 
 
 def test_templates_are_filled_in_one_pass():
-    problem = Problem("a", "{answer} \\1", "{question}", "4")
-    fill = text.template(r"{question}|{solution}|{answer}|\boxed{}|{{answer}}|{other}", "prompt")
-    assert fill(problem) == r"{answer} \1|{question}|4|\boxed{}|{4}|{other}"
-    assert fill(problem._replace(solution="")) == r"{answer} \1|4|4|\boxed{}|{4}|{other}"
+    template = r"{question}|{context}|\boxed{}|{{context}}|{other}"
+    filled = text.fill(template, question="{context} \\1", context="{question}")
+    assert filled == r"{context} \1|{question}|\boxed{}|{{question}}|{other}"
 
 
 def write(path, rows):
@@ -192,7 +192,8 @@ def config(config, tmp_path, monkeypatch):
             write(tmp_path / "x.jsonl", [{"problem": "$2+1$"}])
         )
         config.data.prompt = "{question} = "
-        config.data.teacher_prompt = "{question} ({solution}) = "
+        config.data.teacher_prompt = "{question} ({context}) = "
+        config.data.contexts.solution = "{context}"
         config.model.vocab_size = 258
         config.mesh = (1, 1, 1)
         config.sft.update({"steps": 2, "batch_size": 4, "buckets": (24,)})
@@ -229,7 +230,8 @@ def test_a_task_from_files(config):
     assert [task.train[i].source for i in range(len(task.train))] == ["more"] * 2 + ["sums"] * 10
     problem = next(task.train[i] for i in range(12) if task.train[i].id == "sums/5")
     assert decode(task.prompt(problem)) == "3 + 2 = "
-    assert decode(task.teacher_prompt(problem)) == "3 + 2 (5) = "
+    assert decode(task.teacher_prompt(problem, Context("solution", "5"), 20)[0]) == "3 + 2 (5) = "
+    assert task.teacher_prompt(problem, Context("none", ""), 8) == (task.prompt(problem), False)
     assert task.verify(problem, r"So \boxed{5}").correct
     assert not task.verify(problem, r"So \boxed{6}").correct
     stream = task.stream(0)
@@ -245,12 +247,18 @@ def test_a_task_from_files(config):
     ("field", "value", "message"),
     [
         ("data.prompt", "Hm?", "data.prompt is 'Hm.'; expected {question} in it"),
-        ("data.prompt", "{question} {answer}", "shows the student what it is to find"),
         (
-            "data.teacher_prompt",
-            "{solution}",
-            "data.teacher_prompt is '{solution}'; expected {ques",
+            "data.prompt",
+            "{question} {answer}",
+            "{answer} is not filled in there, expected only {qu",
         ),
+        ("data.teacher_prompt", "{context}", "data.teacher_prompt is '{context}'; expected {quest"),
+        ("data.teacher_prompt", "{question}", "teacher_prompt is '{question}'; expected {context}"),
+        ("data.contexts.answer", "Hm", "data.contexts.answer is 'Hm'; expected {context} in it"),
+        ("data.memo.correct", "{question}", "memo.correct is '{question}'; {question} is not fill"),
+        ("data.thinking", "yes", "data.thinking is 'yes'; expected 'on', 'off' or ''"),
+        ("data.chat_template", "absent", "data.chat_template is 'absent'; expected '' for the to"),
+        ("data.tokenizer", "absent", "there is no absent/tokenizer.json; expected a Hugging Face"),
         (
             "data.tokenizer",
             "nothing:of",
@@ -270,7 +278,7 @@ def test_a_task_from_files(config):
         ),
         ("data.train.sums.columns.solution", "", "SFT imitates solutions, and no problem of"),
         ("rlvr.prompt_tokens", "7", "prompt_tokens is 7; expected at least 8, which problem "),
-        ("opsd.teacher_prompt_tokens", "19", "at least 20, which problem sums/11 has"),
+        ("opsd.teacher_prompt_tokens", "10", "tokens without the privileged text; 10 fit"),
         ("sft.buckets", "(17,)", "at least 18, which the demonstration to '. . . = ' has"),
         ("model.vocab_size", "257", "model.vocab_size is 257; expected at least 258"),
     ],
@@ -282,16 +290,7 @@ def test_what_does_not_fit_fails_before_compiling(config, tmp_path, field, value
         pipeline.Run(config, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("prompt_tokens", "message"),
-    [
-        (8, "rlvr.prompt_tokens is 8; expected at least 13, which problem sums/2 has"),
-        (13, "teacher_prompt_tokens is 20; expected at least 34, which problem sums/3 has"),
-    ],
-)
-def test_of_many_problems_the_longest_are_looked_at(
-    config, tmp_path, monkeypatch, prompt_tokens, message
-):
+def test_of_many_problems_the_longest_are_looked_at(config, tmp_path, monkeypatch, capsys):
     rows = [{"problem": f"{i} + 0", "answer": f"{i}", "solution": f"{i}"} for i in range(10, 60)]
     rows[1]["problem"] = "11 + 0 + 0"
     rows[2]["solution"] = "a rather long solution"
@@ -299,9 +298,13 @@ def test_of_many_problems_the_longest_are_looked_at(
         monkeypatch.setattr(pipeline, name, 1)
     with config.unlocked():
         config.data.train = {"sums": config_lib.source(write(tmp_path / "many.jsonl", rows))}
-        config.rlvr.prompt_tokens = config.opsd.prompt_tokens = prompt_tokens
+    message = "rlvr.prompt_tokens is 8; expected at least 13, which problem sums/2 has"
     with pytest.raises(config_lib.ConfigError, match=message):
         pipeline.Run(config, tmp_path)
+    config.rlvr.prompt_tokens = config.opsd.prompt_tokens = 13
+    pipeline.Run(config, tmp_path)
+    cut = "of the teacher's prompts that were looked at, 1 of 2 lose a part of the solution to"
+    assert cut in capsys.readouterr().err
 
 
 def test_a_demonstration_that_is_too_long_is_named(config, tmp_path):
@@ -318,8 +321,12 @@ def test_without_data_there_is_no_task(config, tmp_path):
     with pytest.raises(DataError, match=r"config.data.heldout is empty; expected sources"):
         text.task(empty.data)
     empty.data.heldout = config.data.heldout
-    with pytest.raises(DataError, match=r"config.data.train is empty"):
-        text.task(empty.data)
+    assert len(text.task(empty.data).train) == 0  # enough for an evaluation
+    untaught = config.copy_and_resolve_references()
+    with untaught.unlocked():
+        untaught.data.train = {}
+    with pytest.raises(config_lib.ConfigError, match=r"config.data.train is empty; expected sour"):
+        pipeline.Run(untaught, pathlib.Path())
     empty.data.train.copy = config.data.heldout.tests
     with pytest.raises(DataError, match=r"train.copy: no problem is left: 2 rows, 2 also in tests"):
         text.task(empty.data)

@@ -19,6 +19,7 @@ import pytest
 from opsd_jax import config as config_lib
 from opsd_jax import main, pipeline, validation
 from opsd_jax import workdir as workdir_lib
+from opsd_jax.data.arithmetic import informed_prompt
 from opsd_jax.losses import reverse_kl
 from opsd_jax.training import loop
 from opsd_jax.training import metrics as metrics_lib
@@ -256,7 +257,7 @@ def test_divergence_by_position_is_that_of_a_full_forward(config, undisturbed, t
     for response in responses:
         problem = next(p for i in range(8) if (p := task.heldout[i]).id == response["problem"])
         logits = []
-        for prompt in (task.prompt(problem), task.teacher_prompt(problem)):
+        for prompt in (task.prompt(problem), informed_prompt(problem, problem.solution)):
             ids = [*prompt, *response["tokens"]]
             tokens, positions = np.zeros((1, 128), np.int32), np.full((1, 128), -1, np.int32)
             tokens[0, : len(ids)], positions[0, : len(ids)] = ids, np.arange(len(ids))

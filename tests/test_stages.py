@@ -11,11 +11,13 @@ import pytest
 
 from opsd_jax import config as config_lib
 from opsd_jax import losses
+from opsd_jax.data.arithmetic import informed_prompt
 from opsd_jax.rollout.collect import Rollouts
 from opsd_jax.rollout.engine import SamplerShape
 from opsd_jax.stages import opsd as opsd_lib
 from opsd_jax.stages import rlvr as rlvr_lib
 from opsd_jax.stages.opsd import stage as opsd
+from opsd_jax.stages.privileged import Privileged
 from opsd_jax.stages.rlvr import stage as rlvr
 from opsd_jax.stages.rollouts import step_rollouts
 from opsd_jax.verify.groups import Groups
@@ -70,7 +72,9 @@ def prompt_of(row, name):
 def test_opsd_trains_on_what_the_gate_keeps(config, task, model, rollouts, gate, weights):
     section = config.opsd.copy_and_resolve_references()
     section.update({"gate": gate, "prompts": 32, "max_rows": 0})
-    stage = opsd(section, task, model.policy, lambda step, params: rollouts)
+    stage = opsd(
+        section, task, model.policy, lambda step, params: rollouts, Privileged(section, task, 1)
+    )
     (batch,), metrics, _ = stage.batches(0, None)
     rows = rows_of(batch)
     groups_of = np.stack(rollouts.judged.groups, axis=1)
@@ -81,7 +85,8 @@ def test_opsd_trains_on_what_the_gate_keeps(config, task, model, rollouts, gate,
         assert [row[group] for group in Groups._fields] == groups_of[i].tolist()
         np.testing.assert_array_equal(row["response"][row["mask"]], rollouts.responses[i])
         assert prompt_of(row, "student") == task.prompt(rollouts.problems[i])
-        assert prompt_of(row, "teacher") == task.teacher_prompt(rollouts.problems[i])
+        problem = rollouts.problems[i]
+        assert prompt_of(row, "teacher") == informed_prompt(problem, problem.solution)
     live = sum(int(bucket["count"]) for bucket in batch)
     assert live <= -(-len(rows) // section.microbatch) + 1  # what is dropped is not computed
 
@@ -89,7 +94,9 @@ def test_opsd_trains_on_what_the_gate_keeps(config, task, model, rollouts, gate,
 def test_opsd_takes_the_first_rows_up_to_its_cap(config, task, model, rollouts):
     section = config.opsd.copy_and_resolve_references()
     section.update({"gate": "correct", "prompts": 32, "max_rows": 5})
-    stage = opsd(section, task, model.policy, lambda step, params: rollouts)
+    stage = opsd(
+        section, task, model.policy, lambda step, params: rollouts, Privileged(section, task, 1)
+    )
     (batch,), *_ = stage.batches(0, None)
     assert sorted(rows_of(batch)) == np.flatnonzero(rollouts.judged.groups.correct)[:5].tolist()
 
@@ -144,8 +151,8 @@ def test_other_objectives_of_rlvr(config, task, model, params, rollouts, preset)
     """With a KL to the reference, and with a ratio of the sequence."""
     section = section_with(config.rlvr, objective=config_lib.objective(preset))
     stage = rlvr(section, task, model.policy, lambda *_: rollouts)
-    assert stage.has_teacher == (preset == "grpo")
-    teacher = jax.tree.map(lambda x: 1.1 * x, params) if stage.has_teacher else None
+    assert (stage.teacher is not None) == (preset == "grpo")
+    teacher = jax.tree.map(lambda x: 1.1 * x, params) if stage.teacher else None
     (batch, _), *_ = stage.batches(0, None)
     micro = jax.tree.map(lambda x: x[0], batch[1]["rows"])
     (total, (weight, metrics)), gradient = jax.jit(jax.value_and_grad(stage.loss, has_aux=True))(
@@ -172,7 +179,7 @@ def test_other_losses_of_opsd(config, task, model, params, rollouts):
     section = section_with(
         config.opsd, gate="1,0.5,0.25", prompts=32, loss=config_lib.distillation(**changes)
     )
-    stage = opsd(section, task, model.policy, lambda *_: rollouts)
+    stage = opsd(section, task, model.policy, lambda *_: rollouts, Privileged(section, task, 1))
     (batch,), *_ = stage.batches(0, None)
     micro = jax.tree.map(lambda x: x[0], batch[1]["rows"])
     teacher = jax.tree.map(lambda x: 1.1 * x, params)
@@ -237,7 +244,8 @@ def stage_with(module, section, task, model, collector):
         capacity=module.capacity(section),
         trains=functools.partial(module.trains, section),
     )
-    return module.stage(section, task, model.policy, roll_out)
+    more = [Privileged(section, task, section.group_size)] if module is opsd_lib else []
+    return module.stage(section, task, model.policy, roll_out, *more)
 
 
 @pytest.mark.parametrize("share", [2, 5, 1000])

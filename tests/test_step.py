@@ -9,9 +9,11 @@ import optax
 import pytest
 
 from opsd_jax import losses
+from opsd_jax.data import arithmetic
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.stages import batch as batch_lib
 from opsd_jax.stages import opsd, rlvr, sft
+from opsd_jax.stages.teacher import FROZEN, make_head
 from opsd_jax.training import state as state_lib
 from opsd_jax.training import step as step_lib
 from opsd_jax.verify.groups import Groups
@@ -31,7 +33,7 @@ def rows(task):
         rows.append(
             {
                 "student": task.prompt(problem),
-                "teacher": task.teacher_prompt(problem),
+                "teacher": arithmetic.informed_prompt(problem, problem.solution),
                 "response": (response := rng.integers(1, 32, rng.integers(1, 40)).tolist()),
                 "behaviour_logprobs": [-1.0] * len(response),
                 "weight": GATE[i % 3],  # what the test expects of its group
@@ -70,15 +72,16 @@ def teacher(params):
 @pytest.fixture(scope="module")
 def start(params, teacher):
     """A state whose Adam moments are not zero, so that a change of them shows."""
-    state = state_lib.init_state(params, OPTIMIZER, has_teacher=True)
+    state = state_lib.init_state(params, OPTIMIZER, FROZEN)
     gradient = jax.tree.map(jnp.ones_like, params)
     _, opt_state = OPTIMIZER.update(gradient, state["opt_state"], params)
     return state | {"opt_state": opt_state, "teacher": teacher}
 
 
 @pytest.fixture(scope="module")
-def loss_fn(model):
-    return functools.partial(opsd.loss_fn, model.policy, losses.OPSD(gate=GATE), 1.0, 0)
+def loss_fn(model, config):
+    head = make_head(model.policy, config.opsd.teacher)
+    return functools.partial(opsd.loss_fn, model.policy, head, losses.OPSD(gate=GATE), 1.0, 0)
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +231,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(train_step
 
 def test_bfloat16_parameters_keep_their_dtype_over_steps(loss_fn, start, rows):
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), start["params"])
-    state = state_lib.init_state(low, OPTIMIZER, has_teacher=True)
+    state = state_lib.init_state(low, OPTIMIZER, FROZEN)
     dtypes = jax.tree.map(lambda x: x.dtype, state)
     step = jax.jit(step_lib.make_train_step(loss_fn, OPTIMIZER))
     for _ in range(2):

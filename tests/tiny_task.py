@@ -9,7 +9,7 @@ import grain
 
 from opsd_jax.data.arithmetic import WordTokenizer
 from opsd_jax.data.problem import Problem
-from opsd_jax.data.task import Demonstration, Task
+from opsd_jax.data.task import Demonstration, Task, check_fits
 from opsd_jax.verify.verdict import Verdict
 from opsd_jax.verify.verifiers import at_once
 
@@ -28,14 +28,18 @@ def prompt(problem):
     return TOKENIZER.encode(f"<bos> {problem.question}")
 
 
-def teacher_prompt(problem):
-    return TOKENIZER.encode(f"<bos> {problem.question} ref {problem.solution}")
+def informed_prompt(problem, text):
+    return TOKENIZER.encode(f"<bos> {problem.question} ref {text}")
+
+
+def teacher_prompt(problem, context, limit):
+    return check_fits(informed_prompt(problem, context.text), limit, problem, "limit"), False
 
 
 def demonstrate(problem, rng):
     if rng.random() < 0.4:
         response = f"so {problem.answer} <eos>"
-        return Demonstration(teacher_prompt(problem), TOKENIZER.encode(response))
+        return Demonstration(informed_prompt(problem, problem.solution), TOKENIZER.encode(response))
     answer = problem.answer if rng.random() < 0.7 else rng.integers(5)
     response = "hm " * int(rng.integers(2, 7)) + f"so {answer} <eos>"
     return Demonstration(prompt(problem), TOKENIZER.encode(response))

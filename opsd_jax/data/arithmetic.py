@@ -25,8 +25,9 @@ import grain
 import numpy as np
 from ml_collections import ConfigDict
 
+from opsd_jax.data.contexts import Context
 from opsd_jax.data.problem import Problem
-from opsd_jax.data.task import Demonstration, Task
+from opsd_jax.data.task import Demonstration, Task, check_fits
 from opsd_jax.verify.verdict import Verdict
 from opsd_jax.verify.verifiers import at_once
 
@@ -151,9 +152,17 @@ def prompt(problem: Problem) -> list[int]:
     return TOKENIZER.encode(f"<bos> {problem.question} ?")
 
 
-def teacher_prompt(problem: Problem) -> list[int]:
-    """Token ids of the prompt that shows the worked solution (39)."""
-    return TOKENIZER.encode(f"<bos> {problem.question} ? <ref> {problem.solution} </ref>")
+def informed_prompt(problem: Problem, text: str) -> list[int]:
+    """Token ids of the prompt that shows a text, such as the worked solution (39)."""
+    return TOKENIZER.encode(f"<bos> {problem.question} ? <ref> {text} </ref>")
+
+
+def teacher_prompt(problem: Problem, context: Context, limit: int) -> tuple[list[int], bool]:
+    """The teacher's prompt, of a context in this task's words; it is never cut."""
+    if context.kind == "none":
+        return prompt(problem), False
+    ids = informed_prompt(problem, context.text)
+    return check_fits(ids, limit, problem, "teacher_prompt_tokens"), False
 
 
 def _think(
@@ -215,7 +224,8 @@ def demonstrate(number: int, rng: np.random.Generator) -> Demonstration:
         if len(words) < MAX_RESPONSE:
             break
     text = " ".join(map(str, [*words, "<eos>"]))
-    ids = teacher_prompt(problem(number)) if privileged else prompt(problem(number))
+    asked = problem(number)
+    ids = informed_prompt(asked, asked.solution) if privileged else prompt(asked)
     return Demonstration(ids, TOKENIZER.encode(text))
 
 

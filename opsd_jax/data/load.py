@@ -34,8 +34,8 @@ def load(config: ConfigDict) -> Data:
     `exclude`, or came before, as `normalise` has it.
 
     Raises:
-      DataError: a source cannot be read, has bad rows, or has no problem left; or there is none to
-        train on, or none held out.
+      DataError: a source cannot be read, has bad rows, or has no problem left; or there is none
+        held out.
     """
     from opsd_jax.verify.pool import check_golds
     from opsd_jax.verify.verifiers import from_config
@@ -44,7 +44,7 @@ def load(config: ConfigDict) -> Data:
     data: dict[str, dict[str, list[Problem]]] = {"heldout": {}, "train": {}}
     counts: dict[str, Counts] = {}
     for part in data:
-        if not config[part]:
+        if part == "heldout" and not config[part]:  # an evaluation has no others
             raise DataError(
                 f"config.data.{part} is empty; expected sources, such as "
                 f"config.data.{part}.maths = config_lib.source('maths.jsonl')."

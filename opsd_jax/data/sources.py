@@ -5,6 +5,7 @@ A source is a section of the config, made by `opsd_jax.config.source`.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -188,10 +189,13 @@ def _read(read: _Reader, number: int, name: str, section: ConfigDict) -> _Candid
     key = read(columns.id, _key, "a string or an integer", absent="")
     question = read(columns.question, _text, TEXT)
     solution = read(columns.solution, _string, "a string", absent="")
+    after = section.answer_after
     answer = read(
         columns.answer,
-        _answer,
-        f"{TEXT}, an integer, or a list of one such string",
+        functools.partial(_answer_after, after) if after else _answer,
+        f"a string with {after!r} and an answer behind it"
+        if after
+        else f"{TEXT}, an integer, or a list of one such string",
         absent=None if columns.answer else "",  # a verifier may go by `extra` alone
     )
     extra = {column: read(column, _present, "a value") for column in section.extra}
@@ -275,6 +279,13 @@ def _answer(value: Any) -> str:
     if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
         value = int(value)
     return _key(value)
+
+
+def _answer_after(mark: str, value: Any) -> str:
+    _, found, answer = _string(value).rpartition(mark)
+    if not found:
+        raise ValueError
+    return _text(answer.strip())
 
 
 def _number(value: Any) -> float:

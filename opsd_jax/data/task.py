@@ -7,11 +7,12 @@ from typing import NamedTuple, Protocol
 
 import grain
 
+from opsd_jax.data.contexts import Context
 from opsd_jax.data.problem import DataError, Problem
 from opsd_jax.verify.verdict import Judge, Verifier
 
 
-def check_fits(ids: Sequence[int], limit: int, problem: Problem, field: str) -> Sequence[int]:
+def check_fits(ids: list[int], limit: int, problem: Problem, field: str) -> list[int]:
     """The ids of a prompt.
 
     Raises:
@@ -60,7 +61,9 @@ class Task(NamedTuple):
       heldout: problems of the evaluation, disjoint from `train`.
       demonstrations: `seed -> data set of Demonstration`, for SFT.
       prompt: `Problem -> token ids`, what the student answers to.
-      teacher_prompt: `Problem -> token ids`, the same with the privileged text in it.
+      teacher_prompt: `(Problem, Context, limit) -> (token ids, whether they were cut)`, the same
+        with the privileged text in it, in at most `limit` tokens: where they would be more, the end
+        of the privileged text is left out and nothing else. DataError if that does not do.
       verify: a `Verifier`, or any pure `(Problem, response text) -> Verdict`, which then runs in a
         worker.
       note: what a reader of the figures has to know; the report shows it.
@@ -69,6 +72,14 @@ class Task(NamedTuple):
         makes a new order for each time round.
       in_memory: the problems are there and cost nothing to look at: before a run begins, the
         longest are sought among all of them, however many.
+      begun: what of a response its prompt has written already, such as "<think>": verifiers and
+        contexts see it before the text of the response.
+      memo_request: `(Problem, group) -> token ids` of what follows a response when the user asks
+        for a memo on it, knowing that it is "correct", "incorrect" or "truncated", up to where the
+        memo begins; None if there is no such thing.
+      end_thinking: token ids that close the thinking of a memo that has used up its budget.
+      reminder: `(Context, limit) -> token ids`, the context as a thought in the middle of a
+        response; None if there is no such thing.
     """
 
     tokenizer: Tokenizer
@@ -76,8 +87,12 @@ class Task(NamedTuple):
     heldout: grain.MapDataset
     demonstrations: Callable[[int], grain.MapDataset]
     prompt: Callable[[Problem], list[int]]
-    teacher_prompt: Callable[[Problem], list[int]]
+    teacher_prompt: Callable[[Problem, Context, int], tuple[list[int], bool]]
     verify: Verifier | Judge
     note: str = ""
     stream: Callable[[int], grain.MapDataset] | None = None
     in_memory: bool = False
+    begun: str = ""
+    memo_request: Callable[[Problem, str], list[int]] | None = None
+    end_thinking: Sequence[int] = ()
+    reminder: Callable[[Context, int], list[int]] | None = None

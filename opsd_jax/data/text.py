@@ -3,25 +3,30 @@
     config.task = "opsd_jax.data.text:task"
     config.data.train.maths = config_lib.source("train.jsonl")
     config.data.heldout.math500 = config_lib.source("math500.jsonl")
+    config.data.tokenizer = "models/Qwen3-8B"
 
-docs/data.md explains every field of `config.data`.
+docs/data.md explains the sources, docs/prompts.md the rest of `config.data`.
 """
 
 from __future__ import annotations
 
+import pathlib
 import re
-from collections.abc import Callable
+from typing import Any
 
 import grain
 from ml_collections import ConfigDict
 
 from opsd_jax.config import import_function
+from opsd_jax.data.chat import Chat, ChatTemplate, fitting
+from opsd_jax.data.contexts import KINDS, Context
 from opsd_jax.data.load import load
 from opsd_jax.data.mixture import mixture
 from opsd_jax.data.problem import DataError, Problem
 from opsd_jax.data.task import Demonstration, Task, Tokenizer
+from opsd_jax.data.tokenizer import PretrainedTokenizer
 
-_FIELD = re.compile(r"\{(question|solution|answer)\}")
+_FIELD = re.compile(r"\{(question|solution|answer|context)\}")
 
 
 def task(config: ConfigDict) -> Task:
@@ -29,18 +34,13 @@ def task(config: ConfigDict) -> Task:
 
     Raises:
       DataError: a source that cannot be used; see `load`.
-      ValueError: a template or a tokenizer that cannot.
+      ValueError: a template or a tokenizer that cannot; names the field.
     """
     from opsd_jax.verify.verifiers import by_source
 
-    tokenizer: Tokenizer = import_function(config.tokenizer, "data.tokenizer")()
-    prompt = template(config.prompt, "prompt")
-    teacher_prompt = template(config.teacher_prompt, "teacher_prompt")
-    if {"solution", "answer"} & set(_FIELD.findall(config.prompt)):
-        raise ValueError(
-            f"data.prompt is {config.prompt!r}, which shows the student what it is to find; "
-            "expected {question} alone in it."
-        )
+    check_wording(config)
+    tokenizer = make_tokenizer(config.tokenizer)
+    chat = make_chat(config, tokenizer)
     data = load(config)
     weights = {name: section.weight for name, section in config.train.items()}
     solved = {
@@ -49,9 +49,38 @@ def task(config: ConfigDict) -> Task:
         if (shown := [problem for problem in problems if problem.solution])
     }
 
+    def prompt(problem: Problem) -> list[int]:
+        return chat.prompt(fill(config.prompt, question=problem.question))
+
+    def informed(context: Context, text: str) -> str:
+        return fill(config.contexts[context.kind], context=text)
+
+    def teacher_prompt(problem: Problem, context: Context, limit: int) -> tuple[list[int], bool]:
+        def render(text: str) -> list[int]:
+            asked = {"question": problem.question, "context": informed(context, text)}
+            return chat.prompt(fill(config.teacher_prompt, **asked))
+
+        try:
+            if context.kind == "none":
+                return fitting(lambda _: prompt(problem), "", limit)
+            return fitting(render, context.text, limit)
+        except ValueError as error:
+            raise DataError(f"the teacher's prompt of problem {problem.id} has {error}") from error
+
+    def reminder(context: Context, limit: int) -> list[int]:
+        render = lambda text: tokenizer.encode(
+            fill(config.reminder, context=informed(context, text))
+        )
+        return fitting(render, context.text, limit)[0] if context.kind != "none" else []
+
+    def memo_request(problem: Problem, group: str) -> list[int]:
+        known = {"answer": problem.answer, "solution": problem.solution or problem.answer}
+        return chat.next_turn(fill(config.memo[group], **known))
+
     def demonstrate(problem: Problem) -> Demonstration:
-        response = [*tokenizer.encode(problem.solution), tokenizer.eos_ids[0]]
-        return Demonstration(tokenizer.encode(prompt(problem)), response)
+        return Demonstration(
+            prompt(problem), [*tokenizer.encode(problem.solution), tokenizer.eos_ids[0]]
+        )
 
     def demonstrations(seed: int) -> grain.MapDataset:
         if not solved:
@@ -66,27 +95,87 @@ def task(config: ConfigDict) -> Task:
         train=grain.MapDataset.source([p for part in data.train.values() for p in part]),
         heldout=grain.MapDataset.source([p for part in data.heldout.values() for p in part]),
         demonstrations=demonstrations,
-        prompt=lambda problem: tokenizer.encode(prompt(problem)),
-        teacher_prompt=lambda problem: tokenizer.encode(teacher_prompt(problem)),
+        prompt=prompt,
+        teacher_prompt=teacher_prompt,
         verify=by_source(data.verifiers),
         stream=lambda seed: mixture(data.train, weights, seed),
         in_memory=True,
+        begun=chat.begun(),
+        memo_request=memo_request,
+        end_thinking=tokenizer.encode("\n</think>\n\n"),
+        reminder=reminder,
     )
 
 
-def template(text: str, field: str) -> Callable[[Problem], str]:
-    """`Problem -> text` with its question, solution and answer in the places of `{question}`,
-    `{solution}` and `{answer}`; the answer does for a solution that is not there. Other braces stay
-    as they are, those of what is filled in too.
+def make_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of a directory, or that a function "package.module:function" returns.
 
     Raises:
-      ValueError: there is no place for the question; names the field of `config.data`.
+      ValueError: it can be neither read nor imported.
     """
-    if "question" not in _FIELD.findall(text):
-        raise ValueError(f"data.{field} is {text!r}; expected {{question}} in it.")
+    if pathlib.Path(name).is_dir() or ":" not in name:
+        return PretrainedTokenizer(name)
+    return import_function(name, "data.tokenizer")()
 
-    def fill(problem: Problem) -> str:
-        values = problem._asdict() | {"solution": problem.solution or problem.answer}
-        return _FIELD.sub(lambda field: values[field[1]], text)
 
-    return fill
+def make_chat(config: ConfigDict, tokenizer: Tokenizer) -> Chat:
+    """How `config.data` has the user's words made into prompts.
+
+    Raises:
+      ValueError: there is no such template, or it does not do what is asked of it.
+    """
+    if config.thinking not in ("", "on", "off"):
+        raise ValueError(f"data.thinking is {config.thinking!r}; expected 'on', 'off' or ''.")
+    template: ChatTemplate | None = getattr(tokenizer, "chat_template", None)
+    if config.chat_template == "none":
+        template = None
+    elif config.chat_template:
+        path = pathlib.Path(config.chat_template)
+        if not path.is_file():
+            raise ValueError(
+                f"data.chat_template is {config.chat_template!r}; expected '' for the tokenizer's "
+                "own, 'none' for plain text, or a file."
+            )
+        special_tokens = getattr(tokenizer, "special_tokens", {})
+        template = ChatTemplate(path.read_text(encoding="utf-8"), special_tokens)
+    return Chat(
+        tokenizer,
+        template,
+        system=config.system,
+        thinking=config.thinking,
+        options=config.template_options.to_dict(),
+    )
+
+
+def check_wording(config: ConfigDict) -> None:
+    """Raises ValueError for a text of `config.data` without the places that it needs, or with one
+    that would show the student what it is to find; names the field.
+    """
+
+    def check(field: str, text: str, needed: set[str], allowed: set[str]) -> None:
+        there = set(_FIELD.findall(text))
+        if missing := needed - there:
+            raise ValueError(f"data.{field} is {text!r}; expected {{{missing.pop()}}} in it.")
+        if more := there - needed - allowed:
+            raise ValueError(
+                f"data.{field} is {text!r}; {{{more.pop()}}} is not filled in there, expected only "
+                + ", ".join(f"{{{name}}}" for name in sorted(needed | allowed))
+                + "."
+            )
+
+    check("prompt", config.prompt, {"question"}, set())
+    check("teacher_prompt", config.teacher_prompt, {"question", "context"}, set())
+    check("reminder", config.reminder, {"context"}, set())
+    for kind in KINDS:
+        if kind in config.contexts:
+            needed = set() if kind == "concise" else {"context"}
+            check(f"contexts.{kind}", config.contexts[kind], needed, set())
+    for group, text in config.memo.items():
+        check(f"memo.{group}", text, set(), {"answer", "solution"})
+
+
+def fill(text: str, **values: Any) -> str:
+    """`text` with the values in the places of their names in braces. Other braces stay as they are,
+    those of what is filled in too.
+    """
+    return _FIELD.sub(lambda field: values[field[1]], text)

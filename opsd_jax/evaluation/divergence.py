@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,21 +11,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from opsd_jax import losses
-from opsd_jax.data.problem import Problem
 from opsd_jax.data.task import Task
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.policy import Params, Policy
+from opsd_jax.rollout.collect import Rollouts
 from opsd_jax.stages.batch import collate_responses, response_head
 
 FILE = "divergence.json"
-GROUPS = ("correct", "incorrect", "truncated")
-
-
-def group_of(response: dict[str, Any]) -> str:
-    """The group of an evaluated response."""
-    if response["truncated"]:
-        return "truncated"
-    return "correct" if response["correct"] else "incorrect"
 
 
 def token_kl(
@@ -59,8 +51,12 @@ class DivergenceProbe:
         task: Task,
         policy: Policy,
         mesh: jax.sharding.Mesh,
+        insert_tokens: Callable[[int], int],
     ):
-        """`config` is the section of an OPSD stage, `evaluation` that of the responses."""
+        """`config` is the section of an OPSD stage, `evaluation` that of the responses,
+        `insert_tokens` of `Privileged`.
+        """
+        self._insert_tokens = {"teacher": insert_tokens}
         self._microbatch, self._task = config.microbatch, task
         self._response_tokens = evaluation.response_tokens
         self._prompt_tokens = {
@@ -76,32 +72,32 @@ class DivergenceProbe:
         self,
         params: Params,
         teacher: Params,
-        problems: Sequence[Problem],
-        responses: Sequence[dict[str, Any]],
+        rollouts: Rollouts,
+        taught: dict[int, dict[str, Any]],
     ) -> dict[str, dict[str, list[float]]]:
         """The mean divergence at each position of the response, by group.
 
         Args:
           params: the student's.
           teacher: the teacher's.
-          problems: one a response.
-          responses: as `evaluate.records` makes them.
+          rollouts: held-out ones, judged.
+          taught: `Taught.rows` of them; those that are not there are left out.
 
         Returns:
           For each group that occurs, lists over positions: `mean` in nats, its standard error `se`
           clustered by problem, and the `count` of responses that are so long. Positions that fewer
           than two problems' responses reach are left out.
         """
-        m, R = self._microbatch, self._response_tokens
-        values = np.full((len(responses), R), np.nan)
-        for first in range(0, len(responses), m):
-            part = range(first, min(first + m, len(responses)))
+        m, R, chosen = self._microbatch, self._response_tokens, list(taught)
+        values = np.full((len(chosen), R), np.nan)
+        for first in range(0, len(chosen), m):
+            part = chosen[first : first + m]
             rows = collate_responses(
                 [
-                    {
-                        "student": self._task.prompt(problems[i]),
-                        "teacher": self._task.teacher_prompt(problems[i]),
-                        "response": responses[i]["tokens"],
+                    taught[i]
+                    | {
+                        "student": self._task.prompt(rollouts.problems[i]),
+                        "response": rollouts.responses[i],
                     }
                     for i in part
                 ],
@@ -109,17 +105,17 @@ class DivergenceProbe:
                 microbatch=m,
                 prompt_tokens=self._prompt_tokens,
                 pad_id=self._task.tokenizer.pad_id,
+                insert_tokens=self._insert_tokens,
             )
             with jax.set_mesh(self._mesh):
                 scored = self._divergence(params, teacher, jax.device_put(rows, self._rows))
             masked = np.where(rows["mask"], jax.device_get(scored), np.nan)
             values[first : first + len(part)] = masked[: len(part)]
-        groups = np.array([group_of(response) for response in responses])
-        ids = np.array([response["problem"] for response in responses])
+        ids = np.array([rollouts.problems[i].id for i in chosen])
         return {
-            group: by_position(values[groups == group], ids[groups == group])
-            for group in GROUPS
-            if len(set(ids[groups == group])) > 1
+            group: by_position(values[members[chosen]], ids[members[chosen]])
+            for group, members in rollouts.judged.groups._asdict().items()
+            if len(set(ids[members[chosen]])) > 1
         }
 
 

@@ -1,55 +1,161 @@
-"""The records of an evaluation: every response, judged, and their figures."""
+"""The records of an evaluation in its directory: every response, judged, and their figures.
+
+    settings.json      what the figures depend on; other settings are refused
+    responses.jsonl    a record a response, written down after each sampling call
+    evaluation.json    the figures and the settings; once it is there the evaluation is done
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from ml_collections import ConfigDict
+
+from opsd_jax.config import ConfigError
+from opsd_jax.data.problem import Problem
 from opsd_jax.data.task import Task
 from opsd_jax.rollout.collect import Rollouts
 from opsd_jax.training import files
+from opsd_jax.verify.verdict import Verdict
+from opsd_jax.verify.verifiers import as_verifier
 
+SETTINGS = "settings.json"
 RESPONSES = "responses.jsonl"
 SUMMARY = "evaluation.json"
 
+# What of `config.evaluation` and of `config.data` the responses depend on.
+SAMPLING = ("samples", "temperature", "top_p", "top_k", "response_tokens", "seed")
+PROMPTING = ("thinking", "system")
+
 
 def records(rollouts: Rollouts, task: Task, samples: int) -> list[dict[str, Any]]:
-    """One JSON-ready record a response."""
+    """One JSON-ready record a response. Its text is what the verifier sees."""
     verdicts, groups, _ = rollouts.judged
-    return [
-        {
+    extract = as_verifier(task.verify).extract
+
+    def record(i: int, problem: Problem) -> dict[str, Any]:
+        response = task.begun + task.tokenizer.decode(rollouts.responses[i].tolist())
+        return {
             "problem": problem.id,
+            "source": problem.source,
             "sample": i % samples,
             "question": problem.question,
             "answer": problem.answer,
-            "response": task.tokenizer.decode(rollouts.responses[i].tolist()),
+            "response": response,
             "tokens": rollouts.responses[i].tolist(),
             "length": len(rollouts.responses[i]),
             "correct": bool(groups.correct[i]),
             "truncated": bool(groups.truncated[i]),
             "verdict": verdicts[i].reason,
+            **({"extracted": extract(problem, response)} if extract else {}),
         }
-        for i, problem in enumerate(rollouts.problems)
-    ]
+
+    return [record(i, problem) for i, problem in enumerate(rollouts.problems)]
 
 
-def write(
-    directory: pathlib.Path, responses: list[dict[str, Any]], summary: dict[str, Any]
-) -> None:
-    """Writes all responses, then the summary, whose presence says that both are whole."""
-    directory.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(
-        directory / RESPONSES, "".join(files.to_json(r) + "\n" for r in responses)
+def rollouts_of(problems: Sequence[Problem], responses: Sequence[dict[str, Any]]) -> Rollouts:
+    """The rollouts that `records` recorded, of the first problems; without log-probabilities."""
+    by_id = {problem.id: problem for problem in problems}
+    kept = [record for record in responses if record["problem"] in by_id]
+    return Rollouts(
+        problems=[by_id[record["problem"]] for record in kept],
+        responses=[np.array(record["tokens"], np.int32) for record in kept],
+        logprobs=[],
+        truncated=np.array([record["truncated"] for record in kept], bool),
+        replies=[Verdict(record["correct"], record["verdict"]) for record in kept],
     )
+
+
+def settings(
+    model: str, config: ConfigDict, task: Task, problems: Sequence[Problem]
+) -> dict[str, Any]:
+    """What the figures of an evaluation depend on, JSON-ready.
+
+    Args:
+      model: which one.
+      config: of the run; `config.evaluation` says how it is sampled.
+      task: makes the prompts.
+      problems: the evaluated ones.
+
+    Returns:
+      `model`, the settings of the sampling, the number of problems, what the prompts are made with,
+      and a digest of prompts and answers.
+    """
+    digest = hashlib.sha256()
+    for problem in problems:
+        asked = [problem.id, list(task.prompt(problem)), problem.answer]
+        digest.update(json.dumps(asked).encode())
+    section = config.evaluation
+    return {
+        "model": model,
+        "problems": len(problems),
+        **{name: section[name] for name in SAMPLING},
+        **{name: config.data[name] for name in PROMPTING},
+        "digest": digest.hexdigest()[:16],
+    }
+
+
+def resume(directory: pathlib.Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records that an evaluation with these settings has in a directory already; makes one.
+
+    Only problems with all of their samples count: a kill may cut off what follows.
+
+    Raises:
+      ConfigError: the directory holds an evaluation with other settings; lists them.
+      RecordError: the records cannot be read; names the file.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path, responses = directory / SETTINGS, directory / RESPONSES
+    if not path.exists():
+        responses.unlink(missing_ok=True)
+        files.write_atomically(path, files.to_json(settings, indent=2) + "\n")
+    there = files.read_json(path)
+    if different := differences(there, settings):
+        raise ConfigError(
+            f"{directory} holds an evaluation with other settings:\n"
+            + "\n".join(f"  {name}: {a!r} there, {b!r} now" for name, a, b in different)
+            + "\nGive the same settings to go on with it, delete it, or choose another directory."
+        )
+    if not responses.exists():
+        return []
+    done = files.read_json_lines(responses, f"Delete {directory} to evaluate again.")
+    whole = done[: len(done) // settings["samples"] * settings["samples"]]
+    files.write_atomically(responses, _lines(whole))
+    return whole
+
+
+def differences(there: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The settings that differ, as (name, there, now); None where one is absent."""
+    names = [*there, *(now.keys() - there.keys())]
+    return [(n, there.get(n), now.get(n)) for n in names if there.get(n) != now.get(n)]
+
+
+def append(directory: pathlib.Path, made: list[dict[str, Any]]) -> None:
+    """Writes down the records of a sampling call."""
+    with (directory / RESPONSES).open("a") as file:
+        file.write(_lines(made))
+
+
+def _lines(records: list[dict[str, Any]]) -> str:
+    return "".join(files.to_json(record) + "\n" for record in records)
+
+
+def finish(directory: pathlib.Path, summary: dict[str, Any]) -> None:
+    """Writes the summary, whose presence says that the records are all there."""
     files.write_atomically(directory / SUMMARY, files.to_json(summary, indent=2) + "\n")
 
 
 def read(directory: pathlib.Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """What `write` wrote: `(responses, summary)`.
+    """What `append` and `finish` wrote: `(responses, summary)`.
 
     Raises:
       RecordError: it cannot be read any more; names the file.
     """
-    mend = f"Delete {directory / SUMMARY} to evaluate again."
+    mend = f"Delete {directory / SUMMARY} and {directory / RESPONSES} to evaluate again."
     responses = files.read_json_lines(directory / RESPONSES, mend)
     return responses, files.read_json(directory / SUMMARY)

@@ -118,7 +118,7 @@ class Collector:
             for problem, ids, truncated in zip(
                 answered, call.responses, call.truncated, strict=True
             ):
-                text = decode(ids.tolist())
+                text = self._task.begun + decode(ids.tolist())
                 began, idle = time.monotonic(), call.device_idles()
                 replies.append(TRUNCATED if truncated else self._pool.submit(problem, text))
                 waited += (time.monotonic() - began) * idle

@@ -8,10 +8,11 @@ gate dropped cost nothing, and no number of rows means another program.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -21,6 +22,7 @@ from opsd_jax.rollout.engine import left_pad
 
 Batch = tuple[dict[str, Any], ...]
 Microbatch = dict[str, Any]
+Inserts = Sequence[tuple[int, Sequence[int]]]  # (index in the response, ids to stand before it)
 
 
 def pack(
@@ -78,6 +80,8 @@ def prompt_and_response(
     prompt_tokens: int,
     response_tokens: int,
     pad_id: int,
+    inserts: Sequence[Inserts] | None = None,
+    insert_tokens: int = 0,
 ) -> dict[str, np.ndarray]:
     """Sequences with each response at the same columns, whatever the length of its prompt.
 
@@ -85,18 +89,30 @@ def prompt_and_response(
     `response_tokens` = R, so the response's columns are [P, P + R) of every row, for the student's
     prompts and for the teacher's, and the logits that predict them are those of [P - 1, P + R - 1).
 
+    `inserts` puts other tokens into the responses, up to I = `insert_tokens` in each; then the
+    columns that predict the response's own tokens differ from row to row, and come out too.
+
     Returns:
-      int32 `tokens` and `positions` [rows, P + R]; rows beyond the given ones are all padding.
+      int32 `tokens` and `positions` [rows, P + R + I]; with I > 0 also `predictors` [rows, R]. Rows
+      beyond the given ones are all padding.
     """
-    tokens = np.full((rows, prompt_tokens + response_tokens), pad_id, np.int32)
+    tokens = np.full((rows, prompt_tokens + response_tokens + insert_tokens), pad_id, np.int32)
     positions = np.full_like(tokens, -1)
     n, P = len(prompts), prompt_tokens
     tokens[:n, :P], positions[:n, :P] = left_pad(prompts, P, pad_id)
+    predictors = np.tile(np.arange(P - 1, P - 1 + response_tokens, dtype=np.int32), (rows, 1))
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        end = P + len(response)
-        tokens[i, P:end] = response
-        positions[i, P:end] = np.arange(len(prompt), len(prompt) + len(response))
-    return {"tokens": tokens, "positions": positions}
+        whole = np.asarray(response, np.int32)
+        if inserts is not None:
+            places = [at for at, ids in inserts[i] for _ in ids]
+            before = np.searchsorted(places, np.arange(len(whole)), side="right")
+            predictors[i, : len(whole)] += before.astype(np.int32)
+            whole = np.insert(whole, places, [token for _, ids in inserts[i] for token in ids])
+        end = P + len(whole)
+        tokens[i, P:end] = whole
+        positions[i, P:end] = np.arange(len(prompt), len(prompt) + len(whole))
+    arrays = {"tokens": tokens, "positions": positions}
+    return arrays | {"predictors": predictors} if insert_tokens else arrays
 
 
 def collate_responses(
@@ -108,6 +124,7 @@ def collate_responses(
     per_token: Sequence[str] = (),
     per_row: Sequence[str] = (),
     pad_id: int,
+    insert_tokens: Mapping[str, Callable[[int], int]] | None = None,
 ) -> Microbatch:
     """The arrays of up to m = `microbatch` rows, with responses padded to R = `padded`.
 
@@ -116,6 +133,8 @@ def collate_responses(
       prompt_tokens: for each of a row's prompts, its padded length.
       per_token: names of values with a number a response token.
       per_row: names of values with one number.
+      insert_tokens: for prompts "x" whose responses have `Inserts`, in a row's "x/inserts": padded
+        length of the response -> how many tokens these are at most.
 
     Returns:
       For each prompt, `prompt_and_response` under its name; `response` int32 [m, R]; `mask` bool
@@ -123,6 +142,7 @@ def collate_responses(
     """
     responses = [row["response"] for row in rows]
     shape = (microbatch, padded)
+    inserted = insert_tokens or {}
     arrays: Microbatch = {
         name: prompt_and_response(
             [row[name] for row in rows],
@@ -131,6 +151,8 @@ def collate_responses(
             prompt_tokens=width,
             response_tokens=padded,
             pad_id=pad_id,
+            inserts=[row[f"{name}/inserts"] for row in rows] if name in inserted else None,
+            insert_tokens=inserted[name](padded) if name in inserted else 0,
         )
         for name, width in prompt_tokens.items()
     }
@@ -154,6 +176,7 @@ def pack_responses(
     per_token: Sequence[str] = (),
     per_row: Sequence[str] = (),
     pad_id: int,
+    insert_tokens: Mapping[str, Callable[[int], int]] | None = None,
 ) -> Batch:
     """`pack` by response length, with `collate_responses`; `config` is a stage's, for its `buckets`
     and `microbatch`.
@@ -171,6 +194,7 @@ def pack_responses(
             per_token=per_token,
             per_row=per_row,
             pad_id=pad_id,
+            insert_tokens=insert_tokens,
         ),
     )
 
@@ -180,4 +204,9 @@ def response_head(
 ) -> Head:
     """The logits [m, R, V] that predict each response token of `prompt_and_response` sequences."""
     hidden_mxTxD, _ = policy.forward(params, sequences["tokens"], sequences["positions"])
+    if "predictors" in sequences:
+        columns_mxRx1 = sequences["predictors"][..., None]
+        return Head(
+            policy.unembed, params, jnp.take_along_axis(hidden_mxTxD, columns_mxRx1, axis=1)
+        )
     return Head(policy.unembed, params, hidden_mxTxD[:, -response_tokens - 1 : -1])

@@ -2,9 +2,10 @@
 
 Each step:
 1. roll out problems with the current parameters, and verify (`roll_out`);
-2. keep the rollouts that the gate gives weight; the others are not computed from here on;
-3. score their tokens twice: the student from its own prompt, the teacher (the parameters that the
-   stage began with) from the prompt that shows the worked solution;
+2. keep the rollouts that the gate gives weight and that have a privileged context (`Privileged`);
+   the others are not computed from here on;
+3. score their tokens twice: the student from its own prompt, the teacher (`config.teacher`: the
+   parameters that the stage began with, say) from the prompt that shows the context;
 4. minimise KL(student || teacher) over the whole vocabulary, the mean over rollouts of the mean
    over their tokens, with the gate's weights; or what else `config.loss` says.
 """
@@ -12,15 +13,18 @@ Each step:
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import ml_collections
 import numpy as np
 
 from opsd_jax import losses
-from opsd_jax.data.task import Task, check_fits
+from opsd_jax.data.task import Task
 from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
+from opsd_jax.stages import teacher as teacher_lib
 from opsd_jax.stages.batch import pack_responses, response_head
+from opsd_jax.stages.privileged import Privileged
 from opsd_jax.stages.rollouts import RollOut, group_records, rollout_metrics
 from opsd_jax.stages.stage import Stage, StepData
 from opsd_jax.verify.groups import Groups
@@ -28,6 +32,7 @@ from opsd_jax.verify.groups import Groups
 
 def loss_fn(
     policy: Policy,
+    teacher_head: Callable[..., losses.Head],
     options: losses.OPSD,
     temperature: float,
     chunk: int,
@@ -37,12 +42,12 @@ def loss_fn(
 ):
     """Sum over rollouts of gate x mean token divergence, and the sum of the gate's weights.
 
-    That is with the default options; see `losses.opsd`.
+    That is with the default options; see `losses.opsd`. `teacher_head` is of `teacher.make_head`.
     """
     R = microbatch["mask"].shape[1]
     loss = losses.opsd(
         student=response_head(policy, params, microbatch["student"], R),
-        teacher=response_head(policy, teacher, microbatch["teacher"], R),
+        teacher=teacher_head(params, teacher, microbatch["teacher"], R),
         mask=microbatch["mask"],
         groups=tuple(microbatch[group] > 0 for group in Groups._fields),
         tokens=microbatch["response"],
@@ -76,10 +81,12 @@ def stage(
     task: Task,
     policy: Policy,
     roll_out: RollOut,
+    privileged: Privileged,
 ) -> Stage:
     """The OPSD stage; `config` is `config.opsd` (see opsd_jax/config.py).
 
-    `roll_out(step, params)` gives the step's rollouts, `config.group_size` of each problem.
+    `roll_out(step, params)` gives the step's rollouts, `config.group_size` of each problem, and
+    `privileged` their contexts.
     """
     options = options_of(config)
     batch_of = functools.partial(
@@ -90,34 +97,29 @@ def stage(
         per_token=["behaviour_logprobs"],
         per_row=Groups._fields,
         pad_id=task.tokenizer.pad_id,
+        insert_tokens={"teacher": privileged.insert_tokens},
     )
 
     def batches(step, params):
         rollouts = roll_out(step, params)
-        prompts = {
-            problem.id: {
-                "student": task.prompt(problem),
-                "teacher": check_fits(
-                    task.teacher_prompt(problem),
-                    config.teacher_prompt_tokens,
-                    problem,
-                    "teacher_prompt_tokens",
-                ),
-            }
-            for problem in rollouts.problems[:: config.group_size]
-        }
+        prompts = {p.id: task.prompt(p) for p in rollouts.problems[:: config.group_size]}
         groups = rollouts.judged.groups  # the first need of the masks
-        active = np.flatnonzero(trains(config, groups))[: capacity(config)]
+        wanted = np.flatnonzero(trains(config, groups)).tolist()
+        taught = privileged(step, params, rollouts, wanted, capacity=capacity(config))
         rows = [
-            prompts[rollouts.problems[i].id]
-            | {"response": rollouts.responses[i], "behaviour_logprobs": rollouts.logprobs[i]}
+            seen
+            | {
+                "student": prompts[rollouts.problems[i].id],
+                "response": rollouts.responses[i],
+                "behaviour_logprobs": rollouts.logprobs[i],
+            }
             | {group: members[i] for group, members in groups._asdict().items()}
-            for i in active
+            for i, seen in taught.rows.items()
         ]
         metrics = rollout_metrics(rollouts, config.group_size)
         return StepData(
             [batch_of(rows)],
-            metrics | {"active_rows": float(len(active))},
+            metrics | taught.metrics | {"active_rows": float(len(rows))},
             group_records(rollouts, config.group_size),
         )
 
@@ -126,6 +128,13 @@ def stage(
         updates=1,
         batches=batches,
         empty_batch=batch_of([]),
-        loss=functools.partial(loss_fn, policy, options, config.temperature, config.loss_chunk),
-        has_teacher=True,
+        loss=functools.partial(
+            loss_fn,
+            policy,
+            teacher_lib.make_head(policy, config.teacher),
+            options,
+            config.temperature,
+            config.loss_chunk,
+        ),
+        teacher=teacher_lib.from_config(config.teacher),
     )

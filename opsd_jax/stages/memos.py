@@ -1,0 +1,104 @@
+"""Memos: what the model itself writes when it looks back at a rollout, knowing how it went.
+
+The dialogue goes on with a second turn of the user, which says whether the response was right, what
+the answer is, and asks for a memo. The model's thinking about that is stripped; where it has not
+ended within the budget it is closed by force, and the memo gets what `close_tokens` allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import ml_collections
+
+from opsd_jax.data.task import Task, check_fits
+from opsd_jax.policy import Params
+from opsd_jax.rollout.collect import Rollouts
+from opsd_jax.rollout.engine import Engine, SamplerShape
+from opsd_jax.verify.extract import after_thinking
+from opsd_jax.verify.groups import Groups
+
+
+def shapes(
+    config: ml_collections.ConfigDict, task: Task, prompt_tokens: int, response_tokens: int
+) -> tuple[SamplerShape, SamplerShape]:
+    """The shapes that memos are sampled in: one, and what follows where its thinking was closed.
+
+    Args:
+      config: the section `memo` of an OPSD stage.
+      task: of the run.
+      prompt_tokens, response_tokens: the most that there are before the request.
+    """
+    before = prompt_tokens + response_tokens + config.request_tokens
+    closed = before + config.tokens + len(task.end_thinking)
+    return (
+        SamplerShape(config.at_once, before, 1, config.tokens),
+        SamplerShape(config.at_once, closed, 1, config.close_tokens),
+    )
+
+
+class Memos:
+    """Writes memos on rollouts: a function of (seed, step), the parameters and the rollouts."""
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        task: Task,
+        seed: int,
+        write: Engine,
+        close: Engine,
+    ):
+        """`config` is the section `memo` of an OPSD stage; `write` and `close` have its `shapes`.
+
+        Raises:
+          ValueError: the task does not ask for memos.
+        """
+        if task.memo_request is None:
+            raise ValueError("the task has no memo_request: it cannot have the context 'memo'.")
+        self._request, self._task, self._seed = task.memo_request, task, seed
+        self._config, self._write, self._close = config, write, close
+
+    def __call__(
+        self, step: int, params: Params, rollouts: Rollouts, rows: Sequence[int]
+    ) -> list[str | None]:
+        """The memo on each of `rows` of the rollouts; None where nothing was written."""
+        task, tokenizer = self._task, self._task.tokenizer
+        key = jax.random.fold_in(jax.random.key(self._seed), step)
+        groups = rollouts.judged.groups
+
+        def asked(i: int) -> list[int]:
+            problem, response = rollouts.problems[i], rollouts.responses[i].tolist()
+            group = next(name for name in Groups._fields if getattr(groups, name)[i])
+            if response[-1] in tokenizer.eos_ids:
+                del response[-1]  # the request begins with what ends the model's turn
+            request = check_fits(
+                self._request(problem, group),
+                self._config.request_tokens,
+                problem,
+                "memo.request_tokens",
+            )
+            return [*task.prompt(problem), *response, *request]
+
+        def sample(engine: Engine, prompts: list[list[int]], turn: int) -> list[list[int]]:
+            calls = engine(
+                params,
+                prompts,
+                key=jax.random.fold_in(key, turn),
+                temperature=self._config.temperature,
+            )
+            return [ids.tolist() for call in calls for ids in call.responses]
+
+        def text(ids: list[int]) -> str:
+            return task.begun + tokenizer.decode(ids)
+
+        prompts = [asked(i) for i in rows]
+        memos = sample(self._write, prompts, 0)
+        open_ended = [j for j, ids in enumerate(memos) if after_thinking(text(ids)) is None]
+        closed = [[*memos[j], *task.end_thinking] for j in open_ended]
+        rest = sample(
+            self._close, [[*prompts[j], *ids] for j, ids in zip(open_ended, closed, strict=True)], 1
+        )
+        for j, ids, more in zip(open_ended, closed, rest, strict=True):
+            memos[j] = [*ids, *more]
+        return [(after_thinking(text(ids)) or "").strip() or None for ids in memos]

@@ -1,0 +1,122 @@
+"""Who teaches: what of a stage's parameters the teacher is, and when it changes.
+
+| kind | the teacher |
+|---|---|
+| "frozen" | the parameters that the stage began with |
+| "ema" | their moving average: after each update t <- (1 - rate) t + rate p, in float32 |
+| "refresh" | a copy, made anew after every `every` updates (CRISP, arXiv 2603.05433) |
+| "trust_region" | logits (1 - rate) frozen + rate current (SDPO, arXiv 2601.20802) |
+| "live" | the current parameters |
+
+Gradients flow into none of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from opsd_jax.losses import Head
+from opsd_jax.policy import Params, Policy
+from opsd_jax.stages.batch import response_head
+
+KINDS = ("frozen", "ema", "refresh", "trust_region", "live")
+COLLAPSES_BELOW = 40  # updates between two copies: CRISP's ablation
+
+
+class Teacher(NamedTuple):
+    """The part of a stage's state that is its teacher.
+
+    Attributes:
+      init: the stage's first parameters -> the teacher.
+      update: `(teacher, params, updates) -> teacher`, after the optimiser's update of this number,
+        counted from 1; what it gives is dropped where the update is skipped.
+    """
+
+    init: Callable[[Params], Params]
+    update: Callable[[Params, Params, jax.Array], Params] = lambda teacher, params, updates: teacher
+
+
+def _copy(params: Params) -> Params:
+    return jax.tree.map(jnp.copy, params)
+
+
+FROZEN = Teacher(_copy)
+
+
+def ema(rate: float) -> Teacher:
+    """t <- (1 - rate) t + rate p, in float32 whatever the parameters are."""
+
+    def average(teacher, params, updates):
+        del updates
+        return jax.tree.map(lambda t, p: t + rate * (p.astype(jnp.float32) - t), teacher, params)
+
+    return Teacher(
+        lambda params: jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params), average
+    )
+
+
+def refresh(every: int) -> Teacher:
+    """A copy of the parameters after every `every` updates."""
+
+    def copy(teacher, params, updates):
+        now = updates % every == 0
+        return jax.tree.map(lambda t, p: jnp.where(now, p, t), teacher, params)
+
+    return Teacher(_copy, copy)
+
+
+def from_config(config: ml_collections.ConfigDict) -> Teacher | None:
+    """The teacher of a stage's `teacher` section; None for one that is no state of its own."""
+    if config.kind == "refresh" and config.every < COLLAPSES_BELOW:
+        print(
+            f"opsd: the teacher is copied every {config.every} updates; below {COLLAPSES_BELOW} "
+            "models have been seen to collapse (arXiv 2603.05433).",
+            file=sys.stderr,
+        )
+    return {
+        "frozen": FROZEN,
+        "trust_region": FROZEN,
+        "ema": ema(config.rate),
+        "refresh": refresh(config.every),
+        "live": None,
+    }[config.kind]
+
+
+def make_head(policy: Policy, config: ml_collections.ConfigDict) -> Callable[..., Head]:
+    """`(params, teacher, sequences, response_tokens) -> Head`: the teacher's logits, as
+    `response_head`; `params` are the student's, `teacher` is what `Teacher` keeps, or None.
+    """
+    mixed = functools.partial(_mix, policy.unembed, config.rate)
+
+    def head(params: Params, teacher: Params, sequences: Any, response_tokens: int) -> Head:
+        of = functools.partial(
+            response_head, policy, sequences=sequences, response_tokens=response_tokens
+        )
+        params = jax.lax.stop_gradient(params)
+        if config.kind == "live":
+            return of(params)
+        # An average in float32 of a bfloat16 model is read as the model would be.
+        teacher = jax.tree.map(lambda t, p: t.astype(p.dtype), teacher, params)
+        if config.kind != "trust_region":
+            return of(teacher)
+        frozen, current = of(teacher), of(params)
+        hidden = jnp.concatenate([frozen.hidden, current.hidden], axis=-1)
+        return Head(mixed, (teacher, params), hidden)
+
+    return head
+
+
+def _mix(unembed: Callable, rate: float, params: tuple[Params, Params], hidden: jax.Array):
+    """The mixed logits of hidden states [..., 2 D], the frozen model's before the current one's."""
+    frozen, current = (
+        unembed(p, h) for p, h in zip(params, jnp.split(hidden, 2, axis=-1), strict=True)
+    )
+    # Not a weighted sum: -inf - -inf of a word that cannot occur would be no number.
+    return jnp.where(frozen == current, frozen, frozen + rate * (current - frozen))

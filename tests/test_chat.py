@@ -1,0 +1,203 @@
+"""Tokenizers of model directories, and chat templates: the ids that transformers makes."""
+
+import json
+
+import pytest
+import tiny_tokenizer
+
+from opsd_jax.data.chat import Chat, ChatTemplate, fitting
+from opsd_jax.data.tokenizer import PretrainedTokenizer
+
+FAMILIES = tuple(tiny_tokenizer.TEMPLATES)
+QUESTION = "  What is {x} <think> in 12 + 34?\nPut it within \\boxed{}. é ∑ 中\n"
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tokenizers")
+    return {family: tiny_tokenizer.write(root / family, family) for family in FAMILIES}
+
+
+@pytest.fixture(params=FAMILIES)
+def directory(request, directories):
+    return directories[request.param]
+
+
+OPTIONS = {"date_string": "26 Jul 2024"}
+
+
+@pytest.mark.slow  # needs the extra `parity`
+@pytest.mark.parametrize("thinking", ["", "on", "off"])
+@pytest.mark.parametrize("system", ["", "Be brief."])
+def test_prompts_are_those_of_transformers(directory, thinking, system):
+    transformers = pytest.importorskip("transformers", reason="needs the extra `parity`")
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    ours = PretrainedTokenizer(directory)
+    switched = directory.name == "qwen3"
+    options = {} if directory.name != "llama3" else OPTIONS
+    chat = Chat(
+        ours,
+        ours.chat_template,
+        system=system,
+        thinking=thinking if switched else "",
+        options=options,
+    )
+    turns = [{"role": "system", "content": system}] if system else []
+    turns += [{"role": "user", "content": QUESTION}]
+    arguments = dict(options)
+    if switched and thinking:
+        arguments["enable_thinking"] = thinking == "on"
+    expected = theirs.apply_chat_template(
+        turns, add_generation_prompt=True, tokenize=True, return_dict=False, **arguments
+    )
+    assert chat.prompt(QUESTION) == list(expected)
+    # Whole dialogues, without a generation prompt, too.
+    turns += [
+        {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nIt is 46. "},
+        {"role": "user", "content": "Sure?"},
+    ]
+    for generation in (True, False):
+        text = theirs.apply_chat_template(
+            turns, add_generation_prompt=generation, tokenize=False, **arguments
+        )
+        said = ours.chat_template.render(turns, arguments, generation_prompt=generation)
+        assert said == text
+        assert ours.encode(said) == theirs(text, add_special_tokens=False).input_ids
+    # Text without a template begins as transformers has it.
+    assert ours.encode_document(QUESTION) == theirs(QUESTION).input_ids
+    ids = theirs(QUESTION).input_ids
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.slow
+def test_a_date_is_todays_unless_it_is_given(directories):
+    transformers = pytest.importorskip("transformers", reason="needs the extra `parity`")
+    directory = directories["llama3"]
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    turns = [{"role": "user", "content": "?"}]
+    ours = PretrainedTokenizer(directory).chat_template
+    assert ours.render(turns) == theirs.apply_chat_template(
+        turns, add_generation_prompt=True, tokenize=False
+    )
+
+
+def test_special_ids(directory):
+    tokenizer = PretrainedTokenizer(directory)
+    end = tokenizer.encode(tiny_tokenizer.END[directory.name])
+    assert len(end) == 1
+    assert tuple(end) == tokenizer.eos_ids
+    assert [tokenizer.pad_id] == tokenizer.encode("<|endoftext|>")
+    (think,) = tokenizer.encode("</think>")
+    assert tokenizer.decode([think, *end]) == "</think>"  # what a verifier has to see stays
+    assert tokenizer.vocab_size == 1 + think  # the last that was added
+    assert tokenizer.decode([500, 10**6]) == ""  # a model's vocabulary may be larger
+
+
+def test_more_ends_of_a_response(directories, tmp_path):
+    tiny_tokenizer.write(tmp_path, "qwen3")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 1]}')
+    assert PretrainedTokenizer(tmp_path).eos_ids == (3, 1)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 1}')
+    assert PretrainedTokenizer(tmp_path).eos_ids == (3, 1)
+
+
+def test_a_template_in_a_file_of_its_own(tmp_path):
+    tiny_tokenizer.write(tmp_path, "qwen3")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    tokenizer = PretrainedTokenizer(tmp_path)
+    assert tokenizer.chat_template.render([{"role": "user", "content": "Hm"}]) == "Hm!"
+    (tmp_path / "chat_template.jinja").unlink()
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings["chat_template"] = [
+        {"name": "tool_use", "template": "no"},
+        {"name": "default", "template": "yes"},
+    ]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert PretrainedTokenizer(tmp_path).chat_template.render([]) == "yes"
+
+
+@pytest.mark.parametrize("thinking", ["", "off"])
+def test_a_next_turn_leaves_the_response_as_it_was_sampled(directory, thinking):
+    """Also where the template would take its thinking out, or trim it."""
+    tokenizer = PretrainedTokenizer(directory)
+    switched = directory.name == "qwen3"
+    chat = Chat(tokenizer, tokenizer.chat_template, thinking=thinking if switched else "")
+    response = tokenizer.encode(" <think>\nHm.</think>It is 46. ")
+    dialogue = [*chat.prompt("What?"), *response, *chat.next_turn("A memo, please.")]
+    text = tokenizer._tokenizer.decode(dialogue, skip_special_tokens=False)
+    begun = chat.begun()
+    assert "What?" in text
+    assert f" <think>\nHm.</think>It is 46. {tiny_tokenizer.END[directory.name]}" in text
+    asked = text[text.index("It is 46") :]
+    assert "A memo, please." in asked
+    generation = tokenizer.chat_template.render(
+        [{"role": "user", "content": "?"}], {"enable_thinking": not thinking}
+    ).rpartition("?")[2]
+    assert asked.endswith(generation)
+    assert begun == ("<think>\n" if directory.name == "r1" else "")
+
+
+@pytest.mark.parametrize(
+    ("family", "arguments", "message"),
+    [
+        ("r1", {"thinking": "off"}, "data.thinking is 'off', and the chat template renders the sa"),
+        ("qwen2", {"thinking": "on"}, "data.thinking is 'on', and the chat template renders the s"),
+        (None, {"system": "Hm"}, "data.system is 'Hm', and the prompts are plain text"),
+        (None, {"thinking": "on"}, "data.thinking is 'on', and the prompts are plain text"),
+    ],
+)
+def test_what_a_template_cannot_do_is_an_error(directories, family, arguments, message):
+    tokenizer = PretrainedTokenizer(directories["qwen3"])
+    template = family and ChatTemplate(tiny_tokenizer.TEMPLATES[family], tokenizer.special_tokens)
+    with pytest.raises(ValueError, match=message):
+        Chat(tokenizer, template, **arguments)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ ''.__class__.__base__.__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{% for i in range(10000000) %}{% endfor %}",
+    ],
+)
+def test_a_template_is_kept_in_its_sandbox(source):
+    with pytest.raises(ValueError, match="the chat template fails: "):
+        ChatTemplate(source, {}).render([{"role": "user", "content": "?"}])
+
+
+def test_a_template_that_is_none_is_an_error():
+    with pytest.raises(ValueError, match="the chat template cannot be read: "):
+        ChatTemplate("{% if %}", {})
+    with pytest.raises(ValueError, match="the chat template fails: TemplateError: not like this"):
+        ChatTemplate("{{ raise_exception('not like this') }}", {}).render([])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer.json", None, r"there is no .*tokenizer.json; expected a Hugging Face model's"),
+        ("tokenizer.json", "{}", r"tokenizer.json cannot be read: "),
+        ("tokenizer_config.json", "{", r"tokenizer_config.json is not JSON: "),
+        ("tokenizer_config.json", "[]", r"tokenizer_config.json holds list; expected a JSON obj"),
+        ("tokenizer_config.json", "{}", "names no end-of-sequence token; expected eos_token in"),
+    ],
+)
+def test_a_directory_that_cannot_be_used(tmp_path, file, content, message):
+    tiny_tokenizer.write(tmp_path, "qwen3")
+    (tmp_path / file).unlink()
+    if content is not None:
+        (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        PretrainedTokenizer(tmp_path)
+
+
+def test_a_text_is_cut_to_what_fits():
+    render = lambda text: list(f"<{text}>")
+    assert fitting(render, "abcdef", 8) == (list("<abcdef>"), False)
+    assert fitting(render, "abcdef", 7) == (list("<abcde>"), True)
+    assert fitting(render, "abcdef", 2) == (list("<>"), True)
+    with pytest.raises(ValueError, match="2 tokens without the privileged text; 1 fit"):
+        fitting(render, "abcdef", 1)
