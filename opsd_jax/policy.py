@@ -50,12 +50,18 @@ class Model(NamedTuple):
       rules: (regular expression on a parameter's path, jax PartitionSpec) pairs; the first that
         matches the whole path says where the parameter lies (opsd_jax/parallel/mesh.py).
       vocab_size: V; at least the tokenizer's.
+      load: `abstract params -> params`, initial parameters that are read from files, straight to
+        the shardings that the abstract ones have; None: they come from `init`.
+      save: `(params, directory, dtype="")`, writes a directory that transformers loads, as
+        "float32", "bfloat16" or "float16", by default as they were; None: there is no such form.
     """
 
     policy: Policy
     init: Callable[[jax.Array], Params]
     rules: Sequence[tuple[str, jax.sharding.PartitionSpec]]
     vocab_size: int
+    load: Callable[[Params], Params] | None = None
+    save: Callable[..., None] | None = None
 
 
 def from_nnx(

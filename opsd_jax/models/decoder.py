@@ -12,6 +12,7 @@ C head size, F intermediate size, V vocabulary, L layers.
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from opsd_jax import policy as policy_lib
-from opsd_jax.models import rope
+from opsd_jax.models import architecture, rope, safetensors, weights
 from opsd_jax.models.architecture import DecoderConfig, dtype_of
 
 # Which dimension of which parameter lies along which mesh axis (opsd_jax/parallel/mesh.py). The
@@ -225,7 +226,14 @@ def sizes(config: ml_collections.ConfigDict) -> DecoderConfig:
 def model(config: DecoderConfig) -> policy_lib.Model:
     """The decoder of these sizes, with random initial parameters."""
     policy, init = policy_lib.from_nnx(lambda rngs: Decoder(config, rngs=rngs))
-    return policy_lib.Model(policy, init, DECODER_RULES, config.vocab_size)
+
+    def save(params: policy_lib.Params, directory: pathlib.Path, dtype: str = "") -> None:
+        dtype = dtype or jnp.dtype(config.param_dtype).name
+        codes = dict.fromkeys(weights.all_tensors(params), safetensors.CODES[dtype])
+        files = {"config.json": architecture.to_json(config, dtype)}
+        weights.save(params, directory, codes, files)
+
+    return policy_lib.Model(policy, init, DECODER_RULES, config.vocab_size, save=save)
 
 
 def from_config(config: ml_collections.ConfigDict) -> policy_lib.Model:
