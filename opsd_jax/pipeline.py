@@ -23,7 +23,6 @@ import pathlib
 import resource
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -40,7 +39,8 @@ from opsd_jax.data.problem import DataError, Problem
 from opsd_jax.data.task import Task
 from opsd_jax.evaluation import divergence, evaluate, report, statistics
 from opsd_jax.parallel import mesh as mesh_lib
-from opsd_jax.policy import Model, Params
+from opsd_jax.parameters import UNTRAINED, Parameters, seed_of
+from opsd_jax.policy import Params
 from opsd_jax.progress import Progress
 from opsd_jax.rollout.collect import Collector
 from opsd_jax.rollout.engine import Engine, SamplerShape
@@ -50,7 +50,6 @@ from opsd_jax.stages.rollouts import step_rollouts
 from opsd_jax.stages.stage import Stage
 from opsd_jax.training import checkpoint, files
 from opsd_jax.training import metrics as metrics_lib
-from opsd_jax.training.checkpoint import abstract_of
 from opsd_jax.training.interrupt import StopSignal
 from opsd_jax.training.loop import run_stage
 from opsd_jax.training.state import make_optimizer
@@ -62,7 +61,6 @@ LONGEST = 256  # of problems in memory, those with the longest question, and wit
 LOOKED_AT = 64  # of others the first, as each may have to be made
 NOTE = "note.txt"  # what a reader of the figures has to know, as the task says it
 PROBED = 1024  # held-out responses whose divergence is measured
-UNTRAINED = "untrained"  # the name under which the initial parameters are evaluated
 
 
 class Run:
@@ -78,16 +76,9 @@ class Run:
             raise
         except ValueError as error:
             raise config_lib.ConfigError(f"config.task is {config.task!r}: {error}") from error
-        make_model = config_lib.import_function(config.model.make, "model.make")
-        try:
-            self.model: Model = make_model(config.model)
-            self.mesh = mesh_lib.make_mesh(config.mesh)
-            shapes = jax.eval_shape(self.model.init, jax.random.key(0))
-            self.param_shardings = mesh_lib.param_shardings(self.mesh, self.model.rules, shapes)
-        except ValueError as error:
-            raise config_lib.ConfigError(f"config: {error}") from error
+        self.parameters = Parameters(config, workdir)
+        self.model, self.mesh = self.parameters.model, self.parameters.mesh
         self.check_sizes()
-        self.abstract_params = abstract_of(shapes, self.param_shardings)
         self.pool = VerifierPool(
             self.task.verify,
             workers=config.pool.workers,
@@ -183,15 +174,6 @@ class Run:
                 file=sys.stderr,
             )
 
-    def fresh_params(self) -> Params:
-        """The parameters that the run begins with, made where they belong."""
-        init = jax.jit(self.model.init, out_shardings=self.param_shardings)
-        return init(jax.random.key(self.seed_of("init")))
-
-    def seed_of(self, name: str) -> int:
-        """A seed of its own for each part of the run, in [0, 2^31)."""
-        return zlib.crc32(f"{self.config.seed}/{name}".encode()) >> 1
-
     def stage_seed(self, name: str) -> int:
         """The seed of a stage: arms that start from one model draw the same problems and random
         numbers, and a stage that follows one of its own kind draws others.
@@ -199,27 +181,14 @@ class Run:
         algorithm, ancestor, generation = self.config[name].algorithm, name, 0
         while ancestor := self.config[ancestor].init_from:
             generation += self.config[ancestor].algorithm == algorithm
-        return self.seed_of(f"{algorithm}/{generation}" if generation else algorithm)
-
-    def params_of(self, name: str) -> Params:
-        """The result of a finished stage, or the initial parameters for "" and UNTRAINED.
-
-        Raises:
-          ConfigError: the stage has no result yet.
-        """
-        if name in ("", UNTRAINED):
-            return self.fresh_params()
-        path = self.workdir / name / "params"
-        if not path.exists():
-            raise config_lib.ConfigError(f"the stage {name!r} has not ended: there is no {path}.")
-        return checkpoint.restore_params(path, self.abstract_params)
+        return seed_of(self.config, f"{algorithm}/{generation}" if generation else algorithm)
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - one run a process
     def engine(self, shape: SamplerShape, top_k: int = 0, top_p: float = 1.0) -> Engine:
         """The sampling program of a shape, compiled at the first request."""
         return Engine(
             self.model.policy,
-            self.abstract_params,
+            self.parameters.abstract,
             self.mesh,
             shape,
             eos_ids=self.task.tokenizer.eos_ids,
@@ -257,7 +226,7 @@ class Run:
         if section.algorithm == "rlvr":
             return rlvr.stage(section, self.task, self.model.policy, roll_out)
         privileged = self.privileged(
-            section, section, section.group_size, self.seed_of(f"{name}/memos")
+            section, section, section.group_size, seed_of(self.config, f"{name}/memos")
         )
         return opsd.stage(section, self.task, self.model.policy, roll_out, privileged)
 
@@ -377,11 +346,11 @@ class Run:
         each on the model's own held-out responses. The teacher is the model before the stage.
         """
         section, config = self.config[name], self.config.evaluation
-        privileged = self.privileged(section, config, config.samples, self.seed_of("probe"))
+        privileged = self.privileged(section, config, config.samples, seed_of(self.config, "probe"))
         probe = divergence.DivergenceProbe(
             section, config, self.task, self.model.policy, self.mesh, privileged.insert_tokens
         )
-        teacher = self.params_of(section.init_from)
+        teacher = self.parameters.of(section.init_from)
         before, _ = evaluate.read(self.workdir / (section.init_from or UNTRAINED))
         there = min(len(before) // config.samples, max(1, PROBED // config.samples))
         problems = [self.task.heldout[i] for i in range(there)]
@@ -415,7 +384,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         files.write_atomically(workdir / NOTE, this.task.note)
         if not (workdir / UNTRAINED / evaluate.SUMMARY).exists():
             began = time.monotonic()
-            this.evaluate_and_record(UNTRAINED, this.params_of(""), progress, stop, began)
+            this.evaluate_and_record(UNTRAINED, this.parameters.of(""), progress, stop, began)
         for name in config.stages:
             if (workdir / name / evaluate.SUMMARY).exists():
                 continue
@@ -428,7 +397,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
             params = run_stage(
                 stage,
                 make_optimizer(section.optimizer, stage.steps * stage.updates),
-                this.params_of(section.init_from),
+                this.parameters.of(section.init_from),
                 mesh=this.mesh,
                 directory=workdir / name,
                 checkpoint_every=section.checkpoint_every,
@@ -466,7 +435,7 @@ def evaluate_again(
     validation.validate(config)
     this = Run(config, workdir)
     with this.pool, StopSignal() as stop, Progress() as progress:
-        return this.evaluate(stage, this.params_of(stage), progress, stop)[1]
+        return this.evaluate(stage, this.parameters.of(stage), progress, stop)[1]
 
 
 def write_report(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:

@@ -228,7 +228,7 @@ def test_damaged_records_are_named(config, undisturbed, tmp_path):
         if path.is_file():
             path.write_bytes(b"")
     with pytest.raises(RecordError, match=r"rlvr/params cannot be restored.*delete that directory"):
-        pipeline.Run(config, workdir).params_of("rlvr")
+        pipeline.Run(config, workdir).parameters.of("rlvr")
     (workdir / "opsd" / "evaluation.json").write_text("{")
     with pytest.raises(RecordError, match=r"opsd/evaluation.json is damaged"):
         pipeline.write_report(config, workdir)
@@ -286,8 +286,8 @@ def test_nothing_active_is_counted_and_leaves_the_model_alone(config, undisturbe
     assert [row["empty"] for row in rows] == [float(n == 0) for n in active]
     assert 0 in active
     if not any(active):
-        start = pipeline.Run(idle, tmp_path).fresh_params()
-        end = pipeline.Run(idle, tmp_path).params_of("opsd")
+        start = pipeline.Run(idle, tmp_path).parameters.fresh()
+        end = pipeline.Run(idle, tmp_path).parameters.of("opsd")
         for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(end), strict=True):
             np.testing.assert_array_equal(a, b)
 
