@@ -224,6 +224,28 @@ def test_load_counts_what_it_leaves_out(config, capsys):
     assert "data: exclude.others: 1 rows, 1 kept\n" in out
 
 
+def test_without_a_heldout_source_some_of_train_are_held_out(config, tmp_path, capsys):
+    """Chosen by their question alone, whatever the order of the rows."""
+    with config.unlocked():
+        config.data.heldout = {}
+        config.data.heldout_problems = 4
+    data = load.load(config.data)
+    held = {p.question for part in data.heldout.values() for p in part}
+    trained = {p.question for part in data.train.values() for p in part}
+    assert len(held) == 4
+    assert not held & trained
+    assert len(trained) == 10
+    assert "data: held out of these: 4 of sums\n" in capsys.readouterr().err
+    path = pathlib.Path(config.data.train.sums.path)
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    again = load.load(config.data)
+    assert {p.question for part in again.heldout.values() for p in part} == held
+    assert text.task(config.data).verify(data.heldout["sums"][0], "?").reason == "no answer"
+    config.data.heldout_problems = 14
+    with pytest.raises(DataError, match="heldout_problems is 14; expected fewer than the 14 probl"):
+        load.load(config.data)
+
+
 def test_a_task_from_files(config):
     task = text.task(config.data)
     decode = task.tokenizer.decode

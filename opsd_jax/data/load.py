@@ -6,6 +6,7 @@ Sources are taken in the order of their names, so that a config means the same h
 from __future__ import annotations
 
 import functools
+import hashlib
 import sys
 from typing import NamedTuple
 
@@ -44,10 +45,12 @@ def load(config: ConfigDict) -> Data:
     data: dict[str, dict[str, list[Problem]]] = {"heldout": {}, "train": {}}
     counts: dict[str, Counts] = {}
     for part in data:
-        if part == "heldout" and not config[part]:  # an evaluation has no others
+        # An evaluation has no others.
+        if part == "heldout" and not config[part] and not config.heldout_problems:
             raise DataError(
                 f"config.data.{part} is empty; expected sources, such as "
-                f"config.data.{part}.maths = config_lib.source('maths.jsonl')."
+                f"config.data.{part}.maths = config_lib.source('maths.jsonl'), or in "
+                "config.data.heldout_problems how many of `train` to hold out."
             )
         for name, section in sorted(config[part].items()):
             field = f"data.{part}.{name}"
@@ -72,7 +75,42 @@ def load(config: ConfigDict) -> Data:
         )
         if not kept:
             raise DataError(f"config.data.train.{name}: no problem is left: {counts[name]}.")
+    if not config.heldout:
+        data["train"], data["heldout"] = hold_out(data["train"], config.heldout_problems)
     for part in ("heldout", "exclude", "train"):
         for name in sorted(config[part]):
             print(f"data: {part}.{name}: {counts[name]}", file=sys.stderr)
+    if not config.heldout:
+        shares = ", ".join(f"{len(part)} of {name}" for name, part in data["heldout"].items())
+        print(f"data: held out of these: {shares}", file=sys.stderr)
     return Data(data["train"], data["heldout"], counts, verifiers)
+
+
+def hold_out(
+    train: dict[str, list[Problem]], number: int
+) -> tuple[dict[str, list[Problem]], dict[str, list[Problem]]]:
+    """`(train, heldout)`: the problems apart of which `number`, chosen by a digest of the question
+    alone, are held out: the same ones in another order, and nearly the same in a file that grew.
+
+    Raises:
+      DataError: no problem would be left to train on.
+    """
+    digest = lambda problem: hashlib.blake2b(problem.question.encode()).digest()
+    digests = sorted(digest(problem) for part in train.values() for problem in part)
+    if number >= len(digests):
+        raise DataError(
+            f"config.data.heldout_problems is {number}; expected fewer than the {len(digests)} "
+            "problems of config.data.train."
+        )
+    last = digests[number - 1]
+    kept, held = {}, {}
+    for name, problems in train.items():
+        kept[name] = [problem for problem in problems if digest(problem) > last]
+        if not kept[name]:
+            raise DataError(
+                f"config.data.heldout_problems is {number}, and takes all of train.{name}; "
+                "expected fewer."
+            )
+        if mine := [problem for problem in problems if digest(problem) <= last]:
+            held[name] = mine
+    return kept, held

@@ -35,12 +35,12 @@ class Teacher(NamedTuple):
 
     Attributes:
       init: the stage's first parameters -> the teacher.
-      update: `(teacher, params, updates) -> teacher`, after the optimiser's update of this number,
-        counted from 1; what it gives is dropped where the update is skipped.
+      update: `(teacher, params, number, applied) -> teacher`, after the optimiser's update of this
+        number, counted from 1, which was applied or skipped. None: the teacher stays as it is.
     """
 
     init: Callable[[Params], Params]
-    update: Callable[[Params, Params, jax.Array], Params] = lambda teacher, params, updates: teacher
+    update: Callable[[Params, Params, jax.Array, jax.Array], Params] | None = None
 
 
 def _copy(params: Params) -> Params:
@@ -53,21 +53,26 @@ FROZEN = Teacher(_copy)
 def ema(rate: float) -> Teacher:
     """t <- (1 - rate) t + rate p, in float32 whatever the parameters are."""
 
-    def average(teacher, params, updates):
-        del updates
-        return jax.tree.map(lambda t, p: t + rate * (p.astype(jnp.float32) - t), teacher, params)
+    def follow(teacher, params, number, applied):
+        del number
+        average = lambda t, p: t + rate * (p.astype(jnp.float32) - t)
+        return jax.lax.cond(
+            applied, lambda: jax.tree.map(average, teacher, params), lambda: teacher
+        )
 
     return Teacher(
-        lambda params: jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params), average
+        lambda params: jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params), follow
     )
 
 
 def refresh(every: int) -> Teacher:
-    """A copy of the parameters after every `every` updates."""
+    """A copy of the parameters after every `every` updates, skipped ones counted."""
 
-    def copy(teacher, params, updates):
-        now = updates % every == 0
-        return jax.tree.map(lambda t, p: jnp.where(now, p, t), teacher, params)
+    def copy(teacher, params, number, applied):
+        del applied
+        # A branch, not a select: what goes into it is computed once, so that a copy of the
+        # parameters is one to the last bit.
+        return jax.lax.cond(number % every == 0, lambda: params, lambda: teacher)
 
     return Teacher(_copy, copy)
 

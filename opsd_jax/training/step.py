@@ -69,14 +69,14 @@ def make_train_step(
                 "opt_state": opt_state,
             }
             kept = {"params": params, "opt_state": state["opt_state"]}
-            if teacher_rule is not None:
-                updates_done = state["step"] + 1
-                kept["teacher"] = teacher
-                updated["teacher"] = teacher_rule.update(teacher, updated["params"], updates_done)
             ok = finite & ~empty
             updated = jax.tree.map(
                 lambda new, old: jnp.where(ok, new, old).astype(old.dtype), updated, kept
             )
+            if teacher_rule is not None and teacher_rule.update is not None:
+                updated["teacher"] = teacher_rule.update(
+                    teacher, updated["params"], state["step"] + 1, ok
+                )
         one = jnp.ones((), jnp.float32)
         live = jnp.where(empty, 0.0, one)
         metrics = metrics | {

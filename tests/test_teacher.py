@@ -1,0 +1,138 @@
+"""Each teacher does what its name says, seen on the parameters, and on the logits that it gives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from opsd_jax.stages import teacher as teacher_lib
+from opsd_jax.training.state import init_state
+from opsd_jax.training.step import make_train_step
+
+STEPS = 7
+
+
+def section(kind, rate=0.05, every=3):
+    return ConfigDict({"kind": kind, "rate": rate, "every": every})
+
+
+@pytest.fixture
+def weights(params):
+    return {"embedding": params["embedding"], "norm": params["norm"]}
+
+
+def run(weights, kind, *, dtype=jnp.float32, skipped=(), **options):
+    """The states after each of STEPS steps of a loss that moves the weights; `skipped` ones have a
+    batch without weight.
+    """
+
+    def loss(params, teacher, row):
+        squares = sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(params))
+        return row["weight"] * squares, (row["weight"], {})
+
+    rule = teacher_lib.from_config(section(kind, **options))
+    optimizer = optax.adam(1e-2)
+    step = jax.jit(make_train_step(loss, optimizer, rule), donate_argnums=0)
+    state = init_state(jax.tree.map(lambda x: x.astype(dtype), weights), optimizer, rule)
+    states = [jax.tree.map(np.asarray, state)]
+    for i in range(STEPS):
+        row = {"weight": jnp.full(1, 0.0 if i in skipped else 1.0)}
+        state, _ = step(state, ({"count": np.int32(1), "rows": row},))
+        states.append(jax.tree.map(np.asarray, state))
+    assert not np.array_equal(states[-1]["params"]["norm"], states[0]["params"]["norm"])
+    return states
+
+
+def equal(a, b):
+    return all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+@pytest.mark.parametrize("kind", ["frozen", "trust_region"])
+def test_frozen_is_unchanged_to_the_bit(weights, kind):
+    states = run(weights, kind)
+    assert all(equal(state["teacher"], states[0]["params"]) for state in states)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_ema_is_a_recurrence_in_float32(weights, dtype):
+    """Against float64, of parameters as they are after each update; the error of an addition a step
+    at most.
+    """
+    states = run(weights, "ema", dtype=dtype, rate=0.1, skipped=(2, 5))
+    expected = jax.tree.map(lambda x: x.astype(np.float64), states[0]["params"])
+    for i, state in enumerate(states[1:]):
+        if i not in (2, 5):
+            expected = jax.tree.map(
+                lambda t, p: 0.9 * t + 0.1 * p.astype(np.float64), expected, state["params"]
+            )
+        for got, want in zip(
+            jax.tree.leaves(state["teacher"]), jax.tree.leaves(expected), strict=True
+        ):
+            assert got.dtype == np.float32
+            np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-7)
+    assert equal(states[3]["teacher"], states[2]["teacher"])  # skipped: to the bit
+
+
+def test_refresh_copies_every_so_many_updates(weights):
+    states = run(weights, "refresh", every=3)
+    copied = [0, 0, 0, 3, 3, 3, 6, 6]
+    for state, of in zip(states, copied, strict=True):
+        assert equal(state["teacher"], states[of]["params"])
+        if of:
+            assert not equal(state["teacher"], states[0]["params"])
+
+
+def test_refreshing_often_warns(capsys):
+    teacher_lib.from_config(section("refresh", every=39))
+    assert "the teacher is copied every 39 updates; below 40" in capsys.readouterr().err
+    teacher_lib.from_config(section("refresh", every=40))
+    teacher_lib.from_config(section("ema", every=1))
+    assert capsys.readouterr().err == ""
+
+
+def test_live_keeps_no_teacher(weights):
+    assert all(state["teacher"] is None for state in run(weights, "live"))
+
+
+@pytest.fixture(scope="module")
+def sequences():
+    tokens = jax.random.randint(jax.random.key(0), (2, 20), 1, 32)
+    return {"tokens": tokens, "positions": jnp.broadcast_to(jnp.arange(20), (2, 20))}
+
+
+def logits(model, kind, params, teacher, sequences, **options):
+    head = teacher_lib.make_head(model.policy, section(kind, **options))
+    made = head(params, teacher, sequences, 8)
+    return np.asarray(made.unembed(made.params, made.hidden))
+
+
+@pytest.mark.parametrize("kind", teacher_lib.KINDS)
+def test_the_logits_are_those_of_the_teacher(model, params, score, sequences, kind):
+    other = jax.tree.map(lambda x: 1.1 * x, params)
+    of = lambda p: np.asarray(score(p, sequences["tokens"], sequences["positions"]))[:, -9:-1]
+    expected = {
+        "live": of(params),
+        "trust_region": 0.7 * of(other) + 0.3 * of(params),
+    }.get(kind, of(other))
+    got = logits(model, kind, params, None if kind == "live" else other, sequences, rate=0.3)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_words_that_cannot_occur_stay_so_in_a_mixture():
+    unembed = lambda params, hidden: jnp.where(jnp.arange(4) == 2, -jnp.inf, params * hidden)
+    mixed = teacher_lib._mix(unembed, 0.25, (1.0, 2.0), jnp.ones((3, 8)))
+    np.testing.assert_array_equal(mixed, [[1.25, 1.25, -np.inf, 1.25]] * 3)
+
+
+@pytest.mark.parametrize("kind", teacher_lib.KINDS)
+def test_no_gradient_flows_into_a_teacher(model, params, sequences, kind):
+    head = teacher_lib.make_head(model.policy, section(kind))
+
+    def total(params, teacher):
+        made = head(params, teacher, sequences, 8)
+        return jnp.sum(made.unembed(jax.lax.stop_gradient(made.params), made.hidden))
+
+    for leaf in jax.tree.leaves(jax.grad(total)(params, params)):
+        np.testing.assert_array_equal(leaf, 0)
