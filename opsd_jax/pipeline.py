@@ -31,7 +31,6 @@ import jax
 from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
-from opsd_jax import validation
 from opsd_jax import workdir as workdir_lib
 from opsd_jax.data import contexts
 from opsd_jax.data.contexts import Context
@@ -153,7 +152,16 @@ class Run:
         """Raises ConfigError where a teacher's prompt does not fit without its context, and tells
         standard error how many of those looked at lose a part of it.
         """
-        task, limit = self.task, self.config[stage].teacher_prompt_tokens
+        task, section = self.task, self.config[stage]
+        limit = section.teacher_prompt_tokens
+        if section.reinject_every and task.reminder is not None and ":" not in kind:
+            try:
+                task.reminder(Context(kind, ""), section.reminder_tokens)
+            except DataError as error:
+                field = f"config.{stage}.reminder_tokens"
+                raise config_lib.ConfigError(
+                    f"{field} is {section.reminder_tokens}; {error}"
+                ) from error
         find = {"solution": contexts.solution, "answer": contexts.answer}.get(kind)
         cut = looked = 0
         for i in looked_at:
@@ -282,7 +290,8 @@ class Run:
         """
         config = self.config.evaluation
         progress.start(f"evaluate {name}", len(problems) * config.samples, unit="response")
-        responses = evaluate.resume(directory, settings)
+        evaluate.check_settings(directory, settings)
+        responses = evaluate.resume(directory, config.samples)
         done = len(responses) // config.samples
         if done < len(problems):
             shape = SamplerShape(
@@ -409,33 +418,6 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
             progress.finish()
             checkpoint.save_params(workdir / name / "params", params)
             this.evaluate_and_record(name, params, progress, stop, began)
-
-
-def evaluate_again(
-    config: ConfigDict, workdir: pathlib.Path, stage: str | None, changes: dict[str, Any]
-) -> dict[str, Any]:
-    """Evaluates the result of a finished stage; returns the figures and writes nothing.
-
-    Args:
-      config: of the run in `workdir`.
-      workdir: its directory.
-      stage: its name; the last finished one if None.
-      changes: fields of `config.evaluation` -> values; None leaves the config's.
-
-    Raises:
-      ConfigError: no such stage, it has not ended, or a change that cannot be run.
-    """
-    finished = [s for s in config.stages if (workdir / s / "params").exists()]
-    stage = stage or (finished or [UNTRAINED])[-1]
-    if stage not in (UNTRAINED, *config.stages):
-        raise config_lib.ConfigError(
-            f"--stage {stage}: expected one of {', '.join((UNTRAINED, *config.stages))}."
-        )
-    config.evaluation.update({k: v for k, v in changes.items() if v is not None})
-    validation.validate(config)
-    this = Run(config, workdir)
-    with this.pool, StopSignal() as stop, Progress() as progress:
-        return this.evaluate(stage, this.parameters.of(stage), progress, stop)[1]
 
 
 def write_report(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:

@@ -14,9 +14,9 @@ import pytest
 from opsd_jax import config as config_lib
 from opsd_jax import main, pipeline, validation, workdir
 from opsd_jax.data import arithmetic, load, text
+from opsd_jax.data.contexts import Context
 from opsd_jax.data.duplicates import normalise, without_duplicates
 from opsd_jax.data.mixture import mixture
-from opsd_jax.data.contexts import Context
 from opsd_jax.data.problem import DataError, Problem
 from opsd_jax.data.tokenizer import ByteTokenizer
 from opsd_jax.stages import sft

@@ -71,7 +71,12 @@ def task(config: ConfigDict) -> Task:
         render = lambda text: tokenizer.encode(
             fill(config.reminder, context=informed(context, text))
         )
-        return fitting(render, context.text, limit)[0] if context.kind != "none" else []
+        if context.kind == "none":
+            return []
+        try:
+            return fitting(render, context.text, limit)[0]
+        except ValueError as error:
+            raise DataError(f"a reminder of the {context.kind} has {error}") from error
 
     def memo_request(problem: Problem, group: str) -> list[int]:
         known = {"answer": problem.answer, "solution": problem.solution or problem.answer}

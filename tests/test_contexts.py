@@ -1,0 +1,468 @@
+"""Privileged contexts: who gets which, what the teacher's prompt is made of, and the alignment."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_model
+import tiny_tokenizer
+
+from opsd_jax import config as config_lib
+from opsd_jax import losses
+from opsd_jax.data import contexts, text
+from opsd_jax.data.contexts import Attempt, Context
+from opsd_jax.data.problem import DataError, Problem
+from opsd_jax.rollout.collect import Rollouts
+from opsd_jax.rollout.engine import Call
+from opsd_jax.stages import opsd
+from opsd_jax.stages.memos import Memos, shapes
+from opsd_jax.stages.privileged import Privileged, reminder_places
+from opsd_jax.verify.verdict import Verdict
+
+PROBLEM = Problem("a", "What is 12 + 34?", "12 + 34 is 46.", "46", extra={"hint": " carry \n"})
+GROUP = [
+    Attempt("<think>long</think> It is 46.", 9, True),
+    Attempt("<think>short</think> So 46.", 5, True),
+    Attempt("It is 47.", 3, False),
+    Attempt("<think>hm", 4, True),
+    Attempt("46 too.", 5, True),
+]
+
+
+def test_what_the_data_give():
+    assert contexts.solution(PROBLEM, 0, ()) == "12 + 34 is 46."
+    assert contexts.solution(PROBLEM._replace(solution=""), 0, ()) is None
+    assert contexts.answer(PROBLEM, 0, ()) == "46"
+    assert contexts.answer(PROBLEM._replace(answer=""), 0, ()) is None
+    assert contexts.column("hint")(PROBLEM, 0, ()) == "carry"
+    assert contexts.column("nosuch")(PROBLEM, 0, ()) is None
+    assert contexts.nothing(PROBLEM, 0, ()) == ""
+
+
+@pytest.mark.parametrize(
+    ("which", "thinking", "rollout", "expected"),
+    [
+        ("first", False, 0, "So 46."),
+        ("first", False, 1, "It is 46."),
+        ("first", True, 1, "<think>long</think> It is 46."),
+        ("shortest", False, 0, "So 46."),  # one that thinks without end has nothing to show
+        ("shortest", False, 1, "46 too."),
+        ("shortest", True, 0, "<think>hm"),
+        ("shortest", False, 2, "So 46."),  # an incorrect rollout learns from a correct one
+    ],
+)
+def test_a_correct_sibling(which, thinking, rollout, expected):
+    assert contexts.sibling(which, thinking=thinking)(PROBLEM, rollout, GROUP) == expected
+
+
+def test_a_lone_success_has_no_sibling():
+    find = contexts.sibling()
+    assert find(PROBLEM, 0, [GROUP[0], GROUP[2]]) is None
+    assert find(PROBLEM, 1, [GROUP[0], GROUP[2]]) == "It is 46."
+    assert find(PROBLEM, 0, [GROUP[2], GROUP[2]]) is None
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A Qwen3-like tokenizer and a dozen problems, one without a solution."""
+    root = tmp_path_factory.mktemp("model")
+    tiny_tokenizer.write(root, "qwen3")
+    lines = [
+        f'{{"problem": "What is {i} + 3?", "answer": "{i + 3}", "hint": "count on from {i}"'
+        + (f', "solution": "We add 3 to {i}. That is {i + 3}."}}' if i else "}")
+        for i in range(12)
+    ]
+    (root / "train.jsonl").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture
+def config(directory):
+    config = config_lib.default()
+    with config.unlocked():
+        config.task = "opsd_jax.data.text:task"
+        config.data.train.sums = config_lib.source(directory / "train.jsonl", extra=("hint",))
+        config.data.heldout_problems = 2
+        config.data.tokenizer = str(directory)
+        config.opsd.update({"prompt_tokens": 120, "teacher_prompt_tokens": 400, "gate": "all"})
+        config.opsd.update({"prompts": 3, "group_size": 2, "max_rows": 0, "buckets": (40,)})
+        config.opsd.update({"microbatch": 4, "response_tokens": 40, "context_column": "hint"})
+    return config
+
+
+@pytest.fixture
+def task(config):
+    return text.task(config.data)
+
+
+def rollouts_of(task, responses, verdicts, per_problem=2):
+    problems = [task.train[i] for i in range(len(task.train)) if task.train[i].solution]
+    encoded = [[*task.tokenizer.encode(said), task.tokenizer.eos_ids[0]] for said in responses]
+    return Rollouts(
+        problems=[problems[i // per_problem] for i in range(len(responses))],
+        responses=[np.array(ids, np.int32) for ids in encoded],
+        logprobs=[np.full(len(ids), -1, np.float32) for ids in encoded],
+        truncated=np.zeros(len(responses), bool),
+        replies=[Verdict(right, "") for right in verdicts],
+    )
+
+
+RESPONSES = [
+    "<think>Hm. Let x be 3. Wait, check.</think>It is 4.",
+    "<think>So</think> 46.",
+    "It is 47.",
+    "However",
+    "It is \\boxed{9}. Perhaps.",
+    "That is 12",
+]
+RIGHT = [True, True, False, True, False, False]
+
+
+@pytest.fixture
+def rollouts(task):
+    return rollouts_of(task, RESPONSES, RIGHT)
+
+
+def decoded(task, ids):
+    return task.tokenizer._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def taught(config, task, rollouts, *kinds, wanted=range(6), capacity=6, memos=None):
+    with config.unlocked():
+        config.opsd.contexts = kinds
+    finder = Privileged(config.opsd, task, 2, memos)
+    return finder(0, None, rollouts, wanted, capacity=capacity)
+
+
+def test_each_kind_goes_into_the_users_turn_in_its_own_words(config, task, rollouts):
+    end = "<|im_end|>\n<|im_start|>assistant\n"
+    for kind, shown in {
+        "solution": "Here is a reference solution:\nWe add 3 to",
+        "answer": "The correct final answer is ",
+        "sibling": "Here is a correct solution:\n46.",
+        "concise": "Think as briefly as you can",
+        "column": "\n\ncount on from ",
+    }.items():
+        rows, metrics = taught(config, task, rollouts, kind)
+        said = decoded(task, rows[0]["teacher"])
+        question = rollouts.problems[0].question
+        assert said.startswith(f"<|im_start|>user\n{question}\n\n")
+        assert shown in said
+        assert said.endswith(f"within \\boxed{{}}.\n{end}")
+        assert said.count("<|im_start|>") == 2  # nothing in the assistant's turn
+        assert "{context}" not in said
+        assert metrics[f"context/{kind}"] == len(rows)
+
+
+def test_none_is_the_students_prompt(config, task, rollouts):
+    rows, metrics = taught(config, task, rollouts, "none")
+    for i, row in rows.items():
+        assert row["teacher"] == task.prompt(rollouts.problems[i])
+    assert metrics == {"no_context": 0, "context_cut": 0, "context/none": 6}
+
+
+def test_a_rollout_without_a_context_is_inactive_and_counted(config, task, rollouts):
+    rows, metrics = taught(config, task, rollouts, "sibling")
+    assert list(rows) == [0, 1, 2]  # 3 is alone in being right, 4 and 5 have no right sibling
+    assert metrics["no_context"] == 3
+    rows, metrics = taught(config, task, rollouts, "sibling", "answer")
+    assert list(rows) == list(range(6))
+    assert metrics == {"no_context": 0, "context_cut": 0, "context/sibling": 3, "context/answer": 3}
+    rows, metrics = taught(config, task, rollouts, "sibling", capacity=2)
+    assert list(rows) == [0, 1]
+    rows, metrics = taught(config, task, rollouts, "sibling", wanted=[3, 4, 1, 2], capacity=1)
+    assert list(rows) == [1]
+    assert metrics["no_context"] == 2
+
+
+def test_the_stage_trains_on_those_with_a_context(config, task, rollouts):
+    with config.unlocked():
+        config.opsd.contexts = ("sibling",)
+    model = tiny_model.make(config.model)
+    stage = opsd.stage(
+        config.opsd, task, model.policy, lambda *_: rollouts, Privileged(config.opsd, task, 2)
+    )
+    (batch,), metrics, _ = stage.batches(0, None)
+    assert metrics["active_rows"] == 3
+    assert metrics["no_context"] == 3
+    assert sum(bool(row.any()) for row in batch[0]["rows"]["mask"].reshape(-1, 40)) == 3
+
+
+def test_a_context_that_is_too_long_loses_its_end_and_nothing_else(config, task, rollouts):
+    problem = rollouts.problems[0]._replace(solution="abc " * 300)
+    context = Context("solution", problem.solution)
+    whole, cut = task.teacher_prompt(problem, context, 10_000)
+    assert not cut
+    for limit in (len(whole) - 1, 200, 150):
+        ids, cut = task.teacher_prompt(problem, context, limit)
+        assert cut
+        assert limit - 8 < len(ids) <= limit
+        said, all_of_it = decoded(task, ids), decoded(task, whole)
+        before = all_of_it.index("abc ")
+        after = all_of_it[all_of_it.rindex("abc ") + 4 :]
+        assert said.startswith(all_of_it[:before])
+        assert said.endswith(after)
+        assert set(said[before : len(said) - len(after)]) <= set("abc ")
+    with pytest.raises(
+        DataError, match=r"the teacher's prompt of problem sums/2 has \d+ tokens wi"
+    ):
+        task.teacher_prompt(problem, context, 40)
+
+
+def test_reminders_stand_at_ends_of_sentences_while_it_thinks():
+    pieces = ["<think>", "Let", " x", ".", " So", " 3", ".", "14", " is", "!", "\n\n", "Hm", " a"]
+    assert reminder_places(pieces, 4) == [4, 11]  # 8 would be inside 3.14
+    assert reminder_places(pieces, 5) == [4, 10]
+    assert reminder_places(pieces, 100) == []
+    closed = [*pieces[:9], "</think>", ".", " b", ".", " c", "."]
+    assert reminder_places(closed, 4) == [4]
+    assert reminder_places(["a"] * 20, 4) == []
+
+
+def test_responses_keep_their_ids_around_reminders(config, task, rollouts):
+    """The same ids in the same order, each predicted by the column of the token before it."""
+    with config.unlocked():
+        config.opsd.update({"reinject_every": 4, "reminder_tokens": 30})
+    rows, _ = taught(config, task, rollouts, "answer")
+    assert any(row["teacher/inserts"] for row in rows.values())
+    stage = opsd.stage(
+        config.opsd,
+        task,
+        tiny_model.make(config.model).policy,
+        lambda *_: rollouts,
+        Privileged(config.opsd, task, 2),
+    )
+    (batch,), *_ = stage.batches(0, None)
+    data = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch[0]["rows"])
+    reminded = 0
+    for i in range(6):
+        length = int(data["mask"][i].sum())
+        tokens, positions = (data["teacher"][name][i] for name in ("tokens", "positions"))
+        there = positions >= 0
+        np.testing.assert_array_equal(positions[there], np.arange(there.sum()))
+        columns = data["teacher"]["predictors"][i, :length] + 1
+        np.testing.assert_array_equal(tokens[columns], rollouts.responses[i])
+        others = np.delete(np.flatnonzero(there), np.searchsorted(np.flatnonzero(there), columns))
+        said = decoded(task, tokens[others].tolist())
+        known = decoded(task, rows[i]["teacher"])
+        assert said.startswith(known)
+        for reminder in said[len(known) :].split("Wait, I recall this.")[1:]:
+            assert reminder.startswith(
+                f" The correct final answer is {rollouts.problems[i].answer}"
+            )
+            reminded += 1
+    assert reminded == sum(len(row["teacher/inserts"]) for row in rows.values())
+
+
+@pytest.mark.parametrize("kind", ["none", "solution", "answer", "sibling", "concise", "column"])
+@pytest.mark.parametrize("every", [0, 4])
+def test_only_the_context_makes_a_divergence(config, task, rollouts, kind, every):
+    """A model that looks at the last token alone sees no context. Whatever the lengths of prompts,
+    responses and reminders, it must find no divergence: but for the tokens after a reminder.
+    """
+    with config.unlocked():
+        config.opsd.update({"reinject_every": every, "reminder_tokens": 130, "contexts": (kind,)})
+        config.model.vocab_size = task.tokenizer.vocab_size
+    model = tiny_model.make(config.model)
+    params = model.init(jax.random.key(0))
+    finder = Privileged(config.opsd, task, 2)
+    stage = opsd.stage(config.opsd, task, model.policy, lambda *_: rollouts, finder)
+    (batch,), *_ = stage.batches(0, None)
+    for bucket in batch:
+        for m in range(int(bucket["count"])):
+            rows = jax.tree.map(lambda x, m=m: x[m], bucket["rows"])
+            out = token_divergence(model, params, rows)
+            reminded = np.zeros_like(rows["mask"])
+            if every:
+                reminded = np.diff(rows["teacher"]["predictors"], axis=1, prepend=0) > 1
+                reminded[:, 0] = False
+            np.testing.assert_array_equal(out[~reminded], 0)
+            if every and reminded.any():
+                assert (out[reminded & rows["mask"]] > 1e-3).any()
+
+
+def token_divergence(model, params, rows):
+    R = rows["mask"].shape[1]
+    heads = [
+        opsd.response_head(model.policy, params, jax.tree.map(jnp.asarray, rows[name]), R)
+        for name in ("student", "teacher")
+    ]
+    said = losses.opsd(
+        student=heads[0],
+        teacher=heads[1],
+        mask=jnp.asarray(rows["mask"]),
+        groups=tuple(jnp.asarray(rows[name] > 0) for name in ("correct", "incorrect", "truncated")),
+        options=losses.OPSD(gate=losses.GATES["all"]),
+    )
+    return np.asarray(said.tokens["divergence"])
+
+
+def test_the_control_has_no_divergence_in_a_model_that_sees_everything(config, task, rollouts):
+    """Other widths, another place for the prompt: the rounding of float32 is all that is left."""
+    from opsd_jax.models import decoder
+
+    with config.unlocked():
+        config.opsd.contexts = ("none",)
+        config.model.update({"vocab_size": task.tokenizer.vocab_size, "num_layers": 2})
+        config.model.scan_unroll = 1
+    model = decoder.from_config(config.model)
+    params = jax.tree.map(lambda x: 3 * x, model.init(jax.random.key(0)))
+    finder = Privileged(config.opsd, task, 2)
+    stage = opsd.stage(config.opsd, task, model.policy, lambda *_: rollouts, finder)
+    (batch,), *_ = stage.batches(0, None)
+    rows = jax.tree.map(lambda x: x[0], batch[0]["rows"])
+    assert rows["teacher"]["tokens"].shape != rows["student"]["tokens"].shape
+    assert np.abs(token_divergence(model, params, rows)).max() < 1e-5
+    with config.unlocked():
+        config.opsd.contexts = ("solution",)
+    (batch,), *_ = stage.batches(0, None)
+    rows = jax.tree.map(lambda x: x[0], batch[0]["rows"])
+    assert token_divergence(model, params, rows).max() > 1e-2
+
+
+class Writer:
+    """An engine that says what it is told, and remembers what it was asked."""
+
+    def __init__(self, task, replies):
+        self.task, self.replies, self.asked = task, list(replies), []
+
+    def __call__(self, params, prompts, *, key, temperature):
+        self.asked += prompts
+        for i, _ in enumerate(prompts):
+            ids = self.replies.pop(0)
+            yield Call(i, [np.array(ids)], [np.zeros(len(ids))], np.array([False]), lambda: True)
+
+
+def test_memos(config, task, rollouts):
+    encode, eos = task.tokenizer.encode, task.tokenizer.eos_ids[0]
+    write = Writer(
+        task,
+        [
+            [*encode("<think>Hm.</think>\n\nAdd 3."), eos],
+            encode("<think>and so on and on"),
+            [*encode("No thinking: count."), eos],
+            [*encode("<think>Hm.</think>  "), eos],
+        ],
+    )
+    close = Writer(task, [[*encode("In short: 3."), eos]])
+    memos = Memos(config.opsd.memo, task, 0, write, close)
+    rows, metrics = taught(
+        config, task, rollouts, "memo", wanted=[0, 2, 3, 5], memos=memos, capacity=6
+    )
+    assert metrics == {"no_context": 1, "context_cut": 0, "context/memo": 3}
+    for i, memo in {0: "Add 3.", 2: "In short: 3.", 3: "No thinking: count."}.items():
+        assert f"recall:\n{memo}\nUse it" in decoded(task, rows[i]["teacher"])
+    # The dialogue that they were asked for in: the response to the token, its thinking too.
+    for i, asked in zip([0, 2, 3, 5], write.asked, strict=True):
+        problem = rollouts.problems[i]
+        before = [*task.prompt(problem), *rollouts.responses[i].tolist()]
+        assert asked[: len(before)] == before
+        request = decoded(task, asked[len(before) :])
+        assert request.startswith("\n<|im_start|>user\nThat is " + ("right" if RIGHT[i] else "wro"))
+        assert f"the answer is {problem.answer}." in request
+        assert request.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    # Thinking that did not end is closed, and goes on from there.
+    (closed,) = close.asked
+    assert closed[: len(write.asked[1])] == write.asked[1]
+    rest = decoded(task, closed[len(write.asked[1]) :])
+    assert rest == "<think>and so on and on\n</think>\n\n"
+
+
+def test_memos_of_truncated_rollouts(config, task, rollouts):
+    import dataclasses
+
+    cut = dataclasses.replace(
+        rollouts,
+        truncated=np.array([True] * 6),
+        responses=[ids[:-1] for ids in rollouts.responses],
+    )
+    write = Writer(task, [[*task.tokenizer.encode("Be brief."), task.tokenizer.eos_ids[0]]])
+    memos = Memos(config.opsd.memo, task, 0, write, Writer(task, []))
+    taught(config, task, cut, "memo", wanted=[1], memos=memos)
+    request = decoded(task, write.asked[0][len(task.prompt(cut.problems[1])) :])
+    assert request.startswith("<think>So</think> 46.<|im_end|>\n<|im_start|>user\nYou ran out of ")
+
+
+def test_where_there_is_no_memo_the_next_kind_is_tried(config, task, rollouts):
+    write = Writer(task, [[task.tokenizer.eos_ids[0]], task.tokenizer.encode("Add.")])
+    memos = Memos(config.opsd.memo, task, 0, write, Writer(task, []))
+    rows, metrics = taught(
+        config, task, rollouts, "sibling", "memo", "answer", wanted=[1, 3, 4], memos=memos
+    )
+    assert list(rows) == [1, 3, 4]
+    assert len(write.asked) == 2  # 1 has a sibling
+    assert metrics["context/answer"] == metrics["context/memo"] == metrics["context/sibling"] == 1
+
+
+def test_memos_fit_their_shapes(config, task):
+    write, close = shapes(config.opsd.memo, task, 120, 40)
+    memo = config.opsd.memo
+    assert write == (memo.at_once, 120 + 40 + memo.request_tokens, 1, memo.tokens)
+    assert close.prompt_tokens == write.prompt_tokens + memo.tokens + len(task.end_thinking)
+    with config.unlocked():
+        config.opsd.memo.request_tokens = 10
+    rollouts = rollouts_of(task, RESPONSES, RIGHT)
+    memos = Memos(config.opsd.memo, task, 0, None, None)
+    with pytest.raises(
+        DataError, match=r"problem sums/2 has \d+ tokens; memo.request_tokens is 10"
+    ):
+        memos(0, None, rollouts, [0])
+
+
+def shout(problem, rollout, group):
+    """A context of a user's own."""
+    return problem.question.upper() if group[rollout].correct else None
+
+
+def test_a_context_of_ones_own(config, task, rollouts):
+    rows, metrics = taught(config, task, rollouts, "test_contexts:shout")
+    assert list(rows) == [0, 1, 3]
+    assert "\n\nWHAT IS " in decoded(task, rows[0]["teacher"])
+    assert metrics["context/column"] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"contexts": ()},
+            r"config.opsd.contexts is \(\); expected a tuple of kinds among solutio",
+        ),
+        ({"contexts": ("solutions",)}, r"contexts is \('solutions',\); expected a tuple of kinds"),
+        ({"contexts": ("sibling",)}, "group_size is 1; expected at least 2, for a rollout to have"),
+        (
+            {"contexts": ("column",)},
+            "context_column is ''; expected the name of one of the sources",
+        ),
+        (
+            {"sibling": "longest"},
+            "config.opsd.sibling is 'longest'; expected one of shortest, first",
+        ),
+        ({"reminder_tokens": 0}, "config.opsd.reminder_tokens is 0; expected at least 1"),
+        (
+            {"teacher": {"kind": "wise"}},
+            "config.opsd.teacher.kind is 'wise'; expected one of frozen",
+        ),
+        (
+            {"teacher": {"kind": "ema", "rate": 0.0}},
+            r"teacher.rate is 0.0; expected a number in \(0",
+        ),
+        ({"teacher": {"every": 0}}, "config.opsd.teacher.every is 0; expected at least 1"),
+    ],
+)
+def test_settings_that_cannot_be(changes, message):
+    from opsd_jax import validation
+
+    config = config_lib.default()
+    config.opsd.update(changes)
+    with pytest.raises(config_lib.ConfigError, match=message):
+        validation.validate(config)
+
+
+def test_a_task_without_reminders_or_memos_says_so(config, task):
+    bare = task._replace(reminder=None, memo_request=None)
+    with pytest.raises(ValueError, match="the task has no memo_request"):
+        Memos(config.opsd.memo, bare, 0, None, None)
+    config.opsd.reinject_every = 5
+    with pytest.raises(ValueError, match="reinject_every is set, and the task has no reminder"):
+        Privileged(config.opsd, bare, 2)
