@@ -28,10 +28,6 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
 }
-ITEM_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2,
-    "U16": 2, "F8_E5M2": 1, "F8_E4M3": 1, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
 
 
 class WeightsError(ValueError):
@@ -132,7 +128,8 @@ def _header(file: pathlib.Path) -> dict[str, Stored]:
             for name, entry in entries.items():
                 code, shape = entry["dtype"], tuple(entry["shape"])
                 first, last = entry["data_offsets"]
-                if first < 0 or last - first != math.prod(shape) * ITEM_BYTES[code]:
+                expected = _bytes(code, shape) if code in DTYPES else last - first
+                if first < 0 or last - first != expected:
                     raise ValueError(f"{name} {code}{list(shape)} in bytes {first} to {last}")
                 tensors[name] = Stored(file, code, shape, 8 + length + first)
                 end = max(end, 8 + length + last)
@@ -148,6 +145,10 @@ def _header(file: pathlib.Path) -> dict[str, Stored]:
             "again."
         )
     return tensors
+
+
+def _bytes(code: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * DTYPES[code].itemsize
 
 
 Put = Callable[[str, int, np.ndarray], None]
@@ -166,7 +167,7 @@ def writer(
     Yields:
       `put(name, start, values)`, which writes elements of a tensor from number `start` on, flat.
     """
-    sizes = {name: math.prod(shape) * ITEM_BYTES[code] for name, (code, shape) in tensors.items()}
+    sizes = {name: _bytes(*entry) for name, entry in tensors.items()}
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
