@@ -210,6 +210,7 @@ def default() -> ConfigDict:
     # With no `heldout` source, so many problems of `train` are held out, the same ones every time.
     config.data.heldout_problems = 0
     # A directory with a tokenizer.json, or "package.module:function", called without arguments.
+    # "" is the model's directory, `model.path`.
     config.data.tokenizer = "opsd_jax.data.tokenizer:ByteTokenizer"
     config.data.chat_template = ""  # the tokenizer's own; "none": plain text; or a file's name
     config.data.thinking = ""  # "on", "off", or what the chat template does by itself
@@ -358,6 +359,27 @@ def default() -> ConfigDict:
     return config
 
 
+def own_model() -> ConfigDict:
+    """What configs for a Hugging Face model begin with: its directory is `model.path`, its data the
+    source `problems`, of which 64 are held out; rollouts of up to 8,192 tokens in both stages.
+    """
+    config = default()
+    config.mesh = (1, -1, 1)  # parameters cut over all devices
+    config.model = pretrained()
+    config.task = "opsd_jax.data.text:task"
+    config.data.tokenizer = ""
+    config.data.train.problems = source()
+    config.data.heldout_problems = 64
+    for stage in (config.rlvr, config.opsd):
+        stage.update({"prompt_tokens": 1024, "response_tokens": 8192, "microbatch": 16})
+        stage.buckets = (1024, 2048, 4096, 8192)
+        stage.optimizer.update({"b2": 0.999, "weight_decay": 0.01})
+    config.evaluation.update({"problems": 0, "samples": 8, "prompts_at_once": 16})
+    config.evaluation.update({"temperature": 0.6, "top_p": 0.95, "top_k": 20})
+    config.evaluation.update({"prompt_tokens": 1024, "response_tokens": 8192})
+    return config
+
+
 def load(path: str | pathlib.Path, overrides: dict[str, str] | None = None) -> ConfigDict:
     """The config of a file's `get_config()`, with overrides, checked.
 
@@ -385,6 +407,8 @@ def load(path: str | pathlib.Path, overrides: dict[str, str] | None = None) -> C
     config.lock()
     for field, text in (overrides or {}).items():
         override(config, field, text)
+    if not config.data.tokenizer:
+        config.data.tokenizer = config.model.get("path", "")
     validate(config)
     return config
 

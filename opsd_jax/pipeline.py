@@ -68,6 +68,8 @@ class Run:
     def __init__(self, config: ConfigDict, workdir: pathlib.Path):
         """Raises ConfigError for what does not fit together."""
         self.config, self.workdir = config, workdir
+        self.parameters = Parameters(config, workdir)
+        self.model, self.mesh = self.parameters.model, self.parameters.mesh
         make_task = config_lib.import_function(config.task, "task")
         try:
             self.task: Task = make_task(config.data)
@@ -75,8 +77,6 @@ class Run:
             raise
         except ValueError as error:
             raise config_lib.ConfigError(f"config.task is {config.task!r}: {error}") from error
-        self.parameters = Parameters(config, workdir)
-        self.model, self.mesh = self.parameters.model, self.parameters.mesh
         self.check_sizes()
         self.pool = VerifierPool(
             self.task.verify,

@@ -1,0 +1,38 @@
+"""OPSD (Correct-only) on a Hugging Face model of yours, with problems of yours.
+
+    opsd-jax train --config configs/opsd_hf.py --workdir runs/opsd \
+        --config.model.path=/models/Qwen3-8B --config.data.train.problems.path=problems.jsonl
+
+The model should come from RL: `configs/rlvr_hf.py` and `opsd-jax convert` make such a directory. A row
+of the file has `problem`, `answer` and, where there is one, `solution`; 64 problems are held out.
+docs/own_model.md goes through it.
+
+Hardware: sized for Qwen3-8B on 16 TPU v5p chips, and not run there; a smaller model does with less.
+The settings are the paper's (arXiv 2605.06188): 32 problems a step, one rollout each of up to 8,192
+tokens, learning rate 1e-6. Expect responses some 30 % shorter at the same accuracy, most of it within
+25 steps; on another model look at the report before you believe it.
+"""
+
+from opsd_jax import config as config_lib
+
+
+def get_config():
+    """One stage, from the model as it is."""
+    config = config_lib.own_model()
+    config.stages = ("opsd",)
+    config.opsd.update(
+        {
+            "init_from": "",
+            "steps": 100,
+            "gate": "correct",
+            "prompts": 32,
+            "group_size": 1,
+            "prompts_at_once": 32,
+            "contexts": ("solution", "answer"),  # the answer does where there is no solution
+            "teacher_prompt_tokens": 4096,
+            "max_rows": 0,
+            "checkpoint_every": 25,
+        }
+    )
+    config.opsd.optimizer.learning_rate = 1e-6
+    return config
