@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -302,3 +303,42 @@ def test_neither_reading_nor_writing_holds_the_model(tmp_path):
     reading, writing = map(int, done.stdout.split())
     assert reading < size // 3, done.stdout
     assert writing < size // 3, done.stdout
+
+
+PROCESS = """
+import pathlib, sys
+import jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from opsd_jax import config as config_lib
+from opsd_jax.models import pretrained, weights
+from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.training.checkpoint import abstract_of
+
+weights.PIECE = 300
+source = pathlib.Path(sys.argv[3])
+model = pretrained.from_config(config_lib.pretrained(source))
+shapes = jax.eval_shape(model.init, jax.random.key(0))
+for number, shape in enumerate([(1, 4, 1), (1, 2, 2), (2, 2, 1)]):
+    mesh = mesh_lib.make_mesh(shape)
+    shardings = mesh_lib.param_shardings(mesh, model.rules, shapes)
+    params = model.load(abstract_of(shapes, shardings))
+    model.save(params, source.parent / f"out{number}")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_read_and_write_one_model(directory, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = "--xla_force_host_platform_device_count=2"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, address, str(number), str(directory)],
+            env=os.environ | {"XLA_FLAGS": flags},
+        )
+        for number in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    for number in range(3):
+        assert_same_tensors(directory, tmp_path / f"out{number}")

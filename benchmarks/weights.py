@@ -1,0 +1,158 @@
+"""Reading a Hugging Face directory into sharded arrays, and writing one: seconds and host memory.
+
+    python benchmarks/weights.py [--layers 8] [--directory DIRECTORY]
+
+A directory of random bfloat16 weights in several files (Qwen3-1.7B's shape with so many layers and
+a head of its own, 2 GiB) is made in a temporary directory and removed in the end. Each case runs in
+a process of its own, on one and on eight CPU devices. On the CPU the parameters are host memory
+themselves; what is told is the process's peak, interpreter and JAX included, less the bytes of all
+arrays that it holds.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+CASES = [  # devices, mesh, param_dtype
+    (1, (1, 1, 1), "bfloat16"),
+    (1, (1, 1, 1), "float32"),
+    (8, (1, 8, 1), "bfloat16"),
+    (8, (1, 4, 2), "float32"),
+]
+
+
+def make(directory: pathlib.Path, layers: int) -> None:
+    """Writes the weights."""
+    import jax
+    import numpy as np
+
+    from opsd_jax import config as config_lib
+    from opsd_jax.models import architecture, decoder, safetensors, weights
+
+    section = config_lib.preset("qwen3-1.7b", num_layers=layers, tie_word_embeddings=False)
+    sizes = decoder.sizes(section)
+    config = architecture.to_json(sizes, "bfloat16")
+    (directory / "config.json").write_text(json.dumps(config))
+    shapes = jax.eval_shape(decoder.model(sizes).init, jax.random.key(0))
+    tensors = weights.all_tensors(shapes)
+    safetensors.SHARD_BYTES = 2**29
+    rng = np.random.default_rng(0)
+    with safetensors.writer(directory, {k: ("BF16", t.shape) for k, t in tensors.items()}) as put:
+        for name, tensor in tensors.items():
+            total, step = int(np.prod(tensor.shape)), 2**22
+            for start in range(0, total, step):
+                values = rng.standard_normal(min(step, total - start), np.float32)
+                put(name, start, values.astype(safetensors.DTYPES["BF16"]))
+
+
+def peak() -> int:
+    """Bytes of memory that this process has had at most."""
+    return int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+
+def forget_peak() -> None:
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def measure(directory: pathlib.Path, mesh: tuple[int, ...], param_dtype: str) -> dict:
+    """Loads and saves in this process."""
+    import jax
+
+    from opsd_jax import config as config_lib
+    from opsd_jax.models import pretrained
+    from opsd_jax.parallel import mesh as mesh_lib
+    from opsd_jax.training.checkpoint import abstract_of
+
+    model = pretrained.from_config(config_lib.pretrained(directory, param_dtype=param_dtype))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shardings = mesh_lib.param_shardings(mesh_lib.make_mesh(mesh), model.rules, shapes)
+    abstract = abstract_of(shapes, shardings)
+    result = {"mesh": mesh, "param_dtype": param_dtype, "before_mib": peak() >> 20}
+    began = time.monotonic()
+    params = jax.block_until_ready(model.load(abstract))
+    result["load_s"] = round(time.monotonic() - began, 1)
+    held = sum(s.data.nbytes for x in jax.tree.leaves(params) for s in x.addressable_shards)
+    result["arrays_mib"] = held >> 20
+    result["load_beside_arrays_mib"] = (peak() - held) >> 20
+    forget_peak()
+    began = time.monotonic()
+    model.save(params, directory / "out")
+    result["save_s"] = round(time.monotonic() - began, 1)
+    result["save_beside_arrays_mib"] = (peak() - held) >> 20
+    return result
+
+
+def same(directory: pathlib.Path) -> bool:
+    """Whether the tensors that were written are those that were read, to the byte."""
+    import numpy as np
+
+    from opsd_jax.models import safetensors
+
+    def equal(a, b):
+        total, step = int(np.prod(a.shape)), 2**24
+        return all(
+            np.array_equal(
+                a.read(i, min(step, total - i)).view(np.uint16),
+                b.read(i, min(step, total - i)).view(np.uint16),
+            )
+            for i in range(0, total, step)
+        )
+
+    there, here = safetensors.tensors_of(directory), safetensors.tensors_of(directory / "out")
+    return there.keys() == here.keys() and all(equal(there[k], here[k]) for k in there)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--directory", help="for the temporary one (default: the system's)")
+    parser.add_argument("--case", help=argparse.SUPPRESS)  # one measurement, in this process
+    arguments = parser.parse_args()
+    if arguments.case:
+        directory, mesh, dtype = json.loads(arguments.case)
+        print(json.dumps(measure(pathlib.Path(directory), tuple(mesh), dtype)))
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
+        directory = pathlib.Path(name)
+        make(directory, arguments.layers)
+        files = list(directory.glob("*.safetensors"))
+        size = sum(file.stat().st_size for file in files)
+        results = []
+        for devices, mesh, dtype in CASES:
+            flags = f"--xla_force_host_platform_device_count={devices}"
+            case = ["--case", json.dumps([name, mesh, dtype])]
+            done = subprocess.run(
+                [sys.executable, __file__, *case],
+                env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
+            results.append(json.loads(done.stdout) | {"same_bytes": same(directory)})
+            print(json.dumps(results[-1]), flush=True)
+            subprocess.run(["rm", "-r", str(directory / "out")], check=True)
+    largest = 151_936 * 2048 * 2
+    print(
+        json.dumps(
+            {
+                "files": len(files),
+                "weights_mib": size >> 20,
+                "largest_tensor_mib": largest >> 20,
+                "bound_mib": int(1.3 * largest + 10**9) >> 20,
+                "load_beside_arrays_mib": max(r["load_beside_arrays_mib"] for r in results),
+                "save_beside_arrays_mib": max(r["save_beside_arrays_mib"] for r in results),
+                "load_s": [r["load_s"] for r in results],
+                "save_s": [r["save_s"] for r in results],
+                "same_bytes": all(r["same_bytes"] for r in results),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
