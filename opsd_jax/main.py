@@ -7,6 +7,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 OVERRIDE = "--config."
 
@@ -14,11 +15,20 @@ EPILOG = """\
 examples:
   opsd-jax train --config configs/quickstart.py --workdir runs/quickstart
   opsd-jax train --config configs/quickstart.py --workdir runs/all --config.opsd.gate=all
-  opsd-jax evaluate --workdir runs/quickstart --stage rlvr
+  opsd-jax evaluate --workdir runs/quickstart --stage opsd --compare runs/quickstart/rlvr
+  opsd-jax evaluate --model models/Qwen3-8B --benchmark math500 --benchmark aime24 --out runs/qwen3
   opsd-jax report --workdir runs/quickstart
 
 exit codes: 0 done; 1 the run failed; 2 bad usage or config; 130 or 143 stopped by a signal with a
 checkpoint saved: the same command goes on from there.
+"""
+
+EVALUATE = "Evaluate the result of a stage, or a Hugging Face model, on held-out problems."
+EVALUATE_EPILOG = """\
+Without --benchmark all settings are the run's. With it they are those of the paper that are not
+given: 8 responses to each problem at temperature 0.6, top_p 0.95, top_k 20, of up to 30,000 tokens,
+to prompts of up to 2,048; one prompt a device at once. Stopped or killed, the same command goes on.
+docs/evaluation.md explains every figure.
 """
 
 
@@ -46,34 +56,76 @@ def parser(show_fields: bool = False) -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
-        sub = commands.add_parser(
+        return commands.add_parser(
             name, help=text, description=text, epilog=epilog, formatter_class=raw
         )
-        sub.add_argument(
-            "--workdir",
-            required=True,
-            type=pathlib.Path,
-            help="directory of the run; made if need be, gone on with if it holds one",
-        )
-        return sub
+
+    workdir: dict[str, Any] = {"type": directory, "help": "directory of the run"}
 
     train = command(
         "train",
         "Run the stages of a config, evaluate each, and write the report.",
         fields() if show_fields else "",
     )
+    more = "; made if need be, gone on with if it holds one"
+    train.add_argument("--workdir", required=True, type=directory, help=workdir["help"] + more)
     train.add_argument(
         "--config",
         required=True,
         help=f"a Python file with get_config(); {OVERRIDE}FIELD=VALUE changes a field of it",
     )
-    evaluate = command("evaluate", "Evaluate the result of a finished stage once more.")
-    evaluate.add_argument("--stage", help="the stage (default: the last that is finished)")
-    evaluate.add_argument("--problems", type=int, help="held-out problems (default: the config's)")
-    evaluate.add_argument("--samples", type=int, help="responses to each (default: the config's)")
-    evaluate.add_argument("--seed", type=int, help="of the sampling (default: the config's)")
-    command("report", "Write the report of a run again, from its records.")
+    _add_evaluate(command("evaluate", EVALUATE, EVALUATE_EPILOG), workdir)
+    report = command("report", "Write the report of a run again, from its records.")
+    report.add_argument("--workdir", required=True, **workdir)
     return top
+
+
+def directory(text: str) -> pathlib.Path:
+    """An absolute path."""
+    return pathlib.Path(text).absolute()
+
+
+def mesh(text: str) -> tuple[int, ...]:
+    """Sizes of the mesh: "1,-1,1"."""
+    return tuple(int(size) for size in text.split(","))
+
+
+def _add_evaluate(sub: argparse.ArgumentParser, workdir: dict[str, Any]) -> None:
+    """The arguments of `evaluate`."""
+    whose = sub.add_mutually_exclusive_group(required=True)
+    whose.add_argument("--workdir", **workdir)
+    whose.add_argument("--model", type=directory, help="directory of a Hugging Face model")
+    sub.add_argument("--stage", help="of the run (default: the last that is finished)")
+    sub.add_argument(
+        "--benchmark",
+        action="append",
+        metavar="NAME[=PATH]",
+        help="math500, aime24, aime25, gsm8k, or any name with a file; may be given several times "
+        "(default: the run's held-out problems)",
+    )
+    sub.add_argument("--problems", type=int, help="the first so many, of each benchmark; 0: all")
+    sub.add_argument("--samples", type=int, help="responses to each problem")
+    sub.add_argument("--temperature", type=float, help="0 for greedy")
+    sub.add_argument("--top-p", type=float, help="sample from the likeliest words of this mass")
+    sub.add_argument("--top-k", type=int, help="sample from so many likeliest words; 0: from all")
+    sub.add_argument("--response-tokens", type=int, help="the budget of a response")
+    sub.add_argument("--prompt-tokens", type=int, help="the longest prompt")
+    sub.add_argument("--prompts-at-once", type=int, help="prompts a sampling call")
+    sub.add_argument("--seed", type=int, help="of the sampling")
+    sub.add_argument("--mesh", type=mesh, metavar="DATA,FSDP,TENSOR", help="sizes of the mesh")
+    sub.add_argument("--thinking", choices=("on", "off"), help="of the chat template")
+    sub.add_argument("--system", help="the system's turn of a chat")
+    sub.add_argument(
+        "--compare",
+        type=directory,
+        metavar="DIR",
+        help="of an earlier evaluation, or of a stage: tell what changed since",
+    )
+    sub.add_argument(
+        "--out",
+        type=directory,
+        help="directory of the evaluation (default: one in WORKDIR/evaluations)",
+    )
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -103,8 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # Imported late: --help and a wrong argument need no JAX.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+    from opsd_jax import benchmark, pipeline, workdir
     from opsd_jax import config as config_lib
-    from opsd_jax import pipeline, workdir
     from opsd_jax.data.problem import DataError
     from opsd_jax.training.files import RecordError, to_json
     from opsd_jax.training.interrupt import Interrupted
@@ -112,19 +164,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     from opsd_jax.verify.pool import PoolError
 
     sys.path.append(os.getcwd())  # a task or a model of the user's own may lie there
-    directory = arguments.workdir.absolute()
     try:
+        if arguments.command == "evaluate":
+            figures = benchmark.run(arguments)
+            print(to_json(figures, indent=2))
+            print(f"report: {figures['directory']}/index.html", file=sys.stderr)
+            return 0
         if arguments.command == "train":
             config = config_lib.load(arguments.config, overrides)
-            pipeline.run(config, directory)
+            pipeline.run(config, arguments.workdir)
         else:
-            config = workdir.config_of(directory)
-        if arguments.command == "evaluate":
-            changes = {name: getattr(arguments, name) for name in ("problems", "samples", "seed")}
-            figures = pipeline.evaluate_again(config, directory, arguments.stage, changes)
-            print(to_json(figures, indent=2))
-        else:
-            print(f"report: {pipeline.write_report(config, directory)}")
+            config = workdir.config_of(arguments.workdir)
+        print(f"report: {pipeline.write_report(config, arguments.workdir)}")
         return 0
     except Interrupted as stop:
         print(f"opsd-jax: {stop}: saved; the same command goes on from here.", file=sys.stderr)

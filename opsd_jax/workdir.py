@@ -23,20 +23,20 @@ DATA = "data.json"
 
 
 @contextlib.contextmanager
-def claimed(config: ConfigDict, workdir: pathlib.Path) -> Iterator[None]:
-    """Holds the directory for a run of this config: made if need be, locked to other processes.
+def locked(directory: pathlib.Path, flag: str) -> Iterator[None]:
+    """Holds a directory, made if need be, against other processes. `flag`: what names it.
 
     Raises:
-      ConfigError: it cannot be written, is in use, or holds a run of another config.
+      ConfigError: it cannot be written, or is in use.
     """
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not os.access(workdir, os.W_OK | os.X_OK):
+        directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK | os.X_OK):
             raise PermissionError(13, "permission denied")
-        lock = (workdir / "lock").open("w")
+        lock = (directory / "lock").open("w")
     except OSError as error:
         raise config_lib.ConfigError(
-            f"--workdir {workdir} cannot be written ({error.strerror or error}); "
+            f"{flag} {directory} cannot be written ({error.strerror or error}); "
             "expected a directory of yours, or a path where one can be made."
         ) from error
     with lock:
@@ -44,8 +44,19 @@ def claimed(config: ConfigDict, workdir: pathlib.Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise config_lib.ConfigError(
-                f"--workdir {workdir} is in use by another process; wait for it or stop it."
+                f"{flag} {directory} is in use by another process; wait for it or stop it."
             ) from error
+        yield
+
+
+@contextlib.contextmanager
+def claimed(config: ConfigDict, workdir: pathlib.Path) -> Iterator[None]:
+    """Holds the directory for a run of this config.
+
+    Raises:
+      ConfigError: it cannot be written, is in use, or holds a run of another config.
+    """
+    with locked(workdir, "--workdir"):
         if (workdir / CONFIG).exists():
             config_lib.check_same(config, config_of(workdir), workdir)
         else:

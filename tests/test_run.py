@@ -156,9 +156,9 @@ def test_a_run_that_dies_between_any_two_steps_ends_the_same(
 
         return stage._replace(batches=batches)
 
-    def mortal_evaluate(self, name, *arguments):
+    def mortal_evaluate(self, name, *arguments, **options):
         die_at((name, "evaluation"))
-        return evaluate(self, name, *arguments)
+        return evaluate(self, name, *arguments, **options)
 
     monkeypatch.setattr(pipeline.Run, "stage", mortal_stage)
     monkeypatch.setattr(pipeline.Run, "evaluate", mortal_evaluate)

@@ -1,8 +1,8 @@
 """The records of an evaluation in its directory: every response, judged, and their figures.
 
-    settings.json      what the figures depend on; other settings are refused
-    responses.jsonl    a record a response, written down after each sampling call
-    evaluation.json    the figures and the settings; once it is there the evaluation is done
+settings.json      what the figures depend on; other settings are refused
+responses.jsonl    a record a response, written down after each sampling call
+evaluation.json    the figures and the settings; once it is there the evaluation is done
 """
 
 from __future__ import annotations
@@ -100,19 +100,16 @@ def settings(
     }
 
 
-def resume(directory: pathlib.Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The records that an evaluation with these settings has in a directory already; makes one.
-
-    Only problems with all of their samples count: a kill may cut off what follows.
+def check_settings(directory: pathlib.Path, settings: dict[str, Any]) -> None:
+    """Writes down the settings of an evaluation; a later call compares.
 
     Raises:
       ConfigError: the directory holds an evaluation with other settings; lists them.
-      RecordError: the records cannot be read; names the file.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    path, responses = directory / SETTINGS, directory / RESPONSES
+    path = directory / SETTINGS
     if not path.exists():
-        responses.unlink(missing_ok=True)
+        (directory / RESPONSES).unlink(missing_ok=True)
         files.write_atomically(path, files.to_json(settings, indent=2) + "\n")
     there = files.read_json(path)
     if different := differences(there, settings):
@@ -121,11 +118,21 @@ def resume(directory: pathlib.Path, settings: dict[str, Any]) -> list[dict[str, 
             + "\n".join(f"  {name}: {a!r} there, {b!r} now" for name, a, b in different)
             + "\nGive the same settings to go on with it, delete it, or choose another directory."
         )
-    if not responses.exists():
+
+
+def resume(directory: pathlib.Path, samples: int) -> list[dict[str, Any]]:
+    """The records that an evaluation has already. Only problems with all of their samples count: a
+    kill may cut off what follows.
+
+    Raises:
+      RecordError: they cannot be read; names the file.
+    """
+    path = directory / RESPONSES
+    if not path.exists():
         return []
-    done = files.read_json_lines(responses, f"Delete {directory} to evaluate again.")
-    whole = done[: len(done) // settings["samples"] * settings["samples"]]
-    files.write_atomically(responses, _lines(whole))
+    done = files.read_json_lines(path, "Delete it to sample them again.")
+    whole = done[: len(done) // samples * samples]
+    files.write_atomically(path, _lines(whole))
     return whole
 
 

@@ -57,7 +57,7 @@ def stages(summaries: Sequence[dict[str, Any]]) -> str:
             (axes[1], "mean_length", 1, "mean response length, tokens"),
         ):
             values = np.array([s[key] for s in summaries]) * scale
-            errors = np.array([s[f"{key}_se"] for s in summaries]) * scale * 2
+            errors = np.nan_to_num([_number(s[f"{key}_se"]) for s in summaries]) * scale * 2
             axis.barh(y, values, xerr=errors, height=0.6, color=AFTER, ecolor="#24292f")
             for row, value, error in zip(y, values, errors, strict=True):
                 axis.text(value + error, row, f"  {value:.1f}", va="center")
@@ -86,14 +86,16 @@ def curve(rows: Sequence[dict[str, float]], keys: Sequence[tuple[str, str, float
     return _svg(draw, columns=len(keys), width=9.6)
 
 
-def lengths(before: Sequence[int], after: Sequence[int], names: tuple[str, str]) -> str:
-    """Histograms of response lengths before and after."""
+def lengths(named: dict[str, Sequence[int]]) -> str:
+    """Histograms of response lengths, of one model or of two: before and after."""
 
     def draw(axis: Axes):
-        top = max(*before, *after) + 1
+        top = max(map(max, named.values())) + 1
         width = -(-top // 45)  # a whole number of tokens
         bins = np.arange(0, top + width, width)
-        for values, colour, name in ((before, BEFORE, names[0]), (after, AFTER, names[1])):
+        for (name, values), colour in zip(
+            named.items(), (BEFORE, AFTER)[-len(named) :], strict=True
+        ):
             label = f"{name}: mean {np.mean(values):.1f}"
             axis.hist(values, bins.tolist(), color=colour, alpha=0.65, label=label)
         axis.set_xlabel("response length, tokens")
@@ -101,6 +103,39 @@ def lengths(before: Sequence[int], after: Sequence[int], names: tuple[str, str])
         axis.legend()
 
     return _svg(draw)
+
+
+def accuracy_and_length(named: dict[str, Sequence[dict[str, Any]]]) -> str:
+    """Accuracy against mean length with two standard errors, of each source: the figures of one
+    model or of two, before and after, joined by a line.
+    """
+
+    def draw(axis: Axes):
+        for (name, points), colour in zip(named.items(), COLOURS * len(named), strict=False):
+            length, accuracy = ([p[key] for p in points] for key in ("mean_length", "accuracy"))
+            axis.plot(length, 100 * np.array(accuracy), color=colour, linewidth=1, alpha=0.5)
+            for point, face in zip(points, ("none", colour)[-len(points) :], strict=True):
+                axis.errorbar(
+                    point["mean_length"],
+                    100 * point["accuracy"],
+                    xerr=2 * _number(point["mean_length_se"]),
+                    yerr=200 * _number(point["accuracy_se"]),
+                    fmt="o",
+                    color=colour,
+                    markerfacecolor=face,
+                    capsize=3,
+                    label=name if face != "none" else None,
+                )
+        axis.set_xlabel("mean response length, tokens")
+        axis.set_ylabel("accuracy, %")
+        axis.legend()
+
+    return _svg(draw)
+
+
+def _number(value: float | None) -> float:
+    """nan for the null that JSON has in its place: no bar is drawn."""
+    return np.nan if value is None else value
 
 
 def divergence(curves: dict[str, dict[str, dict[str, list[float]]]]) -> str:
@@ -129,7 +164,11 @@ def divergence(curves: dict[str, dict[str, dict[str, list[float]]]]) -> str:
 
 
 def comparison(changes: Sequence[tuple[str, dict[str, Any]]]) -> str:
-    """Change of accuracy against change of length with two standard errors, of (name, change)s."""
+    """Change of accuracy against change of length with 95 % intervals, of (name, change)s."""
+
+    def reach(change: dict[str, Any], name: str) -> list[list[float]]:
+        low, high = change[f"{name}_low"], change[f"{name}_high"]
+        return [[max(change[name] - low, 0)], [max(high - change[name], 0)]]
 
     def draw(axis: Axes):
         axis.axhline(0, color="#8a94a6", linewidth=1)
@@ -138,8 +177,8 @@ def comparison(changes: Sequence[tuple[str, dict[str, Any]]]) -> str:
             axis.errorbar(
                 change["d_length_percent"],
                 change["d_accuracy_points"],
-                xerr=2 * change["d_length_percent_se"],
-                yerr=2 * change["d_accuracy_points_se"],
+                xerr=reach(change, "d_length_percent"),
+                yerr=reach(change, "d_accuracy_points"),
                 fmt="o",
                 color=colour,
                 capsize=3,

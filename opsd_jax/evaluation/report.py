@@ -15,15 +15,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from opsd_jax.evaluation import divergence, evaluate, page, plots, statistics
+from opsd_jax.evaluation import comparison, divergence, evaluate, page, plots
 from opsd_jax.training import files
 from opsd_jax.training import metrics as metrics_lib
-
-STAGE_FIELDS = (
-    "name", "algorithm", "init_from", "gate", "accuracy", "accuracy_se", "mean_length",
-    "mean_length_se", "mean_length_correct", "truncation_rate", "problems", "samples",
-    "temperature", "steps", "seconds", "verifier_wait_share", "verdicts",
-)  # fmt: skip
 
 # By algorithm, what is drawn of its training: (metric, label, scale).
 CURVES: dict[str, list[tuple[str, str, float]]] = {
@@ -63,11 +57,10 @@ def gather(config: ConfigDict, workdir: pathlib.Path, untrained: str, note: str)
         if section.algorithm == "opsd":
             own["gate"] = section.gate
         responses, summary = evaluations[name]
-        record = own | summary | verification(metrics_lib.read(workdir / name))
-        stages.append({k: record[k] for k in STAGE_FIELDS if k in record})
+        stages.append(own | summary | verification(metrics_lib.read(workdir / name)))
         before = section.init_from or untrained
         if before in evaluations:
-            change = statistics.compare(evaluations[before][0], responses, summary["samples"])
+            change = comparison.compare(evaluations[before][0], responses)
             changes.append({"name": name, "from": before, **own, **change})
     figures = {
         "stages": stages,
@@ -125,7 +118,7 @@ def draw(
     for change in arms:
         name, before = change["name"], change["from"]
         old, new = ([r["length"] for r in responses[n]] for n in (before, name))
-        drawn[f"lengths_{name}"] = plots.lengths(old, new, (before, page.title(change)))
+        drawn[f"lengths_{name}"] = plots.lengths({before: old, page.title(change): new})
         path = workdir / name / divergence.FILE
         if path.exists() and any((curves := files.read_json(path)).values()):
             drawn[f"divergence_{name}"] = plots.divergence(curves)
@@ -135,51 +128,13 @@ def draw(
     return drawn
 
 
-def examples(
-    before: list[dict[str, Any]], after: list[dict[str, Any]]
-) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Pairs of responses to the same problem, of three problems: the first two that are correct
-    before and after, and the first whose verdict changed; where there are none, any.
-    """
-    pairs = list(zip(before, after, strict=True))
-    both = [(a, b) for a, b in pairs if a["correct"] and b["correct"]]
-    changed = [(a, b) for a, b in pairs if a["correct"] != b["correct"]]
-    chosen: dict[Any, tuple[dict[str, Any], dict[str, Any]]] = {}
-    for most, kind in ((2, both), (3, changed), (3, pairs)):
-        for a, b in kind:
-            if len(chosen) < most:
-                chosen.setdefault(a["problem"], (a, b))
-    return list(chosen.values())
-
-
 def markdown(data: dict[str, Any]) -> str:
     """The report's tables as Markdown."""
     figures = data["figures"]
-    lines = [
-        "# Report",
-        "",
-        "| stage | accuracy, % | mean length | of correct ones | truncated, % | seconds |",
-        "|---|---|---|---|---|---|",
-    ]
-    rows = [figures["untrained"]] if figures["untrained"] else []
-    for s in rows + figures["stages"]:
-        correct = s["mean_length_correct"]
-        lines.append(
-            f"| {page.title(s)} | {100 * s['accuracy']:.1f} ± {100 * s['accuracy_se']:.1f} | "
-            f"{s['mean_length']:.1f} ± {s['mean_length_se']:.1f} | "
-            f"{'' if correct is None else f'{correct:.1f}'} | {100 * s['truncation_rate']:.1f} | "
-            f"{s['seconds']:.0f} |"
-        )
+    lines = ["# Report"]
+    for table in page.figure_tables(figures):
+        lines += ["", *table.markdown()]
     lines += [
-        "",
-        "| change | accuracy, points | mean length, % |",
-        "|---|---|---|",
-        *(
-            f"| {c['from']} → {page.title(c)} | "
-            f"{c['d_accuracy_points']:+.1f} ± {c['d_accuracy_points_se']:.1f} | "
-            f"{c['d_length_percent']:+.1f} ± {c['d_length_percent_se']:.1f} |"
-            for c in figures["changes"]
-        ),
         "",
         page.method(figures),
         "",
@@ -201,5 +156,5 @@ def write(config: ConfigDict, workdir: pathlib.Path, untrained: str, note: str) 
     for name, svg in data["plots"].items():
         files.write_atomically(directory / f"{name}.svg", svg)
     html = directory / "index.html"
-    files.write_atomically(html, page.render(data, examples))
+    files.write_atomically(html, page.render(data))
     return html

@@ -223,4 +223,10 @@ def maths(conventions: Sequence[str] = ("boxed",)) -> Verifier:
       conventions: where a response has its answer, in the order in which they are tried: names in
         `extract.CONVENTIONS`; "text" comes last wherever it stands.
     """
-    return Verifier(functools.partial(_ask, tuple(conventions)), judge, _ask_gold)
+    marked = tuple(name for name in conventions if name != extract.TEXT)
+    return Verifier(
+        functools.partial(_ask, tuple(conventions)),
+        judge,
+        _ask_gold,
+        lambda problem, response: extract.extract(response, marked),
+    )

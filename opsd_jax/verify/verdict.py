@@ -24,6 +24,7 @@ REASONS = tuple(
 )
 
 Judge = Callable[[Problem, str], Verdict]  # (problem, response text) -> verdict
+Extract = Callable[[Problem, str], str | None]  # (problem, response text) -> the answer in it
 Question = Any  # what is left to be judged: picklable, and the same whenever the verdict is
 
 
@@ -44,11 +45,14 @@ class Verifier(NamedTuple):
       judge: `question -> Verdict`. Runs in a worker: a function of a module or a `partial` of one.
       ask_gold: `problem -> Verdict | question`, as `ask`, whether the problem's own answer can be
         verified against itself.
+      extract: `(problem, response) -> the answer as the verifier reads it`, None where there is
+        none. For majority votes; optional.
     """
 
     ask: Callable[[Problem, str], Verdict | Question]
     judge: Callable[[Question], Verdict]
     ask_gold: Callable[[Problem], Verdict | Question] = unchecked
+    extract: Extract | None = None
 
     def __call__(self, problem: Problem, response: str) -> Verdict:
         question = self.ask(problem, response)

@@ -19,6 +19,7 @@ from opsd_jax.verify.normalise import bare, normalise, plain_number, quantity
 from opsd_jax.verify.verdict import (
     MATCH,
     NO_ANSWER,
+    Extract,
     Judge,
     Question,
     Verdict,
@@ -41,9 +42,9 @@ _NAMED = re.compile(
 _ALONE = re.compile(r"(?<![\w'\u2019])(?:([B-HJ-Z])(?![\w'\u2019])|([AI])(?=[).:,*]|\s*$))")
 
 
-def at_once(judge: Judge) -> Verifier:
+def at_once(judge: Judge, extract: Extract | None = None) -> Verifier:
     """A quick and trusted judge's verifier: no worker sees it."""
-    return Verifier(judge, _never)
+    return Verifier(judge, _never, extract=extract)
 
 
 def as_verifier(judge: Verifier | Judge) -> Verifier:
@@ -98,12 +99,26 @@ def _extracting(
     return NO_ANSWER if right is None else verdict_on(right)
 
 
-def _with_gold(conventions: Sequence[str], same: Callable[[str, str], bool | None]) -> Verifier:
-    """The verifier of an answer that is compared at once, and of a gold with itself."""
+def _with_gold(
+    conventions: Sequence[str],
+    same: Callable[[str, str], bool | None],
+    read: Callable[[str], str | float | None],
+) -> Verifier:
+    """The verifier of an answer that is compared at once, and of a gold with itself.
+
+    `read`: what of an answer counts; None where it is none of the kind.
+    """
+
+    def extracted(problem: Problem, response: str) -> str | None:
+        answer = extract.extract(response, conventions)
+        value = None if answer is None else read(answer)
+        return None if value is None else str(value)
+
     check = lambda problem: (
         MATCH if same(problem.answer, problem.answer) else Verdict(False, "not of this kind")
     )
-    return Verifier(functools.partial(_extracting, tuple(conventions), same), _never, check)
+    ask = functools.partial(_extracting, tuple(conventions), same)
+    return Verifier(ask, _never, check, extracted)
 
 
 def exact(conventions: Sequence[str] = ("boxed",), *, ignore_case: bool = False) -> Verifier:
@@ -113,7 +128,11 @@ def exact(conventions: Sequence[str] = ("boxed",), *, ignore_case: bool = False)
         a, b = (" ".join(text.split()) for text in (gold, answer))
         return (a.lower() == b.lower() if ignore_case else a == b) if b else None
 
-    return _with_gold(conventions, same)
+    def read(answer: str) -> str | None:
+        text = " ".join(answer.split())
+        return (text.lower() if ignore_case else text) or None
+
+    return _with_gold(conventions, same, read)
 
 
 def number_in(text: str) -> float | None:
@@ -143,7 +162,7 @@ def numeric(
             return False
         return abs(a - b) <= max(absolute_tolerance, relative_tolerance * abs(a))
 
-    return _with_gold(conventions, same)
+    return _with_gold(conventions, same, number_in)
 
 
 def letter_in(text: str) -> str | None:
@@ -172,17 +191,24 @@ def choice(conventions: Sequence[str] = ("boxed",)) -> Verifier:
         letter = letter_in(answer)
         return None if letter is None else letter == letter_in(gold_of(gold))
 
-    return _with_gold(conventions, same)
+    return _with_gold(conventions, same, letter_in)
 
 
 def combine(verifiers: Sequence[Verifier], *, every: bool) -> Verifier:
     """All of several verifiers have to say yes, or one does; workers are asked in their order."""
     parts = tuple(verifiers)
+    reading = [v.extract for v in parts if v.extract]
     return Verifier(
         lambda problem, response: _first_open([v.ask(problem, response) for v in parts], every),
         functools.partial(_judge_open, tuple(v.judge for v in parts), every),
         lambda problem: _first_open([v.ask_gold(problem) for v in parts], every),
+        functools.partial(_first_extracted, reading) if reading else None,
     )
+
+
+def _first_extracted(reading: Sequence[Extract], problem: Problem, response: str) -> str | None:
+    found = (extract(problem, response) for extract in reading)
+    return next((answer for answer in found if answer is not None), None)
 
 
 def _first_open(replies: list[Verdict | Question], every: bool) -> Verdict | Question:
@@ -197,13 +223,17 @@ def _first_open(replies: list[Verdict | Question], every: bool) -> Verdict | Que
 
 
 def by_source(verifiers: Mapping[str, Verifier]) -> Verifier:
-    """For a mixture of data: the verifier of the problem's source."""
+    """For a mixture of data: the verifier of the problem's source. It extracts if all do."""
+    reading = {name: v.extract for name, v in verifiers.items() if v.extract}
     return Verifier(
         lambda problem, response: _tagged(
             problem.source, verifiers[problem.source].ask(problem, response)
         ),
         functools.partial(_judge_tagged, {name: v.judge for name, v in verifiers.items()}),
         lambda problem: _tagged(problem.source, verifiers[problem.source].ask_gold(problem)),
+        (lambda problem, response: reading[problem.source](problem, response))
+        if len(reading) == len(verifiers)
+        else None,
     )
 
 

@@ -1,0 +1,168 @@
+"""The command `evaluate`: a stage's result, or a model's directory, on held-out problems.
+
+    OUT/settings.json      what the figures depend on; other settings are refused
+    OUT/responses.jsonl    every response, judged
+    OUT/evaluation.json    the figures and the settings; once it is there the evaluation is done
+    OUT/comparison.json    what changed since the evaluation in --compare
+    OUT/report.md, index.html, *.svg
+
+Started again after whatever stopped it, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections import Counter
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from opsd_jax import config as config_lib
+from opsd_jax import validation
+from opsd_jax import workdir as workdir_lib
+from opsd_jax.data.problem import Problem
+from opsd_jax.evaluation import benchmarks, evaluate, summary
+from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.pipeline import UNTRAINED, Run
+from opsd_jax.progress import Progress
+from opsd_jax.training import files
+from opsd_jax.training.interrupt import StopSignal
+
+# How the paper (arXiv 2605.06188) measures on benchmarks.
+PAPER = {
+    "samples": 8,
+    "temperature": 0.6,
+    "top_p": 0.95,
+    "top_k": 20,
+    "response_tokens": 30_000,
+    "prompt_tokens": 2048,
+}
+CHANGES = (*PAPER, "prompts_at_once", "seed")
+TEXT_TASK = "opsd_jax.data.text:task"
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Evaluates as the command line says.
+
+    Returns:
+      The figures; in `directory` where they are, and in `comparison` what changed.
+
+    Raises:
+      ConfigError: what is asked for cannot be run.
+      DataError: a benchmark cannot be used.
+      Interrupted: a signal came; what was done is kept.
+    """
+    stage, config = _config(arguments)
+    workdir = arguments.workdir
+    this = Run(config, workdir or arguments.out)
+    problems = this.heldout()
+    if arguments.benchmark and arguments.problems:
+        problems = _first_of_each(problems, arguments.problems)
+    model = str(workdir / stage if workdir else arguments.model.absolute())
+    settings = evaluate.settings(model, config, this.task, problems)
+    directory = arguments.out or (
+        workdir / "evaluations" / stage / _name(list(config.data.heldout), settings)
+    )
+    if arguments.compare == directory:
+        raise config_lib.ConfigError(f"--compare {directory} is the evaluation that is asked for.")
+    with (
+        workdir_lib.locked(directory, "--out"),
+        this.pool,
+        StopSignal() as stop,
+        Progress() as progress,
+    ):
+        evaluate.check_settings(directory, settings)
+        if not (directory / evaluate.SUMMARY).exists():
+            _, figures = this.evaluate(
+                stage if workdir else arguments.model.name,
+                this.parameters.of(stage),
+                progress,
+                stop,
+                problems=problems,
+                directory=directory,
+                settings=settings,
+            )
+            evaluate.finish(directory, figures)
+        changes = summary.write(directory, arguments.compare)
+    return evaluate.read(directory)[1] | {"directory": str(directory), "comparison": changes}
+
+
+def _config(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
+    """The stage and the config of an evaluation. No stage is run in it, and it reads no training
+    data but those of which a part is held out.
+    """
+    if arguments.model is None:
+        config = workdir_lib.config_of(arguments.workdir)
+        stage = _stage(config, arguments)
+        if arguments.benchmark and config.task != TEXT_TASK:
+            raise config_lib.ConfigError(
+                f"--benchmark: the run's config.task is {config.task!r}, which has problems of its "
+                f"own; expected a run of {TEXT_TASK!r}."
+            )
+    else:
+        stage, config = UNTRAINED, config_lib.default()
+        if not arguments.benchmark or arguments.out is None:
+            raise config_lib.ConfigError(
+                "--model belongs to no run; expected --benchmark and --out."
+            )
+    config.unlock()
+    if arguments.model is not None:
+        config.model = config_lib.pretrained(arguments.model)
+        config.task, config.data.tokenizer = TEXT_TASK, str(arguments.model)
+    config.stages = ()
+    if arguments.mesh is not None:
+        config.mesh = arguments.mesh
+    if arguments.benchmark:
+        sources = dict(benchmarks.source(text) for text in arguments.benchmark)
+        if len(sources) < len(arguments.benchmark):
+            raise config_lib.ConfigError("--benchmark: a name comes twice; expected each once.")
+        config.data.heldout = ConfigDict(sources)
+        config.evaluation.update(PAPER | {"problems": 0, "prompts_at_once": _shards(config)})
+    elif arguments.problems is not None:
+        config.evaluation.problems = arguments.problems
+    if config.data.heldout:
+        config.data.train, config.data.exclude = ConfigDict(), ConfigDict()
+    given = {name: getattr(arguments, name) for name in CHANGES}
+    config.evaluation.update({name: value for name, value in given.items() if value is not None})
+    for name in evaluate.PROMPTING:
+        if getattr(arguments, name) is not None:
+            config.data[name] = getattr(arguments, name)
+    config.lock()
+    validation.validate(config)
+    return stage, config
+
+
+def _stage(config: ConfigDict, arguments: argparse.Namespace) -> str:
+    """The stage to evaluate: the last finished one, if none is named."""
+    finished = [s for s in config.stages if (arguments.workdir / s / "params").exists()]
+    stage = arguments.stage or (finished or [UNTRAINED])[-1]
+    if stage not in (UNTRAINED, *config.stages):
+        raise config_lib.ConfigError(
+            f"--stage {stage}: expected one of {', '.join((UNTRAINED, *config.stages))}."
+        )
+    return stage
+
+
+def _shards(config: ConfigDict) -> int:
+    try:
+        return mesh_lib.row_shards(mesh_lib.make_mesh(config.mesh))
+    except ValueError as error:
+        raise config_lib.ConfigError(f"config: {error}") from error
+
+
+def _first_of_each(problems: list[Problem], count: int) -> list[Problem]:
+    """The first problems of each source."""
+    seen: Counter[str] = Counter()
+    first = []
+    for problem in problems:
+        seen[problem.source] += 1
+        if seen[problem.source] <= count:
+            first.append(problem)
+    return first
+
+
+def _name(benchmarks: list[str], settings: dict[str, Any]) -> str:
+    """The name of an evaluation's directory: another one for other settings."""
+    digest = hashlib.sha256(files.to_json(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{'+'.join(sorted(benchmarks)) or 'heldout'}-{digest}"

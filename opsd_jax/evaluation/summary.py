@@ -1,0 +1,118 @@
+"""The report of one evaluation, `report.md` and `index.html`, and what changed since another."""
+
+from __future__ import annotations
+
+import html
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from opsd_jax.config import ConfigError
+from opsd_jax.evaluation import comparison, evaluate, markup, plots, statistics, tables
+from opsd_jax.evaluation.markup import card, soft
+from opsd_jax.training import files
+
+COMPARISON = "comparison.json"
+BARS = "Bars are two standard errors."
+
+
+def compared(directory: pathlib.Path, earlier: pathlib.Path) -> dict[str, Any]:
+    """Writes what changed between two finished evaluations, from `earlier` to `directory`.
+
+    Returns:
+      `comparison.compare`, and `before` and `after`: their names; `settings`: those that differ,
+      as [name, before, after].
+
+    Raises:
+      ConfigError: `earlier` holds no finished evaluation, or one of other problems.
+    """
+    if not (earlier / evaluate.SUMMARY).is_file():
+        raise ConfigError(
+            f"--compare {earlier} holds no finished evaluation: there is no {evaluate.SUMMARY}; "
+            "expected the directory of an evaluation or of a stage."
+        )
+    (old, was), (new, now) = evaluate.read(earlier), evaluate.read(directory)
+    try:
+        changes = comparison.compare(old, new)
+    except ValueError as error:
+        raise ConfigError(f"--compare {earlier}: {error}") from error
+    different = evaluate.differences(was["settings"], now["settings"])
+    found = {
+        "before": was["settings"]["model"],
+        "after": now["settings"]["model"],
+        "settings": [list(d) for d in different if d[0] != "model"],
+        **changes,
+    }
+    files.write_atomically(directory / COMPARISON, files.to_json(found, indent=2) + "\n")
+    return found
+
+
+def warning(changes: dict[str, Any]) -> str:
+    """That two evaluations were not sampled alike, or ""."""
+    different = ", ".join(f"{name} {a!r} and {b!r}" for name, a, b in changes["settings"])
+    return f"The two evaluations were not sampled alike: {different}." if different else ""
+
+
+def write(directory: pathlib.Path, earlier: pathlib.Path | None = None) -> dict[str, Any] | None:
+    """Writes the report of a finished evaluation, and what changed since an `earlier` one, which
+    it returns.
+    """
+    changes = compared(directory, earlier) if earlier else None
+    responses, figures = evaluate.read(directory)
+    before, was = evaluate.read(earlier) if earlier else ([], None)
+    named = tables.with_sources(figures)
+    shown = [tables.correctness(named, "benchmark", {}), tables.lengths(named, "benchmark")]
+    notes = [f"Model: {figures['settings']['model']}.", tables.method(figures)]
+    if changes:
+        shown.append(tables.changes(tables.with_sources(changes), "change"))
+        notes += [f"Changes: from {changes['before']}.", *filter(None, [warning(changes)])]
+    drawn = _draw(responses, figures, before, was)
+
+    title = f"Evaluation of {figures['name']}"
+    lines = [f"# {title}"]
+    for block in [*notes[:2], *("\n".join(table.markdown()) for table in shown), *notes[2:]]:
+        lines += ["", block]
+    lines += ["", *(f"![{name}]({name}.svg)" for name in drawn)]
+    files.write_atomically(directory / "report.md", "\n".join(lines) + "\n")
+    for name, svg in drawn.items():
+        files.write_atomically(directory / f"{name}.svg", svg)
+
+    parts = [f"<h1>{html.escape(title)}</h1>", *map(soft, notes)]
+    parts += [card(table.html()) for table in shown]
+    parts.append("<h2>Accuracy and length</h2>")
+    parts.append(card(drawn.pop("accuracy_length") + soft(BARS)))
+    parts.append("<h2>Response lengths</h2>")
+    for name, svg in drawn.items():
+        parts.append(f"<h3>{html.escape(name.removeprefix('lengths_'))}</h3>{card(svg)}")
+    if changes:
+        parts += ["<h2>The same problems, before and after</h2>", soft(markup.EXAMPLES)]
+        names = changes["before"], changes["after"]
+        parts.append(markup.examples(names, markup.choose(before, responses)))
+    files.write_atomically(directory / "index.html", markup.document(title, parts))
+    return changes
+
+
+def _draw(
+    responses: list[dict[str, Any]],
+    figures: dict[str, Any],
+    before: list[dict[str, Any]],
+    was: dict[str, Any] | None,
+) -> dict[str, str]:
+    """The plots, by the name of their file."""
+    now, then = figures["sources"] or {"all": figures}, (was or {}).get("sources")
+    points: dict[str, Sequence[dict[str, Any]]] = {
+        name: [*([(then or {"all": was}).get(name, was)] if was else []), part]
+        for name, part in now.items()
+    }
+    drawn = {"accuracy_length": plots.accuracy_and_length(points)}
+    new, old = statistics.by_source(responses), statistics.by_source(before)
+    for source, records in new.items():
+        sides = {"before": old[source]} if before else {}
+        name = source or "all"
+        drawn[f"lengths_{name}"] = plots.lengths(
+            {
+                side: [r["length"] for r in part]
+                for side, part in (sides | {"after": records}).items()
+            }
+        )
+    return drawn
