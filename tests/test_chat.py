@@ -137,6 +137,13 @@ def test_a_next_turn_leaves_the_response_as_it_was_sampled(directory, thinking):
     assert begun == ("<think>\n" if directory.name == "r1" else "")
 
 
+def test_a_system_that_speaks_of_thinking_has_not_begun_it(directories):
+    for family, begun in {"qwen3": "", "r1": "<think>\n"}.items():
+        tokenizer = PretrainedTokenizer(directories[family])
+        chat = Chat(tokenizer, tokenizer.chat_template, system="Use <think>.")
+        assert chat.begun() == begun
+
+
 @pytest.mark.parametrize(
     ("family", "arguments", "message"),
     [

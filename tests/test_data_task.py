@@ -8,11 +8,12 @@ import sys
 import time
 from collections import Counter
 
+import grain
 import jax
 import pytest
 
 from opsd_jax import config as config_lib
-from opsd_jax import main, pipeline, validation, workdir
+from opsd_jax import main, pipeline, sizes, validation, workdir
 from opsd_jax.data import arithmetic, load, text
 from opsd_jax.data.contexts import Context
 from opsd_jax.data.duplicates import normalise, without_duplicates
@@ -144,7 +145,7 @@ def test_an_element_is_a_function_of_seed_and_index(tmp_path):
 
 def test_grain_shuffles_each_epoch_anew(task):
     """What a task without a stream of its own relies on."""
-    data = pipeline.grain.MapDataset.source(list(range(20))).shuffle(seed=3).repeat()
+    data = grain.MapDataset.source(list(range(20))).shuffle(seed=3).repeat()
     epochs = [[data[20 * e + i] for i in range(20)] for e in range(5)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 5
@@ -317,7 +318,7 @@ def test_of_many_problems_the_longest_are_looked_at(config, tmp_path, monkeypatc
     rows[1]["problem"] = "11 + 0 + 0"
     rows[2]["solution"] = "a rather long solution"
     for name in ("WHOLLY_LOOKED_AT", "LONGEST", "LOOKED_AT"):
-        monkeypatch.setattr(pipeline, name, 1)
+        monkeypatch.setattr(sizes, name, 1)
     with config.unlocked():
         config.data.train = {"sums": config_lib.source(write(tmp_path / "many.jsonl", rows))}
     message = "rlvr.prompt_tokens is 8; expected at least 13, which problem sums/2 has"

@@ -180,8 +180,8 @@ class Chat:
         if self._template is None:
             return ""
         text = self._render([{"role": "user", "content": "?"}])
-        begun = text[text.rfind("<think>") :] if "<think>" in text else ""
-        return "" if "</think>" in begun else begun
+        spoken = text.rstrip()
+        return text[spoken.rindex("<think>") :] if spoken.endswith("<think>") else ""
 
 
 def fitting(render: Callable[[str], list[int]], text: str, limit: int) -> tuple[list[int], bool]:
