@@ -1,4 +1,4 @@
-"""The command line: `opsd-jax train | evaluate | report`."""
+"""The command line: `opsd-jax train | evaluate | report | convert`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ examples:
   opsd-jax evaluate --workdir runs/quickstart --stage opsd --compare runs/quickstart/rlvr
   opsd-jax evaluate --model models/Qwen3-8B --benchmark math500 --benchmark aime24 --out runs/qwen3
   opsd-jax report --workdir runs/quickstart
+  opsd-jax convert --workdir runs/quickstart --stage opsd --out models/quickstart
 
 exit codes: 0 done; 1 the run failed; 2 bad usage or config; 130 or 143 stopped by a signal with a
 checkpoint saved: the same command goes on from there.
 """
 
+CONVERT = "Write the result of a stage, or a Hugging Face model anew, for transformers to load."
 EVALUATE = "Evaluate the result of a stage, or a Hugging Face model, on held-out problems."
 EVALUATE_EPILOG = """\
 Without --benchmark all settings are the run's. With it they are those of the paper that are not
@@ -77,6 +79,7 @@ def parser(show_fields: bool = False) -> argparse.ArgumentParser:
     _add_evaluate(command("evaluate", EVALUATE, EVALUATE_EPILOG), workdir)
     report = command("report", "Write the report of a run again, from its records.")
     report.add_argument("--workdir", required=True, **workdir)
+    _add_convert(command("convert", CONVERT), workdir)
     return top
 
 
@@ -128,6 +131,20 @@ def _add_evaluate(sub: argparse.ArgumentParser, workdir: dict[str, Any]) -> None
     )
 
 
+def _add_convert(sub: argparse.ArgumentParser, workdir: dict[str, Any]) -> None:
+    """The arguments of `convert`."""
+    whose = sub.add_mutually_exclusive_group(required=True)
+    whose.add_argument("--workdir", **workdir)
+    whose.add_argument("--model", type=directory, help="directory of a Hugging Face model")
+    sub.add_argument("--stage", help="of the run (default: the last that is finished)")
+    sub.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights (default: as they were where they came from)",
+    )
+    sub.add_argument("--out", required=True, type=directory, help="directory to write, a new one")
+
+
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Takes `--config.a.b=value` and `--config.a.b value` out of the arguments."""
     rest, overrides, words = [], {}, list(argv)
@@ -155,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # Imported late: --help and a wrong argument need no JAX.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
-    from opsd_jax import benchmark, pipeline, workdir
+    from opsd_jax import benchmark, convert, pipeline, workdir
     from opsd_jax import config as config_lib
     from opsd_jax.data.problem import DataError
     from opsd_jax.training.files import RecordError, to_json
@@ -169,6 +186,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             figures = benchmark.run(arguments)
             print(to_json(figures, indent=2))
             print(f"report: {figures['directory']}/index.html", file=sys.stderr)
+            return 0
+        if arguments.command == "convert":
+            convert.run(arguments)
+            print(f"model: {arguments.out}")
             return 0
         if arguments.command == "train":
             config = config_lib.load(arguments.config, overrides)

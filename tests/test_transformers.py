@@ -11,9 +11,10 @@ import pytest
 from conftest import random_tokens
 
 from opsd_jax import config as config_lib
-from opsd_jax import policy
+from opsd_jax import main, pipeline, policy
 from opsd_jax.models import decoder, pretrained, safetensors
 from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.parameters import Parameters
 from opsd_jax.rollout import sampler
 from opsd_jax.training.checkpoint import abstract_of
 
@@ -217,4 +218,17 @@ def test_a_decoder_of_ours_loads_there(changes, tmp_path):
     hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokens, positions = np.array(random_tokens(7, (2, 40))), padded_positions("far")
     logits = logits_of(model, params, tokens, positions)
+    np.testing.assert_allclose(logits, hf_logits(hf, tokens, positions), atol=1e-4, rtol=1e-4)
+
+
+def test_the_result_of_a_run_loads_there(config, tmp_path):
+    run = config.copy_and_resolve_references()
+    run.stages = ("sft",)
+    pipeline.run(run, tmp_path / "run")
+    out = tmp_path / "out"
+    assert main.main(["convert", "--workdir", str(tmp_path / "run"), "--out", str(out)]) == 0
+    hf = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    this = Parameters(run, tmp_path / "run")
+    tokens, positions = np.array(random_tokens(8, (2, 40))), padded_positions("whole")
+    logits = logits_of(this.model, this.of("sft"), tokens, positions)
     np.testing.assert_allclose(logits, hf_logits(hf, tokens, positions), atol=1e-4, rtol=1e-4)

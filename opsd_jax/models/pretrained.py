@@ -44,7 +44,10 @@ def from_config(config: ml_collections.ConfigDict) -> Model:
         )
     directory = pathlib.Path(config.path)
     if not directory.is_dir():
-        raise ValueError(f"model.path is {config.path!r}; there is no such directory.")
+        raise ValueError(
+            f"model.path is {config.path!r}; expected a directory of this machine: nothing is "
+            "downloaded."
+        )
     options = {name: config[name] for name in ("remat", "scan_unroll")}
     for name in ("dtype", "param_dtype"):
         options[name] = architecture.dtype_of(config[name], name)

@@ -111,17 +111,17 @@ class Pieces(NamedTuple):
     shape: tuple[int, ...]  # of a piece, all shards' rows together
 
 
-def pieces_of(leaf: Any, tensor: Tensor, itemsize: int) -> Pieces:
-    """The pieces of a tensor, for a parameter with a sharding; no piece is larger than PIECE."""
-    sharding = leaf.sharding
+def pieces_of(array: jax.Array, tensor: Tensor, itemsize: int) -> Pieces:
+    """The pieces of a parameter's tensor; none has more than PIECE bytes, but for a single row."""
+    sharding = array.sharding
     if not isinstance(sharding, NamedSharding):
-        (device,) = {jax.devices()[0]} if sharding is None else sharding.device_set
+        (device,) = sharding.device_set
         sharding = NamedSharding(Mesh(np.array([device]), "all"), P())
-    lead = len(leaf.shape) - len(tensor.view)
-    spec = tuple(sharding.spec) + (None,) * (len(leaf.shape) - len(sharding.spec))
+    lead = len(array.shape) - len(tensor.view)
+    spec = tuple(sharding.spec) + (None,) * (len(array.shape) - len(sharding.spec))
     axis = lead + tensor.order.index(0)
-    shard_rows = sharding.shard_shape(leaf.shape)[axis]
-    shards = leaf.shape[axis] // shard_rows
+    shard_rows = sharding.shard_shape(array.shape)[axis]
+    shards = array.shape[axis] // shard_rows
     row_bytes = math.prod(tensor.view[1:]) * itemsize
     rows = min(shard_rows, max(1, PIECE // (row_bytes * shards)))
     return Pieces(
@@ -177,7 +177,7 @@ def load(stored: Mapping[str, Stored], abstract: Params) -> Params:
 
     Args:
       stored: tensors of a directory, checked against `abstract` before.
-      abstract: the parameters' shapes and dtypes, each with a sharding or on one device.
+      abstract: the parameters' shapes and dtypes, each with a NamedSharding, or for one device.
 
     Raises:
       WeightsError: a file cannot be read; names it.
