@@ -254,20 +254,23 @@ def test_responses_keep_their_ids_around_reminders(config, task, rollouts):
     assert reminded == sum(len(row["teacher/inserts"]) for row in rows.values())
 
 
-@pytest.mark.parametrize("kind", ["none", "solution", "answer", "sibling", "concise", "column"])
+@pytest.mark.parametrize("kind", contexts.KINDS)
 @pytest.mark.parametrize("every", [0, 4])
 def test_only_the_context_makes_a_divergence(config, task, rollouts, kind, every):
     """A model that looks at the last token alone sees no context. Whatever the lengths of prompts,
     responses and reminders, it must find no divergence: but for the tokens after a reminder.
     """
     with config.unlocked():
-        config.opsd.update({"reinject_every": every, "reminder_tokens": 130, "contexts": (kind,)})
+        config.opsd.update({"reinject_every": every, "reminder_tokens": 250, "contexts": (kind,)})
         config.model.vocab_size = task.tokenizer.vocab_size
     model = tiny_model.make(config.model)
     params = model.init(jax.random.key(0))
-    finder = Privileged(config.opsd, task, 2)
+    written = [task.tokenizer.encode(f"Memo {i}. " * i) for i in range(1, 7)]
+    memos = Memos(config.opsd.memo, task, 0, Writer(task, written), Writer(task, []))
+    finder = Privileged(config.opsd, task, 2, memos)
     stage = opsd.stage(config.opsd, task, model.policy, lambda *_: rollouts, finder)
-    (batch,), *_ = stage.batches(0, None)
+    (batch,), metrics, _ = stage.batches(0, None)
+    assert metrics["active_rows"] == (3 if kind == "sibling" else 6)
     for bucket in batch:
         for m in range(int(bucket["count"])):
             rows = jax.tree.map(lambda x, m=m: x[m], bucket["rows"])

@@ -167,7 +167,7 @@ def test_each_context_in_turn(files, tmp_path, kind):
             "opsd.context_column": "hint",
             "opsd.teacher.kind": "ema",
             "opsd.reinject_every": "6",
-            "opsd.reminder_tokens": "60",
+            "opsd.reminder_tokens": "250",
         },
     )
     assert len(rows) == 2
