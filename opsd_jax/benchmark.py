@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import sys
 from collections import Counter
 from typing import Any
 
@@ -66,6 +67,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     if arguments.compare == directory:
         raise config_lib.ConfigError(f"--compare {directory} is the evaluation that is asked for.")
+    if arguments.compare:
+        summary.check_comparable(arguments.compare, problems)
     with (
         workdir_lib.locked(directory, "--out"),
         this.pool,
@@ -85,6 +88,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             )
             evaluate.finish(directory, figures)
         changes = summary.write(directory, arguments.compare)
+    if changes and (warning := summary.warning(changes)):
+        print(f"opsd-jax: {warning}", file=sys.stderr)
     return evaluate.read(directory)[1] | {"directory": str(directory), "comparison": changes}
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from opsd_jax.config import ConfigError
+from opsd_jax.data.problem import Problem
 from opsd_jax.evaluation import comparison, evaluate, markup, plots, statistics, tables
 from opsd_jax.evaluation.markup import card, soft
 from opsd_jax.training import files
@@ -16,26 +17,32 @@ COMPARISON = "comparison.json"
 BARS = "Bars are two standard errors."
 
 
-def compared(directory: pathlib.Path, earlier: pathlib.Path) -> dict[str, Any]:
-    """Writes what changed between two finished evaluations, from `earlier` to `directory`.
-
-    Returns:
-      `comparison.compare`, and `before` and `after`: their names; `settings`: those that differ,
-      as [name, before, after].
-
-    Raises:
-      ConfigError: `earlier` holds no finished evaluation, or one of other problems.
-    """
+def check_comparable(earlier: pathlib.Path, problems: Sequence[Problem]) -> None:
+    """Raises ConfigError where a directory holds no finished evaluation of these problems."""
     if not (earlier / evaluate.SUMMARY).is_file():
         raise ConfigError(
             f"--compare {earlier} holds no finished evaluation: there is no {evaluate.SUMMARY}; "
             "expected the directory of an evaluation or of a stage."
         )
+    there = {record["problem"] for record in evaluate.read(earlier)[0]}
+    now = {problem.id for problem in problems}
+    if there != now:
+        raise ConfigError(
+            f"--compare {earlier} holds an evaluation of other problems: {len(there)} there, "
+            f"{len(now)} now, {len(there & now)} in both; expected the same ones."
+        )
+
+
+def compared(directory: pathlib.Path, earlier: pathlib.Path) -> dict[str, Any]:
+    """Writes what changed between two finished evaluations of the same problems, from `earlier` to
+    `directory`.
+
+    Returns:
+      `comparison.compare`, and `before` and `after`: their models; `settings`: those that differ,
+      as [name, before, after].
+    """
     (old, was), (new, now) = evaluate.read(earlier), evaluate.read(directory)
-    try:
-        changes = comparison.compare(old, new)
-    except ValueError as error:
-        raise ConfigError(f"--compare {earlier}: {error}") from error
+    changes = comparison.compare(old, new)
     different = evaluate.differences(was["settings"], now["settings"])
     found = {
         "before": was["settings"]["model"],

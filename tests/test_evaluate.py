@@ -1,0 +1,283 @@
+"""The command `evaluate`: benchmarks, resuming, comparing, and what is refused."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+
+import huggingface_hub
+import pytest
+
+from opsd_jax import config as config_lib
+from opsd_jax import main
+from opsd_jax.data import sources
+from opsd_jax.data.problem import DataError
+from opsd_jax.evaluation import benchmarks, evaluate
+
+BENCHMARKS = pathlib.Path("/work/shared/data/benchmarks")
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    rows = [{"id": i, "problem": f"{i}+{i}?", "answer": str(2 * i)} for i in range(9)]
+    return write_rows(tmp_path_factory.mktemp("data") / "sums.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def workdir(config, questions, tmp_path_factory):
+    """A run on files that has not trained anything; its training data are gone."""
+    workdir = tmp_path_factory.mktemp("runs") / "text"
+    workdir.mkdir()
+    run = config.copy_and_resolve_references()
+    run.unlock()
+    run.task = "opsd_jax.data.text:task"
+    run.mesh = (1, 1, -1)
+    run.model.vocab_size, run.model.num_heads, run.model.num_kv_heads = 264, 8, 8
+    run.data.train = {"gone": config_lib.source("gone.jsonl")}
+    run.data.heldout = {"sums": config_lib.source(questions)}
+    run.data.prompt = "{question}"
+    run.evaluation.update({"problems": 0, "prompts_at_once": 2, "response_tokens": 6})
+    (workdir / "config.json").write_text(config_lib.to_json(run.lock()))
+    return workdir
+
+
+@pytest.fixture
+def command(workdir, capsys):
+    """`evaluate` of the run: (exit code, what it printed as JSON, or its errors)."""
+
+    def run(*arguments):
+        code = main.main(["evaluate", "--workdir", str(workdir), *map(str, arguments)])
+        printed = capsys.readouterr()
+        return code, json.loads(printed.out) if code == 0 else printed.err
+
+    return run
+
+
+FEW = ("--samples", 2, "--response-tokens", 6, "--prompt-tokens", 16)
+
+
+@pytest.fixture(scope="module")
+def whole(workdir, tmp_path_factory):
+    """An evaluation that nothing disturbed."""
+    out = tmp_path_factory.mktemp("evaluations") / "whole"
+    arguments = ["evaluate", "--workdir", str(workdir), "--out", str(out)]
+    assert main.main(arguments) == 0
+    return out
+
+
+def test_every_number_stands_with_its_settings(whole, command):
+    figures = json.loads((whole / "evaluation.json").read_text())
+    settings = figures["settings"]
+    assert {k: settings[k] for k in ("problems", "samples", "temperature", "top_p", "top_k")} == {
+        "problems": 9, "samples": 2, "temperature": 1.0, "top_p": 1.0, "top_k": 0,
+    }  # fmt: skip
+    assert settings["model"].endswith("text/untrained")
+    assert (settings["response_tokens"], settings["seed"]) == (6, 0)
+    records = [json.loads(line) for line in (whole / "responses.jsonl").open()]
+    assert [r["problem"] for r in records] == [f"sums/{i}" for i in range(9) for _ in range(2)]
+    assert {r["source"] for r in records} == {"sums"}
+    assert all("extracted" in r for r in records)
+    for name in ("report.md", "index.html"):
+        text = (whole / name).read_text()
+        assert "maj@2, %" in text
+        assert "up to 6 tokens (seed 0)" in text
+    assert (whole / "lengths_sums.svg").exists()
+    page = (whole / "index.html").read_text()
+    assert page.count("<svg") == 2
+
+
+class Crash(BaseException):
+    """What nothing in the library catches."""
+
+
+@pytest.mark.parametrize("calls", [1, 2, 4])
+def test_after_a_kill_it_goes_on_to_the_same_files(whole, command, tmp_path, monkeypatch, calls):
+    """Killed within the writing of a call's records; the torn line and half problem are dropped."""
+    append, done = evaluate.append, []
+
+    def mortal(directory, made):
+        done.append(made)
+        if len(done) > calls:
+            torn = evaluate._lines(made)
+            with (directory / evaluate.RESPONSES).open("a") as file:
+                file.write(torn[: torn.index("\n") + 20])
+            raise Crash
+        append(directory, made)
+
+    monkeypatch.setattr(evaluate, "append", mortal)
+    with pytest.raises(Crash):
+        command("--out", tmp_path)
+    monkeypatch.setattr(evaluate, "append", lambda *a: (done.append(a[1]), append(*a)))
+    done.clear()
+    assert command("--out", tmp_path)[0] == 0
+    assert sum(len(made) for made in done) == 18 - 4 * calls
+    for name in ("responses.jsonl", "evaluation.json", "report.md", "index.html"):
+        there, expected = ((d / name).read_text() for d in (tmp_path, whole))
+        assert there == expected, name
+
+
+def test_a_signal_ends_it_after_a_call(whole, command, tmp_path, monkeypatch):
+    append = evaluate.append
+
+    def signalled(directory, made):
+        append(directory, made)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(evaluate, "append", signalled)
+    code, errors = command("--out", tmp_path)
+    assert code == 143
+    assert "the same command goes on" in errors
+    assert len((tmp_path / "responses.jsonl").read_text().splitlines()) == 4
+    monkeypatch.undo()
+    assert command("--out", tmp_path)[0] == 0
+    assert (tmp_path / "responses.jsonl").read_text() == (whole / "responses.jsonl").read_text()
+
+
+def test_a_finished_one_is_not_done_again(whole, command, monkeypatch):
+    monkeypatch.setattr(evaluate, "append", None)
+    code, figures = command("--out", whole)
+    assert code == 0
+    assert figures["directory"] == str(whole)
+
+
+def test_other_settings_are_refused(whole, command):
+    code, errors = command("--out", whole, "--temperature", 0.5, "--samples", 4)
+    assert code == 2
+    assert "holds an evaluation with other settings:" in errors
+    assert "  samples: 2 there, 4 now\n  temperature: 1.0 there, 0.5 now" in errors
+
+
+def test_comparing(whole, command, workdir):
+    code, figures = command(*FEW[:2], "--top-k", 5, "--compare", whole)
+    assert code == 0
+    directory = pathlib.Path(figures["directory"])
+    assert directory.parent == workdir / "evaluations" / "untrained"
+    assert directory.name.startswith("sums-")
+    change = json.loads((directory / "comparison.json").read_text())
+    assert change == figures["comparison"]
+    assert change["settings"] == [["top_k", 0, 5]]
+    records = (evaluate.read(side)[0] for side in (whole, directory))
+    lengths = [sum(r["length"] for r in side) for side in records]
+    assert change["d_length_percent"] == pytest.approx(100 * (lengths[1] / lengths[0] - 1))
+    assert change["d_length_percent_low"] <= change["d_length_percent"]
+    text = (directory / "report.md").read_text()
+    assert "were not sampled alike: top_k 0 and 5." in text
+    assert "| change | accuracy, points | length, % |" in text
+    assert "before and after" in (directory / "index.html").read_text()
+
+
+def test_a_comparison_with_other_problems_is_refused_before_anything_is_sampled(
+    whole, command, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(evaluate, "append", None)
+    code, errors = command("--problems", 5, "--compare", whole)
+    assert code == 2
+    assert "of other problems: 9 there, 5 now, 5 in both" in errors
+    code, errors = command("--compare", tmp_path)
+    assert code == 2
+    assert "holds no finished evaluation: there is no evaluation.json" in errors
+
+
+def test_benchmarks_take_the_place_of_the_held_out_problems(command, questions, tmp_path):
+    more = write_rows(tmp_path / "more.jsonl", [{"problem": "1?", "answer": "1"}])
+    arguments = ("--benchmark", f"b={questions}", "--benchmark", f"a={more}", *FEW)
+    code, figures = command(*arguments, "--problems", 2)
+    assert code == 0
+    assert {k: v["problems"] for k, v in figures["sources"].items()} == {"a": 1, "b": 2}
+    settings = figures["settings"]
+    assert (settings["temperature"], settings["top_p"], settings["top_k"]) == (0.6, 0.95, 20)
+    assert "a+b-" in figures["directory"]
+    text = (pathlib.Path(figures["directory"]) / "report.md").read_text()
+    assert text.count("\n| all |") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--benchmark", "mmlu"], "expected NAME=PATH, or one of math500, aime24, aime25, gsm8k"),
+        (["--benchmark", "a=none.jsonl"], "config.data.heldout.a.path is 'none.jsonl'"),
+        (["--top-p", "0"], r"config.evaluation.top_p is 0.0; expected a mass in \(0, 1\]"),
+        (["--top-k", "-1"], "config.evaluation.top_k is -1; expected a number not below 0"),
+        (["--problems", "1"], "config.evaluation.problems is 1; expected at least 2"),
+        (["--problems", "10"], "config.evaluation.problems is 10; expected at most 9"),
+        (["--stage", "dpo"], "--stage dpo: expected one of untrained, sft, rlvr, opsd"),
+        (["--stage", "rlvr"], "the stage 'rlvr' has not ended"),
+        (["--mesh", "3,1,1"], "mesh"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(command, arguments, message):
+    code, errors = command(*arguments)
+    assert code == 2
+    assert re.search(message, errors), errors
+
+
+def test_a_model_wants_benchmarks_and_a_directory(capsys, tmp_path):
+    assert main.main(["evaluate", "--model", str(tmp_path)]) == 2
+    assert "expected --benchmark and --out" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main.main(["evaluate", "--stage", "rlvr"])
+
+
+def test_a_download_that_fails_tells_to_give_a_path(monkeypatch):
+    def fail(*arguments, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    with pytest.raises(config_lib.ConfigError, match=r"OSError: no route.*--benchmark aime24=PATH"):
+        benchmarks.source("aime24")
+
+
+def test_a_download_is_read_by_the_hub_s_columns(monkeypatch, tmp_path):
+    rows = [{"question": "2+3?", "answer": "Two and three.\n#### 5"}]
+    path = write_rows(tmp_path / "test.jsonl", rows)
+    asked = []
+    download = lambda *what, **how: asked.append((what, how)) or str(path)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    name, section = benchmarks.source("gsm8k")
+    what = ("openai/gsm8k", "main/test-00000-of-00001.parquet"), {"repo_type": "dataset"}
+    assert asked == [what]
+    found, _ = sources.problems(name, section, "data.heldout.gsm8k", lambda problems: [""])
+    assert (found[0].question, found[0].answer) == ("2+3?", "5")
+    assert found[0].solution == rows[0]["answer"]
+
+
+def test_an_answer_is_what_follows_the_mark(tmp_path):
+    rows = [{"problem": "a", "answer": "#### 1\n#### 1,234 "}, {"problem": "b", "answer": "7"}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    section = config_lib.source(path, answer_after="####", bad_rows="drop")
+    found, counts = sources.problems("s", section, "data.heldout.s", lambda problems: [""])
+    assert [p.answer for p in found] == ["1,234"]
+    assert counts.bad == 1
+    section = config_lib.source(path, answer_after="####")
+    with pytest.raises(DataError, match=r"'answer' is '7'; expected a string with '####' and an"):
+        sources.problems("s", section, "data.heldout.s", lambda problems: [""])
+
+
+@pytest.mark.skipif(not BENCHMARKS.exists(), reason=f"there is no {BENCHMARKS}")
+@pytest.mark.parametrize(
+    ("name", "file", "rows"),
+    [
+        ("math500", "math500.jsonl", 500),
+        ("aime24", "aime24.jsonl", 30),
+        ("aime25", "aime25.jsonl", 30),
+        ("gsm8k", "gsm8k_test.jsonl", 1319),
+    ],
+)
+def test_copies_of_the_benchmarks(name, file, rows):
+    """Each as it lies here: read by the default columns; every gold verifies (test_data.py)."""
+    name, section = benchmarks.source(f"{name}={BENCHMARKS / file}")
+    check = lambda problems: [""] * len(problems)
+    found, _ = sources.problems(name, section, f"data.heldout.{name}", check)
+    assert len(found) == rows
+    assert len({p.id for p in found}) == rows
+    if name == "gsm8k":
+        columns = {"question": "problem", "answer": "solution"}
+        original = config_lib.source(section.path, columns=columns, answer_after="####")
+        again, _ = sources.problems(name, original, "data.heldout.gsm8k", check)
+        assert [p.answer.replace(",", "") for p in again] == [p.answer for p in found]
