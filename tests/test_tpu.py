@@ -1,4 +1,4 @@
-"""What XLA:TPU makes of the losses, on a machine without one (slow: needs the extra `tpu`)."""
+"""What XLA:TPU makes of it, on a machine without a TPU (slow: needs the extra `tpu`)."""
 
 import importlib.util
 import json
@@ -41,7 +41,8 @@ ENTRY %main (p: f32[2,4]) -> f32[8,4] {
     ]
 
 
-def compile_losses(*arguments):
+def compiled(script, *arguments):
+    """What a script beside this file prints."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("the TPU compiler is not installed: pip install 'opsd-jax[tpu]'")
     quiet = {
@@ -51,9 +52,9 @@ def compile_losses(*arguments):
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5p-8",
     }
-    script = pathlib.Path(__file__).with_name("compile_losses.py")
+    path = pathlib.Path(__file__).with_name(script)
     done = subprocess.run(
-        [sys.executable, str(script), *arguments],
+        [sys.executable, str(path), *arguments],
         env=os.environ | quiet,
         capture_output=True,
         text=True,
@@ -67,7 +68,7 @@ def compile_losses(*arguments):
 @pytest.mark.parametrize(("mesh", "tensor"), [("1x16x1", 1), ("4x4x1", 1), ("1x4x4", 4)])
 def test_no_collective_of_the_heads_size_in_the_loop_over_chunks(topology, mesh, tensor):
     """Both heads are gathered once before it, and the gradient of one is reduced once after it."""
-    seen = compile_losses(topology, mesh, "ours")
+    seen = compiled("compile_losses.py", topology, mesh, "ours")
     # With the vocabulary split, a chunk's gradient of the hidden states is summed over its parts.
     assert seen["largest_in_loop"] <= (CHUNK * D if tensor > 1 else 0)
     assert seen["of_head_size"] == 3
@@ -80,5 +81,13 @@ def test_no_collective_of_the_heads_size_in_the_loop_over_chunks(topology, mesh,
 @pytest.mark.slow
 def test_the_check_can_fail():
     """A plain scan over chunks does hold one."""
-    seen = compile_losses("v5p:2x2x4", "1x16x1", "plain")
+    seen = compiled("compile_losses.py", "v5p:2x2x4", "1x16x1", "plain")
     assert seen["largest_in_loop"] >= D * V
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_weights_are_written_into_the_parameters_in_place(param_dtype):
+    seen = compiled("compile_weights.py", "v5p:2x2x1", "1x2x2", param_dtype)
+    assert seen["in_place"]
+    assert seen["temp_mib"] <= 32  # a piece's

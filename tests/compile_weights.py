@@ -1,0 +1,52 @@
+"""Compiles the moves of weights for a TPU that is not there: run by test_tpu.py.
+
+    python compile_weights.py TOPOLOGY DATAxFSDPxTENSOR PARAM_DTYPE
+
+Qwen3-8B's shapes, from bfloat16 pieces. Prints a JSON line: the largest temporaries of a program,
+in MiB, and whether each writes into the array that it is given.
+"""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+
+from opsd_jax import config as config_lib
+from opsd_jax.models import decoder, safetensors, weights
+from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.training.checkpoint import abstract_of
+
+
+def main(topology: str, shape: str, param_dtype: str) -> None:
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = mesh_lib.make_mesh([int(size) for size in shape.split("x")], devices)
+    model = decoder.from_config(config_lib.preset("qwen3-8b", param_dtype=param_dtype))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    abstract = abstract_of(shapes, mesh_lib.param_shardings(mesh, model.rules, shapes))
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.replicated(mesh))
+    temporaries, in_place = 0, True
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+        tensor = weights.tensors_of(mesh_lib.path_name(path), leaf.shape)[0]
+        pieces = weights.pieces_of(leaf, tensor, itemsize=2)
+        sharding = NamedSharding(mesh, pieces.piece_spec)
+        piece = jax.ShapeDtypeStruct(pieces.shape, jnp.bfloat16, sharding=sharding)
+        where = {
+            "order": tensor.order,
+            "mesh": pieces.mesh,
+            "specs": (pieces.spec, pieces.piece_spec),
+        }
+        put = weights._put.lower(leaf, piece, number, number, **where).compile()
+        stored = {"rows": pieces.rows, "dtype": safetensors.DTYPES["BF16"]}
+        take = weights._take.lower(leaf, number, number, **where, **stored).compile()
+        for memory in (put.memory_analysis(), take.memory_analysis()):
+            temporaries = max(temporaries, memory.temp_size_in_bytes)
+        memory = put.memory_analysis()
+        in_place &= memory.alias_size_in_bytes == memory.output_size_in_bytes
+    print(json.dumps({"temp_mib": temporaries >> 20, "in_place": bool(in_place)}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
