@@ -6,8 +6,10 @@ import pathlib
 import re
 import signal
 
+import hf_files
 import huggingface_hub
 import pytest
+import tiny_tokenizer
 
 from opsd_jax import config as config_lib
 from opsd_jax import main
@@ -222,6 +224,36 @@ def test_a_model_wants_benchmarks_and_a_directory(capsys, tmp_path):
     assert "expected --benchmark and --out" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main.main(["evaluate", "--stage", "rlvr"])
+
+
+@pytest.fixture(scope="module")
+def model_directory(tmp_path_factory):
+    """A small random Qwen2 with a tokenizer and a chat template that knows thinking."""
+    config = hf_files.CONFIG | {"vocab_size": 500}
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    hf_files.write(path, hf_files.tensors_of(config), config)
+    return tiny_tokenizer.write(path, "qwen3")
+
+
+def test_a_model_of_hugging_face(model_directory, questions, tmp_path, capsys):
+    """By the paper's settings on all devices, then without thinking, compared with before."""
+
+    def run(out, *arguments):
+        command = ["evaluate", "--model", model_directory, "--benchmark", f"sums={questions}"]
+        code = main.main([*map(str, (*command, "--out", out, *arguments))])
+        printed = capsys.readouterr()
+        assert code == 0, printed.err
+        return json.loads(printed.out), printed.err
+
+    few = ("--response-tokens", 5, "--prompt-tokens", 120)
+    figures, _ = run(tmp_path / "a", *few)
+    settings = figures["settings"]
+    assert settings["model"] == str(model_directory)
+    assert (settings["samples"], settings["temperature"], settings["top_k"]) == (8, 0.6, 20)
+    assert (figures["name"], figures["problems"], figures["responses"]) == ("tiny", 9, 72)
+    again, errors = run(tmp_path / "b", *few, "--thinking", "off", "--compare", tmp_path / "a")
+    assert again["settings"]["prompts_digest"] != settings["prompts_digest"]
+    assert "not sampled alike: thinking '' and 'off', prompts_digest" in errors
 
 
 def test_a_download_that_fails_tells_to_give_a_path(monkeypatch):

@@ -9,8 +9,12 @@ import statistics as stdlib
 import numpy as np
 import pytest
 
+from opsd_jax import config as config_lib
+from opsd_jax.data import arithmetic
+from opsd_jax.data.problem import Problem
 from opsd_jax.evaluation import comparison, statistics
-from opsd_jax.verify import extract
+from opsd_jax.verify import extract, verifiers
+from opsd_jax.verify.maths import maths
 
 RECORDED = pathlib.Path("/work/shared/data/verifier/rollouts_math_qwen.jsonl")
 
@@ -219,3 +223,27 @@ def test_a_comparison_is_of_pairs(pair):
     assert all(same[f"{name}{end}"] == 0 for name in comparison.CHANGES for end in ("", "_high"))
     with pytest.raises(ValueError, match=r"300 and 299, of which 299 are in both; 299 is in one"):
         comparison.compare(before, [r for r in after if r["problem"] != 299])
+
+
+def test_verifiers_tell_the_answer_that_votes():
+    problem = Problem("p", "", "", "B", "a")
+    text = r"<think>\boxed{9}</think> So \boxed{ 1,000 } or (B). #### $2.50"
+    told = lambda verifier, response=text: verifier.extract(problem, response)
+    assert told(verifiers.exact()) == "1,000"
+    assert told(verifiers.exact(("####",))) == "$2.50"
+    assert told(verifiers.numeric()) == "1000.0"
+    assert told(verifiers.numeric(("####",)), "#### none") is None
+    assert told(verifiers.choice(("text",)), "The answer is (C).") == "C"
+    assert told(maths(("boxed", "text"))) == "1,000"
+    assert told(maths(("text",))) is None
+    both = verifiers.combine([verifiers.numeric(("####",)), verifiers.exact()], every=False)
+    assert told(both) == "2.5"
+    assert told(both, r"\boxed{x}") == "x"
+    assert told(verifiers.by_source({"a": maths()})) == "1,000"
+    own = verifiers.as_verifier(lambda problem, response: True)
+    assert own.extract is None
+    assert verifiers.by_source({"a": maths(), "b": own}).extract is None
+    assert verifiers.combine([own, own], every=True).extract is None
+    miniature = arithmetic.task(config_lib.default().data).verify
+    assert told(miniature, "<think> a </think> 7 <eos>") == "7"
+    assert told(miniature, "<think> a </think> 7") is None

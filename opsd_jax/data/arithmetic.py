@@ -238,6 +238,13 @@ def verify(problem: Problem, response: str) -> Verdict:
     return Verdict(right, "match" if right else "mismatch")
 
 
+def answer_in(problem: Problem, response: str) -> str | None:
+    """The one word after the last `</think>`, if EOS follows; for majority votes."""
+    _, found, answer = response.rpartition("</think>")
+    words = answer.split()
+    return words[0] if found and len(words) == 2 and words[1] == "<eos>" else None
+
+
 class Part:
     """Questions [low, high) of one fixed permutation of them all, which no seed or epoch changes.
 
@@ -275,6 +282,6 @@ def task(config: ConfigDict) -> Task:
         demonstrations=lambda seed: train.seed(seed).shuffle().random_map(demonstrate),
         prompt=prompt,
         teacher_prompt=teacher_prompt,
-        verify=at_once(verify),
+        verify=at_once(verify, answer_in),
         note=NOTE,
     )

@@ -96,7 +96,7 @@ def settings(
         "problems": len(problems),
         **{name: section[name] for name in SAMPLING},
         **{name: config.data[name] for name in PROMPTING},
-        "digest": digest.hexdigest()[:16],
+        "prompts_digest": digest.hexdigest()[:16],
     }
 
 

@@ -14,7 +14,7 @@ from opsd_jax.evaluation.markup import card, soft
 from opsd_jax.training import files
 
 COMPARISON = "comparison.json"
-BARS = "Bars are two standard errors."
+BARS = "Bars are two standard errors. Hollow: before, where two are compared."
 
 
 def check_comparable(earlier: pathlib.Path, problems: Sequence[Problem]) -> None:
@@ -114,12 +114,8 @@ def _draw(
     drawn = {"accuracy_length": plots.accuracy_and_length(points)}
     new, old = statistics.by_source(responses), statistics.by_source(before)
     for source, records in new.items():
-        sides = {"before": old[source]} if before else {}
-        name = source or "all"
-        drawn[f"lengths_{name}"] = plots.lengths(
-            {
-                side: [r["length"] for r in part]
-                for side, part in (sides | {"after": records}).items()
-            }
+        sides = {"before": old[source], "after": records} if before else {figures["name"]: records}
+        drawn[f"lengths_{source or 'all'}"] = plots.lengths(
+            {side: [record["length"] for record in part] for side, part in sides.items()}
         )
     return drawn
