@@ -12,7 +12,7 @@ import pytest
 import tiny_tokenizer
 
 from opsd_jax import config as config_lib
-from opsd_jax import main
+from opsd_jax import main, pipeline
 from opsd_jax.data import sources
 from opsd_jax.data.problem import DataError
 from opsd_jax.evaluation import benchmarks, evaluate
@@ -122,6 +122,35 @@ def test_after_a_kill_it_goes_on_to_the_same_files(whole, command, tmp_path, mon
     for name in ("responses.jsonl", "evaluation.json", "report.md", "index.html"):
         there, expected = ((d / name).read_text() for d in (tmp_path, whole))
         assert there == expected, name
+
+
+def test_an_evaluation_within_a_run_goes_on_too(config, tmp_path, monkeypatch):
+    run = config.copy_and_resolve_references()
+    with run.unlocked():
+        run.stages = ()
+        run.evaluation.problems = 20  # three calls of eight prompts
+    pipeline.run(run, tmp_path / "whole")
+    append, made = evaluate.append, []
+
+    def mortal(directory, records):
+        append(directory, records)
+        made.append(len(records))
+        if len(made) == 2:
+            raise Crash
+
+    monkeypatch.setattr(evaluate, "append", mortal)
+    with pytest.raises(Crash):
+        pipeline.run(run, tmp_path / "killed")
+    pipeline.run(run, tmp_path / "killed")
+    assert made == [16, 16, 8]
+    whole, killed = (tmp_path / name / "untrained" for name in ("whole", "killed"))
+    for name in ("responses.jsonl", "settings.json"):
+        assert (killed / name).read_text() == (whole / name).read_text()
+    times = {"seconds", "peak_rss_gib"}
+    figures = [json.loads((d / "evaluation.json").read_text()) for d in (whole, killed)]
+    a, b = ({k: v for k, v in f.items() if k not in times} for f in figures)
+    assert a == b
+    assert a["majority"] is not None
 
 
 def test_a_signal_ends_it_after_a_call(whole, command, tmp_path, monkeypatch):
