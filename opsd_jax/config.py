@@ -215,6 +215,7 @@ def default() -> ConfigDict:
     config.data.chat_template = ""  # the tokenizer's own; "none": plain text; or a file's name
     config.data.thinking = ""  # "on", "off", or what the chat template does by itself
     config.data.system = ""  # the system's turn; "" for none
+    config.data.date = ""  # "YYYY-MM-DD", for chat templates that ask which day it is
     config.data.template_options = ConfigDict()  # further variables of the chat template
     # What the user says. {question} is filled in.
     config.data.prompt = "{question}\n" + REQUEST
@@ -317,7 +318,7 @@ def default() -> ConfigDict:
     config.opsd.memo.at_once = 32  # memos a sampling call
     config.opsd.memo.temperature = 1.0
     config.opsd.reinject_every = 0  # tokens between reminders in the teacher's copy of a response
-    config.opsd.reminder_tokens = 64  # the longest reminder
+    config.opsd.reminder_tokens = 256  # a longer reminder loses the end of its context
     # A longer prompt with privileged text in it loses the end of that text.
     config.opsd.teacher_prompt_tokens = 39
     config.opsd.teacher = ConfigDict()

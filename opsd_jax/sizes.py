@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import heapq
 import sys
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 import grain
 from ml_collections import ConfigDict
@@ -14,8 +14,10 @@ from ml_collections import ConfigDict
 from opsd_jax import config as config_lib
 from opsd_jax.data import contexts
 from opsd_jax.data.contexts import Context
-from opsd_jax.data.problem import DataError, Problem
+from opsd_jax.data.problem import Problem
 from opsd_jax.data.task import Task
+from opsd_jax.stages import teacher as teacher_lib
+from opsd_jax.verify.groups import Groups
 
 # What is made into tokens of a data set before a run begins, if it has more elements than this:
 WHOLLY_LOOKED_AT = 50_000
@@ -44,8 +46,8 @@ def check(
     def divides(field: str, value: int) -> None:
         expect(value % shards == 0, field, value, f"a multiple of data x fsdp = {shards}")
 
-    def looked_at(data: grain.MapDataset) -> Iterable[int]:
-        if len(data) <= WHOLLY_LOOKED_AT:
+    def looked_at(data: grain.MapDataset, wholly: int = WHOLLY_LOOKED_AT) -> Iterable[int]:
+        if len(data) <= wholly:
             return range(len(data))
         if not (task.in_memory and (data is task.train or data is task.heldout)):
             return range(LOOKED_AT)
@@ -92,41 +94,75 @@ def check(
         divides(f"{name}.prompts_at_once", min(section.prompts_at_once, section.prompts))
         holds(f"{name}.prompt_tokens", section.prompt_tokens, task.train, task.prompt)
         if section.algorithm == "opsd":
-            for kind in section.contexts:
-                _check_contexts(task, name, section, kind, looked_at(task.train))
+            if "memo" in section.contexts:
+                divides(f"{name}.memo.at_once", section.memo.at_once)
+            problems = [
+                data[i] for data in (task.train, task.heldout) for i in looked_at(data, LONGEST)
+            ]
+            _check_contexts(task, name, section, problems)
+            if warning := teacher_lib.warning(section.teacher):
+                print(f"{name}: {warning}", file=sys.stderr)
 
 
 def _check_contexts(
-    task: Task, stage: str, section: ConfigDict, kind: str, looked_at: Iterable[int]
+    task: Task, stage: str, section: ConfigDict, problems: Sequence[Problem]
 ) -> None:
-    """Raises ConfigError where a teacher's prompt does not fit without its context, and tells
-    standard error how many of those looked at lose a part of it.
+    """Raises ConfigError for a context that the task cannot give, that no problem has, or for which
+    a limit leaves no room; tells standard error how many lack one or lose a part of it.
+
+    Args:
+      task: of the run.
+      stage, section: of the config, for OPSD.
+      problems: trained on and held out, those that are looked at.
     """
     limit = section.teacher_prompt_tokens
-    if section.reinject_every and task.reminder is not None and ":" not in kind:
+
+    def fail(field: str, value: Any, why: Any) -> NoReturn:
+        raise config_lib.ConfigError(f"config.{stage}.{field} is {value!r}; {why}")
+
+    if section.reinject_every and task.reminder is None:
+        fail("reinject_every", section.reinject_every, "expected 0: the task has no reminder.")
+    for kind in section.contexts:
+        if ":" in kind:
+            config_lib.import_function(kind, f"{stage}.contexts")
+        if kind == "memo" and task.memo_request is None:
+            fail("contexts", kind, "expected none of 'memo': the task has no memo_request.")
+        find = {
+            "solution": contexts.solution,
+            "answer": contexts.answer,
+            "column": contexts.column(section.context_column),
+        }.get(kind, contexts.nothing)
+        wording = "column" if ":" in kind else kind
+        texts = [find(problem, 0, ()) for problem in problems]
+        cut = 0
         try:
-            task.reminder(Context(kind, ""), section.reminder_tokens)
-        except DataError as error:
-            field = f"config.{stage}.reminder_tokens"
-            raise config_lib.ConfigError(
-                f"{field} is {section.reminder_tokens}; {error}"
-            ) from error
-    find = {"solution": contexts.solution, "answer": contexts.answer}.get(kind)
-    cut = looked = 0
-    for i in looked_at:
-        problem = task.train[i]
-        text = find(problem, 0, ()) if find else ""
-        if text is None or ":" in kind:
-            continue
-        try:
-            cut += task.teacher_prompt(problem, Context(kind, text), limit)[1]
+            for problem, text in zip(problems, texts, strict=True):
+                cut += task.teacher_prompt(problem, Context(wording, text or ""), limit)[1]
         except ValueError as error:
-            field = f"config.{stage}.teacher_prompt_tokens"
-            raise config_lib.ConfigError(f"{field} is {limit}; {error}") from error
-        looked += 1
-    if cut:
-        print(
-            f"{stage}: of the teacher's prompts that were looked at, {cut} of {looked} lose a "
-            f"part of the {kind} to teacher_prompt_tokens = {limit}.",
-            file=sys.stderr,
-        )
+            fail("teacher_prompt_tokens", limit, error)
+        if section.reinject_every and task.reminder is not None:
+            try:
+                task.reminder(Context(wording, ""), section.reminder_tokens)
+            except ValueError as error:
+                fail("reminder_tokens", section.reminder_tokens, error)
+        there = len(texts) - texts.count(None)
+        if not there and len(section.contexts) == 1:
+            fail(
+                "contexts",
+                (kind,),
+                f"expected another: no problem that was looked at has a {kind}.",
+            )
+        if cut or there < len(texts):
+            print(
+                f"{stage}: of {len(texts)} problems looked at, {there} have a {kind}, and {cut} of "
+                f"these lose a part of it to teacher_prompt_tokens = {limit}.",
+                file=sys.stderr,
+            )
+    if "memo" in section.contexts and task.memo_request is not None:
+        most = section.memo.request_tokens
+        for problem in problems:
+            for group in Groups._fields:
+                needed = len(task.memo_request(problem, group))
+                if needed > most:
+                    why = f"expected at least {needed}, which the request on {problem.id} has."
+                    fail("memo.request_tokens", most, why)

@@ -48,6 +48,8 @@ def validate(config: ConfigDict) -> None:
     _validate_sources(config.data, fail)
     largest = sys.float_info.max  # what stands for infinity
     for field, value in config_lib.flatten(config).items():
+        if field.startswith("data.template_options."):
+            continue  # a chat template's own
         name = field.rsplit(".", 1)[-1]
         if isinstance(value, float) and math.isnan(value):
             fail(field, value, "a number")

@@ -79,7 +79,10 @@ def check_data(task: Task, workdir: pathlib.Path) -> None:
             problem = problems[i]
             name = f"{part}.{problem.source}"
             what = [problem.id, problem.question, problem.solution, problem.answer]
-            digests.setdefault(name, hashlib.sha256()).update(json.dumps(what).encode())
+            what += [dict(problem.extra)] if problem.extra else []
+            digests.setdefault(name, hashlib.sha256()).update(
+                json.dumps(what, default=str).encode()
+            )
             counts[name] += 1
     now = {
         name: f"{counts[name]} problems, {digest.hexdigest()[:16]}"

@@ -1,5 +1,6 @@
 """Tokenizers of model directories, and chat templates: the ids that transformers makes."""
 
+import datetime
 import json
 
 import pytest
@@ -70,15 +71,28 @@ def test_prompts_are_those_of_transformers(directory, thinking, system):
 
 
 @pytest.mark.slow
-def test_a_date_is_todays_unless_it_is_given(directories):
+def test_on_its_day_a_prompt_is_that_of_transformers(directories):
     transformers = pytest.importorskip("transformers", reason="needs the extra `parity`")
-    directory = directories["llama3"]
-    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    theirs = transformers.AutoTokenizer.from_pretrained(directories["llama3"])
+    ours = PretrainedTokenizer(directories["llama3"])
     turns = [{"role": "user", "content": "?"}]
-    ours = PretrainedTokenizer(directory).chat_template
-    assert ours.render(turns) == theirs.apply_chat_template(
-        turns, add_generation_prompt=True, tokenize=False
-    )
+    for _ in range(2):  # in case that it is midnight
+        chat = Chat(ours, ours.chat_template, date=datetime.date.today().isoformat())
+        expected = theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        if chat.prompt("?") == expected:
+            break
+    else:
+        pytest.fail("the prompts differ")
+
+
+def test_a_template_that_asks_for_the_date_needs_one(directories):
+    """Else a run would go on tomorrow with other prompts than today's."""
+    tokenizer = PretrainedTokenizer(directories["llama3"])
+    with pytest.raises(ValueError, match=r"it asks for the date, .*--config.data.date=2026-01-31"):
+        Chat(tokenizer, tokenizer.chat_template)
+    pinned = Chat(tokenizer, tokenizer.chat_template, date="2024-07-26").prompt("?")
+    named = Chat(tokenizer, tokenizer.chat_template, options=OPTIONS).prompt("?")
+    assert pinned == named
 
 
 def test_special_ids(directory):
@@ -121,7 +135,8 @@ def test_a_next_turn_leaves_the_response_as_it_was_sampled(directory, thinking):
     """Also where the template would take its thinking out, or trim it."""
     tokenizer = PretrainedTokenizer(directory)
     switched = directory.name == "qwen3"
-    chat = Chat(tokenizer, tokenizer.chat_template, thinking=thinking if switched else "")
+    thinking = thinking if switched else ""
+    chat = Chat(tokenizer, tokenizer.chat_template, thinking=thinking, options=OPTIONS)
     response = tokenizer.encode(" <think>\nHm.</think>It is 46. ")
     dialogue = [*chat.prompt("What?"), *response, *chat.next_turn("A memo, please.")]
     text = tokenizer._tokenizer.decode(dialogue, skip_special_tokens=False)
@@ -131,7 +146,7 @@ def test_a_next_turn_leaves_the_response_as_it_was_sampled(directory, thinking):
     asked = text[text.index("It is 46") :]
     assert "A memo, please." in asked
     generation = tokenizer.chat_template.render(
-        [{"role": "user", "content": "?"}], {"enable_thinking": not thinking}
+        [{"role": "user", "content": "?"}], {"enable_thinking": not thinking} | OPTIONS
     ).rpartition("?")[2]
     assert asked.endswith(generation)
     assert begun == ("<think>\n" if directory.name == "r1" else "")
@@ -182,9 +197,43 @@ def test_a_template_that_is_none_is_an_error():
         ChatTemplate("{{ raise_exception('not like this') }}", {}).render([])
 
 
+def test_tokens_that_the_settings_add(tmp_path):
+    """As transformers does: what `tokenizer.json` does not have, in the order of the ids."""
+    tiny_tokenizer.write(tmp_path, "qwen3")
+    last = PretrainedTokenizer(tmp_path).vocab_size
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings |= {
+        "added_tokens_decoder": {
+            str(last + 1): {"content": "<|b|>", "special": True},
+            str(last): {"content": "<a>", "special": False},
+            "3": {"content": "<|im_end|>", "special": True},
+        },
+        "eos_token": "<|b|>",
+        "extra_special_tokens": {"image_token": "<a>"},
+        "chat_template": "{{ image_token }}",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = PretrainedTokenizer(tmp_path)
+    assert tokenizer.encode("<a><|b|>") == [last, last + 1]
+    assert tokenizer.decode([last, last + 1]) == "<a>"
+    assert tokenizer.eos_ids == (last + 1,)
+    assert "<|b|>" in tokenizer.control_tokens
+    assert tokenizer.chat_template.render([]) == "<a>"
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
+        (
+            "generation_config.json",
+            '{"eos_token_id": "x"}',
+            r"eos_token_id is \['x'\]; expected an",
+        ),
+        (
+            "tokenizer_config.json",
+            '{"chat_template": [{"name": "tool", "template": ""}], "eos_token": "<|im_end|>"}',
+            "has chat templates tool; expected one of the name default",
+        ),
         ("tokenizer.json", None, r"there is no .*tokenizer.json; expected a Hugging Face model's"),
         ("tokenizer.json", "{}", r"tokenizer.json cannot be read: "),
         ("tokenizer_config.json", "{", r"tokenizer_config.json is not JSON: "),
@@ -194,7 +243,7 @@ def test_a_template_that_is_none_is_an_error():
 )
 def test_a_directory_that_cannot_be_used(tmp_path, file, content, message):
     tiny_tokenizer.write(tmp_path, "qwen3")
-    (tmp_path / file).unlink()
+    (tmp_path / file).unlink(missing_ok=True)
     if content is not None:
         (tmp_path / file).write_text(content)
     with pytest.raises(ValueError, match=message):

@@ -326,7 +326,7 @@ def test_of_many_problems_the_longest_are_looked_at(config, tmp_path, monkeypatc
         pipeline.Run(config, tmp_path)
     config.rlvr.prompt_tokens = config.opsd.prompt_tokens = 13
     pipeline.Run(config, tmp_path)
-    cut = "of the teacher's prompts that were looked at, 1 of 2 lose a part of the solution to"
+    cut = "opsd: of 3 problems looked at, 3 have a solution, and 1 of these lose a part of it to"
     assert cut in capsys.readouterr().err
 
 

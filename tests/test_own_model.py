@@ -178,8 +178,9 @@ def test_each_context_in_turn(files, tmp_path, kind):
     assert sum(row["active_rows"] for row in rows) > 0
     if kind == "none":  # without reminders in it, and the first step's teacher is the student
         assert abs(rows[0]["token_divergence"]) < 1e-5
-    elif kind in ("solution", "answer", "concise", "column"):
-        assert rows[0]["token_divergence"] > 0
+    else:
+        divergences = [row["token_divergence"] for row in rows if row["active_rows"]]
+        assert divergences[0] > 1e-3
     assert (tmp_path / "opsd" / "checkpoints" / "2").is_dir()
     assert (tmp_path / "opsd" / "divergence.json").is_file()
 

@@ -7,6 +7,7 @@ internals and from changing what it is given.
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -42,7 +43,8 @@ class ChatTemplate:
         environment.filters["tojson"] = _tojson
         environment.globals |= {
             "raise_exception": _raise,
-            "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+            "strftime_now": functools.partial(strftime, ""),
+            "dict": lambda *pairs, **names: dict(*pairs, **names),  # no class to climb up from
         }
         try:
             self._template = environment.from_string(source)
@@ -70,7 +72,7 @@ class ChatTemplate:
         variables = self._special_tokens | dict(options or {})
         try:
             return self._template.render(
-                messages=list(messages),
+                messages=[dict(message) for message in messages],
                 tools=None,
                 documents=None,
                 add_generation_prompt=generation_prompt,
@@ -90,12 +92,30 @@ def _tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_k
     )
 
 
+def strftime(date: str, form: str) -> str:
+    """What a template that asks for the date gets on `date`, "YYYY-MM-DD".
+
+    Raises:
+      ValueError: it is "": nobody said which day it is.
+    """
+    if not date:
+        raise ValueError(
+            "it asks for the date, and has to give the same prompts tomorrow; expected a day in "
+            "data.date, such as --config.data.date=2026-01-31"
+        )
+    return datetime.date.fromisoformat(date).strftime(form)
+
+
 def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
 class Chat:
-    """Text of a user's turn -> token ids of the prompt, by a template or, without one, as it is."""
+    """Text of a user's turn -> token ids of the prompt, by a template or, without one, as it is.
+
+    Attributes:
+      templated: whether there is a template.
+    """
 
     def __init__(
         self,
@@ -104,6 +124,7 @@ class Chat:
         *,
         system: str = "",
         thinking: str = "",
+        date: str = "",
         options: Mapping[str, Any] | None = None,
     ):
         """
@@ -112,14 +133,18 @@ class Chat:
           template: None for prompts of plain text.
           system: the system's turn; "" for none.
           thinking: "on", "off", or "" for what the template does by itself.
+          date: the day that it is for the template, "YYYY-MM-DD"; "" where it does not ask.
           options: further variables of the template.
 
         Raises:
           ValueError: what was asked for is not in the template's power.
         """
         self._tokenizer, self._template = tokenizer, template
+        self.templated = template is not None
         self._system = [{"role": "system", "content": system}] if system else []
         self._options = dict(options or {})
+        if date:
+            self._options["strftime_now"] = functools.partial(strftime, date)
         if thinking:
             self._options["enable_thinking"] = thinking == "on"
         if template is None:
@@ -131,6 +156,7 @@ class Chat:
                         "has no chat template. Name a file with one in data.chat_template."
                     )
             return
+        self._render([{"role": "user", "content": "?"}])
         if thinking:
             other = self._options | {"enable_thinking": thinking != "on"}
             turn = [{"role": "user", "content": "?"}]

@@ -78,8 +78,8 @@ class Task(NamedTuple):
         for a memo on it, knowing that it is "correct", "incorrect" or "truncated", up to where the
         memo begins; None if there is no such thing.
       end_thinking: token ids that close the thinking of a memo that has used up its budget.
-      reminder: `(Context, limit) -> token ids`, the context as a thought in the middle of a
-        response; None if there is no such thing.
+      reminder: `(Context, limit) -> (token ids, whether they were cut)`, the context as a thought
+        within a response; None if there is no such thing.
     """
 
     tokenizer: Tokenizer
@@ -95,4 +95,4 @@ class Task(NamedTuple):
     begun: str = ""
     memo_request: Callable[[Problem, str], list[int]] | None = None
     end_thinking: Sequence[int] = ()
-    reminder: Callable[[Context, int], list[int]] | None = None
+    reminder: Callable[[Context, int], tuple[list[int], bool]] | None = None

@@ -26,6 +26,7 @@ from opsd_jax.data.problem import DataError, Problem
 from opsd_jax.data.task import Demonstration, Task, Tokenizer
 from opsd_jax.data.tokenizer import PretrainedTokenizer
 
+_DAY = re.compile(r"[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])")
 _FIELD = re.compile(r"\{(question|solution|answer|context)\}")
 
 
@@ -41,6 +42,7 @@ def task(config: ConfigDict) -> Task:
     check_wording(config)
     tokenizer = make_tokenizer(config.tokenizer)
     chat = make_chat(config, tokenizer)
+    begun = chat.begun()
     data = load(config)
     weights = {name: section.weight for name, section in config.train.items()}
     solved = {
@@ -49,16 +51,22 @@ def task(config: ConfigDict) -> Task:
         if (shown := [problem for problem in problems if problem.solution])
     }
 
+    control = re.compile("|".join(map(re.escape, getattr(tokenizer, "control_tokens", ()))) or "$^")
+
+    def ask(text: str) -> list[int]:
+        return chat.prompt(text.strip() if chat.templated else text)
+
     def prompt(problem: Problem) -> list[int]:
-        return chat.prompt(fill(config.prompt, question=problem.question))
+        return ask(fill(config.prompt, question=problem.question))
 
     def informed(context: Context, text: str) -> str:
-        return fill(config.contexts[context.kind], context=text)
+        # A sibling or a memo is the model's own words: they are not to end the user's turn.
+        return fill(config.contexts[context.kind], context=control.sub("", text))
 
     def teacher_prompt(problem: Problem, context: Context, limit: int) -> tuple[list[int], bool]:
         def render(text: str) -> list[int]:
             asked = {"question": problem.question, "context": informed(context, text)}
-            return chat.prompt(fill(config.teacher_prompt, **asked))
+            return ask(fill(config.teacher_prompt, **asked))
 
         try:
             if context.kind == "none":
@@ -67,14 +75,14 @@ def task(config: ConfigDict) -> Task:
         except ValueError as error:
             raise DataError(f"the teacher's prompt of problem {problem.id} has {error}") from error
 
-    def reminder(context: Context, limit: int) -> list[int]:
+    def reminder(context: Context, limit: int) -> tuple[list[int], bool]:
         render = lambda text: tokenizer.encode(
             fill(config.reminder, context=informed(context, text))
         )
         if context.kind == "none":
-            return []
+            return [], False
         try:
-            return fitting(render, context.text, limit)[0]
+            return fitting(render, context.text, limit)
         except ValueError as error:
             raise DataError(f"a reminder of the {context.kind} has {error}") from error
 
@@ -83,6 +91,12 @@ def task(config: ConfigDict) -> Task:
         return chat.next_turn(fill(config.memo[group], **known))
 
     def demonstrate(problem: Problem) -> Demonstration:
+        if begun and "</think>" not in problem.solution:
+            raise DataError(
+                f"the prompt of problem {problem.id} opens its thinking, and its solution has no "
+                "</think>: a model that imitates it never ends a thought. Expected one in it, or "
+                "another chat_template."
+            )
         return Demonstration(
             prompt(problem), [*tokenizer.encode(problem.solution), tokenizer.eos_ids[0]]
         )
@@ -105,7 +119,7 @@ def task(config: ConfigDict) -> Task:
         verify=by_source(data.verifiers),
         stream=lambda seed: mixture(data.train, weights, seed),
         in_memory=True,
-        begun=chat.begun(),
+        begun=begun,
         memo_request=memo_request,
         end_thinking=tokenizer.encode("\n</think>\n\n"),
         reminder=reminder,
@@ -131,6 +145,8 @@ def make_chat(config: ConfigDict, tokenizer: Tokenizer) -> Chat:
     """
     if config.thinking not in ("", "on", "off"):
         raise ValueError(f"data.thinking is {config.thinking!r}; expected 'on', 'off' or ''.")
+    if config.date and not _DAY.fullmatch(config.date):
+        raise ValueError(f"data.date is {config.date!r}; expected a day such as '2026-01-31'.")
     template: ChatTemplate | None = getattr(tokenizer, "chat_template", None)
     if config.chat_template == "none":
         template = None
@@ -148,6 +164,7 @@ def make_chat(config: ConfigDict, tokenizer: Tokenizer) -> Chat:
         template,
         system=config.system,
         thinking=config.thinking,
+        date=config.date,
         options=config.template_options.to_dict(),
     )
 

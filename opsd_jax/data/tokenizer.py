@@ -39,6 +39,7 @@ class PretrainedTokenizer:
       pad_id: of its padding token; where there is none, of its first end-of-sequence token.
       eos_ids: its `eos_token`, then what `generation_config.json` or `config.json` adds.
       special_tokens: name -> text of its special tokens, as chat templates see them.
+      control_tokens: the texts that stand for special tokens wherever they occur.
       chat_template: its own, or None.
     """
 
@@ -59,23 +60,30 @@ class PretrainedTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         settings = _json(directory / "tokenizer_config.json")
+        _add_missing(self._tokenizer, settings.get("added_tokens_decoder", {}))
         named = _json(directory / "special_tokens_map.json") | settings
+        if isinstance(extra := named.get("extra_special_tokens"), dict):
+            named = extra | named
         self.special_tokens = {
-            name: value["content"] if isinstance(value, dict) else value
+            name: _text(value)
             for name, value in named.items()
             if name.endswith("_token") and isinstance(value, str | dict)
         }
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        self.control_tokens = tuple(token.content for token in added if token.special)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        ends: list[int] = [
-            vocabulary[text]
-            for name, text in self.special_tokens.items()
-            if name == "eos_token" and text in vocabulary
-        ]
+        first = vocabulary.get(self.special_tokens.get("eos_token", ""))
+        ends = [] if first is None else [first]
         for file in ("generation_config.json", "config.json"):
             more = _json(directory / file).get("eos_token_id")
             if more is not None:
-                ends += more if isinstance(more, list) else [more]
+                more = more if isinstance(more, list) else [more]
+                if not all(type(i) is int for i in more):
+                    raise ValueError(
+                        f"{directory / file}: eos_token_id is {more}; expected an id, or a list."
+                    )
+                ends += more
                 break
         if not ends:
             raise ValueError(
@@ -86,7 +94,7 @@ class PretrainedTokenizer:
         self.pad_id = vocabulary.get(self.special_tokens.get("pad_token", ""), self.eos_ids[0])
         self._ends = frozenset(self.eos_ids)
         source = _chat_template(directory, settings)
-        self.chat_template = source and ChatTemplate(source, self.special_tokens)
+        self.chat_template = ChatTemplate(source, self.special_tokens) if source else None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, in which special tokens may be spelled; none is added."""
@@ -118,6 +126,22 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
+def _text(token: Any) -> str:
+    """A token's text, of itself or as an object with its properties."""
+    return token if isinstance(token, str) else str(token.get("content", ""))
+
+
+def _add_missing(tokenizer: tokenizers.Tokenizer, listed: dict[str, Any]) -> None:
+    """Adds the tokens of `added_tokens_decoder` (id -> token) that `tokenizer.json` has not."""
+    properties = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    for _, token in sorted(listed.items(), key=lambda item: int(item[0])):
+        if tokenizer.token_to_id(_text(token)) is None:
+            known = {name: token[name] for name in properties if name in token}
+            added = tokenizers.AddedToken(_text(token), **known)
+            add = tokenizer.add_special_tokens if added.special else tokenizer.add_tokens
+            add([added])
+
+
 def _chat_template(directory: pathlib.Path, settings: dict[str, Any]) -> str | None:
     """The text of a directory's chat template, wherever it is kept; of several the default."""
     path = directory / "chat_template.jinja"
@@ -126,7 +150,12 @@ def _chat_template(directory: pathlib.Path, settings: dict[str, Any]) -> str | N
     source = settings.get("chat_template") or _json(directory / "chat_template.json").get(
         "chat_template"
     )
-    if isinstance(source, list):
-        by_name = {entry["name"]: entry["template"] for entry in source}
-        return by_name.get("default")
-    return source
+    if not isinstance(source, list):
+        return source
+    by_name = {entry.get("name"): entry.get("template") for entry in source}
+    if not isinstance(default := by_name.get("default"), str):
+        raise ValueError(
+            f"{directory} has chat templates {', '.join(map(str, by_name))}; expected one of the "
+            "name default, or a file in data.chat_template."
+        )
+    return default

@@ -49,36 +49,35 @@ class Memos:
         write: Engine,
         close: Engine,
     ):
-        """`config` is the section `memo` of an OPSD stage; `write` and `close` have its `shapes`.
-
-        Raises:
-          ValueError: the task does not ask for memos.
-        """
-        if task.memo_request is None:
-            raise ValueError("the task has no memo_request: it cannot have the context 'memo'.")
+        """`config` is the section `memo` of a stage; `write` and `close` have its `shapes`."""
+        assert task.memo_request is not None  # sizes.check
         self._request, self._task, self._seed = task.memo_request, task, seed
         self._config, self._write, self._close = config, write, close
 
     def __call__(
-        self, step: int, params: Params, rollouts: Rollouts, rows: Sequence[int]
+        self, step: int, params: Params, rollouts: Rollouts, rows: Sequence[int], offset: int = 0
     ) -> list[str | None]:
-        """The memo on each of `rows` of the rollouts; None where nothing was written."""
+        """The memo on each of `rows` of the rollouts; None where nothing was written. `offset` is
+        the number of memos that the step has already.
+        """
         task, tokenizer = self._task, self._task.tokenizer
         key = jax.random.fold_in(jax.random.key(self._seed), step)
         groups = rollouts.judged.groups
 
+        def unended(ids: list[int]) -> list[int]:
+            return ids[:-1] if ids[-1] in tokenizer.eos_ids else ids
+
         def asked(i: int) -> list[int]:
             problem, response = rollouts.problems[i], rollouts.responses[i].tolist()
             group = next(name for name in Groups._fields if getattr(groups, name)[i])
-            if response[-1] in tokenizer.eos_ids:
-                del response[-1]  # the request begins with what ends the model's turn
             request = check_fits(
                 self._request(problem, group),
                 self._config.request_tokens,
                 problem,
                 "memo.request_tokens",
             )
-            return [*task.prompt(problem), *response, *request]
+            # The request begins with what ends the model's turn.
+            return [*task.prompt(problem), *unended(response), *request]
 
         def sample(engine: Engine, prompts: list[list[int]], turn: int) -> list[list[int]]:
             calls = engine(
@@ -86,6 +85,7 @@ class Memos:
                 prompts,
                 key=jax.random.fold_in(key, turn),
                 temperature=self._config.temperature,
+                offset=offset,
             )
             return [ids.tolist() for call in calls for ids in call.responses]
 
@@ -95,7 +95,7 @@ class Memos:
         prompts = [asked(i) for i in rows]
         memos = sample(self._write, prompts, 0)
         open_ended = [j for j, ids in enumerate(memos) if after_thinking(text(ids)) is None]
-        closed = [[*memos[j], *task.end_thinking] for j in open_ended]
+        closed = [[*unended(memos[j]), *task.end_thinking] for j in open_ended]
         rest = sample(
             self._close, [[*prompts[j], *ids] for j, ids in zip(open_ended, closed, strict=True)], 1
         )

@@ -20,6 +20,7 @@ from opsd_jax.rollout.collect import Rollouts
 from opsd_jax.stages.batch import Inserts
 from opsd_jax.stages.memos import Memos
 
+_LISTED = re.compile(r"\s*\d+\.")
 _ENDS_SENTENCE = re.compile(r"[.!?][\"')\]]*\s*$|\n\s*$")
 
 
@@ -52,9 +53,6 @@ class Privileged:
           task: of the run.
           group_size: rollouts of each problem, which stand next to each other.
           memos: writes the contexts "memo", if the section has that kind.
-
-        Raises:
-          ValueError: the task has no reminders, and they are asked for.
         """
         self._config, self._task, self._memos = config, task, memos
         self._group_size = group_size
@@ -69,8 +67,6 @@ class Privileged:
         own = [kind for kind in config.contexts if ":" in kind]
         self._find |= {kind: import_function(kind, "opsd.contexts") for kind in own}
         self._looks_around = bool(own) or "sibling" in config.contexts
-        if config.reinject_every and task.reminder is None:
-            raise ValueError("reinject_every is set, and the task has no reminder.")
 
     def insert_tokens(self, padded: int) -> int:
         """The most tokens that reminders add to a response of up to `padded` tokens."""
@@ -99,8 +95,9 @@ class Privileged:
           DataError: a teacher's prompt does not fit even without its context; names the problem.
         """
         found: dict[int, Context | None] = {}
-        pending: list[int] = []  # that need a memo
         attempts = functools.cache(functools.partial(self._attempts, rollouts))
+        kinds = tuple(self._config.contexts)
+        at = kinds.index("memo") if "memo" in kinds else len(kinds)
 
         def find(i: int, kinds: Sequence[str]) -> Context | None:
             first = i - i % self._group_size
@@ -111,25 +108,27 @@ class Privileged:
                     return Context("column" if ":" in kind else kind, text)
             return None
 
-        kinds = tuple(self._config.contexts)
-        before, memo, after = kinds, (), ()
-        if "memo" in kinds:
-            at = kinds.index("memo")
-            before, memo, after = kinds[:at], kinds[at : at + 1], kinds[at + 1 :]
-        usable = 0
-        for i in wanted:
-            if usable == capacity:
+        ahead, usable, asked = iter(wanted), 0, 0
+        while usable < capacity:
+            pending: list[int] = []  # that need a memo; some may come to nothing
+            for i in ahead:
+                found[i] = find(i, kinds[:at])
+                if found[i] is not None:
+                    usable += 1
+                elif at < len(kinds):
+                    pending.append(i)
+                if usable + len(pending) == capacity:
+                    break
+            if not pending:
                 break
-            found[i] = find(i, before)
-            if found[i] is None and memo:
-                pending.append(i)
-            usable += found[i] is not None or bool(memo)
-        if pending:
             assert self._memos is not None
-            for i, text in zip(pending, self._memos(step, params, rollouts, pending), strict=True):
-                found[i] = find(i, after) if text is None else Context("memo", text)
+            memos = self._memos(step, params, rollouts, pending, offset=asked)
+            asked += len(pending)
+            for i, text in zip(pending, memos, strict=True):
+                found[i] = find(i, kinds[at + 1 :]) if text is None else Context("memo", text)
+                usable += found[i] is not None
 
-        rows, cut = {}, 0
+        rows, cut, reminders_cut = {}, 0, 0
         for i, context in found.items():
             if context is None:
                 continue
@@ -137,13 +136,15 @@ class Privileged:
                 rollouts.problems[i], context, self._config.teacher_prompt_tokens
             )
             cut += was_cut
-            inserts = self._reminders(context, rollouts.responses[i])
+            inserts, reminder_was_cut = self._reminders(context, rollouts.responses[i])
+            reminders_cut += reminder_was_cut
             rows[i] = {"teacher": prompt, "teacher/inserts": inserts}
         counts = Counter({"column" if ":" in kind else kind: 0 for kind in kinds})
         counts.update(context.kind for context in found.values() if context)
         metrics = {
             "no_context": float(len(found) - len(rows)),
             "context_cut": float(cut),
+            **({"reminder_cut": float(reminders_cut)} if self._config.reinject_every else {}),
             **{f"context/{kind}": float(count) for kind, count in counts.items()},
         }
         return Taught(rows, metrics)
@@ -160,39 +161,58 @@ class Privileged:
             for i in range(first, first + self._group_size)
         ]
 
-    def _reminders(self, context: Context, response: np.ndarray) -> Inserts:
-        every, reminder = self._config.reinject_every, self._task.reminder
-        if not every or reminder is None:
-            return []
-        ids = reminder(context, self._config.reminder_tokens)
-        pieces = [self._task.tokenizer.decode([token]) for token in response.tolist()]
-        return [(at, ids) for at in reminder_places(pieces, every)] if ids else []
+    def _reminders(self, context: Context, response: np.ndarray) -> tuple[Inserts, bool]:
+        """The reminders in a response, and whether they were cut."""
+        every, task = self._config.reinject_every, self._task
+        if not every:
+            return [], False
+        assert task.reminder is not None  # sizes.check
+        ids, cut = task.reminder(context, self._config.reminder_tokens)
+        own = response.tolist()
+        if own[-1] in task.tokenizer.eos_ids:
+            own = own[:-1]
+        pieces = [task.tokenizer.decode([token]) for token in own]
+        places = reminder_places(pieces, every, thinking="<think>" in task.begun)
+        return [(at, ids) for at in places if ids], cut
 
 
-def reminder_places(pieces: Sequence[str], every: int) -> list[int]:
+def reminder_places(pieces: Sequence[str], every: int, *, thinking: bool = False) -> list[int]:
     """Where reminders go into a response: about every so many tokens, where a sentence ends.
 
+    In one that thinks aloud they are within the thought, in another anywhere but at its end.
+
     Args:
-      pieces: the text of each token.
+      pieces: the text of each token, without EOS.
       every: tokens; each multiple of it is moved back to the next end of a sentence, and left out
         if there is none since the last.
+      thinking: the prompt has begun a thought.
 
     Returns:
-      Indices of tokens that reminders stand before, ascending; none after `</think>`.
+      Indices of tokens that reminders stand before, ascending.
     """
-    thought = "".join(pieces).partition("</think>")
-    end = len(pieces)
-    if thought[1]:
-        ends = np.cumsum([len(piece) for piece in pieces])
-        end = int(np.searchsorted(ends, len(thought[0]), side="right"))
-    places, last = [], 0
+    text = "".join(pieces)
+    ends = np.cumsum([len(piece) for piece in pieces])
+    token_at = lambda tag: int(np.searchsorted(ends, text.index(tag), side="right"))
+    last = token_at("<think>") + 1 if "<think>" in text else 0
+    end = token_at("</think>") if "</think>" in text else len(pieces)
+    if not thinking and "<think>" not in text and "</think>" in text:
+        return []  # no thought that we know the beginning of
+    places = []
     for target in range(every, end, every):
         for at in range(target, last, -1):
-            goes_on = pieces[at][:1]
-            if _ENDS_SENTENCE.search(pieces[at - 1]) and (
-                pieces[at - 1][-1:].isspace() or not goes_on or goes_on.isspace()
-            ):
+            if _ends_sentence(pieces, at):
                 places.append(at)
                 last = at
                 break
     return places
+
+
+def _ends_sentence(pieces: Sequence[str], at: int) -> bool:
+    """Whether a sentence ends before piece `at`: not inside a number, nor after that of a list."""
+    before, after = pieces[at - 1], pieces[at][:1]
+    if not _ENDS_SENTENCE.search(before):
+        return False
+    if not (before[-1:].isspace() or not after or after.isspace()):
+        return False
+    line = "".join(pieces[max(0, at - 4) : at]).rstrip().rpartition("\n")[2]
+    return not _LISTED.fullmatch(line)

@@ -14,7 +14,6 @@ Gradients flow into none of them.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -79,12 +78,6 @@ def refresh(every: int) -> Teacher:
 
 def from_config(config: ml_collections.ConfigDict) -> Teacher | None:
     """The teacher of a stage's `teacher` section; None for one that is no state of its own."""
-    if config.kind == "refresh" and config.every < COLLAPSES_BELOW:
-        print(
-            f"opsd: the teacher is copied every {config.every} updates; below {COLLAPSES_BELOW} "
-            "models have been seen to collapse (arXiv 2603.05433).",
-            file=sys.stderr,
-        )
     return {
         "frozen": FROZEN,
         "trust_region": FROZEN,
@@ -92,6 +85,17 @@ def from_config(config: ml_collections.ConfigDict) -> Teacher | None:
         "refresh": refresh(config.every),
         "live": None,
     }[config.kind]
+
+
+def warning(config: ml_collections.ConfigDict) -> str:
+    """What to say of a `teacher` section before it is used; "" for nothing."""
+    every = {"refresh": config.every, "live": 1}.get(config.kind, COLLAPSES_BELOW)
+    if every >= COLLAPSES_BELOW:
+        return ""
+    return (
+        f"the teacher is the student of at most {every} updates ago; below {COLLAPSES_BELOW} "
+        "models have been seen to collapse (arXiv 2603.05433)."
+    )
 
 
 def make_head(policy: Policy, config: ml_collections.ConfigDict) -> Callable[..., Head]:
