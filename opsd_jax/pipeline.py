@@ -7,6 +7,7 @@
     workdir/<stage>/params/           the stage's result: what later stages start from
     workdir/<stage>/metrics.jsonl     a row a step; TensorBoard events lie beside it
     workdir/<stage>/groups.jsonl      how many rollouts of each problem were correct
+    workdir/<stage>/settings.json     what the figures of its evaluation depend on
     workdir/<stage>/responses.jsonl   held-out responses of the result, judged
     workdir/<stage>/evaluation.json   their figures; once it is there the stage is done
     workdir/untrained/                the evaluation of the parameters that the run began with
@@ -129,9 +130,8 @@ class Run:
         )
         if section.algorithm == "rlvr":
             return rlvr.stage(section, self.task, self.model.policy, roll_out)
-        privileged = self.privileged(
-            section, section, section.group_size, seed_of(self.config, f"{name}/memos")
-        )
+        of_memos = seed_of(self.config, f"{seed}/memos")
+        privileged = self.privileged(section, section, section.group_size, of_memos)
         return opsd.stage(section, self.task, self.model.policy, roll_out, privileged)
 
     def privileged(
@@ -302,7 +302,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
             params = run_stage(
                 stage,
                 make_optimizer(section.optimizer, stage.steps * stage.updates),
-                this.parameters.of(section.init_from),
+                functools.partial(this.parameters.of, section.init_from),
+                abstract_params=this.parameters.abstract,
                 mesh=this.mesh,
                 directory=workdir / name,
                 checkpoint_every=section.checkpoint_every,

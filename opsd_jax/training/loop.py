@@ -33,8 +33,9 @@ class Diverged(RuntimeError):
 def run_stage(
     stage: Stage,
     optimizer: optax.GradientTransformation,
-    params: Params,
+    params: Callable[[], Params],
     *,
+    abstract_params: Params,
     mesh: jax.sharding.Mesh,
     directory: pathlib.Path,
     checkpoint_every: int,
@@ -48,7 +49,9 @@ def run_stage(
     Args:
       stage: what to run.
       optimizer: its optimiser.
-      params: the stage's initial parameters, on their shardings; not donated.
+      params: makes the stage's initial parameters, on their shardings; the state takes their
+        place. Not called where the stage goes on from a checkpoint.
+      abstract_params: their shapes, with shardings.
       mesh: the mesh they lie on.
       directory: gets `checkpoints/`, `metrics.jsonl`, `groups.jsonl` and TensorBoard events.
       checkpoint_every: steps between checkpoints; there is one at the end in any case.
@@ -65,9 +68,9 @@ def run_stage(
       Interrupted: `stop` received a signal; a checkpoint was saved.
       Diverged: see `max_nonfinite`; the checkpoint from before it stays.
     """
-    param_shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    param_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params)
     init = lambda p: init_state(p, optimizer, stage.teacher)
-    shapes = jax.eval_shape(init, params)
+    shapes = jax.eval_shape(init, abstract_params)
     shardings = state_shardings(shapes, optimizer, param_shardings, mesh)
     abstract = abstract_of(shapes, shardings)
     batch_shardings = jax.tree.map(
@@ -82,7 +85,7 @@ def run_stage(
         if start:
             state = checkpoints.restore(abstract)
         else:
-            state = jax.jit(init, out_shardings=shardings)(params)
+            state = jax.jit(init, out_shardings=shardings, donate_argnums=0)(params())
         writer = stack.enter_context(metrics_lib.MetricsWriter(directory, start, wandb_project))
         if start < stage.steps:
             train_step = compile_train_step(stage, optimizer, abstract, mesh, batch_shardings)
