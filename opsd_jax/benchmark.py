@@ -97,6 +97,10 @@ def _config(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
     """The stage and the config of an evaluation. No stage is run in it, and it reads no training
     data but those of which a part is held out.
     """
+    if arguments.problems is not None and arguments.problems < 0:
+        raise config_lib.ConfigError(
+            f"--problems {arguments.problems}: expected 0, for all, or more."
+        )
     if arguments.model is None:
         config = workdir_lib.config_of(arguments.workdir)
         stage = _stage(config, arguments)
@@ -107,9 +111,9 @@ def _config(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
             )
     else:
         stage, config = UNTRAINED, config_lib.default()
-        if not arguments.benchmark or arguments.out is None:
+        if not arguments.benchmark or arguments.out is None or arguments.stage is not None:
             raise config_lib.ConfigError(
-                "--model belongs to no run; expected --benchmark and --out."
+                "--model belongs to no run; expected --benchmark and --out, and no --stage."
             )
     config.unlock()
     if arguments.model is not None:

@@ -8,6 +8,7 @@ import signal
 
 import hf_files
 import huggingface_hub
+import numpy as np
 import pytest
 import tiny_tokenizer
 
@@ -16,6 +17,9 @@ from opsd_jax import main, pipeline
 from opsd_jax.data import sources
 from opsd_jax.data.problem import DataError
 from opsd_jax.evaluation import benchmarks, evaluate
+from opsd_jax.rollout.collect import Rollouts
+from opsd_jax.verify.verdict import Verdict
+from opsd_jax.verify.verifiers import at_once
 
 BENCHMARKS = pathlib.Path("/work/shared/data/benchmarks")
 
@@ -170,6 +174,32 @@ def test_a_signal_ends_it_after_a_call(whole, command, tmp_path, monkeypatch):
     assert (tmp_path / "responses.jsonl").read_text() == (whole / "responses.jsonl").read_text()
 
 
+def test_an_evaluation_of_unknown_settings_is_left_alone(command, tmp_path):
+    for name in ("evaluation.json", "responses.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    code, errors = command("--out", tmp_path)
+    assert code == 2
+    assert "holds an evaluation without its settings.json; expected another directory" in errors
+    assert (tmp_path / "responses.jsonl").read_text() == "{}\n"
+
+
+def test_an_extraction_that_raises_costs_its_answer_alone(task):
+    def fail(problem, response):
+        raise ValueError(response)
+
+    own = task._replace(verify=at_once(task.verify.ask, fail))
+    rollouts = Rollouts(
+        problems=[task.heldout[0]],
+        responses=[np.array([5, 2], np.int32)],
+        logprobs=[],
+        truncated=np.array([False]),
+        replies=[Verdict(False, "mismatch")],
+    )
+    (record,) = evaluate.records(rollouts, own, 1)
+    assert record["extracted"] is None
+    assert record["verdict"] == "mismatch"
+
+
 def test_a_finished_one_is_not_done_again(whole, command, monkeypatch):
     monkeypatch.setattr(evaluate, "append", None)
     code, figures = command("--out", whole)
@@ -239,7 +269,8 @@ def test_benchmarks_take_the_place_of_the_held_out_problems(command, questions, 
         (["--problems", "10"], "config.evaluation.problems is 10; expected at most 9"),
         (["--stage", "dpo"], "--stage dpo: expected one of untrained, sft, rlvr, opsd"),
         (["--stage", "rlvr"], "the stage 'rlvr' has not ended"),
-        (["--mesh", "3,1,1"], "mesh"),
+        (["--mesh", "3,1,1"], r"mesh \(3, 1, 1\) over .* takes 3 devices"),
+        (["--problems", "-2"], "--problems -2: expected 0, for all, or more"),
     ],
 )
 def test_what_cannot_be_run_is_refused(command, arguments, message):

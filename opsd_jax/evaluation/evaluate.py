@@ -38,6 +38,14 @@ def records(rollouts: Rollouts, task: Task, samples: int) -> list[dict[str, Any]
     verdicts, groups, _ = rollouts.judged
     extract = as_verifier(task.verify).extract
 
+    def extracted(problem: Problem, response: str) -> dict[str, str | None]:
+        if extract is None:
+            return {}
+        try:
+            return {"extracted": extract(problem, response)}
+        except Exception:  # as where a verifier raises: the response loses by it, nothing else
+            return {"extracted": None}
+
     def record(i: int, problem: Problem) -> dict[str, Any]:
         response = task.begun + task.tokenizer.decode(rollouts.responses[i].tolist())
         return {
@@ -52,7 +60,7 @@ def records(rollouts: Rollouts, task: Task, samples: int) -> list[dict[str, Any]
             "correct": bool(groups.correct[i]),
             "truncated": bool(groups.truncated[i]),
             "verdict": verdicts[i].reason,
-            **({"extracted": extract(problem, response)} if extract else {}),
+            **extracted(problem, response),
         }
 
     return [record(i, problem) for i, problem in enumerate(rollouts.problems)]
@@ -104,11 +112,17 @@ def check_settings(directory: pathlib.Path, settings: dict[str, Any]) -> None:
     """Writes down the settings of an evaluation; a later call compares.
 
     Raises:
-      ConfigError: the directory holds an evaluation with other settings; lists them.
+      ConfigError: the directory holds an evaluation with other settings, which it lists, or with
+        unknown ones.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / SETTINGS
     if not path.exists():
+        if (directory / SUMMARY).exists():
+            raise ConfigError(
+                f"{directory} holds an evaluation without its {SETTINGS}; expected another "
+                "directory."
+            )
         (directory / RESPONSES).unlink(missing_ok=True)
         files.write_atomically(path, files.to_json(settings, indent=2) + "\n")
     there = files.read_json(path)
