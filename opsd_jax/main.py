@@ -118,6 +118,7 @@ def _add_evaluate(sub: argparse.ArgumentParser, workdir: dict[str, Any]) -> None
     sub.add_argument("--mesh", type=mesh, metavar="DATA,FSDP,TENSOR", help="sizes of the mesh")
     sub.add_argument("--thinking", choices=("on", "off"), help="of the chat template")
     sub.add_argument("--system", help="the system's turn of a chat")
+    sub.add_argument("--date", help="YYYY-MM-DD, for a chat template that asks which day it is")
     sub.add_argument(
         "--compare",
         type=directory,

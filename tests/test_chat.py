@@ -88,7 +88,9 @@ def test_on_its_day_a_prompt_is_that_of_transformers(directories):
 def test_a_template_that_asks_for_the_date_needs_one(directories):
     """Else a run would go on tomorrow with other prompts than today's."""
     tokenizer = PretrainedTokenizer(directories["llama3"])
-    with pytest.raises(ValueError, match=r"it asks for the date, .*--config.data.date=2026-01-31"):
+    with pytest.raises(
+        ValueError, match=r"it asks for the date, .*--config.data.date=2026-01-31, or --date"
+    ):
         Chat(tokenizer, tokenizer.chat_template)
     pinned = Chat(tokenizer, tokenizer.chat_template, date="2024-07-26").prompt("?")
     named = Chat(tokenizer, tokenizer.chat_template, options=OPTIONS).prompt("?")

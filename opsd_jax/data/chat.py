@@ -101,7 +101,7 @@ def strftime(date: str, form: str) -> str:
     if not date:
         raise ValueError(
             "it asks for the date, and has to give the same prompts tomorrow; expected a day in "
-            "data.date, such as --config.data.date=2026-01-31"
+            "data.date: --config.data.date=2026-01-31, or --date of an evaluation"
         )
     return datetime.date.fromisoformat(date).strftime(form)
 

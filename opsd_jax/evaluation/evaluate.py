@@ -30,7 +30,7 @@ SUMMARY = "evaluation.json"
 
 # What of `config.evaluation` and of `config.data` the responses depend on.
 SAMPLING = ("samples", "temperature", "top_p", "top_k", "response_tokens", "seed")
-PROMPTING = ("thinking", "system")
+PROMPTING = ("thinking", "system", "date")
 
 
 def records(rollouts: Rollouts, task: Task, samples: int) -> list[dict[str, Any]]:
