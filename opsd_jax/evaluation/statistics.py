@@ -1,8 +1,8 @@
 """Figures of an evaluation: pure functions of its records, some responses to each of G problems.
 
-A record is what a line of `responses.jsonl` holds (evaluation/evaluate.py). Responses to one problem
-are not independent, so every standard error is clustered by problem. docs/evaluation.md has the
-equations.
+A record is what a line of `responses.jsonl` holds (evaluation/evaluate.py). Responses to one
+problem are not independent, so every standard error is clustered by problem. docs/evaluation.md has
+the equations.
 """
 
 from __future__ import annotations
