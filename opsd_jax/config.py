@@ -1,4 +1,4 @@
-"""The configuration of a run: every field with its default, and how files and arguments change it.
+"""The configuration of a run: every field with its default.
 
 A config file has a function `get_config()` that starts from `default()` and changes what it needs;
 the result is locked, so a field that does not exist is an error. On the command line,
@@ -7,16 +7,10 @@ the result is locked, so a field that does not exist is an error. On the command
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import difflib
 import importlib
-import importlib.util
-import json
-import math
 import os
 import pathlib
-import sys
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -379,131 +373,3 @@ def own_model() -> ConfigDict:
     config.evaluation.update({"temperature": 0.6, "top_p": 0.95, "top_k": 20})
     config.evaluation.update({"prompt_tokens": 1024, "response_tokens": 8192})
     return config
-
-
-def load(path: str | pathlib.Path, overrides: dict[str, str] | None = None) -> ConfigDict:
-    """The config of a file's `get_config()`, with overrides, checked.
-
-    Args:
-      path: a Python file.
-      overrides: dotted field -> text, as on the command line.
-
-    Raises:
-      ConfigError: names the file or field, and what was expected.
-    """
-    from opsd_jax.validation import validate  # which knows this module
-
-    path = pathlib.Path(path)
-    spec = importlib.util.spec_from_file_location("opsd_jax_user_config", path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise ConfigError(f"--config: there is no Python file {path}.")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config()
-    except Exception as error:  # a field that is not there: ConfigDict suggests the nearest
-        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, ConfigDict):
-        raise ConfigError(f"{path}: get_config() returned {config!r}; expected a ConfigDict.")
-    config.lock()
-    for field, text in (overrides or {}).items():
-        override(config, field, text)
-    if not config.data.tokenizer:
-        config.data.tokenizer = config.model.get("path", "")
-    validate(config)
-    return config
-
-
-def override(config: ConfigDict, field: str, text: str) -> None:
-    """Sets the dotted `field` from `text`, in the type that it has.
-
-    Raises:
-      ConfigError: there is no such field (suggests the nearest), or the text is of another type.
-    """
-    section, name = config, field
-    while "." in name:
-        head, name = name.split(".", 1)
-        if head not in section or not isinstance(section[head], ConfigDict):
-            raise _unknown(config, field)
-        section = section[head]
-    if name not in section:
-        raise _unknown(config, field)
-    old = section[name]
-    if isinstance(old, ConfigDict):
-        fields = f"set one of {', '.join(old)} in it" if old else "its fields are the config file's"
-        raise ConfigError(f"--config.{field} is a section; {fields}.")
-    try:
-        section[name] = _parse(text, type(old))
-    except (ValueError, SyntaxError):
-        raise ConfigError(
-            f"--config.{field}={text}: expected {type(old).__name__}, such as {old!r}."
-        ) from None
-
-
-def _parse(text: str, kind: type) -> Any:
-    """`text` as a value of the type, strictly: 3 is a float too, 3.0 is no int."""
-    if kind is str:
-        return text
-    if kind is float:
-        return float(text)  # "inf" too
-    value = ast.literal_eval(text.capitalize() if kind is bool else text)
-    if type(value) is not kind:
-        raise ValueError(text)
-    return value
-
-
-def _unknown(config: ConfigDict, field: str) -> ConfigError:
-    known = list(flatten(config))
-    near = difflib.get_close_matches(field, known, n=1, cutoff=0.5)
-    last = [k for k in known if k.rsplit(".", 1)[-1] == field.rsplit(".", 1)[-1]]
-    hint = f" Did you mean --config.{(near or last)[0]}?" if near or last else ""
-    return ConfigError(f"--config.{field}: there is no such field.{hint}")
-
-
-def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """Dotted field -> value, of all sections; an empty one is {}, infinity the largest float: JSON,
-    in which a workdir keeps a config, has none.
-    """
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, ConfigDict):
-            flat |= flatten(value, f"{prefix}{name}.") if value else {prefix + name: {}}
-        else:
-            if isinstance(value, float) and math.isinf(value):
-                value = math.copysign(sys.float_info.max, value)
-            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
-def to_json(config: ConfigDict) -> str:
-    """The config as JSON, a line a field."""
-    return json.dumps(flatten(config), indent=1, sort_keys=True, allow_nan=False) + "\n"
-
-
-def from_flat(flat: dict[str, Any]) -> ConfigDict:
-    """The config that `flatten` flattened."""
-    config = ConfigDict()
-    for field, value in flat.items():
-        *sections, name = field.split(".")
-        section = config
-        for part in sections:
-            if part not in section:
-                section[part] = ConfigDict()
-            section = section[part]
-        section[name] = tuple(value) if isinstance(value, list) else value
-    return config.lock()
-
-
-def check_same(config: ConfigDict, saved: ConfigDict, workdir: pathlib.Path) -> None:
-    """Raises ConfigError that lists the fields in which the `saved` config of a workdir differs."""
-    there, now = flatten(saved), flatten(config)
-    different = [
-        f"  {field}: {there.get(field, 'absent')!r} there, {now.get(field, 'absent')!r} now"
-        for field in sorted(there.keys() | now.keys())
-        if there.get(field, workdir) != now.get(field, workdir)
-    ]
-    if different:
-        raise ConfigError(
-            f"{workdir} holds a run of another config:\n" + "\n".join(different) + "\n"
-            "Give the same config to go on with it, or another --workdir."
-        )

@@ -37,8 +37,9 @@ docs/evaluation.md explains every figure.
 def fields() -> str:
     """The fields of a config with their defaults, a line each."""
     from opsd_jax import config as config_lib
+    from opsd_jax import config_files
 
-    flat = config_lib.flatten(config_lib.default())
+    flat = config_files.flatten(config_lib.default())
     on_a_line = lambda value: str(value).replace("\n", r"\n")
     lines = [f"  {OVERRIDE}{field}={on_a_line(value)}" for field, value in flat.items()]
     return "fields and their defaults (opsd_jax/config.py says what each does):\n" + "\n".join(
@@ -173,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # Imported late: --help and a wrong argument need no JAX.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
-    from opsd_jax import benchmark, convert, pipeline, workdir
+    from opsd_jax import benchmark, config_files, convert, pipeline, workdir
     from opsd_jax import config as config_lib
     from opsd_jax.data.problem import DataError
     from opsd_jax.training.files import RecordError, to_json
@@ -193,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"model: {arguments.out}")
             return 0
         if arguments.command == "train":
-            config = config_lib.load(arguments.config, overrides)
+            config = config_files.load(arguments.config, overrides)
             pipeline.run(config, arguments.workdir)
         else:
             config = workdir.config_of(arguments.workdir)

@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
-from opsd_jax import losses
+from opsd_jax import config_files, losses
 from opsd_jax.data import contexts
 from opsd_jax.stages import teacher as teacher_lib
 
@@ -47,7 +47,7 @@ def validate(config: ConfigDict) -> None:
 
     _validate_sources(config.data, fail)
     largest = sys.float_info.max  # what stands for infinity
-    for field, value in config_lib.flatten(config).items():
+    for field, value in config_files.flatten(config).items():
         if field.startswith("data.template_options."):
             continue  # a chat template's own
         name = field.rsplit(".", 1)[-1]
@@ -176,15 +176,15 @@ def _validate_teaching(
 def _validate_sources(data: ConfigDict, fail: Callable[[str, Any, str], None]) -> None:
     """Calls `fail` for the first field of a source that cannot be used."""
     names = [name for part in config_lib.SOURCES for name in data[part]]
-    default = config_lib.flatten(config_lib.source())
+    default = config_files.flatten(config_lib.source())
     for part in config_lib.SOURCES:
         for name, section in data[part].items():
             field = f"data.{part}.{name}"
-            if not isinstance(section, ConfigDict) or set(config_lib.flatten(section)) != set(
+            if not isinstance(section, ConfigDict) or set(config_files.flatten(section)) != set(
                 default
             ):
                 fail(field, section, "what opsd_jax.config.source returns")
-            for inner, value in config_lib.flatten(section).items():
+            for inner, value in config_files.flatten(section).items():
                 _validate_type(f"{field}.{inner}", value, default[inner], fail)
             if not re.fullmatch(r"[\w-]+", name) or names.count(name) > 1:
                 fail(field, section.path, "a name of its own, of letters, digits, _ and -")

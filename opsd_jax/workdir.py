@@ -15,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
+from opsd_jax import config_files
 from opsd_jax.data.task import Task
 from opsd_jax.training import files
 
@@ -58,9 +59,9 @@ def claimed(config: ConfigDict, workdir: pathlib.Path) -> Iterator[None]:
     """
     with locked(workdir, "--workdir"):
         if (workdir / CONFIG).exists():
-            config_lib.check_same(config, config_of(workdir), workdir)
+            config_files.check_same(config, config_of(workdir), workdir)
         else:
-            files.write_atomically(workdir / CONFIG, config_lib.to_json(config))
+            files.write_atomically(workdir / CONFIG, config_files.to_json(config))
         yield
 
 
@@ -115,4 +116,4 @@ def config_of(workdir: pathlib.Path) -> ConfigDict:
     path = workdir / CONFIG
     if not path.is_file():
         raise config_lib.ConfigError(f"--workdir {workdir} holds no run: there is no {path}.")
-    return config_lib.from_flat(files.read_json(path))
+    return config_files.from_flat(files.read_json(path))

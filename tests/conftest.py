@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import pytest
 
 from opsd_jax import config as config_lib
-from opsd_jax import validation
+from opsd_jax import config_files, validation
 from opsd_jax.data import arithmetic
 from opsd_jax.models import decoder
 from opsd_jax.parallel import mesh as mesh_lib
@@ -74,7 +74,7 @@ def config():
         "evaluation.prompts_at_once": "8",
     }
     for field, text in changes.items():
-        config_lib.override(config, field, text)
+        config_files.override(config, field, text)
     validation.validate(config)
     return config
 

@@ -8,14 +8,14 @@ import sys
 import pytest
 
 from opsd_jax import config as config_lib
-from opsd_jax import main, pipeline
+from opsd_jax import config_files, main, pipeline
 from opsd_jax.workdir import claimed
 
 QUICKSTART = str(pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py")
 
 
 def load(**overrides):
-    return config_lib.load(QUICKSTART, {k.replace("__", "."): v for k, v in overrides.items()})
+    return config_files.load(QUICKSTART, {k.replace("__", "."): v for k, v in overrides.items()})
 
 
 def test_overrides_take_the_field_s_type():
@@ -54,7 +54,7 @@ def test_overrides_take_the_field_s_type():
 )
 def test_a_bad_override_is_refused(field, text, message):
     with pytest.raises(config_lib.ConfigError, match=message):
-        config_lib.load(QUICKSTART, {field: text})
+        config_files.load(QUICKSTART, {field: text})
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_bad_override_is_refused(field, text, message):
 )
 def test_a_config_that_cannot_run_is_refused(field, text, message):
     with pytest.raises(config_lib.ConfigError, match=message):
-        config_lib.load(QUICKSTART, {field: text})
+        config_files.load(QUICKSTART, {field: text})
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_config_that_cannot_run_is_refused(field, text, message):
     ],
 )
 def test_parts_that_do_not_fit_are_refused_before_compiling(tmp_path, field, text, message):
-    config = config_lib.load(QUICKSTART, {field: text})
+    config = config_files.load(QUICKSTART, {field: text})
     with pytest.raises(config_lib.ConfigError, match=message):
         pipeline.Run(config, tmp_path)
 
@@ -154,20 +154,20 @@ def test_a_config_file_with_a_field_too_many(tmp_path):
         "    return config\n"
     )
     with pytest.raises(config_lib.ConfigError, match=r"mine.py: .*gat.*[\s\S]*gate"):
-        config_lib.load(path)
+        config_files.load(path)
     with pytest.raises(config_lib.ConfigError, match="there is no Python file"):
-        config_lib.load(tmp_path / "absent.py")
+        config_files.load(tmp_path / "absent.py")
     path.write_text("def get_config():\n    return None\n")
     with pytest.raises(config_lib.ConfigError, match="returned None; expected a ConfigDict"):
-        config_lib.load(path)
+        config_files.load(path)
     path.write_text("import nothing_of_this_name\n")
     with pytest.raises(config_lib.ConfigError, match=r"mine.py: ModuleNotFoundError"):
-        config_lib.load(path)
+        config_files.load(path)
 
 
 def test_json_keeps_a_config():
-    config = config_lib.load(QUICKSTART.replace("quickstart", "quickstart_arms"))
-    assert config_lib.from_flat(json.loads(config_lib.to_json(config))) == config
+    config = config_files.load(QUICKSTART.replace("quickstart", "quickstart_arms"))
+    assert config_files.from_flat(json.loads(config_files.to_json(config))) == config
 
 
 def test_a_workdir_of_another_config_is_refused(tmp_path):
@@ -234,7 +234,7 @@ def test_help_of_train_lists_the_fields(capsys):
     with pytest.raises(SystemExit):
         main.main(["train", "--help"])
     out = capsys.readouterr().out
-    assert all(f"--config.{field}=" in out for field in config_lib.flatten(config_lib.default()))
+    assert all(f"--config.{field}=" in out for field in config_files.flatten(config_lib.default()))
 
 
 def test_config_json_is_readable(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from opsd_jax import config as config_lib
-from opsd_jax import main, pipeline
+from opsd_jax import config_files, main, pipeline
 from opsd_jax.models import safetensors
 from opsd_jax.parameters import Parameters
 from opsd_jax.training import checkpoint
@@ -60,7 +60,7 @@ def finished(config, tmp_path):
     """The directory of a run whose first stage has ended, as far as `convert` looks at it."""
     workdir = tmp_path / "run"
     (workdir / "sft").mkdir(parents=True)
-    (workdir / "config.json").write_text(config_lib.to_json(config))
+    (workdir / "config.json").write_text(config_files.to_json(config))
     params = Parameters(config, workdir).fresh()
     checkpoint.save_params(workdir / "sft" / "params", jax.tree.map(lambda x: x + 1, params))
     return workdir
@@ -192,17 +192,17 @@ def test_weights_that_are_gone_when_they_are_read_are_an_error_of_the_config(
 
 def test_the_fields_of_a_pretrained_model_are_of_their_types(config_file):
     changes = {"model.path": "/m", "model.param_dtype": "bfloat16", "model.remat": "false"}
-    config = config_lib.load(config_file, changes)
+    config = config_files.load(config_file, changes)
     assert (config.model.path, config.model.remat) == ("/m", False)
-    assert config_lib.from_flat(config_lib.flatten(config)).model == config.model
+    assert config_files.from_flat(config_files.flatten(config)).model == config.model
     with pytest.raises(config_lib.ConfigError, match=r"no such field"):
-        config_lib.load(config_file, {"model.hidden_size": "64"})
+        config_files.load(config_file, {"model.hidden_size": "64"})
 
 
 def test_a_preset_is_a_section_like_any_other():
     config = config_lib.default()
     config.model = config_lib.preset("llama-3.2-1b", num_layers=2)
-    config_lib.override(config, "model.rope_scaling.factor", "16.0")
+    config_files.override(config, "model.rope_scaling.factor", "16.0")
     scaling = config.model.rope_scaling
     assert (scaling.rope_type, scaling.factor) == ("llama3", 16.0)
     assert (config.model.num_layers, config.model.rope_theta) == (2, 5e5)

@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from opsd_jax import config as config_lib
-from opsd_jax import main, pipeline, sizes, validation, workdir
+from opsd_jax import config_files, main, pipeline, sizes, validation, workdir
 from opsd_jax.data import arithmetic, load, text
 from opsd_jax.data.contexts import Context
 from opsd_jax.data.duplicates import normalise, without_duplicates
@@ -307,7 +307,7 @@ def test_a_task_from_files(config):
     ],
 )
 def test_what_does_not_fit_fails_before_compiling(config, tmp_path, field, value, message):
-    config_lib.override(config, field, value)
+    config_files.override(config, field, value)
     message = message.replace("(", r"\(").replace("{", r"\{")
     with pytest.raises((config_lib.ConfigError, DataError), match=f"(?s){message}"):
         pipeline.Run(config, tmp_path)
@@ -355,7 +355,7 @@ def test_without_data_there_is_no_task(config, tmp_path):
         text.task(empty.data)
     with pytest.raises(ValueError, match=r"it reads no files, and config.data names some"):
         arithmetic.task(config.data)
-    config_lib.override(config, "task", "opsd_jax.data.arithmetic:task")
+    config_files.override(config, "task", "opsd_jax.data.arithmetic:task")
     with pytest.raises(
         config_lib.ConfigError, match=r"config.task is '.*arithmetic:task': it reads"
     ):
@@ -440,13 +440,13 @@ def test_infinite_bounds_are_kept_as_strict_json(tmp_path):
     config = config_lib.default()
     config.data.train.a = config_lib.source("a")
     config.lock()
-    config_lib.override(config, "data.train.a.difficulty.high", "inf")
+    config_files.override(config, "data.train.a.difficulty.high", "inf")
     assert config.data.train.a.difficulty.high == float("inf")
     validation.validate(config)
-    text = config_lib.to_json(config)
+    text = config_files.to_json(config)
     assert "Infinity" not in text
-    saved = config_lib.from_flat(json.loads(text))
-    config_lib.check_same(config, saved, tmp_path)
+    saved = config_files.from_flat(json.loads(text))
+    config_files.check_same(config, saved, tmp_path)
     assert saved.data.train.a.difficulty.high > 1e308
 
 
@@ -455,14 +455,14 @@ def test_the_config_of_the_documentation(tmp_path, monkeypatch):
     page = (pathlib.Path(__file__).parents[1] / "docs" / "data.md").read_text()
     path = tmp_path / "maths.py"
     path.write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
-    config = config_lib.load(path, {"data.train.maths.weight": "3"})
+    config = config_files.load(path, {"data.train.maths.weight": "3"})
     assert config.data.train.maths.weight == 3.0
     monkeypatch.chdir(tmp_path)
     assert main.main(["train", "--config", str(path), "--workdir", "run"]) == 2
     with pytest.raises(DataError, match=r"math500.path is 'data/math500.jsonl'; there is no such"):
         text.task(config.data)
     table = set(re.findall(r"`([a-z_.]+)`", page))
-    for field in config_lib.flatten(config_lib.source()):
+    for field in config_files.flatten(config_lib.source()):
         parts = field.split(".")
         assert field in table or parts[0] in table or f".{parts[-1]}" in table
 
@@ -496,4 +496,4 @@ def test_a_run_on_files(config, tmp_path):
     records = (workdir / "opsd" / "responses.jsonl").read_text().splitlines()
     assert {json.loads(line)["problem"] for line in records} == {"tests/12", "tests/13"}
     saved = json.loads((workdir / "config.json").read_text())
-    assert config_lib.flatten(config_lib.from_flat(saved)) == config_lib.flatten(config)
+    assert config_files.flatten(config_files.from_flat(saved)) == config_files.flatten(config)

@@ -13,7 +13,7 @@ import pytest
 import tiny_tokenizer
 
 from opsd_jax import config as config_lib
-from opsd_jax import main, pipeline
+from opsd_jax import config_files, main, pipeline
 from opsd_jax.data import sources
 from opsd_jax.data.problem import DataError
 from opsd_jax.evaluation import benchmarks, evaluate
@@ -49,7 +49,7 @@ def workdir(config, questions, tmp_path_factory):
     run.data.heldout = {"sums": config_lib.source(questions)}
     run.data.prompt = "{question}"
     run.evaluation.update({"problems": 0, "prompts_at_once": 2, "response_tokens": 6})
-    (workdir / "config.json").write_text(config_lib.to_json(run.lock()))
+    (workdir / "config.json").write_text(config_files.to_json(run.lock()))
     return workdir
 
 

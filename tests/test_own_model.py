@@ -10,7 +10,7 @@ import pytest
 import tiny_tokenizer
 
 from opsd_jax import config as config_lib
-from opsd_jax import main, pipeline
+from opsd_jax import config_files, main, pipeline
 from opsd_jax.models import decoder
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.training import metrics as metrics_lib
@@ -202,7 +202,7 @@ def test_the_loss_falls_on_a_fixed_batch(files, tmp_path, algorithm, teacher):
     if algorithm == "opsd":
         changes = {"opsd.teacher.kind": teacher, "opsd.gate": "all", "opsd.teacher.rate": "0.1"}
     path = CONFIGS / f"{algorithm}_hf.py"
-    run = pipeline.Run(config_lib.load(path, overrides(files, algorithm, **changes)), tmp_path)
+    run = pipeline.Run(config_files.load(path, overrides(files, algorithm, **changes)), tmp_path)
     with run.pool:
         stage, params = run.stage(algorithm), run.parameters.of("")
         (batch,), *_ = stage.batches(0, params)

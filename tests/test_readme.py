@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opsd_jax import config as config_lib
-from opsd_jax import losses, main
+from opsd_jax import config_files, losses, main
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -39,7 +38,7 @@ def test_the_commands_of_the_readme(command):
     words, overrides = main.split_overrides(command.split())
     arguments = main.parser().parse_args(words)
     if arguments.command == "train":
-        config_lib.load(ROOT / arguments.config, overrides)
+        config_files.load(ROOT / arguments.config, overrides)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from opsd_jax import config as config_lib
-from opsd_jax import main, pipeline, validation
+from opsd_jax import config_files, main, pipeline, validation
 from opsd_jax import workdir as workdir_lib
 from opsd_jax.data.arithmetic import informed_prompt
 from opsd_jax.losses import reverse_kl
@@ -366,7 +365,7 @@ def test_kill_nine_at_random_moments(config, tmp_path):
     """A process of its own, killed five times wherever it is, ends as one that was left alone."""
     (tmp_path / "tiny.py").write_text(
         "from opsd_jax import config\n"
-        f"def get_config():\n    return config.from_flat({config_lib.flatten(config)!r})\n"
+        f"def get_config():\n    return config.from_flat({config_files.flatten(config)!r})\n"
     )
 
     def start(workdir):
