@@ -5,9 +5,11 @@
 A directory of random bfloat16 weights in several files (Qwen3-1.7B's shape with so many layers and
 a head of its own, 2 GiB) is made in a temporary directory and removed in the end. Each case runs in
 a process of its own, on one and on eight CPU devices. On the CPU the parameters are host memory
-themselves; what is told is the process's peak, interpreter and JAX included, less the bytes of all
-arrays that it holds.
+themselves; what is told is the process's peak, interpreter and JAX included, less the bytes of the
+arrays that it holds: while reading, after each parameter, the highest of these.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -64,7 +66,7 @@ def measure(directory: pathlib.Path, mesh: tuple[int, ...], param_dtype: str) ->
     import jax
 
     from opsd_jax import config as config_lib
-    from opsd_jax.models import pretrained
+    from opsd_jax.models import pretrained, safetensors, weights
     from opsd_jax.parallel import mesh as mesh_lib
     from opsd_jax.training.checkpoint import abstract_of
 
@@ -72,13 +74,22 @@ def measure(directory: pathlib.Path, mesh: tuple[int, ...], param_dtype: str) ->
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     shardings = mesh_lib.param_shardings(mesh_lib.make_mesh(mesh), model.rules, shapes)
     abstract = abstract_of(shapes, shardings)
+    stored = safetensors.tensors_of(directory)
     result = {"mesh": mesh, "param_dtype": param_dtype, "before_mib": peak() >> 20}
-    began = time.monotonic()
-    params = jax.block_until_ready(model.load(abstract))
+    began, held, beside, loaded = time.monotonic(), 0, 0, []
+    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
+    for path, leaf in leaves:  # one by one: parameters still to come would hide an early peak
+        forget_peak()
+        for key in reversed(path):
+            leaf = {key.key: leaf}
+        (array,) = jax.block_until_ready(jax.tree.leaves(weights.load(stored, leaf)))
+        held += sum(shard.data.nbytes for shard in array.addressable_shards)
+        beside = max(beside, peak() - held)
+        loaded.append(array)
+    params = jax.tree.unflatten(tree, loaded)
     result["load_s"] = round(time.monotonic() - began, 1)
-    held = sum(s.data.nbytes for x in jax.tree.leaves(params) for s in x.addressable_shards)
     result["arrays_mib"] = held >> 20
-    result["load_beside_arrays_mib"] = (peak() - held) >> 20
+    result["load_beside_arrays_mib"] = beside >> 20
     forget_peak()
     began = time.monotonic()
     model.save(params, directory / "out")

@@ -60,8 +60,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     problems = this.heldout()
     if arguments.benchmark and arguments.problems:
         problems = _first_of_each(problems, arguments.problems)
-    model = str(workdir / stage if workdir else arguments.model.absolute())
-    settings = evaluate.settings(model, config, this.task, problems)
+    model = workdir / stage if workdir else arguments.model
+    weights = evaluate.fingerprint(model / "params" if workdir else model)
+    settings = evaluate.settings(str(model), weights, config, this.task, problems)
     directory = arguments.out or (
         workdir / "evaluations" / stage / _name(list(config.data.heldout), settings)
     )
@@ -117,7 +118,8 @@ def _config(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
             )
     config.unlock()
     if arguments.model is not None:
-        config.model = config_lib.pretrained(arguments.model)
+        # Nothing is trained: the weights in the dtype of the products do.
+        config.model = config_lib.pretrained(arguments.model, param_dtype="bfloat16")
         config.task, config.data.tokenizer = TEXT_TASK, str(arguments.model)
     config.stages = ()
     if arguments.mesh is not None:
@@ -173,5 +175,6 @@ def _first_of_each(problems: list[Problem], count: int) -> list[Problem]:
 
 def _name(benchmarks: list[str], settings: dict[str, Any]) -> str:
     """The name of an evaluation's directory: another one for other settings."""
-    digest = hashlib.sha256(files.to_json(settings, sort_keys=True).encode()).hexdigest()[:8]
+    told = {name: value for name, value in settings.items() if name != "model"}
+    digest = hashlib.sha256(files.to_json(told, sort_keys=True).encode()).hexdigest()[:8]
     return f"{'+'.join(sorted(benchmarks)) or 'heldout'}-{digest}"

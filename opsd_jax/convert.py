@@ -67,15 +67,23 @@ def of_run(
         raise config_lib.ConfigError(
             f"--stage {stage}: expected one of {', '.join((UNTRAINED, *config.stages))}."
         )
-    devices = jax.devices()
-    try:
-        mesh_lib.make_mesh(config.mesh, devices)
-    except ValueError:
-        config.mesh, devices = (1, 1, 1), devices[:1]
-    parameters = Parameters(config, workdir, devices)
+    parameters = _parameters(config, workdir)
     if parameters.model.save is None:
         raise config_lib.ConfigError(
             f"config.model.make is {config.model.make!r}, whose Model has no `save`; expected one "
             "that has, as opsd_jax.models.decoder:from_config."
         )
     parameters.model.save(parameters.of(stage), directory, dtype)
+
+
+def _parameters(config: ConfigDict, workdir: pathlib.Path) -> Parameters:
+    """On the run's mesh or, where that is of other devices, cut over all there are, or on one."""
+    every = jax.devices()
+    for mesh, devices in ((config.mesh, every), ((1, -1, 1), every), ((1, 1, 1), every[:1])):
+        try:
+            mesh_lib.make_mesh(mesh, devices)
+            config.mesh = tuple(mesh)
+            return Parameters(config, workdir, devices)
+        except ValueError as error:
+            reason = error
+    raise reason

@@ -119,6 +119,7 @@ def _add_evaluate(sub: argparse.ArgumentParser, workdir: dict[str, Any]) -> None
     sub.add_argument("--mesh", type=mesh, metavar="DATA,FSDP,TENSOR", help="sizes of the mesh")
     sub.add_argument("--thinking", choices=("on", "off"), help="of the chat template")
     sub.add_argument("--system", help="the system's turn of a chat")
+    sub.add_argument("--prompt", help="what the user says, with {question} in it")
     sub.add_argument("--date", help="YYYY-MM-DD, for a chat template that asks which day it is")
     sub.add_argument(
         "--compare",
@@ -152,6 +153,8 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     rest, overrides, words = [], {}, list(argv)
     while words:
         word = words.pop(0)
+        if word == "--mesh" and words:
+            word += f"={words.pop(0)}"  # that of -1,1,1 is no option
         if not word.startswith(OVERRIDE):
             rest.append(word)
             continue

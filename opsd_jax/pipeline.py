@@ -226,7 +226,8 @@ class Run:
           began: the time.monotonic() from which the stage's seconds count.
         """
         problems, directory = self.heldout(), self.workdir / name
-        settings = evaluate.settings(name, self.config, self.task, problems)
+        # The directory is the run's own: its weights are no others.
+        settings = evaluate.settings(name, "", self.config, self.task, problems)
         responses, figures = self.evaluate(
             name,
             params,

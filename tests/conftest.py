@@ -25,6 +25,24 @@ from opsd_jax.parallel import mesh as mesh_lib
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# Files that take minutes go first: two workers take whole files, and the last is to be short.
+LONG = (
+    "test_run",
+    "test_own_model",
+    "test_evaluate",
+    "test_pool",
+    "test_fused",
+    "test_transformers",
+)
+
+
+def pytest_collection_modifyitems(items):
+    names = [item.path.stem for item in items]
+    order = {name: i for i, name in enumerate(LONG)}
+    by_file = sorted(zip(names, items, strict=True), key=lambda x: order.get(x[0], len(LONG)))
+    items[:] = [item for _, item in by_file]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
     """Programs that several tests compile, a restarted run's for one, are compiled once."""

@@ -214,6 +214,28 @@ def test_other_settings_are_refused(whole, command):
     assert "  samples: 2 there, 4 now\n  temperature: 1.0 there, 0.5 now" in errors
 
 
+def test_other_weights_are_refused_and_another_place_is_not(tmp_path):
+    """A model is known by what is in it, not by where it lies."""
+    for name, content in {"a": b"x" * 10**6, "b": b"x" * 10**6, "c": b"x" * 10**6}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(content)
+    with (tmp_path / "c" / "model.safetensors").open("r+b") as file:
+        file.seek(5 * 10**5)
+        file.write(b"y" * 10)
+    a, b, c = (evaluate.fingerprint(tmp_path / name) for name in "abc")
+    assert a == b != c
+    out, there = tmp_path / "out", {"model": "a", "weights": a}
+    evaluate.check_settings(out, there)
+    evaluate.check_settings(out, {"model": "b", "weights": b})
+    with pytest.raises(config_lib.ConfigError, match=f"weights: '{a}' there, '{c}' now"):
+        evaluate.check_settings(out, {"model": "a", "weights": c})
+
+
+def test_a_mesh_that_begins_with_a_minus():
+    words, _ = main.split_overrides(["evaluate", "--model", "m", "--mesh", "-1,1,1"])
+    assert main.parser().parse_args(words).mesh == (-1, 1, 1)
+
+
 def test_comparing(whole, command, workdir):
     code, figures = command(*FEW[:2], "--top-k", 5, "--compare", whole)
     assert code == 0

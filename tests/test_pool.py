@@ -261,6 +261,8 @@ def test_no_worker_outlives_its_parent(tmp_path, end):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        # A shell's background jobs ignore SIGINT, and so would theirs.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout.readline() == b"busy\n"
     below = psutil.Process(process.pid).children(recursive=True)

@@ -234,8 +234,10 @@ def test_verifiers_tell_the_answer_that_votes():
     assert told(verifiers.numeric()) == "1000.0"
     assert told(verifiers.numeric(("####",)), "#### none") is None
     assert told(verifiers.choice(("text",)), "The answer is (C).") == "C"
-    assert told(maths(("boxed", "text"))) == "1,000"
-    assert told(maths(("text",))) is None
+    assert told(maths(("boxed", "####"))) == "1,000"
+    # What is accepted and cannot be read has no vote: nor then has anything else.
+    assert maths(("boxed", "text")).extract is None
+    assert verifiers.combine([maths(), maths(("text",))], every=False).extract is None
     both = verifiers.combine([verifiers.numeric(("####",)), verifiers.exact()], every=False)
     assert told(both) == "2.5"
     assert told(both, r"\boxed{x}") == "x"

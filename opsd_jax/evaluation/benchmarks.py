@@ -56,7 +56,8 @@ def source(text: str) -> tuple[str, ConfigDict]:
                 f"--benchmark {text}: expected NAME=PATH, or one of {', '.join(BENCHMARKS)}."
             )
         path = _download(name, known)
-    as_on_the_hub = config_lib.source(path, **(known.source if known else {}))
+    verifier = config_lib.verifier(answer=("boxed", "answer"))
+    as_on_the_hub = config_lib.source(path, verifier=verifier, **(known.source if known else {}))
     columns = set(as_on_the_hub.columns.values()) - {as_on_the_hub.columns.solution}
     wanted = columns - set(config_lib.source().columns.values())
     rows = files.rows(path, "", f"data.heldout.{name}", columns)
@@ -64,7 +65,7 @@ def source(text: str) -> tuple[str, ConfigDict]:
     there = (first and first.columns) or {}
     if all(reach(there, column) is not None for column in wanted):
         return name, as_on_the_hub
-    return name, config_lib.source(path)
+    return name, config_lib.source(path, verifier=verifier)
 
 
 def _download(name: str, benchmark: Benchmark) -> str:

@@ -28,9 +28,11 @@ SETTINGS = "settings.json"
 RESPONSES = "responses.jsonl"
 SUMMARY = "evaluation.json"
 
+SAMPLED = 64  # places of a file that its fingerprint looks at
+
 # What of `config.evaluation` and of `config.data` the responses depend on.
 SAMPLING = ("samples", "temperature", "top_p", "top_k", "response_tokens", "seed")
-PROMPTING = ("thinking", "system", "date")
+PROMPTING = ("prompt", "thinking", "system", "date")
 
 
 def records(rollouts: Rollouts, task: Task, samples: int) -> list[dict[str, Any]]:
@@ -79,20 +81,34 @@ def rollouts_of(problems: Sequence[Problem], responses: Sequence[dict[str, Any]]
     )
 
 
+def fingerprint(directory: pathlib.Path) -> str:
+    """A digest of the weights in a directory: of names, sizes and samples of the files' bytes."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(directory)} {size}\n".encode())
+        with path.open("rb") as file:
+            for i in range(SAMPLED):
+                file.seek(size * i // SAMPLED)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
+
+
 def settings(
-    model: str, config: ConfigDict, task: Task, problems: Sequence[Problem]
+    model: str, weights: str, config: ConfigDict, task: Task, problems: Sequence[Problem]
 ) -> dict[str, Any]:
     """What the figures of an evaluation depend on, JSON-ready.
 
     Args:
-      model: which one.
+      model: which one, for the reader.
+      weights: the `fingerprint` of it, or what else tells it from others.
       config: of the run; `config.evaluation` says how it is sampled.
       task: makes the prompts.
       problems: the evaluated ones.
 
     Returns:
-      `model`, the settings of the sampling, the number of problems, what the prompts are made with,
-      and a digest of prompts and answers.
+      `model` and `weights`, the settings of the sampling, the number of problems, what the prompts
+      are made with, and a digest of prompts and answers.
     """
     digest = hashlib.sha256()
     for problem in problems:
@@ -101,6 +117,8 @@ def settings(
     section = config.evaluation
     return {
         "model": model,
+        "weights": weights,
+        "dtype": config.model.get("dtype", ""),
         "problems": len(problems),
         **{name: section[name] for name in SAMPLING},
         **{name: config.data[name] for name in PROMPTING},
@@ -151,8 +169,10 @@ def resume(directory: pathlib.Path, samples: int) -> list[dict[str, Any]]:
 
 
 def differences(there: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """The settings that differ, as (name, there, now); None where one is absent."""
-    names = [*there, *(now.keys() - there.keys())]
+    """The settings that differ, as (name, there, now), None where one is absent; the name of the
+    model is none of them: a directory may have been moved.
+    """
+    names = [name for name in {**there, **now} if name != "model"]
     return [(n, there.get(n), now.get(n)) for n in names if there.get(n) != now.get(n)]
 
 

@@ -123,9 +123,9 @@ def figures(records: Records) -> dict[str, Any]:
 
     Returns:
       Each of RATIOS and its error, `..._se`; `median_length`, `p95_length` and the same over the
-      correct responses alone, `..._correct`; `pass_at`, a dictionary from k = 1, 2, 4, ... to the
-      value, and `pass_at_se`; `majority` and `majority_se`, if the verifier tells the answer; the
-      numbers of `problems`, of `responses`, and of `samples`, responses a problem (the fewest).
+      correct responses alone, `..._correct`; `pass_at`, a dictionary from k = 1, 2, 4, ..., n to
+      the value, and `pass_at_se`; `majority` and `majority_se`, if the verifier tells the answer;
+      the numbers of `problems`, of `responses`, and of `samples`, responses a problem (the fewest).
       Lengths are in tokens, EOS included. nan where there is nothing to tell.
     """
     grouped = list(by_problem(records).values())
@@ -139,7 +139,7 @@ def figures(records: Records) -> dict[str, Any]:
 
     each = np.ones(len(grouped))
     samples = min(map(len, grouped))
-    tried = [2**i for i in range(samples.bit_length())]
+    tried = sorted({*(2**i for i in range(samples.bit_length())), samples})
     passed = {
         str(k): ratio(
             np.array(

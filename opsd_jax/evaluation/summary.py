@@ -47,7 +47,7 @@ def compared(directory: pathlib.Path, earlier: pathlib.Path) -> dict[str, Any]:
     found = {
         "before": was["settings"]["model"],
         "after": now["settings"]["model"],
-        "settings": [list(d) for d in different if d[0] != "model"],
+        "settings": [list(d) for d in different if d[0] != "weights"],
         **changes,
     }
     files.write_atomically(directory / COMPARISON, files.to_json(found, indent=2) + "\n")

@@ -223,10 +223,16 @@ def maths(conventions: Sequence[str] = ("boxed",)) -> Verifier:
       conventions: where a response has its answer, in the order in which they are tried: names in
         `extract.CONVENTIONS`; "text" comes last wherever it stands.
     """
-    marked = tuple(name for name in conventions if name != extract.TEXT)
+    conventions = tuple(conventions)
+    # An answer that stands anywhere in the text is accepted or not, but not read.
+    read = None if extract.TEXT in conventions else _read
     return Verifier(
-        functools.partial(_ask, tuple(conventions)),
+        functools.partial(_ask, conventions),
         judge,
         _ask_gold,
-        lambda problem, response: extract.extract(response, marked),
+        read and functools.partial(read, conventions),
     )
+
+
+def _read(conventions: Sequence[str], problem: Problem, response: str) -> str | None:
+    return extract.extract(response, conventions)

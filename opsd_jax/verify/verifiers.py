@@ -198,6 +198,8 @@ def combine(verifiers: Sequence[Verifier], *, every: bool) -> Verifier:
     """All of several verifiers have to say yes, or one does; workers are asked in their order."""
     parts = tuple(verifiers)
     reading = [v.extract for v in parts if v.extract]
+    if len(reading) < len(parts):
+        reading = []  # one accepts what nobody can read
     return Verifier(
         lambda problem, response: _first_open([v.ask(problem, response) for v in parts], every),
         functools.partial(_judge_open, tuple(v.judge for v in parts), every),
