@@ -16,4 +16,4 @@ setup "$extra"
 ruff format --check .
 ruff check .
 mypy
-exec pytest --numprocesses 2 --dist loadfile -m "$which_tests" "$@"
+exec pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "$which_tests" "$@"

@@ -108,6 +108,14 @@ def test_normalised_queries_with_biases_have_no_architecture():
     ("changes", "message"),
     [
         ({"architectures": ["MistralForCausalLM"]}, r"architectures is \[\"MistralForCausalLM\"\]"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 5e5}}},
+            "rope_scaling is .*; expected an object, the same for all layers",
+        ),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is 0.5; expected 1.0",
+        ),
         ({"architectures": None}, "architectures is null; expected one of Qwen3ForCausalLM"),
         ({"hidden_act": "gelu"}, "hidden_act is \"gelu\"; expected 'silu'"),
         ({"hidden_size": None}, "hidden_size is null; expected an integer above 0"),
@@ -129,6 +137,16 @@ def test_what_the_decoder_cannot_do_is_refused(written, changes, message):
     path = written(**changes)
     with pytest.raises(ValueError, match=rf"config\.json: .*{message}"):
         architecture.from_json(path)
+
+
+def test_null_is_as_good_as_absent(tmp_path):
+    """As older files have it, of Llama; without key-value heads there are as many as heads."""
+    path = tmp_path / "config.json"
+    fields = CONFIG | {"attention_bias": None, "rope_scaling": None, "rope_theta": None}
+    path.write_text(json.dumps(fields | {"num_key_value_heads": None}))
+    sizes = architecture.from_json(path)
+    assert sizes.num_kv_heads == sizes.num_heads == CONFIG["num_attention_heads"]
+    assert sizes.rope_theta == 10_000.0
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", None])

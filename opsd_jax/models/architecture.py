@@ -120,7 +120,10 @@ def from_json(path: pathlib.Path, **options: Any) -> DecoderConfig:
       ValueError: it cannot be read, a field is missing or says what the decoder cannot do; names
         the file, the field, the value and what was expected.
     """
-    there = read_json(path)
+    # null is as good as absent; as many key-value heads as heads, where the file does not say.
+    there = {name: value for name, value in read_json(path).items() if value is not None}
+    if "num_attention_heads" in there:
+        there.setdefault("num_key_value_heads", there["num_attention_heads"])
     try:
         return _sizes_in(there, options)
     except ValueError as error:
@@ -146,8 +149,10 @@ def _sizes_in(there: dict[str, Any], options: dict[str, Any]) -> DecoderConfig:
     _check_window(there, sizes["num_layers"])
     # Older files have rope_theta and rope_scaling, newer ones both of them in rope_parameters.
     rope = there.get("rope_scaling") or there.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise _unexpected("rope_scaling", rope, "an object")
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise _unexpected("rope_scaling", rope, "an object, the same for all layers")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise _unexpected("partial_rotary_factor", rope["partial_rotary_factor"], "1.0")
     # Qwen3's head size is 128 where the file does not say; the others' fills the hidden size.
     head_dim = 128 if qk_norm else sizes["hidden_size"] // sizes["num_heads"]
     return DecoderConfig(
