@@ -141,6 +141,7 @@ def test_a_model_of_one_s_own_has_no_such_form(finished, tmp_path, capsys):
     assert "'tiny_model:make', whose Model has no `save`" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_weights_of_a_directory(source, config_file, tmp_path):
     """And goes on, evaluates and is converted as any other."""
     fields = TINY | {"model.path": str(source)}

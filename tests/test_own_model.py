@@ -13,6 +13,7 @@ from opsd_jax import config as config_lib
 from opsd_jax import config_files, main, pipeline
 from opsd_jax.models import decoder
 from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.stages import teacher as teacher_lib
 from opsd_jax.training import metrics as metrics_lib
 from opsd_jax.training.checkpoint import abstract_of
 from opsd_jax.training.state import init_state, make_optimizer, state_shardings
@@ -185,16 +186,9 @@ def test_each_context_in_turn(files, tmp_path, kind):
     assert (tmp_path / "opsd" / "divergence.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("algorithm", "teacher"),
-    [
-        ("opsd", "frozen"),
-        *(
-            pytest.param("opsd", teacher, marks=pytest.mark.slow)
-            for teacher in ("ema", "refresh", "trust_region", "live")
-        ),
-        pytest.param("rlvr", "", marks=pytest.mark.slow),
-    ],
+    ("algorithm", "teacher"), [*(("opsd", kind) for kind in teacher_lib.KINDS), ("rlvr", "")]
 )
 def test_the_loss_falls_on_a_fixed_batch(files, tmp_path, algorithm, teacher):
     """Batch, loss and teacher as a run makes them; thirty updates on the one batch."""

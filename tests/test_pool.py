@@ -220,6 +220,8 @@ from opsd_jax.data.problem import Problem
 from opsd_jax.verify.pool import Limits, VerifierPool
 
 def main():
+    # A shell's background jobs ignore SIGINT, and so would this one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     pool = VerifierPool(judges.misbehave, workers=2, limits=Limits(seconds=30))
     futures = [
         pool.submit(Problem(0, "", "", ""), f"{{what}} {marks}/{{i}}")
@@ -261,8 +263,6 @@ def test_no_worker_outlives_its_parent(tmp_path, end):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        # A shell's background jobs ignore SIGINT, and so would theirs.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout.readline() == b"busy\n"
     below = psutil.Process(process.pid).children(recursive=True)

@@ -123,7 +123,13 @@ def engine(model, params):
     return make
 
 
-@pytest.mark.parametrize("rule", [{}, {"top_k": 6, "top_p": 0.9}, {"top_p": 0.9}])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"top_k": 6, "top_p": 0.9},
+        *(pytest.param(rule, marks=pytest.mark.slow) for rule in ({}, {"top_p": 0.9})),
+    ],
+)
 def test_calls_meshes_and_offsets_change_no_sample(engine, rule):
     whole, calls = engine(8, **rule)(PROMPTS)
     assert [call.first for call in calls] == [0]
