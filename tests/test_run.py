@@ -364,7 +364,7 @@ def test_a_model_of_one_s_own_runs(tiny, tmp_path, monkeypatch):
 def test_kill_nine_at_random_moments(config, tmp_path):
     """A process of its own, killed five times wherever it is, ends as one that was left alone."""
     (tmp_path / "tiny.py").write_text(
-        "from opsd_jax import config\n"
+        "from opsd_jax import config_files\n"
         f"def get_config():\n    return config_files.from_flat({config_files.flatten(config)!r})\n"
     )
 
