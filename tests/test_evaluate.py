@@ -21,7 +21,7 @@ from opsd_jax.rollout.collect import Rollouts
 from opsd_jax.verify.verdict import Verdict
 from opsd_jax.verify.verifiers import at_once
 
-BENCHMARKS = pathlib.Path("/work/shared/data/benchmarks")
+BENCHMARKS = pathlib.Path(__file__).parents[2] / "shared/data/benchmarks"
 
 
 def write_rows(path, rows):

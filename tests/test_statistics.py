@@ -16,7 +16,7 @@ from opsd_jax.evaluation import comparison, statistics
 from opsd_jax.verify import extract, verifiers
 from opsd_jax.verify.maths import maths
 
-RECORDED = pathlib.Path("/work/shared/data/verifier/rollouts_math_qwen.jsonl")
+RECORDED = pathlib.Path(__file__).parents[2] / "shared/data/verifier/rollouts_math_qwen.jsonl"
 
 
 def record(problem, sample, *, correct, length, response="", **more):
