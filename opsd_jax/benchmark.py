@@ -25,7 +25,8 @@ from opsd_jax import workdir as workdir_lib
 from opsd_jax.data.problem import Problem
 from opsd_jax.evaluation import benchmarks, evaluate, summary
 from opsd_jax.parallel import mesh as mesh_lib
-from opsd_jax.pipeline import UNTRAINED, Run
+from opsd_jax.parameters import UNTRAINED, chosen_stage
+from opsd_jax.pipeline import Run
 from opsd_jax.progress import Progress
 from opsd_jax.training import files
 from opsd_jax.training.interrupt import StopSignal
@@ -104,7 +105,7 @@ def _config(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
         )
     if arguments.model is None:
         config = workdir_lib.config_of(arguments.workdir)
-        stage = _stage(config, arguments)
+        stage = chosen_stage(config, arguments.workdir, arguments.stage) or UNTRAINED
         if arguments.benchmark and config.task != TEXT_TASK:
             raise config_lib.ConfigError(
                 f"--benchmark: the run's config.task is {config.task!r}, which has problems of its "
@@ -142,17 +143,6 @@ def _config(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
     config.lock()
     validation.validate(config)
     return stage, config
-
-
-def _stage(config: ConfigDict, arguments: argparse.Namespace) -> str:
-    """The stage to evaluate: the last finished one, if none is named."""
-    finished = [s for s in config.stages if (arguments.workdir / s / "params").exists()]
-    stage = arguments.stage or (finished or [UNTRAINED])[-1]
-    if stage not in (UNTRAINED, *config.stages):
-        raise config_lib.ConfigError(
-            f"--stage {stage}: expected one of {', '.join((UNTRAINED, *config.stages))}."
-        )
-    return stage
 
 
 def _shards(config: ConfigDict) -> int:

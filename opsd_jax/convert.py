@@ -12,7 +12,7 @@ from opsd_jax import config as config_lib
 from opsd_jax import workdir as workdir_lib
 from opsd_jax.models import pretrained, weights
 from opsd_jax.parallel import mesh as mesh_lib
-from opsd_jax.parameters import UNTRAINED, Parameters
+from opsd_jax.parameters import Parameters, chosen_stage
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -59,14 +59,9 @@ def of_run(
       WeightsError: the directory has files in it, or cannot be written.
     """
     weights.check_new(directory)
-    finished = [s for s in config.stages if (workdir / s / "params").exists()]
-    if stage is None and not finished:
+    stage = chosen_stage(config, workdir, stage)
+    if stage is None:
         raise config_lib.ConfigError(f"no stage of the run in {workdir} has ended.")
-    stage = stage or finished[-1]
-    if stage not in (UNTRAINED, *config.stages):
-        raise config_lib.ConfigError(
-            f"--stage {stage}: expected one of {', '.join((UNTRAINED, *config.stages))}."
-        )
     parameters = _parameters(config, workdir)
     if parameters.model.save is None:
         raise config_lib.ConfigError(

@@ -94,12 +94,17 @@ def mesh(text: str) -> tuple[int, ...]:
     return tuple(int(size) for size in text.split(","))
 
 
-def _add_evaluate(sub: argparse.ArgumentParser, workdir: dict[str, Any]) -> None:
-    """The arguments of `evaluate`."""
+def _add_model(sub: argparse.ArgumentParser, workdir: dict[str, Any]) -> None:
+    """The arguments that say which model: of a run's stage, or in a directory."""
     whose = sub.add_mutually_exclusive_group(required=True)
     whose.add_argument("--workdir", **workdir)
     whose.add_argument("--model", type=directory, help="directory of a Hugging Face model")
     sub.add_argument("--stage", help="of the run (default: the last that is finished)")
+
+
+def _add_evaluate(sub: argparse.ArgumentParser, workdir: dict[str, Any]) -> None:
+    """The arguments of `evaluate`."""
+    _add_model(sub, workdir)
     sub.add_argument(
         "--benchmark",
         action="append",
@@ -136,10 +141,7 @@ def _add_evaluate(sub: argparse.ArgumentParser, workdir: dict[str, Any]) -> None
 
 def _add_convert(sub: argparse.ArgumentParser, workdir: dict[str, Any]) -> None:
     """The arguments of `convert`."""
-    whose = sub.add_mutually_exclusive_group(required=True)
-    whose.add_argument("--workdir", **workdir)
-    whose.add_argument("--model", type=directory, help="directory of a Hugging Face model")
-    sub.add_argument("--stage", help="of the run (default: the last that is finished)")
+    _add_model(sub, workdir)
     sub.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

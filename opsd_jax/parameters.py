@@ -23,6 +23,20 @@ def seed_of(config: ConfigDict, name: str) -> int:
     return zlib.crc32(f"{config.seed}/{name}".encode()) >> 1
 
 
+def chosen_stage(config: ConfigDict, workdir: pathlib.Path, stage: str | None) -> str | None:
+    """The stage that is named or, where none is, the last one that is finished; None without any.
+
+    Raises:
+      ConfigError: there is no stage of that name.
+    """
+    if stage not in (None, UNTRAINED, *config.stages):
+        raise config_lib.ConfigError(
+            f"--stage {stage}: expected one of {', '.join((UNTRAINED, *config.stages))}."
+        )
+    finished = [s for s in config.stages if (workdir / s / "params").exists()]
+    return stage or (finished[-1] if finished else None)
+
+
 class Parameters:
     """What a run needs of its model, without its data: nothing is compiled or read yet."""
 

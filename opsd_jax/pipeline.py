@@ -177,16 +177,14 @@ class Run:
           progress: shows it.
           stop: ends it between two calls.
           problems: the evaluated ones.
-          directory: of the records.
+          directory: of the records, with these settings (`evaluate.check_settings`).
           settings: `evaluate.settings`.
 
         Raises:
-          ConfigError: the directory holds an evaluation with other settings.
           Interrupted: a signal came; what was done is kept.
         """
         config = self.config.evaluation
         progress.start(f"evaluate {name}", len(problems) * config.samples, unit="response")
-        evaluate.check_settings(directory, settings)
         responses = evaluate.resume(directory, config.samples)
         done = len(responses) // config.samples
         if done < len(problems):
@@ -228,6 +226,7 @@ class Run:
         problems, directory = self.heldout(), self.workdir / name
         # The directory is the run's own: its weights are no others.
         settings = evaluate.settings(name, "", self.config, self.task, problems)
+        evaluate.check_settings(directory, settings)
         responses, figures = self.evaluate(
             name,
             params,

@@ -21,6 +21,8 @@ Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "conten
 # Stands for a response in a rendered dialogue; its own token ids then take its place.
 _RESPONSE = "\N{SYMBOL FOR SUBSTITUTE}response\N{SYMBOL FOR SUBSTITUTE}"
 
+_ASKED = {"role": "user", "content": "?"}  # a turn that only has to be there
+
 
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}…{% endgeneration %}`, which marks what an assistant says: its content."""
@@ -156,11 +158,10 @@ class Chat:
                         "has no chat template. Name a file with one in data.chat_template."
                     )
             return
-        self._render([{"role": "user", "content": "?"}])
+        self._render([_ASKED])
         if thinking:
             other = self._options | {"enable_thinking": thinking != "on"}
-            turn = [{"role": "user", "content": "?"}]
-            if template.render(turn, self._options) == template.render(turn, other):
+            if template.render([_ASKED], self._options) == template.render([_ASKED], other):
                 raise ValueError(
                     f"data.thinking is {thinking!r}, and the chat template renders the same with "
                     "'on' and 'off'; expected ''."
@@ -189,7 +190,7 @@ class Chat:
             return self._tokenizer.encode(f"\n\n{request}\n")
         text = self._render(
             [
-                {"role": "user", "content": "?"},
+                _ASKED,
                 {"role": "assistant", "content": _RESPONSE},
                 {"role": "user", "content": request},
             ]
@@ -205,7 +206,7 @@ class Chat:
         """
         if self._template is None:
             return ""
-        text = self._render([{"role": "user", "content": "?"}])
+        text = self._render([_ASKED])
         spoken = text.rstrip()
         return text[spoken.rindex("<think>") :] if spoken.endswith("<think>") else ""
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from opsd_jax import losses
 from opsd_jax.data.task import Task
+from opsd_jax.evaluation.statistics import ratio
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.policy import Params, Policy
 from opsd_jax.rollout.collect import Rollouts
@@ -130,12 +131,11 @@ def by_position(values: np.ndarray, clusters: np.ndarray) -> dict[str, list[floa
     for column in values.T:
         there = ~np.isnan(column)
         _, cluster = np.unique(clusters[there], return_inverse=True)
-        n, k = int(there.sum()), int(cluster.max(initial=-1)) + 1
-        if k < 2:
+        counts = np.bincount(cluster)
+        if len(counts) < 2:
             break
-        mean = column[there].mean()
-        residuals = np.bincount(cluster, weights=column[there] - mean)
-        curve["mean"].append(float(mean))
-        curve["se"].append(float(np.sqrt(np.square(residuals).sum() * k / (k - 1)) / n))
-        curve["count"].append(n)
+        mean, error = ratio(np.bincount(cluster, weights=column[there]), counts)
+        curve["mean"].append(mean)
+        curve["se"].append(error)
+        curve["count"].append(int(there.sum()))
     return curve

@@ -33,25 +33,17 @@ def check_comparable(earlier: pathlib.Path, problems: Sequence[Problem]) -> None
         )
 
 
-def compared(directory: pathlib.Path, earlier: pathlib.Path) -> dict[str, Any]:
-    """Writes what changed between two finished evaluations of the same problems, from `earlier` to
-    `directory`.
-
-    Returns:
-      `comparison.compare`, and `before` and `after`: their models; `settings`: those that differ,
-      as [name, before, after].
+def compared(was: dict[str, Any], now: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`comparison.compare` of two evaluations with these figures, and `before` and `after`: their
+    models; `settings`: those that differ, as [name, before, after].
     """
-    (old, was), (new, now) = evaluate.read(earlier), evaluate.read(directory)
-    changes = comparison.compare(old, new)
     different = evaluate.differences(was["settings"], now["settings"])
-    found = {
+    return {
         "before": was["settings"]["model"],
         "after": now["settings"]["model"],
         "settings": [list(d) for d in different if d[0] != "weights"],
         **changes,
     }
-    files.write_atomically(directory / COMPARISON, files.to_json(found, indent=2) + "\n")
-    return found
 
 
 def warning(changes: dict[str, Any]) -> str:
@@ -64,9 +56,11 @@ def write(directory: pathlib.Path, earlier: pathlib.Path | None = None) -> dict[
     """Writes the report of a finished evaluation, and what changed since an `earlier` one, which
     it returns.
     """
-    changes = compared(directory, earlier) if earlier else None
     responses, figures = evaluate.read(directory)
     before, was = evaluate.read(earlier) if earlier else ([], None)
+    changes = compared(was, figures, comparison.compare(before, responses)) if was else None
+    if changes:
+        files.write_atomically(directory / COMPARISON, files.to_json(changes, indent=2) + "\n")
     named = tables.with_sources(figures)
     shown = [tables.correctness(named, "benchmark", {}), tables.lengths(named, "benchmark")]
     notes = [f"Model: {figures['settings']['model']}.", tables.method(figures)]
