@@ -219,7 +219,7 @@ def test_cached_decoding_equals_the_full_forward_in_every_shape(kind):
         hidden, cache = forward(params, tokens[:, at], positions[:, at], cache)
         np.testing.assert_allclose(hidden[:, 0], full[:, t], rtol=1e-5, atol=1e-5)
     if kind == "biased":
-        shardings = mesh_lib.param_shardings(mesh_lib.make_mesh((2, 2, 2)), model.rules, params)
+        shardings = mesh_lib.tree_shardings(mesh_lib.make_mesh((2, 2, 2)), model.rules, params)
         assert shardings["layers"]["k_bias"].spec == P(None, "tensor", None)
         without = jax.tree.map(jnp.zeros_like, params["layers"]["k_bias"])
         params["layers"]["v_bias"] = without

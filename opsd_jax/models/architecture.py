@@ -7,8 +7,10 @@ import json
 import pathlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
+from opsd_jax.models import paged
 from opsd_jax.models.rope import TYPES, RopeScaling
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -62,6 +64,7 @@ class DecoderConfig:
     param_dtype: Any = jnp.float32
     remat: bool = False  # recompute each layer's activations in the backward pass
     scan_unroll: int = 1  # layers that one turn of the scan runs; must divide num_layers
+    cache: str = "dense"  # of keys and values: "dense", or "paged" (opsd_jax/models/paged.py)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -80,6 +83,14 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim is {self.head_dim}; rotary positions need it even.")
+        if self.cache not in ("dense", "paged"):
+            raise ValueError(f"model.cache is {self.cache!r}; expected 'auto', 'dense' or 'paged'.")
+        if self.cache == "paged" and not paged.fits(self.num_kv_heads, self.head_dim):
+            raise ValueError(
+                f"model.cache is 'paged', with model.head_dim = {self.head_dim} and "
+                f"model.num_kv_heads = {self.num_kv_heads}; its kernel takes head sizes that are "
+                "multiples of 128 and 1, 2, 4 or a multiple of 8 key-value heads. Choose 'dense'."
+            )
 
 
 def dtype_of(name: str, field: str) -> Any:
@@ -91,6 +102,14 @@ def dtype_of(name: str, field: str) -> Any:
     if name not in DTYPES:
         raise ValueError(f"model.{field} is {name!r}; expected one of {list(DTYPES)}.")
     return DTYPES[name]
+
+
+def cache_of(name: str, num_kv_heads: int, head_dim: int) -> str:
+    """The form of the cache that a config's field names: "auto" is "paged" on TPUs if it fits."""
+    if name != "auto":
+        return name
+    tpu = jax.default_backend() == "tpu"
+    return "paged" if tpu and paged.fits(num_kv_heads, head_dim) else "dense"
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -114,7 +133,8 @@ def from_json(path: pathlib.Path, **options: Any) -> DecoderConfig:
 
     Args:
       path: of the file.
-      options: the fields of `DecoderConfig` that the file does not decide: dtypes, remat, unroll.
+      options: the fields of `DecoderConfig` that the file does not decide: dtypes, remat, unroll,
+        cache, which may be "auto" here.
 
     Raises:
       ValueError: it cannot be read, a field is missing or says what the decoder cannot do; names
@@ -155,9 +175,13 @@ def _sizes_in(there: dict[str, Any], options: dict[str, Any]) -> DecoderConfig:
         raise _unexpected("partial_rotary_factor", rope["partial_rotary_factor"], "1.0")
     # Qwen3's head size is 128 where the file does not say; the others' fills the hidden size.
     head_dim = 128 if qk_norm else sizes["hidden_size"] // sizes["num_heads"]
+    if there.get("head_dim") is not None:
+        head_dim = _integer(there, "head_dim")
+    if "cache" in options:
+        options["cache"] = cache_of(options["cache"], sizes["num_kv_heads"], head_dim)
     return DecoderConfig(
         **sizes,
-        head_dim=head_dim if there.get("head_dim") is None else _integer(there, "head_dim"),
+        head_dim=head_dim,
         rope_theta=_number({"rope_theta": 10_000.0, **there, **rope}, "rope_theta"),
         rope_scaling=_rope_scaling(rope, there.get("max_position_embeddings")),
         rms_norm_eps=_number({"rms_norm_eps": 1e-6, **there}, "rms_norm_eps"),

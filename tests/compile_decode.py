@@ -1,0 +1,147 @@
+"""Compiles decoding for TPUs that are not there: run by test_tpu.py.
+
+    python compile_decode.py TOPOLOGY DATAxFSDPxTENSOR dense|paged [--program greedy|step|engine]
+        [--layers 36] [--layouts default|auto]
+
+Qwen3-8B's shapes, the parameters as decoding has them, 64 slots of 8,192 tokens, the cache donated.
+`greedy` feeds the likeliest word back in a loop, `step` does so once without a loop, `engine` is
+what rollouts run. With `--layouts auto` the compiler chooses how the parameters lie in memory, else
+it copies those that it wants otherwise before the loop. Prints a JSON line;
+`main` says what is in it.
+"""
+
+import argparse
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
+
+from opsd_jax import config as config_lib
+from opsd_jax.models import decoder, paged
+from opsd_jax.parallel import hlo
+from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.rollout import sampling, slots
+from opsd_jax.training.checkpoint import abstract_of
+
+B, S = 64, 8192
+LENGTHS = (np.arange(B) + 0.5) * (S / B)  # of the rows, for the account: half full on average
+
+
+def one(policy, params, carry):
+    t, token, position, cache = carry
+    hidden, cache = policy.forward(params, token[:, None], position[:, None], cache)
+    token = jnp.argmax(policy.unembed(params, hidden[:, 0]), axis=-1).astype(jnp.int32)
+    return t + 1, token, jnp.where(position < 0, -1, position + 1), cache
+
+
+def step(policy, params, cache, token, position):
+    return one(policy, params, (jnp.int32(0), token, position, cache))
+
+
+def greedy(policy, params, cache, token, position):
+    body = lambda carry: one(policy, params, carry)
+    return jax.lax.while_loop(lambda carry: carry[0] < 64, body, (0, token, position, cache))
+
+
+def engine(policy, params, cache, token, position, key, rule):
+    state = slots.Slots(slots.empty_rows(B)._replace(token=token, position=position), cache)
+    return slots.decode(policy, params, state, key, rule, jnp.int32(4), steps=64)
+
+
+# The programs, and their arguments beyond those that all have.
+PROGRAMS = {
+    "greedy": (greedy, lambda: ()),
+    "step": (step, lambda: ()),
+    "engine": (engine, lambda: (jax.random.key(0), sampling.rule(151_936, stop=(151_645,)))),
+}
+
+
+def compiled(model, mesh, name, layouts):
+    """The program, and the shapes of its parameters and cache with their shardings."""
+    shapes = jax.eval_shape(lambda: model.decode_params(model.init(jax.random.key(0))))
+    params = abstract_of(shapes, mesh_lib.tree_shardings(mesh, model.decode_rules, shapes))
+    shapes = jax.eval_shape(lambda: model.policy.init_cache(B, S))
+    where = mesh_lib.tree_shardings(mesh, model.cache_rules, shapes, "cache")
+    cache = abstract_of(shapes, where)
+    program, more = PROGRAMS[name]
+    whole = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh_lib.replicated(mesh))
+    more = jax.tree.map(whole, jax.eval_shape(lambda: jax.tree.map(jnp.asarray, more())))
+    row = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=mesh_lib.rows(mesh))
+    given, auto = params, None
+    if layouts == "auto":
+        auto = jax.tree.map(lambda leaf: Format(Layout.AUTO, leaf.sharding), params)
+        given = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    with jax.set_mesh(mesh):
+        jitted = jax.jit(
+            lambda *args: program(model.policy, *args),
+            in_shardings=(auto, *[None] * (3 + len(more))),
+            donate_argnums=1,
+        )
+        return jitted.lower(given, cache, row, row, *more).compile(), params, cache
+
+
+def shard_bytes(leaf):
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def kernel_bytes(cache, mesh):
+    """What the kernel reads on a device: of each row, whole blocks of pages."""
+    rows = LENGTHS[:: mesh_lib.row_shards(mesh)]
+    total = 0
+    for layer in cache:
+        shape = layer["pages"].sharding.shard_shape(layer["pages"].shape)
+        pages = jax.ShapeDtypeStruct(shape, layer["pages"].dtype)
+        block = paged.pages_per_block(pages)
+        blocks = np.ceil(rows / (block * paged.PAGE)).sum()
+        total += blocks * block * math.prod(shape[2:]) * pages.dtype.itemsize
+    return total
+
+
+def main(arguments) -> None:
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=arguments.topology)
+    mesh = mesh_lib.make_mesh([int(n) for n in arguments.mesh.split("x")], topology.devices)
+    sizes = {"cache": arguments.cache, "num_layers": arguments.layers}
+    model = decoder.from_config(config_lib.preset("qwen3-8b", **sizes))
+    done, params, cache = compiled(model, mesh, arguments.program, arguments.layouts)
+    text, memory, in_loop = done.as_text(), done.memory_analysis(), arguments.program != "step"
+    moved = hlo.accesses(text, in_loop=in_loop)
+    before = hlo.accesses(text, in_loop=False) if in_loop else []
+    kernel = kernel_bytes(cache, mesh) if arguments.cache == "paged" else 0
+    collectives = [c.elements for c in hlo.collectives(text) if c.in_loop == in_loop]
+    # Every weight is read but for the embedding, of which a row a slot is.
+    weights = sum(map(shard_bytes, jax.tree.leaves(params))) - shard_bytes(params["embedding"])
+    leaves = list(map(shard_bytes, jax.tree.leaves(cache)))
+    gib = {
+        "argument": memory.argument_size_in_bytes,
+        "temp": memory.temp_size_in_bytes,
+        "weights": weights,  # that a step has to read
+        "live_cache": sum(leaves) * LENGTHS.mean() / S,  # likewise
+        "moved": sum(access.bytes for access in moved) + kernel,  # by a step, to and from HBM
+        "kernel": kernel,  # of which the kernel's reads
+        "before": sum(access.bytes for access in before),  # moved before and after the loop
+    }
+    seen = {name: round(size / 2**30, 4) for name, size in gib.items()}
+    seen["ratio"] = seen["moved"] / (seen["weights"] + seen["live_cache"])
+    seen["largest_collective"] = max(collectives, default=0)  # in the loop, elements
+    # By one instruction of the loop, as a part of a leaf of the cache; 1 would be a copy of it.
+    seen["largest_write"] = max(access.written for access in moved) / min(leaves)
+    if not in_loop:
+        everywhere = hlo.accesses(text, in_loop=False, vmem=True)
+        xla = done.cost_analysis()["bytes accessed"]
+        seen["account_by_xlas"] = sum(access.bytes for access in everywhere) / xla
+    print(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("topology")
+    parser.add_argument("mesh")
+    parser.add_argument("cache", choices=("dense", "paged"))
+    parser.add_argument("--program", choices=PROGRAMS, default="greedy")
+    parser.add_argument("--layers", type=int, default=36)
+    parser.add_argument("--layouts", choices=("default", "auto"), default="default")
+    main(parser.parse_args())
