@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 Params = Any  # A nested dict of arrays.
 Cache = Any  # A pytree that belongs to the policy; axis 0 of every leaf is the batch.
@@ -50,6 +51,12 @@ class Model(NamedTuple):
       rules: (regular expression on a parameter's path, jax PartitionSpec) pairs; the first that
         matches the whole path says where the parameter lies (opsd_jax/parallel/mesh.py).
       vocab_size: V; at least the tokenizer's.
+      decode_rules: as `rules`, while rollouts are sampled; None: where they lie anyway.
+      decode_params: `params -> params`, as they are while rollouts are sampled, cast to the dtype
+        of the products for one; pure. None: as they are.
+      cache_rules: as `rules`, of the policy's cache; by default its first axis, the batch, is cut
+        over `data` and `fsdp`.
+      ragged: decoding reads no more of the cache than is filled, however long it is.
       load: `abstract params -> params`, initial parameters that are read from files, straight to
         the shardings that the abstract ones have; None: they come from `init`.
       save: `(params, directory, dtype="")`, writes a directory that transformers loads, as
@@ -58,8 +65,12 @@ class Model(NamedTuple):
 
     policy: Policy
     init: Callable[[jax.Array], Params]
-    rules: Sequence[tuple[str, jax.sharding.PartitionSpec]]
+    rules: Sequence[tuple[str, P]]
     vocab_size: int
+    decode_rules: Sequence[tuple[str, P]] | None = None
+    decode_params: Callable[[Params], Params] | None = None
+    cache_rules: Sequence[tuple[str, P]] = ((r".*", P(("data", "fsdp"))),)
+    ragged: bool = False
     load: Callable[[Params], Params] | None = None
     save: Callable[..., None] | None = None
 

@@ -21,8 +21,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from opsd_jax import policy as policy_lib
-from opsd_jax.models import architecture, rope, safetensors, weights
+from opsd_jax.models import architecture, paged, rope, safetensors, weights
 from opsd_jax.models.architecture import DecoderConfig, dtype_of
+from opsd_jax.parallel.mesh import ROWS, path_name
 
 # Which dimension of which parameter lies along which mesh axis (opsd_jax/parallel/mesh.py). The
 # layers are stacked, so the leading dimension of theirs is depth.
@@ -36,6 +37,11 @@ DECODER_RULES = (
     (r"layers/down", P(None, "tensor", "fsdp")),
     (r"(layers/\w+_)?norm", P()),
 )
+# While rollouts are sampled: whole but for `tensor`, so that no step gathers a weight.
+DECODE_RULES = tuple(
+    (name, P(*(None if axis == "fsdp" else axis for axis in spec))) for name, spec in DECODER_RULES
+)
+CACHE_RULES = ((r"\d+/(k|v)", P(ROWS, "tensor")), (r"\d+/pages", paged.PAGES))  # of init_cache
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -112,6 +118,13 @@ class Block(nnx.Module):
         if cache is None:
             k_BxKxCxS, v_BxKxSxC = k_BxTxKxC.transpose(0, 2, 3, 1), v_BxTxKxC.swapaxes(1, 2)
             key_positions = positions_BxT
+        elif "pages" in cache:
+            cache = paged.write(cache, k_BxTxKxC, v_BxTxKxC, positions_BxT)
+            if q_BxTxHxC.shape[1] == 1:  # decoding
+                out_Bx1xHxC = paged.attend(q_BxTxHxC, cache, positions_BxT)
+                return jnp.einsum("bthc,hcd->btd", out_Bx1xHxC, w(self.o)), cache
+            k_BxKxCxS, v_BxKxSxC = paged.dense(cache)
+            key_positions = jnp.arange(v_BxKxSxC.shape[2])[None]
         else:
             # A token's slot is its position; padding (-1) is sent out of bounds and dropped.
             length = cache["k"].shape[-1]
@@ -198,17 +211,21 @@ class Decoder(nnx.Module):
         )
 
     def init_cache(self, batch, length):
-        """An empty cache: per layer, keys [B, K, C, S] (slots last, the layout that the product
-        with one query reads straight through) and values [B, K, S, C].
+        """An empty cache, as `config.cache` says: per layer pages (opsd_jax/models/paged.py), or
+        keys [B, K, C, S] (slots last, the layout that the product with one query reads straight
+        through) and values [B, K, S, C].
         """
         K, C, dtype = self.config.num_kv_heads, self.config.head_dim, self.config.dtype
-        return tuple(
-            {
+
+        def layer():
+            if self.config.cache == "paged":
+                return paged.init(batch, length, K, C, dtype)
+            return {
                 "k": jnp.zeros((batch, K, C, length), dtype),
                 "v": jnp.zeros((batch, K, length, C), dtype),
             }
-            for _ in range(self.config.num_layers)
-        )
+
+        return tuple(layer() for _ in range(self.config.num_layers))
 
 
 def sizes(config: ml_collections.ConfigDict) -> DecoderConfig:
@@ -220,6 +237,7 @@ def sizes(config: ml_collections.ConfigDict) -> DecoderConfig:
     fields = {f.name: config[f.name] for f in dataclasses.fields(DecoderConfig)}
     fields |= {name: dtype_of(fields[name], name) for name in ("dtype", "param_dtype")}
     fields["rope_scaling"] = rope.RopeScaling(**fields["rope_scaling"])
+    fields["cache"] = architecture.cache_of(config.cache, config.num_kv_heads, config.head_dim)
     return DecoderConfig(**fields)
 
 
@@ -233,7 +251,22 @@ def model(config: DecoderConfig) -> policy_lib.Model:
         files = {"config.json": architecture.to_json(config, dtype)}
         weights.save(params, directory, codes, files)
 
-    return policy_lib.Model(policy, init, DECODER_RULES, config.vocab_size, save=save)
+    def decode_params(params: policy_lib.Params) -> policy_lib.Params:
+        """All but the norms in the dtype of the products: what every step casts them to."""
+        cast = lambda path, leaf: leaf if "norm" in path_name(path) else leaf.astype(config.dtype)
+        return jax.tree_util.tree_map_with_path(cast, params)
+
+    return policy_lib.Model(
+        policy,
+        init,
+        DECODER_RULES,
+        config.vocab_size,
+        decode_rules=DECODE_RULES,
+        decode_params=decode_params,
+        cache_rules=CACHE_RULES,
+        ragged=config.cache == "paged",
+        save=save,
+    )
 
 
 def from_config(config: ml_collections.ConfigDict) -> policy_lib.Model:

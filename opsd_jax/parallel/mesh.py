@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -27,23 +28,36 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
       ValueError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    sizes = _sizes(shape, len(devices))
+    return jax.make_mesh(sizes, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def reshaped(mesh: Mesh, shape: Sequence[int]) -> Mesh:
+    """The mesh's devices, in the same order, in another shape, or in its own for ().
+
+    Raises:
+      ValueError: as `make_mesh`.
+    """
+    sizes = _sizes(shape, mesh.size) if shape else mesh.devices.shape
+    return Mesh(mesh.devices.reshape(sizes), AXES, axis_types=mesh.axis_types)
+
+
+def _sizes(shape: Sequence[int], devices: int) -> list[int]:
+    """The sizes of a mesh's axes, none of them -1."""
     sizes = list(shape)
     if len(sizes) != len(AXES) or sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise ValueError(
             f"mesh is {tuple(shape)}; expected sizes of {AXES}, at most one of them -1."
         )
-    known = 1
-    for size in sizes:
-        known *= size if size > 0 else 1
+    known = math.prod(size for size in sizes if size > 0)
     if -1 in sizes:
-        sizes[sizes.index(-1)] = len(devices) // known
-    total = sizes[0] * sizes[1] * sizes[2]
-    if total != len(devices):
+        sizes[sizes.index(-1)] = devices // known
+    if math.prod(sizes) != devices:
         raise ValueError(
-            f"mesh {tuple(shape)} over {AXES} takes {known if -1 in shape else total} devices or a "
-            f"multiple; there are {len(devices)}."
+            f"mesh {tuple(shape)} over {AXES} takes {known} devices"
+            f"{' or a multiple' if -1 in shape else ''}; there are {devices}."
         )
-    return jax.make_mesh(sizes, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    return sizes
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -51,13 +65,14 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def param_shardings(mesh: Mesh, rules: Rules, tree: Any) -> Any:
+def tree_shardings(mesh: Mesh, rules: Rules, tree: Any, what: str = "parameter") -> Any:
     """The sharding of each leaf, by the first rule whose expression matches its whole path.
 
     Args:
       mesh: from `make_mesh`.
       rules: as `DECODER_RULES`.
-      tree: parameters or their shapes.
+      tree: parameters, a cache or their shapes.
+      what: a leaf is called in errors.
 
     Raises:
       ValueError: a leaf matches no rule, or a dimension is not divided by its mesh axis.
@@ -67,12 +82,15 @@ def param_shardings(mesh: Mesh, rules: Rules, tree: Any) -> Any:
         name = path_name(path)
         spec = next((s for pattern, s in rules if re.fullmatch(pattern, name)), None)
         if spec is None:
-            raise ValueError(f"no sharding rule matches the parameter {name}{list(leaf.shape)}.")
-        for size, axis in zip(leaf.shape, spec, strict=False):
-            if axis is not None and size % mesh.shape[axis]:
+            raise ValueError(f"no sharding rule matches the {what} {name}{list(leaf.shape)}.")
+        for size, axes in zip(leaf.shape, spec, strict=False):
+            names = (axes,) if isinstance(axes, str) else axes or ()
+            parts = math.prod(mesh.shape[axis] for axis in names)
+            if size % parts:
                 raise ValueError(
-                    f"parameter {name}{list(leaf.shape)}: its dimension of {size} is split over "
-                    f"the mesh axis {axis!r} of {mesh.shape[axis]}, which does not divide it."
+                    f"{what} {name}{list(leaf.shape)}: its dimension of {size} is split over "
+                    f"the mesh axis {' x '.join(map(repr, names))} of {parts}, which does not "
+                    "divide it."
                 )
         return NamedSharding(mesh, spec)
 

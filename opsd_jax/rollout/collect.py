@@ -1,4 +1,4 @@
-"""Rollouts of problems, verified: the device samples one call while workers judge the last.
+"""Rollouts of problems, verified: workers judge those that have ended while the device samples on.
 
 Verdicts are waited for when they are asked for, and no sooner.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -18,7 +18,8 @@ import numpy as np
 from opsd_jax.data.problem import Problem
 from opsd_jax.data.task import Task, check_fits
 from opsd_jax.policy import Params
-from opsd_jax.rollout.engine import Engine
+from opsd_jax.rollout.engine import STOP_LENGTH, Engine, Response
+from opsd_jax.rollout.sampling import Rule
 from opsd_jax.verify.groups import Groups, groups
 from opsd_jax.verify.pool import VerifierPool
 from opsd_jax.verify.verdict import TRUNCATED, Verdict
@@ -45,7 +46,8 @@ class Rollouts:
     Attributes:
       problems: the problem of each; those of a group stand next to each other.
       responses: int32 arrays, the sampled ids with EOS, as the device drew them.
-      logprobs: float32 arrays, behaviour log-probability of each token.
+      sampling_logprobs: float32 arrays, of each token under the distribution it was drawn from.
+      model_logprobs: float32 arrays, under the model's own, at temperature 1.
       truncated: bool [N], cut at the budget.
       replies: the verdict of each, or the future of it.
       waited: seconds that the device waited for verdicts already.
@@ -53,7 +55,8 @@ class Rollouts:
 
     problems: list[Problem]
     responses: list[np.ndarray]
-    logprobs: list[np.ndarray]
+    sampling_logprobs: list[np.ndarray]
+    model_logprobs: list[np.ndarray]
     truncated: np.ndarray
     replies: list[Verdict | Future[Verdict]]
     waited: float = 0.0
@@ -63,6 +66,11 @@ class Rollouts:
         """Tokens in each response, int [N]."""
         return np.array([len(response) for response in self.responses])
 
+    @property
+    def are_judged(self) -> bool:
+        """Whether every verdict is there."""
+        return all(isinstance(reply, Verdict) or reply.done() for reply in self.replies)
+
     @functools.cached_property
     def judged(self) -> Judged:
         """The verdicts. To ask for them is to wait until the last is there: ask late."""
@@ -71,58 +79,86 @@ class Rollouts:
         waited = self.waited + time.monotonic() - began
         return Judged(verdicts, groups(verdicts, self.truncated), waited)
 
-    def __add__(self, other: Rollouts) -> Rollouts:
-        """These, then those of other problems."""
-        return Rollouts(
-            self.problems + other.problems,
-            self.responses + other.responses,
-            self.logprobs + other.logprobs,
-            np.concatenate([self.truncated, other.truncated]),
-            [*self.judged.verdicts, *other.judged.verdicts],
-            self.judged.wait_seconds + other.judged.wait_seconds,
+    def settled(self) -> Rollouts:
+        """These, with their verdicts in place of what was promised."""
+        return dataclasses.replace(
+            self, replies=[*self.judged.verdicts], waited=self.judged.wait_seconds
         )
 
 
+def concatenated(parts: Sequence[Rollouts]) -> Rollouts:
+    """The rollouts of several, one at least, in this order."""
+    lists = {
+        field: [value for part in parts for value in getattr(part, field)]
+        for field in ("problems", "responses", "sampling_logprobs", "model_logprobs", "replies")
+    }
+    truncated = np.concatenate([part.truncated for part in parts])
+    return Rollouts(**lists, truncated=truncated, waited=sum(part.waited for part in parts))
+
+
 class Collector:
-    """Samples and verifies rollouts."""
+    """Samples and verifies rollouts, `group_size` (G) of each problem."""
 
-    def __init__(self, engine: Engine, task: Task, pool: VerifierPool):
-        self.shape, self._engine, self._task, self._pool = engine.shape, engine, task, pool
+    def __init__(self, engine: Engine, task: Task, pool: VerifierPool, group_size: int):
+        self.group_size, self._engine, self._task, self._pool = group_size, engine, task, pool
 
-    def calls(
+    def by_problem(
         self,
         params: Params,
         problems: Sequence[Problem],
         *,
         key: jax.Array,
-        temperature: float,
-        offset: int = 0,
-    ) -> Iterator[Rollouts]:
-        """G rollouts of each problem, in order, those of one device call at a time.
+        rule: Rule,
+        numbers: Sequence[int] | None = None,
+        poll: Callable[[], None] = lambda: None,
+    ) -> Iterator[tuple[int, Rollouts]]:
+        """The rollouts of each problem, with its index, when the last of them has ended.
 
-        The arguments are those of `Engine`, with problems for prompts.
+        Args:
+          params, key, rule, poll: as `Engine` has them.
+          problems: any number.
+          numbers: of the problems, distinct under one key; by default their indices. Rollout j of
+            problem i has the id numbers[i] * G + j, which with the key chooses its random numbers.
 
         Raises:
           DataError: a prompt is too long; names the problem.
         """
-        _, P, G, _ = self.shape
+        G = self.group_size
         prompts = [
-            check_fits(self._task.prompt(problem), P, problem, "prompt_tokens")
-            for problem in problems
+            check_fits(self._task.prompt(p), self._engine.shape.prompt_tokens, p, "prompt_tokens")
+            for p in problems
         ]
-        decode = self._task.tokenizer.decode
-        for call in self._engine(params, prompts, key=key, temperature=temperature, offset=offset):
-            answered = [problems[call.first + i // G] for i in range(len(call.responses))]
-            replies: list[Verdict | Future[Verdict]] = []
-            waited = 0.0
-            for problem, ids, truncated in zip(
-                answered, call.responses, call.truncated, strict=True
-            ):
-                text = self._task.begun + decode(ids.tolist())
-                began, idle = time.monotonic(), call.device_idles()
-                replies.append(TRUNCATED if truncated else self._pool.submit(problem, text))
+        numbers = range(len(problems)) if numbers is None else numbers
+        ids = [range(number * G, (number + 1) * G) for number in numbers]
+        ended: list[dict[int, tuple[Response, Verdict | Future[Verdict]]]] = [{} for _ in problems]
+        waited = 0.0
+        for batch in self._engine(params, prompts, ids, key=key, rule=rule, poll=poll):
+            for response in batch.responses:
+                problem, group = problems[response.prompt], ended[response.prompt]
+                began, idle = time.monotonic(), batch.device_idles()
+                group[response.member] = response, self._reply(problem, response)
                 waited += (time.monotonic() - began) * idle
-            yield Rollouts(answered, call.responses, call.logprobs, call.truncated, replies, waited)
+                if len(group) == G:
+                    responses, replies = zip(*(group.pop(j) for j in range(G)), strict=True)
+                    yield (
+                        response.prompt,
+                        Rollouts(
+                            problems=[problem] * G,
+                            responses=[r.tokens for r in responses],
+                            sampling_logprobs=[r.sampling_logprobs for r in responses],
+                            model_logprobs=[r.model_logprobs for r in responses],
+                            truncated=np.array([r.stop == STOP_LENGTH for r in responses]),
+                            replies=[*replies],
+                            waited=waited,
+                        ),
+                    )
+                    waited = 0.0
+
+    def _reply(self, problem: Problem, response: Response) -> Verdict | Future[Verdict]:
+        if response.stop == STOP_LENGTH:
+            return TRUNCATED
+        text = self._task.tokenizer.decode(response.tokens.tolist())
+        return self._pool.submit(problem, self._task.begun + text)
 
     def __call__(
         self,
@@ -130,15 +166,9 @@ class Collector:
         problems: Sequence[Problem],
         *,
         key: jax.Array,
-        temperature: float,
+        rule: Rule,
+        poll: Callable[[], None] = lambda: None,
     ) -> Rollouts:
-        """As `calls`, all of them together; there is a problem at least."""
-        calls = [*self.calls(params, problems, key=key, temperature=temperature)]
-        return Rollouts(
-            problems=[problem for call in calls for problem in call.problems],
-            responses=[ids for call in calls for ids in call.responses],
-            logprobs=[values for call in calls for values in call.logprobs],
-            truncated=np.concatenate([call.truncated for call in calls]),
-            replies=[reply for call in calls for reply in call.replies],
-            waited=sum(call.waited for call in calls),
-        )
+        """As `by_problem`, all of them in the order of the problems; there is one at least."""
+        made = dict(self.by_problem(params, problems, key=key, rule=rule, poll=poll))
+        return concatenated([made[i] for i in range(len(problems))])

@@ -1,55 +1,83 @@
-"""Sampling from the host: prompts of token ids in, ragged responses out, one device call ahead."""
+"""The rollout engine: prompts of token ids in, responses out as they end.
+
+A fixed number of decode slots is filled from a queue, and filled again as rollouts end, so that a
+long one holds nobody up. A prompt is prefilled once, and its keys and values copied to each of its
+rollouts. The host sends the device a chunk of steps and fetches what it drew: every decision rests
+on that and on the arguments, so every host takes the same ones.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from opsd_jax.parallel import mesh as mesh_lib
-from opsd_jax.policy import Params, Policy
-from opsd_jax.rollout import sampler
+from opsd_jax.policy import Model, Params
+from opsd_jax.rollout import sampling, slots
+from opsd_jax.rollout.slots import LIVE, STOP_EOS, STOP_LENGTH, Chunk, Rows, Slots
+
+__all__ = ["STOP_EOS", "STOP_LENGTH", "Ended", "Engine", "EngineShape", "Response", "left_pad"]
+
+STEPS = 64  # of decoding between two looks of the host
+SHORTEST_VIEW = 128  # a cache is not made shorter than this: little would be won
 
 
-class SamplerShape(NamedTuple):
-    """The shapes of one sampling program, all fixed before it is compiled.
+class EngineShape(NamedTuple):
+    """The sizes that the programs of an engine are compiled for.
 
     Attributes:
-      prompts: prompts a call, N.
-      prompt_tokens: the longest prompt, P.
-      group_size: rollouts of each prompt, G.
-      response_tokens: the budget of a response, L; a rollout that fills it is truncated.
+      slots: S, rollouts in the making at once.
+      prompts: n, prompts prefilled at once.
+      prompt_tokens: P, the longest prompt.
+      response_tokens: L, the largest budget of a response.
     """
 
+    slots: int
     prompts: int
     prompt_tokens: int
-    group_size: int
     response_tokens: int
 
 
-class Call(NamedTuple):
-    """The rollouts of one device call, on the host; those of a prompt stand next to each other.
+class Response(NamedTuple):
+    """A rollout on the host.
 
     Attributes:
-      first: the index of the first of its prompts, of all that were given.
-      responses: int32 arrays, the sampled ids with EOS, as the device drew them.
-      logprobs: float32 arrays, behaviour log-probability of each token.
-      truncated: bool [n], cut at the budget.
-      device_idles: says whether the device has nothing to do now: no further call, or it is done.
+      prompt: the index of its prompt.
+      member: which of that prompt's rollouts it is.
+      tokens: int32 [n], the sampled ids, EOS included.
+      sampling_logprobs: float32 [n], of each under the distribution that it was drawn from.
+      model_logprobs: float32 [n], under the model's own: temperature 1, nothing cut or forbidden.
+      stop: STOP_EOS, or STOP_LENGTH where it filled its budget.
     """
 
-    first: int
-    responses: list[np.ndarray]
-    logprobs: list[np.ndarray]
-    truncated: np.ndarray
+    prompt: int
+    member: int
+    tokens: np.ndarray
+    sampling_logprobs: np.ndarray
+    model_logprobs: np.ndarray
+    stop: int
+
+
+class Ended(NamedTuple):
+    """Rollouts that ended in one chunk.
+
+    Attributes:
+      responses: one at least.
+      device_idles: says whether the device has nothing to do now: all is done, or the next chunk.
+    """
+
+    responses: list[Response]
     device_idles: Callable[[], bool]
 
 
 def left_pad(prompts: Sequence[Sequence[int]], width: int, pad_id: int):
-    """Prompts in the form that sampling and scoring take: int32 `(tokens, positions)`, [N, width].
+    """Prompts in the form that prefill and scoring take: int32 `(tokens, positions)`, [N, width].
 
     Raises:
       ValueError: a prompt is longer than `width`.
@@ -57,120 +85,311 @@ def left_pad(prompts: Sequence[Sequence[int]], width: int, pad_id: int):
     tokens = np.full((len(prompts), width), pad_id, np.int32)
     positions = np.full((len(prompts), width), -1, np.int32)
     for i, ids in enumerate(prompts):
-        if not 0 < len(ids) <= width:
-            raise ValueError(f"prompt {i} has {len(ids)} tokens; between 1 and {width} fit.")
+        if len(ids) > width:
+            raise ValueError(f"prompt {i} has {len(ids)} tokens; {width} fit.")
         tokens[i, width - len(ids) :] = ids
         positions[i, width - len(ids) :] = np.arange(len(ids))
     return tokens, positions
 
 
-def _is_done(call: sampler.Samples | None) -> bool:
-    """Whether the device has made the samples of a call, if there is one."""
-    return call is None or call.tokens.is_ready()  # type: ignore[attr-defined]
+def views(shape: EngineShape) -> list[int]:
+    """The lengths that the cache takes, in tokens: each about twice the one before. Reading a cache
+    costs what its length does, so it is as long as the longest rollout in the making needs.
+    """
+    sizes = [shape.prompt_tokens + shape.response_tokens]
+    while (half := -(-sizes[0] // 128) * 64) >= max(SHORTEST_VIEW, shape.prompt_tokens + STEPS):
+        sizes.insert(0, half)
+    return sizes
+
+
+class _Waiting(NamedTuple):
+    """A rollout whose prompt is prefilled: row `source` of `cache`."""
+
+    cache: Any
+    source: int
+    rollout: _Rollout
+
+
+class _Rollout:
+    """A rollout in the making."""
+
+    def __init__(self, prompt: int, member: int, ids: Sequence[int], rollout_id: int, budget: int):
+        self.prompt, self.member = prompt, member
+        self.row = Rows(ids[-1], len(ids) - 1, rollout_id, 0, budget)  # type: ignore[arg-type]
+        self.end = len(ids) + budget - 1  # the cache's length at which its budget is full
+        self.position = len(ids) - 1  # of its last token
+        self.pieces: list[tuple[np.ndarray, ...]] = []
+
+    def response(self, stop: int) -> Response:
+        tokens, model, sampling = (np.concatenate(p) for p in zip(*self.pieces, strict=True))
+        return Response(self.prompt, self.member, tokens, sampling, model, stop)
 
 
 class Engine:
-    """Samples responses of one shape. The program compiles here, once."""
+    """Samples responses. Its programs compile here, once; nothing is traced later."""
 
     def __init__(
         self,
-        policy: Policy,
+        model: Model,
         abstract_params: Params,
         mesh: jax.sharding.Mesh,
-        shape: SamplerShape,
+        shape: EngineShape,
         *,
-        eos_ids: Sequence[int],
-        pad_id: int,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        pad_id: int = 0,
+        lengths: Sequence[int] | None = None,
+        refill_at: int | None = None,
     ):
         """Compiles.
 
         Args:
-          policy: the model.
-          abstract_params: the parameters' shapes, with shardings.
+          model: the model; its `cache_rules` say where the cache lies.
+          abstract_params: the parameters' shapes, with shardings, as decoding has them.
           mesh: where they lie.
-          shape: of a call.
-          eos_ids: each of them ends a response.
+          shape: sizes; `slots` and `prompts` are multiples of data x fsdp.
           pad_id: fills arrays.
-          top_k: sample from the `top_k` likeliest words; 0 for all.
-          top_p: of these, from the fewest likeliest whose mass reaches it; 1 for all.
+          lengths: those that the cache takes, ascending; by default `views`, and for a model that
+            reads no more of a cache than is filled the largest alone.
+          refill_at: so many rollouts end before slots are filled again, if any wait; by default a
+            sixteenth of the slots.
         """
+        S, n, P, L = shape
         self.shape, self._pad_id = shape, pad_id
+        self._refill_at = np.int32(refill_at or max(1, S // 16))
+        self._admitted = max(1, S // 4)  # rollouts of an admission
+        if lengths is None:
+            lengths = [P + L] if model.ragged else views(shape)
+        self.lengths = list(lengths)
+        if self.lengths[0] < P or self.lengths[-1] < P + L - 1:
+            raise ValueError(f"lengths are {self.lengths}; expected from {P} to {P + L} at least.")
+        policy, axes = model.policy, slots.length_axes(model.policy)
         rows, whole = mesh_lib.rows(mesh), mesh_lib.replicated(mesh)
-        N, P, G, L = shape
+        self._whole = whole
 
-        def arg(sharding, dtype, *dims):
-            return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
+        def abstract(tree, shardings):
+            return jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+            )
 
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        args = (
-            abstract_params,
-            arg(rows, np.int32, N, P),
-            arg(rows, np.int32, N, P),
-            arg(rows, np.int32, N * G),
-            arg(whole, key.dtype),
-            arg(whole, np.float32),
-            arg(whole, np.int32, len(eos_ids)),
-            arg(whole, np.int32),
-            *((arg(whole, np.float32),) if top_p < 1 else ()),
-        )
-        self._rule = (
-            np.array(eos_ids, np.int32),
-            np.int32(pad_id),
-            *((np.float32(top_p),) if top_p < 1 else ()),
-        )
-        self._shardings = tuple(a.sharding for a in args[1:])
-        program = jax.jit(
-            lambda *a: sampler.generate(policy, *a, top_k=top_k, max_new_tokens=L),
-            out_shardings=rows,
-        )
+        def cache_of(batch: int, length: int):
+            shapes = jax.eval_shape(lambda: policy.init_cache(batch, length))
+            return abstract(
+                shapes, mesh_lib.tree_shardings(mesh, model.cache_rules, shapes, "cache")
+            )
+
+        def replicated(tree):
+            shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, tree))
+            return abstract(shapes, jax.tree.map(lambda _: whole, shapes))
+
+        def compiled(function, *args, out, donate=()):
+            jitted = jax.jit(function, donate_argnums=donate, out_shardings=out)
+            return jitted.lower(*args).compile()
+
+        where = functools.partial(jax.tree.map, lambda leaf: leaf.sharding)
+        slot_rows = jax.eval_shape(lambda: slots.empty_rows(S))
+        slot_rows = abstract(slot_rows, jax.tree.map(lambda _: rows, slot_rows))
+        state = {length: Slots(slot_rows, cache_of(S, length)) for length in self.lengths}
+        prompts, number = np.zeros((n, P), np.int32), np.int32(0)
+        admitted = np.zeros(self._admitted, np.int32)
+        key = jax.random.key_data(jax.random.key(0))
+        rule = sampling.rule(model.vocab_size, stop=())
+
+        def prefill(params, *prompts):
+            split = [jax.lax.with_sharding_constraint(x, rows) for x in prompts]
+            return slots.prefill(policy, params, *split)
+
+        def start():
+            return Slots(slots.empty_rows(S), policy.init_cache(S, self.lengths[0]))
+
+        def decode(params, state, key, rule, enough):
+            key = jax.random.wrap_key_data(key, impl="threefry2x32")
+            return slots.decode(policy, params, state, key, rule, enough, steps=STEPS)
+
         with jax.set_mesh(mesh):
-            self._generate = program.lower(*args).compile()
+            prefilled = cache_of(n, P)
+            self._start = compiled(start, out=where(state[self.lengths[0]]))
+            self._prefill = compiled(
+                prefill, abstract_params, *replicated((prompts, prompts)), out=where(prefilled)
+            )
+            self._admit = {
+                length: compiled(
+                    functools.partial(slots.admit, axes),
+                    there,
+                    prefilled,
+                    *replicated((admitted, admitted, Rows(*(admitted,) * len(Rows._fields)))),
+                    out=where(there),
+                    donate=0,
+                )
+                for length, there in state.items()
+            }
+            self._decode = {
+                length: compiled(
+                    decode,
+                    abstract_params,
+                    there,
+                    *replicated((key, rule, number)),
+                    out=(where(there), whole),
+                    donate=1,
+                )
+                for length, there in state.items()
+            }
+            # A leaf at a time: while one is resized the others are not there twice.
+            self._resize: dict[Any, Any] = {}
+            for length, there in state.items():
+                for other in self.lengths:
+                    leaves = zip(
+                        jax.tree.leaves(there.cache),
+                        jax.tree.leaves(state[other].cache),
+                        jax.tree.leaves(axes),
+                        strict=True,
+                    )
+                    for leaf, goal, axis in leaves:
+                        if axis < 0 or length == other or (leaf, goal) in self._resize:
+                            continue
+                        self._resize[leaf, goal] = compiled(
+                            functools.partial(slots.resize, axis=axis, size=goal.shape[axis]),
+                            leaf,
+                            out=goal.sharding,
+                        )
+        self._state = state
 
     def __call__(
         self,
         params: Params,
         prompts: Sequence[Sequence[int]],
+        ids: Sequence[Sequence[int]],
         *,
         key: jax.Array,
-        temperature: float,
-        offset: int = 0,
-    ) -> Iterator[Call]:
-        """G rollouts of each prompt, in order, a `Call` at a time. The device gets its next call
-        before the last one is handed out.
+        rule: sampling.Rule,
+        budgets: Sequence[Sequence[int]] | None = None,
+        poll: Callable[[], None] = lambda: None,
+    ) -> Iterator[Ended]:
+        """Rollouts of each prompt, as they end. The device has its next chunk before the ended ones
+        of the last are handed out.
 
         Args:
-          params: the policy's.
-          prompts: token ids, any number; the last call is filled up and what fills it dropped.
-          key: PRNG key of this step and purpose; rollout j of prompt i has the id
-            (offset + i) * G + j, which with the key chooses its random numbers.
-          temperature: of sampling, 0 for greedy.
-          offset: of the prompts' numbers.
+          params: the policy's, as decoding has them.
+          prompts: token ids, any number.
+          ids: of each prompt's rollouts, distinct under one key, in [0, 2^31): an id chooses the
+            random numbers.
+          key: PRNG key of this step and purpose.
+          rule: how words are drawn (`sampling.rule`).
+          budgets: tokens that each rollout may have; by default the shape's `response_tokens`.
+          poll: called between chunks; what it raises ends the sampling.
 
         Raises:
-          ValueError: a prompt is longer than the shape's.
+          ValueError: a prompt or a budget does not fit the shape; names its number.
         """
-        N, P, G, _ = self.shape
-
-        def sample(first: int) -> sampler.Samples:
-            ids = list(prompts[first : first + N])
-            arrays = left_pad(ids + ids[-1:] * (N - len(ids)), P, self._pad_id)
-            rollout_ids = np.arange((offset + first) * G, (offset + first + N) * G, dtype=np.int32)
-            arguments = (*arrays, rollout_ids, key, np.float32(temperature), *self._rule)
-            return self._generate(params, *jax.device_put(arguments, self._shardings))
-
-        starts = range(0, len(prompts), N)
-        ahead = sample(0) if starts else None
-        for first in starts:
-            call, ahead = ahead, sample(first + N) if first + N in starts else None
-            samples = jax.device_get(call)
-            rows = range(min(N, len(prompts) - first) * G)
-            lengths = samples.lengths
-            yield Call(
-                first,
-                responses=[samples.tokens[row, : lengths[row]] for row in rows],
-                logprobs=[samples.logprobs[row, : lengths[row]] for row in rows],
-                truncated=samples.stop[: len(rows)] == sampler.STOP_LENGTH,
-                device_idles=functools.partial(_is_done, ahead),
+        S, n, P, L = self.shape
+        queue: deque[int] = deque()
+        rollouts: list[list[_Rollout]] = []
+        for i, (prompt, own) in enumerate(zip(prompts, ids, strict=True)):
+            if not 0 < len(prompt) <= P:
+                raise ValueError(f"prompt {i} has {len(prompt)} tokens; between 1 and {P} fit.")
+            room = [L] * len(own) if budgets is None else budgets[i]
+            if not all(0 < budget <= L for budget in room):
+                raise ValueError(f"budgets of prompt {i} are {room}; expected 1 to {L} tokens.")
+            rollouts.append(
+                [
+                    _Rollout(i, j, prompt, rollout_id, budget)
+                    for j, (rollout_id, budget) in enumerate(zip(own, room, strict=True))
+                ]
             )
+            if own:
+                queue.append(i)
+        if not queue:
+            return
+        fixed = jax.device_put((np.asarray(jax.random.key_data(key)), rule), self._whole)
+        waiting: deque[_Waiting] = deque()
+        making: list[_Rollout | None] = [None] * S
+        state, length = self._start(), self.lengths[0]
+        ended: list[Response] = []
+        while True:
+            free = [slot for slot, rollout in enumerate(making) if rollout is None]
+            while free and (waiting or queue):
+                if not waiting:
+                    chosen = [queue.popleft() for _ in range(min(n, len(queue)))]
+                    cache = self._prefilled(params, [prompts[i] for i in chosen])
+                    waiting.extend(
+                        _Waiting(cache, source, rollout)
+                        for source, i in enumerate(chosen)
+                        for rollout in rollouts[i]
+                    )
+                    del cache
+                state = self._admitted_to(state, length, free, waiting, making)
+            live = [rollout for rollout in making if rollout is not None]
+            chunk: Chunk | None = None
+            if live:
+                state, length = self._resized(state, length, live)
+                enough = self._refill_at if waiting or queue else np.int32(S + 1)
+                state, chunk = self._decode[length](params, state, *fixed, enough)
+            if ended:
+                yield Ended(ended, functools.partial(_is_done, chunk))
+            if chunk is None:
+                return
+            poll()
+            ended = _taken(jax.device_get(chunk), making)
+
+    def _prefilled(self, params: Params, prompts: list[Sequence[int]]):
+        n, P = self.shape.prompts, self.shape.prompt_tokens
+        begun = [ids[:-1] for ids in prompts] + [()] * (n - len(prompts))
+        return self._prefill(params, *left_pad(begun, P, self._pad_id))
+
+    def _admitted_to(
+        self,
+        state: Slots,
+        length: int,
+        free: list[int],
+        waiting: deque[_Waiting],
+        making: list[_Rollout | None],
+    ) -> Slots:
+        """Puts rollouts of one prefill into free slots, as many as one admission takes."""
+        source = np.zeros(self._admitted, np.int32)
+        slot = np.full(self._admitted, self.shape.slots, np.int32)  # nowhere
+        rows = np.zeros((len(Rows._fields), self._admitted), np.int32)
+        cache = waiting[0].cache
+        for i in range(self._admitted):
+            if not free or not waiting or waiting[0].cache is not cache:
+                break
+            _, source[i], rollout = waiting.popleft()
+            slot[i] = free.pop(0)
+            rows[:, i] = rollout.row
+            making[slot[i]] = rollout
+        return self._admit[length](state, cache, source, slot, Rows(*rows))
+
+    def _resized(self, state: Slots, length: int, live: list[_Rollout]) -> tuple[Slots, int]:
+        """The state with a cache that holds the next chunk, and no longer than that asks for."""
+        needed = max(min(rollout.position + STEPS, rollout.end) for rollout in live)
+        goal = next(size for size in self.lengths if size >= needed)
+        if goal == length:
+            return state, length
+        there, tree = jax.tree.flatten(self._state[length].cache)
+        goals = jax.tree.leaves(self._state[goal].cache)
+        leaves = jax.tree.leaves(state.cache)
+        state = state._replace(cache=None)
+        for i, pair in enumerate(zip(there, goals, strict=True)):
+            if pair in self._resize:
+                leaves[i] = self._resize[pair](leaves[i])
+        return state._replace(cache=jax.tree.unflatten(tree, leaves)), goal
+
+
+def _taken(chunk: Any, making: list[_Rollout | None]) -> list[Response]:
+    """Gives each rollout what it drew in a fetched `Chunk`; returns those that ended, whose slots
+    are free now.
+    """
+    ended = []
+    for slot, rollout in enumerate(making):
+        if rollout is None:
+            continue
+        n = int(chunk.drawn[slot])
+        rollout.position += n
+        drawn = chunk.tokens, chunk.model_logprobs, chunk.sampling_logprobs
+        rollout.pieces.append(tuple(values[:n, slot].copy() for values in drawn))
+        if chunk.stop[slot] != LIVE:
+            ended.append(rollout.response(int(chunk.stop[slot])))
+            making[slot] = None
+    return ended
+
+
+def _is_done(chunk: Chunk | None) -> bool:
+    """Whether the device has made a chunk, if there is one."""
+    return chunk is None or chunk.tokens.is_ready()  # type: ignore[attr-defined]

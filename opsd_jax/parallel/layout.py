@@ -1,0 +1,87 @@
+"""Where and in which dtype the parameters lie while rollouts are sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.policy import Model, Params
+
+
+class Layout(NamedTuple):
+    """A layout of the parameters, and the way to it.
+
+    Attributes:
+      mesh: the devices as decoding sees them.
+      abstract: the parameters' shapes there, with shardings.
+      convert: `params -> params`: one program casts and moves what is not as it should be; the
+        other arrays stay where they are and are returned themselves.
+    """
+
+    mesh: jax.sharding.Mesh
+    abstract: Params
+    convert: Callable[[Params], Params]
+
+
+def check_fits(model: Model, shapes: Params, mesh: jax.sharding.Mesh) -> None:
+    """Raises ValueError as `decode_layout` does, from the shapes of the parameters alone."""
+    prepared = jax.eval_shape(model.decode_params or (lambda params: params), shapes)
+    mesh_lib.tree_shardings(mesh, _rules(model), prepared)
+
+
+def _rules(model: Model) -> mesh_lib.Rules:
+    return model.rules if model.decode_rules is None else model.decode_rules
+
+
+def decode_layout(model: Model, abstract_params: Params, mesh: jax.sharding.Mesh) -> Layout:
+    """The layout that `model.decode_params` and `model.decode_rules` describe; compiles the way.
+
+    Args:
+      model: the model.
+      abstract_params: its parameters' shapes with shardings, as training has them.
+      mesh: for decoding: the devices of training in the same order, in that shape or another.
+
+    Raises:
+      ValueError: a parameter matches no rule or is not divided by the mesh; names it.
+    """
+    prepare = model.decode_params or (lambda params: params)
+    traced, shapes = jax.make_jaxpr(prepare, return_shape=True)(abstract_params)
+    shardings = jax.tree.leaves(mesh_lib.tree_shardings(mesh, _rules(model), shapes))
+    leaves, tree = jax.tree.flatten(shapes)
+    given, inputs = jax.tree.leaves(abstract_params), traced.jaxpr.invars
+
+    def stays(i: int) -> int | None:
+        """Which parameter the i-th of the layout is, unchanged and in its place; None if none."""
+        for j, variable in enumerate(inputs):
+            if variable is traced.jaxpr.outvars[i]:
+                there = given[j].sharding.is_equivalent_to(shardings[i], len(leaves[i].shape))
+                return j if there else None
+        return None
+
+    kept = [stays(i) for i in range(len(leaves))]
+    moved = [i for i, source in enumerate(kept) if source is None]
+
+    def convert_moved(params: Params) -> list[jax.Array]:
+        prepared = jax.tree.leaves(prepare(params))
+        return [prepared[i] for i in moved]
+
+    program = None
+    if moved:
+        out = [shardings[i] for i in moved]
+        program = jax.jit(convert_moved, out_shardings=out).lower(abstract_params).compile()
+
+    def convert(params: Params) -> Params:
+        there = jax.tree.leaves(params)
+        new = iter(program(params)) if program else iter(())
+        return jax.tree.unflatten(tree, [next(new) if j is None else there[j] for j in kept])
+
+    abstract = [
+        jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=given[j].sharding if j is not None else s
+        )
+        for leaf, s, j in zip(leaves, shardings, kept, strict=True)
+    ]
+    return Layout(mesh, jax.tree.unflatten(tree, abstract), convert)

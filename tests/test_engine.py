@@ -1,0 +1,389 @@
+"""The engine: behaviour log-probabilities, reproducibility, stopping, slots, what it costs."""
+
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+from scipy.special import log_softmax
+
+from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.parallel.layout import decode_layout
+from opsd_jax.rollout import engine as engine_lib
+from opsd_jax.rollout import sampling, slots
+from opsd_jax.rollout.engine import STOP_EOS, STOP_LENGTH, Engine, EngineShape, left_pad
+from opsd_jax.training.checkpoint import abstract_of
+
+EOS, V, BUDGET = 2, 32, 24
+PROMPTS = [[1, 9, 20], [1, 5, 6, 7, 8, 3], [4], [1, 7], [9, 9, 4], [3, 1, 2, 30, 7, 7, 7, 1]]
+IDS = [[4 * i + j for j in range(4)] for i in range(len(PROMPTS))]
+
+
+@pytest.fixture(scope="module")
+def make(model, params):
+    """`make(slots, mesh_shape, ...) -> sample`, with engines of one kind made once."""
+    made = {}
+
+    def make(slots=8, mesh_shape=(1, 1, 1), prompts=None, decode_mesh=(), budget=BUDGET, **options):
+        which = slots, mesh_shape, prompts, decode_mesh, budget, *map(str, options.items())
+        if which not in made:
+            mesh = mesh_lib.make_mesh(mesh_shape, jax.devices()[: int(np.prod(mesh_shape))])
+            placed = jax.device_put(params, mesh_lib.tree_shardings(mesh, model.rules, params))
+            shardings = jax.tree.map(lambda x: x.sharding, placed)
+            layout = decode_layout(
+                model, abstract_of(placed, shardings), mesh_lib.reshaped(mesh, decode_mesh)
+            )
+            shards = mesh_lib.row_shards(layout.mesh)
+            shape = EngineShape(slots, prompts or shards, 8, budget)
+            engine = Engine(model, layout.abstract, layout.mesh, shape, **options)
+            made[which] = engine, layout.convert(placed)
+        engine, placed = made[which]
+
+        def sample(prompts=PROMPTS, ids=IDS, seed=5, budgets=None, stop=(EOS,), **rule):
+            rule = sampling.rule(V, stop=stop, **rule)
+            key = jax.random.key(seed)
+            ended = engine(placed, prompts, ids, key=key, rule=rule, budgets=budgets)
+            return [response for batch in ended for response in batch.responses]
+
+        sample.engine, sample.params = engine, placed
+        return sample
+
+    return make
+
+
+def by_id(responses, ids=IDS):
+    """Rollout id -> response."""
+    found = {ids[r.prompt][r.member]: r for r in responses}
+    assert len(found) == len(responses) == sum(map(len, ids))
+    return found
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for i in a:
+        np.testing.assert_array_equal(a[i].tokens, b[i].tokens)
+        np.testing.assert_allclose(a[i].model_logprobs, b[i].model_logprobs, atol=1e-4)
+        assert a[i].stop == b[i].stop
+
+
+@pytest.fixture(scope="module")
+def rollouts(make):
+    return by_id(make()())
+
+
+def full_logits(score, params, tokens):
+    """Logits [T, V] in float64 of a full forward over the tokens."""
+    padded, positions = np.zeros((1, 32), np.int32), np.full((1, 32), -1, np.int32)
+    padded[0, : len(tokens)], positions[0, : len(tokens)] = tokens, np.arange(len(tokens))
+    return np.asarray(score(params, padded, positions), np.float64)[0, : len(tokens)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_equal_teacher_forced_ones(make, score, params, temperature):
+    for response in make()(temperature=temperature):
+        prompt, n = PROMPTS[response.prompt], len(response.tokens)
+        logits = full_logits(score, params, [*prompt, *response.tokens])[len(prompt) - 1 : -1]
+        for given, T in (
+            (response.model_logprobs, 1.0),
+            (response.sampling_logprobs, temperature),
+        ):
+            expected = log_softmax(logits / T, axis=-1)[np.arange(n), response.tokens]
+            np.testing.assert_allclose(given, expected, atol=1e-4)
+
+
+def test_a_response_ends_with_its_eos_or_its_budget(rollouts):
+    assert {r.stop for r in rollouts.values()} == {STOP_EOS, STOP_LENGTH}  # both occur
+    for r in rollouts.values():
+        n = len(r.tokens)
+        assert len(r.model_logprobs) == len(r.sampling_logprobs) == n
+        assert EOS not in r.tokens[: n - 1]
+        assert (r.model_logprobs < 0).all()
+        assert (r.tokens[n - 1] == EOS) == (r.stop == STOP_EOS)
+        assert n == BUDGET or r.stop == STOP_EOS
+
+
+@pytest.mark.parametrize("count", [1, 3, pytest.param(64, marks=pytest.mark.slow)])
+def test_the_number_of_slots_changes_nothing(make, rollouts, count):
+    assert_same(by_id(make(count)()), rollouts)
+
+
+@pytest.mark.parametrize(
+    ("mesh_shape", "decode_mesh"),
+    [
+        ((8, 1, 1), ()),
+        pytest.param((2, 2, 2), (), marks=pytest.mark.slow),
+        pytest.param((2, 4, 1), (4, 1, 2), marks=pytest.mark.slow),
+    ],
+)
+def test_eight_devices_sample_what_one_does(make, rollouts, mesh_shape, decode_mesh):
+    assert_same(by_id(make(8, mesh_shape, decode_mesh=decode_mesh)()), rollouts)
+
+
+def test_a_rollout_depends_on_its_id_alone(make, rollouts):
+    """Not on the order of the prompts, on those beside it, or on what was sampled before."""
+    order = [3, 5, 0, 4, 2, 1]
+    ids = [IDS[i][::-1] for i in order]
+    assert_same(by_id(make()([PROMPTS[i] for i in order], ids), ids), rollouts)
+    some = by_id(make()(PROMPTS[1:2], [[6, 4]]), [[6, 4]])
+    assert_same(some, {i: rollouts[i] for i in (4, 6)})
+    assert make()([], []) == []
+    assert make()(PROMPTS[:2], [[], []]) == []
+
+
+def test_steps_and_rollouts_have_noise_of_their_own(make, rollouts):
+    first = {tuple(r.tokens) for r in rollouts.values()}
+    assert len(first) == len(rollouts)
+    other = {tuple(r.tokens) for r in make()(seed=6)}
+    assert len({row for row in first & other if len(row) > 4}) == 0
+
+
+def test_greedy_takes_the_likeliest(make, score, params):
+    for response in make()(ids=[[i] for i in range(len(PROMPTS))], temperature=0.0):
+        prompt = PROMPTS[response.prompt]
+        logits = full_logits(score, params, [*prompt, *response.tokens])[len(prompt) - 1 : -1]
+        np.testing.assert_array_equal(response.tokens, logits.argmax(axis=-1))
+        np.testing.assert_array_equal(response.sampling_logprobs, 0)
+
+
+@pytest.mark.parametrize("rule", [{"temperature": 1.3}, {"top_k": 12, "top_p": 0.9}], ids=str)
+def test_sampled_frequencies_are_the_distribution(make, score, params, rule):
+    """First tokens of 8,000 rollouts against the exact distribution: chi-square, fixed seed."""
+    n = 8_000
+    responses = make(64)([PROMPTS[0]], [range(n)], budgets=[[1] * n], **rule)
+    logits = full_logits(score, params, PROMPTS[0])[-1] / rule.get("temperature", 1)
+    p = np.exp(log_softmax(logits))
+    likeliest = np.argsort(-p)[: rule.get("top_k", V)]
+    before = np.cumsum(p[likeliest]) - p[likeliest]
+    kept = likeliest[before < rule.get("top_p", 1.0) * p[likeliest].sum()]
+    counts = np.bincount([r.tokens[0] for r in responses], minlength=V)
+    assert counts[kept].sum() == n
+    often = kept[p[kept] * n >= 5]
+    share = p[often] / p[often].sum()
+    assert stats.chisquare(counts[often], share * counts[often].sum()).pvalue > 1e-3
+
+
+def test_budgets_are_each_rollout_s_own(make, rollouts):
+    budgets = [[1 + (5 * i + j) % 7 for j in range(4)] for i in range(len(PROMPTS))]
+    for i, response in by_id(make()(budgets=budgets)).items():
+        budget = budgets[i // 4][i % 4]
+        np.testing.assert_array_equal(response.tokens, rollouts[i].tokens[:budget])
+        ended = len(rollouts[i].tokens) <= budget and rollouts[i].stop == STOP_EOS
+        assert response.stop == (STOP_EOS if ended else STOP_LENGTH)
+
+
+def test_any_stop_token_ends_a_response(make, rollouts):
+    words = (EOS, 5, 11)
+    for i, response in by_id(make()(stop=words)).items():
+        tokens = rollouts[i].tokens.tolist()
+        # A rollout that an EOS ended goes no further; all three words end one here.
+        at = next((t for t, token in enumerate(tokens) if token in words), len(tokens) - 1)
+        assert response.tokens.tolist() == tokens[: at + 1]
+        assert (response.stop == STOP_EOS) == (response.tokens[-1] in words)
+    assert all(len(r.tokens) == BUDGET for r in make()(stop=()))
+
+
+def test_forbidden_words_never_come(make):
+    forbidden = [EOS, *range(3, 32, 2)]
+    responses = make()(forbidden=forbidden)
+    assert not {int(t) for r in responses for t in r.tokens} & set(forbidden)
+    assert all(r.stop == STOP_LENGTH for r in responses)
+    assert all((r.sampling_logprobs > r.model_logprobs).all() for r in responses)
+
+
+def test_a_long_rollout_holds_nobody_up(make, monkeypatch):
+    """Two slots, one of them taken for long: the others go through the second one by one, in as
+    many steps as the long one takes.
+    """
+    sample, steps = make(2), []
+    decode = sample.engine._decode[BUDGET + 8]
+
+    def watched(*args):
+        after, chunk = decode(*args)
+        steps.append(int(chunk.drawn.max()))
+        return after, chunk
+
+    monkeypatch.setitem(sample.engine._decode, BUDGET + 8, watched)
+    ids = [[0], [1], [2], [3], [4], [5]]
+    budgets = [[24], [4], [4], [4], [4], [4]]
+    order = [r.prompt for r in sample(ids=ids, budgets=budgets, stop=())]
+    assert order[:4] == [1, 2, 3, 4]
+    assert sum(steps) == 24
+
+
+def test_ended_rollouts_are_handed_out_while_others_go_on(make, monkeypatch):
+    """Each prompt is prefilled once, each chunk fetched once, and the device is a chunk ahead."""
+    sample = make(2, prompts=1)
+    engine, calls, length = sample.engine, [], BUDGET + 8
+    monkeypatch.setattr(engine, "_prefill", counted(engine._prefill, calls, "prefill"))
+    decode = engine._decode[length]
+    monkeypatch.setitem(engine._decode, length, counted(decode, calls, "decode"))
+    monkeypatch.setattr(jax, "device_get", counted(jax.device_get, calls, "fetch"))
+    ids = [[0, 1, 2], [3, 4, 5]]
+    rule, key = sampling.rule(V, stop=()), jax.random.key(0)
+    budgets = [[3, 9, 5], [4, 4, 4]]
+    for batch in engine(sample.params, PROMPTS[:2], ids, key=key, rule=rule, budgets=budgets):
+        calls.append("ended")
+        assert batch.responses
+    assert calls.count("prefill") == 2
+    assert calls.count("decode") == calls.count("fetch")
+    for before, after in itertools.pairwise(c for c in calls if c != "prefill"):
+        assert (before, after) != ("fetch", "decode") or "ended" in calls
+    firsts = calls.index("ended")
+    assert calls[firsts - 1] == "decode"  # it went ahead before the first were handed out
+    assert calls.count("ended") >= 4
+
+
+def counted(function, calls, name):
+    def call(*args, **kwargs):
+        calls.append(name)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def test_nothing_is_traced_after_the_warm_up(make):
+    """Rules, budgets, stop tokens, prompts and slots in use change; no program does."""
+    sample = make()
+    sample()
+    with jax.no_tracing(True):
+        for rule in (
+            {"temperature": 0.6, "top_k": 20, "top_p": 0.95},
+            {"temperature": 0.0},
+            {"min_p": 0.1, "forbidden": (7, 8)},
+            {"stop": (1, 2, 3)},
+        ):
+            sample(**rule)
+        sample(PROMPTS[:1], IDS[:1], budgets=[[1, 2, 3, 4]])
+
+
+def test_a_cache_of_any_length_gives_the_same(make, rollouts, monkeypatch):
+    """It grows with the longest rollout in the making and shrinks when that has ended."""
+    monkeypatch.setattr(engine_lib, "STEPS", 2)
+    sample = make(4, lengths=(8, 16, 24, 32))
+    used = []
+    for length, decode in list(sample.engine._decode.items()):
+        monkeypatch.setitem(sample.engine._decode, length, counted(decode, used, length))
+    assert_same(by_id(sample()), rollouts)
+    assert {8, 16, 24} <= set(used)
+    assert any(b < a for a, b in itertools.pairwise(used))
+
+
+def test_the_lengths_of_the_cache():
+    shape = EngineShape(8, 8, 1024, 8192)
+    assert engine_lib.views(shape) == [1152, 2304, 4608, 9216]
+    double = engine_lib.views(shape._replace(response_tokens=2 * 9216 - 1024))
+    assert double[:-1] == engine_lib.views(shape)  # what is read of it does not grow
+    assert engine_lib.views(EngineShape(8, 8, 16, 88)) == [104]
+
+
+@pytest.mark.parametrize("mesh_shape", [(1, 1, 1), (2, 2, 2)])
+def test_the_cache_is_updated_in_place(make, mesh_shape):
+    """The decode program holds no copy of a layer's keys or values, and gives back its buffers."""
+    (length,) = (engine := make(8, mesh_shape, budget=112).engine).lengths
+    program, leaves = engine._decode[length], jax.tree.leaves(engine._state[length].cache)
+    shape = leaves[0].sharding.shard_shape(leaves[0].shape)
+    text = program.as_text()
+    copies = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", text)
+    assert np.prod(shape) > 8 * engine_lib.STEPS  # larger than what it draws
+    assert not [c for c in copies if np.prod([int(d) for d in c.split(",")]) >= np.prod(shape)]
+    memory = program.memory_analysis()
+    cache_bytes = sum(4 * np.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
+    assert memory.alias_size_in_bytes >= cache_bytes
+
+
+def test_idle_slots_and_left_padding_write_nowhere(model, params):
+    """Rows without a rollout leave the cache as it is, and prompts fill what they have."""
+    prefill = jax.jit(lambda *prompts: slots.prefill(model.policy, params, *prompts))
+    cache = prefill(*left_pad([ids[:-1] for ids in PROMPTS], 8, 0))
+    for layer in cache:
+        written = np.abs(np.asarray(layer["v"])).sum(axis=(1, 3)) > 0
+        lengths = np.array([len(ids) - 1 for ids in PROMPTS])
+        np.testing.assert_array_equal(written, np.arange(8)[None] < lengths[:, None])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "budgets", "message"),
+    [
+        ([[1], [2] * 9], None, "prompt 1 has 9 tokens; between 1 and 8 fit"),
+        ([[1], []], None, "prompt 1 has 0 tokens"),
+        ([[1], [2]], [[1], [25]], r"budgets of prompt 1 are \[25\]; expected 1 to 24 tokens"),
+    ],
+)
+def test_what_does_not_fit_is_named(make, prompts, budgets, message):
+    with pytest.raises(ValueError, match=message):
+        make()(prompts, [[0], [1]], budgets=budgets)
+
+
+def test_polling_ends_the_sampling(make):
+    """Between chunks, with what has ended by then handed out."""
+    sample, polls = make(2), iter([None, None, RuntimeError("stop")])
+
+    def poll():
+        if error := next(polls):
+            raise error
+
+    ended = sample.engine(
+        sample.params,
+        PROMPTS,
+        IDS,
+        key=jax.random.key(0),
+        rule=sampling.rule(V, stop=()),
+        budgets=[[1] * 4] * len(PROMPTS),
+        poll=poll,
+    )
+    with pytest.raises(RuntimeError, match="stop"):
+        list(ended)
+
+
+class Counter:
+    """A policy that remembers in its cache how many tokens it has seen: a state without length."""
+
+    @staticmethod
+    def forward(params, tokens, positions, cache=None):
+        seen = cache["seen"] + jnp.sum(positions >= 0, axis=1)
+        return seen[:, None, None].astype(jnp.float32), {"seen": seen}
+
+    @staticmethod
+    def unembed(params, hidden):
+        return jnp.where(jnp.arange(64)[None] == hidden[..., :1].astype(jnp.int32), 0.0, -jnp.inf)
+
+    @staticmethod
+    def init_cache(batch, length):
+        return {"seen": jnp.zeros(batch, jnp.int32)}
+
+
+def test_every_token_is_fed_once():
+    """For a policy with a recurrent state: the words count the tokens before them."""
+    from opsd_jax.policy import Model, Policy
+
+    policy = Policy(Counter.forward, Counter.unembed, Counter.init_cache)
+    mesh = mesh_lib.make_mesh((1, 1, 1), jax.devices()[:1])
+    engine = Engine(Model(policy, lambda key: {}, (), 64), {}, mesh, EngineShape(2, 2, 8, 6))
+    rule, key = sampling.rule(64, stop=()), jax.random.key(0)
+    ids = [[0, 1], [2], [3]]
+    prompts = [[7, 7, 7], [5], [1, 2, 3, 4, 5, 6, 7, 8]]
+    ended = [r for e in engine({}, prompts, ids, key=key, rule=rule) for r in e.responses]
+    assert len(ended) == 4
+    for r in ended:
+        n = len(prompts[r.prompt])
+        assert r.tokens.tolist() == list(range(n, n + 6))
+
+
+def test_the_layout_moves_what_it_must_and_nothing_else(model, params):
+    mesh = mesh_lib.make_mesh((1, 4, 2))
+    placed = jax.device_put(params, mesh_lib.tree_shardings(mesh, model.rules, params))
+    abstract = abstract_of(placed, jax.tree.map(lambda x: x.sharding, placed))
+    layout = decode_layout(model, abstract, mesh)
+    moved = layout.convert(placed)
+    for leaf, there in zip(jax.tree.leaves(moved), jax.tree.leaves(placed), strict=True):
+        np.testing.assert_array_equal(leaf, there)
+        assert "fsdp" not in str(leaf.sharding.spec)
+    same = [a is b for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(placed), strict=True)]
+    specs = [leaf.sharding.spec for leaf in jax.tree.leaves(placed)]
+    assert same == ["fsdp" not in str(spec) for spec in specs]
+    agree = model._replace(decode_rules=None)
+    again = decode_layout(agree, abstract, mesh).convert(placed)
+    assert all(a is b for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(placed), strict=True))
