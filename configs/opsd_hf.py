@@ -29,7 +29,7 @@ def get_config():
             "gate": "correct",
             "prompts": 32,
             "group_size": 1,
-            "prompts_at_once": 32,
+            "slots": 32,
             "contexts": ("solution", "answer"),  # the answer does where there is no solution
             "teacher_prompt_tokens": 4096,
             "max_rows": 0,

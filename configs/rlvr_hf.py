@@ -25,7 +25,7 @@ def get_config():
             "steps": 200,
             "prompts": 32,
             "group_size": 8,
-            "prompts_at_once": 16,
+            "slots": 128,
             "updates": 2,
             "resample_rounds": 2,
             "objective": config_lib.objective("dapo"),

@@ -25,7 +25,7 @@ from opsd_jax import workdir as workdir_lib
 from opsd_jax.data.problem import Problem
 from opsd_jax.evaluation import benchmarks, evaluate, summary
 from opsd_jax.parallel import mesh as mesh_lib
-from opsd_jax.parameters import UNTRAINED, chosen_stage
+from opsd_jax.parameters import UNTRAINED, chosen_stage, meshes
 from opsd_jax.pipeline import Run
 from opsd_jax.progress import Progress
 from opsd_jax.training import files
@@ -37,10 +37,11 @@ PAPER = {
     "temperature": 0.6,
     "top_p": 0.95,
     "top_k": 20,
+    "min_p": 0.0,
     "response_tokens": 30_000,
     "prompt_tokens": 2048,
 }
-CHANGES = (*PAPER, "prompts_at_once", "seed")
+CHANGES = (*PAPER, "slots", "seed")
 TEXT_TASK = "opsd_jax.data.text:task"
 
 
@@ -124,13 +125,15 @@ def _config(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
         config.task, config.data.tokenizer = TEXT_TASK, str(arguments.model)
     config.stages = ()
     if arguments.mesh is not None:
-        config.mesh = arguments.mesh
+        config.mesh, config.decode_mesh = arguments.mesh, ()
     if arguments.benchmark:
         sources = dict(benchmarks.source(text) for text in arguments.benchmark)
         if len(sources) < len(arguments.benchmark):
             raise config_lib.ConfigError("--benchmark: a name comes twice; expected each once.")
         config.data.heldout = ConfigDict(sources)
-        config.evaluation.update(PAPER | {"problems": 0, "prompts_at_once": _shards(config)})
+        config.evaluation.update(
+            PAPER | {"problems": 0, "slots": 8 * mesh_lib.row_shards(meshes(config)[1])}
+        )
     elif arguments.problems is not None:
         config.evaluation.problems = arguments.problems
     if config.data.heldout:
@@ -143,13 +146,6 @@ def _config(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
     config.lock()
     validation.validate(config)
     return stage, config
-
-
-def _shards(config: ConfigDict) -> int:
-    try:
-        return mesh_lib.row_shards(mesh_lib.make_mesh(config.mesh))
-    except ValueError as error:
-        raise config_lib.ConfigError(f"config: {error}") from error
 
 
 def _first_of_each(problems: list[Problem], count: int) -> list[Problem]:

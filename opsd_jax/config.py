@@ -139,6 +139,9 @@ def decoder(**changes: Any) -> ConfigDict:
     config.param_dtype = "float32"
     config.remat = False  # recompute activations in the backward pass, to save memory
     config.scan_unroll = 3  # layers a turn of the scan over layers; divides num_layers
+    # Of keys and values: "dense"; "paged", for TPUs: decoding reads what is filled; "auto" is that
+    # on a TPU, if its kernel takes the model's sizes.
+    config.cache = "auto"
     config.lock()
     config.update(changes)
     return config
@@ -170,6 +173,7 @@ def pretrained(path: str | pathlib.Path = "", **changes: Any) -> ConfigDict:
     config.make = "opsd_jax.models.pretrained:from_config"
     config.path = os.fspath(path)
     config.update(LARGE)
+    config.cache = "auto"  # as in `decoder`
     config.lock()
     config.update(changes)
     return config
@@ -192,6 +196,9 @@ def default() -> ConfigDict:
     config.stages = ("sft", "rlvr", "opsd")
     # Sizes of (data, fsdp, tensor); -1 takes the devices that are left.
     config.mesh = (-1, 1, 1)
+    # The same devices, as sampling sees them: weights are cut over `tensor` alone then, rollouts
+    # over the others. () is `mesh`.
+    config.decode_mesh = ()
     # "package.module:function", which takes the section `data` and returns an
     # opsd_jax.data.task.Task: "opsd_jax.data.text:task" reads files.
     config.task = "opsd_jax.data.arithmetic:task"
@@ -267,7 +274,7 @@ def default() -> ConfigDict:
     config.rlvr.steps = 40
     config.rlvr.prompts = 32  # problems a step
     config.rlvr.group_size = 8  # rollouts a problem
-    config.rlvr.prompts_at_once = 16  # problems a sampling call; while one runs, the last is judged
+    config.rlvr.slots = 128  # rollouts in the making at once, on all devices
     # Rounds that may roll out other problems where a step's leave less to train on than it could
     # have (DAPO's dynamic sampling), given objective.drop_uninformative.
     config.rlvr.resample_rounds = 0
@@ -294,7 +301,7 @@ def default() -> ConfigDict:
     config.opsd.gate = "correct"
     config.opsd.prompts = 256
     config.opsd.group_size = 1
-    config.opsd.prompts_at_once = 128
+    config.opsd.slots = 128
     # Rounds that may roll out other problems where a step's leave less to train on than it could
     # have (DAPO's dynamic sampling).
     config.opsd.resample_rounds = 0
@@ -309,7 +316,7 @@ def default() -> ConfigDict:
     config.opsd.memo.request_tokens = 256  # the longest request for a memo
     config.opsd.memo.tokens = 1024  # the budget of a memo, its thinking included
     config.opsd.memo.close_tokens = 256  # more, where it has not ended its thinking by then
-    config.opsd.memo.at_once = 32  # memos a sampling call
+    config.opsd.memo.slots = 32  # memos in the making at once
     config.opsd.memo.temperature = 1.0
     config.opsd.reinject_every = 0  # tokens between reminders in the teacher's copy of a response
     config.opsd.reminder_tokens = 256  # a longer reminder loses the end of its context
@@ -336,7 +343,8 @@ def default() -> ConfigDict:
     config.evaluation.temperature = 1.0
     config.evaluation.top_k = 0  # sample from the likeliest so many words; 0: from all
     config.evaluation.top_p = 1.0  # of these from the fewest likeliest with this mass; 1: from all
-    config.evaluation.prompts_at_once = 64
+    config.evaluation.min_p = 0.0  # of these from those at least so likely, the likeliest being 1
+    config.evaluation.slots = 256
     config.evaluation.prompt_tokens = 16
     config.evaluation.response_tokens = 88
     config.evaluation.seed = 0
@@ -369,7 +377,7 @@ def own_model() -> ConfigDict:
         stage.update({"prompt_tokens": 1024, "response_tokens": 8192, "microbatch": 16})
         stage.buckets = (1024, 2048, 4096, 8192)
         stage.optimizer.update({"b2": 0.999, "weight_decay": 0.01})
-    config.evaluation.update({"problems": 0, "samples": 8, "prompts_at_once": 16})
+    config.evaluation.update({"problems": 0, "samples": 8, "slots": 128})
     config.evaluation.update({"temperature": 0.6, "top_p": 0.95, "top_k": 20})
     config.evaluation.update({"prompt_tokens": 1024, "response_tokens": 8192})
     return config

@@ -77,7 +77,7 @@ def _parameters(config: ConfigDict, workdir: pathlib.Path) -> Parameters:
     for mesh, devices in ((config.mesh, every), ((1, -1, 1), every), ((1, 1, 1), every[:1])):
         try:
             mesh_lib.make_mesh(mesh, devices)
-            config.mesh = tuple(mesh)
+            config.mesh, config.decode_mesh = tuple(mesh), ()
             return Parameters(config, workdir, devices)
         except ValueError as error:
             reason = error

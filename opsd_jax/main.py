@@ -29,7 +29,8 @@ EVALUATE = "Evaluate the result of a stage, or a Hugging Face model, on held-out
 EVALUATE_EPILOG = """\
 Without --benchmark all settings are the run's. With it they are those of the paper that are not
 given: 8 responses to each problem at temperature 0.6, top_p 0.95, top_k 20, of up to 30,000 tokens,
-to prompts of up to 2,048; one prompt a device at once. Stopped or killed, the same command goes on.
+to prompts of up to 2,048; eight at once for each device that rows are split over. Stopped or
+killed, the same command goes on.
 docs/evaluation.md explains every figure.
 """
 
@@ -117,9 +118,12 @@ def _add_evaluate(sub: argparse.ArgumentParser, workdir: dict[str, Any]) -> None
     sub.add_argument("--temperature", type=float, help="0 for greedy")
     sub.add_argument("--top-p", type=float, help="sample from the likeliest words of this mass")
     sub.add_argument("--top-k", type=int, help="sample from so many likeliest words; 0: from all")
+    sub.add_argument(
+        "--min-p", type=float, help="of these from those at least so likely; 0: from all"
+    )
     sub.add_argument("--response-tokens", type=int, help="the budget of a response")
     sub.add_argument("--prompt-tokens", type=int, help="the longest prompt")
-    sub.add_argument("--prompts-at-once", type=int, help="prompts a sampling call")
+    sub.add_argument("--slots", type=int, help="responses in the making at once, on all devices")
     sub.add_argument("--seed", type=int, help="of the sampling")
     sub.add_argument("--mesh", type=mesh, metavar="DATA,FSDP,TENSOR", help="sizes of the mesh")
     sub.add_argument("--thinking", choices=("on", "off"), help="of the chat template")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import zlib
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
 from opsd_jax.models.safetensors import WeightsError
+from opsd_jax.parallel import layout as layout_lib
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.policy import Model, Params
 from opsd_jax.training import checkpoint
@@ -37,6 +39,23 @@ def chosen_stage(config: ConfigDict, workdir: pathlib.Path, stage: str | None) -
     return stage or (finished[-1] if finished else None)
 
 
+def meshes(
+    config: ConfigDict, devices: Sequence[jax.Device] | None = None
+) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:
+    """The devices, by default all, as training and as sampling see them.
+
+    Raises:
+      ConfigError: they do not go with `config.mesh` or `config.decode_mesh`; names it.
+    """
+    field = "mesh"
+    try:
+        mesh = mesh_lib.make_mesh(config.mesh, devices)
+        field = "decode_mesh"
+        return mesh, mesh_lib.reshaped(mesh, config.decode_mesh)
+    except ValueError as error:
+        raise config_lib.ConfigError(f"config.{field}: {error}") from error
+
+
 class Parameters:
     """What a run needs of its model, without its data: nothing is compiled or read yet."""
 
@@ -49,14 +68,23 @@ class Parameters:
         """Raises ConfigError for what does not fit together, on these devices or on all."""
         self.config, self.workdir = config, workdir
         make_model = config_lib.import_function(config.model.make, "model.make")
+        self.mesh, self.decode_mesh = meshes(config, devices)
         try:
             self.model: Model = make_model(config.model)
-            self.mesh = mesh_lib.make_mesh(config.mesh, devices)
             shapes = jax.eval_shape(self.model.init, jax.random.key(0))
-            shardings = mesh_lib.param_shardings(self.mesh, self.model.rules, shapes)
+            shardings = mesh_lib.tree_shardings(self.mesh, self.model.rules, shapes)
         except ValueError as error:
             raise config_lib.ConfigError(f"config: {error}") from error
+        try:
+            layout_lib.check_fits(self.model, shapes, self.decode_mesh)
+        except ValueError as error:
+            raise config_lib.ConfigError(f"config.decode_mesh: {error}") from error
         self.abstract = checkpoint.abstract_of(shapes, shardings)
+
+    @functools.cached_property
+    def decoding(self) -> layout_lib.Layout:
+        """The parameters' layout while rollouts are sampled; compiles the way to it."""
+        return layout_lib.decode_layout(self.model, self.abstract, self.decode_mesh)
 
     def fresh(self) -> Params:
         """The parameters that the run begins with, made or read where they belong.

@@ -23,7 +23,7 @@ import pathlib
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -39,8 +39,9 @@ from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parameters import UNTRAINED, Parameters, seed_of
 from opsd_jax.policy import Params
 from opsd_jax.progress import Progress
-from opsd_jax.rollout.collect import Collector
-from opsd_jax.rollout.engine import Engine, SamplerShape
+from opsd_jax.rollout import sampling
+from opsd_jax.rollout.collect import Collector, Rollouts
+from opsd_jax.rollout.engine import Engine, EngineShape
 from opsd_jax.stages import memos, opsd, rlvr, sft
 from opsd_jax.stages.privileged import Privileged
 from opsd_jax.stages.rollouts import step_rollouts
@@ -71,8 +72,14 @@ class Run:
             raise
         except ValueError as error:
             raise config_lib.ConfigError(f"config.task is {config.task!r}: {error}") from error
-        shards = mesh_lib.row_shards(self.mesh)
-        sizes.check(config, self.task, self.model.vocab_size, shards, self.stage_seed)
+        sizes.check(
+            config,
+            self.task,
+            self.model.vocab_size,
+            mesh_lib.row_shards(self.mesh),
+            mesh_lib.row_shards(self.parameters.decode_mesh),
+            self.stage_seed,
+        )
         self.pool = VerifierPool(
             self.task.verify,
             workers=config.pool.workers,
@@ -89,50 +96,62 @@ class Run:
         return seed_of(self.config, f"{algorithm}/{generation}" if generation else algorithm)
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - one run a process
-    def engine(self, shape: SamplerShape, top_k: int = 0, top_p: float = 1.0) -> Engine:
-        """The sampling program of a shape, compiled at the first request."""
-        return Engine(
-            self.model.policy,
-            self.parameters.abstract,
-            self.mesh,
-            shape,
-            eos_ids=self.task.tokenizer.eos_ids,
-            pad_id=self.task.tokenizer.pad_id,
-            top_k=top_k,
-            top_p=top_p,
-        )
+    def _engine(self, shape: EngineShape) -> Engine:
+        layout = self.parameters.decoding
+        pad_id = self.task.tokenizer.pad_id
+        return Engine(self.model, layout.abstract, layout.mesh, shape, pad_id=pad_id)
 
-    def collector(self, shape: SamplerShape, top_k: int = 0, top_p: float = 1.0) -> Collector:
-        """As `engine`; it has problems for prompts, and verifies."""
-        return Collector(self.engine(shape, top_k, top_p), self.task, self.pool)
+    def engine(
+        self, slots: int, group_size: int, rollouts: int, prompt_tokens: int, response_tokens: int
+    ) -> Engine:
+        """An engine, compiled at the first request of its shape.
 
-    def stage(self, name: str) -> Stage:
-        """The stage of a section of the config; compiles its sampling program."""
+        Args:
+          slots: rollouts in the making at once, of `rollouts` that there are at a time.
+          group_size: rollouts of each prompt.
+          rollouts: see above.
+          prompt_tokens, response_tokens: the longest.
+        """
+        shards = mesh_lib.row_shards(self.parameters.decode_mesh)
+        whole = lambda count: -(-count // shards) * shards
+        slots = min(slots, whole(rollouts))
+        prompts = whole(max(1, slots // (4 * group_size)))  # a prefill fills a quarter
+        return self._engine(EngineShape(slots, prompts, prompt_tokens, response_tokens))
+
+    def stage(self, name: str, poll: Callable[[], None] = lambda: None) -> Stage:
+        """The stage of a section of the config; compiles what samples for it.
+
+        Args:
+          name: of the section.
+          poll: called while it samples; what it raises ends that.
+        """
         section, seed = self.config[name], self.stage_seed(name)
         if section.algorithm == "sft":
             return sft.stage(section, self.task, self.model.policy, seed)
-        collector = self.collector(
-            SamplerShape(
-                min(section.prompts_at_once, section.prompts),
-                section.prompt_tokens,
-                section.group_size,
-                section.response_tokens,
-            )
+        G, rollouts = section.group_size, section.prompts * section.group_size
+        engine = self.engine(
+            section.slots, G, rollouts, section.prompt_tokens, section.response_tokens
         )
         module = {"rlvr": rlvr, "opsd": opsd}[section.algorithm]
         roll_out = step_rollouts(
             section,
             self.task,
-            collector,
+            Collector(engine, self.task, self.pool, G),
             seed,
+            vocab_size=self.model.vocab_size,
             capacity=module.capacity(section),
             trains=functools.partial(module.trains, section),
+            poll=poll,
         )
         if section.algorithm == "rlvr":
-            return rlvr.stage(section, self.task, self.model.policy, roll_out)
-        of_memos = seed_of(self.config, f"{seed}/memos")
-        privileged = self.privileged(section, section, section.group_size, of_memos)
-        return opsd.stage(section, self.task, self.model.policy, roll_out, privileged)
+            stage = rlvr.stage(section, self.task, self.model.policy, roll_out)
+        else:
+            of_memos = seed_of(self.config, f"{seed}/memos")
+            privileged = self.privileged(section, section, G, of_memos)
+            stage = opsd.stage(section, self.task, self.model.policy, roll_out, privileged)
+        # Cast and moved once a step, whatever the step samples.
+        convert = self.parameters.decoding.convert
+        return stage._replace(batches=lambda step, params: stage.batches(step, convert(params)))
 
     def privileged(
         self, section: ConfigDict, sampled: ConfigDict, group_size: int, seed: int
@@ -147,9 +166,12 @@ class Run:
         """
         if "memo" not in section.contexts:
             return Privileged(section, self.task, group_size)
-        sizes = sampled.prompt_tokens, sampled.response_tokens
-        engines = map(self.engine, memos.shapes(section.memo, self.task, *sizes))
-        writer = memos.Memos(section.memo, self.task, seed, *engines)
+        longest = memos.sizes(
+            section.memo, self.task, sampled.prompt_tokens, sampled.response_tokens
+        )
+        slots = section.memo.slots
+        engines = [self.engine(slots, 1, slots, *sizes) for sizes in longest]
+        writer = memos.Memos(section.memo, self.task, seed, self.model.vocab_size, *engines)
         return Privileged(section, self.task, group_size, writer)
 
     def heldout(self) -> list[Problem]:
@@ -169,7 +191,7 @@ class Run:
         settings: dict[str, Any],
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Samples and judges responses to problems: `(responses, figures)`. What is done stands in
-        the directory after each sampling call, and is not done again.
+        the directory, a problem at a time, and is not done again.
 
         Args:
           name: of the evaluation.
@@ -183,27 +205,44 @@ class Run:
         Raises:
           Interrupted: a signal came; what was done is kept.
         """
-        config = self.config.evaluation
+        config, model = self.config.evaluation, self.model
         progress.start(f"evaluate {name}", len(problems) * config.samples, unit="response")
         responses = evaluate.resume(directory, config.samples)
-        done = len(responses) // config.samples
-        if done < len(problems):
-            shape = SamplerShape(
-                config.prompts_at_once, config.prompt_tokens, config.samples, config.response_tokens
-            )
-            for rollouts in self.collector(shape, config.top_k, config.top_p).calls(
-                params,
-                problems[done:],
-                # The same random numbers for every model: differences between two are less noisy.
-                key=jax.random.key(config.seed),
-                temperature=config.temperature,
-                offset=done,
-            ):
+        done = {record["problem"] for record in responses}
+        left = [i for i, problem in enumerate(problems) if problem.id not in done]
+        unjudged: list[Rollouts] = []
+
+        def record(ready: Callable[[Rollouts], bool]) -> None:
+            for rollouts in [*filter(ready, unjudged)]:
+                unjudged.remove(rollouts)
                 made = evaluate.records(rollouts, self.task, config.samples)
                 evaluate.append(directory, made)
-                responses += made
-                progress.reach(len(responses))
-                stop.check()
+                responses.extend(made)
+            progress.reach(len(responses))
+
+        if left:
+            rollouts_left = len(left) * config.samples
+            longest = config.prompt_tokens, config.response_tokens
+            engine = self.engine(config.slots, config.samples, rollouts_left, *longest)
+            for _, rollouts in Collector(engine, self.task, self.pool, config.samples).by_problem(
+                self.parameters.decoding.convert(params),
+                [problems[i] for i in left],
+                # The same random numbers for every model: differences between two are less noisy.
+                key=jax.random.key(config.seed),
+                rule=sampling.rule(
+                    model.vocab_size,
+                    stop=self.task.tokenizer.eos_ids,
+                    **{name: config[name] for name in ("temperature", "top_k", "top_p", "min_p")},
+                ),
+                numbers=left,
+                poll=stop.check,
+            ):
+                unjudged.append(rollouts)
+                record(lambda rollouts: rollouts.are_judged)
+            record(lambda rollouts: True)
+        order = {problem.id: i for i, problem in enumerate(problems)}
+        responses.sort(key=lambda record: (order[record["problem"]], record["sample"]))
+        evaluate.rewrite(directory, responses)
         figures = statistics.summarise(responses)
         progress.finish(
             f"accuracy {figures['accuracy']:.1%} ± {figures['accuracy_se']:.1%}, "
@@ -263,7 +302,8 @@ class Run:
         def curve(student: Params, responses: list[dict[str, Any]]) -> dict[str, Any]:
             rollouts = evaluate.rollouts_of(problems, responses)
             n = len(rollouts.responses)
-            taught = privileged(0, student, rollouts, range(n), capacity=n)
+            decoded = self.parameters.decoding.convert(student)
+            taught = privileged(0, decoded, rollouts, range(n), capacity=n)
             return probe(student, teacher, rollouts, taught.rows)
 
         curves = {"before": curve(teacher, before), "after": curve(params, responses)}
@@ -298,7 +338,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
             began = time.monotonic() - earlier
             section = config[name]
             progress.start(name, section.steps, unit="step")
-            stage = this.stage(name)
+            stage = this.stage(name, stop.check)
             params = run_stage(
                 stage,
                 make_optimizer(section.optimizer, stage.steps * stage.updates),

@@ -26,7 +26,12 @@ LOOKED_AT = 64  # of others the first, as each may have to be made
 
 
 def check(
-    config: ConfigDict, task: Task, vocab_size: int, shards: int, stage_seed: Callable[[str], int]
+    config: ConfigDict,
+    task: Task,
+    vocab_size: int,
+    shards: int,
+    decode_shards: int,
+    stage_seed: Callable[[str], int],
 ) -> None:
     """Raises ConfigError where the task's data or the devices do not go with a field, as far as a
     first look at the data tells.
@@ -36,6 +41,7 @@ def check(
       task: its data.
       vocab_size: the model's.
       shards: into how many parts rows of a batch are cut.
+      decode_shards: the same while rollouts are sampled.
       stage_seed: name of a stage -> the seed of its demonstrations.
     """
 
@@ -43,7 +49,7 @@ def check(
         if not holds:
             raise config_lib.ConfigError(f"config.{field} is {value}; expected {expected}.")
 
-    def divides(field: str, value: int) -> None:
+    def divides(field: str, value: int, shards: int = decode_shards) -> None:
         expect(value % shards == 0, field, value, f"a multiple of data x fsdp = {shards}")
 
     def looked_at(data: grain.MapDataset, wholly: int = WHOLLY_LOOKED_AT) -> Iterable[int]:
@@ -79,23 +85,23 @@ def check(
     there = len(task.heldout)
     expected = f"at most {there}, all that are held out"
     expect(evaluation.problems <= there, "evaluation.problems", evaluation.problems, expected)
-    divides("evaluation.prompts_at_once", evaluation.prompts_at_once)
+    divides("evaluation.slots", evaluation.slots)
     holds("evaluation.prompt_tokens", evaluation.prompt_tokens, task.heldout, task.prompt)
     for name in config.stages:
         section = config[name]
         example = "sources, such as config.data.train.maths = config_lib.source('maths.jsonl')"
         expect(len(task.train) > 0, "data.train", "empty", example)
-        divides(f"{name}.microbatch", section.microbatch)
+        divides(f"{name}.microbatch", section.microbatch, shards)
         if section.algorithm == "sft":
             both = lambda row: [*row.prompt, *row.response]
             rows = task.demonstrations(stage_seed(name))
             holds(f"{name}.buckets", section.buckets[-1], rows, both)
             continue
-        divides(f"{name}.prompts_at_once", min(section.prompts_at_once, section.prompts))
+        divides(f"{name}.slots", section.slots)
         holds(f"{name}.prompt_tokens", section.prompt_tokens, task.train, task.prompt)
         if section.algorithm == "opsd":
             if "memo" in section.contexts:
-                divides(f"{name}.memo.at_once", section.memo.at_once)
+                divides(f"{name}.memo.slots", section.memo.slots)
             problems = [
                 data[i] for data in (task.train, task.heldout) for i in looked_at(data, LONGEST)
             ]

@@ -18,9 +18,9 @@ from opsd_jax.stages import teacher as teacher_lib
 
 # Bounds of numbers, by the last part of the field's name.
 _AT_LEAST_ONE = {
-    "steps", "batch_size", "microbatch", "prompts", "prompts_at_once", "prompt_tokens",
+    "steps", "batch_size", "microbatch", "prompts", "slots", "prompt_tokens",
     "teacher_prompt_tokens", "response_tokens", "updates", "checkpoint_every",
-    "samples", "max_nonfinite", "group_size", "request_tokens", "tokens", "close_tokens", "at_once",
+    "samples", "max_nonfinite", "group_size", "request_tokens", "tokens", "close_tokens",
     "reminder_tokens", "every",
 }  # fmt: skip
 _NOT_NEGATIVE = {
@@ -65,6 +65,8 @@ def validate(config: ConfigDict) -> None:
             fail(field, value, "less than 2^31")
         if name == "top_p" and not 0 < value <= 1:
             fail(field, value, "a mass in (0, 1]")
+        if name == "min_p" and not 0 <= value <= 1:
+            fail(field, value, "a share in [0, 1]")
         if name in ("b1", "b2") and not 0 <= value < 1:
             fail(field, value, "a number in [0, 1)")
         if name == "schedule" and value not in ("constant", "cosine"):
@@ -81,7 +83,7 @@ def validate(config: ConfigDict) -> None:
             except ValueError as error:
                 raise config_lib.ConfigError(f"config.{field}: {error}") from None
 
-    for field, kind in (("stages", str), ("mesh", int)):
+    for field, kind in (("stages", str), ("mesh", int), ("decode_mesh", int)):
         if not all(type(value) is kind for value in config[field]):
             fail(field, config[field], f"a tuple of {kind.__name__}")
     if config.wandb_project and importlib.util.find_spec("wandb") is None:

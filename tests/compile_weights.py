@@ -25,7 +25,7 @@ def main(topology: str, shape: str, param_dtype: str) -> None:
     mesh = mesh_lib.make_mesh([int(size) for size in shape.split("x")], devices)
     model = decoder.from_config(config_lib.preset("qwen3-8b", param_dtype=param_dtype))
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    abstract = abstract_of(shapes, mesh_lib.param_shardings(mesh, model.rules, shapes))
+    abstract = abstract_of(shapes, mesh_lib.tree_shardings(mesh, model.rules, shapes))
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.replicated(mesh))
     temporaries, in_place = 0, True
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):

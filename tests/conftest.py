@@ -76,20 +76,20 @@ def config():
         "sft.optimizer.warmup": "2",
         "rlvr.steps": "3",
         "rlvr.prompts": "16",
-        "rlvr.prompts_at_once": "8",
+        "rlvr.slots": "16",
         "rlvr.group_size": "2",
         "rlvr.microbatch": "8",
         "rlvr.checkpoint_every": "1",
         "opsd.steps": "3",
         "opsd.prompts": "16",
-        "opsd.prompts_at_once": "8",
+        "opsd.slots": "8",
         "opsd.max_rows": "16",
         "opsd.microbatch": "8",
         "opsd.gate": "all",
         "opsd.checkpoint_every": "2",
         "evaluation.problems": "8",
         "evaluation.samples": "2",
-        "evaluation.prompts_at_once": "8",
+        "evaluation.slots": "16",
     }
     for field, text in changes.items():
         config_files.override(config, field, text)

@@ -88,6 +88,11 @@ def test_a_bad_override_is_refused(field, text, message):
         ("evaluation.seed", "100000000000", "less than 2.31"),
         ("sft.buckets", "('a',)", "buckets is .*ascending order"),
         ("mesh", "('a', 1, 1)", "a tuple of int"),
+        ("decode_mesh", "('a', 1, 1)", "decode_mesh is .*a tuple of int"),
+        ("rlvr.slots", "0", "rlvr.slots is 0; expected at least 1"),
+        ("opsd.memo.slots", "0", "opsd.memo.slots is 0; expected at least 1"),
+        ("evaluation.min_p", "-0.1", r"evaluation.min_p is -0.1; expected a share in \[0, 1\]"),
+        ("evaluation.min_p", "1.1", r"evaluation.min_p is 1.1; expected a share in \[0, 1\]"),
         ("stages", "(['sft'],)", "a tuple of str"),
         ("stages", "('sft', 'sft')", "names that differ"),
         ("stages", "('sft', 'report')", "none of them 'untrained' or 'report'"),
@@ -107,9 +112,31 @@ def test_a_config_that_cannot_run_is_refused(field, text, message):
         ("model.vocab_size", "16", "vocab_size is 16; expected at least 32, the tokenizer's"),
         ("model.scan_unroll", "2", "scan_unroll is 2, which does not divide"),
         ("model.num_kv_heads", "3", "num_heads is 4"),
-        ("mesh", "(3, 1, 1)", r"mesh \(3, 1, 1\)"),
+        (
+            "mesh",
+            "(3, 1, 1)",
+            r"config.mesh: mesh \(3, 1, 1\) over .* takes 3 devices; there are 8",
+        ),
+        (
+            "decode_mesh",
+            "(4, 1, 1)",
+            r"config.decode_mesh: mesh \(4, 1, 1\) over .* takes 4 devices; there are 8",
+        ),
+        (
+            "decode_mesh",
+            "(-1, 3, 1)",
+            r"config.decode_mesh: mesh .* takes 3 devices or a multiple; there are 8",
+        ),
+        ("decode_mesh", "(4, 2)", r"config.decode_mesh: mesh is \(4, 2\); expected sizes of"),
+        (
+            "decode_mesh",
+            "(1, 1, 8)",
+            r"config.decode_mesh: parameter .* split over the mesh axis 'tensor' of 8, which",
+        ),
         ("rlvr.microbatch", "12", "rlvr.microbatch is 12; expected a multiple of data x fsdp = 8"),
-        ("opsd.prompts", "20", "opsd.prompts_at_once is 20; expected a multiple of"),
+        ("rlvr.slots", "20", "rlvr.slots is 20; expected a multiple of data x fsdp = 8"),
+        ("opsd.slots", "12", "opsd.slots is 12; expected a multiple of data x fsdp = 8"),
+        ("evaluation.slots", "4", "evaluation.slots is 4; expected a multiple of data x fsdp = 8"),
         (
             "opsd.teacher_prompt_tokens",
             "16",
@@ -125,6 +152,22 @@ def test_parts_that_do_not_fit_are_refused_before_compiling(tmp_path, field, tex
     config = config_files.load(QUICKSTART, {field: text})
     with pytest.raises(config_lib.ConfigError, match=message):
         pipeline.Run(config, tmp_path)
+
+
+def test_sampling_may_have_a_mesh_of_its_own(tmp_path):
+    """Rows of batches go with the one mesh, slots with the other; problems of a step with none."""
+    fields = {"decode_mesh": "(-1, 1, 2)", "rlvr.slots": "12", "rlvr.prompts": "6"}
+    fields |= {"rlvr.microbatch": "16", "rlvr.updates": "1"}
+    made = lambda **changes: pipeline.Run(config_files.load(QUICKSTART, fields | changes), tmp_path)
+    run = made()
+    assert dict(run.mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    decode_mesh = run.parameters.decode_mesh
+    assert dict(decode_mesh.shape) == {"data": 4, "fsdp": 1, "tensor": 2}
+    assert decode_mesh.devices.flatten().tolist() == run.mesh.devices.flatten().tolist()
+    with pytest.raises(config_lib.ConfigError, match=r"slots is 6; expected a mul.* fsdp = 4"):
+        made(**{"rlvr.slots": "6"})
+    with pytest.raises(config_lib.ConfigError, match=r"batch is 12; expected a mul.* fsdp = 8"):
+        made(**{"rlvr.microbatch": "12"})
 
 
 def test_wandb_without_its_package_is_refused(monkeypatch):

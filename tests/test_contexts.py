@@ -13,9 +13,10 @@ from opsd_jax.data import contexts, text
 from opsd_jax.data.contexts import Attempt, Context
 from opsd_jax.data.problem import DataError, Problem
 from opsd_jax.rollout.collect import Rollouts
-from opsd_jax.rollout.engine import Call
+from opsd_jax.rollout.engine import STOP_EOS, Ended, Response
 from opsd_jax.stages import opsd
-from opsd_jax.stages.memos import Memos, shapes
+from opsd_jax.stages.memos import Memos
+from opsd_jax.stages.memos import sizes as memo_sizes
 from opsd_jax.stages.privileged import Privileged, reminder_places
 from opsd_jax.verify.verdict import Verdict
 
@@ -101,7 +102,8 @@ def rollouts_of(task, responses, verdicts, per_problem=2):
     return Rollouts(
         problems=[problems[i // per_problem] for i in range(len(responses))],
         responses=[np.array(ids, np.int32) for ids in encoded],
-        logprobs=[np.full(len(ids), -1, np.float32) for ids in encoded],
+        sampling_logprobs=[np.full(len(ids), -1, np.float32) for ids in encoded],
+        model_logprobs=[np.full(len(ids), -2, np.float32) for ids in encoded],
         truncated=np.zeros(len(responses), bool),
         replies=[Verdict(right, "") for right in verdicts],
     )
@@ -274,7 +276,7 @@ def test_only_the_context_makes_a_divergence(config, task, rollouts, kind, every
     model = tiny_model.make(config.model)
     params = model.init(jax.random.key(0))
     written = [task.tokenizer.encode(f"Memo {i}. " * i) for i in range(1, 7)]
-    memos = Memos(config.opsd.memo, task, 0, Writer(task, written), Writer(task, []))
+    memos = memos_of(config, task, Writer(written), Writer([]))
     finder = Privileged(config.opsd, task, 2, memos)
     stage = opsd.stage(config.opsd, task, model.policy, lambda *_: rollouts, finder)
     (batch,), metrics, _ = stage.batches(0, None)
@@ -332,24 +334,34 @@ def test_the_control_has_no_divergence_in_a_model_that_sees_everything(config, t
 
 
 class Writer:
-    """An engine that says what it is told, and remembers what it was asked."""
+    """An engine that says what it is told, and remembers what it was asked. Its responses end as
+    those of an engine do: in any order, here the last first, and some of them together.
+    """
 
-    def __init__(self, task, replies):
-        self.task, self.replies, self.asked, self.draws = task, list(replies), [], []
+    def __init__(self, replies):
+        self.replies, self.asked, self.draws = list(replies), [], []
 
-    def __call__(self, params, prompts, *, key, temperature, offset):
+    def __call__(self, params, prompts, ids, *, key, rule):
+        self.params, self.rule = params, rule
         self.asked += prompts
-        self.draws += [(str(jax.random.key_data(key)), offset + i) for i in range(len(prompts))]
-        self.params = params
-        for i, _ in enumerate(prompts):
-            ids = self.replies.pop(0)
-            yield Call(i, [np.array(ids)], [np.zeros(len(ids))], np.array([False]), lambda: True)
+        self.draws += [(str(jax.random.key_data(key)), rollout_id) for (rollout_id,) in ids]
+        said, self.replies = self.replies[: len(prompts)], self.replies[len(prompts) :]
+        made = [
+            Response(i, 0, np.array(tokens), np.zeros(len(tokens)), np.zeros(len(tokens)), STOP_EOS)
+            for i, tokens in enumerate(said)
+        ]
+        assert len(made) == len(prompts)
+        for start in range(0, len(made), 2):
+            yield Ended(made[::-1][start : start + 2], lambda: True)
+
+
+def memos_of(config, task, write, close, seed=0):
+    return Memos(config.opsd.memo, task, seed, task.tokenizer.vocab_size, write, close)
 
 
 def test_memos(config, task, rollouts):
     encode, eos = task.tokenizer.encode, task.tokenizer.eos_ids[0]
     write = Writer(
-        task,
         [
             [*encode("<think>Hm.</think>\n\nAdd 3."), eos],
             encode("<think>and so on and on"),
@@ -357,8 +369,10 @@ def test_memos(config, task, rollouts):
             [*encode("<think>Hm.</think>  "), eos],
         ],
     )
-    close = Writer(task, [[*encode("In short: 3."), eos], [*encode("Count."), eos]])
-    memos = Memos(config.opsd.memo, task, 0, write, close)
+    close = Writer([[*encode("In short: 3."), eos], [*encode("Count."), eos]])
+    with config.unlocked():
+        config.opsd.memo.temperature = 0.75
+    memos = memos_of(config, task, write, close)
     rows, metrics = taught(
         config, task, rollouts, "memo", wanted=[0, 2, 3, 5], memos=memos, capacity=6
     )
@@ -379,6 +393,9 @@ def test_memos(config, task, rollouts):
         closed = close.asked[i - 1]
         assert closed[: len(write.asked[i])] == write.asked[i]
         assert decoded(task, closed[len(write.asked[i]) :]) == f"{thought}\n</think>\n\n"
+    for rule in (write.rule, close.rule):
+        assert rule.temperature == 0.75
+        assert np.flatnonzero(rule.stop).tolist() == sorted(task.tokenizer.eos_ids)
 
 
 def test_a_memo_depends_on_seed_step_and_turn(config, task, rollouts):
@@ -387,9 +404,9 @@ def test_a_memo_depends_on_seed_step_and_turn(config, task, rollouts):
     encode = task.tokenizer.encode
 
     def draws(seed, step, params="params"):
-        write = Writer(task, [[*encode("A memo."), eos], encode("<think>on and on")] * 3)
-        close = Writer(task, [[*encode("Closed."), eos]] * 3)
-        Memos(config.opsd.memo, task, seed, write, close)(step, params, rollouts, range(6))
+        write = Writer([[*encode("A memo."), eos], encode("<think>on and on")] * 3)
+        close = Writer([[*encode("Closed."), eos]] * 3)
+        memos_of(config, task, write, close, seed)(step, params, rollouts, range(6))
         assert write.params == close.params == params  # the current model writes
         return [*write.draws, *close.draws]
 
@@ -401,8 +418,8 @@ def test_a_memo_depends_on_seed_step_and_turn(config, task, rollouts):
 def test_a_memo_that_comes_to_nothing_leaves_its_place_to_the_next(config, task, rollouts):
     eos = task.tokenizer.eos_ids[0]
     said = [[eos], *([*task.tokenizer.encode(f"Memo {i}."), eos] for i in range(5))]
-    write = Writer(task, said)
-    memos = Memos(config.opsd.memo, task, 0, write, Writer(task, []))
+    write = Writer(said)
+    memos = memos_of(config, task, write, Writer([]))
     rows, metrics = taught(config, task, rollouts, "memo", memos=memos, capacity=2)
     assert list(rows) == [1, 2]
     assert len(write.asked) == 3
@@ -418,16 +435,16 @@ def test_memos_of_truncated_rollouts(config, task, rollouts):
         truncated=np.array([True] * 6),
         responses=[ids[:-1] for ids in rollouts.responses],
     )
-    write = Writer(task, [[*task.tokenizer.encode("Be brief."), task.tokenizer.eos_ids[0]]])
-    memos = Memos(config.opsd.memo, task, 0, write, Writer(task, []))
+    write = Writer([[*task.tokenizer.encode("Be brief."), task.tokenizer.eos_ids[0]]])
+    memos = memos_of(config, task, write, Writer([]))
     taught(config, task, cut, "memo", wanted=[1], memos=memos)
     request = decoded(task, write.asked[0][len(task.prompt(cut.problems[1])) :])
     assert request.startswith("<think>So</think> 46.<|im_end|>\n<|im_start|>user\nYou ran out of ")
 
 
 def test_where_there_is_no_memo_the_next_kind_is_tried(config, task, rollouts):
-    write = Writer(task, [[task.tokenizer.eos_ids[0]], task.tokenizer.encode("Add.")])
-    memos = Memos(config.opsd.memo, task, 0, write, Writer(task, []))
+    write = Writer([[task.tokenizer.eos_ids[0]], task.tokenizer.encode("Add.")])
+    memos = memos_of(config, task, write, Writer([]))
     rows, metrics = taught(
         config, task, rollouts, "sibling", "memo", "answer", wanted=[1, 3, 4], memos=memos
     )
@@ -436,15 +453,15 @@ def test_where_there_is_no_memo_the_next_kind_is_tried(config, task, rollouts):
     assert metrics["context/answer"] == metrics["context/memo"] == metrics["context/sibling"] == 1
 
 
-def test_memos_fit_their_shapes(config, task):
-    write, close = shapes(config.opsd.memo, task, 120, 40)
+def test_memos_fit_their_sizes(config, task):
+    write, close = memo_sizes(config.opsd.memo, task, 120, 40)
     memo = config.opsd.memo
-    assert write == (memo.at_once, 120 + 40 + memo.request_tokens, 1, memo.tokens)
-    assert close.prompt_tokens == write.prompt_tokens + memo.tokens + len(task.end_thinking)
+    assert write == (120 + 40 + memo.request_tokens, memo.tokens)
+    assert close == (write[0] + memo.tokens + len(task.end_thinking), memo.close_tokens)
     with config.unlocked():
         config.opsd.memo.request_tokens = 10
     rollouts = rollouts_of(task, RESPONSES, RIGHT)
-    memos = Memos(config.opsd.memo, task, 0, None, None)
+    memos = memos_of(config, task, None, None)
     with pytest.raises(
         DataError, match=r"problem sums/2 has \d+ tokens; memo.request_tokens is 10"
     ):
@@ -510,12 +527,12 @@ def test_settings_that_cannot_be(changes, message):
         ({"contexts": ("concise",)}, ""),
         ({"contexts": ("column",), "context_column": "h"}, "expected another: no problem that was"),
         ({"teacher_prompt_tokens": 30}, "is 30; the teacher's prompt of problem sums/[0-9]+ has"),
-        ({"memo": {"at_once": 3}, "contexts": ("memo",)}, "memo.at_once is 3; expected a multiple"),
+        ({"memo": {"slots": 3}, "contexts": ("memo",)}, "memo.slots is 3; expected a multiple of"),
     ],
 )
 def test_what_the_task_cannot_give_is_said_before_a_run(config, task, changes, message):
     bare = task._replace(reminder=None, memo_request=None)
-    check(config, task if "at_once" in message else bare, changes, message)
+    check(config, task if "slots" in message else bare, changes, message)
 
 
 @pytest.mark.parametrize(
@@ -532,10 +549,10 @@ def test_limits_without_room_are_said_before_a_run(config, task, changes, messag
 def check(config, task, changes, message):
     with config.unlocked():
         config.stages = ("opsd",)
-        config.opsd.update({"prompts_at_once": 2} | changes)
-        config.evaluation.update({"problems": 2, "prompts_at_once": 2, "prompt_tokens": 120})
-    shards = 2 if "at_once" in message else 1
-    run = lambda: sizes.check(config, task, task.tokenizer.vocab_size, shards, lambda stage: 0)
+        config.opsd.update({"slots": 2} | changes)
+        config.evaluation.update({"problems": 2, "slots": 2, "prompt_tokens": 120})
+    shards = 1, 2 if "slots" in message else 1  # of rows in training, and in sampling
+    run = lambda: sizes.check(config, task, task.tokenizer.vocab_size, *shards, lambda stage: 0)
     if not message:
         run()
         return

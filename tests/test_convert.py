@@ -33,7 +33,7 @@ TINY = {
     "sft.checkpoint_every": "1",
     "evaluation.problems": "8",
     "evaluation.samples": "1",
-    "evaluation.prompts_at_once": "8",
+    "evaluation.slots": "8",
 }
 
 
@@ -89,7 +89,8 @@ def test_the_last_finished_stage_is_written(finished, tmp_path, capsys):
 
 def test_a_run_of_a_pod_is_converted_on_one_device(finished, tmp_path):
     path = finished / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"mesh": [1, 16, 1]}))
+    pod = {"mesh": [1, 16, 1], "decode_mesh": [8, 1, 2]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | pod))
     assert convert("--workdir", finished, "--out", tmp_path / "out") == 0
     np.testing.assert_array_equal(tensor(tmp_path / "out", "model.norm.weight"), np.full(16, 2.0))
 

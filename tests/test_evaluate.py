@@ -18,6 +18,7 @@ from opsd_jax.data import sources
 from opsd_jax.data.problem import DataError
 from opsd_jax.evaluation import benchmarks, evaluate
 from opsd_jax.rollout.collect import Rollouts
+from opsd_jax.training.interrupt import StopSignal
 from opsd_jax.verify.verdict import Verdict
 from opsd_jax.verify.verifiers import at_once
 
@@ -48,7 +49,8 @@ def workdir(config, questions, tmp_path_factory):
     run.data.train = {"gone": config_lib.source("gone.jsonl")}
     run.data.heldout = {"sums": config_lib.source(questions)}
     run.data.prompt = "{question}"
-    run.evaluation.update({"problems": 0, "prompts_at_once": 2, "response_tokens": 6})
+    # Some responses end and others fill the budget, so that problems are not done in their order.
+    run.evaluation.update({"problems": 0, "slots": 6, "response_tokens": 160})
     (workdir / "config.json").write_text(config_files.to_json(run.lock()))
     return workdir
 
@@ -80,19 +82,23 @@ def whole(workdir, tmp_path_factory):
 def test_every_number_stands_with_its_settings(whole, command):
     figures = json.loads((whole / "evaluation.json").read_text())
     settings = figures["settings"]
-    assert {k: settings[k] for k in ("problems", "samples", "temperature", "top_p", "top_k")} == {
-        "problems": 9, "samples": 2, "temperature": 1.0, "top_p": 1.0, "top_k": 0,
+    names = ("problems", "samples", "temperature", "top_p", "top_k", "min_p")
+    assert {k: settings[k] for k in names} == {
+        "problems": 9, "samples": 2, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
     }  # fmt: skip
     assert settings["model"].endswith("text/untrained")
-    assert (settings["response_tokens"], settings["seed"]) == (6, 0)
+    assert (settings["response_tokens"], settings["seed"]) == (160, 0)
     records = [json.loads(line) for line in (whole / "responses.jsonl").open()]
-    assert [r["problem"] for r in records] == [f"sums/{i}" for i in range(9) for _ in range(2)]
+    assert [(r["problem"], r["sample"]) for r in records] == [
+        (f"sums/{i}", j) for i in range(9) for j in range(2)
+    ]
+    assert {r["truncated"] for r in records} == {True, False}
     assert {r["source"] for r in records} == {"sums"}
     assert all("extracted" in r for r in records)
     for name in ("report.md", "index.html"):
         text = (whole / name).read_text()
         assert "maj@2, %" in text
-        assert "up to 6 tokens (seed 0)" in text
+        assert "up to 160 tokens (seed 0)" in text
     assert (whole / "lengths_sums.svg").exists()
     page = (whole / "index.html").read_text()
     assert page.count("<svg") == 2
@@ -102,54 +108,95 @@ class Crash(BaseException):
     """What nothing in the library catches."""
 
 
-@pytest.mark.parametrize("calls", [1, 2, 4])
-def test_after_a_kill_it_goes_on_to_the_same_files(whole, command, tmp_path, monkeypatch, calls):
-    """Killed within the writing of a call's records; the torn line and half problem are dropped."""
-    append, done = evaluate.append, []
+def problem_of(made):
+    """The problem of the records that are written down together: all of its own, and no others."""
+    (problem,) = {record["problem"] for record in made}
+    assert [record["sample"] for record in made] == [0, 1]
+    return problem
+
+
+def assert_same(directory, expected, names):
+    for name in names:
+        assert (directory / name).read_text() == (expected / name).read_text(), name
+
+
+FILES = ("settings.json", "responses.jsonl", "evaluation.json", "report.md", "index.html")
+
+
+@pytest.mark.parametrize("done", [1, 3, 8])
+def test_after_a_kill_it_goes_on_to_the_same_files(whole, command, tmp_path, monkeypatch, done):
+    """Killed within the writing of a problem's records; the torn line is dropped, and what stands
+    before it, in the order in which problems ended, is not sampled again.
+    """
+    append, written = evaluate.append, []
 
     def mortal(directory, made):
-        done.append(made)
-        if len(done) > calls:
+        if len(written) == done:
             torn = evaluate._lines(made)
             with (directory / evaluate.RESPONSES).open("a") as file:
                 file.write(torn[: torn.index("\n") + 20])
             raise Crash
+        written.append(problem_of(made))
         append(directory, made)
 
     monkeypatch.setattr(evaluate, "append", mortal)
     with pytest.raises(Crash):
         command("--out", tmp_path)
-    monkeypatch.setattr(evaluate, "append", lambda *a: (done.append(a[1]), append(*a)))
-    done.clear()
+    assert len(written) == done
+    monkeypatch.setattr(
+        evaluate, "append", lambda *a: (written.append(problem_of(a[1])), append(*a))
+    )
     assert command("--out", tmp_path)[0] == 0
-    assert sum(len(made) for made in done) == 18 - 4 * calls
-    for name in ("responses.jsonl", "evaluation.json", "report.md", "index.html"):
-        there, expected = ((d / name).read_text() for d in (tmp_path, whole))
-        assert there == expected, name
+    assert sorted(written) == [f"sums/{i}" for i in range(9)]
+    assert written != sorted(written)
+    assert_same(tmp_path, whole, FILES)
+
+
+def test_killed_before_the_records_are_put_in_order(whole, command, tmp_path, monkeypatch):
+    """All are there, as they ended: nothing is left to sample."""
+
+    def mortal(directory, responses):
+        raise Crash
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate, "rewrite", mortal)
+        with pytest.raises(Crash):
+            command("--out", tmp_path)
+    there, expected = ((d / "responses.jsonl").read_text() for d in (tmp_path, whole))
+    assert sorted(there.splitlines()) == sorted(expected.splitlines())
+    assert there != expected
+    monkeypatch.setattr(evaluate, "append", None)
+    assert command("--out", tmp_path)[0] == 0
+    assert_same(tmp_path, whole, FILES)
 
 
 def test_an_evaluation_within_a_run_goes_on_too(config, tmp_path, monkeypatch):
     run = config.copy_and_resolve_references()
     with run.unlocked():
         run.stages = ()
-        run.evaluation.problems = 20  # three calls of eight prompts
+        run.evaluation.problems = 20  # of which eight are in the making at once
     pipeline.run(run, tmp_path / "whole")
-    append, made = evaluate.append, []
+    append, written = evaluate.append, []
 
-    def mortal(directory, records):
-        append(directory, records)
-        made.append(len(records))
-        if len(made) == 2:
+    def mortal(directory, made):
+        append(directory, made)
+        written.append(problem_of(made))
+        if len(written) == 7:
             raise Crash
 
     monkeypatch.setattr(evaluate, "append", mortal)
     with pytest.raises(Crash):
         pipeline.run(run, tmp_path / "killed")
+    before = sorted(written)
     pipeline.run(run, tmp_path / "killed")
-    assert made == [16, 16, 8]
     whole, killed = (tmp_path / name / "untrained" for name in ("whole", "killed"))
-    for name in ("responses.jsonl", "settings.json"):
-        assert (killed / name).read_text() == (whole / name).read_text()
+    records = [json.loads(line) for line in (whole / "responses.jsonl").open()]
+    in_order = [record["problem"] for record in records[::2]]
+    assert len({*in_order}) == len(written) == 20
+    assert {*written} == {*in_order}
+    assert written != in_order
+    assert before != sorted(in_order[:7])  # not the first ones: what is left has gaps
+    assert_same(killed, whole, ("responses.jsonl", "settings.json"))
     times = {"seconds", "peak_rss_gib"}
     figures = [json.loads((d / "evaluation.json").read_text()) for d in (whole, killed)]
     a, b = ({k: v for k, v in f.items() if k not in times} for f in figures)
@@ -157,21 +204,51 @@ def test_an_evaluation_within_a_run_goes_on_too(config, tmp_path, monkeypatch):
     assert a["majority"] is not None
 
 
-def test_a_signal_ends_it_after_a_call(whole, command, tmp_path, monkeypatch):
-    append = evaluate.append
+def test_a_signal_ends_it_before_the_next_chunk(whole, command, tmp_path, monkeypatch):
+    append, check, written, looks = evaluate.append, StopSignal.check, [], []
 
     def signalled(directory, made):
         append(directory, made)
-        os.kill(os.getpid(), signal.SIGTERM)
+        written.append(problem_of(made))
+        if len(written) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def look(stop):
+        looks.append(len(written))
+        check(stop)
 
     monkeypatch.setattr(evaluate, "append", signalled)
+    monkeypatch.setattr(StopSignal, "check", look)
     code, errors = command("--out", tmp_path)
     assert code == 143
     assert "the same command goes on" in errors
-    assert len((tmp_path / "responses.jsonl").read_text().splitlines()) == 4
+    assert [*map(bool, looks)].count(True) == 1  # the first look after the signal is the last one
+    assert 1 <= len(written) < 9
+    lines = (tmp_path / "responses.jsonl").read_text().splitlines()
+    assert [json.loads(line)["problem"] for line in lines[::2]] == written
+    assert len(lines) == 2 * len(written)
     monkeypatch.undo()
     assert command("--out", tmp_path)[0] == 0
-    assert (tmp_path / "responses.jsonl").read_text() == (whole / "responses.jsonl").read_text()
+    assert_same(tmp_path, whole, FILES)
+
+
+@pytest.mark.parametrize(
+    "sizes", [("--slots", 2), ("--slots", 18), ("--mesh", "2,2,2", "--slots", 8)]
+)
+def test_neither_slots_nor_mesh_change_a_response(whole, command, tmp_path, sizes):
+    assert command("--out", tmp_path, *sizes)[0] == 0
+    assert_same(tmp_path, whole, FILES)
+
+
+def test_a_run_of_a_pod_is_evaluated_on_the_mesh_that_is_given(whole, workdir, tmp_path, capsys):
+    pod = {"mesh": [1, 16, 1], "decode_mesh": [8, 1, 2]}
+    there = json.loads((workdir / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(there | pod))
+    command = ["evaluate", "--workdir", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main.main(command) == 2
+    assert "config.mesh: mesh (1, 16, 1) over" in capsys.readouterr().err
+    assert main.main([*command, "--mesh", "1,1,8"]) == 0
+    assert_same(tmp_path / "out", whole, ("responses.jsonl",))
 
 
 def test_an_evaluation_of_unknown_settings_is_left_alone(command, tmp_path):
@@ -191,7 +268,8 @@ def test_an_extraction_that_raises_costs_its_answer_alone(task):
     rollouts = Rollouts(
         problems=[task.heldout[0]],
         responses=[np.array([5, 2], np.int32)],
-        logprobs=[],
+        sampling_logprobs=[],
+        model_logprobs=[],
         truncated=np.array([False]),
         replies=[Verdict(False, "mismatch")],
     )
@@ -237,20 +315,21 @@ def test_a_mesh_that_begins_with_a_minus():
 
 
 def test_comparing(whole, command, workdir):
-    code, figures = command(*FEW[:2], "--top-k", 5, "--compare", whole)
+    code, figures = command(*FEW[:2], "--top-k", 5, "--min-p", 0.1, "--compare", whole)
     assert code == 0
     directory = pathlib.Path(figures["directory"])
     assert directory.parent == workdir / "evaluations" / "untrained"
     assert directory.name.startswith("sums-")
     change = json.loads((directory / "comparison.json").read_text())
     assert change == figures["comparison"]
-    assert change["settings"] == [["top_k", 0, 5]]
+    assert change["settings"] == [["top_k", 0, 5], ["min_p", 0.0, 0.1]]
     records = (evaluate.read(side)[0] for side in (whole, directory))
     lengths = [sum(r["length"] for r in side) for side in records]
     assert change["d_length_percent"] == pytest.approx(100 * (lengths[1] / lengths[0] - 1))
     assert change["d_length_percent_low"] <= change["d_length_percent"]
     text = (directory / "report.md").read_text()
-    assert "were not sampled alike: top_k 0 and 5." in text
+    assert "were not sampled alike: top_k 0 and 5, min_p 0.0 and 0.1." in text
+    assert "sampled at temperature 1, top_k 5, min_p 0.1, of up to 160 tokens" in text
     assert "| change | accuracy, points | length, % |" in text
     assert "before and after" in (directory / "index.html").read_text()
 
@@ -274,7 +353,7 @@ def test_benchmarks_take_the_place_of_the_held_out_problems(command, questions, 
     assert code == 0
     assert {k: v["problems"] for k, v in figures["sources"].items()} == {"a": 1, "b": 2}
     settings = figures["settings"]
-    assert (settings["temperature"], settings["top_p"], settings["top_k"]) == (0.6, 0.95, 20)
+    assert [settings[k] for k in ("temperature", "top_p", "top_k", "min_p")] == [0.6, 0.95, 20, 0]
     assert "a+b-" in figures["directory"]
     text = (pathlib.Path(figures["directory"]) / "report.md").read_text()
     assert text.count("\n| all |") == 2
@@ -287,6 +366,12 @@ def test_benchmarks_take_the_place_of_the_held_out_problems(command, questions, 
         (["--benchmark", "a=none.jsonl"], "config.data.heldout.a.path is 'none.jsonl'"),
         (["--top-p", "0"], r"config.evaluation.top_p is 0.0; expected a mass in \(0, 1\]"),
         (["--top-k", "-1"], "config.evaluation.top_k is -1; expected a number not below 0"),
+        (["--min-p", "1.5"], r"config.evaluation.min_p is 1.5; expected a share in \[0, 1\]"),
+        (["--slots", "0"], "config.evaluation.slots is 0; expected at least 1"),
+        (
+            ["--mesh", "8,1,1"],
+            "config.evaluation.slots is 6; expected a multiple of data x fsdp = 8",
+        ),
         (["--problems", "1"], "config.evaluation.problems is 1; expected at least 2"),
         (["--problems", "10"], "config.evaluation.problems is 10; expected at most 9"),
         (["--stage", "dpo"], "--stage dpo: expected one of untrained, sft, rlvr, opsd"),

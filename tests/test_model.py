@@ -135,14 +135,14 @@ def test_sizes_that_do_not_fit_are_named(config, field, value, message):
 
 def test_every_parameter_has_one_rule_and_an_unknown_one_is_an_error(model, params):
     mesh = mesh_lib.make_mesh((2, 2, 2))
-    shardings = mesh_lib.param_shardings(mesh, model.rules, params)
+    shardings = mesh_lib.tree_shardings(mesh, model.rules, params)
     assert shardings["layers"]["gate"].spec == P(None, "fsdp", "tensor")
     assert shardings["layers"]["attention_norm"].spec == P()
     assert shardings["norm"].spec == P()
     with pytest.raises(ValueError, match=r"no sharding rule matches the parameter extra/w\[3\]"):
-        mesh_lib.param_shardings(mesh, model.rules, {"extra": {"w": np.zeros(3)}})
+        mesh_lib.tree_shardings(mesh, model.rules, {"extra": {"w": np.zeros(3)}})
     with pytest.raises(ValueError, match=r"embedding\[31, 16\].*dimension of 31.*'tensor' of 2"):
-        mesh_lib.param_shardings(mesh, model.rules, {"embedding": np.zeros((31, 16))})
+        mesh_lib.tree_shardings(mesh, model.rules, {"embedding": np.zeros((31, 16))})
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 1), (2, 2), (-1, -1, 1), (0, 1, 8), (-1, 3, 1)])

@@ -12,8 +12,8 @@ import pytest
 from opsd_jax import config as config_lib
 from opsd_jax import losses
 from opsd_jax.data.arithmetic import informed_prompt
+from opsd_jax.rollout import sampling
 from opsd_jax.rollout.collect import Rollouts
-from opsd_jax.rollout.engine import SamplerShape
 from opsd_jax.stages import opsd as opsd_lib
 from opsd_jax.stages import rlvr as rlvr_lib
 from opsd_jax.stages.opsd import stage as opsd
@@ -35,7 +35,8 @@ def rollouts(task):
     return Rollouts(
         problems=[task.train[i // 2] for i in range(32)],
         responses=responses,
-        logprobs=[-rng.random(len(r)).astype(np.float32) for r in responses],
+        sampling_logprobs=[-rng.random(len(r)).astype(np.float32) for r in responses],
+        model_logprobs=[-1 - rng.random(len(r)).astype(np.float32) for r in responses],
         truncated=rng.random(32) < 0.2,
         replies=verdicts,
     )
@@ -84,6 +85,8 @@ def test_opsd_trains_on_what_the_gate_keeps(config, task, model, rollouts, gate,
     for i, row in rows.items():
         assert [row[group] for group in Groups._fields] == groups_of[i].tolist()
         np.testing.assert_array_equal(row["response"][row["mask"]], rollouts.responses[i])
+        logprobs = row["behaviour_logprobs"][row["mask"]]
+        np.testing.assert_array_equal(logprobs, rollouts.sampling_logprobs[i])
         assert prompt_of(row, "student") == task.prompt(rollouts.problems[i])
         problem = rollouts.problems[i]
         assert prompt_of(row, "teacher") == informed_prompt(problem, problem.solution)
@@ -115,7 +118,7 @@ def test_rlvr_gives_each_rollout_its_advantage(config, task, model, rollouts):
             expected = (rewards[i] - pair.mean()) / (pair.std(ddof=1) + 1e-6)
             np.testing.assert_allclose(row["advantages"], expected, rtol=1e-5)
             logprobs = row["behaviour_logprobs"][row["mask"]]
-            np.testing.assert_array_equal(logprobs, rollouts.logprobs[i])
+            np.testing.assert_array_equal(logprobs, rollouts.sampling_logprobs[i])
 
 
 def section_with(section, **changes):
@@ -205,16 +208,16 @@ def test_other_losses_of_opsd(config, task, model, params, rollouts):
 @pytest.fixture
 def collector(task):
     """Stands in for the device: responses are their problem's id and number, and right where the
-    id is divisible by `right`; the problems asked for are kept."""
+    id is divisible by `right`; the problems asked for are kept, and how they were to be sampled."""
 
     class Collector:
-        shape = SamplerShape(prompts=4, prompt_tokens=16, group_size=2, response_tokens=40)
-
         def __init__(self, right):
-            self.right, self.calls = right, []
+            self.right, self.calls, self.keys = right, [], []
 
-        def __call__(self, params, problems, *, key, temperature):
+        def __call__(self, params, problems, *, key, rule, poll):
             self.calls.append([problem.id for problem in problems])
+            self.keys.append(str(jax.random.key_data(key)))
+            self.rule, self.poll = rule, poll
             replies = [
                 Future() if (i + p.id) % 2 else Verdict(self.right(p.id, i), "match")
                 for p in problems
@@ -226,12 +229,17 @@ def collector(task):
             return Rollouts(
                 problems=[p for p in problems for _ in range(2)],
                 responses=[np.array([3, p.id % 30, i], np.int32) for p in problems for i in (0, 1)],
-                logprobs=[np.full(3, -1.0, np.float32)] * (2 * len(problems)),
+                sampling_logprobs=[np.full(3, -1.0, np.float32)] * (2 * len(problems)),
+                model_logprobs=[np.full(3, -1.0, np.float32)] * (2 * len(problems)),
                 truncated=np.zeros(2 * len(problems), bool),
                 replies=replies,
             )
 
     return Collector
+
+
+def poll():
+    """Stands in for the look at signals."""
 
 
 def stage_with(module, section, task, model, collector):
@@ -241,8 +249,10 @@ def stage_with(module, section, task, model, collector):
         task,
         collector,
         seed=5,
+        vocab_size=40,
         capacity=module.capacity(section),
         trains=functools.partial(module.trains, section),
+        poll=poll,
     )
     more = [Privileged(section, task, section.group_size)] if module is opsd_lib else []
     return module.stage(section, task, model.policy, roll_out, *more)
@@ -275,27 +285,46 @@ def test_dynamic_sampling_replaces_problems_without_signal(config, task, model, 
     assert [r["correct"] for r in records] == [
         1 if i % share == 0 else 2 * (i % 2 == 0) for i in ids
     ]
-    before = list(sampled.calls)
+    before, keys = list(sampled.calls), list(sampled.keys)
     sampled.calls.clear()
     stage.batches(4, None)
     assert not set(before[0]) & set(sampled.calls[0])
+    assert len(set(sampled.keys)) == len(sampled.keys)  # no two rounds have the same numbers
     sampled.calls.clear()
+    sampled.keys.clear()
     stage.batches(3, None)  # of the step alone: a resumed run asks for the same
-    assert sampled.calls == before
+    assert (sampled.calls, sampled.keys) == (before, keys)
+
+
+def test_a_stage_samples_from_its_own_distribution(config, task, model, collector):
+    """At its temperature, of all words, to the tokenizer's end; signals are looked at meanwhile."""
+    section = section_with(config.rlvr, prompts=8, temperature=0.75)
+    sampled = collector(lambda problem, i: i == 0)
+    stage_with(rlvr_lib, section, task, model, sampled).batches(0, None)
+    expected = sampling.rule(40, stop=task.tokenizer.eos_ids, temperature=0.75)
+    for got, want in zip(sampled.rule, expected, strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert sampled.poll is poll
 
 
 def test_resampled_problems_do_not_come_again_in_the_next_step(config, task, model, collector):
-    """Whatever the sizes: rounds are filled up to whole sampling calls, of 4 problems here."""
+    """A round has the problems that would do if all of theirs did, and no more."""
     section = section_with(
         config.rlvr, objective=config_lib.objective("dapo"), prompts=6, resample_rounds=3
     )
     sampled = collector(lambda problem, i: i == 0 and problem % 3 == 0)
     stage = stage_with(rlvr_lib, section, task, model, sampled)
+    made = []
     for step in range(12):
         stage.batches(step, None)
-    ids = [i for call in sampled.calls for i in call]
-    assert len(sampled.calls) > 20
-    assert max(map(len, sampled.calls)) == 8
+        missing = 6
+        for call in sampled.calls:
+            assert len(call) == missing
+            missing -= sum(i % 3 == 0 for i in call)
+        made += sampled.calls
+        sampled.calls.clear()
+    ids = [i for call in made for i in call]
+    assert len(made) > 20
     assert len(set(ids)) == len(ids)
 
 

@@ -248,7 +248,7 @@ def test_eight_devices_make_the_step_of_one(model, loss_fn, start, rows, shape):
     for devices in (1, 8):
         mesh = mesh_lib.make_mesh(shape if devices > 1 else (1, 1, 1), jax.devices()[:devices])
         shardings = state_lib.state_shardings(
-            start, OPTIMIZER, mesh_lib.param_shardings(mesh, model.rules, start["params"]), mesh
+            start, OPTIMIZER, mesh_lib.tree_shardings(mesh, model.rules, start["params"]), mesh
         )
         state = jax.device_put(jax.tree.map(jnp.copy, start), shardings)
         batch = pack(rows, microbatch=8)

@@ -15,7 +15,8 @@ from opsd_jax import main, pipeline, policy
 from opsd_jax.models import decoder, pretrained, safetensors
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parameters import Parameters
-from opsd_jax.rollout import sampler
+from opsd_jax.rollout import sampling
+from opsd_jax.rollout.engine import Engine, EngineShape
 from opsd_jax.training.checkpoint import abstract_of
 
 torch = pytest.importorskip("torch", reason="needs the extra `parity`")
@@ -81,7 +82,7 @@ def random_hf(case: str) -> "transformers.PreTrainedModel":
 def abstract(model: policy.Model, mesh=None) -> policy.Params:
     mesh = mesh or mesh_lib.make_mesh((1, 1, 1), jax.devices()[:1])
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return abstract_of(shapes, mesh_lib.param_shardings(mesh, model.rules, shapes))
+    return abstract_of(shapes, mesh_lib.tree_shardings(mesh, model.rules, shapes))
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -144,19 +145,14 @@ def test_greedy_continuation(pair):
         expected = pair.hf.generate(
             torch.tensor(prompt), max_new_tokens=200, do_sample=False, eos_token_id=None
         )[0, 7:].numpy()
-    samples = sampler.generate(
-        pair.model.policy,
-        pair.params,
-        jnp.array(prompt),
-        jnp.arange(7)[None],
-        jnp.zeros(1, jnp.int32),
-        jax.random.key(0),
-        jnp.float32(0),
-        jnp.array([-1]),
-        jnp.int32(0),
-        max_new_tokens=200,
-    )
-    np.testing.assert_array_equal(samples.tokens[0], expected)
+    mesh = mesh_lib.make_mesh((1, 1, 1), jax.devices()[:1])
+    params = jax.device_put(pair.params, mesh_lib.replicated(mesh))
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    engine = Engine(pair.model, abstract_of(params, shardings), mesh, EngineShape(2, 1, 8, 200))
+    assert len(engine.lengths) == 2  # the cache grows on the way
+    rule = sampling.rule(pair.model.vocab_size, stop=(), temperature=0.0)
+    (ended,) = engine(params, prompt.tolist(), [[0]], key=jax.random.key(0), rule=rule)
+    np.testing.assert_array_equal(ended.responses[0].tokens, expected)
 
 
 def test_cached_decoding_equals_the_full_forward(pair):

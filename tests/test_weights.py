@@ -27,7 +27,7 @@ def opened(directory, **changes):
 def load(model, shape=(1, 1, 1)):
     mesh = mesh_lib.make_mesh(shape, jax.devices()[: int(np.prod(shape))])
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return model.load(abstract_of(shapes, mesh_lib.param_shardings(mesh, model.rules, shapes)))
+    return model.load(abstract_of(shapes, mesh_lib.tree_shardings(mesh, model.rules, shapes)))
 
 
 @pytest.fixture
@@ -267,7 +267,7 @@ weights.PIECE = 4 * 2**20
 model = pretrained.from_config(config_lib.pretrained(sys.argv[1], param_dtype="bfloat16"))
 shapes = jax.eval_shape(model.init, jax.random.key(0))
 mesh = mesh_lib.make_mesh((1, 4, 2))
-abstract = abstract_of(shapes, mesh_lib.param_shardings(mesh, model.rules, shapes))
+abstract = abstract_of(shapes, mesh_lib.tree_shardings(mesh, model.rules, shapes))
 before = peak()
 params = model.load(abstract)
 held = sum(s.data.nbytes for x in jax.tree.leaves(params) for s in x.addressable_shards)
@@ -321,7 +321,7 @@ model = pretrained.from_config(config_lib.pretrained(source))
 shapes = jax.eval_shape(model.init, jax.random.key(0))
 for number, shape in enumerate([(1, 4, 1), (1, 2, 2), (2, 2, 1)]):
     mesh = mesh_lib.make_mesh(shape)
-    shardings = mesh_lib.param_shardings(mesh, model.rules, shapes)
+    shardings = mesh_lib.tree_shardings(mesh, model.rules, shapes)
     params = model.load(abstract_of(shapes, shardings))
     model.save(params, source.parent / f"out{number}")
 """

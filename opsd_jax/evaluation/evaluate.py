@@ -1,7 +1,7 @@
 """The records of an evaluation in its directory: every response, judged, and their figures.
 
 settings.json      what the figures depend on; other settings are refused
-responses.jsonl    a record a response, written down after each sampling call
+responses.jsonl    a record a response, those of a problem when the last of them has ended
 evaluation.json    the figures and the settings; once it is there the evaluation is done
 """
 
@@ -31,7 +31,7 @@ SUMMARY = "evaluation.json"
 SAMPLED = 64  # places of a file that its fingerprint looks at
 
 # What of `config.evaluation` and of `config.data` the responses depend on.
-SAMPLING = ("samples", "temperature", "top_p", "top_k", "response_tokens", "seed")
+SAMPLING = ("samples", "temperature", "top_p", "top_k", "min_p", "response_tokens", "seed")
 PROMPTING = ("prompt", "thinking", "system", "date")
 
 
@@ -75,7 +75,8 @@ def rollouts_of(problems: Sequence[Problem], responses: Sequence[dict[str, Any]]
     return Rollouts(
         problems=[by_id[record["problem"]] for record in kept],
         responses=[np.array(record["tokens"], np.int32) for record in kept],
-        logprobs=[],
+        sampling_logprobs=[],
+        model_logprobs=[],
         truncated=np.array([record["truncated"] for record in kept], bool),
         replies=[Verdict(record["correct"], record["verdict"]) for record in kept],
     )
@@ -164,7 +165,7 @@ def resume(directory: pathlib.Path, samples: int) -> list[dict[str, Any]]:
         return []
     done = files.read_json_lines(path, "Delete it to sample them again.")
     whole = done[: len(done) // samples * samples]
-    files.write_atomically(path, _lines(whole))
+    rewrite(directory, whole)
     return whole
 
 
@@ -177,9 +178,14 @@ def differences(there: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, A
 
 
 def append(directory: pathlib.Path, made: list[dict[str, Any]]) -> None:
-    """Writes down the records of a sampling call."""
+    """Writes down the records of a problem."""
     with (directory / RESPONSES).open("a") as file:
         file.write(_lines(made))
+
+
+def rewrite(directory: pathlib.Path, responses: list[dict[str, Any]]) -> None:
+    """Writes down all records, in this order."""
+    files.write_atomically(directory / RESPONSES, _lines(responses))
 
 
 def _lines(records: list[dict[str, Any]]) -> str:

@@ -140,6 +140,8 @@ def method(figures: dict[str, Any]) -> str:
         rule += f", top_p {settings['top_p']:g}"
     if settings["top_k"]:
         rule += f", top_k {settings['top_k']}"
+    if settings.get("min_p"):  # evaluations of before it was an option lack it
+        rule += f", min_p {settings['min_p']:g}"
     return (
         f"{figures['problems']} problems, {figures['samples']} responses to each, sampled at "
         f"{rule}, of up to {settings['response_tokens']:,} tokens (seed {settings['seed']}); "

@@ -14,16 +14,17 @@ import ml_collections
 
 from opsd_jax.data.task import Task, check_fits
 from opsd_jax.policy import Params
+from opsd_jax.rollout import sampling
 from opsd_jax.rollout.collect import Rollouts
-from opsd_jax.rollout.engine import Engine, SamplerShape
+from opsd_jax.rollout.engine import Engine
 from opsd_jax.verify.extract import after_thinking
 from opsd_jax.verify.groups import Groups
 
 
-def shapes(
+def sizes(
     config: ml_collections.ConfigDict, task: Task, prompt_tokens: int, response_tokens: int
-) -> tuple[SamplerShape, SamplerShape]:
-    """The shapes that memos are sampled in: one, and what follows where its thinking was closed.
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The longest prompt and response of a memo, and of what follows where its thinking was closed.
 
     Args:
       config: the section `memo` of an OPSD stage.
@@ -32,10 +33,7 @@ def shapes(
     """
     before = prompt_tokens + response_tokens + config.request_tokens
     closed = before + config.tokens + len(task.end_thinking)
-    return (
-        SamplerShape(config.at_once, before, 1, config.tokens),
-        SamplerShape(config.at_once, closed, 1, config.close_tokens),
-    )
+    return (before, config.tokens), (closed, config.close_tokens)
 
 
 class Memos:
@@ -46,13 +44,17 @@ class Memos:
         config: ml_collections.ConfigDict,
         task: Task,
         seed: int,
+        vocab_size: int,
         write: Engine,
         close: Engine,
     ):
-        """`config` is the section `memo` of a stage; `write` and `close` have its `shapes`."""
+        """`config` is the section `memo` of a stage; `write` and `close` hold its `sizes`."""
         assert task.memo_request is not None  # sizes.check
         self._request, self._task, self._seed = task.memo_request, task, seed
         self._config, self._write, self._close = config, write, close
+        self._rule = sampling.rule(
+            vocab_size, stop=task.tokenizer.eos_ids, temperature=config.temperature
+        )
 
     def __call__(
         self, step: int, params: Params, rollouts: Rollouts, rows: Sequence[int], offset: int = 0
@@ -80,14 +82,12 @@ class Memos:
             return [*task.prompt(problem), *unended(response), *request]
 
         def sample(engine: Engine, prompts: list[list[int]], turn: int) -> list[list[int]]:
-            calls = engine(
-                params,
-                prompts,
-                key=jax.random.fold_in(key, turn),
-                temperature=self._config.temperature,
-                offset=offset,
-            )
-            return [ids.tolist() for call in calls for ids in call.responses]
+            made: dict[int, list[int]] = {}
+            numbers = [[offset + i] for i in range(len(prompts))]
+            turn_key = jax.random.fold_in(key, turn)
+            for ended in engine(params, prompts, numbers, key=turn_key, rule=self._rule):
+                made |= {response.prompt: response.tokens.tolist() for response in ended.responses}
+            return [made[i] for i in range(len(prompts))]
 
         def text(ids: list[int]) -> str:
             return task.begun + tokenizer.decode(ids)

@@ -111,7 +111,7 @@ def stage(
             | {
                 "student": prompts[rollouts.problems[i].id],
                 "response": rollouts.responses[i],
-                "behaviour_logprobs": rollouts.logprobs[i],
+                "behaviour_logprobs": rollouts.sampling_logprobs[i],
             }
             | {group: members[i] for group, members in groups._asdict().items()}
             for i, seen in taught.rows.items()

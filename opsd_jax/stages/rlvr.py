@@ -123,7 +123,7 @@ def stage(
             {
                 "student": prompts[rollouts.problems[i].id],
                 "response": rollouts.responses[i],
-                "behaviour_logprobs": rollouts.logprobs[i],
+                "behaviour_logprobs": rollouts.sampling_logprobs[i],
                 "advantages": advantage,
             }
             for i, advantage in zip(

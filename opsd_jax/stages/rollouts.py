@@ -14,7 +14,8 @@ import numpy as np
 
 from opsd_jax.data.task import Task
 from opsd_jax.policy import Params
-from opsd_jax.rollout.collect import Collector, Rollouts
+from opsd_jax.rollout import sampling
+from opsd_jax.rollout.collect import Collector, Rollouts, concatenated
 from opsd_jax.verify.groups import Groups
 from opsd_jax.verify.verdict import REASONS
 
@@ -27,8 +28,10 @@ def step_rollouts(
     collector: Collector,
     seed: int,
     *,
+    vocab_size: int,
     capacity: int,
     trains: Callable[[Groups], np.ndarray],
+    poll: Callable[[], None] = lambda: None,
 ) -> RollOut:
     """`(step, params) -> Rollouts` of the step's problems.
 
@@ -43,8 +46,10 @@ def step_rollouts(
       task: of the run.
       collector: samples and verifies.
       seed: of the stage.
+      vocab_size: the model's.
       capacity: how many rollouts a step trains on.
       trains: which of some rollouts do, bool [N].
+      poll: called while sampling; what it raises ends it.
     """
 
     def stream(seed: int) -> grain.MapDataset:
@@ -52,13 +57,12 @@ def step_rollouts(
 
     other_seed = zlib.crc32(f"{seed}/resampled".encode()) >> 1
     problems, others = stream(seed), stream(other_seed)
-    at_once = collector.shape.prompts
-    round_size = -(-config.prompts // at_once) * at_once  # the most that a round can take
+    rule = sampling.rule(vocab_size, stop=task.tokenizer.eos_ids, temperature=config.temperature)
 
     def roll_out(step: int, params: Params) -> Rollouts:
         def sample(chosen: list, seed: int, draw: int) -> Rollouts:
             key = jax.random.fold_in(jax.random.key(seed), draw)
-            return collector(params, chosen, key=key, temperature=config.temperature)
+            return collector(params, chosen, key=key, rule=rule, poll=poll)
 
         first = step * config.prompts
         rollouts = sample([problems[first + i] for i in range(config.prompts)], seed, step)
@@ -66,15 +70,14 @@ def step_rollouts(
             missing = capacity - int(trains(rollouts.judged.groups).sum())
             if missing <= 0:
                 break
-            # The last sampling call of a round would be filled up anyway.
-            calls = -(-missing // (config.group_size * at_once))
             draw = step * config.resample_rounds + again
             there = {problem.id for problem in rollouts.problems}
-            drawn = [others[draw * round_size + i] for i in range(calls * at_once)]
+            wanted = -(-missing // config.group_size)  # at most config.prompts
+            drawn = [others[draw * config.prompts + i] for i in range(wanted)]
             fresh = [*{p.id: p for p in drawn if p.id not in there}.values()]
             if not fresh:
                 break
-            rollouts += sample(fresh, other_seed, draw)
+            rollouts = concatenated([rollouts.settled(), sample(fresh, other_seed, draw)])
         return rollouts
 
     return roll_out

@@ -21,7 +21,7 @@ from opsd_jax.policy import Params
 from opsd_jax.stages.stage import Stage, StepData
 from opsd_jax.training import metrics as metrics_lib
 from opsd_jax.training.checkpoint import Checkpoints, abstract_of
-from opsd_jax.training.interrupt import StopSignal
+from opsd_jax.training.interrupt import Interrupted, StopSignal
 from opsd_jax.training.state import init_state, state_shardings
 from opsd_jax.training.step import compile_train_step
 
@@ -57,7 +57,7 @@ def run_stage(
       checkpoint_every: steps between checkpoints; there is one at the end in any case.
       max_nonfinite: this many steps in a row whose updates were all skipped for a gradient that is
         not finite end the run.
-      stop: is looked at after every step.
+      stop: is looked at after every step; a stage that samples looks at it as well, in the middle.
       report: is told each step's number and metrics, one step late.
       wandb_project: "" for none.
 
@@ -116,7 +116,14 @@ def run_stage(
 
         for step in range(start, stage.steps):
             began = time.monotonic()
-            data = stage.batches(step, state["params"])
+            try:
+                data = stage.batches(step, state["params"])
+            except Interrupted:  # while sampling: this step will be made again
+                flush(began)
+                writer.flush()
+                if step and checkpoints.latest != step:
+                    checkpoints.save(step, state)
+                raise
             totals = []
             for batch in data.batches:
                 state, metrics = train_step(state, jax.device_put(batch, batch_shardings))
