@@ -72,7 +72,7 @@ def measure(directory: pathlib.Path, mesh: tuple[int, ...], param_dtype: str) ->
 
     model = pretrained.from_config(config_lib.pretrained(directory, param_dtype=param_dtype))
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    shardings = mesh_lib.param_shardings(mesh_lib.make_mesh(mesh), model.rules, shapes)
+    shardings = mesh_lib.tree_shardings(mesh_lib.make_mesh(mesh), model.rules, shapes)
     abstract = abstract_of(shapes, shardings)
     stored = safetensors.tensors_of(directory)
     result = {"mesh": mesh, "param_dtype": param_dtype, "before_mib": peak() >> 20}

@@ -1,0 +1,114 @@
+"""Sampling by the rollout engine, Tunix and Hugging Face: tokens per CPU-second on one core.
+
+    python benchmarks/rollout.py [--engines ours tunix ...] [--configs A ...] [--peers DIRECTORY]
+
+Qwen3's shape in float32 with random weights (benchmarks/turns.py), prompts of 64 tokens,
+temperature 1, the whole softmax. A: 32 responses of 256 tokens from 4,096 words; B: 32 of 32 from
+151,936; spread: 256 of exponential lengths, which static batches of 32 run to the longest, and only
+what was asked for counts. Each engine lives in a process of its own, Tunix and transformers in
+virtual environments in DIRECTORY; all are pinned to one core and take turns, a repetition each. The
+first compiles and does not count.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+
+SPREAD = np.ceil(np.random.default_rng(0).exponential(64, 256)).clip(1, 256).astype(int).tolist()
+CONFIGS = {
+    "A": {"vocabulary": 4_096, "lengths": [256] * 32},
+    "B": {"vocabulary": 151_936, "lengths": [32] * 32},
+    "spread": {"vocabulary": 4_096, "lengths": SPREAD},
+}
+ENGINES = {  # the environment and the script of each
+    "ours": (None, "rollout_ours.py"),
+    "tunix": ("tunix", "rollout_tunix.py"),
+    "hugging_face": ("torch", "rollout_torch.py"),
+}
+PEERS = {
+    "tunix": ["google-tunix==0.1.7"],
+    # torch first and alone: what others ask for would bring its CUDA packages.
+    "torch": ["torch==2.13.0", "transformers==5.23.0"],
+}
+
+
+def environment(directory: pathlib.Path, name: str | None) -> str:
+    """The Python of an environment, made if it is not there; this one, if it has no name."""
+    if name is None:
+        return sys.executable
+    python = directory / name / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(directory / name)], check=True)
+        for package in PEERS[name]:
+            subprocess.run([str(python), "-m", "pip", "install", "-q", package], check=True)
+    return str(python)
+
+
+class Child:
+    """An engine in a process of its own, which answers one request at a time."""
+
+    def __init__(self, python: str, script: str):
+        self.process = subprocess.Popen(
+            [python, str(pathlib.Path(__file__).with_name(script))],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def tokens_per_cpu_s(self, request: dict) -> float:
+        """One repetition: the tokens that were asked for, over the CPU-seconds of the process."""
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.process.args} ended with {self.process.wait()}; see above.")
+        answer = json.loads(line)
+        for made, asked in zip(answer["tokens"], request["lengths"], strict=True):
+            if made < asked:
+                raise RuntimeError(f"{self.process.args} made {made} tokens, not {asked}.")
+        return sum(request["lengths"]) / answer["cpu_s"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--engines", nargs="*", default=list(ENGINES), choices=ENGINES)
+    parser.add_argument("--configs", nargs="*", default=list(CONFIGS), choices=CONFIGS)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument(
+        "--peers",
+        type=pathlib.Path,
+        default=pathlib.Path(tempfile.gettempdir(), "opsd-jax-rollout-peers"),
+    )
+    arguments = parser.parse_args()
+
+    scripts = {name: ENGINES[name] for name in arguments.engines}
+    pythons = {name: environment(arguments.peers, env) for name, (env, _) in scripts.items()}
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # the children's, too
+    children = {name: Child(pythons[name], script) for name, (_, script) in scripts.items()}
+
+    result: dict = {}
+    print(f"{'':>8} {'':>14} {'tokens/CPU-s':>14} {'lowest':>8} {'highest':>8}")
+    for config in arguments.configs:
+        runs: dict = {name: [] for name in children}
+        for _ in range(1 + arguments.repetitions):
+            for name, engine in children.items():
+                runs[name].append(engine.tokens_per_cpu_s(CONFIGS[config]))
+        rates = {name: statistics.median(run[1:]) for name, run in runs.items()}
+        for name, rate in rates.items():
+            low, high = min(runs[name][1:]), max(runs[name][1:])
+            print(f"{config:>8} {name:>14} {rate:14.1f} {low:8.1f} {high:8.1f}", flush=True)
+            result[f"{config}_tokens_per_cpu_s_{name}"] = round(rate, 1)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Hugging Face's `generate`, an engine of benchmarks/rollout.py, which runs this."""
+
+import torch
+import transformers
+import turns
+
+
+def transformer(vocabulary: int) -> transformers.Qwen3ForCausalLM:
+    """Qwen3 in float32 with normal weights."""
+    m = turns.MODEL
+    config = transformers.Qwen3Config(
+        vocab_size=vocabulary,
+        num_hidden_layers=m["layers"],
+        hidden_size=m["hidden"],
+        intermediate_size=m["mlp"],
+        num_attention_heads=m["heads"],
+        num_key_value_heads=m["kv_heads"],
+        head_dim=m["head_dim"],
+        rope_parameters={"rope_type": "default", "rope_theta": m["rope_theta"]},
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
+        dtype=torch.float32,
+    )
+    torch.manual_seed(0)
+    return transformers.Qwen3ForCausalLM(config).eval()
+
+
+def engine(vocabulary: int, lengths: list[int]):
+    """Static batches, each to its longest length; the model has no EOS that could end them."""
+    qwen3 = transformer(vocabulary)
+    requests = [(torch.tensor(ids), n) for ids, n in turns.batches(vocabulary, lengths)]
+
+    def run():
+        made = []
+        for prompts, longest in requests:
+            tokens = qwen3.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=longest,
+            )
+            made += [tokens.shape[1] - turns.PROMPT] * len(tokens)
+        return made
+
+    return run
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    turns.serve(engine)

@@ -1,0 +1,66 @@
+"""Tunix's sampler, an engine of benchmarks/rollout.py, which runs this."""
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import turns
+from flax import nnx
+from tunix.generate import sampler
+from tunix.models.qwen3 import model
+
+NONE = -1  # no token: nothing is padded, nothing ends early
+TOKENIZER = SimpleNamespace(  # of prompts that are ids already
+    encode=lambda ids: ids,
+    decode=lambda ids: "",
+    bos_id=lambda: None,
+    eos_id=lambda: NONE,
+    pad_id=lambda: NONE,
+)
+
+
+def transformer(vocabulary: int) -> model.Qwen3:
+    """Qwen3 in float32 with normal weights: as made, those of its MLPs are zero."""
+    m = turns.MODEL
+    config = model.ModelConfig(
+        vocab_size=vocabulary,
+        num_layers=m["layers"],
+        embed_dim=m["hidden"],
+        hidden_dim=m["mlp"],
+        num_heads=m["heads"],
+        num_kv_heads=m["kv_heads"],
+        head_dim=m["head_dim"],
+        rope_theta=m["rope_theta"],
+        norm_eps=1e-6,
+    )
+    qwen3 = model.Qwen3(config, rngs=nnx.Rngs(0))
+    random = lambda w: w if w.ndim == 1 else 0.02 * jax.random.normal(jax.random.key(0), w.shape)
+    nnx.update(qwen3, jax.tree.map(random, nnx.state(qwen3)))
+    return qwen3
+
+
+def engine(vocabulary: int, lengths: list[int]):
+    """Static batches, each to its longest length, by a program and a cache of exactly that size."""
+    qwen3 = transformer(vocabulary)
+    m = turns.MODEL
+
+    @functools.cache
+    def sample(tokens: int):
+        size = turns.PROMPT + tokens
+        cache = sampler.CacheConfig(size, m["layers"], m["kv_heads"], m["head_dim"])
+        return functools.partial(
+            sampler.Sampler(qwen3, TOKENIZER, cache),
+            max_generation_steps=tokens,
+            max_prompt_length=turns.PROMPT,
+            temperature=1.0,
+            top_p=1.0,
+        )
+
+    requests = turns.batches(vocabulary, lengths)
+    return lambda: [
+        len(tokens) for prompts, longest in requests for tokens in sample(longest)(prompts).tokens
+    ]
+
+
+if __name__ == "__main__":
+    turns.serve(engine)
