@@ -4,10 +4,13 @@
 
 Qwen3's shape in float32 with random weights (benchmarks/turns.py), prompts of 64 tokens,
 temperature 1, the whole softmax. A: 32 responses of 256 tokens from 4,096 words; B: 32 of 32 from
-151,936; spread: 256 of exponential lengths, which static batches of 32 run to the longest, and only
-what was asked for counts. Each engine lives in a process of its own, Tunix and transformers in
-virtual environments in DIRECTORY; all are pinned to one core and take turns, a repetition each. The
-first compiles and does not count.
+151,936; spread: 256 of exponential lengths (mean 64, at most 256) through 32 slots, or in static
+batches of 32 that run to their longest, of which only what was asked for counts. `static` is the
+engine itself, given a batch at a time; `double` has room for twice the tokens in its cache.
+
+Each engine lives in a process of its own, Tunix and transformers in virtual environments in
+DIRECTORY; all are pinned to one core and take turns, a repetition each. The first compiles and does
+not count. The last line is JSON: medians, and the median over the repetitions of each ratio.
 """
 
 import argparse
@@ -31,6 +34,18 @@ ENGINES = {  # the environment and the script of each
     "ours": (None, "rollout_ours.py"),
     "tunix": ("tunix", "rollout_tunix.py"),
     "hugging_face": ("torch", "rollout_torch.py"),
+}
+VARIANTS = {  # of our engine: the configuration, and what else is asked for
+    "static": ("spread", {"static": True}),
+    "double": ("A", {"capacity": 2 * (64 + 256)}),
+}
+# How much faster the engine of the second column is than the faster of those in the third.
+RATIOS = {
+    "A_over_best_peer": ("A", "ours", ("tunix", "hugging_face")),
+    "B_over_best_peer": ("B", "ours", ("tunix", "hugging_face")),
+    "spread_over_static": ("spread", "ours", ("static",)),
+    "spread_over_tunix": ("spread", "ours", ("tunix",)),
+    "double_capacity_step_ratio": ("A", "ours", ("double",)),
 }
 PEERS = {
     "tunix": ["google-tunix==0.1.7"],
@@ -98,15 +113,24 @@ def main() -> None:
     result: dict = {}
     print(f"{'':>8} {'':>14} {'tokens/CPU-s':>14} {'lowest':>8} {'highest':>8}")
     for config in arguments.configs:
-        runs: dict = {name: [] for name in children}
+        requests = {name: (engine, CONFIGS[config]) for name, engine in children.items()}
+        for variant, (of, more) in VARIANTS.items():
+            if of == config and "ours" in children:
+                requests[variant] = children["ours"], CONFIGS[config] | more
+        runs: dict = {name: [] for name in requests}
         for _ in range(1 + arguments.repetitions):
-            for name, engine in children.items():
-                runs[name].append(engine.tokens_per_cpu_s(CONFIGS[config]))
-        rates = {name: statistics.median(run[1:]) for name, run in runs.items()}
-        for name, rate in rates.items():
-            low, high = min(runs[name][1:]), max(runs[name][1:])
-            print(f"{config:>8} {name:>14} {rate:14.1f} {low:8.1f} {high:8.1f}", flush=True)
+            for name, (engine, request) in requests.items():
+                runs[name].append(engine.tokens_per_cpu_s(request))
+        runs = {name: run[1:] for name, run in runs.items()}
+        for name, run in runs.items():
+            rate = statistics.median(run)
+            print(f"{config:>8} {name:>14} {rate:14.1f} {min(run):8.1f} {max(run):8.1f}", flush=True)
             result[f"{config}_tokens_per_cpu_s_{name}"] = round(rate, 1)
+        for ratio, (of, ours, others) in RATIOS.items():
+            if of == config and runs.keys() >= {ours, *others}:
+                best = map(max, zip(*(runs[name] for name in others), strict=True))
+                each = [run / other for run, other in zip(runs[ours], best, strict=True)]
+                result[ratio] = round(statistics.median(each), 3)
     print(json.dumps(result))
 
 

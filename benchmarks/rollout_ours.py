@@ -1,10 +1,68 @@
 """The library's engine, one of benchmarks/rollout.py, which runs this."""
 
+import itertools
+
+import jax
 import turns
 
+from opsd_jax.models import decoder
+from opsd_jax.models.architecture import DecoderConfig
+from opsd_jax.parallel.layout import decode_layout
+from opsd_jax.parallel.mesh import make_mesh, tree_shardings
+from opsd_jax.rollout import sampling
+from opsd_jax.rollout.engine import Engine, EngineShape
+from opsd_jax.training.checkpoint import abstract_of
 
-def engine(vocabulary: int, lengths: list[int]):
-    raise NotImplementedError
+
+def engine(vocabulary: int, lengths: list[int], static: bool = False, capacity: int = 0):
+    """32 slots, filled again from the queue; or static batches, each to its longest length.
+
+    Args:
+      vocabulary, lengths: as the other engines have them.
+      static: the second.
+      capacity: the cache has room for so many tokens a row, by default for what is asked for.
+    """
+    m = turns.MODEL
+    model = decoder.model(
+        DecoderConfig(
+            vocab_size=vocabulary,
+            hidden_size=m["hidden"],
+            intermediate_size=m["mlp"],
+            num_layers=m["layers"],
+            num_heads=m["heads"],
+            num_kv_heads=m["kv_heads"],
+            head_dim=m["head_dim"],
+            rope_theta=m["rope_theta"],
+        )
+    )
+    mesh = make_mesh((1, 1, 1), jax.devices())
+    params = jax.jit(model.init)(jax.random.key(0))
+    abstract = abstract_of(params, tree_shardings(mesh, model.rules, params))
+    layout = decode_layout(model, abstract, mesh)
+    room = (capacity or turns.PROMPT + max(lengths)) - turns.PROMPT
+    shape = EngineShape(turns.ROWS, turns.ROWS // 4, turns.PROMPT, room)
+    sampler = Engine(model, layout.abstract, layout.mesh, shape)
+    rule = sampling.rule(vocabulary, stop=())
+    prompts = turns.prompts(vocabulary, len(lengths))
+    repetitions = itertools.count()
+
+    def run():
+        key = jax.random.key(next(repetitions))
+        made = [0] * len(lengths)
+        at_once = turns.ROWS if static else len(lengths)
+        decoded = layout.convert(params)
+        for start in range(0, len(lengths), at_once):
+            some = slice(start, start + at_once)
+            budgets = [[length] for length in lengths[some]]
+            ids = [[i] for i in range(len(lengths))][some]
+            for ended in sampler(
+                decoded, prompts[some], ids, key=key, rule=rule, budgets=budgets
+            ):
+                for response in ended.responses:
+                    made[start + response.prompt] = len(response.tokens)
+        return made
+
+    return run
 
 
 if __name__ == "__main__":

@@ -200,10 +200,10 @@ def config(config, tmp_path, monkeypatch):
         config.sft.update({"steps": 2, "batch_size": 4, "buckets": (24,)})
         config.sft.optimizer.warmup = 0
         for stage in (config.rlvr, config.opsd):
-            stage.update({"steps": 1, "prompts": 4, "prompts_at_once": 4, "response_tokens": 12})
+            stage.update({"steps": 1, "prompts": 4, "slots": 8, "response_tokens": 12})
             stage.update({"prompt_tokens": 8, "buckets": (12,)})
         config.opsd.teacher_prompt_tokens = 20
-        config.evaluation.update({"problems": 2, "prompts_at_once": 2, "samples": 2})
+        config.evaluation.update({"problems": 2, "slots": 4, "samples": 2})
         config.evaluation.update({"prompt_tokens": 8, "response_tokens": 12})
     validation.validate(config)
     return config.lock()

@@ -1,11 +1,13 @@
 """The engine: behaviour log-probabilities, reproducibility, stopping, slots, what it costs."""
 
 import itertools
+import json
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 from scipy import stats
 from scipy.special import log_softmax
@@ -336,6 +338,51 @@ def test_polling_ends_the_sampling(make):
     )
     with pytest.raises(RuntimeError, match="stop"):
         list(ended)
+
+
+PROCESS = """
+import json, pathlib
+from opsd_jax import config as config_lib
+from opsd_jax.models import decoder
+from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.parallel.layout import decode_layout
+from opsd_jax.rollout import sampling
+from opsd_jax.rollout.engine import Engine, EngineShape
+from opsd_jax.training.checkpoint import abstract_of
+
+model = decoder.from_config(config_lib.decoder())
+mesh = mesh_lib.make_mesh((2, 2, 2))
+shapes = jax.eval_shape(model.init, jax.random.key(0))
+shardings = mesh_lib.tree_shardings(mesh, model.rules, shapes)
+params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
+layout = decode_layout(model, abstract_of(params, shardings), mesh)
+engine = Engine(model, layout.abstract, layout.mesh, EngineShape(8, 4, 8, 40), lengths=(16, 48))
+prompts = [[1 + i, 2, 3][: 1 + i % 3] for i in range(12)]
+ids = [[2 * i, 2 * i + 1] for i in range(12)]
+rule = sampling.rule(32, stop=(2,), temperature=0.9)
+made = []
+for ended in engine(layout.convert(params), prompts, ids, key=jax.random.key(3), rule=rule):
+    made += [
+        [r.prompt, r.member, r.stop, r.tokens.tolist(), r.model_logprobs.tolist()]
+        for r in ended.responses
+    ]
+pathlib.Path(sys.argv[4], f"{processes}-{number}.json").write_text(json.dumps(made))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_sample_what_one_does(tmp_path):
+    """Both of them, in the same order: a host's decisions are every host's."""
+    processes.run(PROCESS, str(tmp_path), processes=1, devices=8)
+    processes.run(PROCESS, str(tmp_path), processes=2, devices=4)
+    one, *two = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1")
+    )
+    assert two[0] == two[1]
+    assert len(one) == 24
+    for a, b in zip(one, two[0], strict=True):
+        assert a[:4] == b[:4]
+        np.testing.assert_allclose(a[4], b[4], atol=1e-5)
 
 
 class Counter:

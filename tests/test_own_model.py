@@ -83,14 +83,14 @@ SMALL = {
     "data.train.problems.extra": "('hint',)",
     "model.dtype": "float32",
     "evaluation.samples": "2",
-    "evaluation.prompts_at_once": "8",
+    "evaluation.slots": "16",
     "evaluation.prompt_tokens": "200",
     "evaluation.response_tokens": "16",
 }
 STAGE = {
     "steps": "2",
     "prompts": "8",
-    "prompts_at_once": "8",
+    "slots": "16",
     "group_size": "2",
     "microbatch": "8",
     "prompt_tokens": "200",
@@ -104,7 +104,7 @@ OF_OPSD = {
     "opsd.teacher_prompt_tokens": "320",
     "opsd.memo.tokens": "6",
     "opsd.memo.close_tokens": "4",
-    "opsd.memo.at_once": "8",
+    "opsd.memo.slots": "8",
 }
 
 

@@ -146,8 +146,8 @@ def test_a_run_that_dies_between_any_two_steps_ends_the_same(
         if pending and pending[0] == point:
             raise Crash(pending.pop(0))
 
-    def mortal_stage(self, name):
-        stage = make_stage(self, name)
+    def mortal_stage(self, name, poll):
+        stage = make_stage(self, name, poll)
 
         def batches(step, params):
             die_at((name, step))
@@ -171,14 +171,18 @@ def test_a_run_that_dies_between_any_two_steps_ends_the_same(
     assert_same(outcome(tmp_path), outcome(undisturbed))
 
 
-def test_a_signal_saves_and_the_run_goes_on(config, undisturbed, tmp_path, monkeypatch):
-    make_stage = pipeline.Run.stage
+@pytest.mark.parametrize(("stage", "kept"), [("sft", "2"), ("rlvr", "1")])
+def test_a_signal_saves_and_the_run_goes_on(
+    config, undisturbed, tmp_path, monkeypatch, stage, kept
+):
+    """Where it comes before rollouts they are not sampled to their end."""
+    signalled, make_stage = stage, pipeline.Run.stage
 
-    def signalled_stage(self, name):
-        stage = make_stage(self, name)
+    def signalled_stage(self, name, poll):
+        stage = make_stage(self, name, poll)
 
         def batches(step, params):
-            if (name, step) == ("sft", 1):
+            if (name, step) == (signalled, 1):
                 os.kill(os.getpid(), signal.SIGTERM)
             return stage.batches(step, params)
 
@@ -188,7 +192,8 @@ def test_a_signal_saves_and_the_run_goes_on(config, undisturbed, tmp_path, monke
     with pytest.raises(Interrupted) as stop:
         run(config, tmp_path)
     assert stop.value.exit_code == 143
-    assert [p.name for p in (tmp_path / "sft" / "checkpoints").iterdir()] == ["2"]  # no step lost
+    checkpoints = [p.name for p in (tmp_path / stage / "checkpoints").iterdir()]
+    assert checkpoints == [kept]  # no step lost
     monkeypatch.undo()
     run(config, tmp_path)
     assert_same(outcome(tmp_path), outcome(undisturbed))
@@ -315,13 +320,13 @@ def tiny(config):
         tiny.sft.checkpoint_every = 1000
         for stage in (tiny.rlvr, tiny.opsd):
             stage.update({"prompt_tokens": 3, "response_tokens": 12, "buckets": (12,)})
-            stage.update({"checkpoint_every": 1000, "prompts_at_once": 32, "microbatch": 32})
+            stage.update({"checkpoint_every": 1000, "slots": 256, "microbatch": 32})
             stage.optimizer.learning_rate = 5e-4
         tiny.rlvr.update({"steps": 20, "prompts": 32, "group_size": 8})
         tiny.opsd.update({"steps": 50, "prompts": 64, "max_rows": 64, "gate": "correct"})
         tiny.opsd.teacher_prompt_tokens = 5
         tiny.evaluation.update({"prompt_tokens": 3, "response_tokens": 12})
-        tiny.evaluation.update({"problems": 200, "samples": 4, "prompts_at_once": 100})
+        tiny.evaluation.update({"problems": 200, "samples": 4, "slots": 400})
     validation.validate(tiny)
     return tiny
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import processes
 import pytest
 
 from opsd_jax import config as config_lib
@@ -307,16 +307,14 @@ def test_neither_reading_nor_writing_holds_the_model(tmp_path):
 
 
 PROCESS = """
-import pathlib, sys
-import jax
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+import pathlib
 from opsd_jax import config as config_lib
 from opsd_jax.models import pretrained, weights
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.training.checkpoint import abstract_of
 
 weights.PIECE = 300
-source = pathlib.Path(sys.argv[3])
+source = pathlib.Path(sys.argv[4])
 model = pretrained.from_config(config_lib.pretrained(source))
 shapes = jax.eval_shape(model.init, jax.random.key(0))
 for number, shape in enumerate([(1, 4, 1), (1, 2, 2), (2, 2, 1)]):
@@ -329,17 +327,6 @@ for number, shape in enumerate([(1, 4, 1), (1, 2, 2), (2, 2, 1)]):
 
 @pytest.mark.slow
 def test_two_processes_read_and_write_one_model(directory, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    flags = "--xla_force_host_platform_device_count=2"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, address, str(number), str(directory)],
-            env=os.environ | {"XLA_FLAGS": flags},
-        )
-        for number in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    processes.run(PROCESS, str(directory), processes=2, devices=2)
     for number in range(3):
         assert_same_tensors(directory, tmp_path / f"out{number}")

@@ -233,12 +233,17 @@ def _edge(mass_BxV: jax.Array, enough) -> jax.Array:
 
 def _keep(mass_BxV: jax.Array, edge_B: jax.Array, room_B: Array) -> jax.Array:
     """The masses above the edge and the first `room_B` of those on it; 0 elsewhere."""
-    on_edge_BxV = mass_BxV == edge_B[:, None]
+    blocks_BxRxN = _blocks(mass_BxV)
+    on_edge_BxRxN = blocks_BxRxN == edge_B[:, None, None]
+    count_BxR = jnp.sum(on_edge_BxRxN, axis=-1)
 
-    def first(mass_BxV):
-        late_BxV = jnp.cumsum(on_edge_BxV, axis=-1) > room_B[:, None]
-        return jnp.where(on_edge_BxV & late_BxV, 0, mass_BxV)
+    def first(blocks_BxRxN):
+        before_BxR = jnp.cumsum(count_BxR, axis=-1) - count_BxR
+        nth_BxRxN = before_BxR[..., None] + jnp.cumsum(on_edge_BxRxN, axis=-1)
+        late_BxRxN = on_edge_BxRxN & (nth_BxRxN > room_B[:, None, None])
+        return jnp.where(late_BxRxN, 0, blocks_BxRxN)
 
-    crowded = jnp.any(jnp.sum(on_edge_BxV, axis=-1) > room_B)
-    mass_BxV = jax.lax.cond(crowded, first, lambda mass_BxV: mass_BxV, mass_BxV)
+    crowded = jnp.any(jnp.sum(count_BxR, axis=-1) > room_B)
+    blocks_BxRxN = jax.lax.cond(crowded, first, lambda blocks_BxRxN: blocks_BxRxN, blocks_BxRxN)
+    mass_BxV = blocks_BxRxN.reshape(mass_BxV.shape)
     return jnp.where(mass_BxV >= edge_B[:, None], mass_BxV, 0)
