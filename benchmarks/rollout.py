@@ -124,7 +124,9 @@ def main() -> None:
         runs = {name: run[1:] for name, run in runs.items()}
         for name, run in runs.items():
             rate = statistics.median(run)
-            print(f"{config:>8} {name:>14} {rate:14.1f} {min(run):8.1f} {max(run):8.1f}", flush=True)
+            print(
+                f"{config:>8} {name:>14} {rate:14.1f} {min(run):8.1f} {max(run):8.1f}", flush=True
+            )
             result[f"{config}_tokens_per_cpu_s_{name}"] = round(rate, 1)
         for ratio, (of, ours, others) in RATIOS.items():
             if of == config and runs.keys() >= {ours, *others}:

@@ -55,9 +55,7 @@ def engine(vocabulary: int, lengths: list[int], static: bool = False, capacity: 
             some = slice(start, start + at_once)
             budgets = [[length] for length in lengths[some]]
             ids = [[i] for i in range(len(lengths))][some]
-            for ended in sampler(
-                decoded, prompts[some], ids, key=key, rule=rule, budgets=budgets
-            ):
+            for ended in sampler(decoded, prompts[some], ids, key=key, rule=rule, budgets=budgets):
                 for response in ended.responses:
                     made[start + response.prompt] = len(response.tokens)
         return made

@@ -54,6 +54,10 @@ class Model(NamedTuple):
       decode_rules: as `rules`, while rollouts are sampled; None: where they lie anyway.
       decode_params: `params -> params`, as they are while rollouts are sampled, cast to the dtype
         of the products for one; pure. None: as they are.
+      unrolled: `params -> params` in a form that `policy.forward` takes as well, in which a step of
+        decoding finds its weights as they are multiplied: XLA:CPU copies a layer's out of their
+        stack at every step, other compilers read them there. The engine calls it on CPUs, once a
+        call. None: there is no such form.
       cache_rules: as `rules`, of the policy's cache; by default its first axis, the batch, is cut
         over `data` and `fsdp`.
       ragged: decoding reads no more of the cache than is filled, however long it is.
@@ -69,6 +73,7 @@ class Model(NamedTuple):
     vocab_size: int
     decode_rules: Sequence[tuple[str, P]] | None = None
     decode_params: Callable[[Params], Params] | None = None
+    unrolled: Callable[[Params], Params] | None = None
     cache_rules: Sequence[tuple[str, P]] = ((r".*", P(("data", "fsdp"))),)
     ragged: bool = False
     load: Callable[[Params], Params] | None = None

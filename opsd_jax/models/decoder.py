@@ -103,6 +103,12 @@ class Block(nnx.Module):
     def attention(self, x_BxTxD, positions_BxT, table, cache):
         config = self.config
         w = lambda param: param[...].astype(config.dtype)
+
+        def project(out_BxTxHxC):
+            # One dimension to sum over: of two, XLA:CPU would transpose and copy both operands.
+            B, T, H, C = out_BxTxHxC.shape
+            return out_BxTxHxC.reshape(B, T, H * C) @ w(self.o).reshape(H * C, -1)
+
         q_BxTxHxC = jnp.einsum("btd,dhc->bthc", x_BxTxD, w(self.q))
         k_BxTxKxC = jnp.einsum("btd,dkc->btkc", x_BxTxD, w(self.k))
         v_BxTxKxC = jnp.einsum("btd,dkc->btkc", x_BxTxD, w(self.v))
@@ -122,7 +128,7 @@ class Block(nnx.Module):
             cache = paged.write(cache, k_BxTxKxC, v_BxTxKxC, positions_BxT)
             if q_BxTxHxC.shape[1] == 1:  # decoding
                 out_Bx1xHxC = paged.attend(q_BxTxHxC, cache, positions_BxT)
-                return jnp.einsum("bthc,hcd->btd", out_Bx1xHxC, w(self.o)), cache
+                return project(out_Bx1xHxC), cache
             k_BxKxCxS, v_BxKxSxC = paged.dense(cache)
             key_positions = jnp.arange(v_BxKxSxC.shape[2])[None]
         else:
@@ -138,7 +144,7 @@ class Block(nnx.Module):
             key_positions[:, None] <= positions_BxT[..., None]
         )
         out_BxTxHxC = attend(q_BxTxHxC, k_BxKxCxS, v_BxKxSxC, mask_BxTxS)
-        return jnp.einsum("bthc,hcd->btd", out_BxTxHxC, w(self.o)), cache
+        return project(out_BxTxHxC), cache
 
     def mlp(self, x_BxTxD):
         w = lambda param: param[...].astype(self.config.dtype)
@@ -243,7 +249,18 @@ def sizes(config: ml_collections.ConfigDict) -> DecoderConfig:
 
 def model(config: DecoderConfig) -> policy_lib.Model:
     """The decoder of these sizes, with random initial parameters."""
-    policy, init = policy_lib.from_nnx(lambda rngs: Decoder(config, rngs=rngs))
+    stacked, init = policy_lib.from_nnx(lambda rngs: Decoder(config, rngs=rngs))
+    is_unrolled = lambda leaf: isinstance(leaf, tuple)
+
+    def unrolled(params: policy_lib.Params) -> policy_lib.Params:
+        return {**params, "layers": jax.tree.map(tuple, params["layers"])}
+
+    def forward(params, *arguments):
+        # What takes a layer of a stack that was just made is simplified to that layer's array.
+        stack = lambda leaf: jnp.stack(leaf) if is_unrolled(leaf) else leaf
+        return stacked.forward(jax.tree.map(stack, params, is_leaf=is_unrolled), *arguments)
+
+    policy = stacked._replace(forward=forward)
 
     def save(params: policy_lib.Params, directory: pathlib.Path, dtype: str = "") -> None:
         dtype = dtype or jnp.dtype(config.param_dtype).name
@@ -263,6 +280,7 @@ def model(config: DecoderConfig) -> policy_lib.Model:
         config.vocab_size,
         decode_rules=DECODE_RULES,
         decode_params=decode_params,
+        unrolled=unrolled,
         cache_rules=CACHE_RULES,
         ragged=config.cache == "paged",
         save=save,

@@ -205,6 +205,11 @@ class Engine:
             return slots.decode(policy, params, state, key, rule, enough, steps=STEPS)
 
         with jax.set_mesh(mesh):
+            self._unrolled: Callable[[Params], Params] | None = None
+            if model.unrolled and mesh.devices.flat[0].platform == "cpu":
+                self._unrolled = jax.jit(model.unrolled).lower(abstract_params).compile()
+                shapes = jax.eval_shape(model.unrolled, abstract_params)
+                abstract_params = abstract(shapes, self._unrolled.output_shardings)
             prefilled = cache_of(n, P)
             self._start = compiled(start, out=where(state[self.lengths[0]]))
             self._prefill = compiled(
@@ -298,6 +303,8 @@ class Engine:
                 queue.append(i)
         if not queue:
             return
+        if self._unrolled:
+            params = self._unrolled(params)
         fixed = jax.device_put((np.asarray(jax.random.key_data(key)), rule), self._whole)
         waiting: deque[_Waiting] = deque()
         making: list[_Rollout | None] = [None] * S
