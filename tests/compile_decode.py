@@ -1,13 +1,11 @@
 """Compiles decoding for TPUs that are not there: run by test_tpu.py.
 
-    python compile_decode.py TOPOLOGY DATAxFSDPxTENSOR dense|paged [--program greedy|step|engine]
-        [--layers 36] [--layouts default|auto]
+    python compile_decode.py TOPOLOGY DATAxFSDPxTENSOR dense|paged [--program chunk|step]
+        [--layers 36]
 
 Qwen3-8B's shapes, the parameters as decoding has them, 64 slots of 8,192 tokens, the cache donated.
-`greedy` feeds the likeliest word back in a loop, `step` does so once without a loop, `engine` is
-what rollouts run. With `--layouts auto` the compiler chooses how the parameters lie in memory, else
-it copies those that it wants otherwise before the loop. Prints a JSON line;
-`main` says what is in it.
+`chunk` is what rollouts run; `step` takes the likeliest word, once, without a loop. Prints a JSON
+line; `main` says what is in it.
 """
 
 import argparse
@@ -18,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.experimental.layout import Format, Layout
 
 from opsd_jax import config as config_lib
 from opsd_jax.models import decoder, paged
@@ -27,40 +24,29 @@ from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.rollout import sampling, slots
 from opsd_jax.training.checkpoint import abstract_of
 
-B, S = 64, 8192
+B, S, STEPS = 64, 8192, 64
 LENGTHS = (np.arange(B) + 0.5) * (S / B)  # of the rows, for the account: half full on average
 
 
-def one(policy, params, carry):
-    t, token, position, cache = carry
+def step(policy, params, cache, token, position):
     hidden, cache = policy.forward(params, token[:, None], position[:, None], cache)
     token = jnp.argmax(policy.unembed(params, hidden[:, 0]), axis=-1).astype(jnp.int32)
-    return t + 1, token, jnp.where(position < 0, -1, position + 1), cache
+    return token, jnp.where(position < 0, -1, position + 1), cache
 
 
-def step(policy, params, cache, token, position):
-    return one(policy, params, (jnp.int32(0), token, position, cache))
-
-
-def greedy(policy, params, cache, token, position):
-    body = lambda carry: one(policy, params, carry)
-    return jax.lax.while_loop(lambda carry: carry[0] < 64, body, (0, token, position, cache))
-
-
-def engine(policy, params, cache, token, position, key, rule):
+def chunk(policy, params, cache, token, position, key, rule):
     state = slots.Slots(slots.empty_rows(B)._replace(token=token, position=position), cache)
-    return slots.decode(policy, params, state, key, rule, jnp.int32(4), steps=64)
+    return slots.decode(policy, params, state, key, rule, jnp.int32(4), steps=STEPS)
 
 
 # The programs, and their arguments beyond those that all have.
 PROGRAMS = {
-    "greedy": (greedy, lambda: ()),
     "step": (step, lambda: ()),
-    "engine": (engine, lambda: (jax.random.key(0), sampling.rule(151_936, stop=(151_645,)))),
+    "chunk": (chunk, lambda: (jax.random.key(0), sampling.rule(151_936, stop=(151_645,)))),
 }
 
 
-def compiled(model, mesh, name, layouts):
+def compiled(model, mesh, name):
     """The program, and the shapes of its parameters and cache with their shardings."""
     shapes = jax.eval_shape(lambda: model.decode_params(model.init(jax.random.key(0))))
     params = abstract_of(shapes, mesh_lib.tree_shardings(mesh, model.decode_rules, shapes))
@@ -71,17 +57,9 @@ def compiled(model, mesh, name, layouts):
     whole = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh_lib.replicated(mesh))
     more = jax.tree.map(whole, jax.eval_shape(lambda: jax.tree.map(jnp.asarray, more())))
     row = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=mesh_lib.rows(mesh))
-    given, auto = params, None
-    if layouts == "auto":
-        auto = jax.tree.map(lambda leaf: Format(Layout.AUTO, leaf.sharding), params)
-        given = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     with jax.set_mesh(mesh):
-        jitted = jax.jit(
-            lambda *args: program(model.policy, *args),
-            in_shardings=(auto, *[None] * (3 + len(more))),
-            donate_argnums=1,
-        )
-        return jitted.lower(given, cache, row, row, *more).compile(), params, cache
+        jitted = jax.jit(lambda *args: program(model.policy, *args), donate_argnums=1)
+        return jitted.lower(params, cache, row, row, *more).compile(), params, cache
 
 
 def shard_bytes(leaf):
@@ -106,23 +84,23 @@ def main(arguments) -> None:
     mesh = mesh_lib.make_mesh([int(n) for n in arguments.mesh.split("x")], topology.devices)
     sizes = {"cache": arguments.cache, "num_layers": arguments.layers}
     model = decoder.from_config(config_lib.preset("qwen3-8b", **sizes))
-    done, params, cache = compiled(model, mesh, arguments.program, arguments.layouts)
+    done, params, cache = compiled(model, mesh, arguments.program)
     text, memory, in_loop = done.as_text(), done.memory_analysis(), arguments.program != "step"
     moved = hlo.accesses(text, in_loop=in_loop)
-    before = hlo.accesses(text, in_loop=False) if in_loop else []
+    around = hlo.accesses(text, in_loop=False) if in_loop else []
     kernel = kernel_bytes(cache, mesh) if arguments.cache == "paged" else 0
     collectives = [c.elements for c in hlo.collectives(text) if c.in_loop == in_loop]
     # Every weight is read but for the embedding, of which a row a slot is.
     weights = sum(map(shard_bytes, jax.tree.leaves(params))) - shard_bytes(params["embedding"])
     leaves = list(map(shard_bytes, jax.tree.leaves(cache)))
+    of_a_step = sum(a.bytes for a in moved) + sum(a.bytes for a in around) / STEPS + kernel
     gib = {
         "argument": memory.argument_size_in_bytes,
         "temp": memory.temp_size_in_bytes,
         "weights": weights,  # that a step has to read
         "live_cache": sum(leaves) * LENGTHS.mean() / S,  # likewise
-        "moved": sum(access.bytes for access in moved) + kernel,  # by a step, to and from HBM
+        "moved": of_a_step,  # to and from HBM, with its share of what a chunk moves around its loop
         "kernel": kernel,  # of which the kernel's reads
-        "before": sum(access.bytes for access in before),  # moved before and after the loop
     }
     seen = {name: round(size / 2**30, 4) for name, size in gib.items()}
     seen["ratio"] = seen["moved"] / (seen["weights"] + seen["live_cache"])
@@ -141,7 +119,6 @@ if __name__ == "__main__":
     parser.add_argument("topology")
     parser.add_argument("mesh")
     parser.add_argument("cache", choices=("dense", "paged"))
-    parser.add_argument("--program", choices=PROGRAMS, default="greedy")
+    parser.add_argument("--program", choices=PROGRAMS, default="chunk")
     parser.add_argument("--layers", type=int, default=36)
-    parser.add_argument("--layouts", choices=("default", "auto"), default="default")
     main(parser.parse_args())
