@@ -231,11 +231,15 @@ def test_ended_rollouts_are_handed_out_while_others_go_on(make, monkeypatch):
         assert batch.responses
     assert calls.count("prefill") == 2
     assert calls.count("decode") == calls.count("fetch")
-    for before, after in itertools.pairwise(c for c in calls if c != "prefill"):
-        assert (before, after) != ("fetch", "decode") or "ended" in calls
-    firsts = calls.index("ended")
-    assert calls[firsts - 1] == "decode"  # it went ahead before the first were handed out
     assert calls.count("ended") >= 4
+    # What a chunk ended is handed out when the next is on its way; only the last has no next.
+    order = [c for c in calls if c != "prefill"]
+    assert order == [
+        "decode",
+        *["fetch", "decode", "ended"] * (len(order) // 3 - 1),
+        "fetch",
+        "ended",
+    ]
 
 
 def counted(function, calls, name):
@@ -275,9 +279,9 @@ def test_a_cache_of_any_length_gives_the_same(make, rollouts, monkeypatch):
 
 def test_the_lengths_of_the_cache():
     shape = EngineShape(8, 8, 1024, 8192)
-    assert engine_lib.views(shape) == [1152, 2304, 4608, 9216]
+    assert engine_lib.views(shape) == [576, 1152, 2304, 4608, 9216]
     double = engine_lib.views(shape._replace(response_tokens=2 * 9216 - 1024))
-    assert double[:-1] == engine_lib.views(shape)  # what is read of it does not grow
+    assert double == [*engine_lib.views(shape)[1:], 2 * 9216]  # what is read of it does not grow
     assert engine_lib.views(EngineShape(8, 8, 16, 88)) == [104]
 
 
@@ -297,13 +301,29 @@ def test_the_cache_is_updated_in_place(make, mesh_shape):
 
 
 def test_idle_slots_and_left_padding_write_nowhere(model, params):
-    """Rows without a rollout leave the cache as it is, and prompts fill what they have."""
+    """Prompts fill what they have, and rows without a rollout leave the cache as it is."""
     prefill = jax.jit(lambda *prompts: slots.prefill(model.policy, params, *prompts))
     cache = prefill(*left_pad([ids[:-1] for ids in PROMPTS], 8, 0))
     for layer in cache:
         written = np.abs(np.asarray(layer["v"])).sum(axis=(1, 3)) > 0
         lengths = np.array([len(ids) - 1 for ids in PROMPTS])
         np.testing.assert_array_equal(written, np.arange(8)[None] < lengths[:, None])
+    last = [ids[-1] if i % 2 else 0 for i, ids in enumerate(PROMPTS)]
+    position = [len(ids) - 1 if i % 2 else -1 for i, ids in enumerate(PROMPTS)]
+    rows = slots.empty_rows(6)._replace(
+        token=jnp.array(last), position=jnp.array(position), budget=jnp.full(6, 1)
+    )
+    rule = sampling.rule(V, stop=())
+    decode = jax.jit(
+        lambda state: slots.decode(
+            model.policy, params, state, jax.random.key(0), rule, jnp.int32(9), steps=4
+        )
+    )
+    after, chunk = decode(slots.Slots(rows, cache))
+    assert chunk.drawn.tolist() == [0, 1] * 3
+    for before, layer in zip(cache, after.cache, strict=True):
+        changed = np.any(np.asarray(before["v"]) != np.asarray(layer["v"]), axis=(1, 3))
+        np.testing.assert_array_equal(changed, np.arange(8)[None] == np.array(position)[:, None])
 
 
 @pytest.mark.parametrize(
@@ -311,7 +331,8 @@ def test_idle_slots_and_left_padding_write_nowhere(model, params):
     [
         ([[1], [2] * 9], None, "prompt 1 has 9 tokens; between 1 and 8 fit"),
         ([[1], []], None, "prompt 1 has 0 tokens"),
-        ([[1], [2]], [[1], [25]], r"budgets of prompt 1 are \[25\]; expected 1 to 24 tokens"),
+        ([[1], [2]], [[1], [25]], r"budgets of prompt 1 are \[25\]; expected 1 of 1 to 24 tokens"),
+        ([[1], [2]], [[1, 1], [2]], r"budgets of prompt 0 are \[1, 1\]; expected 1 of 1 to 24"),
     ],
 )
 def test_what_does_not_fit_is_named(make, prompts, budgets, message):
@@ -320,24 +341,67 @@ def test_what_does_not_fit_is_named(make, prompts, budgets, message):
 
 
 def test_polling_ends_the_sampling(make):
-    """Between chunks, with what has ended by then handed out."""
+    """Between chunks, with what had ended by then handed out."""
     sample, polls = make(2), iter([None, None, RuntimeError("stop")])
 
     def poll():
         if error := next(polls):
             raise error
 
-    ended = sample.engine(
-        sample.params,
-        PROMPTS,
-        IDS,
-        key=jax.random.key(0),
-        rule=sampling.rule(V, stop=()),
-        budgets=[[1] * 4] * len(PROMPTS),
-        poll=poll,
+    rule, key = sampling.rule(V, stop=()), jax.random.key(0)
+    budgets = [[1] * 4] * len(PROMPTS)
+    batches = sample.engine(
+        sample.params, PROMPTS, IDS, key=key, rule=rule, budgets=budgets, poll=poll
     )
+    handed_out = [next(batches), next(batches)]
+    assert [len(batch.responses) for batch in handed_out] == [2, 2]
     with pytest.raises(RuntimeError, match="stop"):
-        list(ended)
+        next(batches)
+
+
+def test_a_resized_cache_is_not_there_twice(make, monkeypatch):
+    """A leaf is let go when its new form is made, before the next one is resized."""
+    engine = make(4, lengths=(8, 16, 24, 32)).engine
+    state, length = engine._start(), engine.lengths[0]
+    leaves, alive = jax.tree.leaves(state.cache), []
+    for pair, program in list(engine._resize.items()):
+
+        def watched(leaf, program=program):
+            alive.append(sum(not old.is_deleted() for old in leaves))
+            return program(leaf)
+
+        monkeypatch.setitem(engine._resize, pair, watched)
+    rollout = engine_lib._Rollout(0, 0, [1, 2, 3], 0, BUDGET)
+    state, length = engine._resized(state, length, [None, rollout])
+    assert length == 32
+    assert alive == [*range(len(leaves), 0, -1)]
+
+
+def test_any_kind_of_key_will_do(make):
+    """The numbers are threefry's; a key of another kind makes one."""
+    sample, rule = make(), sampling.rule(V, stop=(EOS,))
+    seen = []
+    for seed in (0, 0, 1):
+        key = jax.random.key(seed, impl="rbg")
+        ended = sample.engine(sample.params, PROMPTS, IDS, key=key, rule=rule)
+        seen.append(by_id([r for batch in ended for r in batch.responses]))
+    assert_same(seen[0], seen[1])
+    assert any(len(a.tokens) != len(seen[2][i].tokens) for i, a in seen[0].items())
+
+
+def test_a_rule_of_another_vocabulary_is_refused(make):
+    sample = make()
+    ended = sample.engine(
+        sample.params, [], [], key=jax.random.key(0), rule=sampling.rule(7, stop=())
+    )
+    with pytest.raises(ValueError, match="the rule is of 7 words; the model has 32"):
+        next(ended)
+
+
+@pytest.mark.parametrize("lengths", [(16, 8, 32), (16, 16, 32), (8, 30)])
+def test_lengths_have_to_ascend_to_what_may_be_asked_for(make, lengths):
+    with pytest.raises(ValueError, match=r"lengths are .* expected them to ascend to 31 or more"):
+        make(2, lengths=lengths)
 
 
 PROCESS = """

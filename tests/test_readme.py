@@ -31,6 +31,17 @@ def test_the_loss_of_the_readme():
     np.testing.assert_allclose(got, only, rtol=1e-6)
 
 
+def test_the_engine_of_the_page_of_rollouts(capsys):
+    (block,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "rollouts.md").read_text(), re.DOTALL
+    )
+    exec(block, {})
+    rows = [
+        line.split(maxsplit=3)[:2] for line in capsys.readouterr().out.splitlines() if "e [" in line
+    ]
+    assert sorted(rows) == [[str(i), str(j)] for i in range(2) for j in range(4)]
+
+
 @pytest.mark.parametrize(
     "command",
     re.findall(r"^opsd-jax (.*?)(?:\s+#.*)?$", README.replace("\\\n", ""), re.MULTILINE),

@@ -171,7 +171,7 @@ def test_a_run_that_dies_between_any_two_steps_ends_the_same(
     assert_same(outcome(tmp_path), outcome(undisturbed))
 
 
-@pytest.mark.parametrize(("stage", "kept"), [("sft", "2"), ("rlvr", "1")])
+@pytest.mark.parametrize(("stage", "kept"), [("sft", "2"), ("opsd", "1")])
 def test_a_signal_saves_and_the_run_goes_on(
     config, undisturbed, tmp_path, monkeypatch, stage, kept
 ):

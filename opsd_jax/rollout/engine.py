@@ -25,7 +25,9 @@ from opsd_jax.rollout.slots import LIVE, STOP_EOS, STOP_LENGTH, Chunk, Rows, Slo
 __all__ = ["STOP_EOS", "STOP_LENGTH", "Ended", "Engine", "EngineShape", "Response", "left_pad"]
 
 STEPS = 64  # of decoding between two looks of the host
-SHORTEST_VIEW = 128  # a cache is not made shorter than this: little would be won
+# A cache is not made shorter than this, or than this part of the longest: little would be won.
+SHORTEST_VIEW, SHORTEST_PART = 128, 16
+PRNG = "threefry2x32"  # the only one whose numbers, one key a row, depend on that key alone
 
 
 class EngineShape(NamedTuple):
@@ -96,8 +98,9 @@ def views(shape: EngineShape) -> list[int]:
     """The lengths that the cache takes, in tokens: each about twice the one before. Reading a cache
     costs what its length does, so it is as long as the longest rollout in the making needs.
     """
-    sizes = [shape.prompt_tokens + shape.response_tokens]
-    while (half := -(-sizes[0] // 128) * 64) >= max(SHORTEST_VIEW, shape.prompt_tokens + STEPS):
+    longest = shape.prompt_tokens + shape.response_tokens
+    sizes = [longest]
+    while (half := -(-sizes[0] // 128) * 64) >= max(SHORTEST_VIEW, longest // SHORTEST_PART):
         sizes.insert(0, half)
     return sizes
 
@@ -137,7 +140,6 @@ class Engine:
         *,
         pad_id: int = 0,
         lengths: Sequence[int] | None = None,
-        refill_at: int | None = None,
     ):
         """Compiles.
 
@@ -149,18 +151,21 @@ class Engine:
           pad_id: fills arrays.
           lengths: those that the cache takes, ascending; by default `views`, and for a model that
             reads no more of a cache than is filled the largest alone.
-          refill_at: so many rollouts end before slots are filled again, if any wait; by default a
-            sixteenth of the slots.
+
+        Raises:
+          ValueError: `lengths` are not as described.
         """
         S, n, P, L = shape
-        self.shape, self._pad_id = shape, pad_id
-        self._refill_at = np.int32(refill_at or max(1, S // 16))
-        self._admitted = max(1, S // 4)  # rollouts of an admission
+        self.shape, self._pad_id, self._vocab_size = shape, pad_id, model.vocab_size
+        # So many rollouts end before slots are filled again, if any wait; so many are admitted.
+        self._refill_at, self._admitted = np.int32(max(1, S // 16)), max(1, S // 4)
         if lengths is None:
             lengths = [P + L] if model.ragged else views(shape)
         self.lengths = list(lengths)
-        if self.lengths[0] < P or self.lengths[-1] < P + L - 1:
-            raise ValueError(f"lengths are {self.lengths}; expected from {P} to {P + L} at least.")
+        if self.lengths != sorted({*self.lengths}) or self.lengths[-1] < P + L - 1:
+            raise ValueError(
+                f"lengths are {self.lengths}; expected them to ascend to {P + L - 1} or more."
+            )
         policy, axes = model.policy, slots.length_axes(model.policy)
         rows, whole = mesh_lib.rows(mesh), mesh_lib.replicated(mesh)
         self._whole = whole
@@ -190,7 +195,7 @@ class Engine:
         state = {length: Slots(slot_rows, cache_of(S, length)) for length in self.lengths}
         prompts, number = np.zeros((n, P), np.int32), np.int32(0)
         admitted = np.zeros(self._admitted, np.int32)
-        key = jax.random.key_data(jax.random.key(0))
+        key = jax.random.key_data(jax.random.key(0, impl=PRNG))
         rule = sampling.rule(model.vocab_size, stop=())
 
         def prefill(params, *prompts):
@@ -201,7 +206,7 @@ class Engine:
             return Slots(slots.empty_rows(S), policy.init_cache(S, self.lengths[0]))
 
         def decode(params, state, key, rule, enough):
-            key = jax.random.wrap_key_data(key, impl="threefry2x32")
+            key = jax.random.wrap_key_data(key, impl=PRNG)
             return slots.decode(policy, params, state, key, rule, enough, steps=STEPS)
 
         with jax.set_mesh(mesh):
@@ -220,7 +225,9 @@ class Engine:
                     functools.partial(slots.admit, axes),
                     there,
                     prefilled,
-                    *replicated((admitted, admitted, Rows(*(admitted,) * len(Rows._fields)))),
+                    *replicated(
+                        (number, admitted, admitted, Rows(*(admitted,) * len(Rows._fields)))
+                    ),
                     out=where(there),
                     donate=0,
                 )
@@ -279,20 +286,29 @@ class Engine:
           key: PRNG key of this step and purpose.
           rule: how words are drawn (`sampling.rule`).
           budgets: tokens that each rollout may have; by default the shape's `response_tokens`.
-          poll: called between chunks; what it raises ends the sampling.
+          poll: called between chunks; what it raises ends the sampling, and has to do so on every
+            host at once.
 
         Raises:
-          ValueError: a prompt or a budget does not fit the shape; names its number.
+          ValueError: a prompt or a budget does not fit the shape; names its number. The rule is of
+            another vocabulary.
         """
         S, n, P, L = self.shape
+        if len(rule.stop) != self._vocab_size:
+            raise ValueError(
+                f"the rule is of {len(rule.stop)} words; the model has {self._vocab_size}."
+            )
+        if budgets is None:
+            budgets = [[L] * len(own) for own in ids]
         queue: deque[int] = deque()
         rollouts: list[list[_Rollout]] = []
-        for i, (prompt, own) in enumerate(zip(prompts, ids, strict=True)):
+        for i, (prompt, own, room) in enumerate(zip(prompts, ids, budgets, strict=True)):
             if not 0 < len(prompt) <= P:
                 raise ValueError(f"prompt {i} has {len(prompt)} tokens; between 1 and {P} fit.")
-            room = [L] * len(own) if budgets is None else budgets[i]
-            if not all(0 < budget <= L for budget in room):
-                raise ValueError(f"budgets of prompt {i} are {room}; expected 1 to {L} tokens.")
+            if len(room) != len(own) or not all(0 < budget <= L for budget in room):
+                raise ValueError(
+                    f"budgets of prompt {i} are {room}; expected {len(own)} of 1 to {L} tokens."
+                )
             rollouts.append(
                 [
                     _Rollout(i, j, prompt, rollout_id, budget)
@@ -305,6 +321,8 @@ class Engine:
             return
         if self._unrolled:
             params = self._unrolled(params)
+        if str(jax.random.key_impl(key)) != PRNG:
+            key = jax.random.wrap_key_data(jax.random.bits(key, (2,), "uint32"), impl=PRNG)
         fixed = jax.device_put((np.asarray(jax.random.key_data(key)), rule), self._whole)
         waiting: deque[_Waiting] = deque()
         making: list[_Rollout | None] = [None] * S
@@ -322,11 +340,10 @@ class Engine:
                         for rollout in rollouts[i]
                     )
                     del cache
-                state = self._admitted_to(state, length, free, waiting, making)
-            live = [rollout for rollout in making if rollout is not None]
+                state, length = self._admitted_to(state, length, free, waiting, making)
             chunk: Chunk | None = None
-            if live:
-                state, length = self._resized(state, length, live)
+            if any(making):
+                state, length = self._resized(state, length, making)
                 enough = self._refill_at if waiting or queue else np.int32(S + 1)
                 state, chunk = self._decode[length](params, state, *fixed, enough)
             if ended:
@@ -348,34 +365,36 @@ class Engine:
         free: list[int],
         waiting: deque[_Waiting],
         making: list[_Rollout | None],
-    ) -> Slots:
+    ) -> tuple[Slots, int]:
         """Puts rollouts of one prefill into free slots, as many as one admission takes."""
-        source = np.zeros(self._admitted, np.int32)
-        slot = np.full(self._admitted, self.shape.slots, np.int32)  # nowhere
+        source, slot = np.zeros((2, self._admitted), np.int32)
         rows = np.zeros((len(Rows._fields), self._admitted), np.int32)
-        cache = waiting[0].cache
-        for i in range(self._admitted):
-            if not free or not waiting or waiting[0].cache is not cache:
-                break
-            _, source[i], rollout = waiting.popleft()
-            slot[i] = free.pop(0)
-            rows[:, i] = rollout.row
-            making[slot[i]] = rollout
-        return self._admit[length](state, cache, source, slot, Rows(*rows))
+        cache, number = waiting[0].cache, 0
+        while number < self._admitted and free and waiting and waiting[0].cache is cache:
+            _, source[number], rollout = waiting.popleft()
+            slot[number] = free.pop(0)
+            rows[:, number] = rollout.row
+            making[slot[number]] = rollout
+            number += 1
+        state, length = self._resized(state, length, making)
+        state = self._admit[length](state, cache, np.int32(number), source, slot, Rows(*rows))
+        return state, length
 
-    def _resized(self, state: Slots, length: int, live: list[_Rollout]) -> tuple[Slots, int]:
+    def _resized(
+        self, state: Slots, length: int, making: list[_Rollout | None]
+    ) -> tuple[Slots, int]:
         """The state with a cache that holds the next chunk, and no longer than that asks for."""
-        needed = max(min(rollout.position + STEPS, rollout.end) for rollout in live)
+        needed = max(min(r.position + STEPS, r.end) for r in making if r is not None)
         goal = next(size for size in self.lengths if size >= needed)
         if goal == length:
             return state, length
         there, tree = jax.tree.flatten(self._state[length].cache)
         goals = jax.tree.leaves(self._state[goal].cache)
         leaves = jax.tree.leaves(state.cache)
-        state = state._replace(cache=None)
         for i, pair in enumerate(zip(there, goals, strict=True)):
             if pair in self._resize:
-                leaves[i] = self._resize[pair](leaves[i])
+                old, leaves[i] = leaves[i], self._resize[pair](leaves[i])
+                old.delete()
         return state._replace(cache=jax.tree.unflatten(tree, leaves)), goal
 
 

@@ -101,29 +101,43 @@ def length_axes(policy: Policy) -> Any:
 
 
 def admit(
-    axes: Any, slots: Slots, prefilled: Cache, source_m: jax.Array, slot_m: jax.Array, rows: Rows
+    axes: Any,
+    slots: Slots,
+    prefilled: Cache,
+    number: jax.Array,
+    source_m: jax.Array,
+    slot_m: jax.Array,
+    rows: Rows,
 ) -> Slots:
     """Puts rollouts into slots: row `source` of a prefilled cache, and what is known of each.
 
+    One at a time: between devices that have different rows, a row goes by way of all of them.
+
     Args:
       axes: `length_axes`.
-      slots: the state.
-      prefilled: a cache of n rows, no longer than that of the slots.
+      slots: the state. Its cache holds the prompts; the prefilled one may be longer than it.
+      prefilled: a cache of n rows.
+      number: int32 scalar, how many of the m rollouts there are.
       source_m: int32, rows of it.
-      slot_m: int32, where each goes; a number past the last slot for nowhere.
+      slot_m: int32, where each goes.
       rows: of the m rollouts.
     """
 
-    def put(axis, there, new):
-        if axis < 0:
-            return there.at[slot_m].set(new[source_m], mode="drop")
-        into = (slot_m, *(slice(None),) * (axis - 1), slice(0, new.shape[axis]))
-        return there.at[into].set(new[source_m], mode="drop")
+    def put_one(i, slots):
+        def put(axis, there, new):
+            new = new[source_m[i]]
+            if axis < 0:
+                return there.at[slot_m[i]].set(new)
+            size = min(new.shape[axis - 1], there.shape[axis])
+            new = jax.lax.slice_in_dim(new, 0, size, axis=axis - 1)
+            return there.at[(slot_m[i], *(slice(None),) * (axis - 1), slice(0, size))].set(new)
 
-    return Slots(
-        jax.tree.map(lambda there, new: there.at[slot_m].set(new, mode="drop"), slots.rows, rows),
-        jax.tree.map(put, axes, slots.cache, prefilled),
-    )
+        return Slots(
+            jax.tree.map(lambda there, new: there.at[slot_m[i]].set(new[i]), slots.rows, rows),
+            jax.tree.map(put, axes, slots.cache, prefilled),
+        )
+
+    return jax.lax.fori_loop(0, number, put_one, slots)
 
 
 def resize(leaf: jax.Array, axis: int, size: int) -> jax.Array:
@@ -178,7 +192,7 @@ def decode(
             word, model_logprob, sampling_logprob = sampling.draw(logits_SxV, keys_S, rule)
         live = rows.position >= 0
         drawn = rows.drawn + live
-        ends, full = live & rule.stop[word], live & (drawn >= rows.budget)
+        ends, full = live & jnp.asarray(rule.stop)[word], live & (drawn >= rows.budget)
         chunk = Chunk(
             chunk.tokens.at[t].set(word),
             chunk.model_logprobs.at[t].set(model_logprob),
