@@ -48,7 +48,7 @@ from opsd_jax.stages.rollouts import step_rollouts
 from opsd_jax.stages.stage import Stage
 from opsd_jax.training import checkpoint, files
 from opsd_jax.training import metrics as metrics_lib
-from opsd_jax.training.interrupt import StopSignal
+from opsd_jax.training.interrupt import Interrupted, StopSignal
 from opsd_jax.training.loop import run_stage
 from opsd_jax.training.state import make_optimizer
 from opsd_jax.verify.pool import Limits, VerifierPool
@@ -147,14 +147,19 @@ class Run:
             stage = rlvr.stage(section, self.task, self.model.policy, roll_out)
         else:
             of_memos = seed_of(self.config, f"{seed}/memos")
-            privileged = self.privileged(section, section, G, of_memos)
+            privileged = self.privileged(section, section, G, of_memos, poll)
             stage = opsd.stage(section, self.task, self.model.policy, roll_out, privileged)
         # Cast and moved once a step, whatever the step samples.
         convert = self.parameters.decoding.convert
         return stage._replace(batches=lambda step, params: stage.batches(step, convert(params)))
 
     def privileged(
-        self, section: ConfigDict, sampled: ConfigDict, group_size: int, seed: int
+        self,
+        section: ConfigDict,
+        sampled: ConfigDict,
+        group_size: int,
+        seed: int,
+        poll: Callable[[], None],
     ) -> Privileged:
         """Who finds the contexts of an OPSD stage; compiles the sampling of memos, if it has any.
 
@@ -163,6 +168,7 @@ class Run:
           sampled: of the rollouts: their `prompt_tokens` and `response_tokens`.
           group_size: rollouts of each problem.
           seed: of memos.
+          poll: as in `stage`.
         """
         if "memo" not in section.contexts:
             return Privileged(section, self.task, group_size)
@@ -170,8 +176,10 @@ class Run:
             section.memo, self.task, sampled.prompt_tokens, sampled.response_tokens
         )
         slots = section.memo.slots
-        engines = [self.engine(slots, 1, slots, *sizes) for sizes in longest]
-        writer = memos.Memos(section.memo, self.task, seed, self.model.vocab_size, *engines)
+        write, close = (self.engine(slots, 1, slots, *sizes) for sizes in longest)
+        writer = memos.Memos(
+            section.memo, self.task, seed, self.model.vocab_size, write, close, poll
+        )
         return Privileged(section, self.task, group_size, writer)
 
     def heldout(self) -> list[Problem]:
@@ -197,13 +205,13 @@ class Run:
           name: of the evaluation.
           params: of the model.
           progress: shows it.
-          stop: ends it between two calls.
+          stop: ends it between two chunks of decoding.
           problems: the evaluated ones.
           directory: of the records, with these settings (`evaluate.check_settings`).
           settings: `evaluate.settings`.
 
         Raises:
-          Interrupted: a signal came; what was done is kept.
+          Interrupted: a signal came; every problem whose responses had all ended is kept.
         """
         config, model = self.config.evaluation, self.model
         progress.start(f"evaluate {name}", len(problems) * config.samples, unit="response")
@@ -221,24 +229,35 @@ class Run:
             progress.reach(len(responses))
 
         if left:
-            rollouts_left = len(left) * config.samples
-            longest = config.prompt_tokens, config.response_tokens
-            engine = self.engine(config.slots, config.samples, rollouts_left, *longest)
-            for _, rollouts in Collector(engine, self.task, self.pool, config.samples).by_problem(
-                self.parameters.decoding.convert(params),
-                [problems[i] for i in left],
-                # The same random numbers for every model: differences between two are less noisy.
-                key=jax.random.key(config.seed),
-                rule=sampling.rule(
-                    model.vocab_size,
-                    stop=self.task.tokenizer.eos_ids,
-                    **{name: config[name] for name in ("temperature", "top_k", "top_p", "min_p")},
-                ),
-                numbers=left,
-                poll=stop.check,
-            ):
-                unjudged.append(rollouts)
-                record(lambda rollouts: rollouts.are_judged)
+            engine = self.engine(
+                config.slots,
+                config.samples,
+                # Not fewer where some are done: in bfloat16 other shapes round in another way.
+                len(problems) * config.samples,
+                config.prompt_tokens,
+                config.response_tokens,
+            )
+            try:
+                for _, rollouts in Collector(
+                    engine, self.task, self.pool, config.samples
+                ).by_problem(
+                    self.parameters.decoding.convert(params),
+                    [problems[i] for i in left],
+                    # The same random numbers for every model: two differ with less noise.
+                    key=jax.random.key(config.seed),
+                    rule=sampling.rule(
+                        model.vocab_size,
+                        stop=self.task.tokenizer.eos_ids,
+                        **{n: config[n] for n in ("temperature", "top_k", "top_p", "min_p")},
+                    ),
+                    numbers=left,
+                    poll=stop.check,
+                ):
+                    unjudged.append(rollouts)
+                    record(lambda rollouts: rollouts.are_judged)
+            except Interrupted:
+                record(lambda rollouts: True)
+                raise
             record(lambda rollouts: True)
         order = {problem.id: i for i, problem in enumerate(problems)}
         responses.sort(key=lambda record: (order[record["problem"]], record["sample"]))
@@ -277,7 +296,7 @@ class Run:
         )
         section = self.config.get(name)
         if section is not None and section.algorithm == "opsd":
-            self.probe_divergence(name, params, responses)
+            self.probe_divergence(name, params, responses, stop)
         figures["steps"] = 0 if section is None else section.steps
         figures["seconds"] = time.monotonic() - began
         # ru_maxrss is in KiB on Linux and in bytes on macOS.
@@ -285,12 +304,18 @@ class Run:
         figures["peak_rss_gib"] = peak / 2 ** (30 if sys.platform == "darwin" else 20)
         evaluate.finish(directory, figures)
 
-    def probe_divergence(self, name: str, params: Params, responses: list[dict]) -> None:
+    def probe_divergence(
+        self, name: str, params: Params, responses: list[dict], stop: StopSignal
+    ) -> None:
         """Writes the divergence from the stage's teacher by position, before and after the stage,
         each on the model's own held-out responses. The teacher is the model before the stage.
         """
         section, config = self.config[name], self.config.evaluation
-        privileged = self.privileged(section, config, config.samples, seed_of(self.config, "probe"))
+        privileged = self.privileged(
+            section, config, config.samples, seed_of(self.config, "probe"), stop.check
+        )
+        # What writes memos has the parameters as decoding has them; nothing else looks at them.
+        convert = self.parameters.decoding.convert if "memo" in section.contexts else lambda p: p
         probe = divergence.DivergenceProbe(
             section, config, self.task, self.model.policy, self.mesh, privileged.insert_tokens
         )
@@ -302,8 +327,7 @@ class Run:
         def curve(student: Params, responses: list[dict[str, Any]]) -> dict[str, Any]:
             rollouts = evaluate.rollouts_of(problems, responses)
             n = len(rollouts.responses)
-            decoded = self.parameters.decoding.convert(student)
-            taught = privileged(0, decoded, rollouts, range(n), capacity=n)
+            taught = privileged(0, convert(student), rollouts, range(n), capacity=n)
             return probe(student, teacher, rollouts, taught.rows)
 
         curves = {"before": curve(teacher, before), "after": curve(params, responses)}

@@ -110,10 +110,23 @@ def config_of(workdir: pathlib.Path) -> ConfigDict:
     """The config of the run in a working directory.
 
     Raises:
-      ConfigError: there is none.
+      ConfigError: there is none, or it is of a version with other fields; names those it lacks.
       RecordError: it cannot be read.
     """
     path = workdir / CONFIG
     if not path.is_file():
         raise config_lib.ConfigError(f"--workdir {workdir} holds no run: there is no {path}.")
-    return config_files.from_flat(files.read_json(path))
+    flat = files.read_json(path)
+    config = config_files.from_flat(flat)
+    default, sampling = config_files.flatten(config_lib.default()), {"evaluation", *config.stages}
+    lacks = [
+        f"  {field}: {value!r} by default"
+        for field, value in default.items()
+        if field not in flat and ("." not in field or field.split(".")[0] in sampling)
+    ]
+    if lacks:
+        raise config_lib.ConfigError(
+            f"{path} is of another version; it lacks:\n" + "\n".join(lacks) + "\n"
+            "Put these fields into the file to go on with the run."
+        )
+    return config

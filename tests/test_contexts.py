@@ -341,8 +341,9 @@ class Writer:
     def __init__(self, replies):
         self.replies, self.asked, self.draws = list(replies), [], []
 
-    def __call__(self, params, prompts, ids, *, key, rule):
+    def __call__(self, params, prompts, ids, *, key, rule, poll):
         self.params, self.rule = params, rule
+        poll()
         self.asked += prompts
         self.draws += [(str(jax.random.key_data(key)), rollout_id) for (rollout_id,) in ids]
         said, self.replies = self.replies[: len(prompts)], self.replies[len(prompts) :]
@@ -396,6 +397,18 @@ def test_memos(config, task, rollouts):
     for rule in (write.rule, close.rule):
         assert rule.temperature == 0.75
         assert np.flatnonzero(rule.stop).tolist() == sorted(task.tokenizer.eos_ids)
+
+
+def test_a_signal_ends_the_writing_of_memos(config, task, rollouts):
+    memos = Memos(
+        config.opsd.memo, task, 0, task.tokenizer.vocab_size, Writer([]), Writer([]), poll=stop
+    )
+    with pytest.raises(RuntimeError, match="stop"):
+        memos(0, "params", rollouts, [0])
+
+
+def stop():
+    raise RuntimeError("stop")
 
 
 def test_a_memo_depends_on_seed_step_and_turn(config, task, rollouts):

@@ -12,6 +12,7 @@ import pytest
 from scipy import stats
 from scipy.special import log_softmax
 
+from opsd_jax.models import decoder
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel.layout import decode_layout
 from opsd_jax.rollout import engine as engine_lib
@@ -481,6 +482,30 @@ def test_every_token_is_fed_once():
     for r in ended:
         n = len(prompts[r.prompt])
         assert r.tokens.tolist() == list(range(n, n + 6))
+
+
+def test_weights_are_cast_once_and_norms_are_not(config):
+    """Rollouts are those of a model that casts its weights at every step."""
+    section = config.model.copy_and_resolve_references()
+    section.update({"dtype": "bfloat16"})
+    model = decoder.from_config(section)
+    mesh = mesh_lib.make_mesh((1, 1, 1), jax.devices()[:1])
+    params = jax.jit(model.init)(jax.random.key(1))
+    abstract = abstract_of(params, mesh_lib.tree_shardings(mesh, model.rules, params))
+    dtypes, rollouts = [], []
+    for one in (model, model._replace(decode_params=None)):
+        layout = decode_layout(one, abstract, mesh)
+        decoded = layout.convert(params)
+        leaves = jax.tree_util.tree_leaves_with_path(decoded)
+        dtypes.append({mesh_lib.path_name(path): leaf.dtype.name for path, leaf in leaves})
+        engine = Engine(one, layout.abstract, mesh, EngineShape(8, 8, 8, BUDGET))
+        rule, key = sampling.rule(V, stop=(EOS,)), jax.random.key(0)
+        ended = engine(decoded, PROMPTS, IDS, key=key, rule=rule)
+        rollouts.append(by_id([r for batch in ended for r in batch.responses]))
+    for name, dtype in dtypes[0].items():
+        assert dtype == ("float32" if "norm" in name else "bfloat16")
+    assert {*dtypes[1].values()} == {"float32"}
+    assert_same(*rollouts)
 
 
 def test_the_layout_moves_what_it_must_and_nothing_else(model, params):

@@ -17,7 +17,7 @@ from opsd_jax import config_files, main, pipeline
 from opsd_jax.data import sources
 from opsd_jax.data.problem import DataError
 from opsd_jax.evaluation import benchmarks, evaluate
-from opsd_jax.rollout.collect import Rollouts
+from opsd_jax.rollout.collect import Collector, Rollouts
 from opsd_jax.training.interrupt import StopSignal
 from opsd_jax.verify.verdict import Verdict
 from opsd_jax.verify.verifiers import at_once
@@ -230,6 +230,33 @@ def test_a_signal_ends_it_before_the_next_chunk(whole, command, tmp_path, monkey
     monkeypatch.undo()
     assert command("--out", tmp_path)[0] == 0
     assert_same(tmp_path, whole, FILES)
+
+
+def test_a_signal_loses_no_problem_that_was_sampled(whole, command, tmp_path, monkeypatch):
+    """Their verdicts are late, and waited for."""
+    by_problem, sampled = Collector.by_problem, []
+
+    def watched(*args, **kwargs):
+        for number, rollouts in by_problem(*args, **kwargs):
+            sampled.append(rollouts.problems[0].id)
+            if len(sampled) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield number, rollouts
+
+    monkeypatch.setattr(Collector, "by_problem", watched)
+    monkeypatch.setattr(Rollouts, "are_judged", False)
+    assert command("--out", tmp_path)[0] == 143
+    lines = (tmp_path / "responses.jsonl").read_text().splitlines()
+    assert [json.loads(line)["problem"] for line in lines[::2]] == sampled
+    assert 2 <= len(sampled) < 9
+    monkeypatch.undo()
+    assert command("--out", tmp_path)[0] == 0
+    assert_same(tmp_path, whole, FILES)
+
+
+def test_an_evaluation_of_before_min_p_has_none():
+    assert not evaluate.differences({"top_k": 1}, {"top_k": 1, "min_p": 0.0})
+    assert evaluate.differences({}, {"min_p": 0.1}) == [("min_p", 0.0, 0.1)]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,10 @@ from jax.sharding import NamedSharding
 from opsd_jax import config as config_lib
 from opsd_jax.models import architecture, decoder, paged
 from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.parallel.layout import decode_layout
+from opsd_jax.rollout import sampling
+from opsd_jax.rollout.engine import Engine, EngineShape
+from opsd_jax.training.checkpoint import abstract_of
 
 B, S, H, K, C = 8, 1024, 8, 4, 128
 # One key, a page's last and the next one's first, a block's (512 tokens below), full, idle rows.
@@ -150,6 +154,36 @@ def test_prefill_and_decoding_equal_the_full_forward(sizes, shape):
     pages = mesh_lib.tree_shardings(mesh, model.cache_rules, cache, "cache")
     with jax.set_mesh(mesh):
         run(jax.device_put(params, there), jax.device_put(cache, pages))
+
+
+def test_rollouts_are_those_of_a_dense_cache(sizes):
+    """Through the engine: prompts admitted into pages, slots filled again, one length of cache."""
+    mesh, seen = mesh_lib.make_mesh((1, 1, 1), jax.devices()[:1]), []
+    prompts = [[1, 2, 3, 4], [5, 6], [7, 8, 9, 10, 11, 12]]
+    for cache in ("paged", "dense"):
+        model = decoder.model(dataclasses.replace(sizes, cache=cache))
+        params = jax.jit(model.init)(jax.random.key(1))
+        abstract = abstract_of(params, mesh_lib.tree_shardings(mesh, model.rules, params))
+        layout = decode_layout(model, abstract, mesh)
+        engine = Engine(model, layout.abstract, mesh, EngineShape(2, 1, 8, 6), lengths=(14,))
+        ended = engine(
+            layout.convert(params),
+            prompts,
+            [[0, 1], [2, 3], [4]],
+            key=jax.random.key(0),
+            rule=sampling.rule(model.vocab_size, stop=()),
+            budgets=[[6, 2], [3, 1], [6]],
+        )
+        responses = [r for batch in ended for r in batch.responses]
+        seen.append([(r.prompt, r.member, r.tokens.tolist()) for r in responses])
+    assert seen[0] == seen[1]
+    assert len(seen[0]) == 5
+
+
+def test_heads_of_a_device_that_the_kernel_does_not_take_are_named():
+    cache = {"pages": jnp.zeros((1, 1, paged.PAGE, 2 * 12, 128))}
+    with pytest.raises(ValueError, match="a device has 12 key-value heads of 128; its"):
+        paged.attend(jnp.zeros((1, 1, 24, 128)), cache, jnp.zeros((1, 1), jnp.int32))
 
 
 def test_auto_is_paged_where_the_kernel_runs(monkeypatch, sizes):

@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from opsd_jax import config as config_lib
 from opsd_jax import config_files, main, pipeline, validation
 from opsd_jax import workdir as workdir_lib
 from opsd_jax.data.arithmetic import informed_prompt
@@ -239,6 +240,17 @@ def test_damaged_records_are_named(config, undisturbed, tmp_path):
     (workdir / "config.json").write_text("{")
     with pytest.raises(RecordError, match=r"config.json is damaged"):
         workdir_lib.config_of(workdir)
+
+
+def test_a_run_of_another_version_is_named(config, tmp_path):
+    flat = config_files.flatten(config)
+    for field in ("decode_mesh", "rlvr.slots"):
+        del flat[field]
+    (tmp_path / "config.json").write_text(json.dumps(flat))
+    with pytest.raises(config_lib.ConfigError, match="is of another version; it lacks") as error:
+        workdir_lib.config_of(tmp_path)
+    lacks = str(error.value).splitlines()[1:3]
+    assert lacks == ["  decode_mesh: [] by default", "  rlvr.slots: 128 by default"]
 
 
 def test_evaluate_reproduces_the_recorded_figures(config, undisturbed, capsys):

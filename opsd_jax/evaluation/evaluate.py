@@ -32,6 +32,7 @@ SAMPLED = 64  # places of a file that its fingerprint looks at
 
 # What of `config.evaluation` and of `config.data` the responses depend on.
 SAMPLING = ("samples", "temperature", "top_p", "top_k", "min_p", "response_tokens", "seed")
+LATER = {"min_p": 0.0}  # settings that older evaluations lack, as they had them
 PROMPTING = ("prompt", "thinking", "system", "date")
 
 
@@ -174,7 +175,8 @@ def differences(there: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, A
     model is none of them: a directory may have been moved.
     """
     names = [name for name in {**there, **now} if name != "model"]
-    return [(n, there.get(n), now.get(n)) for n in names if there.get(n) != now.get(n)]
+    both = [(n, there.get(n, LATER.get(n)), now.get(n, LATER.get(n))) for n in names]
+    return [(name, a, b) for name, a, b in both if a != b]
 
 
 def append(directory: pathlib.Path, made: list[dict[str, Any]]) -> None:

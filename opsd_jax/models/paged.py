@@ -96,6 +96,12 @@ def attend(q_Bx1xHxC: jax.Array, cache, positions_Bx1: jax.Array) -> jax.Array:
 
     def local(q_Bx1xHxC, pages, positions_Bx1):
         B, N, page, heads, C = pages.shape
+        if not fits(heads // 2, C):
+            raise ValueError(
+                f"model.cache is 'paged', and a device has {heads // 2} key-value heads of {C}; "
+                "its kernel takes 1, 2, 4 or a multiple of 8, of a multiple of 128. Choose "
+                "'dense', or another size of `tensor` for decode_mesh."
+            )
         position_B = positions_Bx1[:, 0]
         # The kernel takes so many rows from the first on, of one key at least: live ones go first.
         order_B = jnp.argsort(position_B < 0, stable=True)

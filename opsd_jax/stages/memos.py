@@ -7,7 +7,7 @@ ended within the budget it is closed by force, and the memo gets what `close_tok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import ml_collections
@@ -47,11 +47,14 @@ class Memos:
         vocab_size: int,
         write: Engine,
         close: Engine,
+        poll: Callable[[], None] = lambda: None,
     ):
-        """`config` is the section `memo` of a stage; `write` and `close` hold its `sizes`."""
+        """`config` is the section `memo` of a stage; `write` and `close` hold its `sizes`;
+        `poll` is called while they sample, and what it raises ends that.
+        """
         assert task.memo_request is not None  # sizes.check
         self._request, self._task, self._seed = task.memo_request, task, seed
-        self._config, self._write, self._close = config, write, close
+        self._config, self._write, self._close, self._poll = config, write, close, poll
         self._rule = sampling.rule(
             vocab_size, stop=task.tokenizer.eos_ids, temperature=config.temperature
         )
@@ -85,7 +88,9 @@ class Memos:
             made: dict[int, list[int]] = {}
             numbers = [[offset + i] for i in range(len(prompts))]
             turn_key = jax.random.fold_in(key, turn)
-            for ended in engine(params, prompts, numbers, key=turn_key, rule=self._rule):
+            for ended in engine(
+                params, prompts, numbers, key=turn_key, rule=self._rule, poll=self._poll
+            ):
                 made |= {response.prompt: response.tokens.tolist() for response in ended.responses}
             return [made[i] for i in range(len(prompts))]
 

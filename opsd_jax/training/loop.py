@@ -65,7 +65,7 @@ def run_stage(
       The final parameters.
 
     Raises:
-      Interrupted: `stop` received a signal; a checkpoint was saved.
+      Interrupted: `stop` received a signal; a checkpoint was saved, unless no step was done.
       Diverged: see `max_nonfinite`; the checkpoint from before it stays.
     """
     param_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params)
