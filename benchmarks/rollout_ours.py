@@ -8,10 +8,9 @@ import turns
 from opsd_jax.models import decoder
 from opsd_jax.models.architecture import DecoderConfig
 from opsd_jax.parallel.layout import decode_layout
-from opsd_jax.parallel.mesh import make_mesh, tree_shardings
+from opsd_jax.parallel.mesh import abstract_of, make_mesh, tree_shardings
 from opsd_jax.rollout import sampling
 from opsd_jax.rollout.engine import Engine, EngineShape
-from opsd_jax.training.checkpoint import abstract_of
 
 
 def engine(vocabulary: int, lengths: list[int], static: bool = False, capacity: int = 0):

@@ -68,7 +68,7 @@ def measure(directory: pathlib.Path, mesh: tuple[int, ...], param_dtype: str) ->
     from opsd_jax import config as config_lib
     from opsd_jax.models import pretrained, safetensors, weights
     from opsd_jax.parallel import mesh as mesh_lib
-    from opsd_jax.training.checkpoint import abstract_of
+    from opsd_jax.parallel.mesh import abstract_of
 
     model = pretrained.from_config(config_lib.pretrained(directory, param_dtype=param_dtype))
     shapes = jax.eval_shape(model.init, jax.random.key(0))

@@ -83,7 +83,7 @@ class Parameters:
             layout_lib.check_fits(self.model, shapes, self.decode_mesh)
         except ValueError as error:
             raise config_lib.ConfigError(f"config.decode_mesh: {error}") from error
-        self.abstract = checkpoint.abstract_of(shapes, shardings)
+        self.abstract = mesh_lib.abstract_of(shapes, shardings)
 
     @functools.cached_property
     def decoding(self) -> layout_lib.Layout:

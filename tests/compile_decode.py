@@ -1,11 +1,11 @@
 """Compiles decoding for TPUs that are not there: run by test_tpu.py.
 
-    python compile_decode.py TOPOLOGY DATAxFSDPxTENSOR dense|paged [--program chunk|step]
-        [--layers 36]
+    python compile_decode.py TOPOLOGY DATAxFSDPxTENSOR dense|paged
+        [--program chunk|step|prefill|admit] [--layers 36]
 
 Qwen3-8B's shapes, the parameters as decoding has them, 64 slots of 8,192 tokens, the cache donated.
-`chunk` is what rollouts run; `step` takes the likeliest word, once, without a loop. Prints a JSON
-line; `main` says what is in it.
+`chunk`, `prefill` (16 prompts of 1,024 tokens) and `admit` are what rollouts run; `step` takes the
+likeliest word, once, without a loop. Prints a JSON line; `main` says what is in it.
 """
 
 import argparse
@@ -21,10 +21,11 @@ from opsd_jax import config as config_lib
 from opsd_jax.models import decoder, paged
 from opsd_jax.parallel import hlo
 from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.parallel.mesh import abstract_of
 from opsd_jax.rollout import sampling, slots
-from opsd_jax.training.checkpoint import abstract_of
 
 B, S, STEPS = 64, 8192, 64
+PROMPTS, PROMPT, ADMITTED = 16, 1024, 4
 LENGTHS = (np.arange(B) + 0.5) * (S / B)  # of the rows, for the account: half full on average
 
 
@@ -39,10 +40,42 @@ def chunk(policy, params, cache, token, position, key, rule):
     return slots.decode(policy, params, state, key, rule, jnp.int32(4), steps=STEPS)
 
 
+def prefill(policy, params, cache, token, position, tokens, positions):
+    return slots.prefill(policy, params, tokens, positions)
+
+
+def admit(policy, params, cache, token, position, prefilled, of_each):
+    state, rows = slots.Slots(slots.empty_rows(B), cache), slots.Rows(*(of_each,) * 5)
+    return slots.admit(slots.length_axes(policy), state, prefilled, of_each, of_each, rows)
+
+
+def abstract_cache(model, mesh, *sizes):
+    shapes = jax.eval_shape(lambda: model.policy.init_cache(*sizes))
+    return abstract_of(shapes, mesh_lib.tree_shardings(mesh, model.cache_rules, shapes, "cache"))
+
+
+def of_chunk(model, mesh):
+    of_call = jax.random.key(0), sampling.rule(151_936, stop=(151_645,))
+    shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, of_call))
+    return abstract_of(shapes, jax.tree.map(lambda _: mesh_lib.replicated(mesh), shapes))
+
+
+def of_prefill(model, mesh):
+    prompts = jax.ShapeDtypeStruct((PROMPTS, PROMPT), jnp.int32, sharding=mesh_lib.rows(mesh))
+    return prompts, prompts
+
+
+def of_admit(model, mesh):
+    of_each = jax.ShapeDtypeStruct((ADMITTED,), jnp.int32, sharding=mesh_lib.replicated(mesh))
+    return abstract_cache(model, mesh, PROMPTS, PROMPT), of_each
+
+
 # The programs, and their arguments beyond those that all have.
 PROGRAMS = {
-    "step": (step, lambda: ()),
-    "chunk": (chunk, lambda: (jax.random.key(0), sampling.rule(151_936, stop=(151_645,)))),
+    "step": (step, lambda model, mesh: ()),
+    "chunk": (chunk, of_chunk),
+    "prefill": (prefill, of_prefill),
+    "admit": (admit, of_admit),
 }
 
 
@@ -50,16 +83,19 @@ def compiled(model, mesh, name):
     """The program, and the shapes of its parameters and cache with their shardings."""
     shapes = jax.eval_shape(lambda: model.decode_params(model.init(jax.random.key(0))))
     params = abstract_of(shapes, mesh_lib.tree_shardings(mesh, model.decode_rules, shapes))
-    shapes = jax.eval_shape(lambda: model.policy.init_cache(B, S))
-    where = mesh_lib.tree_shardings(mesh, model.cache_rules, shapes, "cache")
-    cache = abstract_of(shapes, where)
+    cache = abstract_cache(model, mesh, B, S)
     program, more = PROGRAMS[name]
-    whole = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh_lib.replicated(mesh))
-    more = jax.tree.map(whole, jax.eval_shape(lambda: jax.tree.map(jnp.asarray, more())))
     row = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=mesh_lib.rows(mesh))
     with jax.set_mesh(mesh):
-        jitted = jax.jit(lambda *args: program(model.policy, *args), donate_argnums=1)
-        return jitted.lower(params, cache, row, row, *more).compile(), params, cache
+        jitted = jax.jit(
+            lambda *args: program(model.policy, *args),
+            donate_argnums=1,
+            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, slots.Slots(row, cache))
+            if name == "admit"
+            else None,
+        )
+        done = jitted.lower(params, cache, row, row, *more(model, mesh)).compile()
+    return done, params, cache
 
 
 def shard_bytes(leaf):
@@ -85,7 +121,7 @@ def main(arguments) -> None:
     sizes = {"cache": arguments.cache, "num_layers": arguments.layers}
     model = decoder.from_config(config_lib.preset("qwen3-8b", **sizes))
     done, params, cache = compiled(model, mesh, arguments.program)
-    text, memory, in_loop = done.as_text(), done.memory_analysis(), arguments.program != "step"
+    text, memory, in_loop = done.as_text(), done.memory_analysis(), arguments.program == "chunk"
     moved = hlo.accesses(text, in_loop=in_loop)
     around = hlo.accesses(text, in_loop=False) if in_loop else []
     kernel = kernel_bytes(cache, mesh) if arguments.cache == "paged" else 0

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from opsd_jax import config as config_lib
 from opsd_jax.models import decoder, safetensors, weights
 from opsd_jax.parallel import mesh as mesh_lib
-from opsd_jax.training.checkpoint import abstract_of
+from opsd_jax.parallel.mesh import abstract_of
 
 
 def main(topology: str, shape: str, param_dtype: str) -> None:

@@ -8,10 +8,10 @@ import pytest
 
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel.layout import decode_layout
+from opsd_jax.parallel.mesh import abstract_of
 from opsd_jax.rollout import sampling
 from opsd_jax.rollout.collect import Collector, concatenated
 from opsd_jax.rollout.engine import Engine, EngineShape
-from opsd_jax.training.checkpoint import abstract_of
 from opsd_jax.verify.pool import VerifierPool
 from opsd_jax.verify.verdict import Verdict
 

@@ -15,10 +15,10 @@ from scipy.special import log_softmax
 from opsd_jax.models import decoder
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel.layout import decode_layout
+from opsd_jax.parallel.mesh import abstract_of
 from opsd_jax.rollout import engine as engine_lib
 from opsd_jax.rollout import sampling, slots
 from opsd_jax.rollout.engine import STOP_EOS, STOP_LENGTH, Engine, EngineShape, left_pad
-from opsd_jax.training.checkpoint import abstract_of
 
 EOS, V, BUDGET = 2, 32, 24
 PROMPTS = [[1, 9, 20], [1, 5, 6, 7, 8, 3], [4], [1, 7], [9, 9, 4], [3, 1, 2, 30, 7, 7, 7, 1]]
@@ -413,7 +413,7 @@ from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel.layout import decode_layout
 from opsd_jax.rollout import sampling
 from opsd_jax.rollout.engine import Engine, EngineShape
-from opsd_jax.training.checkpoint import abstract_of
+from opsd_jax.parallel.mesh import abstract_of
 
 model = decoder.from_config(config_lib.decoder())
 mesh = mesh_lib.make_mesh((2, 2, 2))

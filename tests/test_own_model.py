@@ -13,9 +13,9 @@ from opsd_jax import config as config_lib
 from opsd_jax import config_files, main, pipeline
 from opsd_jax.models import decoder
 from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.parallel.mesh import abstract_of
 from opsd_jax.stages import teacher as teacher_lib
 from opsd_jax.training import metrics as metrics_lib
-from opsd_jax.training.checkpoint import abstract_of
 from opsd_jax.training.state import init_state, make_optimizer, state_shardings
 from opsd_jax.training.step import compile_train_step
 

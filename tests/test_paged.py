@@ -14,9 +14,9 @@ from opsd_jax import config as config_lib
 from opsd_jax.models import architecture, decoder, paged
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel.layout import decode_layout
+from opsd_jax.parallel.mesh import abstract_of
 from opsd_jax.rollout import sampling
 from opsd_jax.rollout.engine import Engine, EngineShape
-from opsd_jax.training.checkpoint import abstract_of
 
 B, S, H, K, C = 8, 1024, 8, 4, 128
 # One key, a page's last and the next one's first, a block's (512 tokens below), full, idle rows.

@@ -176,6 +176,17 @@ def test_decoding_reads_the_weights_and_what_is_filled_of_the_cache(topology, me
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "mesh"), [("v5p:2x2x1", "1x1x4"), ("v5e:2x4", "2x1x4"), ("v5e:2x4", "8x1x1")]
+)
+def test_an_admission_moves_four_prompts(topology, mesh):
+    """Not the cache, and not the weights."""
+    seen = compiled("compile_decode.py", topology, mesh, "paged", "--program", "admit")
+    assert seen["largest_collective"] <= 4 * 1024 * 2 * 8 * 128  # of a layer
+    assert seen["temp"] < 0.6  # of all layers: 4 * 36 * 4 MiB
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["paged", "dense"])
 def test_the_account_of_bytes_is_xlas(cache):
     """Of one step, whose bytes XLA counts, too: without the kernel's own and with those in VMEM."""

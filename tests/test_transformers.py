@@ -14,10 +14,10 @@ from opsd_jax import config as config_lib
 from opsd_jax import main, pipeline, policy
 from opsd_jax.models import decoder, pretrained, safetensors
 from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.parallel.mesh import abstract_of
 from opsd_jax.parameters import Parameters
 from opsd_jax.rollout import sampling
 from opsd_jax.rollout.engine import Engine, EngineShape
-from opsd_jax.training.checkpoint import abstract_of
 
 torch = pytest.importorskip("torch", reason="needs the extra `parity`")
 transformers = pytest.importorskip("transformers", reason="needs the extra `parity`")

@@ -17,7 +17,7 @@ from opsd_jax import config as config_lib
 from opsd_jax.models import pretrained, safetensors, weights
 from opsd_jax.models.safetensors import WeightsError
 from opsd_jax.parallel import mesh as mesh_lib
-from opsd_jax.training.checkpoint import abstract_of
+from opsd_jax.parallel.mesh import abstract_of
 
 
 def opened(directory, **changes):
@@ -257,7 +257,7 @@ import jax
 from opsd_jax import config as config_lib
 from opsd_jax.models import pretrained, weights
 from opsd_jax.parallel import mesh as mesh_lib
-from opsd_jax.training.checkpoint import abstract_of
+from opsd_jax.parallel.mesh import abstract_of
 
 def peak():
     status = pathlib.Path("/proc/self/status").read_text()
@@ -311,7 +311,7 @@ import pathlib
 from opsd_jax import config as config_lib
 from opsd_jax.models import pretrained, weights
 from opsd_jax.parallel import mesh as mesh_lib
-from opsd_jax.training.checkpoint import abstract_of
+from opsd_jax.parallel.mesh import abstract_of
 
 weights.PIECE = 300
 source = pathlib.Path(sys.argv[4])

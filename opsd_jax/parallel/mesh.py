@@ -97,6 +97,15 @@ def tree_shardings(mesh: Mesh, rules: Rules, tree: Any, what: str = "parameter")
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def abstract_of(tree: Any, shardings: Any) -> Any:
+    """The shapes of a tree's leaves with shardings, as compilation and `restore` take them."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of what every device holds whole."""
     return NamedSharding(mesh, P())

@@ -27,6 +27,7 @@ __all__ = ["STOP_EOS", "STOP_LENGTH", "Ended", "Engine", "EngineShape", "Respons
 STEPS = 64  # of decoding between two looks of the host
 # A cache is not made shorter than this, or than this part of the longest: little would be won.
 SHORTEST_VIEW, SHORTEST_PART = 128, 16
+ADMITTED = 4  # rollouts of an admission, at most: devices with rows of their own get all of them
 PRNG = "threefry2x32"  # the only one whose numbers, one key a row, depend on that key alone
 
 
@@ -157,8 +158,8 @@ class Engine:
         """
         S, n, P, L = shape
         self.shape, self._pad_id, self._vocab_size = shape, pad_id, model.vocab_size
-        # So many rollouts end before slots are filled again, if any wait; so many are admitted.
-        self._refill_at, self._admitted = np.int32(max(1, S // 16)), max(1, S // 4)
+        # So many rollouts end before slots are filled again, if any wait.
+        self._refill_at = np.int32(max(1, S // 16))
         if lengths is None:
             lengths = [P + L] if model.ragged else views(shape)
         self.lengths = list(lengths)
@@ -170,20 +171,15 @@ class Engine:
         rows, whole = mesh_lib.rows(mesh), mesh_lib.replicated(mesh)
         self._whole = whole
 
-        def abstract(tree, shardings):
-            return jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
-            )
-
         def cache_of(batch: int, length: int):
             shapes = jax.eval_shape(lambda: policy.init_cache(batch, length))
-            return abstract(
+            return mesh_lib.abstract_of(
                 shapes, mesh_lib.tree_shardings(mesh, model.cache_rules, shapes, "cache")
             )
 
         def replicated(tree):
             shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, tree))
-            return abstract(shapes, jax.tree.map(lambda _: whole, shapes))
+            return mesh_lib.abstract_of(shapes, jax.tree.map(lambda _: whole, shapes))
 
         def compiled(function, *args, out, donate=()):
             jitted = jax.jit(function, donate_argnums=donate, out_shardings=out)
@@ -191,10 +187,10 @@ class Engine:
 
         where = functools.partial(jax.tree.map, lambda leaf: leaf.sharding)
         slot_rows = jax.eval_shape(lambda: slots.empty_rows(S))
-        slot_rows = abstract(slot_rows, jax.tree.map(lambda _: rows, slot_rows))
+        slot_rows = mesh_lib.abstract_of(slot_rows, jax.tree.map(lambda _: rows, slot_rows))
         state = {length: Slots(slot_rows, cache_of(S, length)) for length in self.lengths}
         prompts, number = np.zeros((n, P), np.int32), np.int32(0)
-        admitted = np.zeros(self._admitted, np.int32)
+        admitted = np.zeros(ADMITTED, np.int32)
         key = jax.random.key_data(jax.random.key(0, impl=PRNG))
         rule = sampling.rule(model.vocab_size, stop=())
 
@@ -214,7 +210,7 @@ class Engine:
             if model.unrolled and mesh.devices.flat[0].platform == "cpu":
                 self._unrolled = jax.jit(model.unrolled).lower(abstract_params).compile()
                 shapes = jax.eval_shape(model.unrolled, abstract_params)
-                abstract_params = abstract(shapes, self._unrolled.output_shardings)
+                abstract_params = mesh_lib.abstract_of(shapes, self._unrolled.output_shardings)
             prefilled = cache_of(n, P)
             self._start = compiled(start, out=where(state[self.lengths[0]]))
             self._prefill = compiled(
@@ -225,9 +221,7 @@ class Engine:
                     functools.partial(slots.admit, axes),
                     there,
                     prefilled,
-                    *replicated(
-                        (number, admitted, admitted, Rows(*(admitted,) * len(Rows._fields)))
-                    ),
+                    *replicated((admitted, admitted, Rows(*(admitted,) * len(Rows._fields)))),
                     out=where(there),
                     donate=0,
                 )
@@ -367,18 +361,19 @@ class Engine:
         making: list[_Rollout | None],
     ) -> tuple[Slots, int]:
         """Puts rollouts of one prefill into free slots, as many as one admission takes."""
-        source, slot = np.zeros((2, self._admitted), np.int32)
-        rows = np.zeros((len(Rows._fields), self._admitted), np.int32)
-        cache, number = waiting[0].cache, 0
-        while number < self._admitted and free and waiting and waiting[0].cache is cache:
-            _, source[number], rollout = waiting.popleft()
-            slot[number] = free.pop(0)
-            rows[:, number] = rollout.row
-            making[slot[number]] = rollout
-            number += 1
+        source = np.zeros(ADMITTED, np.int32)
+        slot = np.full(ADMITTED, self.shape.slots, np.int32)  # nowhere
+        rows = np.zeros((len(Rows._fields), ADMITTED), np.int32)
+        cache = waiting[0].cache
+        for i in range(ADMITTED):
+            if not free or not waiting or waiting[0].cache is not cache:
+                break
+            _, source[i], rollout = waiting.popleft()
+            slot[i] = free.pop(0)
+            rows[:, i] = rollout.row
+            making[slot[i]] = rollout
         state, length = self._resized(state, length, making)
-        state = self._admit[length](state, cache, np.int32(number), source, slot, Rows(*rows))
-        return state, length
+        return self._admit[length](state, cache, source, slot, Rows(*rows)), length
 
     def _resized(
         self, state: Slots, length: int, making: list[_Rollout | None]

@@ -101,43 +101,34 @@ def length_axes(policy: Policy) -> Any:
 
 
 def admit(
-    axes: Any,
-    slots: Slots,
-    prefilled: Cache,
-    number: jax.Array,
-    source_m: jax.Array,
-    slot_m: jax.Array,
-    rows: Rows,
+    axes: Any, slots: Slots, prefilled: Cache, source_m: jax.Array, slot_m: jax.Array, rows: Rows
 ) -> Slots:
     """Puts rollouts into slots: row `source` of a prefilled cache, and what is known of each.
 
-    One at a time: between devices that have different rows, a row goes by way of all of them.
+    Where devices have rows of their own, each gets all m prompts' part of the cache: keep m small.
 
     Args:
       axes: `length_axes`.
       slots: the state. Its cache holds the prompts; the prefilled one may be longer than it.
       prefilled: a cache of n rows.
-      number: int32 scalar, how many of the m rollouts there are.
       source_m: int32, rows of it.
-      slot_m: int32, where each goes.
+      slot_m: int32, where each goes; a number past the last slot for nowhere.
       rows: of the m rollouts.
     """
 
-    def put_one(i, slots):
-        def put(axis, there, new):
-            new = new[source_m[i]]
-            if axis < 0:
-                return there.at[slot_m[i]].set(new)
-            size = min(new.shape[axis - 1], there.shape[axis])
-            new = jax.lax.slice_in_dim(new, 0, size, axis=axis - 1)
-            return there.at[(slot_m[i], *(slice(None),) * (axis - 1), slice(0, size))].set(new)
+    def put(axis, there, new):
+        new = new[source_m]
+        if axis < 0:
+            return there.at[slot_m].set(new, mode="drop")
+        size = min(new.shape[axis], there.shape[axis])
+        new = jax.lax.slice_in_dim(new, 0, size, axis=axis)
+        into = (slot_m, *(slice(None),) * (axis - 1), slice(0, size))
+        return there.at[into].set(new, mode="drop")
 
-        return Slots(
-            jax.tree.map(lambda there, new: there.at[slot_m[i]].set(new[i]), slots.rows, rows),
-            jax.tree.map(put, axes, slots.cache, prefilled),
-        )
-
-    return jax.lax.fori_loop(0, number, put_one, slots)
+    return Slots(
+        jax.tree.map(lambda there, new: there.at[slot_m].set(new, mode="drop"), slots.rows, rows),
+        jax.tree.map(put, axes, slots.cache, prefilled),
+    )
 
 
 def resize(leaf: jax.Array, axis: int, size: int) -> jax.Array:

@@ -6,7 +6,6 @@ import contextlib
 import pathlib
 from collections.abc import Iterator
 
-import jax
 import orbax.checkpoint as ocp
 
 from opsd_jax.policy import Params
@@ -53,15 +52,6 @@ class Checkpoints:
 
     def __exit__(self, *exc) -> None:
         self._manager.close()
-
-
-def abstract_of(tree: State, shardings: State) -> State:
-    """Shapes with shardings, as `restore` and compilation take them."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        tree,
-        shardings,
-    )
 
 
 @contextlib.contextmanager

@@ -17,10 +17,11 @@ import numpy as np
 import optax
 
 from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.parallel.mesh import abstract_of
 from opsd_jax.policy import Params
 from opsd_jax.stages.stage import Stage, StepData
 from opsd_jax.training import metrics as metrics_lib
-from opsd_jax.training.checkpoint import Checkpoints, abstract_of
+from opsd_jax.training.checkpoint import Checkpoints
 from opsd_jax.training.interrupt import Interrupted, StopSignal
 from opsd_jax.training.state import init_state, state_shardings
 from opsd_jax.training.step import compile_train_step
