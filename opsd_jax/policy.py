@@ -34,7 +34,8 @@ class Policy(NamedTuple):
         `hidden` is what `unembed` takes, after the final norm. Without a cache, returns None.
       unembed: `(params, hidden[..., D]) -> logits[..., V]`, float32, with soft-capping or scaling
         if the model has them; -inf marks words that cannot occur.
-      init_cache: `(batch, length) -> cache` for sequences of up to `length` tokens.
+      init_cache: `(batch, length) -> cache` for sequences of up to `length` tokens. Each leaf has
+        one axis at most that grows with it, and is filled there by position.
     """
 
     forward: Callable[..., tuple[jax.Array, Cache]]
