@@ -29,8 +29,7 @@ EVALUATE = "Evaluate the result of a stage, or a Hugging Face model, on held-out
 EVALUATE_EPILOG = """\
 Without --benchmark all settings are the run's. With it they are those of the paper that are not
 given: 8 responses to each problem at temperature 0.6, top_p 0.95, top_k 20, of up to 30,000 tokens,
-to prompts of up to 2,048; eight at once for each device that rows are split over. Stopped or
-killed, the same command goes on.
+to prompts of up to 2,048; 8 x data x fsdp at once. Stopped or killed, the same command goes on.
 docs/evaluation.md explains every figure.
 """
 

@@ -69,10 +69,6 @@ class Parameters:
         self.config, self.workdir = config, workdir
         make_model = config_lib.import_function(config.model.make, "model.make")
         self.mesh, self.decode_mesh = meshes(config, devices)
-        if config.model.get("cache") == "paged" and (kind := jax.default_backend()) != "tpu":
-            raise config_lib.ConfigError(
-                f"config.model.cache is 'paged', which TPUs run; expected 'auto' on a {kind}."
-            )
         try:
             self.model: Model = make_model(config.model)
             shapes = jax.eval_shape(self.model.init, jax.random.key(0))

@@ -111,7 +111,15 @@ class Run:
           group_size: rollouts of each prompt.
           rollouts: see above.
           prompt_tokens, response_tokens: the longest.
+
+        Raises:
+          ConfigError: these devices cannot sample from the config's cache.
         """
+        kind = self.mesh.devices.flat[0].platform
+        if self.config.model.get("cache") == "paged" and kind != "tpu":
+            raise config_lib.ConfigError(
+                f"config.model.cache is 'paged', which TPUs run; expected 'auto' on a {kind}."
+            )
         shards = mesh_lib.row_shards(self.parameters.decode_mesh)
         whole = lambda count: -(-count // shards) * shards
         slots = min(slots, whole(rollouts))
@@ -211,7 +219,7 @@ class Run:
           settings: `evaluate.settings`.
 
         Raises:
-          Interrupted: a signal came; every problem whose responses had all ended is kept.
+          Interrupted: a signal came; every problem whose responses had all been handed out is kept.
         """
         config, model = self.config.evaluation, self.model
         progress.start(f"evaluate {name}", len(problems) * config.samples, unit="response")

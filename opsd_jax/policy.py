@@ -1,8 +1,7 @@
 """A policy: a language model seen as three pure functions.
 
-Everything in this library that runs a model (sampler, losses, train steps) takes a `Policy` and a
-pytree of parameters, and nothing else. Make a policy once and keep it: it is a static argument of
-`jax.jit`, compared by the identity of its functions, so a new one means a new compilation.
+Losses and train steps take a `Policy` and a pytree of parameters, and nothing else of a model; the
+rollout engine takes a `Model`, which holds one and says where its arrays lie.
 """
 
 from __future__ import annotations

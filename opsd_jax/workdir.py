@@ -118,15 +118,15 @@ def config_of(workdir: pathlib.Path) -> ConfigDict:
         raise config_lib.ConfigError(f"--workdir {workdir} holds no run: there is no {path}.")
     flat = files.read_json(path)
     config = config_files.from_flat(flat)
-    default, sampling = config_files.flatten(config_lib.default()), {"evaluation", *config.stages}
+    there = {"evaluation", *config.stages}  # sections that have the default's fields in any run
     lacks = [
-        f"  {field}: {value!r} by default"
-        for field, value in default.items()
-        if field not in flat and ("." not in field or field.split(".")[0] in sampling)
+        field
+        for field in config_files.flatten(config_lib.default())
+        if field not in flat and ("." not in field or field.split(".")[0] in there)
     ]
     if lacks:
         raise config_lib.ConfigError(
-            f"{path} is of another version; it lacks:\n" + "\n".join(lacks) + "\n"
-            "Put these fields into the file to go on with the run."
+            f"{path} is of another version of opsd_jax: it has no {', '.join(lacks)}. Use the "
+            "version that the run began with, or another --workdir."
         )
     return config

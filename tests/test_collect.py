@@ -9,6 +9,7 @@ import pytest
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel.layout import decode_layout
 from opsd_jax.parallel.mesh import abstract_of
+from opsd_jax.rollout import engine as engine_lib
 from opsd_jax.rollout import sampling
 from opsd_jax.rollout.collect import Collector, concatenated
 from opsd_jax.rollout.engine import Engine, EngineShape
@@ -103,10 +104,12 @@ def test_the_device_s_wait_is_measured(collect, task, monkeypatch):
         return VerifierPool.__dict__["_resolve"](self, lambda: Verdict(True, "match"))
 
     monkeypatch.setattr(VerifierPool, "submit", slow)
-    rollouts = collect(problems)  # one chunk or two: little is beside it
-    asked = int((~rollouts.truncated).sum())
-    assert asked > 3
-    assert 0.02 <= rollouts.judged.wait_seconds < 0.02 * asked + 0.5
+    for idle in (False, True):
+        monkeypatch.setattr(engine_lib, "_is_done", lambda chunk, idle=idle: idle)
+        rollouts = collect(problems)
+        asked = int((~rollouts.truncated).sum())
+        assert asked > 3
+        assert (rollouts.judged.wait_seconds >= 0.02 * asked) == idle
 
 
 def test_settled_rollouts_go_before_others(collect, task):

@@ -112,7 +112,6 @@ def test_a_config_that_cannot_run_is_refused(field, text, message):
         ("model.vocab_size", "16", "vocab_size is 16; expected at least 32, the tokenizer's"),
         ("model.scan_unroll", "2", "scan_unroll is 2, which does not divide"),
         ("model.num_kv_heads", "3", "num_heads is 4"),
-        ("model.cache", "paged", "config.model.cache is 'paged', which TPUs run; expected 'auto'"),
         (
             "mesh",
             "(3, 1, 1)",

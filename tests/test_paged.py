@@ -157,7 +157,7 @@ def test_prefill_and_decoding_equal_the_full_forward(sizes, shape):
 
 
 def test_rollouts_are_those_of_a_dense_cache(sizes):
-    """Through the engine: prompts admitted into pages, slots filled again, one length of cache."""
+    """Through the engine: prompts admitted into pages, slots filled again."""
     mesh, seen = mesh_lib.make_mesh((1, 1, 1), jax.devices()[:1]), []
     prompts = [[1, 2, 3, 4], [5, 6], [7, 8, 9, 10, 11, 12]]
     for cache in ("paged", "dense"):
@@ -178,6 +178,15 @@ def test_rollouts_are_those_of_a_dense_cache(sizes):
         seen.append([(r.prompt, r.member, r.tokens.tolist()) for r in responses])
     assert seen[0] == seen[1]
     assert len(seen[0]) == 5
+
+
+def test_a_cache_of_which_what_is_filled_is_read_has_one_length(sizes):
+    mesh, shape = mesh_lib.make_mesh((1, 1, 1), jax.devices()[:1]), EngineShape(1, 1, 8, 260)
+    for cache, lengths in (("paged", [268]), ("dense", [128, 192, 268])):
+        model = decoder.model(dataclasses.replace(sizes, cache=cache))
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        abstract = abstract_of(shapes, mesh_lib.tree_shardings(mesh, model.rules, shapes))
+        assert Engine(model, abstract, mesh, shape).lengths == lengths
 
 
 def test_heads_of_a_device_that_the_kernel_does_not_take_are_named():

@@ -247,10 +247,8 @@ def test_a_run_of_another_version_is_named(config, tmp_path):
     for field in ("decode_mesh", "rlvr.slots"):
         del flat[field]
     (tmp_path / "config.json").write_text(json.dumps(flat))
-    with pytest.raises(config_lib.ConfigError, match="is of another version; it lacks") as error:
+    with pytest.raises(config_lib.ConfigError, match=r"it has no decode_mesh, rlvr\.slots\. Use"):
         workdir_lib.config_of(tmp_path)
-    lacks = str(error.value).splitlines()[1:3]
-    assert lacks == ["  decode_mesh: [] by default", "  rlvr.slots: 128 by default"]
 
 
 def test_evaluate_reproduces_the_recorded_figures(config, undisturbed, capsys):

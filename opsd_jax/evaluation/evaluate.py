@@ -1,7 +1,7 @@
 """The records of an evaluation in its directory: every response, judged, and their figures.
 
 settings.json      what the figures depend on; other settings are refused
-responses.jsonl    a record a response, those of a problem when the last of them has ended
+responses.jsonl    a record a response, those of a problem when the last of them is judged
 evaluation.json    the figures and the settings; once it is there the evaluation is done
 """
 

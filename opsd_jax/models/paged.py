@@ -22,8 +22,8 @@ from jax.sharding import PartitionSpec as P
 
 from opsd_jax.parallel.mesh import ROWS
 
-# Tokens of a page, which the kernel copies in one piece: 64 KiB to 1 MiB. With fewer it spends more
-# instructions on starting copies; with more a row's last page has more room that is never filled.
+# Tokens of a page, which the kernel copies in one piece, of 128 KiB to 1 MiB. With fewer it has
+# more copies to start; with more a row's last page has more room that is never filled.
 PAGE = 256
 # The kernel copies one block while it computes with another, and reads whole blocks. By its
 # instructions as compiled for v5p and v5e, 2,048 tokens take 0.6 of the time a token that 512 do,

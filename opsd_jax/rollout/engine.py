@@ -25,8 +25,7 @@ from opsd_jax.rollout.slots import LIVE, STOP_EOS, STOP_LENGTH, Chunk, Rows, Slo
 __all__ = ["STOP_EOS", "STOP_LENGTH", "Ended", "Engine", "EngineShape", "Response", "left_pad"]
 
 STEPS = 64  # of decoding between two looks of the host
-# A cache is not made shorter than this, or than this part of the longest: little would be won.
-SHORTEST_VIEW, SHORTEST_PART = 128, 16
+SHORTEST_VIEW = 128  # a cache is not made shorter than this: little would be won
 ADMITTED = 4  # rollouts of an admission, at most: devices with rows of their own get all of them
 PRNG = "threefry2x32"  # the only one whose numbers, one key a row, depend on that key alone
 
@@ -99,9 +98,8 @@ def views(shape: EngineShape) -> list[int]:
     """The lengths that the cache takes, in tokens: each about twice the one before. Reading a cache
     costs what its length does, so it is as long as the longest rollout in the making needs.
     """
-    longest = shape.prompt_tokens + shape.response_tokens
-    sizes = [longest]
-    while (half := -(-sizes[0] // 128) * 64) >= max(SHORTEST_VIEW, longest // SHORTEST_PART):
+    sizes = [shape.prompt_tokens + shape.response_tokens]
+    while sizes[0] > SHORTEST_VIEW and (half := -(-sizes[0] // 128) * 64) >= SHORTEST_VIEW:
         sizes.insert(0, half)
     return sizes
 
@@ -130,7 +128,7 @@ class _Rollout:
 
 
 class Engine:
-    """Samples responses. Its programs compile here, once; nothing is traced later."""
+    """Samples responses. Its programs compile here, once, and none later."""
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ class StopSignal:
         self._restore()
         # Not print: the signal may have come within one, and that is not reentrant.
         name = signal.Signals(signum).name
-        text = f"\n{name}: stopping soon, with a checkpoint; once more stops at once.\n"
+        text = f"\n{name}: stopping soon; what is done is kept; once more stops at once.\n"
         os.write(2, text.encode())
 
     def _restore(self) -> None:
