@@ -86,6 +86,7 @@ def compiled(model, mesh, name):
     cache = abstract_cache(model, mesh, B, S)
     program, more = PROGRAMS[name]
     row = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=mesh_lib.rows(mesh))
+    arguments = params, cache, row, row, *more(model, mesh)
     with jax.set_mesh(mesh):
         jitted = jax.jit(
             lambda *args: program(model.policy, *args),
@@ -94,7 +95,7 @@ def compiled(model, mesh, name):
             if name == "admit"
             else None,
         )
-        done = jitted.lower(params, cache, row, row, *more(model, mesh)).compile()
+        done = jitted.lower(*arguments).compile()
     return done, params, cache
 
 
