@@ -23,7 +23,13 @@ SOURCES = ("train", "heldout", "exclude")  # the sections of `config.data` that 
 REQUEST = "Please reason step by step, and put your final answer within \\boxed{}.\n"
 # How models are run that are large: products in bfloat16; parameters in float32, since a step
 # of 1e-6 is lost on a bfloat16 weight, which has 8 bits; activations computed again, not kept.
-LARGE = {"dtype": "bfloat16", "param_dtype": "float32", "remat": True, "scan_unroll": 1}
+LARGE = {
+    "dtype": "bfloat16",
+    "param_dtype": "float32",
+    "remat": True,
+    "scan_unroll": 1,
+    "cache": "auto",
+}
 
 
 class ConfigError(ValueError):
@@ -173,7 +179,6 @@ def pretrained(path: str | pathlib.Path = "", **changes: Any) -> ConfigDict:
     config.make = "opsd_jax.models.pretrained:from_config"
     config.path = os.fspath(path)
     config.update(LARGE)
-    config.cache = "auto"  # as in `decoder`
     config.lock()
     config.update(changes)
     return config

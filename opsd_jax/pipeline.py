@@ -228,12 +228,16 @@ class Run:
         left = [i for i, problem in enumerate(problems) if problem.id not in done]
         unjudged: list[Rollouts] = []
 
-        def record(ready: Callable[[Rollouts], bool]) -> None:
-            for rollouts in [*filter(ready, unjudged)]:
-                unjudged.remove(rollouts)
-                made = evaluate.records(rollouts, self.task, config.samples)
-                evaluate.append(directory, made)
-                responses.extend(made)
+        def record(*, wait: bool) -> None:
+            late = []
+            for rollouts in unjudged:
+                if wait or rollouts.are_judged:
+                    made = evaluate.records(rollouts, self.task, config.samples)
+                    evaluate.append(directory, made)
+                    responses.extend(made)
+                else:
+                    late.append(rollouts)
+            unjudged[:] = late
             progress.reach(len(responses))
 
         if left:
@@ -262,11 +266,11 @@ class Run:
                     poll=stop.check,
                 ):
                     unjudged.append(rollouts)
-                    record(lambda rollouts: rollouts.are_judged)
+                    record(wait=False)
             except Interrupted:
-                record(lambda rollouts: True)
+                record(wait=True)
                 raise
-            record(lambda rollouts: True)
+            record(wait=True)
         order = {problem.id: i for i, problem in enumerate(problems)}
         responses.sort(key=lambda record: (order[record["problem"]], record["sample"]))
         evaluate.rewrite(directory, responses)

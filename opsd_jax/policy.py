@@ -6,12 +6,14 @@ rollout engine takes a `Model`, which holds one and says where its arrays lie.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+
+from opsd_jax.parallel.mesh import ROWS, Rules
 
 Params = Any  # A nested dict of arrays.
 Cache = Any  # A pytree that belongs to the policy; axis 0 of every leaf is the batch.
@@ -53,7 +55,7 @@ class Model(NamedTuple):
       vocab_size: V; at least the tokenizer's.
       decode_rules: as `rules`, while rollouts are sampled; None: where they lie anyway.
       decode_params: `params -> params`, as they are while rollouts are sampled, cast to the dtype
-        of the products for one; pure. None: as they are.
+        of the products for one; pure.
       unrolled: `params -> params` in a form that `policy.forward` takes as well, in which a step of
         decoding finds its weights as they are multiplied: XLA:CPU copies a layer's out of their
         stack at every step, other compilers read them there. The engine calls it on CPUs, once a
@@ -69,12 +71,12 @@ class Model(NamedTuple):
 
     policy: Policy
     init: Callable[[jax.Array], Params]
-    rules: Sequence[tuple[str, P]]
+    rules: Rules
     vocab_size: int
-    decode_rules: Sequence[tuple[str, P]] | None = None
-    decode_params: Callable[[Params], Params] | None = None
+    decode_rules: Rules | None = None
+    decode_params: Callable[[Params], Params] = lambda params: params
     unrolled: Callable[[Params], Params] | None = None
-    cache_rules: Sequence[tuple[str, P]] = ((r".*", P(("data", "fsdp"))),)
+    cache_rules: Rules = ((r".*", P(ROWS)),)
     ragged: bool = False
     load: Callable[[Params], Params] | None = None
     save: Callable[..., None] | None = None

@@ -495,7 +495,7 @@ def test_weights_are_cast_once_and_norms_are_not(config):
     params = jax.jit(model.init)(jax.random.key(1))
     abstract = abstract_of(params, mesh_lib.tree_shardings(mesh, model.rules, params))
     dtypes, rollouts = [], []
-    for one in (model, model._replace(decode_params=None)):
+    for one in (model, model._replace(decode_params=lambda params: params)):
         layout = decode_layout(one, abstract, mesh)
         decoded = layout.convert(params)
         leaves = jax.tree_util.tree_leaves_with_path(decoded)

@@ -28,8 +28,7 @@ class Layout(NamedTuple):
 
 def check_fits(model: Model, shapes: Params, mesh: jax.sharding.Mesh) -> None:
     """Raises ValueError as `decode_layout` does, from the shapes of the parameters alone."""
-    prepared = jax.eval_shape(model.decode_params or (lambda params: params), shapes)
-    mesh_lib.tree_shardings(mesh, _rules(model), prepared)
+    mesh_lib.tree_shardings(mesh, _rules(model), jax.eval_shape(model.decode_params, shapes))
 
 
 def _rules(model: Model) -> mesh_lib.Rules:
@@ -47,8 +46,7 @@ def decode_layout(model: Model, abstract_params: Params, mesh: jax.sharding.Mesh
     Raises:
       ValueError: a parameter matches no rule or is not divided by the mesh; names it.
     """
-    prepare = model.decode_params or (lambda params: params)
-    traced, shapes = jax.make_jaxpr(prepare, return_shape=True)(abstract_params)
+    traced, shapes = jax.make_jaxpr(model.decode_params, return_shape=True)(abstract_params)
     shardings = jax.tree.leaves(mesh_lib.tree_shardings(mesh, _rules(model), shapes))
     leaves, tree = jax.tree.flatten(shapes)
     given, inputs = jax.tree.leaves(abstract_params), traced.jaxpr.invars
@@ -65,7 +63,7 @@ def decode_layout(model: Model, abstract_params: Params, mesh: jax.sharding.Mesh
     moved = [i for i, source in enumerate(kept) if source is None]
 
     def convert_moved(params: Params) -> list[jax.Array]:
-        prepared = jax.tree.leaves(prepare(params))
+        prepared = jax.tree.leaves(model.decode_params(params))
         return [prepared[i] for i in moved]
 
     program = None
@@ -78,10 +76,5 @@ def decode_layout(model: Model, abstract_params: Params, mesh: jax.sharding.Mesh
         new = iter(program(params)) if program else iter(())
         return jax.tree.unflatten(tree, [next(new) if j is None else there[j] for j in kept])
 
-    abstract = [
-        jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=given[j].sharding if j is not None else s
-        )
-        for leaf, s, j in zip(leaves, shardings, kept, strict=True)
-    ]
-    return Layout(mesh, jax.tree.unflatten(tree, abstract), convert)
+    where = [s if j is None else given[j].sharding for j, s in zip(kept, shardings, strict=True)]
+    return Layout(mesh, mesh_lib.abstract_of(shapes, jax.tree.unflatten(tree, where)), convert)

@@ -9,6 +9,7 @@ on that and on the arguments, so every host takes the same ones.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -238,22 +239,12 @@ class Engine:
             }
             # A leaf at a time: while one is resized the others are not there twice.
             self._resize: dict[Any, Any] = {}
-            for length, there in state.items():
-                for other in self.lengths:
-                    leaves = zip(
-                        jax.tree.leaves(there.cache),
-                        jax.tree.leaves(state[other].cache),
-                        jax.tree.leaves(axes),
-                        strict=True,
-                    )
-                    for leaf, goal, axis in leaves:
-                        if axis < 0 or length == other or (leaf, goal) in self._resize:
-                            continue
-                        self._resize[leaf, goal] = compiled(
-                            functools.partial(slots.resize, axis=axis, size=goal.shape[axis]),
-                            leaf,
-                            out=goal.sharding,
-                        )
+            for pair in itertools.permutations(state.values(), 2):
+                leaves = (jax.tree.leaves(tree) for tree in (*(s.cache for s in pair), axes))
+                for leaf, goal, axis in zip(*leaves, strict=True):
+                    if axis >= 0 and (leaf, goal) not in self._resize:
+                        resize = functools.partial(slots.resize, axis=axis, size=goal.shape[axis])
+                        self._resize[leaf, goal] = compiled(resize, leaf, out=goal.sharding)
         self._state = state
 
     def __call__(

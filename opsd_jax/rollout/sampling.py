@@ -118,13 +118,12 @@ def draw(logits_BxV: jax.Array, keys_B: jax.Array, rule: Rule) -> Drawn:
         kept_BxV = _cut(allowed_BxV / rule.temperature, rule)
         word_B, kept_total_B = _pick(kept_BxV, keys_B)
         logit_B = _at(logits_BxV, word_B)
-        return Drawn(
-            word_B, logit_B - _total(logits_BxV), logit_B / rule.temperature - kept_total_B
-        )
+        model_logprob_B = logit_B - jax.nn.logsumexp(logits_BxV, axis=-1)
+        return Drawn(word_B, model_logprob_B, logit_B / rule.temperature - kept_total_B)
 
     def greedy(logits_BxV):
         word_B = _likeliest(jnp.where(rule.forbidden[None], -jnp.inf, logits_BxV))
-        logprob_B = _at(logits_BxV, word_B) - _total(logits_BxV)
+        logprob_B = _at(logits_BxV, word_B) - jax.nn.logsumexp(logits_BxV, axis=-1)
         return Drawn(word_B, logprob_B, jnp.zeros_like(logprob_B))
 
     is_plain = (
@@ -159,12 +158,6 @@ def _likeliest(x_BxV: jax.Array) -> jax.Array:
     block_B = jnp.argmax(x_BxRxN.max(axis=-1), axis=-1)
     inside_B = jnp.argmax(_block(x_BxRxN, block_B), axis=-1)
     return (block_B * x_BxRxN.shape[-1] + inside_B).astype(jnp.int32)
-
-
-def _total(x_BxV: jax.Array) -> jax.Array:
-    """log(sum(exp(x))), [B]."""
-    top_B = x_BxV.max(axis=-1)
-    return top_B + jnp.log(jnp.exp(x_BxV - top_B[:, None]).sum(axis=-1))
 
 
 def _pick(x_BxV: jax.Array, keys_B: jax.Array) -> tuple[jax.Array, jax.Array]:
