@@ -26,7 +26,9 @@ REQUEST = "Please reason step by step, and put your final answer within \\boxed{
 LARGE = {
     "dtype": "bfloat16",
     "param_dtype": "float32",
-    "remat": True,
+    "remat": "full",
+    "sequence_parallel": False,
+    "attention": "auto",
     "scan_unroll": 1,
     "cache": "auto",
 }
@@ -143,7 +145,16 @@ def decoder(**changes: Any) -> ConfigDict:
     config.tie_word_embeddings = False
     config.dtype = "float32"  # of activations and products: "float32" or "bfloat16"
     config.param_dtype = "float32"
-    config.remat = False  # recompute activations in the backward pass, to save memory
+    # What each layer keeps for the backward pass; the rest is computed again. "none": everything is
+    # kept; "full": its input alone; "attention": also what splash attention gave; "products": also
+    # the results of all products.
+    config.remat = "none"
+    # Between layers, tokens lie over `tensor`: activations take so much less memory (Megatron-LM,
+    # arXiv 2205.05198). Padded lengths are multiples of it then.
+    config.sequence_parallel = False
+    # Without a cache: "dense"; "splash", for TPUs: nothing of [T, T] is made; "auto" is that on a
+    # TPU, if its kernel takes the head's size.
+    config.attention = "auto"
     config.scan_unroll = 3  # layers a turn of the scan over layers; divides num_layers
     # Of keys and values: "dense"; "paged", for TPUs: decoding reads what is filled; "auto" is that
     # on a TPU, if its kernel takes the model's sizes.

@@ -7,12 +7,15 @@ import json
 import pathlib
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from opsd_jax.models import paged
+from opsd_jax.models import attention, paged
 from opsd_jax.models.rope import TYPES, RopeScaling
+from opsd_jax.parallel.mesh import on_tpu
 
+# What a layer keeps of itself for the backward pass, which computes the rest again: everything; its
+# input; the result of the splash attention kernel, too; the results of all products, too.
+REMAT = ("none", "full", "attention", "products")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 # What `architectures` says -> whether queries and keys are normalised, and have biases.
@@ -62,11 +65,23 @@ class DecoderConfig:
     tie_word_embeddings: bool = False
     dtype: Any = jnp.float32  # of activations, matrix products and the cache
     param_dtype: Any = jnp.float32
-    remat: bool = False  # recompute each layer's activations in the backward pass
+    remat: str = "none"  # of REMAT: what each layer keeps for the backward pass
+    sequence_parallel: bool = False  # between layers tokens lie over `tensor`
+    attention: str = "dense"  # without a cache: "dense", or "splash" (opsd_jax/models/attention.py)
     scan_unroll: int = 1  # layers that one turn of the scan runs; must divide num_layers
     cache: str = "dense"  # of keys and values: "dense", or "paged" (opsd_jax/models/paged.py)
 
+    # Given as "auto", `attention` and `cache` become what TPUs have if it takes the sizes, on TPUs.
+
     def __post_init__(self):
+        paged_fits = paged.fits(self.num_kv_heads, self.head_dim)
+        splash_fits = self.head_dim % attention.LANES == 0
+        for name, form, fits in (
+            ("cache", "paged", paged_fits),
+            ("attention", "splash", splash_fits),
+        ):
+            if getattr(self, name) == "auto":
+                object.__setattr__(self, name, form if fits and on_tpu() else "dense")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type == "int" and value < 1:
@@ -83,9 +98,20 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim is {self.head_dim}; rotary positions need it even.")
+        if self.remat not in REMAT:
+            raise ValueError(f"model.remat is {self.remat!r}; expected one of {', '.join(REMAT)}.")
+        if self.attention not in ("dense", "splash"):
+            raise ValueError(
+                f"model.attention is {self.attention!r}; expected 'auto', 'dense' or 'splash'."
+            )
+        if self.attention == "splash" and not splash_fits:
+            raise ValueError(
+                f"model.attention is 'splash', with model.head_dim = {self.head_dim}; its kernel "
+                f"takes multiples of {attention.LANES}. Choose 'dense'."
+            )
         if self.cache not in ("dense", "paged"):
             raise ValueError(f"model.cache is {self.cache!r}; expected 'auto', 'dense' or 'paged'.")
-        if self.cache == "paged" and not paged.fits(self.num_kv_heads, self.head_dim):
+        if self.cache == "paged" and not paged_fits:
             raise ValueError(
                 f"model.cache is 'paged', with model.head_dim = {self.head_dim} and "
                 f"model.num_kv_heads = {self.num_kv_heads}; its kernel takes head sizes that are "
@@ -102,14 +128,6 @@ def dtype_of(name: str, field: str) -> Any:
     if name not in DTYPES:
         raise ValueError(f"model.{field} is {name!r}; expected one of {list(DTYPES)}.")
     return DTYPES[name]
-
-
-def cache_of(name: str, num_kv_heads: int, head_dim: int) -> str:
-    """The form of the cache that a config's field names: "auto" is "paged" on TPUs if it fits."""
-    if name != "auto":
-        return name
-    tpu = jax.default_backend() == "tpu"
-    return "paged" if tpu and paged.fits(num_kv_heads, head_dim) else "dense"
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -134,7 +152,7 @@ def from_json(path: pathlib.Path, **options: Any) -> DecoderConfig:
     Args:
       path: of the file.
       options: the fields of `DecoderConfig` that the file does not decide: dtypes, remat, unroll,
-        cache, which may be "auto" here.
+        forms of the cache and of attention.
 
     Raises:
       ValueError: it cannot be read, a field is missing or says what the decoder cannot do; names
@@ -177,8 +195,6 @@ def _sizes_in(there: dict[str, Any], options: dict[str, Any]) -> DecoderConfig:
     head_dim = 128 if qk_norm else sizes["hidden_size"] // sizes["num_heads"]
     if there.get("head_dim") is not None:
         head_dim = _integer(there, "head_dim")
-    if "cache" in options:
-        options["cache"] = cache_of(options["cache"], sizes["num_kv_heads"], head_dim)
     return DecoderConfig(
         **sizes,
         head_dim=head_dim,

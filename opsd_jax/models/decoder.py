@@ -21,9 +21,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from opsd_jax import policy as policy_lib
-from opsd_jax.models import architecture, paged, rope, safetensors, weights
+from opsd_jax.models import architecture, attention, paged, rope, safetensors, weights
 from opsd_jax.models.architecture import DecoderConfig, dtype_of
-from opsd_jax.parallel.mesh import ROWS, path_name
+from opsd_jax.parallel.mesh import ROWS, constrain, path_name
 
 # Which dimension of which parameter lies along which mesh axis (opsd_jax/parallel/mesh.py). The
 # layers are stacked, so the leading dimension of theirs is depth.
@@ -43,6 +43,16 @@ DECODE_RULES = tuple(
 )
 CACHE_RULES = ((r"\d+/(k|v)", P(ROWS, "tensor")), (r"\d+/pages", paged.PAGES))  # of init_cache
 
+# What `config.remat` keeps of a layer for its backward pass, besides its input.
+_keep_attention = jax.checkpoint_policies.save_only_these_names(attention.KEPT)
+KEPT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": _keep_attention,
+    "products": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _keep_attention
+    ),
+}
+
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """`x / rms(x) * scale` over the last axis, computed in float32, in the dtype of x."""
@@ -50,24 +60,6 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     x32 *= jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
     return (x32 * scale).astype(x.dtype)
-
-
-def attend(
-    q_BxTxHxC: jax.Array, k_BxKxCxS: jax.Array, v_BxKxSxC: jax.Array, mask_BxTxS: jax.Array
-) -> jax.Array:
-    """Grouped-query attention, softmax in float32; a query with no key gets finite nonsense."""
-    B, T, H, C = q_BxTxHxC.shape
-    K = k_BxKxCxS.shape[1]
-    # The heads and queries that share keys go into one dimension: plain batched products, which
-    # XLA:CPU runs far faster than an einsum that keeps the two apart.
-    q_BxKxGxTxC = q_BxTxHxC.reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4) * (C**-0.5)
-    q_BxKxQxC = q_BxKxGxTxC.reshape(B, K, -1, C)
-    scores = jnp.einsum("bkqc,bkcs->bkqs", q_BxKxQxC, k_BxKxCxS, preferred_element_type=jnp.float32)
-    scores = scores.reshape(B, K, H // K, T, -1)
-    scores = jnp.where(mask_BxTxS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BxKxSxC.dtype)
-    out = jnp.einsum("bkqs,bksc->bkqc", weights.reshape(B, K, -1, scores.shape[-1]), v_BxKxSxC)
-    return out.reshape(B, K, H // K, T, C).transpose(0, 3, 1, 2, 4).reshape(B, T, H, C)
 
 
 class Block(nnx.Module):
@@ -121,6 +113,8 @@ class Block(nnx.Module):
             k_BxTxKxC = rms_norm(k_BxTxKxC, self.k_norm[...], config.rms_norm_eps)
         q_BxTxHxC = rope.rotate(q_BxTxHxC, table)
         k_BxTxKxC = rope.rotate(k_BxTxKxC, table)
+        if cache is None and config.attention == "splash":
+            return project(attention.splash(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, positions_BxT)), None
         if cache is None:
             k_BxKxCxS, v_BxKxSxC = k_BxTxKxC.transpose(0, 2, 3, 1), v_BxTxKxC.swapaxes(1, 2)
             key_positions = positions_BxT
@@ -143,7 +137,7 @@ class Block(nnx.Module):
         mask_BxTxS = (key_positions[:, None] >= 0) & (
             key_positions[:, None] <= positions_BxT[..., None]
         )
-        out_BxTxHxC = attend(q_BxTxHxC, k_BxKxCxS, v_BxKxSxC, mask_BxTxS)
+        out_BxTxHxC = attention.dense(q_BxTxHxC, k_BxKxCxS, v_BxKxSxC, mask_BxTxS)
         return project(out_BxTxHxC), cache
 
     def mlp(self, x_BxTxD):
@@ -186,15 +180,18 @@ class Decoder(nnx.Module):
     def __call__(self, tokens_BxT, positions_BxT, cache=None):
         """Final hidden states [B, T, D]; with a cache, also the cache with these tokens in it."""
         config = self.config
-        x_BxTxD = self.embedding[...].astype(config.dtype)[tokens_BxT]
+        stream = P(ROWS, "tensor" if config.sequence_parallel and cache is None else None)
+        x_BxTxD = constrain(self.embedding[...].astype(config.dtype)[tokens_BxT], stream)
         table = rope.table(positions_BxT, config.head_dim, config.rope_theta, config.rope_scaling)
         graphdef, stacked = nnx.split(self.layers)
         if cache is None:
 
             def layer(x_BxTxD, weights):
-                return nnx.merge(graphdef, weights)(x_BxTxD, positions_BxT, table)[0], None
+                x_BxTxD, _ = nnx.merge(graphdef, weights)(x_BxTxD, positions_BxT, table)
+                return constrain(x_BxTxD, stream), None
 
-            layer = jax.checkpoint(layer) if config.remat else layer
+            if config.remat != "none":
+                layer = jax.checkpoint(layer, policy=KEPT[config.remat], prevent_cse=False)
             x_BxTxD, _ = jax.lax.scan(layer, x_BxTxD, stacked, unroll=config.scan_unroll)
         else:
             updated = []
@@ -243,7 +240,6 @@ def sizes(config: ml_collections.ConfigDict) -> DecoderConfig:
     fields = {f.name: config[f.name] for f in dataclasses.fields(DecoderConfig)}
     fields |= {name: dtype_of(fields[name], name) for name in ("dtype", "param_dtype")}
     fields["rope_scaling"] = rope.RopeScaling(**fields["rope_scaling"])
-    fields["cache"] = architecture.cache_of(config.cache, config.num_kv_heads, config.head_dim)
     return DecoderConfig(**fields)
 
 

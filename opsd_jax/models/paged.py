@@ -12,7 +12,6 @@ Shapes: B rows, T tokens, N pages, S = N * PAGE slots, H heads, K key-value head
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 from jax.sharding import PartitionSpec as P
 
-from opsd_jax.parallel.mesh import ROWS
+from opsd_jax.parallel.mesh import ROWS, on_each_device
 
 # Tokens of a page, which the kernel copies in one piece, of 128 KiB to 1 MiB. With fewer it has
 # more copies to start; with more a row's last page has more room that is never filled.
@@ -55,13 +54,6 @@ def pages_per_block(pages: jax.Array) -> int:
     return max(1, min(BLOCK_TOKENS // page, BLOCK_BYTES // page_bytes, N))
 
 
-def _local(function: Callable, in_specs: tuple[P, ...], out_specs: Any) -> Callable:
-    """`function` on each device's own part, if there is a mesh in context."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return function
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-
 def write(cache, k_BxTxKxC: jax.Array, v_BxTxKxC: jax.Array, positions_BxT: jax.Array):
     """The cache with keys and values at their positions; those at -1 are written nowhere."""
 
@@ -72,7 +64,7 @@ def write(cache, k_BxTxKxC: jax.Array, v_BxTxKxC: jax.Array, positions_BxT: jax.
         at = jnp.arange(B)[:, None], slot_BxT // page, slot_BxT % page
         return pages.at[at].set(kv_BxTx2KxC, mode="drop")
 
-    local = _local(local, (PAGES, HEADS, HEADS, P(ROWS)), PAGES)
+    local = on_each_device(local, (PAGES, HEADS, HEADS, P(ROWS)), PAGES)
     return {"pages": local(cache["pages"], k_BxTxKxC, v_BxTxKxC, positions_BxT)}
 
 
@@ -85,7 +77,7 @@ def dense(cache) -> tuple[jax.Array, jax.Array]:
         return kv_BxSxKx2xC[..., 0, :].transpose(0, 2, 3, 1), kv_BxSxKx2xC[..., 1, :].swapaxes(1, 2)
 
     by_head = P(ROWS, "tensor")
-    return _local(local, (PAGES,), (by_head, by_head))(cache["pages"])
+    return on_each_device(local, (PAGES,), (by_head, by_head))(cache["pages"])
 
 
 def attend(q_Bx1xHxC: jax.Array, cache, positions_Bx1: jax.Array) -> jax.Array:
@@ -120,5 +112,5 @@ def attend(q_Bx1xHxC: jax.Array, cache, positions_Bx1: jax.Array) -> jax.Array:
         out_BxHxC = out_BxHxC[jnp.argsort(order_B)]
         return jnp.where(position_B[:, None, None] < 0, 0, out_BxHxC)[:, None]
 
-    local = _local(local, (HEADS, PAGES, P(ROWS)), HEADS)
+    local = on_each_device(local, (HEADS, PAGES, P(ROWS)), HEADS)
     return local(q_Bx1xHxC, cache["pages"], positions_Bx1)

@@ -48,7 +48,8 @@ def from_config(config: ml_collections.ConfigDict) -> Model:
             f"model.path is {config.path!r}; expected a directory of this machine: nothing is "
             "downloaded."
         )
-    options = {name: config[name] for name in ("remat", "scan_unroll", "cache")}
+    forms = ("remat", "sequence_parallel", "attention", "cache", "scan_unroll")
+    options = {name: config[name] for name in forms}
     for name in ("dtype", "param_dtype"):
         options[name] = architecture.dtype_of(config[name], name)
     return open_model(directory, **options)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -119,6 +121,38 @@ def rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
 def rows_in_context() -> P | None:
     """The PartitionSpec of `rows` if there is a mesh in context (`jax.set_mesh`), else None."""
     return None if jax.sharding.get_abstract_mesh().empty else P(ROWS)
+
+
+def on_each_device(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """`function` on each device's own part (`jax.shard_map`), if there is a mesh in context."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def constrain(x: jax.Array, spec: P) -> jax.Array:
+    """`x`, laid out so if there is a mesh in context."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+_compiling_for_tpu = contextvars.ContextVar("compiling_for_tpu", default=False)
+
+
+@contextlib.contextmanager
+def compiling_for_tpu() -> Iterator[None]:
+    """Within it models are made as for TPUs, though there is none."""
+    token = _compiling_for_tpu.set(True)
+    try:
+        yield
+    finally:
+        _compiling_for_tpu.reset(token)
+
+
+def on_tpu() -> bool:
+    """Whether models are made for TPUs."""
+    return _compiling_for_tpu.get() or jax.default_backend() == "tpu"
 
 
 def row_shards(mesh: Mesh) -> int:
