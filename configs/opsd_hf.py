@@ -32,6 +32,7 @@ def get_config():
             "slots": 32,
             "contexts": ("solution", "answer"),  # the answer does where there is no solution
             "teacher_prompt_tokens": 4096,
+            "teacher_buckets": (2048, 3072, 5120, 12288),
             "max_rows": 0,
             "checkpoint_every": 25,
         }

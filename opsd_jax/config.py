@@ -277,7 +277,8 @@ def default() -> ConfigDict:
     config.sft.steps = 1300
     config.sft.batch_size = 32  # demonstrations a step
     config.sft.microbatch = 32  # rows computed at once
-    config.sft.buckets = (56, 80, 128)  # padded lengths, prompt and response
+    # Padded lengths of prompt and response, less the last token: one program has them all.
+    config.sft.buckets = (56, 80, 128)
     config.sft.loss_chunk = 0  # tokens whose logits are made at once, on a device; 0: as fits
     config.sft.checkpoint_every = 100  # steps
     config.sft.optimizer = optimizer(
@@ -299,7 +300,7 @@ def default() -> ConfigDict:
     config.rlvr.response_tokens = 88  # the budget of a response; one that fills it is truncated
     config.rlvr.updates = 2  # optimiser updates a step, on equal parts of its rollouts
     config.rlvr.microbatch = 32
-    config.rlvr.buckets = (48, 88)  # padded lengths of responses
+    config.rlvr.buckets = (64, 103)  # as sft.buckets
     config.rlvr.loss_chunk = 0
     # The algorithm, by its parts; every field is explained at opsd_jax.losses.PolicyGradient.
     config.rlvr.objective = objective("grpo", kl_coefficient=0.0, aggregation="token")
@@ -346,7 +347,9 @@ def default() -> ConfigDict:
     config.opsd.response_tokens = 88
     config.opsd.max_rows = 64  # train on the first so many that the gate keeps; 0 for all
     config.opsd.microbatch = 16
-    config.opsd.buckets = (40, 88)
+    config.opsd.buckets = (56, 103)  # as sft.buckets
+    # The same with the teacher's prompt, one for each of these; (): teacher_prompt_tokens more.
+    config.opsd.teacher_buckets = (80, 126)
     config.opsd.loss_chunk = 0
     # The divergence and what weighs it; every field is explained at opsd_jax.losses.OPSD.
     config.opsd.loss = distillation()
@@ -391,7 +394,7 @@ def own_model() -> ConfigDict:
     config.data.heldout_problems = 64
     for stage in (config.rlvr, config.opsd):
         stage.update({"prompt_tokens": 1024, "response_tokens": 8192, "microbatch": 16})
-        stage.buckets = (1024, 2048, 4096, 8192)
+        stage.buckets = (1024, 2048, 4096, 9216)
         stage.optimizer.update({"b2": 0.999, "weight_decay": 0.01})
     config.evaluation.update({"problems": 0, "samples": 8, "slots": 128})
     config.evaluation.update({"temperature": 0.6, "top_p": 0.95, "top_k": 20})

@@ -95,7 +95,7 @@ def check(
         if section.algorithm == "sft":
             both = lambda row: [*row.prompt, *row.response]
             rows = task.demonstrations(stage_seed(name))
-            holds(f"{name}.buckets", section.buckets[-1], rows, both)
+            holds(f"{name}.buckets", section.buckets[-1] + 1, rows, both)
             continue
         divides(f"{name}.slots", section.slots)
         holds(f"{name}.prompt_tokens", section.prompt_tokens, task.train, task.prompt)

@@ -15,6 +15,7 @@ from opsd_jax import config as config_lib
 from opsd_jax import config_files, losses
 from opsd_jax.data import contexts
 from opsd_jax.stages import teacher as teacher_lib
+from opsd_jax.stages.privileged import inserted_tokens
 
 # Bounds of numbers, by the last part of the field's name.
 _AT_LEAST_ONE = {
@@ -71,8 +72,8 @@ def validate(config: ConfigDict) -> None:
             fail(field, value, "a number in [0, 1)")
         if name == "schedule" and value not in ("constant", "cosine"):
             fail(field, value, "'constant' or 'cosine'")
-        if name == "buckets" and not (
-            value
+        if name in ("buckets", "teacher_buckets") and not (
+            (value or name == "teacher_buckets")
             and all(type(length) is int and length > 0 for length in value)
             and sorted(set(value)) == value
         ):
@@ -113,11 +114,12 @@ def validate(config: ConfigDict) -> None:
                 f"less than {updates}, the stage's updates",
             )
         if section.algorithm != "sft":
-            if section.buckets[-1] < section.response_tokens:
+            longest = section.prompt_tokens + section.response_tokens - 1
+            if section.buckets[-1] < longest:
                 fail(
                     f"{stage}.buckets",
                     section.buckets,
-                    f"a last bucket that holds a response of {section.response_tokens} tokens",
+                    f"a last one of at least {longest}, as prompt_tokens and response_tokens ask",
                 )
             rollouts = section.prompts * section.group_size
             parts = {
@@ -157,6 +159,15 @@ def _validate_teaching(
 ) -> None:
     """Calls `fail` for the first field of an OPSD stage's contexts and teacher that cannot be."""
     kinds, teacher = tuple(section.contexts), section.teacher
+    there = section.teacher_buckets
+    longest = section.teacher_prompt_tokens + section.response_tokens - 1
+    longest += inserted_tokens(section, section.response_tokens)
+    if there and (len(there) != len(section.buckets) or there[-1] < longest):
+        fail(
+            f"{stage}.teacher_buckets",
+            there,
+            f"one for each of {stage}.buckets, the last at least {longest}, or () for none",
+        )
     known = ", ".join(contexts.KINDS)
     if not kinds or not all(kind in contexts.KINDS or ":" in kind for kind in kinds):
         expected = f"a tuple of kinds among {known}, or 'package.module:function'"

@@ -94,7 +94,7 @@ def test_a_config_json_of_ours_reads_back(name, tmp_path):
     section = config_lib.preset(name)
     sizes = decoder.sizes(section)
     (tmp_path / "config.json").write_text(json.dumps(architecture.to_json(sizes, "float32")))
-    options = {"dtype": jnp.bfloat16, "remat": True}
+    options = {"dtype": jnp.bfloat16, "remat": "full"}
     assert architecture.from_json(tmp_path / "config.json", **options) == sizes
 
 

@@ -23,14 +23,14 @@ def test_overrides_take_the_field_s_type():
         opsd__gate="1,0.5,0",
         seed="7",
         rlvr__optimizer__learning_rate="1",
-        model__remat="true",
+        model__tie_word_embeddings="true",
         mesh="(1, 1, 1)",
         evaluation__temperature="0.5",
     )
     assert config.opsd.gate == "1,0.5,0"
     assert config.seed == 7
     assert config.rlvr.optimizer.learning_rate == 1.0
-    assert config.model.remat is True
+    assert config.model.tie_word_embeddings is True
     assert config.mesh == (1, 1, 1)
 
 
@@ -47,7 +47,7 @@ def test_overrides_take_the_field_s_type():
         ("sft.steps", "3.5", "expected int, such as 1300"),
         ("sft.steps", "many", "expected int"),
         ("sft.steps", "True", "expected int"),
-        ("model.remat", "1", "expected bool"),
+        ("model.tie_word_embeddings", "1", "expected bool"),
         ("sft.buckets", "56", "expected tuple"),
         ("sft.steps", "", "expected int"),
     ],
@@ -73,7 +73,10 @@ def test_a_bad_override_is_refused(field, text, message):
         ("rlvr.objective.clip_high", "-0.2", "config.rlvr.objective: clip_high is -0.2"),
         ("rlvr.objective.baseline", "mean", "config.rlvr.objective: baseline is 'mean'"),
         ("rlvr.overlong_buffer", "89", "overlong_buffer is 89; .*the budget of 88 tokens"),
-        ("opsd.buckets", "(40,)", r"opsd.buckets is .*holds a response of 88 tokens"),
+        ("opsd.buckets", "(40, 90)", r"opsd.buckets is .*a last one of at least 103"),
+        ("opsd.teacher_buckets", "(126,)", r"teacher_buckets is .*one for each of opsd.buckets"),
+        ("opsd.teacher_buckets", "(80, 90)", r"teacher_buckets is .*the last at least 126"),
+        ("opsd.teacher_buckets", "(126, 80)", "ascending order"),
         ("opsd.buckets", "(88, 40)", "ascending order"),
         ("sft.buckets", "()", "ascending order"),
         ("opsd.init_from", "opsd", "opsd.init_from is 'opsd'; expected '' or a stage before"),

@@ -86,7 +86,8 @@ def config(directory):
         config.data.heldout_problems = 2
         config.data.tokenizer = str(directory)
         config.opsd.update({"prompt_tokens": 120, "teacher_prompt_tokens": 400, "gate": "all"})
-        config.opsd.update({"prompts": 3, "group_size": 2, "max_rows": 0, "buckets": (40,)})
+        config.opsd.update({"prompts": 3, "group_size": 2, "max_rows": 0, "buckets": (160,)})
+        config.opsd.teacher_buckets = ()
         config.opsd.update({"microbatch": 4, "response_tokens": 40, "context_column": "hint"})
     return config
 
@@ -187,7 +188,7 @@ def test_the_stage_trains_on_those_with_a_context(config, task, rollouts):
     (batch,), metrics, _ = stage.batches(0, None)
     assert metrics["active_rows"] == 3
     assert metrics["no_context"] == 3
-    assert sum(bool(row.any()) for row in batch[0]["rows"]["mask"].reshape(-1, 40)) == 3
+    assert sum(bool(row.any()) for row in batch[0]["rows"]["mask"].reshape(-1, 160)) == 3
 
 
 def test_a_context_that_is_too_long_loses_its_end_and_nothing_else(config, task, rollouts):
@@ -245,13 +246,16 @@ def test_responses_keep_their_ids_around_reminders(config, task, rollouts):
     (batch,), *_ = stage.batches(0, None)
     data = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch[0]["rows"])
     reminded = 0
-    for i in range(6):
-        length = int(data["mask"][i].sum())
-        tokens, positions = (data["teacher"][name][i] for name in ("tokens", "positions"))
+    numbers = {tuple(ids.tolist()): i for i, ids in enumerate(rollouts.responses)}
+    seen = set()
+    for at in np.flatnonzero(data["mask"].any(-1)):
+        i = numbers[tuple(data["targets"][at][data["mask"][at]].tolist())]
+        seen.add(i)
+        tokens, positions = (data["teacher"][name][at] for name in ("tokens", "positions"))
         there = positions >= 0
         np.testing.assert_array_equal(positions[there], np.arange(there.sum()))
-        columns = data["teacher"]["predictors"][i, :length] + 1
-        np.testing.assert_array_equal(tokens[columns], rollouts.responses[i])
+        columns = data["teacher"]["columns"][at][data["mask"][at]][:-1] + 1
+        np.testing.assert_array_equal(tokens[columns], rollouts.responses[i][:-1])
         others = np.delete(np.flatnonzero(there), np.searchsorted(np.flatnonzero(there), columns))
         said = decoded(task, tokens[others].tolist())
         known = decoded(task, rows[i]["teacher"])
@@ -261,6 +265,7 @@ def test_responses_keep_their_ids_around_reminders(config, task, rollouts):
                 f" The correct final answer is {rollouts.problems[i].answer}"
             )
             reminded += 1
+    assert seen == set(range(6))
     assert reminded == sum(len(row["teacher/inserts"]) for row in rows.values())
 
 
@@ -287,17 +292,16 @@ def test_only_the_context_makes_a_divergence(config, task, rollouts, kind, every
             out = token_divergence(model, params, rows)
             reminded = np.zeros_like(rows["mask"])
             if every:
-                reminded = np.diff(rows["teacher"]["predictors"], axis=1, prepend=0) > 1
-                reminded[:, 0] = False
+                gaps = np.diff(rows["teacher"]["columns"], axis=1, prepend=0) > 1
+                reminded = gaps & rows["mask"] & np.roll(rows["mask"], 1, axis=1)
             np.testing.assert_array_equal(out[~reminded], 0)
             if every and reminded.any():
                 assert (out[reminded & rows["mask"]] > 1e-3).any()
 
 
 def token_divergence(model, params, rows):
-    R = rows["mask"].shape[1]
     heads = [
-        opsd.response_head(model.policy, params, jax.tree.map(jnp.asarray, rows[name]), R)
+        opsd.response_head(model.policy, params, jax.tree.map(jnp.asarray, rows[name]))
         for name in ("student", "teacher")
     ]
     said = losses.opsd(

@@ -193,9 +193,9 @@ def test_weights_that_are_gone_when_they_are_read_are_an_error_of_the_config(
 
 
 def test_the_fields_of_a_pretrained_model_are_of_their_types(config_file):
-    changes = {"model.path": "/m", "model.param_dtype": "bfloat16", "model.remat": "false"}
+    changes = {"model.path": "/m", "model.param_dtype": "bfloat16", "model.remat": "none"}
     config = config_files.load(config_file, changes)
-    assert (config.model.path, config.model.remat) == ("/m", False)
+    assert (config.model.path, config.model.remat) == ("/m", "none")
     assert config_files.from_flat(config_files.flatten(config)).model == config.model
     with pytest.raises(config_lib.ConfigError, match=r"no such field"):
         config_files.load(config_file, {"model.hidden_size": "64"})

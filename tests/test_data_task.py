@@ -201,8 +201,8 @@ def config(config, tmp_path, monkeypatch):
         config.sft.optimizer.warmup = 0
         for stage in (config.rlvr, config.opsd):
             stage.update({"steps": 1, "prompts": 4, "slots": 8, "response_tokens": 12})
-            stage.update({"prompt_tokens": 8, "buckets": (12,)})
-        config.opsd.teacher_prompt_tokens = 20
+            stage.update({"prompt_tokens": 8, "buckets": (24,)})
+        config.opsd.update({"teacher_prompt_tokens": 20, "teacher_buckets": ()})
         config.evaluation.update({"problems": 2, "slots": 4, "samples": 2})
         config.evaluation.update({"prompt_tokens": 8, "response_tokens": 12})
     validation.validate(config)
@@ -302,7 +302,7 @@ def test_a_task_from_files(config):
         ("data.train.sums.columns.solution", "", "SFT imitates solutions, and no problem of"),
         ("rlvr.prompt_tokens", "7", "prompt_tokens is 7; expected at least 8, which problem "),
         ("opsd.teacher_prompt_tokens", "10", "tokens without the privileged text; 10 fit"),
-        ("sft.buckets", "(17,)", "at least 18, which the demonstration to '. . . = ' has"),
+        ("sft.buckets", "(16,)", "at least 18, which the demonstration to '. . . = ' has"),
         ("model.vocab_size", "257", "model.vocab_size is 257; expected at least 258"),
     ],
 )
@@ -333,9 +333,9 @@ def test_of_many_problems_the_longest_are_looked_at(config, tmp_path, monkeypatc
 def test_a_demonstration_that_is_too_long_is_named(config, tmp_path):
     task = pipeline.Run(config, tmp_path).task
     section = config.sft.copy_and_resolve_references()
-    section.buckets = (17,)
+    section.buckets = (16,)
     stage = sft.stage(section, task, None, seed=0)
-    with pytest.raises(DataError, match=r"to '. . . = ' has 18 tokens; the last of .* is 17"):
+    with pytest.raises(DataError, match=r"to '. . . = ' has 18 tokens; the last of .* is 16"):
         stage.batches(0, None)
 
 

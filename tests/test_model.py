@@ -88,7 +88,7 @@ def test_logits_are_float32_of_a_bfloat16_model(config, score):
     assert np.abs(logits - exact).max() < 2**-5 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize("changes", [{"remat": True}, {"scan_unroll": 2}])
+@pytest.mark.parametrize("changes", [{"remat": "full"}, {"remat": "products"}, {"scan_unroll": 2}])
 def test_recomputing_and_unrolling_change_no_gradient(config, model, params, changes):
     model_config = config.model.copy_and_resolve_references()
     model_config.update(changes)

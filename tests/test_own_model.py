@@ -95,13 +95,14 @@ STAGE = {
     "microbatch": "8",
     "prompt_tokens": "200",
     "response_tokens": "16",
-    "buckets": "(8, 16)",
+    "buckets": "(160, 216)",
     "checkpoint_every": "1",
     "optimizer.learning_rate": "1e-2",
     "optimizer.warmup": "0",
 }
 OF_OPSD = {
     "opsd.teacher_prompt_tokens": "320",
+    "opsd.teacher_buckets": "()",
     "opsd.memo.tokens": "6",
     "opsd.memo.close_tokens": "4",
     "opsd.memo.slots": "8",

@@ -329,12 +329,12 @@ def tiny(config):
         tiny.sft.update({"steps": 400, "batch_size": 64, "microbatch": 64, "buckets": (16,)})
         tiny.sft.checkpoint_every = 1000
         for stage in (tiny.rlvr, tiny.opsd):
-            stage.update({"prompt_tokens": 3, "response_tokens": 12, "buckets": (12,)})
+            stage.update({"prompt_tokens": 3, "response_tokens": 12, "buckets": (16,)})
             stage.update({"checkpoint_every": 1000, "slots": 256, "microbatch": 32})
             stage.optimizer.learning_rate = 5e-4
         tiny.rlvr.update({"steps": 20, "prompts": 32, "group_size": 8})
         tiny.opsd.update({"steps": 50, "prompts": 64, "max_rows": 64, "gate": "correct"})
-        tiny.opsd.teacher_prompt_tokens = 5
+        tiny.opsd.update({"teacher_prompt_tokens": 5, "teacher_buckets": ()})
         tiny.evaluation.update({"prompt_tokens": 3, "response_tokens": 12})
         tiny.evaluation.update({"problems": 200, "samples": 4, "slots": 400})
     validation.validate(tiny)

@@ -49,16 +49,17 @@ def rows_of(batch):
         data = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), bucket["rows"])
         for i in np.flatnonzero(data["mask"].any(axis=1)):
             row = jax.tree.map(lambda x, i=i: x[i], data)
-            assert row["response"][1] not in found
-            found[int(row["response"][1])] = row
+            second = int(row["targets"][row["mask"]][1])
+            assert second not in found
+            found[second] = row
     return found
 
 
 def prompt_of(row, name):
     """The ids of a row's prompt, without padding."""
-    before = row[name]["tokens"].shape[0] - row["mask"].shape[0]
-    there = row[name]["positions"][:before] >= 0
-    return row[name]["tokens"][:before][there].tolist()
+    first = np.argmax(row["mask"])
+    last = first if name == "student" else row[name]["columns"][first]
+    return row[name]["tokens"][: last + 1].tolist()
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_opsd_trains_on_what_the_gate_keeps(config, task, model, rollouts, gate,
     assert metrics["active_rows"] == len(rows)
     for i, row in rows.items():
         assert [row[group] for group in Groups._fields] == groups_of[i].tolist()
-        np.testing.assert_array_equal(row["response"][row["mask"]], rollouts.responses[i])
+        np.testing.assert_array_equal(row["targets"][row["mask"]], rollouts.responses[i])
         logprobs = row["behaviour_logprobs"][row["mask"]]
         np.testing.assert_array_equal(logprobs, rollouts.sampling_logprobs[i])
         assert prompt_of(row, "student") == task.prompt(rollouts.problems[i])
@@ -190,14 +191,16 @@ def test_other_losses_of_opsd(config, task, model, params, rollouts):
     logits = {
         name: model.policy.unembed(
             p, model.policy.forward(p, micro[name]["tokens"], micro[name]["positions"])[0]
-        )[:, -micro["mask"].shape[1] - 1 : -1]
+        )
         for name, p in (("student", params), ("teacher", teacher))
     }
+    columns = micro["teacher"]["columns"][..., None]
+    logits["teacher"] = np.take_along_axis(np.asarray(logits["teacher"]), columns, axis=1)
     expected = losses.opsd(
         **logits,
         mask=micro["mask"],
         groups=tuple(micro[group] > 0 for group in Groups._fields),
-        tokens=micro["response"],
+        tokens=micro["targets"],
         behaviour_logprobs=micro["behaviour_logprobs"],
         options=losses.OPSD(gate=(1.0, 0.5, 0.25), **changes),
     )
@@ -271,7 +274,7 @@ def test_dynamic_sampling_replaces_problems_without_signal(config, task, model, 
     ids = [i for call in sampled.calls for i in call]
     assert len(set(ids)) == len(ids) == metrics["problems"] == len(records)
     informative = [i for i in ids if i % share == 0]
-    rows = [row["response"][1] for part in parts for row in all_rows(part)]
+    rows = [row["targets"][row["mask"]][1] for part in parts for row in all_rows(part)]
     assert rows == [i % 30 for i in informative[:8] for _ in range(2)]
     assert len(sampled.calls) <= 4
     assert len(rows) == 16 or len(sampled.calls) == 4

@@ -20,7 +20,6 @@ from opsd_jax.verify.groups import Groups
 
 GATE = (1.0, 0.5, 2.0)
 NO_GROUP = dict.fromkeys(Groups._fields, False)
-WIDTHS = {"student": 16, "teacher": 39}
 
 
 @pytest.fixture(scope="module")
@@ -43,21 +42,15 @@ def rows(task):
     return rows
 
 
-def pack(rows, *, buckets=(16, 40), microbatch=4, capacity=16, widths=WIDTHS):
+def pack(rows, *, buckets=((32, 55), (56, 80)), microbatch=4, capacity=16):
     return batch_lib.pack(
         rows,
-        [len(row["response"]) for row in rows],
-        buckets=buckets,
+        buckets=[{"student": student, "teacher": teacher} for student, teacher in buckets],
         microbatch=microbatch,
         capacity=capacity,
-        collate=functools.partial(
-            batch_lib.collate_responses,
-            microbatch=microbatch,
-            prompt_tokens=widths,
-            per_token=["behaviour_logprobs"],
-            per_row=Groups._fields,
-            pad_id=0,
-        ),
+        per_token=["behaviour_logprobs"],
+        per_row=Groups._fields,
+        pad_id=0,
     )
 
 
@@ -100,40 +93,76 @@ def assert_equal(a, b):
     assert_close(a, b, rtol=0, atol=0)
 
 
+def live(batch):
+    """Each live microbatch, with the lengths of its sequences."""
+    for bucket in batch:
+        for i in range(int(bucket["count"])):
+            rows = jax.tree.map(lambda x, i=i: x[i], bucket["rows"])
+            yield rows, {name: rows[name]["tokens"].shape[1] for name in ("student", "teacher")}
+
+
 def test_packing_loses_nothing_and_keeps_to_its_shapes(rows):
     batch, empty = pack(rows), pack([])
     assert jax.tree.map(np.shape, batch) == jax.tree.map(np.shape, empty)
-    short = sum(len(row["response"]) <= 16 for row in rows)
-    assert [int(b["count"]) for b in batch] == [-(-short // 4), -(-(12 - short) // 4)]
-    total = sum(b["rows"]["mask"].sum() for b in batch)
-    assert total == sum(len(row["response"]) for row in rows)
+    assert [int(b["count"]) for b in empty] == [0, 0]
     found = sorted(
-        tuple(tokens[mask])
-        for b in batch
-        for tokens, mask in zip(
-            b["rows"]["response"].reshape(16, -1), b["rows"]["mask"].reshape(16, -1), strict=True
-        )
+        tuple(targets[mask])
+        for data, _ in live(batch)
+        for targets, mask in zip(data["targets"], data["mask"], strict=True)
         if mask.any()
     )
     assert found == sorted(tuple(row["response"]) for row in rows)
 
 
-def test_responses_stand_at_the_same_columns_for_student_and_teacher(rows):
-    for bucket, padded in zip(pack(rows), (16, 40), strict=True):
-        data = bucket["rows"]
-        for name, width in WIDTHS.items():
-            response = data[name]["tokens"][..., width:]
-            assert response.shape[-1] == padded
-            mask = data["mask"]
-            np.testing.assert_array_equal(response[mask], data["response"][mask])
-            np.testing.assert_array_equal(data[name]["positions"][..., width:] >= 0, mask)
+def test_no_other_arrangement_in_order_of_length_computes_less():
+    """Against all ways to cut up to nine rows of four lengths into microbatches of up to three."""
+    rng = np.random.default_rng(0)
+    buckets = [{"student": length} for length in (4, 8, 10, 20)]
+    for n in [*range(10)] * 3:
+        rows = [{"student": [1], "response": [2] * k} for k in rng.integers(1, 20, n)]
+        batch = batch_lib.pack(rows, buckets=buckets, microbatch=3, capacity=9, pad_id=0)
+        sizes = [size["student"] for size in buckets]
+        cost = sum(int(b["count"]) * size for b, size in zip(batch, sizes, strict=True))
+        lengths = sorted(len(row["response"]) for row in rows)
+        padded = [next(size for size in sizes if size >= length) for length in lengths]
+
+        def least(end, padded=padded):
+            cuts = range(max(0, end - 3), end)
+            return min((least(i) + padded[end - 1] for i in cuts), default=0)
+
+        assert cost == least(n)
+        assert sum(b["rows"]["mask"].any(-1).sum() for b in batch) == n
+
+
+def test_student_and_teacher_find_the_same_tokens_of_a_response(rows):
+    for data, _ in live(pack(rows)):
+        for i in np.flatnonzero(data["mask"].any(-1)):
+            mask = data["mask"][i]
+            of_teacher = data["teacher"]["columns"][i][mask]
+            for name, predicting in (("student", np.flatnonzero(mask)), ("teacher", of_teacher)):
+                tokens, positions = data[name]["tokens"][i], data[name]["positions"][i]
+                n = (positions >= 0).sum()
+                np.testing.assert_array_equal(positions[:n], np.arange(n))
+                assert predicting[-1] == n - 1  # the last token computed predicts the response's
+                np.testing.assert_array_equal(tokens[predicting[1:]], data["targets"][i][mask][:-1])
+            np.testing.assert_array_equal(data["behaviour_logprobs"][i], np.where(mask, -1, 0))
+
+
+def test_the_useful_fraction_counts_what_live_microbatches_compute(rows):
+    useful = computed = 0
+    for row in rows:
+        useful += len(row["student"]) + len(row["teacher"]) + 2 * len(row["response"]) - 2
+    for _, lengths in live(batch := pack(rows)):
+        computed += 4 * sum(lengths.values())
+    assert batch_lib.useful_fraction([batch]) == pytest.approx(useful / computed)
+    assert batch_lib.useful_fraction([pack([])]) == 1
 
 
 def test_too_many_or_too_long_rows_are_refused(rows):
     with pytest.raises(ValueError, match="12 rows for a batch of capacity 8"):
         pack(rows, capacity=8)
-    with pytest.raises(ValueError, match=r"a row of \d+ tokens; the longest bucket holds 20"):
-        pack(rows, buckets=(10, 20))
+    with pytest.raises(ValueError, match=r"a row of .*; the longest bucket holds .*30"):
+        pack(rows, buckets=((20, 55), (30, 80)))
 
 
 def response_logits(score, params, prompt, response):
@@ -167,10 +196,9 @@ def test_loss_is_that_of_the_rows_one_by_one(score, train_step, start, rows):
     [
         {"microbatch": 2},
         {"microbatch": 16},
-        {"buckets": (40,)},
-        {"buckets": (5, 16, 30, 64)},
+        {"buckets": ((56, 80),)},
+        {"buckets": ((20, 40), (28, 50), (40, 70), (64, 90))},
         {"capacity": 40},
-        {"widths": {"student": 20, "teacher": 50}},
     ],
 )
 def test_arrangement_of_the_rows_does_not_matter(train_step, start, rows, arrangement):
@@ -291,11 +319,10 @@ def test_rlvr_gradient_is_that_of_grpo_by_hand(model, params, task, score, tempe
                 "advantages": advantage,
             }
         )
-    micro = batch_lib.collate_responses(
+    micro = batch_lib.collate(
         rows,
-        16,
+        {"student": 32},
         microbatch=8,
-        prompt_tokens={"student": 16},
         per_token=["behaviour_logprobs"],
         per_row=["advantages"],
         pad_id=0,
@@ -333,10 +360,13 @@ def test_sft_loss_is_the_cross_entropy_of_response_tokens(config, model, params,
             part, (tokens, _) = loss(params, None, micro)
             total, weight = total + float(part), weight + float(tokens)
             logprobs = np.asarray(
-                jax.nn.log_softmax(score(params, micro["tokens"], micro["positions"])), np.float64
+                jax.nn.log_softmax(
+                    score(params, micro["student"]["tokens"], micro["student"]["positions"])
+                ),
+                np.float64,
             )
             for row, t in zip(*np.nonzero(micro["mask"]), strict=True):
-                expected -= logprobs[row, t - 1, micro["tokens"][row, t]]
+                expected -= logprobs[row, t, micro["targets"][row, t]]
     assert (
         sum(bucket["rows"]["mask"].any(axis=-1).sum() for bucket in batch) == config.sft.batch_size
     )

@@ -95,7 +95,7 @@ def pair(request, tmp_path_factory):
 
 
 def decoder_from(directory):
-    section = config_lib.pretrained(directory, dtype="float32", remat=False)
+    section = config_lib.pretrained(directory, dtype="float32", remat="none")
     return pretrained.from_config(section)
 
 

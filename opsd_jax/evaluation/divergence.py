@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +15,8 @@ from opsd_jax.evaluation.statistics import ratio
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.policy import Params, Policy
 from opsd_jax.rollout.collect import Rollouts
-from opsd_jax.stages.batch import collate_responses, response_head
+from opsd_jax.stages.batch import collate, response_head
+from opsd_jax.stages.privileged import inserted_tokens
 
 FILE = "divergence.json"
 
@@ -24,19 +24,18 @@ FILE = "divergence.json"
 def token_kl(
     policy: Policy, temperature: float, chunk: int, params: Params, teacher: Params, rows: Any
 ) -> jax.Array:
-    """KL(student || teacher) [m, R] at each response token, of `collate_responses` rows."""
+    """KL(student || teacher) [m, T] where each response token is predicted, of a microbatch."""
 
     def loss(student, teacher, _):
         return losses.reverse_kl(
             student_logits=student, teacher_logits=teacher, temperature=temperature
         ), {}
 
-    R = rows["mask"].shape[1]
     return losses.token_values(
         loss,
         rows["mask"],
-        student=response_head(policy, params, rows["student"], R),
-        teacher=response_head(policy, teacher, rows["teacher"], R),
+        student=response_head(policy, params, rows["student"]),
+        teacher=response_head(policy, teacher, rows["teacher"]),
         chunk=chunk,
         partition=mesh_lib.rows_in_context(),
     )
@@ -52,17 +51,14 @@ class DivergenceProbe:
         task: Task,
         policy: Policy,
         mesh: jax.sharding.Mesh,
-        insert_tokens: Callable[[int], int],
     ):
-        """`config` is the section of an OPSD stage, `evaluation` that of the responses,
-        `insert_tokens` of `Privileged`.
-        """
-        self._insert_tokens = {"teacher": insert_tokens}
+        """`config` is the section of an OPSD stage, `evaluation` that of the responses."""
         self._microbatch, self._task = config.microbatch, task
         self._response_tokens = evaluation.response_tokens
-        self._prompt_tokens = {
-            "student": evaluation.prompt_tokens,
-            "teacher": config.teacher_prompt_tokens,
+        inserted = inserted_tokens(config, evaluation.response_tokens)
+        self._lengths = {
+            "student": evaluation.prompt_tokens + evaluation.response_tokens,
+            "teacher": config.teacher_prompt_tokens + evaluation.response_tokens + inserted,
         }
         self._mesh, self._rows = mesh, mesh_lib.rows(mesh)
         self._divergence = jax.jit(
@@ -89,11 +85,12 @@ class DivergenceProbe:
           clustered by problem, and the `count` of responses that are so long. Positions that fewer
           than two problems' responses reach are left out.
         """
-        m, R, chosen = self._microbatch, self._response_tokens, list(taught)
-        values = np.full((len(chosen), R), np.nan)
-        for first in range(0, len(chosen), m):
+        m, chosen = self._microbatch, list(taught)
+        n = len(chosen)
+        values = np.full((n, self._response_tokens), np.nan)
+        for first in range(0, n, m):
             part = chosen[first : first + m]
-            rows = collate_responses(
+            rows = collate(
                 [
                     taught[i]
                     | {
@@ -102,16 +99,16 @@ class DivergenceProbe:
                     }
                     for i in part
                 ],
-                R,
+                self._lengths,
                 microbatch=m,
-                prompt_tokens=self._prompt_tokens,
                 pad_id=self._task.tokenizer.pad_id,
-                insert_tokens=self._insert_tokens,
             )
             with jax.set_mesh(self._mesh):
                 scored = self._divergence(params, teacher, jax.device_put(rows, self._rows))
-            masked = np.where(rows["mask"], jax.device_get(scored), np.nan)
-            values[first : first + len(part)] = masked[: len(part)]
+            scored = jax.device_get(scored)
+            for i in range(first, first + len(part)):
+                mask = rows["mask"][i - first]
+                values[i, : mask.sum()] = scored[i - first][mask]
         ids = np.array([rollouts.problems[i].id for i in chosen])
         return {
             group: by_position(values[members[chosen]], ids[members[chosen]])

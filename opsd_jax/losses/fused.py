@@ -228,13 +228,24 @@ def _loop(loss, student: Head, teacher: Scores | None, inputs, chunk: int | None
         body = functools.partial(on_device, differentiated=differentiated)
         if not axes:
             return body(trained, fixed, weights)
-        return jax.shard_map(
+
+        # The gradient of the head comes as what each device found, and is summed out here: where
+        # its parameters are cut, the partitioner leaves each device its piece of the sum.
+        gradients = (P(axes), partition) if differentiated else None
+        value, found = jax.shard_map(
             body,
             in_specs=((P(), partition), (P(), partition), partition),
-            out_specs=((P(), partition), (P(), partition) if differentiated else None),
+            out_specs=((P(), partition), gradients),
             axis_names=set(axes),
             check_vma=False,
         )(trained, fixed, weights)
+        if not differentiated:
+            return value, None
+        of_head, of_hidden = found
+        of_head = jax.tree.map(lambda g, x: g.sum(0).astype(x.dtype), of_head, trained[0])
+        # Summed before anything goes on with the hidden states: what each device found is as large
+        # as the head, and would stay beside all of the backward pass.
+        return value, jax.lax.optimization_barrier((of_head, of_hidden))
 
     def on_device(trained, fixed, weights, differentiated):
         """The loop over the tokens that one device has."""
@@ -298,8 +309,9 @@ def _loop(loss, student: Head, teacher: Scores | None, inputs, chunk: int | None
         whole = lambda x: x.reshape(*shape, *x.shape[1:])
         if differentiated:
             of_head, of_hidden = gradients
-            of_head = jax.lax.psum(of_head, axes) if axes else of_head
-            of_head = jax.tree.map(lambda g, x: g.astype(x.dtype), of_head, head)
+            of_head = jax.tree.map(
+                (lambda g, x: g[None]) if axes else (lambda g, x: g.astype(x.dtype)), of_head, head
+            )
             gradients = of_head, whole(of_hidden)
         total = jax.lax.psum(total, axes) if axes else total
         return (total, jax.tree.map(whole, said)), gradients

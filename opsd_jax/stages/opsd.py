@@ -23,8 +23,8 @@ from opsd_jax.data.task import Task
 from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
 from opsd_jax.stages import teacher as teacher_lib
-from opsd_jax.stages.batch import pack_responses, response_head
-from opsd_jax.stages.privileged import Privileged
+from opsd_jax.stages.batch import Lengths, pack, response_head, useful_fraction
+from opsd_jax.stages.privileged import Privileged, inserted_tokens
 from opsd_jax.stages.rollouts import RollOut, group_records, rollout_metrics
 from opsd_jax.stages.stage import Stage, StepData
 from opsd_jax.verify.groups import Groups
@@ -44,13 +44,12 @@ def loss_fn(
 
     That is with the default options; see `losses.opsd`. `teacher_head` is of `teacher.make_head`.
     """
-    R = microbatch["mask"].shape[1]
     loss = losses.opsd(
-        student=response_head(policy, params, microbatch["student"], R),
-        teacher=teacher_head(params, teacher, microbatch["teacher"], R),
+        student=response_head(policy, params, microbatch["student"]),
+        teacher=teacher_head(params, teacher, microbatch["teacher"]),
         mask=microbatch["mask"],
         groups=tuple(microbatch[group] > 0 for group in Groups._fields),
-        tokens=microbatch["response"],
+        tokens=microbatch["targets"],
         behaviour_logprobs=microbatch["behaviour_logprobs"],
         options=options,
         temperature=temperature,
@@ -69,6 +68,18 @@ def capacity(config: ml_collections.ConfigDict) -> int:
     """The most rollouts that a step trains on."""
     rollouts = config.prompts * config.group_size
     return min(config.max_rows or rollouts, rollouts)
+
+
+def buckets(config: ml_collections.ConfigDict) -> list[Lengths]:
+    """The shapes of microbatches: padded lengths of the student's sequences and the teacher's."""
+    inserted = inserted_tokens(config, config.response_tokens)
+    lengths = config.teacher_buckets or [
+        student + config.teacher_prompt_tokens + inserted for student in config.buckets
+    ]
+    return [
+        {"student": student, "teacher": teacher}
+        for student, teacher in zip(config.buckets, lengths, strict=True)
+    ]
 
 
 def trains(config: ml_collections.ConfigDict, groups: Groups) -> np.ndarray:
@@ -90,14 +101,13 @@ def stage(
     """
     options = options_of(config)
     batch_of = functools.partial(
-        pack_responses,
-        config=config,
+        pack,
+        buckets=buckets(config),
+        microbatch=config.microbatch,
         capacity=capacity(config),
-        prompt_tokens={"student": config.prompt_tokens, "teacher": config.teacher_prompt_tokens},
         per_token=["behaviour_logprobs"],
         per_row=Groups._fields,
         pad_id=task.tokenizer.pad_id,
-        insert_tokens={"teacher": privileged.insert_tokens},
     )
 
     def batches(step, params):
@@ -116,10 +126,11 @@ def stage(
             | {group: members[i] for group, members in groups._asdict().items()}
             for i, seen in taught.rows.items()
         ]
-        metrics = rollout_metrics(rollouts, config.group_size)
+        metrics = rollout_metrics(rollouts, config.group_size) | taught.metrics
+        batch = batch_of(rows)
         return StepData(
-            [batch_of(rows)],
-            metrics | taught.metrics | {"active_rows": float(len(rows))},
+            [batch],
+            metrics | {"active_rows": float(len(rows)), "useful_tokens": useful_fraction([batch])},
             group_records(rollouts, config.group_size),
         )
 

@@ -24,6 +24,12 @@ _LISTED = re.compile(r"\s*\d+\.")
 _ENDS_SENTENCE = re.compile(r"[.!?][\"')\]]*\s*$|\n\s*$")
 
 
+def inserted_tokens(config: ml_collections.ConfigDict, response_tokens: int) -> int:
+    """The most tokens that reminders add to a response of so many; `config` is an OPSD stage's."""
+    every = config.reinject_every
+    return response_tokens // every * config.reminder_tokens if every else 0
+
+
 class Taught(NamedTuple):
     """What the teachers of some rollouts are given.
 
@@ -67,11 +73,6 @@ class Privileged:
         own = [kind for kind in config.contexts if ":" in kind]
         self._find |= {kind: import_function(kind, "opsd.contexts") for kind in own}
         self._looks_around = bool(own) or "sibling" in config.contexts
-
-    def insert_tokens(self, padded: int) -> int:
-        """The most tokens that reminders add to a response of up to `padded` tokens."""
-        every = self._config.reinject_every
-        return padded // every * self._config.reminder_tokens if every else 0
 
     def __call__(
         self,

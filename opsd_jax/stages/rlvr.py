@@ -16,7 +16,7 @@ from opsd_jax import losses
 from opsd_jax.data.task import Task
 from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
-from opsd_jax.stages.batch import pack_responses, response_head
+from opsd_jax.stages.batch import pack, response_head, useful_fraction
 from opsd_jax.stages.rollouts import RollOut, group_records, rollout_metrics
 from opsd_jax.stages.stage import Stage, StepData
 from opsd_jax.stages.teacher import FROZEN
@@ -37,28 +37,26 @@ def loss_fn(
     `temperature` is that of the sampling: the ratio compares the distributions sampled from.
     `teacher` is the reference, if the options have a KL to one.
     """
-    tokens_mxR, mask_mxR = microbatch["response"], microbatch["mask"]
+    tokens_mxT, mask_mxT = microbatch["targets"], microbatch["mask"]
     partition = rows_in_context()
-    head = functools.partial(
-        response_head, policy, sequences=microbatch["student"], response_tokens=mask_mxR.shape[1]
-    )
-    reference_mxR = None
+    head = functools.partial(response_head, policy, sequences=microbatch["student"])
+    reference_mxT = None
     if options.kl_coefficient:
-        reference_mxR = losses.response_logprobs(
+        reference_mxT = losses.response_logprobs(
             student=jax.lax.stop_gradient(head(teacher)),
-            tokens=tokens_mxR,
-            mask=mask_mxR,
+            tokens=tokens_mxT,
+            mask=mask_mxT,
             temperature=temperature,
             chunk=chunk,
             partition=partition,
         )
     loss = losses.policy_gradient(
         student=head(params),
-        tokens=tokens_mxR,
-        mask=mask_mxR,
+        tokens=tokens_mxT,
+        mask=mask_mxT,
         advantages=microbatch["advantages"],
         behaviour_logprobs=microbatch["behaviour_logprobs"],
-        reference_logprobs=reference_mxR,
+        reference_logprobs=reference_mxT,
         options=options,
         temperature=temperature,
         chunk=chunk,
@@ -97,10 +95,10 @@ def stage(
     """
     options = losses.PolicyGradient(**config.objective)
     batch_of = functools.partial(
-        pack_responses,
-        config=config,
+        pack,
+        buckets=[{"student": length} for length in config.buckets],
+        microbatch=config.microbatch,
         capacity=capacity(config) // config.updates,
-        prompt_tokens={"student": config.prompt_tokens},
         per_token=["behaviour_logprobs"],
         per_row=["advantages"],
         pad_id=task.tokenizer.pad_id,
@@ -131,9 +129,11 @@ def stage(
             )
         ]
         parts = np.array_split(np.arange(len(rows)), config.updates)
+        made = [batch_of([rows[i] for i in part]) for part in parts]
+        metrics = rollout_metrics(rollouts, config.group_size)
         return StepData(
-            [batch_of([rows[i] for i in part]) for part in parts],
-            rollout_metrics(rollouts, config.group_size),
+            made,
+            metrics | {"useful_tokens": useful_fraction(made)},
             group_records(rollouts, config.group_size),
         )
 

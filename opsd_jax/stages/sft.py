@@ -12,7 +12,7 @@ from opsd_jax.data.problem import DataError
 from opsd_jax.data.task import Demonstration, Task
 from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
-from opsd_jax.stages.batch import Microbatch, pack, right_pad
+from opsd_jax.stages.batch import pack, response_head, useful_fraction
 from opsd_jax.stages.stage import Stage, StepData
 
 WINDOW = 16  # steps whose demonstrations are sorted by length together, so that each pads little
@@ -21,12 +21,10 @@ WINDOW = 16  # steps whose demonstrations are sorted by length together, so that
 def loss_fn(policy: Policy, chunk: int, params, teacher, microbatch):
     """Sum over response tokens of -log p(token), and their number."""
     del teacher
-    tokens, positions = microbatch["tokens"], microbatch["positions"]
-    hidden_mxTxD, _ = policy.forward(params, tokens[:, :-1], positions[:, :-1])
     loss = losses.sft(
-        student=losses.Head(policy.unembed, params, hidden_mxTxD),
-        tokens=tokens[:, 1:],
-        mask=microbatch["mask"][:, 1:],
+        student=response_head(policy, params, microbatch["student"]),
+        tokens=microbatch["targets"],
+        mask=microbatch["mask"],
         chunk=chunk,
         partition=rows_in_context(),
     )
@@ -36,37 +34,23 @@ def loss_fn(policy: Policy, chunk: int, params, teacher, microbatch):
 def stage(config: ml_collections.ConfigDict, task: Task, policy: Policy, seed: int) -> Stage:
     """The SFT stage; `config` is `config.sft` (see opsd_jax/config.py)."""
     demonstrations = task.demonstrations(seed)
-    buckets = tuple(config.buckets)
-
-    def collate(rows: list[Demonstration], padded: int) -> Microbatch:
-        shape = (config.microbatch, padded)
-        sequences = [[*row.prompt, *row.response] for row in rows]
-        return {
-            "tokens": right_pad(sequences, shape, np.int32(task.tokenizer.pad_id)),
-            "positions": right_pad([range(len(s)) for s in sequences], shape, np.int32(-1)),
-            "mask": right_pad(
-                [[False] * len(r.prompt) + [True] * len(r.response) for r in rows], shape, False
-            ),
-        }
 
     def length(row: Demonstration) -> int:
         tokens = len(row.prompt) + len(row.response)
-        if tokens > buckets[-1]:
+        if tokens - 1 > config.buckets[-1]:
             raise DataError(
                 f"the demonstration to {task.tokenizer.decode(row.prompt)[:60]!r} has {tokens} "
-                f"tokens; the last of the stage's buckets is {buckets[-1]}."
+                f"tokens; the last of the stage's buckets is {config.buckets[-1]}, for one more."
             )
         return tokens
 
-    def batch_of(rows):
-        return pack(
-            rows,
-            [length(row) for row in rows],
-            buckets=buckets,
-            microbatch=config.microbatch,
-            capacity=config.batch_size,
-            collate=collate,
-        )
+    batch_of = functools.partial(
+        pack,
+        buckets=[{"student": tokens} for tokens in config.buckets],
+        microbatch=config.microbatch,
+        capacity=config.batch_size,
+        pad_id=task.tokenizer.pad_id,
+    )
 
     @functools.lru_cache(maxsize=1)
     def window(index: int) -> list[list[Demonstration]]:
@@ -79,11 +63,13 @@ def stage(config: ml_collections.ConfigDict, task: Task, policy: Policy, seed: i
     def batches(step, params):
         del params
         rows = window(step // WINDOW)[step % WINDOW]
+        batch = batch_of([{"student": row.prompt, "response": row.response} for row in rows])
         metrics = {
             "length": float(np.mean([len(row.response) for row in rows])),
             "tokens": float(sum(map(length, rows))),
+            "useful_tokens": useful_fraction([batch]),
         }
-        return StepData([batch_of(rows)], metrics)
+        return StepData([batch], metrics)
 
     return Stage(
         steps=config.steps,

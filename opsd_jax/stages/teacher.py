@@ -99,15 +99,13 @@ def warning(config: ml_collections.ConfigDict) -> str:
 
 
 def make_head(policy: Policy, config: ml_collections.ConfigDict) -> Callable[..., Head]:
-    """`(params, teacher, sequences, response_tokens) -> Head`: the teacher's logits, as
-    `response_head`; `params` are the student's, `teacher` is what `Teacher` keeps, or None.
+    """`(params, teacher, sequences) -> Head`: the teacher's logits, as `response_head`; `params`
+    are the student's, `teacher` is what `Teacher` keeps, or None.
     """
     mixed = functools.partial(_mix, policy.unembed, config.rate)
 
-    def head(params: Params, teacher: Params, sequences: Any, response_tokens: int) -> Head:
-        of = functools.partial(
-            response_head, policy, sequences=sequences, response_tokens=response_tokens
-        )
+    def head(params: Params, teacher: Params, sequences: Any) -> Head:
+        of = functools.partial(response_head, policy, sequences=sequences)
         params = jax.lax.stop_gradient(params)
         if config.kind == "live":
             return of(params)
