@@ -15,27 +15,9 @@ responses some 30 % shorter at the same accuracy, most of it within 25 steps; on
 at the report before you believe it.
 """
 
-from opsd_jax import config as config_lib
+from opsd_jax import recipes
 
 
 def get_config():
     """One stage, from the model as it is."""
-    config = config_lib.own_model()
-    config.stages = ("opsd",)
-    config.opsd.update(
-        {
-            "init_from": "",
-            "steps": 100,
-            "gate": "correct",
-            "prompts": 32,
-            "group_size": 1,
-            "slots": 32,
-            "contexts": ("solution", "answer"),  # the answer does where there is no solution
-            "teacher_prompt_tokens": 4096,
-            "teacher_buckets": (2048, 3072, 5120, 12288),
-            "max_rows": 0,
-            "checkpoint_every": 25,
-        }
-    )
-    config.opsd.optimizer.learning_rate = 1e-6
-    return config
+    return recipes.opsd()

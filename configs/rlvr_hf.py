@@ -12,26 +12,9 @@ Hardware: sized for Qwen3-8B on 16 TPU v5p chips, and not run there; a smaller m
 never solved are left out and replaced. Expect accuracy to rise slowly, over hundreds of steps.
 """
 
-from opsd_jax import config as config_lib
+from opsd_jax import recipes
 
 
 def get_config():
     """One stage, from the model as it is."""
-    config = config_lib.own_model()
-    config.stages = ("rlvr",)
-    config.rlvr.update(
-        {
-            "init_from": "",
-            "steps": 200,
-            "prompts": 32,
-            "group_size": 8,
-            "slots": 128,
-            "updates": 2,
-            "resample_rounds": 2,
-            "objective": config_lib.objective("dapo"),
-            "overlong_buffer": 1024,
-            "checkpoint_every": 20,
-        }
-    )
-    config.rlvr.optimizer.update({"learning_rate": 1e-6, "warmup": 10})
-    return config
+    return recipes.rlvr()

@@ -63,6 +63,9 @@ def optimizer(**changes: Any) -> ConfigDict:
     config.b1 = 0.9
     config.b2 = 0.98
     config.weight_decay = 0.0
+    # Of the first moment, "float32" or "bfloat16". The second has the parameters' own: in bfloat16
+    # its steps of 1 - b2 would be lost.
+    config.moment_dtype = "float32"
     config.clip_norm = 1.0  # the gradient's global norm is cut to this
     config.update(changes)
     return config
@@ -152,8 +155,9 @@ def decoder(**changes: Any) -> ConfigDict:
     # Between layers, tokens lie over `tensor`: activations take so much less memory (Megatron-LM,
     # arXiv 2205.05198). Padded lengths are multiples of it then.
     config.sequence_parallel = False
-    # Without a cache: "dense"; "splash", for TPUs: nothing of [T, T] is made; "auto" is that on a
-    # TPU, if its kernel takes the head's size.
+    # Of whole rows: "dense"; "splash", for TPUs: nothing of [T, T] is made, positions ascend along
+    # a row, and what goes into a cache begins it; "auto" is that on a TPU, if its kernel takes the
+    # head's size.
     config.attention = "auto"
     config.scan_unroll = 3  # layers a turn of the scan over layers; divides num_layers
     # Of keys and values: "dense"; "paged", for TPUs: decoding reads what is filled; "auto" is that
@@ -179,16 +183,18 @@ def preset(name: str, **changes: Any) -> ConfigDict:
     return decoder(**{**LARGE, **PRESETS[name], **changes})
 
 
-def pretrained(path: str | pathlib.Path = "", **changes: Any) -> ConfigDict:
+def pretrained(path: str | pathlib.Path = "", preset: str = "", **changes: Any) -> ConfigDict:
     """The section `model` of a directory with a Hugging Face `config.json` and safetensors files.
 
     Args:
       path: the directory; `--config.model.path` says it as well.
+      preset: whose sizes `opsd-jax plan` takes where there is no path.
       changes: its other fields -> values.
     """
     config = ConfigDict()
     config.make = "opsd_jax.models.pretrained:from_config"
     config.path = os.fspath(path)
+    config.preset = preset
     config.update(LARGE)
     config.lock()
     config.update(changes)
@@ -378,25 +384,4 @@ def default() -> ConfigDict:
     config.lock()
     for part in (*SOURCES, "template_options"):
         config.data[part].unlock()  # until the config is loaded
-    return config
-
-
-def own_model() -> ConfigDict:
-    """What configs for a Hugging Face model begin with: its directory is `model.path`, its data the
-    source `problems`, of which 64 are held out; rollouts of up to 8,192 tokens in both stages.
-    """
-    config = default()
-    config.mesh = (1, -1, 1)  # parameters cut over all devices
-    config.model = pretrained()
-    config.task = "opsd_jax.data.text:task"
-    config.data.tokenizer = ""
-    config.data.train.problems = source()
-    config.data.heldout_problems = 64
-    for stage in (config.rlvr, config.opsd):
-        stage.update({"prompt_tokens": 1024, "response_tokens": 8192, "microbatch": 16})
-        stage.buckets = (1024, 2048, 4096, 9216)
-        stage.optimizer.update({"b2": 0.999, "weight_decay": 0.01})
-    config.evaluation.update({"problems": 0, "samples": 8, "slots": 128})
-    config.evaluation.update({"temperature": 0.6, "top_p": 0.95, "top_k": 20})
-    config.evaluation.update({"prompt_tokens": 1024, "response_tokens": 8192})
     return config

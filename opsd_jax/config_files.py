@@ -16,12 +16,15 @@ from ml_collections import ConfigDict
 from opsd_jax.config import ConfigError
 
 
-def load(path: str | pathlib.Path, overrides: dict[str, str] | None = None) -> ConfigDict:
+def load(
+    path: str | pathlib.Path, overrides: dict[str, str] | None = None, *, data: bool = True
+) -> ConfigDict:
     """The config of a file's `get_config()`, with overrides, checked.
 
     Args:
       path: a Python file.
       overrides: dotted field -> text, as on the command line.
+      data: whether its sources have to be there.
 
     Raises:
       ConfigError: names the file or field, and what was expected.
@@ -45,7 +48,7 @@ def load(path: str | pathlib.Path, overrides: dict[str, str] | None = None) -> C
         override(config, field, text)
     if not config.data.tokenizer:
         config.data.tokenizer = config.model.get("path", "")
-    validate(config)
+    validate(config, data=data)
     return config
 
 

@@ -1,4 +1,4 @@
-"""The command line: `opsd-jax train | evaluate | report | convert`."""
+"""The command line: `opsd-jax train | evaluate | plan | report | convert`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,21 @@ examples:
   opsd-jax train --config configs/quickstart.py --workdir runs/all --config.opsd.gate=all
   opsd-jax evaluate --workdir runs/quickstart --stage opsd --compare runs/quickstart/rlvr
   opsd-jax evaluate --model models/Qwen3-8B --benchmark math500 --benchmark aime24 --out runs/qwen3
+  opsd-jax plan --config configs/qwen3_8b_opsd_v5p32.py --topology v5p:2x2x4
   opsd-jax report --workdir runs/quickstart
   opsd-jax convert --workdir runs/quickstart --stage opsd --out models/quickstart
 
-exit codes: 0 done; 1 the run failed; 2 bad usage or config; 130 or 143 stopped by a signal with a
-checkpoint saved: the same command goes on from there.
+exit codes: 0 done; 1 the run failed, or a planned one does not fit; 2 bad usage or config; 130 or
+143 stopped by a signal with a checkpoint saved: the same command goes on from there.
 """
 
 CONVERT = "Write the result of a stage, or a Hugging Face model anew, for transformers to load."
+PLAN = "Compile a run for TPUs that are not there: does it fit, what does it move, how long?"
+PLAN_EPILOG = """\
+Takes minutes: XLA's compiler for TPUs (pip install 'opsd-jax[tpu]') compiles every program of the
+run on this machine, which needs no TPU, no data and no weights: configs that name a preset take its
+sizes. Exit code 1 where the run does not fit. docs/pods.md explains the table.
+"""
 EVALUATE = "Evaluate the result of a stage, or a Hugging Face model, on held-out problems."
 EVALUATE_EPILOG = """\
 Without --benchmark all settings are the run's. With it they are those of the paper that are not
@@ -78,6 +85,7 @@ def parser(show_fields: bool = False) -> argparse.ArgumentParser:
         help=f"a Python file with get_config(); {OVERRIDE}FIELD=VALUE changes a field of it",
     )
     _add_evaluate(command("evaluate", EVALUATE, EVALUATE_EPILOG), workdir)
+    _add_plan(command("plan", PLAN, PLAN_EPILOG))
     report = command("report", "Write the report of a run again, from its records.")
     report.add_argument("--workdir", required=True, **workdir)
     _add_convert(command("convert", CONVERT), workdir)
@@ -142,6 +150,38 @@ def _add_evaluate(sub: argparse.ArgumentParser, workdir: dict[str, Any]) -> None
     )
 
 
+def share(text: str) -> float:
+    """A number in (0, 1]."""
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text}; expected a share above 0, at most 1")
+    return float(text)
+
+
+def _add_plan(sub: argparse.ArgumentParser) -> None:
+    """The arguments of `plan`."""
+    sub.add_argument(
+        "--config",
+        required=True,
+        help=f"a Python file with get_config(); {OVERRIDE}FIELD=VALUE changes a field of it",
+    )
+    sub.add_argument(
+        "--topology", required=True, help="chips by their shape: v5e:4x4, v5p:2x2x4, v6e:8x8, ..."
+    )
+    sub.add_argument(
+        "--slices",
+        type=int,
+        default=1,
+        help="so many of it, connected by the data centre's network",
+    )
+    sub.add_argument(
+        "--length",
+        type=share,
+        default=0.5,
+        help="of responses, as a share of their budget, for the times (default: %(default)s)",
+    )
+    sub.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+
 def _add_convert(sub: argparse.ArgumentParser, workdir: dict[str, Any]) -> None:
     """The arguments of `convert`."""
     _add_model(sub, workdir)
@@ -177,12 +217,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     rest, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     wants_help = rest[:1] == ["train"] and not {"-h", "--help"}.isdisjoint(rest)
     arguments = parser(show_fields=wants_help).parse_args(rest)
-    if overrides and arguments.command != "train":
+    if overrides and arguments.command not in ("train", "plan"):
         parser().error(f"{arguments.command} takes the run's own config, without {OVERRIDE}…")
 
     # Imported late: --help and a wrong argument need no JAX.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
-    from opsd_jax import benchmark, config_files, convert, pipeline, workdir
+    if arguments.command == "plan":
+        os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu compiles, and looks for no TPU
+    from opsd_jax import benchmark, config_files, convert, pipeline, plan, plan_table, workdir
     from opsd_jax import config as config_lib
     from opsd_jax.data.problem import DataError
     from opsd_jax.training.files import RecordError, to_json
@@ -197,6 +239,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(to_json(figures, indent=2))
             print(f"report: {figures['directory']}/index.html", file=sys.stderr)
             return 0
+        if arguments.command == "plan":
+            figures = plan.run(arguments, overrides)
+            made = [to_json(figures, indent=2)] if arguments.json else plan_table.lines(figures)
+            print(*made, sep="\n")
+            return 0 if figures["fits"] else 1
         if arguments.command == "convert":
             convert.run(arguments)
             print(f"model: {arguments.out}")
@@ -211,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         print(f"opsd-jax: {stop}: saved; the same command goes on from here.", file=sys.stderr)
         return stop.exit_code
-    except (config_lib.ConfigError, DataError) as error:
+    except (config_lib.ConfigError, DataError, plan.PlanError) as error:
         print(f"opsd-jax: {error}", file=sys.stderr)
         return 2
     except (RecordError, Diverged, PoolError) as error:

@@ -41,7 +41,7 @@ from opsd_jax.policy import Params
 from opsd_jax.progress import Progress
 from opsd_jax.rollout import sampling
 from opsd_jax.rollout.collect import Collector, Rollouts
-from opsd_jax.rollout.engine import Engine, EngineShape
+from opsd_jax.rollout.engine import Engine, EngineShape, shape_for
 from opsd_jax.stages import memos, opsd, rlvr, sft
 from opsd_jax.stages.privileged import Privileged
 from opsd_jax.stages.rollouts import step_rollouts
@@ -120,11 +120,16 @@ class Run:
             raise config_lib.ConfigError(
                 f"config.model.cache is 'paged', which TPUs run; expected 'auto' on a {kind}."
             )
-        shards = mesh_lib.row_shards(self.parameters.decode_mesh)
-        whole = lambda count: -(-count // shards) * shards
-        slots = min(slots, whole(rollouts))
-        prompts = whole(max(1, slots // (4 * group_size)))  # a prefill fills a quarter
-        return self._engine(EngineShape(slots, prompts, prompt_tokens, response_tokens))
+        return self._engine(
+            shape_for(
+                slots=slots,
+                group_size=group_size,
+                rollouts=rollouts,
+                prompt_tokens=prompt_tokens,
+                response_tokens=response_tokens,
+                shards=mesh_lib.row_shards(self.parameters.decode_mesh),
+            )
+        )
 
     def stage(self, name: str, poll: Callable[[], None] = lambda: None) -> Stage:
         """The stage of a section of the config; compiles what samples for it.
@@ -151,12 +156,13 @@ class Run:
             trains=functools.partial(module.trains, section),
             poll=poll,
         )
+        keep = self.model.decode_params
         if section.algorithm == "rlvr":
-            stage = rlvr.stage(section, self.task, self.model.policy, roll_out)
+            stage = rlvr.stage(section, self.task, self.model.policy, roll_out, keep)
         else:
             of_memos = seed_of(self.config, f"{seed}/memos")
             privileged = self.privileged(section, section, G, of_memos, poll)
-            stage = opsd.stage(section, self.task, self.model.policy, roll_out, privileged)
+            stage = opsd.stage(section, self.task, self.model.policy, roll_out, privileged, keep)
         # Cast and moved once a step, whatever the step samples.
         convert = self.parameters.decoding.convert
         return stage._replace(batches=lambda step, params: stage.batches(step, convert(params)))

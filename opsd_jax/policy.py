@@ -54,8 +54,8 @@ class Model(NamedTuple):
         matches the whole path says where the parameter lies (opsd_jax/parallel/mesh.py).
       vocab_size: V; at least the tokenizer's.
       decode_rules: as `rules`, while rollouts are sampled; None: where they lie anyway.
-      decode_params: `params -> params`, as they are while rollouts are sampled, cast to the dtype
-        of the products for one; pure.
+      decode_params: `params -> params`, a tree of the same names and shapes, as they are while
+        rollouts are sampled and in a teacher: cast to the dtype of the products, say; pure.
       unrolled: `params -> params` in a form that `policy.forward` takes as well, in which a step of
         decoding finds its weights as they are multiplied: XLA:CPU copies a layer's out of their
         stack at every step, other compilers read them there. The engine calls it on CPUs, once a

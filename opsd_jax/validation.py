@@ -40,13 +40,16 @@ _POSITIVE = {
 }
 
 
-def validate(config: ConfigDict) -> None:
-    """Raises ConfigError for the first field that cannot be run, before anything is built."""
+def validate(config: ConfigDict, *, data: bool = True) -> None:
+    """Raises ConfigError for the first field that cannot be run, before anything is built; without
+    `data` the sources may be missing.
+    """
 
     def fail(field: str, value: Any, expected: str):
         raise config_lib.ConfigError(f"config.{field} is {value!r}; expected {expected}.")
 
-    _validate_sources(config.data, fail)
+    if data:
+        _validate_sources(config.data, fail)
     largest = sys.float_info.max  # what stands for infinity
     for field, value in config_files.flatten(config).items():
         if field.startswith("data.template_options."):
@@ -70,6 +73,8 @@ def validate(config: ConfigDict) -> None:
             fail(field, value, "a share in [0, 1]")
         if name in ("b1", "b2") and not 0 <= value < 1:
             fail(field, value, "a number in [0, 1)")
+        if name == "moment_dtype" and value not in ("float32", "bfloat16"):
+            fail(field, value, "'float32' or 'bfloat16'")
         if name == "schedule" and value not in ("constant", "cosine"):
             fail(field, value, "'constant' or 'cosine'")
         if name in ("buckets", "teacher_buckets") and not (

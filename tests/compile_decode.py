@@ -99,10 +99,6 @@ def compiled(model, mesh, name):
     return done, params, cache
 
 
-def shard_bytes(leaf):
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-
 def kernel_bytes(cache, mesh):
     """What the kernel reads on a device: of each row, whole blocks of pages."""
     rows = LENGTHS[:: mesh_lib.row_shards(mesh)]
@@ -122,15 +118,23 @@ def main(arguments) -> None:
     sizes = {"cache": arguments.cache, "num_layers": arguments.layers}
     model = decoder.from_config(config_lib.preset("qwen3-8b", **sizes))
     done, params, cache = compiled(model, mesh, arguments.program)
-    text, memory, in_loop = done.as_text(), done.memory_analysis(), arguments.program == "chunk"
-    moved = hlo.accesses(text, in_loop=in_loop)
-    around = hlo.accesses(text, in_loop=False) if in_loop else []
+    program, memory = hlo.Program(done.as_text()), done.memory_analysis()
+    in_loop = arguments.program == "chunk"
+    everything = hlo.accesses(program)
+    moved = [access for access in everything if bool(access.loops) == in_loop]
+    around = [access for access in everything if in_loop and not access.loops]
     kernel = kernel_bytes(cache, mesh) if arguments.cache == "paged" else 0
-    collectives = [c.elements for c in hlo.collectives(text) if c.in_loop == in_loop]
+    collectives = [c.elements for c in hlo.collectives(program) if bool(c.loops) == in_loop]
     # Every weight is read but for the embedding, of which a row a slot is.
-    weights = sum(map(shard_bytes, jax.tree.leaves(params))) - shard_bytes(params["embedding"])
-    leaves = list(map(shard_bytes, jax.tree.leaves(cache)))
-    of_a_step = sum(a.bytes for a in moved) + sum(a.bytes for a in around) / STEPS + kernel
+    weights = sum(map(mesh_lib.shard_bytes, jax.tree.leaves(params))) - mesh_lib.shard_bytes(
+        params["embedding"]
+    )
+    leaves = list(map(mesh_lib.shard_bytes, jax.tree.leaves(cache)))
+    of_a_step = (
+        sum(a.bytes * hlo.turns(a.loops[1:]) for a in moved)
+        + sum(a.bytes for a in around) / STEPS
+        + kernel
+    )
     gib = {
         "argument": memory.argument_size_in_bytes,
         "temp": memory.temp_size_in_bytes,
@@ -145,7 +149,7 @@ def main(arguments) -> None:
     # By one instruction of the loop, as a part of a leaf of the cache; 1 would be a copy of it.
     seen["largest_write"] = max(access.written for access in moved) / min(leaves)
     if not in_loop:
-        everywhere = hlo.accesses(text, in_loop=False, vmem=True)
+        everywhere = [a for a in hlo.accesses(program, vmem=True) if not a.loops]
         xla = done.cost_analysis()["bytes accessed"]
         seen["account_by_xlas"] = sum(access.bytes for access in everywhere) / xla
     print(json.dumps(seen))

@@ -75,17 +75,15 @@ def main(topology: str, shape: str, form: str) -> None:
         )
         compiled = gradient.lower(head, hidden, head, hidden, mask, (group,) * 3).compile()
     memory = compiled.memory_analysis()
-    found = hlo.collectives(compiled.as_text())
-    largest = lambda looped: max((c.elements for c in found if c.in_loop == looped), default=0)
+    found = hlo.collectives(hlo.Program(compiled.as_text()))
+    largest = lambda looped: max((c.elements for c in found if bool(c.loops) == looped), default=0)
     print(
         json.dumps(
             {
                 "temp_gib": memory.temp_size_in_bytes / 2**30,
                 "largest_in_loop": largest(True),
                 "largest_outside": largest(False),
-                "of_head_size": sum(
-                    not c.in_loop and c.elements == D * V // sizes[2] for c in found
-                ),
+                "of_head_size": sum(not c.loops and c.elements == D * V // sizes[2] for c in found),
             }
         )
     )

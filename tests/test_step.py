@@ -13,7 +13,7 @@ from opsd_jax.data import arithmetic
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.stages import batch as batch_lib
 from opsd_jax.stages import opsd, rlvr, sft
-from opsd_jax.stages.teacher import FROZEN, make_head
+from opsd_jax.stages.teacher import frozen, make_head
 from opsd_jax.training import state as state_lib
 from opsd_jax.training import step as step_lib
 from opsd_jax.verify.groups import Groups
@@ -65,7 +65,7 @@ def teacher(params):
 @pytest.fixture(scope="module")
 def start(params, teacher):
     """A state whose Adam moments are not zero, so that a change of them shows."""
-    state = state_lib.init_state(params, OPTIMIZER, FROZEN)
+    state = state_lib.init_state(params, OPTIMIZER, frozen())
     gradient = jax.tree.map(jnp.ones_like, params)
     _, opt_state = OPTIMIZER.update(gradient, state["opt_state"], params)
     return state | {"opt_state": opt_state, "teacher": teacher}
@@ -259,7 +259,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(train_step
 
 def test_bfloat16_parameters_keep_their_dtype_over_steps(loss_fn, start, rows):
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), start["params"])
-    state = state_lib.init_state(low, OPTIMIZER, FROZEN)
+    state = state_lib.init_state(low, OPTIMIZER, frozen())
     dtypes = jax.tree.map(lambda x: x.dtype, state)
     step = jax.jit(step_lib.make_train_step(loss_fn, OPTIMIZER))
     for _ in range(2):

@@ -22,22 +22,34 @@ def test_collectives_are_found_in_loops_and_outside():
 }
 
 %inner (p: f32[8,4]) -> f32[8,4] {
-  %all-reduce.1 = (f32[8,4]{1,0}, f32[2]{0}) all-reduce-start(%p, %q), to_apply=%add
+  %p = f32[8,4]{1,0} parameter(0)
+  %q = f32[2]{0} parameter(1)
+  %all-reduce.1 = (f32[8,4], f32[2]) all-reduce-start(%p, %q), replica_groups=[2,8]<=[16]
 }
 
 %body.2 (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
-  %fusion.1 = f32[8,4]{1,0} fusion(%p), kind=kCustom, calls=%inner
+  %p = f32[8,4]{1,0} parameter(0)
+  %call.1 = f32[8,4]{1,0} call(%p), to_apply=%inner
+}
+
+%cond (p: (s32[], f32[8,4])) -> pred[] {
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] get-tuple-element(%p), index=1
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
 }
 
 ENTRY %main (p: f32[2,4]) -> f32[8,4] {
-  %all-gather.1 = bf16[16,4]{1,0:T(8,128)(2,1)} all-gather(%p), dimensions={0}
-  %while.1 = (s32[], f32[8,4]) while(%tuple), condition=%cond, body=%body.2
+  %p = f32[2,4]{1,0} parameter(0)
+  %all-gather.1 = bf16[16,4]{1,0:T(8,128)} all-gather(%p), replica_groups={{0,1,2,3},{4,5,6,7}}
+  %while.1 = (s32[], f32[8,4]) while(%tuple), condition=%cond, body=%body.2, OP_NAME
 }
 """
-    found = hlo.collectives(text)
-    assert [(c.op, c.elements, c.in_loop) for c in found] == [
-        ("all-reduce", 32, True),
-        ("all-gather", 64, False),
+    text = text.replace("OP_NAME", 'metadata={op_name="jit(f)/jvp()/loss_chunks/while"}')
+    loop = hlo.Loop("loss_chunks", None)
+    found = hlo.collectives(hlo.Program(text))
+    assert [(c.op, c.elements, c.bytes, c.devices, c.loops) for c in found] == [
+        ("all-gather", 64, 128, 4, ()),
+        ("all-reduce", 32, 128, 8, (loop,)),
     ]
 
 
@@ -84,6 +96,7 @@ def test_bytes_are_counted_of_what_is_read_and_written_in_hbm():
   %y = bf16[2,16]{1,0} fusion(%w, %x), kind=kOutput, calls=%of_a_layer
   %new = bf16[2,64,16]{2,1,0} fusion(%cache, %at, %y), kind=kCustom, calls=%in_place
   %out = bf16[2,16]{1,0} custom-call(%at, %y, %new), custom_call_target="tpu_custom_call"
+  %a = f32[2]{0} constant({...})
   %z = f32[2]{0} conditional(%at, %a, %a), branch_computations={%small, %large}
   %s = f32[2]{0} while(%z), condition=%cond, body=%inner, "known_trip_count":{"n":"5"}
   ROOT %tuple.1 = (bf16[4,8,16]{2,1,0}, bf16[2,64,16]{2,1,0}) tuple(%w, %new)
@@ -96,16 +109,16 @@ ENTRY %main (p: bf16[4,8,16]) -> bf16[2,64,16] {
   %loop = (bf16[4,8,16]{2,1,0}, bf16[2,64,16]{2,1,0}) while(%p), condition=%cond, body=%body
 }
 """
-    moved = hlo.accesses(text, in_loop=True)
+    moved = hlo.accesses(hlo.Program(text))
     layer, row, copy = (2 * 8 * 16, 2 * 2 * 16), 2 * 2 * 16, (8, 8)
-    assert [(a.read, a.written) for a in moved] == [
-        layer,  # the weight's piece; the other operand is in VMEM
-        (row + 8 + row, row),  # the rows that are replaced, their numbers, the new ones
-        (8 + row, row),  # not the cache
-        *[copy] * 2,  # the larger branch
-        *[copy] * 5,
+    assert [(a.read, a.written, hlo.turns(a.loops[1:])) for a in moved if a.loops] == [
+        (*layer, 1),  # the weight's piece; the other operand is in VMEM
+        (row + 8 + row, row, 1),  # the rows that are replaced, their numbers, the new ones
+        (8 + row, row, 1),  # not the cache
+        *[(*copy, 1)] * 2,  # the larger branch
+        (*copy, 5),
     ]
-    assert [(a.read, a.written) for a in hlo.accesses(text, in_loop=False)] == [(8, 0), (0, 8)]
+    assert [(a.read, a.written) for a in moved if not a.loops] == [(8, 0), (0, 8)]
 
 
 def compiled(script, *arguments):

@@ -221,7 +221,7 @@ def _loop(loss, student: Head, teacher: Scores | None, inputs, chunk: int | None
             "the shard_map, or check_vma=False and gradients that you reduce yourself."
         )
     vocab_size, width = _vocabulary("student", student), student.hidden.shape[-1]
-    most = chunk or max(128, min(width // 2, 512), 2**24 // vocab_size)
+    most = chunk_tokens(chunk, width, vocab_size)
     axes = _axes(partition, jnp.shape(student.hidden)[:2])
 
     def run(trained, fixed, weights, differentiated):
@@ -345,6 +345,11 @@ def _trimmed(head: Head):
         return unembed([given[i] if i in given else zeros(x) for i, x in enumerate(shapes)], hidden)
 
     return of_leaves_read, trained, fixed
+
+
+def chunk_tokens(chunk: int | None, width: int, vocab_size: int) -> int:
+    """The tokens of a chunk, of hidden states of this width (see `weighted_loss`)."""
+    return chunk or max(128, min(width // 2, 512), 2**24 // vocab_size)
 
 
 def _axes(partition: P | None, shape: tuple[int, ...]) -> tuple[str, ...]:

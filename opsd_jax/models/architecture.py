@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from opsd_jax.models import attention, paged
 from opsd_jax.models.rope import TYPES, RopeScaling
-from opsd_jax.parallel.mesh import on_tpu
+from opsd_jax.parallel.aot import on_tpu
 
 # What a layer keeps of itself for the backward pass, which computes the rest again: everything; its
 # input; the result of the splash attention kernel, too; the results of all products, too.

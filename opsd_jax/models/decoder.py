@@ -62,6 +62,19 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (x32 * scale).astype(x.dtype)
 
 
+def write(cache, k_BxTxKxC, v_BxTxKxC, positions_BxT):
+    """A layer's cache with keys and values at their positions; those at -1 are written nowhere."""
+    if "pages" in cache:
+        return paged.write(cache, k_BxTxKxC, v_BxTxKxC, positions_BxT)
+    length = cache["k"].shape[-1]
+    slot_BxT = jnp.where(positions_BxT < 0, length, positions_BxT)  # out of bounds: dropped
+    row_Bx1 = jnp.arange(len(slot_BxT))[:, None]
+    return {
+        "k": cache["k"].at[row_Bx1, :, :, slot_BxT].set(k_BxTxKxC, mode="drop"),
+        "v": cache["v"].at[row_Bx1, :, slot_BxT].set(v_BxTxKxC, mode="drop"),
+    }
+
+
 class Block(nnx.Module):
     """One layer: attention and SwiGLU, each on a normalised input and added to the residual."""
 
@@ -114,31 +127,27 @@ class Block(nnx.Module):
         q_BxTxHxC = rope.rotate(q_BxTxHxC, table)
         k_BxTxKxC = rope.rotate(k_BxTxKxC, table)
         if cache is None and config.attention == "splash":
-            return project(attention.splash(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, positions_BxT)), None
+            out_BxTxHxC = attention.splash(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, positions_BxT)
+            return project(out_BxTxHxC), (k_BxTxKxC, v_BxTxKxC)
         if cache is None:
             k_BxKxCxS, v_BxKxSxC = k_BxTxKxC.transpose(0, 2, 3, 1), v_BxTxKxC.swapaxes(1, 2)
             key_positions = positions_BxT
         elif "pages" in cache:
-            cache = paged.write(cache, k_BxTxKxC, v_BxTxKxC, positions_BxT)
+            cache = write(cache, k_BxTxKxC, v_BxTxKxC, positions_BxT)
             if q_BxTxHxC.shape[1] == 1:  # decoding
                 out_Bx1xHxC = paged.attend(q_BxTxHxC, cache, positions_BxT)
                 return project(out_Bx1xHxC), cache
             k_BxKxCxS, v_BxKxSxC = paged.dense(cache)
             key_positions = jnp.arange(v_BxKxSxC.shape[2])[None]
         else:
-            # A token's slot is its position; padding (-1) is sent out of bounds and dropped.
-            length = cache["k"].shape[-1]
-            slot_BxT = jnp.where(positions_BxT < 0, length, positions_BxT)
-            row_Bx1 = jnp.arange(len(slot_BxT))[:, None]
-            k_BxKxCxS = cache["k"].at[row_Bx1, :, :, slot_BxT].set(k_BxTxKxC, mode="drop")
-            v_BxKxSxC = cache["v"].at[row_Bx1, :, slot_BxT].set(v_BxTxKxC, mode="drop")
-            cache = {"k": k_BxKxCxS, "v": v_BxKxSxC}
-            key_positions = jnp.arange(length)[None]
+            cache = write(cache, k_BxTxKxC, v_BxTxKxC, positions_BxT)
+            k_BxKxCxS, v_BxKxSxC = cache["k"], cache["v"]
+            key_positions = jnp.arange(k_BxKxCxS.shape[-1])[None]
         mask_BxTxS = (key_positions[:, None] >= 0) & (
             key_positions[:, None] <= positions_BxT[..., None]
         )
         out_BxTxHxC = attention.dense(q_BxTxHxC, k_BxKxCxS, v_BxKxSxC, mask_BxTxS)
-        return project(out_BxTxHxC), cache
+        return project(out_BxTxHxC), cache or (k_BxTxKxC, v_BxTxKxC)
 
     def mlp(self, x_BxTxD):
         w = lambda param: param[...].astype(self.config.dtype)
@@ -178,21 +187,32 @@ class Decoder(nnx.Module):
             self.head = nnx.Param((normal(D, V) * D**-0.5).astype(config.param_dtype))
 
     def __call__(self, tokens_BxT, positions_BxT, cache=None):
-        """Final hidden states [B, T, D]; with a cache, also the cache with these tokens in it."""
+        """Final hidden states [B, T, D]; with a cache, also the cache with these tokens in it.
+
+        With splash attention several tokens that go into a cache are the first of their rows.
+        """
         config = self.config
         stream = P(ROWS, "tensor" if config.sequence_parallel and cache is None else None)
         x_BxTxD = constrain(self.embedding[...].astype(config.dtype)[tokens_BxT], stream)
         table = rope.table(positions_BxT, config.head_dim, config.rope_theta, config.rope_scaling)
         graphdef, stacked = nnx.split(self.layers)
-        if cache is None:
+        begins = cache is not None and config.attention == "splash" and tokens_BxT.shape[1] > 1
+        if cache is None or begins:
 
             def layer(x_BxTxD, weights):
-                x_BxTxD, _ = nnx.merge(graphdef, weights)(x_BxTxD, positions_BxT, table)
-                return constrain(x_BxTxD, stream), None
+                x_BxTxD, kv = nnx.merge(graphdef, weights)(x_BxTxD, positions_BxT, table)
+                return constrain(x_BxTxD, stream), kv if begins else None
 
             if config.remat != "none":
                 layer = jax.checkpoint(layer, policy=KEPT[config.remat], prevent_cse=False)
-            x_BxTxD, _ = jax.lax.scan(layer, x_BxTxD, stacked, unroll=config.scan_unroll)
+            with jax.named_scope("layers"):
+                x_BxTxD, kv = jax.lax.scan(layer, x_BxTxD, stacked, unroll=config.scan_unroll)
+            if begins:
+                k_LxBxTxKxC, v_LxBxTxKxC = kv
+                cache = tuple(
+                    write(layer_cache, k_LxBxTxKxC[i], v_LxBxTxKxC[i], positions_BxT)
+                    for i, layer_cache in enumerate(cache)
+                )
         else:
             updated = []
             for i, layer_cache in enumerate(cache):

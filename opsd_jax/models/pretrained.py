@@ -18,7 +18,11 @@ import jax
 import ml_collections
 
 from opsd_jax.models import architecture, decoder, safetensors, weights
+from opsd_jax.models.architecture import DecoderConfig
+from opsd_jax.models.presets import PRESETS
+from opsd_jax.models.rope import RopeScaling
 from opsd_jax.models.safetensors import CODES, DTYPES, Stored, WeightsError
+from opsd_jax.parallel import aot
 from opsd_jax.policy import Model, Params
 
 CONFIG = "config.json"
@@ -37,6 +41,19 @@ def from_config(config: ml_collections.ConfigDict) -> Model:
       ValueError: names the field of the section or of `config.json`, or the file, or lists the
         tensors that are missing, unexpected or of another shape.
     """
+    forms = ("remat", "sequence_parallel", "attention", "cache", "scan_unroll")
+    options = {name: config[name] for name in forms}
+    for name in ("dtype", "param_dtype"):
+        options[name] = architecture.dtype_of(config[name], name)
+    if config.preset and config.preset not in PRESETS:
+        raise ValueError(
+            f"model.preset is {config.preset!r}; expected '' or one of {', '.join(PRESETS)}."
+        )
+    if config.preset and not config.path and aot.is_planned():
+        sizes = {**PRESETS[config.preset]}
+        if "rope_scaling" in sizes:
+            sizes["rope_scaling"] = RopeScaling(**sizes["rope_scaling"])
+        return decoder.model(DecoderConfig(**sizes, **options))
     if not config.path:
         raise ValueError(
             "model.path is ''; expected a directory with a Hugging Face config.json and "
@@ -48,10 +65,6 @@ def from_config(config: ml_collections.ConfigDict) -> Model:
             f"model.path is {config.path!r}; expected a directory of this machine: nothing is "
             "downloaded."
         )
-    forms = ("remat", "sequence_parallel", "attention", "cache", "scan_unroll")
-    options = {name: config[name] for name in forms}
-    for name in ("dtype", "param_dtype"):
-        options[name] = architecture.dtype_of(config[name], name)
     return open_model(directory, **options)
 
 

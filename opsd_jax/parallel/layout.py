@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 
+from opsd_jax.parallel import aot
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.policy import Model, Params
 
@@ -17,12 +18,14 @@ class Layout(NamedTuple):
     Attributes:
       mesh: the devices as decoding sees them.
       abstract: the parameters' shapes there, with shardings.
+      moved: bytes on a device of what is not as it is in training.
       convert: `params -> params`: one program casts and moves what is not as it should be; the
         other arrays stay where they are and are returned themselves.
     """
 
     mesh: jax.sharding.Mesh
     abstract: Params
+    moved: int
     convert: Callable[[Params], Params]
 
 
@@ -69,7 +72,8 @@ def decode_layout(model: Model, abstract_params: Params, mesh: jax.sharding.Mesh
     program = None
     if moved:
         out = [shardings[i] for i in moved]
-        program = jax.jit(convert_moved, out_shardings=out).lower(abstract_params).compile()
+        lowered = jax.jit(convert_moved, out_shardings=out).lower(abstract_params)
+        program = aot.compiled("reshard", lowered)
 
     def convert(params: Params) -> Params:
         there = jax.tree.leaves(params)
@@ -77,4 +81,6 @@ def decode_layout(model: Model, abstract_params: Params, mesh: jax.sharding.Mesh
         return jax.tree.unflatten(tree, [next(new) if j is None else there[j] for j in kept])
 
     where = [s if j is None else given[j].sharding for j, s in zip(kept, shardings, strict=True)]
-    return Layout(mesh, mesh_lib.abstract_of(shapes, jax.tree.unflatten(tree, where)), convert)
+    abstract = mesh_lib.abstract_of(shapes, jax.tree.unflatten(tree, where))
+    placed = jax.tree.leaves(abstract)
+    return Layout(mesh, abstract, mesh_lib.shard_bytes([placed[i] for i in moved]), convert)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -22,16 +21,29 @@ Rules = Sequence[tuple[str, P]]  # (regular expression on the parameter's path, 
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with the axes `data`, `fsdp` and `tensor`, all of them Auto.
 
+    Devices of several slices, which the data centre's network connects, differ along `data`.
+
     Args:
       shape: their sizes; -1, once, takes what is left of the devices.
       devices: all of this run's by default.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or `data` cannot be split
+        over the slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = _sizes(shape, len(devices))
-    return jax.make_mesh(sizes, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    sizes, types = _sizes(shape, len(devices)), (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(sizes, AXES, types, devices=devices)
+    if sizes[0] % slices:
+        raise ValueError(
+            f"mesh {tuple(shape)} has data = {sizes[0]}; expected a multiple of {slices}, the "
+            "slices: what is cut over `fsdp` and `tensor` stays within one."
+        )
+    within = sizes[0] // slices, *sizes[1:]
+    ordered = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+    return Mesh(ordered, AXES, axis_types=types)
 
 
 def reshaped(mesh: Mesh, shape: Sequence[int]) -> Mesh:
@@ -77,7 +89,8 @@ def tree_shardings(mesh: Mesh, rules: Rules, tree: Any, what: str = "parameter")
       what: a leaf is called in errors.
 
     Raises:
-      ValueError: a leaf matches no rule, or a dimension is not divided by its mesh axis.
+      ValueError: a leaf matches no rule, or the rule is not for as many dimensions, names an axis
+        that is not there or one twice, or a dimension is not divided by its mesh axis.
     """
 
     def sharding(path, leaf):
@@ -85,6 +98,14 @@ def tree_shardings(mesh: Mesh, rules: Rules, tree: Any, what: str = "parameter")
         spec = next((s for pattern, s in rules if re.fullmatch(pattern, name)), None)
         if spec is None:
             raise ValueError(f"no sharding rule matches the {what} {name}{list(leaf.shape)}.")
+        used = [a for axes in spec for a in ((axes,) if isinstance(axes, str) else axes or ())]
+        where = f"{what} {name}{list(leaf.shape)}: its rule {spec}"
+        if len(spec) > len(leaf.shape):
+            raise ValueError(f"{where} is for {len(spec)} dimensions or more.")
+        if unknown := sorted({*used} - {*mesh.shape}):
+            raise ValueError(f"{where} names {unknown}; the mesh has {list(mesh.shape)}.")
+        if len({*used}) < len(used):
+            raise ValueError(f"{where} uses a mesh axis twice; expected each once at most.")
         for size, axes in zip(leaf.shape, spec, strict=False):
             names = (axes,) if isinstance(axes, str) else axes or ()
             parts = math.prod(mesh.shape[axis] for axis in names)
@@ -105,6 +126,14 @@ def abstract_of(tree: Any, shardings: Any) -> Any:
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
         shardings,
+    )
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes on a device of arrays, or of their shapes with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
     )
 
 
@@ -135,24 +164,6 @@ def constrain(x: jax.Array, spec: P) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec)
-
-
-_compiling_for_tpu = contextvars.ContextVar("compiling_for_tpu", default=False)
-
-
-@contextlib.contextmanager
-def compiling_for_tpu() -> Iterator[None]:
-    """Within it models are made as for TPUs, though there is none."""
-    token = _compiling_for_tpu.set(True)
-    try:
-        yield
-    finally:
-        _compiling_for_tpu.reset(token)
-
-
-def on_tpu() -> bool:
-    """Whether models are made for TPUs."""
-    return _compiling_for_tpu.get() or jax.default_backend() == "tpu"
 
 
 def row_shards(mesh: Mesh) -> int:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opsd_jax.parallel import aot
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.policy import Model, Params
 from opsd_jax.rollout import sampling, slots
@@ -77,6 +78,24 @@ class Ended(NamedTuple):
 
     responses: list[Response]
     device_idles: Callable[[], bool]
+
+
+def shape_for(
+    *,
+    slots: int,
+    group_size: int,
+    rollouts: int,
+    prompt_tokens: int,
+    response_tokens: int,
+    shards: int,
+) -> EngineShape:
+    """The sizes of an engine for so many `rollouts` at a time, `group_size` of each prompt, where
+    rows are cut into `shards`: no more slots than rollouts; a prefill fills a quarter of them.
+    """
+    whole = lambda count: -(-count // shards) * shards
+    slots = min(slots, whole(rollouts))
+    prompts = whole(max(1, slots // (4 * group_size)))
+    return EngineShape(slots, prompts, prompt_tokens, response_tokens)
 
 
 def left_pad(prompts: Sequence[Sequence[int]], width: int, pad_id: int):
@@ -180,9 +199,9 @@ class Engine:
             shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, tree))
             return mesh_lib.abstract_of(shapes, jax.tree.map(lambda _: whole, shapes))
 
-        def compiled(function, *args, out, donate=()):
+        def compiled(name, function, *args, out, donate=()):
             jitted = jax.jit(function, donate_argnums=donate, out_shardings=out)
-            return jitted.lower(*args).compile()
+            return aot.compiled(name, jitted.lower(*args))
 
         where = functools.partial(jax.tree.map, lambda leaf: leaf.sharding)
         slot_rows = jax.eval_shape(lambda: slots.empty_rows(S))
@@ -211,12 +230,17 @@ class Engine:
                 shapes = jax.eval_shape(model.unrolled, abstract_params)
                 abstract_params = mesh_lib.abstract_of(shapes, self._unrolled.output_shardings)
             prefilled = cache_of(n, P)
-            self._start = compiled(start, out=where(state[self.lengths[0]]))
+            self._start = compiled("start", start, out=where(state[self.lengths[0]]))
             self._prefill = compiled(
-                prefill, abstract_params, *replicated((prompts, prompts)), out=where(prefilled)
+                "prefill",
+                prefill,
+                abstract_params,
+                *replicated((prompts, prompts)),
+                out=where(prefilled),
             )
             self._admit = {
                 length: compiled(
+                    f"admit to {length}",
                     functools.partial(slots.admit, axes),
                     there,
                     prefilled,
@@ -228,6 +252,7 @@ class Engine:
             }
             self._decode = {
                 length: compiled(
+                    f"decode in {length}",
                     decode,
                     abstract_params,
                     there,
@@ -244,8 +269,14 @@ class Engine:
                 for leaf, goal, axis in zip(*leaves, strict=True):
                     if axis >= 0 and (leaf, goal) not in self._resize:
                         resize = functools.partial(slots.resize, axis=axis, size=goal.shape[axis])
-                        self._resize[leaf, goal] = compiled(resize, leaf, out=goal.sharding)
+                        self._resize[leaf, goal] = compiled(
+                            "resize", resize, leaf, out=goal.sharding
+                        )
         self._state = state
+        longest = state[self.lengths[-1]].cache
+        # On a device: the cache, and that of the prompts of a prefill.
+        self.cache_bytes = mesh_lib.shard_bytes(longest)
+        self.prompts_bytes = mesh_lib.shard_bytes(prefilled)
 
     def __call__(
         self,

@@ -195,5 +195,6 @@ def decode(
         rows = rows._replace(token=word, position=position, drawn=drawn)
         return t + 1, Slots(rows, cache), chunk
 
-    _, after, chunk = jax.lax.while_loop(going, step, (jnp.int32(0), slots, empty))
+    with jax.named_scope("decode_steps"):
+        _, after, chunk = jax.lax.while_loop(going, step, (jnp.int32(0), slots, empty))
     return after, chunk

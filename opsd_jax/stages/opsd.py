@@ -93,11 +93,12 @@ def stage(
     policy: Policy,
     roll_out: RollOut,
     privileged: Privileged,
+    keep: teacher_lib.Keep = lambda params: params,
 ) -> Stage:
     """The OPSD stage; `config` is `config.opsd` (see opsd_jax/config.py).
 
     `roll_out(step, params)` gives the step's rollouts, `config.group_size` of each problem, and
-    `privileged` their contexts.
+    `privileged` their contexts; `keep` says how the teacher's parameters are kept.
     """
     options = options_of(config)
     batch_of = functools.partial(
@@ -147,5 +148,5 @@ def stage(
             config.temperature,
             config.loss_chunk,
         ),
-        teacher=teacher_lib.from_config(config.teacher),
+        teacher=teacher_lib.from_config(config.teacher, keep),
     )

@@ -19,7 +19,7 @@ from opsd_jax.policy import Policy
 from opsd_jax.stages.batch import pack, response_head, useful_fraction
 from opsd_jax.stages.rollouts import RollOut, group_records, rollout_metrics
 from opsd_jax.stages.stage import Stage, StepData
-from opsd_jax.stages.teacher import FROZEN
+from opsd_jax.stages.teacher import Keep, frozen
 from opsd_jax.verify.groups import Groups
 
 
@@ -88,10 +88,12 @@ def stage(
     task: Task,
     policy: Policy,
     roll_out: RollOut,
+    keep: Keep = lambda params: params,
 ) -> Stage:
     """The RLVR stage; `config` is `config.rlvr` (see opsd_jax/config.py).
 
-    `roll_out(step, params)` gives the step's rollouts, `config.group_size` of each problem.
+    `roll_out(step, params)` gives the step's rollouts, `config.group_size` of each problem; `keep`
+    says how the reference's parameters are kept.
     """
     options = losses.PolicyGradient(**config.objective)
     batch_of = functools.partial(
@@ -143,5 +145,5 @@ def stage(
         batches=batches,
         empty_batch=batch_of([]),
         loss=functools.partial(loss_fn, policy, options, config.temperature, config.loss_chunk),
-        teacher=FROZEN if options.kl_coefficient > 0 else None,
+        teacher=frozen(keep) if options.kl_coefficient > 0 else None,
     )

@@ -8,7 +8,9 @@
 | "trust_region" | logits (1 - rate) frozen + rate current (SDPO, arXiv 2601.20802) |
 | "live" | the current parameters |
 
-Gradients flow into none of them.
+Gradients flow into none of them. What does not change by little steps is kept as sampling has the
+parameters (`Model.decode_params`): a bfloat16 model's teacher takes half the memory of its master
+weights and gives the same logits, since the weights are cast for every product anyway.
 """
 
 from __future__ import annotations
@@ -42,11 +44,12 @@ class Teacher(NamedTuple):
     update: Callable[[Params, Params, jax.Array, jax.Array], Params] | None = None
 
 
-def _copy(params: Params) -> Params:
-    return jax.tree.map(jnp.copy, params)
+Keep = Callable[[Params], Params]  # how parameters that do not train are kept
 
 
-FROZEN = Teacher(_copy)
+def frozen(keep: Keep = lambda params: params) -> Teacher:
+    """The first parameters."""
+    return Teacher(lambda params: jax.tree.map(jnp.copy, keep(params)))
 
 
 def ema(rate: float) -> Teacher:
@@ -64,25 +67,27 @@ def ema(rate: float) -> Teacher:
     )
 
 
-def refresh(every: int) -> Teacher:
+def refresh(every: int, keep: Keep = lambda params: params) -> Teacher:
     """A copy of the parameters after every `every` updates, skipped ones counted."""
 
     def copy(teacher, params, number, applied):
         del applied
         # A branch, not a select: what goes into it is computed once, so that a copy of the
         # parameters is one to the last bit.
-        return jax.lax.cond(number % every == 0, lambda: params, lambda: teacher)
+        return jax.lax.cond(number % every == 0, lambda: keep(params), lambda: teacher)
 
-    return Teacher(_copy, copy)
+    return Teacher(frozen(keep).init, copy)
 
 
-def from_config(config: ml_collections.ConfigDict) -> Teacher | None:
+def from_config(
+    config: ml_collections.ConfigDict, keep: Keep = lambda params: params
+) -> Teacher | None:
     """The teacher of a stage's `teacher` section; None for one that is no state of its own."""
     return {
-        "frozen": FROZEN,
-        "trust_region": FROZEN,
+        "frozen": frozen(keep),
+        "trust_region": frozen(keep),
         "ema": ema(config.rate),
-        "refresh": refresh(config.every),
+        "refresh": refresh(config.every, keep),
         "live": None,
     }[config.kind]
 
@@ -109,8 +114,8 @@ def make_head(policy: Policy, config: ml_collections.ConfigDict) -> Callable[...
         params = jax.lax.stop_gradient(params)
         if config.kind == "live":
             return of(params)
-        # An average in float32 of a bfloat16 model is read as the model would be.
-        teacher = jax.tree.map(lambda t, p: t.astype(p.dtype), teacher, params)
+        if config.kind == "ema":  # an average in float32 is read as the model would be
+            teacher = jax.tree.map(lambda t, p: t.astype(p.dtype), teacher, params)
         if config.kind != "trust_region":
             return of(teacher)
         frozen, current = of(teacher), of(params)

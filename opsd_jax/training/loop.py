@@ -13,18 +13,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
-from opsd_jax.parallel import mesh as mesh_lib
-from opsd_jax.parallel.mesh import abstract_of
 from opsd_jax.policy import Params
 from opsd_jax.stages.stage import Stage, StepData
 from opsd_jax.training import metrics as metrics_lib
 from opsd_jax.training.checkpoint import Checkpoints
 from opsd_jax.training.interrupt import Interrupted, StopSignal
-from opsd_jax.training.state import init_state, state_shardings
-from opsd_jax.training.step import compile_train_step
+from opsd_jax.training.state import abstract_state, init_state
+from opsd_jax.training.step import batch_shardings, compile_train_step
 
 
 class Diverged(RuntimeError):
@@ -69,15 +66,9 @@ def run_stage(
       Interrupted: `stop` received a signal; a checkpoint was saved, unless no step was done.
       Diverged: see `max_nonfinite`; the checkpoint from before it stays.
     """
-    param_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params)
     init = lambda p: init_state(p, optimizer, stage.teacher)
-    shapes = jax.eval_shape(init, abstract_params)
-    shardings = state_shardings(shapes, optimizer, param_shardings, mesh)
-    abstract = abstract_of(shapes, shardings)
-    batch_shardings = jax.tree.map(
-        lambda x: mesh_lib.rows(mesh, axis=1) if np.ndim(x) else mesh_lib.replicated(mesh),
-        stage.empty_batch,
-    )
+    abstract = abstract_state(abstract_params, optimizer, stage.teacher, mesh)
+    where = batch_shardings(stage.empty_batch, mesh)
 
     with contextlib.ExitStack() as stack:
         clock = time.monotonic()
@@ -86,10 +77,11 @@ def run_stage(
         if start:
             state = checkpoints.restore(abstract)
         else:
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
             state = jax.jit(init, out_shardings=shardings, donate_argnums=0)(params())
         writer = stack.enter_context(metrics_lib.MetricsWriter(directory, start, wandb_project))
         if start < stage.steps:
-            train_step = compile_train_step(stage, optimizer, abstract, mesh, batch_shardings)
+            train_step = compile_train_step(stage, optimizer, abstract, mesh)
 
         nonfinite = 0
         pending: tuple[int, list[Any], StepData] | None = None
@@ -127,7 +119,7 @@ def run_stage(
                 raise
             totals = []
             for batch in data.batches:
-                state, metrics = train_step(state, jax.device_put(batch, batch_shardings))
+                state, metrics = train_step(state, jax.device_put(batch, where))
                 totals.append(metrics)
             flush(began)
             pending = step, totals, data

@@ -38,7 +38,13 @@ def make_optimizer(config: ml_collections.ConfigDict, updates: int) -> optax.Gra
         rate = optax.constant_schedule(config.learning_rate)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(rate, config.b1, config.b2, weight_decay=config.weight_decay),
+        optax.adamw(
+            rate,
+            config.b1,
+            config.b2,
+            mu_dtype=config.moment_dtype,
+            weight_decay=config.weight_decay,
+        ),
     )
 
 
@@ -52,6 +58,18 @@ def init_state(
         "opt_state": optimizer.init(params),
         "teacher": teacher.init(params) if teacher else None,
     }
+
+
+def abstract_state(
+    abstract_params: Params,
+    optimizer: optax.GradientTransformation,
+    teacher: Teacher | None,
+    mesh: jax.sharding.Mesh,
+) -> State:
+    """The shapes of `init_state`, with shardings, from those of the parameters."""
+    shapes = jax.eval_shape(lambda p: init_state(p, optimizer, teacher), abstract_params)
+    params = jax.tree.map(lambda leaf: leaf.sharding, abstract_params)
+    return mesh_lib.abstract_of(shapes, state_shardings(shapes, optimizer, params, mesh))
 
 
 def state_shardings(

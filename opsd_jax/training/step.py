@@ -7,8 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from opsd_jax.parallel import aot
+from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.stages.batch import Batch
 from opsd_jax.stages.stage import Stage
 from opsd_jax.stages.teacher import Teacher
@@ -49,7 +52,9 @@ def make_train_step(
                 microbatch, _ = jax.lax.optimization_barrier((microbatch, i))
                 return jax.tree.map(jnp.add, totals, gradient(params, teacher, microbatch))
 
-            return jax.lax.fori_loop(0, bucket["count"], add, totals)
+            length = bucket["rows"]["mask"].shape[-1]
+            with jax.named_scope(f"microbatches_{length}"):
+                return jax.lax.fori_loop(0, bucket["count"], add, totals)
 
         first = jax.tree.map(lambda x: x[0], batch[0]["rows"])
         shapes = jax.eval_shape(gradient, params, teacher, first)
@@ -90,12 +95,17 @@ def make_train_step(
     return train_step
 
 
+def batch_shardings(batch: Batch, mesh: jax.sharding.Mesh) -> Any:
+    """Where a batch lies: rows of a microbatch over `data` and `fsdp`, counts everywhere."""
+    rows, whole = mesh_lib.rows(mesh, axis=1), mesh_lib.replicated(mesh)
+    return jax.tree.map(lambda x: rows if np.ndim(x) else whole, batch)
+
+
 def compile_train_step(
     stage: Stage,
     optimizer: optax.GradientTransformation,
     abstract_state: State,
     mesh: jax.sharding.Mesh,
-    batch_shardings: Any,
 ) -> Callable[[State, Batch], tuple[State, dict[str, Any]]]:
     """`make_train_step`, compiled for the shapes of `stage.empty_batch`, the state donated.
 
@@ -104,14 +114,13 @@ def compile_train_step(
       optimizer: the stage's.
       abstract_state: shapes with shardings.
       mesh: the mesh.
-      batch_shardings: a tree like the batch.
     """
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     step = jax.jit(
         make_train_step(stage.loss, optimizer, stage.teacher),
         donate_argnums=0,
-        in_shardings=(state_shardings, batch_shardings),
+        in_shardings=(state_shardings, batch_shardings(stage.empty_batch, mesh)),
         out_shardings=(state_shardings, None),
     )
     with jax.set_mesh(mesh):
-        return step.lower(abstract_state, stage.empty_batch).compile()
+        return aot.compiled("train step", step.lower(abstract_state, stage.empty_batch))

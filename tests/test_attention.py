@@ -1,0 +1,158 @@
+"""Splash attention against the dense form. Its kernel, for TPUs, runs in Pallas' interpreter."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_tokens
+from jax.experimental.pallas import tpu as pltpu
+
+from opsd_jax import config as config_lib
+from opsd_jax.models import attention, decoder
+from opsd_jax.parallel import mesh as mesh_lib
+
+B, H, K, C = 4, 8, 4, 128
+
+
+@pytest.fixture(autouse=True)
+def interpreted():
+    with pltpu.force_tpu_interpret_mode(True):
+        yield
+
+
+def padded_positions(T):
+    """A full row, one padded on the left, one on the right, one on both sides."""
+    positions = np.tile(np.arange(T), (B, 1))
+    for row, (left, right) in enumerate([(0, 0), (T // 3, 0), (0, T // 2), (7, 11)]):
+        positions[row] -= left
+        positions[row, T - right :] = -1
+    return jnp.asarray(np.maximum(positions, -1))
+
+
+def arrays(T, dtype):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = ((B, T, H, C), (B, T, K, C), (B, T, K, C), (B, T, H, C))
+    q, k, v, g = (
+        jax.random.normal(key, s).astype(dtype) for key, s in zip(keys, shapes, strict=True)
+    )
+    return 3 * q, k, v, g
+
+
+def dense(q, k, v, positions):
+    mask = (positions[:, None] >= 0) & (positions[:, None] <= positions[..., None])
+    return attention.dense(q, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), mask)
+
+
+def with_gradients(attend, positions, q, k, v, g):
+    """What attention gives and its gradients, where there are tokens."""
+    there = (positions >= 0)[..., None, None]
+
+    def total(q, k, v):
+        out = jnp.where(there, attend(q, k, v, positions), 0)
+        return jnp.sum(out.astype(jnp.float32) * g), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(q, k, v)
+    return out, *gradients
+
+
+@pytest.mark.parametrize("T", [128, 300])
+def test_splash_is_dense_attention(T):
+    """In float32 up to the order of summation; in bfloat16 no further from float32 than the dense
+    form is, by more than half.
+    """
+    positions, given = padded_positions(T), arrays(T, "float32")
+    expected = with_gradients(dense, positions, *given)
+    for a, b in zip(with_gradients(attention.splash, positions, *given), expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    low = [x.astype(jnp.bfloat16) for x in given]
+    exact = with_gradients(dense, positions, *(x.astype(jnp.float32) for x in low))
+    errors = {
+        attend: [
+            np.abs(np.asarray(a, np.float32) - b).max()
+            for a, b in zip(with_gradients(attend, positions, *low), exact, strict=True)
+        ]
+        for attend in (attention.splash, dense)
+    }
+    assert (np.array(errors[attention.splash]) <= 1.5 * np.array(errors[dense])).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4), (1, 4, 2), (2, 2, 2)])
+def test_every_device_computes_its_own_rows_and_heads(shape):
+    positions, given = padded_positions(128), arrays(128, "float32")
+    expected = with_gradients(dense, positions, *given)
+    with jax.set_mesh(mesh_lib.make_mesh(shape)):
+        got = with_gradients(attention.splash, positions, *given)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def sizes():
+    config = config_lib.decoder(
+        num_layers=2, scan_unroll=1, head_dim=128, num_heads=4, num_kv_heads=2, attention="dense"
+    )
+    return decoder.sizes(config)
+
+
+@pytest.fixture(scope="module")
+def params(sizes):
+    return jax.tree.map(lambda x: 2 * x, decoder.model(sizes).init(jax.random.key(1)))
+
+
+def gradient(sizes, params, positions):
+    tokens = random_tokens(3, positions.shape)
+    policy = decoder.model(sizes).policy
+
+    def loss(params):
+        hidden, _ = policy.forward(params, tokens, positions)
+        weights = jax.random.normal(jax.random.key(2), hidden.shape)
+        return jnp.sum(jnp.where((positions >= 0)[..., None], hidden * weights, 0))
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "attention", "products"])
+def test_a_decoder_learns_the_same_whatever_attention_and_remat(sizes, params, remat):
+    positions = padded_positions(160)
+    expected = gradient(sizes, params, positions)
+    got = gradient(dataclasses.replace(sizes, attention="splash", remat=remat), params, positions)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
+
+
+def test_a_decoder_learns_the_same_with_tokens_over_tensor(sizes, params):
+    positions = padded_positions(128)
+    expected = gradient(sizes, params, positions)
+    for options in ({}, {"attention": "splash"}):
+        split = dataclasses.replace(sizes, sequence_parallel=True, remat="full", **options)
+        with jax.set_mesh(mesh_lib.make_mesh((2, 2, 2))):
+            got = gradient(split, params, positions)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("cache", ["dense", "paged"])
+def test_a_prefill_leaves_the_same_cache(sizes, params, cache):
+    positions = padded_positions(160)
+    tokens, caches = random_tokens(3, positions.shape), []
+    for form in ("dense", "splash"):
+        policy = decoder.model(dataclasses.replace(sizes, attention=form, cache=cache)).policy
+        prefill = jax.jit(
+            lambda p, policy=policy: policy.forward(p, tokens, positions, policy.init_cache(B, 256))
+        )
+        hidden, filled = prefill(params)
+        caches.append((jnp.where((positions >= 0)[..., None], hidden, 0), filled))
+    for a, b in zip(*map(jax.tree.leaves, caches), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_attention_is_dense_where_there_is_no_tpu_and_splash_is_checked():
+    assert decoder.sizes(config_lib.preset("qwen3-8b")).attention == "dense"
+    with pytest.raises(ValueError, match=r"attention is 'splash', with model.head_dim = 16"):
+        decoder.sizes(config_lib.decoder(attention="splash"))
+    with pytest.raises(ValueError, match="attention is 'flash'; expected 'auto', 'dense' or"):
+        decoder.sizes(config_lib.decoder(attention="flash"))
+    with pytest.raises(ValueError, match="remat is 'some'; expected one of none, full"):
+        decoder.sizes(config_lib.decoder(remat="some"))
