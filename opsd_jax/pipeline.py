@@ -334,7 +334,9 @@ class Run:
         )
         # What writes memos has the parameters as decoding has them; nothing else looks at them.
         convert = self.parameters.decoding.convert if "memo" in section.contexts else lambda p: p
-        probe = divergence.DivergenceProbe(section, config, self.task, self.model.policy, self.mesh)
+        probe = divergence.DivergenceProbe(
+            section, config, self.task, self.model.policy, self.mesh, self.parameters.abstract
+        )
         teacher = self.parameters.of(section.init_from)
         before, _ = evaluate.read(self.workdir / (section.init_from or UNTRAINED))
         there = min(len(before) // config.samples, max(1, PROBED // config.samples))

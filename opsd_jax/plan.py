@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from opsd_jax import config_files
 from opsd_jax.data.task import Task
 from opsd_jax.data.tokenizer import ByteTokenizer
+from opsd_jax.evaluation.divergence import DivergenceProbe
 from opsd_jax.losses.fused import chunk_tokens
 from opsd_jax.parallel import aot, hlo, liveness
 from opsd_jax.parallel import mesh as mesh_lib
@@ -211,6 +212,7 @@ def plan(config: ConfigDict, topology: str, *, slices: int = 1, length: float = 
         for name in config.stages:
             run.stage(name)
         run.evaluation()
+    found = [collective for program in run.programs for collective in program["collectives"]]
     totals = {name: sum(parts.values()) for name, parts in run.phases.items()}
     return {
         "topology": topology,
@@ -226,6 +228,19 @@ def plan(config: ConfigDict, topology: str, *, slices: int = 1, length: float = 
             for name, parts in run.phases.items()
         ],
         "programs": run.programs,
+        "largest_collective": {
+            loop: max(
+                (
+                    c["elements"]
+                    for p in run.programs
+                    for c in p["collectives"]
+                    if loop in c["loops"]
+                ),
+                default=0,
+            )
+            for loop in ("decode_steps", "loss_chunks")
+        },
+        "smallest_weight": run.smallest_weight(),
         "times": run.times,
         "fits": max(totals.values()) <= hbm,
     }
@@ -251,6 +266,15 @@ class _Run:
         self.phases: dict[str, dict[str, float]] = {}
         self.times: dict[str, dict[str, float]] = {}
         self.account({})  # the way to the layout for sampling, if there is one
+
+    def smallest_weight(self) -> int:
+        """The elements of the smallest weight, of stacked ones a layer's. What holds less than a
+        thousandth of the parameters, as norms and biases do, is none.
+        """
+        leaves = jax.tree.leaves(self.parameters.abstract)
+        total = sum(leaf.size for leaf in leaves)
+        weights = [leaf for leaf in leaves if leaf.size > total / 1000]
+        return min(leaf.size // (leaf.shape[0] if leaf.ndim > 2 else 1) for leaf in weights)
 
     def account(self, given: Mapping[str, int], kernel_bytes: float = 0.0) -> list[dict[str, Any]]:
         """Accounts for what was compiled since the last time, with the turns of loops given."""
@@ -360,6 +384,12 @@ class _Run:
         self.compiler.prefix = f"{name}: "
         compile_train_step(stage, optimizer, abstract, self.mesh)
         (step,) = self.account(self._turns(section, stage))
+        if section.algorithm == "opsd":
+            evaluation = self.config.evaluation
+            DivergenceProbe(
+                section, evaluation, NO_DATA, policy, self.mesh, self.parameters.abstract
+            )
+            self.account({"loss_chunks": self._chunks(section, evaluation.response_tokens)})
         self.phases[f"{name} step"] = {
             **resident,
             "batch": step["arguments"] - sum(resident.values()),
@@ -377,18 +407,21 @@ class _Run:
         else:
             wanted = section.prompt_tokens + int(self.length * section.response_tokens)
         chosen = next(size for size in section.buckets if size >= min(wanted, section.buckets[-1]))
+        given = {}
+        for b, length in enumerate(section.buckets):
+            name = f"bucket_{b}"
+            given[name] = microbatches if length == chosen else 0
+            given[f"{name}/loss_chunks"] = self._chunks(section, length)
+        return given
+
+    def _chunks(self, section: ConfigDict, length: int) -> int:
+        """The chunks of the loss of a microbatch of rows of this length, if all count."""
         hidden = jax.eval_shape(
             lambda p: self.model.policy.forward(p, *(jnp.zeros((1, 128), jnp.int32),) * 2)[0],
             self.parameters.abstract,
         )
         chunk = chunk_tokens(section.loss_chunk, hidden.shape[-1], self.model.vocab_size)
-        given = {}
-        for length in section.buckets:
-            name = f"microbatches_{length}"
-            given[name] = microbatches if length == chosen else 0
-            tokens = section.microbatch * length // mesh_lib.row_shards(self.mesh)
-            given[f"{name}/loss_chunks"] = -(-tokens // chunk)
-        return given
+        return -(-section.microbatch * length // mesh_lib.row_shards(self.mesh) // chunk)
 
     def evaluation(self) -> None:
         """The evaluation of a stage's result."""
@@ -422,10 +455,9 @@ def program_figures(
         for computation, i, loops in program.executed()
         if i.op == "custom-call"
     )
-    # Of a kernel's operands the largest is the cache, of which it reads what is filled.
-    moved = kernel_bytes * given.get("decode_steps", 0) + sum(
-        a.bytes * hlo.turns(a.loops, given) for a in hlo.accesses(program)
-    )
+    moved = float(sum(a.bytes * hlo.turns(a.loops, given) for a in hlo.accesses(program)))
+    if "/decode_steps/while" in built.text:
+        moved += kernel_bytes * given["decode_steps"]
     found = hlo.collectives(program)
     network = sum(_collective_seconds(c, chip) * hlo.turns(c.loops, given) for c in found)
     seconds = {"compute": flops / chip.flops, "memory": moved / chip.hbm, "network": network}

@@ -40,6 +40,12 @@ def lines(plan: dict[str, Any]) -> Iterator[str]:
                 size = f"{c['times']} x, up to {c['largest'] / 2**20:.1f} MiB"
                 yield f"  {p['name']:<26}{c['op']:<19}{size:<28}{where}"
     yield ""
+    largest = plan["largest_collective"]
+    yield (
+        f"  in the decode loop at most {largest['decode_steps']:,} elements, in the loss's "
+        f"{largest['loss_chunks']:,}; the smallest weight has {plan['smallest_weight']:,}"
+    )
+    yield ""
     yield "time by a roofline: at best; with products, memory and network one after the other"
     for name, times in plan["times"].items():
         best, in_turn = times["seconds_at_best"], times["seconds_in_turn"]

@@ -93,9 +93,9 @@ def check(
         expect(len(task.train) > 0, "data.train", "empty", example)
         divides(f"{name}.microbatch", section.microbatch, shards)
         if section.algorithm == "sft":
-            both = lambda row: [*row.prompt, *row.response]
+            computed = lambda row: [*row.prompt, *row.response][:-1]
             rows = task.demonstrations(stage_seed(name))
-            holds(f"{name}.buckets", section.buckets[-1] + 1, rows, both)
+            holds(f"{name}.buckets", section.buckets[-1], rows, computed)
             continue
         divides(f"{name}.slots", section.slots)
         holds(f"{name}.prompt_tokens", section.prompt_tokens, task.train, task.prompt)

@@ -302,7 +302,7 @@ def test_a_task_from_files(config):
         ("data.train.sums.columns.solution", "", "SFT imitates solutions, and no problem of"),
         ("rlvr.prompt_tokens", "7", "prompt_tokens is 7; expected at least 8, which problem "),
         ("opsd.teacher_prompt_tokens", "10", "tokens without the privileged text; 10 fit"),
-        ("sft.buckets", "(16,)", "at least 18, which the demonstration to '. . . = ' has"),
+        ("sft.buckets", "(16,)", "at least 17, which the demonstration to '. . . = ' has"),
         ("model.vocab_size", "257", "model.vocab_size is 257; expected at least 258"),
     ],
 )

@@ -12,12 +12,10 @@ import tiny_tokenizer
 from opsd_jax import config as config_lib
 from opsd_jax import config_files, main, pipeline
 from opsd_jax.models import decoder
-from opsd_jax.parallel import mesh as mesh_lib
-from opsd_jax.parallel.mesh import abstract_of
 from opsd_jax.stages import teacher as teacher_lib
 from opsd_jax.training import metrics as metrics_lib
-from opsd_jax.training.state import init_state, make_optimizer, state_shardings
-from opsd_jax.training.step import compile_train_step
+from opsd_jax.training.state import abstract_state, init_state, make_optimizer
+from opsd_jax.training.step import batch_shardings, compile_train_step
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 MATHS = pathlib.Path(__file__).parents[2] / "shared/data/benchmarks/train_math_deepscaler.jsonl"
@@ -202,18 +200,14 @@ def test_the_loss_falls_on_a_fixed_batch(files, tmp_path, algorithm, teacher):
         stage, params = run.stage(algorithm), run.parameters.of("")
         (batch,), *_ = stage.batches(0, params)
     optimizer = make_optimizer(run.config[algorithm].optimizer, 100)
+    abstract = abstract_state(run.parameters.abstract, optimizer, stage.teacher, run.mesh)
+    step = compile_train_step(stage, optimizer, abstract, run.mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
     init = lambda p: init_state(p, optimizer, stage.teacher)
-    shapes = jax.eval_shape(init, params)
-    of_params = jax.tree.map(lambda x: x.sharding, params)
-    shardings = state_shardings(shapes, optimizer, of_params, run.mesh)
-    rows, whole = mesh_lib.rows(run.mesh, 1), mesh_lib.replicated(run.mesh)
-    of_batch = jax.tree.map(lambda x: rows if np.ndim(x) else whole, batch)
-    abstract = abstract_of(shapes, shardings)
-    step = compile_train_step(stage, optimizer, abstract, run.mesh, of_batch)
     state = jax.jit(init, out_shardings=shardings)(params)
-    losses = []
+    losses, where = [], batch_shardings(batch, run.mesh)
     for _ in range(30):
-        state, metrics = step(state, jax.device_put(batch, of_batch))
+        state, metrics = step(state, jax.device_put(batch, where))
         losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
     if algorithm == "opsd":
         assert losses[-1] < 0.7 * losses[0]

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding
 
 from opsd_jax import config as config_lib
-from opsd_jax.models import architecture, decoder, paged
+from opsd_jax.models import architecture, attention, decoder, paged
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel.layout import decode_layout
 from opsd_jax.parallel.mesh import abstract_of
@@ -51,7 +51,7 @@ def filled(dtype, positions=None):
 
 def reference(q, k, v, positions):
     mask = np.arange(S)[None, None] <= positions[..., None]
-    return decoder.attend(q, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), mask)
+    return attention.dense(q, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), mask)
 
 
 # In float32 two orders of summation. In bfloat16 neighbouring numbers differ by up to 2^-7 of their
@@ -196,7 +196,7 @@ def test_heads_of_a_device_that_the_kernel_does_not_take_are_named():
 
 
 def test_auto_is_paged_where_the_kernel_runs(monkeypatch, sizes):
-    assert architecture.cache_of("auto", 8, 128) == "dense"
+    assert decoder.sizes(config_lib.preset("qwen3-8b")).cache == "dense"
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     small = config_lib.preset("qwen2.5-0.5b")
     assert decoder.sizes(config_lib.preset("qwen3-8b")).cache == "paged"

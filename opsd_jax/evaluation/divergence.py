@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from opsd_jax import losses
 from opsd_jax.data.task import Task
 from opsd_jax.evaluation.statistics import ratio
+from opsd_jax.parallel import aot
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.policy import Params, Policy
 from opsd_jax.rollout.collect import Rollouts
@@ -51,8 +52,11 @@ class DivergenceProbe:
         task: Task,
         policy: Policy,
         mesh: jax.sharding.Mesh,
+        abstract_params: Params,
     ):
-        """`config` is the section of an OPSD stage, `evaluation` that of the responses."""
+        """`config` is the section of an OPSD stage, `evaluation` that of the responses;
+        `abstract_params` are the shapes of the parameters, with shardings.
+        """
         self._microbatch, self._task = config.microbatch, task
         self._response_tokens = evaluation.response_tokens
         inserted = inserted_tokens(config, evaluation.response_tokens)
@@ -60,10 +64,17 @@ class DivergenceProbe:
             "student": evaluation.prompt_tokens + evaluation.response_tokens,
             "teacher": config.teacher_prompt_tokens + evaluation.response_tokens + inserted,
         }
-        self._mesh, self._rows = mesh, mesh_lib.rows(mesh)
-        self._divergence = jax.jit(
-            functools.partial(token_kl, policy, config.temperature, config.loss_chunk)
-        )
+        self._rows = mesh_lib.rows(mesh)
+        score = functools.partial(token_kl, policy, config.temperature, config.loss_chunk)
+        empty = self._collate([])
+        rows = mesh_lib.abstract_of(empty, jax.tree.map(lambda _: self._rows, empty))
+        with jax.set_mesh(mesh):
+            lowered = jax.jit(score).lower(abstract_params, abstract_params, rows)
+            self._divergence = aot.compiled("probe", lowered)
+
+    def _collate(self, rows: list[dict[str, Any]]) -> Any:
+        pad_id = self._task.tokenizer.pad_id
+        return collate(rows, self._lengths, microbatch=self._microbatch, pad_id=pad_id)
 
     def __call__(
         self,
@@ -90,7 +101,7 @@ class DivergenceProbe:
         values = np.full((n, self._response_tokens), np.nan)
         for first in range(0, n, m):
             part = chosen[first : first + m]
-            rows = collate(
+            rows = self._collate(
                 [
                     taught[i]
                     | {
@@ -98,13 +109,9 @@ class DivergenceProbe:
                         "response": rollouts.responses[i],
                     }
                     for i in part
-                ],
-                self._lengths,
-                microbatch=m,
-                pad_id=self._task.tokenizer.pad_id,
+                ]
             )
-            with jax.set_mesh(self._mesh):
-                scored = self._divergence(params, teacher, jax.device_put(rows, self._rows))
+            scored = self._divergence(params, teacher, jax.device_put(rows, self._rows))
             scored = jax.device_get(scored)
             for i in range(first, first + len(part)):
                 mask = rows["mask"][i - first]

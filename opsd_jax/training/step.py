@@ -44,7 +44,7 @@ def make_train_step(
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, Any]]:
         params, teacher = state["params"], state["teacher"]
 
-        def accumulate(totals, bucket):
+        def accumulate(totals, bucket, name):
             def add(i, totals):
                 microbatch = jax.tree.map(lambda x: x[i], bucket["rows"])
                 # Tied to i: with M = 1 the body would be the same in every turn, and XLA would move
@@ -52,15 +52,14 @@ def make_train_step(
                 microbatch, _ = jax.lax.optimization_barrier((microbatch, i))
                 return jax.tree.map(jnp.add, totals, gradient(params, teacher, microbatch))
 
-            length = bucket["rows"]["mask"].shape[-1]
-            with jax.named_scope(f"microbatches_{length}"):
+            with jax.named_scope(name):
                 return jax.lax.fori_loop(0, bucket["count"], add, totals)
 
         first = jax.tree.map(lambda x: x[0], batch[0]["rows"])
         shapes = jax.eval_shape(gradient, params, teacher, first)
         totals = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
-        for bucket in batch:
-            totals = accumulate(totals, bucket)
+        for b, bucket in enumerate(batch):
+            totals = accumulate(totals, bucket, f"bucket_{b}")
         (total, (weight, metrics)), grads = totals
 
         with jax.named_scope("update"):
