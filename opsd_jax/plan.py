@@ -229,15 +229,7 @@ def plan(config: ConfigDict, topology: str, *, slices: int = 1, length: float = 
         ],
         "programs": run.programs,
         "largest_collective": {
-            loop: max(
-                (
-                    c["elements"]
-                    for p in run.programs
-                    for c in p["collectives"]
-                    if loop in c["loops"]
-                ),
-                default=0,
-            )
+            loop: max((c["elements"] for c in found if loop in c["loops"]), default=0)
             for loop in ("decode_steps", "loss_chunks")
         },
         "smallest_weight": run.smallest_weight(),
@@ -371,7 +363,7 @@ class _Run:
             longest = memos.sizes(
                 section.memo, NO_DATA, section.prompt_tokens, section.response_tokens
             )
-            for which, (prompt, response) in zip(("memos", "their ends"), longest, strict=True):
+            for which, (prompt, response) in zip(("memos", "memos, closed"), longest, strict=True):
                 self.sampling(
                     f"{name} {which}",
                     resident,
@@ -385,10 +377,8 @@ class _Run:
         compile_train_step(stage, optimizer, abstract, self.mesh)
         (step,) = self.account(self._turns(section, stage))
         if section.algorithm == "opsd":
-            evaluation = self.config.evaluation
-            DivergenceProbe(
-                section, evaluation, NO_DATA, policy, self.mesh, self.parameters.abstract
-            )
+            evaluation, weights = self.config.evaluation, self.parameters.abstract
+            DivergenceProbe(section, evaluation, NO_DATA, policy, self.mesh, weights)
             self.account({"loss_chunks": self._chunks(section, evaluation.response_tokens)})
         self.phases[f"{name} step"] = {
             **resident,
@@ -450,6 +440,7 @@ def program_figures(
       kernel_bytes: that the paged attention kernels of a turn of "decode_steps" read.
     """
     program = hlo.Program(built.text)
+    live = liveness.peak(program)
     flops = sum(p.flops * hlo.turns(p.loops, given) for p in hlo.products(program)) + sum(
         _splash_flops(program, computation, i) * hlo.turns(loops, given)
         for computation, i, loops in program.executed()
@@ -467,7 +458,8 @@ def program_figures(
         "arguments": built.arguments,
         "temporaries": built.total - built.arguments,
         "temp_size_in_bytes": built.temp_size,
-        "largest": _largest_tensors(program),
+        "live_bytes": sum(buffer.bytes for buffer in live),
+        "largest": _largest_tensors(live),
         "flops": flops,
         "hbm_bytes": moved,
         "seconds": seconds,
@@ -477,10 +469,10 @@ def program_figures(
     }
 
 
-def _largest_tensors(program: hlo.Program) -> list[dict[str, Any]]:
-    """The largest temporaries at their peak, those of a shape and origin together."""
+def _largest_tensors(live: list[liveness.Buffer]) -> list[dict[str, Any]]:
+    """The largest of some tensors, those of a shape and origin together."""
     together: dict[tuple[str, str], list[int]] = {}
-    for buffer in liveness.peak(program):
+    for buffer in live:
         together.setdefault((buffer.shape, buffer.made_by), []).append(buffer.bytes)
     largest = sorted(together.items(), key=lambda item: -sum(item[1]))[:LISTED]
     return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,31 @@ GIB = 2**30
 
 
 def lines(plan: dict[str, Any]) -> Iterator[str]:
-    """The lines of what `opsd_jax.plan.plan` returned."""
+    """The lines of what `opsd_jax.plan.plan` returned, of up to 96 columns."""
+    yield from header(plan)
+    yield ""
+    yield "collectives: the largest of each program, and the loops that they stand in"
+    for p in plan["programs"]:
+        for c in p["collectives"][:3]:
+            if c["bytes"] > 2**20:
+                where = " > ".join(c["loops"]) or "no loop"
+                size = f"{c['times']} x, up to {c['largest'] / 2**20:.1f} MiB"
+                yield f"  {p['name']:<33}{c['op']:<19}{size:<28}{where}"
+    largest = plan["largest_collective"]
+    yield (
+        f"  in the decode loop at most {largest['decode_steps']:,} elements, in the loss's "
+        f"{largest['loss_chunks']:,}; the smallest weight has {plan['smallest_weight']:,}"
+    )
+    yield ""
+    if plan["fits"]:
+        yield "It fits."
+    for phase in plan["phases"]:
+        if phase["total"] > plan["hbm"]:
+            yield from _advice(plan, phase)
+
+
+def header(plan: dict[str, Any]) -> Iterator[str]:
+    """What a config's header quotes: memory, programs and times."""
     mesh, decode = (" x ".join(map(str, plan[name].values())) for name in ("mesh", "decode_mesh"))
     slices = f"{plan['slices']} x " if plan["slices"] > 1 else ""
     yield f"{slices}{plan['topology']}: {plan['devices']} x {plan['chip']}"
@@ -21,44 +46,25 @@ def lines(plan: dict[str, Any]) -> Iterator[str]:
         verdict = f"{left:.2f} left" if left >= 0 else f"DOES NOT FIT, by {-left:.2f}"
         yield f"  {phase['name']:<22}{phase['total'] / GIB:8.2f}   {verdict}"
         parts = ((name, size) for name, size in phase["parts"].items() if size > 0.005 * GIB)
-        yield "    " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts)
+        made = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts)
+        yield from textwrap.wrap(made, 92, initial_indent="    ", subsequent_indent="    ")
     yield ""
-    yield "programs, of a device       compile, s  HBM, GiB  temporaries  TFLOP  moved  network, G"
+    yield f"{'of a device:':<35}compile    HBM  temporaries   TFLOP   moved  network"
+    yield f"{'':<41}s    GiB          GiB             GiB      GiB"
     for p in plan["programs"]:
         network = sum(c["bytes"] for c in p["collectives"])
         yield (
-            f"  {p['name']:<26}{p['compile_seconds']:10.0f}"
-            f"{(p['arguments'] + p['temporaries']) / GIB:10.2f}{p['temporaries'] / GIB:13.2f}"
-            f"{p['flops'] / 1e12:7.4g}{p['hbm_bytes'] / GIB:7.4g}{network / GIB:14.3g}"
+            f"  {p['name']:<33}{p['compile_seconds']:7.0f}"
+            f"{(p['arguments'] + p['temporaries']) / GIB:7.2f}{p['temporaries'] / GIB:13.2f}"
+            f"{p['flops'] / 1e12:8.4g}{p['hbm_bytes'] / GIB:8.4g}{network / GIB:9.3g}"
         )
     yield ""
-    yield "collectives: the largest of each program, and the loops that they stand in"
-    for p in plan["programs"]:
-        for c in p["collectives"][:3]:
-            if c["bytes"] > 2**20:
-                where = " > ".join(c["loops"]) or "no loop"
-                size = f"{c['times']} x, up to {c['largest'] / 2**20:.1f} MiB"
-                yield f"  {p['name']:<26}{c['op']:<19}{size:<28}{where}"
-    yield ""
-    largest = plan["largest_collective"]
-    yield (
-        f"  in the decode loop at most {largest['decode_steps']:,} elements, in the loss's "
-        f"{largest['loss_chunks']:,}; the smallest weight has {plan['smallest_weight']:,}"
-    )
-    yield ""
-    yield "time by a roofline: at best; with products, memory and network one after the other"
+    yield "roofline, s: at best; with products, memory and network one after the other"
     for name, times in plan["times"].items():
         best, in_turn = times["seconds_at_best"], times["seconds_in_turn"]
-        yield f"  {name:<22}{best:9.1f} s{in_turn:9.1f} s"
-    yield f"  assumes responses of {plan['response_length']:.0%} of their budget, prompts that fill"
-    yield "  theirs, every row active; bfloat16 products, HBM and one ring of the network at the"
-    yield "  makers' speed"
-    yield ""
-    if plan["fits"]:
-        yield "It fits."
-    for phase in plan["phases"]:
-        if phase["total"] > plan["hbm"]:
-            yield from _advice(plan, phase)
+        yield f"  {name:<22}{best:9.1f}{in_turn:9.1f}"
+    yield f"  for responses of {plan['response_length']:.0%} of their budget, full prompts, all rows"
+    yield "  active; bfloat16, HBM and one ring of the network at the makers' speed"
 
 
 def _advice(plan: dict[str, Any], phase: dict[str, Any]) -> Iterator[str]:

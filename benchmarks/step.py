@@ -1,0 +1,142 @@
+"""The OPSD train step: what padding and dropped rows cost, against a step that pads everything.
+
+    python benchmarks/step.py [--repeats 5]
+
+128 rollouts a step, their lengths spread exponentially (mean 128, at most 512 tokens), prompts of
+16 to 64 tokens, contexts of 32 to 128 more for the teacher; Qwen3's shape, 4 layers of 256, 4,096
+words, float32 on the CPU. `plain` is the same step with one padded length for all rows, and without
+a gate before it: rows of no weight are computed like the others. The steps take turns; times are
+CPU-seconds of the process, medians: on a shared machine they say more than the clock. Some ten
+minutes on two cores.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import time
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from opsd_jax import config as config_lib
+from opsd_jax import losses
+from opsd_jax.models import decoder
+from opsd_jax.stages import batch as batch_lib
+from opsd_jax.stages import opsd
+from opsd_jax.stages.teacher import frozen, make_head
+from opsd_jax.training.state import init_state
+from opsd_jax.training.step import make_train_step
+from opsd_jax.verify.groups import Groups
+
+ROWS, MICROBATCH, V = 128, 4, 4096
+PROMPT, CONTEXT, RESPONSE = 64, 128, 512  # the longest of each
+WHOLE = [{"student": PROMPT + RESPONSE, "teacher": PROMPT + CONTEXT + RESPONSE}]
+BUCKETS = [
+    {"student": student, "teacher": student + CONTEXT - 32}
+    for student in (72, 96, 128, 176, 240, 320, 432)
+] + WHOLE
+
+
+def rollouts(seed: int = 0) -> list[dict]:
+    """All of them correct."""
+    rng = np.random.default_rng(seed)
+    words = lambda n: rng.integers(1, V, n).tolist()
+    rows = []
+    for _ in range(ROWS):
+        length = int(np.clip(rng.exponential(128), 1, RESPONSE))
+        prompt = words(rng.integers(16, PROMPT + 1))
+        rows.append(
+            {
+                "student": prompt,
+                "teacher": prompt + words(rng.integers(32, CONTEXT + 1)),
+                "response": words(length),
+                "behaviour_logprobs": [-1.0] * length,
+                "correct": True,
+                "incorrect": False,
+                "truncated": False,
+            }
+        )
+    return rows
+
+
+def pack(rows: list[dict], buckets: list[dict]) -> batch_lib.Batch:
+    return batch_lib.pack(
+        rows,
+        buckets=buckets,
+        microbatch=MICROBATCH,
+        capacity=ROWS,
+        per_token=["behaviour_logprobs"],
+        per_row=Groups._fields,
+        pad_id=0,
+    )
+
+
+def main(repeats: int) -> None:
+    section = config_lib.decoder(
+        vocab_size=V, hidden_size=256, intermediate_size=768, num_layers=4, num_heads=4,
+        num_kv_heads=2, head_dim=64, scan_unroll=1, remat="full",
+    )  # fmt: skip
+    model = decoder.from_config(section)
+    head = make_head(model.policy, config_lib.default().opsd.teacher)
+    loss = functools.partial(opsd.loss_fn, model.policy, head, losses.OPSD(), 1.0, 0)
+    optimizer = optax.adamw(1e-5)
+    params = jax.jit(model.init)(jax.random.key(0))
+    state = init_state(params, optimizer, frozen())
+    state["teacher"] = jax.tree.map(lambda x: 1.05 * x, state["teacher"])
+    step = jax.jit(make_train_step(loss, optimizer))
+
+    rows = rollouts()
+    chosen = set(np.random.default_rng(1).permutation(ROWS)[: ROWS // 4].tolist())
+    kept = [row for i, row in enumerate(rows) if i in chosen]
+    gated = [row | {"correct": i in chosen} for i, row in enumerate(rows)]
+    cases = {
+        "all": pack(rows, BUCKETS),
+        "quarter": pack(kept, BUCKETS),
+        "plain": pack(rows, WHOLE),
+        "plain, quarter": pack(gated, WHOLE),
+    }
+    found = {name: jax.device_get(step(state, batch)[1]["loss"]) for name, batch in cases.items()}
+    for ours, plain in (("all", "plain"), ("quarter", "plain, quarter")):  # the same loss
+        np.testing.assert_allclose(found[ours], found[plain], rtol=1e-4)
+
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(repeats):
+        for name, batch in cases.items():
+            began = time.process_time()
+            jax.block_until_ready(step(state, batch))
+            seconds[name].append(time.process_time() - began)
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    useful = {name: batch_lib.useful_fraction([batch]) for name, batch in cases.items()}
+    for name in cases:
+        live = [int(bucket["count"]) for bucket in cases[name]]
+        print(
+            f"{name:<16}{median[name]:8.2f} s   useful {useful[name]:.3f}   microbatches {live}   "
+            f"({min(seconds[name]):.2f} to {max(seconds[name]):.2f} s)"
+        )
+    print(
+        json.dumps(
+            {
+                "quarter_active_time_ratio": round(median["quarter"] / median["all"], 3),
+                "useful_token_fraction": round(useful["all"], 3),
+                "useful_token_fraction_padded": round(useful["plain"], 3),
+                "speedup_over_padded": round(median["plain"] / median["all"], 2),
+                "speedup_over_padded_quarter_active": round(
+                    median["plain, quarter"] / median["quarter"], 2
+                ),
+                "device": str(jnp.zeros(1).devices().pop()),
+                "repeats": repeats,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--repeats", type=int, default=5)
+    main(parser.parse_args().repeats)

@@ -1,0 +1,258 @@
+"""The plan of a run: what it says, and what it says where a run does not fit."""
+
+import copy
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from opsd_jax import main, plan_table
+from opsd_jax.parallel import hlo, liveness
+
+HERE = pathlib.Path(__file__).parent
+GIB = 2**30
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="pip install 'opsd-jax[tpu]'"
+)
+
+
+def planned(config, topology, *changes):
+    """What the command prints as JSON, and its exit code."""
+    command = [sys.executable, "-m", "opsd_jax.main", "plan", "--config", str(config), "--json"]
+    command += ["--topology", topology, *(f"--config.{change}" for change in changes)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""}
+    )
+    assert done.returncode in (0, 1), done.stderr[-3000:]
+    return json.loads(done.stdout), done.returncode
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return planned(HERE / "tiny_pod.py", "v5e:2x2")
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_plan_accounts_for_every_program_of_the_run(tiny):
+    figures, code = tiny
+    assert code == 0
+    assert figures["fits"]
+    assert figures["devices"] == 4
+    assert abs(figures["hbm"] / GIB - 15.75) < 0.01
+    names = [program["name"] for program in figures["programs"]]
+    of_engine = ["start", "prefill", "admit to 1024", "decode in 1024"]
+    assert names == [
+        "reshard",
+        *(f"opsd rollouts: {name}" for name in of_engine),
+        "opsd: train step",
+        "opsd: probe",
+        *(f"evaluation: {name}" for name in of_engine),
+    ]
+    phases = {phase["name"]: phase for phase in figures["phases"]}
+    parameters = 2 * (256 * 2048) + 2 * (3 * 256 * 512 + 2 * 256 * 512 + 2 * 256 * 256)
+    parts = phases["opsd step"]["parts"]
+    # All but the norms are cut over the four devices, whole over none; float32, and bfloat16.
+    assert abs(parts["parameters"] / parameters - 1) < 0.01
+    assert abs(parts["optimizer"] / parameters / 2 - 1) < 0.01
+    assert abs(parts["teacher"] / parameters * 2 - 1) < 0.02
+    cache = 8 * 1024 * 2 * 2 * 2 * 128 * 2 / 4  # rows, tokens, layers, kv, heads, size, bytes
+    assert phases["opsd rollouts"]["parts"]["cache"] == cache
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_operations_are_counted_with_their_loops(tiny):
+    """A step of 2 microbatches of 4 rows: the student forward, again, back; the teacher forward.
+
+    The product that ends a layer is not computed again: nothing of the backward pass needs it.
+    """
+    step = next(p for p in tiny[0]["programs"] if p["name"] == "opsd: train step")
+    layer = 3 * 256 * 512 + 2 * 256 * 512 + 2 * 256 * 256  # mlp, q and o, k and v
+    student = 8 * 1024 * 2 * (2 * (4 * layer - 256 * 512))
+    teacher = 8 * 1280 * 2 * 2 * layer
+    head = 8 * 1024 * 2 * 256 * 2048 * 4
+    attention = 8 * 4 * 128 * 2 * (1024**2 / 2 * (2 * 2 + 3 + 4) * 2 + 1280**2 / 2 * 2 * 2)
+    expected = (student + teacher + head + attention) / 4
+    assert abs(step["flops"] / expected - 1) < 0.02
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_run_that_does_not_fit_says_what_is_large_and_what_to_change():
+    changes = "opsd.microbatch=4096", "opsd.prompts=4096", "mesh=(1,4,1)", "evaluation.slots=8"
+    figures, code = planned(HERE / "tiny_pod.py", "v5e:2x2", *changes)
+    assert code == 1
+    assert not figures["fits"]
+    said = "\n".join(plan_table.lines(figures))
+    assert "opsd step              " in said
+    assert "DOES NOT FIT, by" in said
+    assert "opsd step does not fit. The largest in it:" in said
+    assert "[1024,1024,256]" in said  # the hidden states of a device's rows
+    assert "opsd.microbatch smaller" in said
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_the_peak_is_the_compilers_own(tiny):
+    """That of what is live in the text, but for the padding of small arrays to tiles."""
+    for program in tiny[0]["programs"]:
+        if program["temporaries"] > 4 * 2**20:
+            assert abs(program["live_bytes"] / program["temporaries"] - 1) < 0.1
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_slices_differ_along_data():
+    def run(mesh):
+        command = [sys.executable, str(HERE / "plan_slices.py"), mesh]
+        environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)
+
+    assert run("2x2x2") == [[0] * 4, [1] * 4]
+    assert run("4x2x1") == [[0] * 2] * 2 + [[1] * 2] * 2
+    assert "data = 1; expected a multiple of 2, the slices" in run("1x8x1")
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_the_papers_run_fits_and_no_loop_moves_a_weight():
+    """Qwen3-8B OPSD on 16 chips of v5p; then 64 rows of 4,096 tokens, whose temporaries are to stay
+    under the 15.1 GiB of a plain step.
+    """
+    config = HERE.parent / "configs" / "qwen3_8b_opsd_v5p32.py"
+    figures, code = planned(
+        config, "v5p:2x2x4",
+        "opsd.prompts=64", "opsd.slots=64", "opsd.contexts=('solution',)",
+        "opsd.response_tokens=3072", "opsd.buckets=(4096,)", "opsd.teacher_prompt_tokens=1024",
+        "opsd.teacher_buckets=(4096,)",
+    )  # fmt: skip
+    assert code == 0
+    largest = figures["largest_collective"]
+    assert 0 < largest["decode_steps"] < figures["smallest_weight"]
+    assert largest["loss_chunks"] < figures["smallest_weight"]
+    step = next(p for p in figures["programs"] if p["name"] == "opsd: train step")
+    assert step["temporaries"] < 15.1 * GIB
+    assert step["temp_size_in_bytes"] < 15.1 * GIB
+
+
+def test_without_the_compiler_the_command_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    arguments = ["plan", "--config", str(HERE / "tiny_pod.py"), "--topology", "v5e:2x2"]
+    assert main.main(arguments) == 2
+    assert "is missing: pip install 'opsd-jax[tpu]'" in capsys.readouterr().err
+
+
+@needs_compiler
+def test_a_topology_that_is_none_is_refused(capsys):
+    arguments = ["plan", "--config", str(HERE / "tiny_pod.py"), "--topology", "v5x:2"]
+    assert main.main(arguments) == 2
+    assert "--topology v5x:2: " in capsys.readouterr().err
+
+
+FIGURES = {
+    "topology": "v5e:2x2", "slices": 1, "devices": 4, "chip": "TPU v5 lite", "hbm": 10 * GIB,
+    "mesh": {"data": 1, "fsdp": 4, "tensor": 1}, "decode_mesh": {"data": 1, "fsdp": 4, "tensor": 1},
+    "response_length": 0.5,
+    "phases": [
+        {"name": "rl rollouts", "parts": {"parameters": GIB, "cache": 5 * GIB}, "total": 6 * GIB},
+        {"name": "rl step", "parts": {"parameters": GIB, "temporaries": 3 * GIB}, "total": 4 * GIB},
+    ],
+    "programs": [
+        {
+            "name": name, "compile_seconds": 3.0, "arguments": GIB, "temporaries": GIB,
+            "largest": [{"shape": "f32[4,8]", "made_by": "jit(f)/x", "count": 2, "bytes": GIB}],
+            "flops": 1e12, "hbm_bytes": 1e9, "seconds_at_best": 1.0, "seconds_in_turn": 2.0,
+            "collectives": [
+                {"op": "all-gather", "loops": ["layers"], "times": 4, "bytes": GIB,
+                 "largest": GIB // 4, "elements": 9}
+            ],
+        }
+        for name in ("rl rollouts: prefill", "rl: train step")
+    ],
+    "largest_collective": {"decode_steps": 5, "loss_chunks": 0}, "smallest_weight": 77,
+    "times": {"rl step": {"seconds_at_best": 1.0, "seconds_in_turn": 2.0}}, "fits": True,
+}  # fmt: skip
+
+
+def test_the_table_names_every_phase_and_where_collectives_stand():
+    said = list(plan_table.lines(FIGURES))
+    assert max(map(len, said)) <= 100
+    text = "\n".join(said)
+    assert "rl rollouts               6.00   4.00 left" in text
+    assert "all-gather         4 x, up to 256.0 MiB" in text
+    assert "layers" in text
+    assert text.endswith("It fits.")
+
+
+@pytest.mark.parametrize(
+    ("phase", "part", "advice"),
+    [
+        (0, "cache", "rl.slots or response_tokens smaller"),
+        (0, "weights for sampling", "decode_mesh with more `tensor`"),
+        (1, "temporaries", "rl.microbatch smaller"),
+        (1, "optimizer", "mesh with more devices over `fsdp`"),
+    ],
+)
+def test_what_to_change_goes_by_what_is_largest(phase, part, advice):
+    figures = copy.deepcopy(FIGURES)
+    figures["fits"] = False
+    figures["phases"][phase]["parts"][part] = 9 * GIB
+    figures["phases"][phase]["total"] = 12.5 * GIB
+    text = "\n".join(plan_table.lines(figures))
+    assert "DOES NOT FIT, by 2.50" in text
+    assert "2 x f32[4,8]" in text
+    assert advice in text
+
+
+def test_products_are_counted_as_xla_counts_them():
+    """Without loops XLA's own count is right: dots, and convolutions that stand for them."""
+    import jax.numpy as jnp
+
+    def f(a, b, c):
+        x = jnp.einsum("bij,bjk->bik", a, b)
+        return jax.lax.conv_general_dilated(
+            x[None], c[None], (2, 1), ((3, 2), (0, 1)), lhs_dilation=(1, 3), rhs_dilation=(2, 1)
+        )
+
+    shapes = (5, 16, 32), (5, 32, 64), (5, 3, 7)
+    compiled = jax.jit(f).lower(*(jnp.zeros(s) for s in shapes)).compile()
+    program = hlo.Program(compiled.as_text())
+    counted = sum(product.flops for product in hlo.products(program))
+    assert abs(counted / compiled.cost_analysis()["flops"] - 1) < 0.01
+
+
+def test_what_is_live_is_known_by_name():
+    text = """HloModule jit_f, is_scheduled=true
+
+%body (p: (s32[], f32[64])) -> (s32[], f32[64]) {
+  %p = (s32[], f32[64]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[64]{0} get-tuple-element(%p), index=1
+  %big = f32[256]{0} broadcast(%x), metadata={op_name="jit(f)/inner"}
+  %small = f32[64]{0} slice(%big)
+  ROOT %t = (s32[], f32[64]{0}) tuple(%i, %small)
+}
+
+ENTRY %main (a: f32[64]) -> f32[64] {
+  %a = f32[64]{0} parameter(0)
+  %first = f32[128]{0} broadcast(%a), metadata={op_name="jit(f)/first"}
+  %seen = f32[64]{0} slice(%first)
+  %zero = s32[] constant(0)
+  %init = (s32[], f32[64]{0}) tuple(%zero, %seen)
+  %loop = (s32[], f32[64]{0}) while(%init), condition=%cond, body=%body
+  %second = f32[200]{0} broadcast(%a), metadata={op_name="jit(f)/second"}
+  %last = f32[64]{0} get-tuple-element(%loop), index=1
+  ROOT %out = f32[64]{0} add(%last, %second)
+}
+"""
+    found = liveness.peak(hlo.Program(text))
+    # In the loop: its state and what its body makes. What came before is gone.
+    assert [(b.bytes, b.made_by) for b in found] == [(1024, "jit(f)/inner"), (256, "seen")]
