@@ -38,8 +38,8 @@ ROWS, MICROBATCH, V = 128, 4, 4096
 PROMPT, CONTEXT, RESPONSE = 64, 128, 512  # the longest of each
 WHOLE = [{"student": PROMPT + RESPONSE, "teacher": PROMPT + CONTEXT + RESPONSE}]
 BUCKETS = [
-    {"student": student, "teacher": student + CONTEXT - 32}
-    for student in (72, 96, 128, 176, 240, 320, 432)
+    {"student": student, "teacher": student + CONTEXT - 48}
+    for student in (96, 128, 160, 208, 264, 344, 448)
 ] + WHOLE
 
 

@@ -63,8 +63,9 @@ def header(plan: dict[str, Any]) -> Iterator[str]:
     for name, times in plan["times"].items():
         best, in_turn = times["seconds_at_best"], times["seconds_in_turn"]
         yield f"  {name:<22}{best:9.1f}{in_turn:9.1f}"
-    yield f"  for responses of {plan['response_length']:.0%} of their budget, full prompts, all rows"
-    yield "  active; bfloat16, HBM and one ring of the network at the makers' speed"
+    share = f"{plan['response_length']:.0%}"
+    yield f"  for responses of {share} of their budget, full prompts, all rows active; bfloat16,"
+    yield "  HBM and one ring of the network at the makers' speed"
 
 
 def _advice(plan: dict[str, Any], phase: dict[str, Any]) -> Iterator[str]:

@@ -117,6 +117,7 @@ def test_the_number_of_slots_changes_nothing(make, rollouts, count):
     ("mesh_shape", "decode_mesh"),
     [
         ((8, 1, 1), ()),
+        pytest.param((1, 8, 1), (), marks=pytest.mark.slow),
         pytest.param((2, 2, 2), (), marks=pytest.mark.slow),
         pytest.param((2, 4, 1), (4, 1, 2), marks=pytest.mark.slow),
     ],
