@@ -79,6 +79,7 @@ class Run:
             mesh_lib.row_shards(self.mesh),
             mesh_lib.row_shards(self.parameters.decode_mesh),
             self.stage_seed,
+            self.mesh.shape["tensor"],
         )
         self.pool = VerifierPool(
             self.task.verify,

@@ -32,6 +32,7 @@ def check(
     shards: int,
     decode_shards: int,
     stage_seed: Callable[[str], int],
+    tensor: int = 1,
 ) -> None:
     """Raises ConfigError where the task's data or the devices do not go with a field, as far as a
     first look at the data tells.
@@ -43,6 +44,7 @@ def check(
       shards: into how many parts rows of a batch are cut.
       decode_shards: the same while rollouts are sampled.
       stage_seed: name of a stage -> the seed of its demonstrations.
+      tensor: the size of that axis of the mesh.
     """
 
     def expect(holds: bool, field: str, value: Any, expected: str) -> None:
@@ -92,6 +94,12 @@ def check(
         example = "sources, such as config.data.train.maths = config_lib.source('maths.jsonl')"
         expect(len(task.train) > 0, "data.train", "empty", example)
         divides(f"{name}.microbatch", section.microbatch, shards)
+        if config.model.get("sequence_parallel"):
+            for field in ("buckets", "teacher_buckets"):
+                lengths = section.get(field, ())
+                whole = all(length % tensor == 0 for length in lengths)
+                expected = f"multiples of tensor = {tensor}, over which tokens are cut"
+                expect(whole, f"{name}.{field}", tuple(lengths), expected)
         if section.algorithm == "sft":
             computed = lambda row: [*row.prompt, *row.response][:-1]
             rows = task.demonstrations(stage_seed(name))

@@ -157,6 +157,14 @@ def test_parts_that_do_not_fit_are_refused_before_compiling(tmp_path, field, tex
         pipeline.Run(config, tmp_path)
 
 
+def test_padded_lengths_are_cut_evenly_over_tensor(tmp_path):
+    fields = {"mesh": "(4, 1, 2)", "model.sequence_parallel": "True", "sft.buckets": "(56, 129)"}
+    config = config_files.load(QUICKSTART, fields)
+    message = r"sft.buckets is \(56, 129\); expected multiples of tensor = 2"
+    with pytest.raises(config_lib.ConfigError, match=message):
+        pipeline.Run(config, tmp_path)
+
+
 def test_sampling_may_have_a_mesh_of_its_own(tmp_path):
     """Rows of batches go with the one mesh, slots with the other; problems of a step with none."""
     fields = {"decode_mesh": "(-1, 1, 2)", "rlvr.slots": "12", "rlvr.prompts": "6"}

@@ -20,6 +20,7 @@ from opsd_jax.stages.batch import collate, response_head
 from opsd_jax.stages.privileged import inserted_tokens
 
 FILE = "divergence.json"
+MULTIPLE = 128  # of padded lengths: a mesh may cut them
 
 
 def token_kl(
@@ -60,9 +61,10 @@ class DivergenceProbe:
         self._microbatch, self._task = config.microbatch, task
         self._response_tokens = evaluation.response_tokens
         inserted = inserted_tokens(config, evaluation.response_tokens)
+        whole = lambda tokens: -(-tokens // MULTIPLE) * MULTIPLE
         self._lengths = {
-            "student": evaluation.prompt_tokens + evaluation.response_tokens,
-            "teacher": config.teacher_prompt_tokens + evaluation.response_tokens + inserted,
+            "student": whole(evaluation.prompt_tokens + evaluation.response_tokens),
+            "teacher": whole(config.teacher_prompt_tokens + evaluation.response_tokens + inserted),
         }
         self._rows = mesh_lib.rows(mesh)
         score = functools.partial(token_kl, policy, config.temperature, config.loss_chunk)
