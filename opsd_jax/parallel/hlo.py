@@ -212,6 +212,15 @@ def _constant(i: Instruction | None) -> int | None:
     value = re.search(r"constant\((\d+)\)", i.line) if i is not None else None
     return int(value[1]) if value else None
 
+    def overlapped(self, i: Instruction) -> Instruction | None:
+        """The collective that goes on inside of a fusion, beside what it computes, if one does: the
+        compiler starts some in one fusion, moves them on in others, and ends them in a last one.
+        """
+        if i.op != "fusion":
+            return None
+        within = self.instructions(i.called[0]).values()
+        return next((x for x in within if x.op in _COLLECTIVES), None)
+
 
 def _parsed(line: str) -> Instruction | None:
     match = _INSTRUCTION.match(line)
@@ -252,6 +261,10 @@ def collectives(program: Program) -> list[Collective]:
     """The collectives that a program runs."""
     found = []
     for computation, i, loops in program.executed():
+        if within := program.overlapped(i):
+            if "AsyncCollectiveStart" not in program.root(i.called[0]).line:
+                continue  # one that has started goes on
+            computation, i = i.called[0], within
         op = i.op.removesuffix("-start")
         if op not in _COLLECTIVES:
             continue
@@ -328,6 +341,13 @@ def _convolution(i: Instruction, lhs: list[int], rhs: list[int]) -> int:
     return flops
 
 
+def in_place(i: Instruction) -> dict[int, int]:
+    """Which results of a fusion are one of its operands, as it says: result -> operand."""
+    said = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", i.line)
+    pairs = re.findall(r"\{(\d*)\}: \((\d+),", said[1]) if said else []
+    return {int(result or 0): int(operand) for result, operand in pairs}
+
+
 def accesses(program: Program, *, vmem: bool = False) -> list[Access]:
     """What the instructions of a compiled TPU program read from HBM and write there.
 
@@ -389,6 +409,17 @@ def accesses(program: Program, *, vmem: bool = False) -> list[Access]:
             found += [Access(size, size, loops, i.line)] * vmem
         elif i.op not in _FREE | {"conditional", "call"}:
             sizes = [in_memory(there[name].shape) for name in i.operands]
+            if program.overlapped(i):
+                aliased = in_place(i)
+                kept = [0 if n in aliased.values() else size for n, size in enumerate(sizes)]
+                new = [
+                    size
+                    for k, size in enumerate(array_sizes(i.shape, hbm=not vmem))
+                    if k not in aliased
+                ]
+                starts = "AsyncCollectiveStart" in program.root(i.called[0]).line
+                found.append(Access(sum(sizes if starts else kept), sum(new), loops, i.line))
+                continue
             reads = [
                 min(size, read(computation, i, n)) if size else 0 for n, size in enumerate(sizes)
             ]

@@ -119,7 +119,7 @@ def _in_place(program: Program, i: Instruction) -> dict[int, int]:
         return {}
     within = program.instructions(i.called[0])
     root = program.root(i.called[0])
-    found = {}
+    found = hlo.in_place(i)
     for k, name in enumerate(root.operands if root.op == "tuple" else [root.name]):
         made = within[name]
         while made.op in hlo.SAME:
