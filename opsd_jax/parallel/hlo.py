@@ -206,12 +206,6 @@ class Program:
         bound = _constant(there.get(compared.operands[1]))
         return bound, int(counter[1]) if counter else 0
 
-
-def _constant(i: Instruction | None) -> int | None:
-    """The value of a whole number in the program."""
-    value = re.search(r"constant\((\d+)\)", i.line) if i is not None else None
-    return int(value[1]) if value else None
-
     def overlapped(self, i: Instruction) -> Instruction | None:
         """The collective that goes on inside of a fusion, beside what it computes, if one does: the
         compiler starts some in one fusion, moves them on in others, and ends them in a last one.
@@ -220,6 +214,12 @@ def _constant(i: Instruction | None) -> int | None:
             return None
         within = self.instructions(i.called[0]).values()
         return next((x for x in within if x.op in _COLLECTIVES), None)
+
+
+def _constant(i: Instruction | None) -> int | None:
+    """The value of a whole number in the program."""
+    value = re.search(r"constant\((\d+)\)", i.line) if i is not None else None
+    return int(value[1]) if value else None
 
 
 def _parsed(line: str) -> Instruction | None:
