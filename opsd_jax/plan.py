@@ -205,6 +205,9 @@ def plan(config: ConfigDict, topology: str, *, slices: int = 1, length: float = 
     """
     devices = topology_devices(topology, slices)
     device = devices[0]
+    if device.device_kind not in CHIPS:
+        known = ", ".join(CHIPS)
+        raise PlanError(f"--topology {topology}: a {device.device_kind}; expected one of {known}.")
     chip, hbm = CHIPS[device.device_kind], hbm_bytes(device)
     compiler = Compiler()
     with aot.planning(compiler):

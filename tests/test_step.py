@@ -395,3 +395,23 @@ def test_learning_rate_schedules(config):
     np.testing.assert_allclose(
         cosine[[0, 1, 2, 6, 10]], [0, 0.5, 1, 0.55, 0.1], rtol=1e-4, atol=1e-7
     )
+
+
+def test_the_first_moment_may_be_in_bfloat16(config):
+    """The second stays in float32; a step differs by the rounding of the first, 2^-8 of it."""
+    updates = []
+    for dtype in ("float32", "bfloat16"):
+        optimizer = config.sft.optimizer.copy_and_resolve_references()
+        optimizer.update({"schedule": "constant", "warmup": 0, "moment_dtype": dtype})
+        tx = state_lib.make_optimizer(optimizer, updates=10)
+        params = jax.random.normal(jax.random.key(0), (64,))
+        opt_state = tx.init(params)
+        for i in range(5):
+            gradient = jax.random.normal(jax.random.key(i), (64,))
+            update, opt_state = tx.update(gradient, opt_state, params)
+        updates.append(update)
+        adam = opt_state[1][0]
+        assert (adam.mu.dtype, adam.nu.dtype) == (dtype, "float32")
+    scale = np.abs(updates[0]).max()
+    np.testing.assert_allclose(*updates, atol=2**-7 * scale)
+    assert not np.array_equal(*updates)

@@ -7,6 +7,8 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
+from opsd_jax import config as config_lib
+from opsd_jax.models import decoder
 from opsd_jax.stages import teacher as teacher_lib
 from opsd_jax.training.state import init_state
 from opsd_jax.training.step import make_train_step
@@ -137,3 +139,21 @@ def test_no_gradient_flows_into_a_teacher(model, params, sequences, kind):
 
     for leaf in jax.tree.leaves(jax.grad(total)(params, params)):
         np.testing.assert_array_equal(leaf, 0)
+
+
+def test_a_teacher_kept_in_bfloat16_is_the_same_teacher(sequences):
+    """The products of a bfloat16 model cast float32 weights; a teacher may be cast once."""
+    config = config_lib.decoder(dtype="bfloat16", num_layers=2, scan_unroll=1)
+    model = decoder.from_config(config)
+    params = jax.tree.map(lambda x: 3 * x, model.init(jax.random.key(0)))
+    whole, kept = (
+        teacher_lib.from_config(section("frozen"), *keep).init(params)
+        for keep in ((), (model.decode_params,))
+    )
+    size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    assert size(kept) < 0.51 * size(whole)
+    made = [logits(model, "frozen", params, teacher, sequences) for teacher in (whole, kept)]
+    np.testing.assert_array_equal(*made)
+    copied = teacher_lib.from_config(section("refresh", every=1), model.decode_params)
+    again = copied.update(kept, params, jnp.int32(1), jnp.bool_(True))
+    assert equal(again, kept)
