@@ -25,27 +25,27 @@ Its plan (2026-11-25, jax 0.10.2, libtpu 0.0.42.1; compiled, not run):
         parameters 0.56, weights for sampling 1.11, cache 7.88, prompts' cache 0.11, temporaries
         0.34
 
-    of a device:                       compile    HBM  temporaries   TFLOP   moved  network
-                                             s    GiB          GiB             GiB      GiB
-      reshard                                0   2.78         1.11       0   4.624     1.11
-      opsd rollouts: start                   0   7.88         0.00       0   7.875        0
-      opsd rollouts: prefill                 9   1.59         0.26   2.045   3.135        0
-      opsd rollouts: admit to 9216           4   8.39         0.30       0   4.305   0.0625
-      opsd rollouts: decode in 9216         33   9.21         0.22  0.6103   260.1 2.35e-05
-      opsd memos: start                      0   4.92         0.00       0   4.922        0
-      opsd memos: prefill                   12   3.30         1.17   18.63   37.31        0
-      opsd memos: admit to 11520             2   8.68         2.75       0   29.34     4.05
-      opsd memos: decode in 11520           31   6.25         0.22  0.3051   354.9  1.2e-05
-      opsd memos, closed: start              0   5.14         0.00       0   5.141        0
-      opsd memos, closed: prefill           13   3.77         1.43   25.37   47.46        0
-      opsd memos, closed: admit to 12032      2   9.71         3.34       0   35.68     4.92
-      opsd memos, closed: decode in 12032     30   6.47         0.22  0.3051   400.4  1.2e-05
-      opsd: train step                     164   5.24         3.29   992.3    8459     23.7
-      opsd: probe                           19   2.31         1.19    51.1   894.8     1.27
-      evaluation: start                      0   7.88         0.00       0   7.875        0
-      evaluation: prefill                    4   1.34         0.12   1.022   3.347        0
-      evaluation: admit to 9216              4   8.33         0.34       0   3.344   0.0625
-      evaluation: decode in 9216            53   9.21         0.22  0.6103   260.1 2.35e-05
+    of a device:                          compile    HBM  temporaries   TFLOP   moved  network
+                                                s    GiB          GiB             GiB      GiB
+      reshard                                   0   2.78         1.11       0   4.624     1.11
+      opsd rollouts: start                      0   7.88         0.00       0   7.875        0
+      opsd rollouts: prefill                    9   1.59         0.26   2.045   3.135        0
+      opsd rollouts: admit to 9216              4   8.39         0.30       0   4.305   0.0625
+      opsd rollouts: decode in 9216            33   9.21         0.22  0.6103   260.1 2.35e-05
+      opsd memos: start                         0   4.92         0.00       0   4.922        0
+      opsd memos: prefill                      12   3.30         1.17   18.63   37.31        0
+      opsd memos: admit to 11520                2   8.68         2.75       0   29.34     4.05
+      opsd memos: decode in 11520              31   6.25         0.22  0.3051   354.9  1.2e-05
+      opsd memos, closed: start                 0   5.14         0.00       0   5.141        0
+      opsd memos, closed: prefill              13   3.77         1.43   25.37   47.46        0
+      opsd memos, closed: admit to 12032        2   9.71         3.34       0   35.68     4.92
+      opsd memos, closed: decode in 12032      30   6.47         0.22  0.3051   400.4  1.2e-05
+      opsd: train step                        164   5.24         3.29   992.3    8459     23.7
+      opsd: probe                              19   2.31         1.19    51.1   894.8     1.27
+      evaluation: start                         0   7.88         0.00       0   7.875        0
+      evaluation: prefill                       4   1.34         0.12   1.022   3.347        0
+      evaluation: admit to 9216                 4   8.33         0.34       0   3.344   0.0625
+      evaluation: decode in 9216               53   9.21         0.22  0.6103   260.1 2.35e-05
 
     roofline, s: at best; with products, memory and network one after the other
       opsd rollouts              21.8     22.1

@@ -25,27 +25,27 @@ Its plan (2026-11-25, jax 0.10.2, libtpu 0.0.42.1; compiled, not run):
         parameters 0.48, weights for sampling 3.81, cache 2.53, prompts' cache 0.04, temporaries
         0.42
 
-    of a device:                       compile    HBM  temporaries   TFLOP   moved  network
-                                             s    GiB          GiB             GiB      GiB
-      reshard                                1   8.10         3.81       0   12.56     3.81
-      opsd rollouts: start                   0   0.63         0.00       0  0.6328        0
-      opsd rollouts: prefill                 9   3.63         0.07   3.634   3.373     0.57
-      opsd rollouts: admit to 9216           3   0.78         0.11       0  0.7149   0.0117
-      opsd rollouts: decode in 9216         32   4.87         0.42  0.4844   266.8   0.0721
-      opsd memos: start                      0   1.21         0.00       0   1.213        0
-      opsd memos: prefill                   10   4.32         0.47   39.51   50.06     5.28
-      opsd memos: admit to 17664             2   2.12         0.58       0   8.274      1.3
-      opsd memos: decode in 17664           26   5.45         0.42  0.4844     307   0.0721
-      opsd memos, closed: start              0   1.35         0.00       0   1.354        0
-      opsd memos, closed: prefill           11   5.14         1.01   84.35   124.1     9.84
-      opsd memos, closed: admit to 19712      2   3.17         1.21       0   12.74     2.43
-      opsd memos, closed: decode in 19712     27   5.59         0.42  0.4844     337   0.0721
-      opsd: train step                     140   4.41         2.73   438.8    1456      114
-      opsd: probe                           36   1.71         0.76   97.18   332.1     21.9
-      evaluation: start                      0   2.53         0.00       0   2.531        0
-      evaluation: prefill                    8   3.63         0.07   3.634   3.373     0.57
-      evaluation: admit to 9216              2   2.67         0.11       0  0.7149   0.0117
-      evaluation: decode in 9216            29   6.77         0.42   1.937   307.8    0.288
+    of a device:                          compile    HBM  temporaries   TFLOP   moved  network
+                                                s    GiB          GiB             GiB      GiB
+      reshard                                   1   8.10         3.81       0   12.56     3.81
+      opsd rollouts: start                      0   0.63         0.00       0  0.6328        0
+      opsd rollouts: prefill                    9   3.63         0.07   3.634   3.373     0.57
+      opsd rollouts: admit to 9216              3   0.78         0.11       0  0.7149   0.0117
+      opsd rollouts: decode in 9216            32   4.87         0.42  0.4844   266.8   0.0721
+      opsd memos: start                         0   1.21         0.00       0   1.213        0
+      opsd memos: prefill                      10   4.32         0.47   39.51   50.06     5.28
+      opsd memos: admit to 17664                2   2.12         0.58       0   8.274      1.3
+      opsd memos: decode in 17664              26   5.45         0.42  0.4844     307   0.0721
+      opsd memos, closed: start                 0   1.35         0.00       0   1.354        0
+      opsd memos, closed: prefill              11   5.14         1.01   84.35   124.1     9.84
+      opsd memos, closed: admit to 19712        2   3.17         1.21       0   12.74     2.43
+      opsd memos, closed: decode in 19712      27   5.59         0.42  0.4844     337   0.0721
+      opsd: train step                        140   4.41         2.73   438.8    1456      114
+      opsd: probe                              36   1.71         0.76   97.18   332.1     21.9
+      evaluation: start                         0   2.53         0.00       0   2.531        0
+      evaluation: prefill                       8   3.63         0.07   3.634   3.373     0.57
+      evaluation: admit to 9216                 2   2.67         0.11       0  0.7149   0.0117
+      evaluation: decode in 9216               29   6.77         0.42   1.937   307.8    0.288
 
     roofline, s: at best; with products, memory and network one after the other
       opsd rollouts              22.4     22.7

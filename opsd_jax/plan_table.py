@@ -19,7 +19,7 @@ def lines(plan: dict[str, Any]) -> Iterator[str]:
             if c["bytes"] > 2**20:
                 where = " > ".join(c["loops"]) or "no loop"
                 size = f"{c['times']} x, up to {c['largest'] / 2**20:.1f} MiB"
-                yield f"  {p['name']:<33}{c['op']:<19}{size:<28}{where}"
+                yield f"  {p['name']:<36}{c['op']:<19}{size:<27}{where}"
     largest = plan["largest_collective"]
     yield (
         f"  in the decode loop at most {largest['decode_steps']:,} elements, in the loss's "
@@ -49,12 +49,12 @@ def header(plan: dict[str, Any]) -> Iterator[str]:
         made = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts)
         yield from textwrap.wrap(made, 92, initial_indent="    ", subsequent_indent="    ")
     yield ""
-    yield f"{'of a device:':<35}compile    HBM  temporaries   TFLOP   moved  network"
-    yield f"{'':<41}s    GiB          GiB             GiB      GiB"
+    yield f"{'of a device:':<38}compile    HBM  temporaries   TFLOP   moved  network"
+    yield f"{'':<44}s    GiB          GiB             GiB      GiB"
     for p in plan["programs"]:
         network = sum(c["bytes"] for c in p["collectives"])
         yield (
-            f"  {p['name']:<33}{p['compile_seconds']:7.0f}"
+            f"  {p['name']:<36}{p['compile_seconds']:7.0f}"
             f"{(p['arguments'] + p['temporaries']) / GIB:7.2f}{p['temporaries'] / GIB:13.2f}"
             f"{p['flops'] / 1e12:8.4g}{p['hbm_bytes'] / GIB:8.4g}{network / GIB:9.3g}"
         )

@@ -299,7 +299,9 @@ def test_config_json_is_readable(tmp_path):
     assert saved["stages"] == ["sft", "rlvr", "opsd"]
 
 
-@pytest.mark.parametrize("path", sorted(QUICKSTART.parent.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(pathlib.Path(QUICKSTART).parent.glob("*.py")), ids=lambda path: path.stem
+)
 def test_every_config_loads_and_names_itself(path):
     config_files.load(path, data=False)
     assert f"--config configs/{path.name}" in path.read_text()
