@@ -31,7 +31,7 @@ from opsd_jax.losses.fused import chunk_tokens
 from opsd_jax.parallel import aot, hlo, liveness
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parameters import Parameters
-from opsd_jax.rollout.engine import STEPS, Engine, shape_for
+from opsd_jax.rollout.engine import STEPS, Engine, EngineShape, shape_for
 from opsd_jax.stages import memos, opsd, rlvr, sft
 from opsd_jax.stages.privileged import Privileged
 from opsd_jax.stages.stage import Stage
@@ -271,23 +271,31 @@ class _Run:
         weights = [leaf for leaf in leaves if leaf.size > total / 1000]
         return min(leaf.size // (leaf.shape[0] if leaf.ndim > 2 else 1) for leaf in weights)
 
-    def account(self, given: Mapping[str, int], kernel_bytes: float = 0.0) -> list[dict[str, Any]]:
-        """Accounts for what was compiled since the last time, with the turns of loops given."""
+    def account(self, given: Mapping[str, int], **options: Any) -> list[dict[str, Any]]:
+        """Accounts for what was compiled since the last time, with the turns of loops given, and
+        other arguments of `program_figures`.
+        """
         new = [
-            program_figures(built, self.chip, given, kernel_bytes)
+            program_figures(built, self.chip, given, **options)
             for built in self.compiler.built[len(self.programs) :]
         ]
         self.programs += new
         return new
 
-    def engine(self, sizes: Any, mean_tokens: float) -> tuple[Engine, dict[str, dict[str, Any]]]:
-        """The engine of these sizes, and the figures of its programs; `mean_tokens` are in a row of
-        its cache on average.
+    def engine(
+        self, sizes: EngineShape, mean_tokens: float, cuts: bool
+    ) -> tuple[Engine, dict[str, dict[str, Any]]]:
+        """The engine of these sizes, and the figures of its programs.
+
+        Args:
+          sizes: of the engine.
+          mean_tokens: in a row of its cache on average.
+          cuts: whether the sampling rule looks for the likeliest words.
         """
         begun = len(self.programs)
         engine = Engine(self.model, self.layout.abstract, self.layout.mesh, sizes)
         live = engine.cache_bytes * mean_tokens / engine.lengths[-1] if self.model.ragged else 0.0
-        self.account({"decode_steps": STEPS}, live)
+        self.account({"decode_steps": STEPS}, kernel_bytes=live, lightest=not cuts)
         return engine, {p["name"].split(": ")[-1]: p for p in self.programs[begun:]}
 
     def sampling(
@@ -300,6 +308,7 @@ class _Run:
         rollouts: int,
         prompt_tokens: int,
         response_tokens: int,
+        cuts: bool = False,
     ) -> None:
         """Compiles and accounts for the sampling of so many rollouts, beside what is resident."""
         self.compiler.prefix = f"{phase}: "
@@ -312,7 +321,7 @@ class _Run:
             shards=mesh_lib.row_shards(self.layout.mesh),
         )
         tokens = self.length * response_tokens
-        engine, programs = self.engine(sizes, prompt_tokens + tokens / 2)
+        engine, programs = self.engine(sizes, prompt_tokens + tokens / 2, cuts)
         self.phases[phase] = {
             **resident,
             "weights for sampling": self.layout.moved,
@@ -428,11 +437,17 @@ class _Run:
             rollouts=problems * section.samples,
             prompt_tokens=section.prompt_tokens,
             response_tokens=section.response_tokens,
+            cuts=section.top_k > 0 or section.top_p < 1 or section.min_p > 0,
         )
 
 
 def program_figures(
-    built: Built, chip: Chip, given: Mapping[str, int], kernel_bytes: float = 0.0
+    built: Built,
+    chip: Chip,
+    given: Mapping[str, int],
+    *,
+    kernel_bytes: float = 0.0,
+    lightest: bool = False,
 ) -> dict[str, Any]:
     """The figures of a compiled program, JSON-ready; bytes and operations are of one device.
 
@@ -441,8 +456,9 @@ def program_figures(
       chip: of the times.
       given: turns of loops that the program does not say (`hlo.turns`).
       kernel_bytes: that the paged attention kernels of a turn of "decode_steps" read.
+      lightest: which branches of conditionals are taken (`hlo.Program`).
     """
-    program = hlo.Program(built.text)
+    program = hlo.Program(built.text, lightest=lightest)
     live = liveness.peak(program)
     flops = sum(p.flops * hlo.turns(p.loops, given) for p in hlo.products(program)) + sum(
         _splash_flops(program, computation, i) * hlo.turns(loops, given)

@@ -85,25 +85,17 @@ def test_operations_are_counted_with_their_loops(tiny):
 @needs_compiler
 @pytest.mark.slow
 def test_a_run_that_does_not_fit_says_what_is_large_and_what_to_change():
-    changes = "opsd.microbatch=4096", "opsd.prompts=4096", "mesh=(1,4,1)", "evaluation.slots=8"
+    """A cache of 32 GiB a chip: what the compiler refuses is accounted for all the same."""
+    changes = "opsd.slots=65536", "opsd.prompts=65536", "opsd.max_rows=8"
     figures, code = planned(HERE / "tiny_pod.py", "v5e:2x2", *changes)
     assert code == 1
     assert not figures["fits"]
+    refused = next(p for p in figures["programs"] if p["name"] == "opsd rollouts: decode in 1024")
+    assert refused["arguments"] + refused["temporaries"] > figures["hbm"]
     said = "\n".join(plan_table.lines(figures))
-    assert "opsd step              " in said
     assert "DOES NOT FIT, by" in said
-    assert "opsd step does not fit. The largest in it:" in said
-    assert "[1024,1024,256]" in said  # the hidden states of a device's rows
-    assert "opsd.microbatch smaller" in said
-
-
-@needs_compiler
-@pytest.mark.slow
-def test_the_peak_is_the_compilers_own(tiny):
-    """That of what is live in the text, but for the padding of small arrays to tiles."""
-    for program in tiny[0]["programs"]:
-        if program["temporaries"] > 4 * 2**20:
-            assert abs(program["live_bytes"] / program["temporaries"] - 1) < 0.1
+    assert "opsd rollouts does not fit. The largest in it:\n    32.00 GiB  cache" in said
+    assert "to change: opsd.slots or response_tokens smaller" in said
 
 
 @needs_compiler
@@ -141,6 +133,8 @@ def test_the_papers_run_fits_and_no_loop_moves_a_weight():
     step = next(p for p in figures["programs"] if p["name"] == "opsd: train step")
     assert step["temporaries"] < 15.1 * GIB
     assert step["temp_size_in_bytes"] < 15.1 * GIB
+    # What is live by our reading of the program is what the compiler assigns, but for padding.
+    assert abs(step["live_bytes"] / step["temporaries"] - 1) < 0.05
 
 
 def test_without_the_compiler_the_command_says_so(monkeypatch, capsys):

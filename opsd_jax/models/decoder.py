@@ -192,12 +192,13 @@ class Decoder(nnx.Module):
         With splash attention several tokens that go into a cache are the first of their rows.
         """
         config = self.config
-        stream = P(ROWS, "tensor" if config.sequence_parallel and cache is None else None)
-        x_BxTxD = constrain(self.embedding[...].astype(config.dtype)[tokens_BxT], stream)
+        x_BxTxD = self.embedding[...].astype(config.dtype)[tokens_BxT]
         table = rope.table(positions_BxT, config.head_dim, config.rope_theta, config.rope_scaling)
         graphdef, stacked = nnx.split(self.layers)
         begins = cache is not None and config.attention == "splash" and tokens_BxT.shape[1] > 1
         if cache is None or begins:
+            stream = P(ROWS, "tensor" if config.sequence_parallel and cache is None else None)
+            x_BxTxD = constrain(x_BxTxD, stream)
 
             def layer(x_BxTxD, weights):
                 x_BxTxD, kv = nnx.merge(graphdef, weights)(x_BxTxD, positions_BxT, table)

@@ -136,9 +136,14 @@ class Product(NamedTuple):
 
 
 class Program:
-    """The text of a compiled program, `compiled.as_text()`, in parts."""
+    """The text of a compiled program, `compiled.as_text()`, in parts.
 
-    def __init__(self, text: str):
+    Of a conditional's branches the one counts whose results are largest, or with `lightest` the one
+    whose are smallest.
+    """
+
+    def __init__(self, text: str, *, lightest: bool = False):
+        self._branch = min if lightest else max
         self._lines: dict[str, list[str]] = {}
         name = ""
         for line in text.splitlines():
@@ -166,7 +171,7 @@ class Program:
         self, computation: str = "ENTRY", loops: tuple[Loop, ...] = ()
     ) -> Iterator[tuple[str, Instruction, tuple[Loop, ...]]]:
         """`(computation, instruction, loops around it)` of all that the program runs, but for what
-        is inside of fusions. Of a conditional's branches the one counts that moves most.
+        is inside of fusions.
         """
         for i in self.instructions(computation).values():
             yield computation, i, loops
@@ -176,7 +181,7 @@ class Program:
                 yield from self.executed(i.called[0], loops)
             elif i.op == "conditional":
                 moved = lambda branch: sum(size_of(x.shape) for _, x, _ in self.executed(branch))
-                yield from self.executed(max(i.called, key=moved), loops)
+                yield from self.executed(self._branch(i.called, key=moved), loops)
 
     def _loop(self, i: Instruction) -> Loop:
         words: list[str] = []
