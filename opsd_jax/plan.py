@@ -121,10 +121,10 @@ class Compiler:
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            needed = re.search(r"memory required .*\(([\d.]+)G\) exceeds", str(error))
+            needed = memory_needed(str(error))
             if needed is None:
                 raise
-            self.built.append(_too_large(name, lowered, began, float(needed[1]) * GIB))
+            self.built.append(_too_large(name, lowered, began, needed))
             return None
         memory: Any = compiled.memory_analysis()
         arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes
@@ -141,6 +141,12 @@ class Compiler:
         return compiled
 
 
+def memory_needed(error: str) -> float | None:
+    """The bytes that a program needed, of the error that refused it for them; None of others."""
+    found = re.search(r"memory required .*\(([\d.]+)G\) exceeds|Used ([\d.]+)G of \S+ hbm", error)
+    return float(found[1] or found[2]) * GIB if found else None
+
+
 def _too_large(name: str, lowered: jax.stages.Lowered, began: float, total: float) -> Built:
     """What is known of a program that the compiler refused for its memory: what it left of it."""
     seconds = time.monotonic() - began
@@ -148,8 +154,8 @@ def _too_large(name: str, lowered: jax.stages.Lowered, began: float, total: floa
         options: dict[str, str | bool] = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             lowered.compile(options)
-        (path,) = pathlib.Path(directory).glob("*after_optimizations.txt")
-        text = path.read_text()
+        left = list(pathlib.Path(directory).glob("*after_optimizations.txt"))
+        text = left[0].read_text() if left else ""
     entry = hlo.Program(text).instructions("ENTRY").values()
     arguments = sum(hlo.size_of(i.shape) for i in entry if i.op == "parameter")
     temporaries = int(total) - arguments

@@ -137,6 +137,27 @@ def test_the_papers_run_fits_and_no_loop_moves_a_weight():
     assert abs(step["live_bytes"] / step["temporaries"] - 1) < 0.05
 
 
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (22.37G) exceeds available HBM (15.75G).",
+            22.37,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: XLA:TPU compile permanent error. Ran out "
+            "of memory in memory space hbm. Used 15.76G of 15.75G hbm. Exceeded hbm capacity by "
+            "8.28M.",
+            15.76,
+        ),
+        ("INVALID_ARGUMENT: Used 3 arguments", None),
+    ],
+)
+def test_how_much_memory_was_missing_is_read_off_the_error(message, gib):
+    assert plan.memory_needed(message) == (gib and gib * GIB)
+
+
 def test_without_the_compiler_the_command_says_so(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     arguments = ["plan", "--config", str(HERE / "tiny_pod.py"), "--topology", "v5e:2x2"]
