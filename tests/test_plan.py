@@ -11,7 +11,7 @@ import sys
 import jax
 import pytest
 
-from opsd_jax import main, plan_table
+from opsd_jax import main, plan, plan_table
 from opsd_jax.parallel import hlo, liveness
 
 HERE = pathlib.Path(__file__).parent
@@ -146,8 +146,8 @@ def test_the_papers_run_fits_and_no_loop_moves_a_weight():
             22.37,
         ),
         (
-            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: XLA:TPU compile permanent error. Ran out "
-            "of memory in memory space hbm. Used 15.76G of 15.75G hbm. Exceeded hbm capacity by "
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: XLA:TPU compile permanent error. Ran "
+            "out of memory in memory space hbm. Used 15.76G of 15.75G hbm. Exceeded hbm capacity by "
             "8.28M.",
             15.76,
         ),
