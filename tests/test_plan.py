@@ -147,8 +147,8 @@ def test_the_papers_run_fits_and_no_loop_moves_a_weight():
         ),
         (
             "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: XLA:TPU compile permanent error. Ran "
-            "out of memory in memory space hbm. Used 15.76G of 15.75G hbm. Exceeded hbm capacity by "
-            "8.28M.",
+            "out of memory in memory space hbm. Used 15.76G of 15.75G hbm. Exceeded hbm capacity "
+            "by 8.28M.",
             15.76,
         ),
         ("INVALID_ARGUMENT: Used 3 arguments", None),
