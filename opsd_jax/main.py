@@ -150,6 +150,13 @@ def _add_evaluate(sub: argparse.ArgumentParser, workdir: dict[str, Any]) -> None
     )
 
 
+def count(text: str) -> int:
+    """A whole number, 1 at least."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}; expected 1 or more")
+    return int(text)
+
+
 def share(text: str) -> float:
     """A number in (0, 1]."""
     if not 0 < float(text) <= 1:
@@ -169,7 +176,7 @@ def _add_plan(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--slices",
-        type=int,
+        type=count,
         default=1,
         help="so many of it, connected by the data centre's network",
     )

@@ -266,7 +266,8 @@ class _Run:
         self.programs: list[dict[str, Any]] = []
         self.phases: dict[str, dict[str, float]] = {}
         self.times: dict[str, dict[str, float]] = {}
-        self.account({})  # the way to the layout for sampling, if there is one
+        # The way to the layout for sampling, if there is one.
+        self.reshard = next(iter(self.account({})), None)
 
     def smallest_weight(self) -> int:
         """The elements of the smallest weight, of stacked ones a layer's. What holds less than a
@@ -366,6 +367,12 @@ class _Run:
             "optimizer": mesh_lib.shard_bytes(abstract["opt_state"]),
             "teacher": mesh_lib.shard_bytes(abstract["teacher"]),
         }
+        if self.reshard is not None and section.algorithm != "sft":
+            self.phases[f"{name} reshard"] = {
+                **resident,
+                "weights for sampling": self.layout.moved,
+                "temporaries": self.reshard["temporaries"],
+            }
         if section.algorithm != "sft":
             rollouts = section.prompts * section.group_size
             self.sampling(
@@ -397,7 +404,13 @@ class _Run:
         if section.algorithm == "opsd":
             evaluation, weights = self.config.evaluation, self.parameters.abstract
             DivergenceProbe(section, evaluation, NO_DATA, policy, self.mesh, weights)
-            self.account({"loss_chunks": self._chunks(section, evaluation.response_tokens)})
+            turns = {"loss_chunks": self._chunks(section, evaluation.response_tokens)}
+            (probe,) = self.account(turns)
+            self.phases[f"{name} probe"] = {
+                "parameters": self.weights,
+                "the teacher's": self.weights,
+                "temporaries": probe["temporaries"],
+            }
         self.phases[f"{name} step"] = {
             **resident,
             "batch": step["arguments"] - sum(resident.values()),

@@ -158,6 +158,11 @@ def test_the_useful_fraction_counts_what_live_microbatches_compute(rows):
     assert batch_lib.useful_fraction([pack([])]) == 1
 
 
+def test_an_empty_prompt_is_refused(rows):
+    with pytest.raises(ValueError, match="the prompt 'teacher' is empty; expected one token"):
+        pack([rows[0] | {"teacher": []}])
+
+
 def test_too_many_or_too_long_rows_are_refused(rows):
     with pytest.raises(ValueError, match="12 rows for a batch of capacity 8"):
         pack(rows, capacity=8)

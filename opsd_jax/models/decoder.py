@@ -2,8 +2,8 @@
 
 RMSNorm before every part, rotary positions, grouped-query attention (Qwen3's queries and keys are
 normalised, Qwen2.5's have biases), SwiGLU. The parameters of the layers are stacked on a leading
-axis, [L, ...]: without a cache the layers run in a scan, so the program does not grow with depth;
-with one they are unrolled, since a scan would copy the cache that it returns.
+axis, [L, ...]: whole rows run the layers in a scan, so the program does not grow with depth; what
+goes on from a cache unrolls them, since a scan would copy the cache that it returns.
 
 Shapes: B batch, T tokens, S cache slots, D hidden, H heads, K key-value heads, G = H / K,
 C head size, F intermediate size, V vocabulary, L layers.

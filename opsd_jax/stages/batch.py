@@ -93,6 +93,8 @@ def _sequence(row: Row, name: str) -> tuple[np.ndarray, np.ndarray]:
     have others inserted.
     """
     prompt = np.asarray(row[name], np.int32)
+    if not len(prompt):
+        raise ValueError(f"the prompt {name!r} is empty; expected one token at least.")
     response = np.asarray(row["response"], np.int32)
     columns = len(prompt) - 1 + np.arange(len(response), dtype=np.int32)
     if inserts := row.get(f"{name}/inserts"):
