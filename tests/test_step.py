@@ -285,9 +285,7 @@ def test_eight_devices_make_the_step_of_one(model, loss_fn, start, rows, shape):
         )
         state = jax.device_put(jax.tree.map(jnp.copy, start), shardings)
         batch = pack(rows, microbatch=8)
-        batch_shardings = jax.tree.map(
-            lambda x, m=mesh: mesh_lib.rows(m, 1) if np.ndim(x) else mesh_lib.replicated(m), batch
-        )
+        batch_shardings = step_lib.batch_shardings(batch, mesh)
         step = jax.jit(
             step_lib.make_train_step(loss_fn, OPTIMIZER),
             donate_argnums=0,

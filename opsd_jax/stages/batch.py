@@ -146,9 +146,9 @@ def collate(
         if name != "student":
             arrays[name]["columns"] = np.zeros(shape, np.int32)
     for i, row in enumerate(rows):
-        _, predicting = _sequence(row, "student")
-        for name in lengths:
-            tokens, columns = _sequence(row, name)
+        sequences = {name: _sequence(row, name) for name in lengths}
+        _, predicting = sequences["student"]
+        for name, (tokens, columns) in sequences.items():
             n = len(tokens) - 1
             arrays[name]["tokens"][i, :n] = tokens[:-1]
             arrays[name]["positions"][i, :n] = np.arange(n)
