@@ -61,8 +61,12 @@ from opsd_jax import recipes
 
 
 def get_config():
-    """Weights are cut over four chips while sampling, as many as there are key-value heads."""
+    """Weights are cut over four chips while sampling, as many as there are key-value heads; rows
+    over two in training, as in qwen3_8b_opsd_v5p32.py.
+    """
     config = recipes.paper_opsd("acereason-nemotron-7b")
+    config.mesh = (1, 8, 2)
+    config.opsd.microbatch = 8
     config.decode_mesh = (1, 4, 4)
     config.opsd.memo.slots = 32
     return config

@@ -61,8 +61,12 @@ from opsd_jax import recipes
 
 
 def get_config():
-    """Weights are cut over four chips while sampling: every step reads them."""
+    """Weights are cut over four chips while sampling: every step reads them. In training rows are
+    over two chips each: a step has 32, and in microbatches of 16 more of it would be padding.
+    """
     config = recipes.paper_opsd("qwen3-8b")
+    config.mesh = (1, 8, 2)
+    config.opsd.microbatch = 8
     config.decode_mesh = (1, 4, 4)
     config.opsd.memo.slots = 32
     return config

@@ -231,9 +231,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     if arguments.command == "plan":
         os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu compiles, and looks for no TPU
-    from opsd_jax import benchmark, config_files, convert, pipeline, plan, plan_table, workdir
+    from opsd_jax import benchmark, config_files, convert, pipeline, workdir
     from opsd_jax import config as config_lib
     from opsd_jax.data.problem import DataError
+    from opsd_jax.planning import plan, table
+    from opsd_jax.planning.chips import PlanError
     from opsd_jax.training.files import RecordError, to_json
     from opsd_jax.training.interrupt import Interrupted
     from opsd_jax.training.loop import Diverged
@@ -248,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if arguments.command == "plan":
             figures = plan.run(arguments, overrides)
-            made = [to_json(figures, indent=2)] if arguments.json else plan_table.lines(figures)
+            made = [to_json(figures, indent=2)] if arguments.json else table.lines(figures)
             print(*made, sep="\n")
             return 0 if figures["fits"] else 1
         if arguments.command == "convert":
@@ -265,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         print(f"opsd-jax: {stop}: saved; the same command goes on from here.", file=sys.stderr)
         return stop.exit_code
-    except (config_lib.ConfigError, DataError, plan.PlanError) as error:
+    except (config_lib.ConfigError, DataError, PlanError) as error:
         print(f"opsd-jax: {error}", file=sys.stderr)
         return 2
     except (RecordError, Diverged, PoolError) as error:

@@ -54,7 +54,6 @@ from opsd_jax.training.state import make_optimizer
 from opsd_jax.verify.pool import Limits, VerifierPool
 
 NOTE = "note.txt"  # what a reader of the figures has to know, as the task says it
-PROBED = 1024  # held-out responses whose divergence is measured
 
 
 class Run:
@@ -65,6 +64,7 @@ class Run:
         self.config, self.workdir = config, workdir
         self.parameters = Parameters(config, workdir)
         self.model, self.mesh = self.parameters.model, self.parameters.mesh
+        sizes.check_devices(config, self.mesh, self.parameters.decode_mesh)
         make_task = config_lib.import_function(config.task, "task")
         try:
             self.task: Task = make_task(config.data)
@@ -72,15 +72,7 @@ class Run:
             raise
         except ValueError as error:
             raise config_lib.ConfigError(f"config.task is {config.task!r}: {error}") from error
-        sizes.check(
-            config,
-            self.task,
-            self.model.vocab_size,
-            mesh_lib.row_shards(self.mesh),
-            mesh_lib.row_shards(self.parameters.decode_mesh),
-            self.stage_seed,
-            self.mesh.shape["tensor"],
-        )
+        sizes.check(config, self.task, self.model.vocab_size, self.stage_seed)
         self.pool = VerifierPool(
             self.task.verify,
             workers=config.pool.workers,
@@ -112,15 +104,7 @@ class Run:
           group_size: rollouts of each prompt.
           rollouts: see above.
           prompt_tokens, response_tokens: the longest.
-
-        Raises:
-          ConfigError: these devices cannot sample from the config's cache.
         """
-        kind = self.mesh.devices.flat[0].platform
-        if self.config.model.get("cache") == "paged" and kind != "tpu":
-            raise config_lib.ConfigError(
-                f"config.model.cache is 'paged', which TPUs run; expected 'auto' on a {kind}."
-            )
         return self._engine(
             shape_for(
                 slots=slots,
@@ -340,7 +324,7 @@ class Run:
         )
         teacher = self.parameters.of(section.init_from)
         before, _ = evaluate.read(self.workdir / (section.init_from or UNTRAINED))
-        there = min(len(before) // config.samples, max(1, PROBED // config.samples))
+        there = min(len(before) // config.samples, max(1, divergence.PROBED // config.samples))
         problems = [self.task.heldout[i] for i in range(there)]
 
         def curve(student: Params, responses: list[dict[str, Any]]) -> dict[str, Any]:

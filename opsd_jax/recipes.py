@@ -23,7 +23,7 @@ def own_model(preset: str = "") -> ConfigDict:
     config.data.heldout_problems = 64
     for stage in (config.rlvr, config.opsd):
         stage.update({"prompt_tokens": 1024, "response_tokens": 8192, "microbatch": 16})
-        stage.buckets = (2048, 4096, 9216)
+        stage.buckets = (1536, 3072, 5120, 9216)
         stage.optimizer.update({"b2": 0.999, "weight_decay": 0.01})
     config.evaluation.update({"problems": 0, "samples": 8, "slots": 128})
     config.evaluation.update({"temperature": 0.6, "top_p": 0.95, "top_k": 20})
@@ -96,7 +96,7 @@ def opsd(preset: str = "") -> ConfigDict:
             "slots": 32,
             "contexts": ("solution", "answer"),
             "teacher_prompt_tokens": 4096,
-            "teacher_buckets": (3072, 6144, 12_288),
+            "teacher_buckets": (3072, 4608, 6656, 12_288),
             "max_rows": 0,
             "checkpoint_every": 25,
         }

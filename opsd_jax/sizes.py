@@ -1,4 +1,4 @@
-"""Whether a config's sizes hold its data, before anything is compiled."""
+"""Whether a config's sizes go with its devices and hold its data, before anything is compiled."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import grain
+import jax
 from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
@@ -16,6 +17,8 @@ from opsd_jax.data import contexts
 from opsd_jax.data.contexts import Context
 from opsd_jax.data.problem import Problem
 from opsd_jax.data.task import Task
+from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.stages import opsd
 from opsd_jax.stages import teacher as teacher_lib
 from opsd_jax.verify.groups import Groups
 
@@ -25,34 +28,59 @@ LONGEST = 256  # of problems in memory, those with the longest question, and wit
 LOOKED_AT = 64  # of others the first, as each may have to be made
 
 
-def check(
-    config: ConfigDict,
-    task: Task,
-    vocab_size: int,
-    shards: int,
-    decode_shards: int,
-    stage_seed: Callable[[str], int],
-    tensor: int = 1,
+def check_devices(
+    config: ConfigDict, mesh: jax.sharding.Mesh, decode_mesh: jax.sharding.Mesh
 ) -> None:
-    """Raises ConfigError where the task's data or the devices do not go with a field, as far as a
-    first look at the data tells.
+    """Raises ConfigError where the devices do not go with a field; looks at no data.
+
+    Args:
+      config: of the run.
+      mesh, decode_mesh: the devices as training and as sampling see them.
+    """
+    kind, tensor = mesh.devices.flat[0].platform, mesh.shape["tensor"]
+    for name, form in (("cache", "paged"), ("attention", "splash")):
+        runs = config.model.get(name) != form or kind == "tpu"
+        _expect(runs, f"model.{name}", repr(form), f"'auto' on a {kind}: TPUs run it")
+
+    def divides(field: str, value: int, mesh: jax.sharding.Mesh = decode_mesh) -> None:
+        shards = mesh_lib.row_shards(mesh)
+        _expect(value % shards == 0, field, value, f"a multiple of data x fsdp = {shards}")
+
+    divides("evaluation.slots", config.evaluation.slots)
+    for name in config.stages:
+        section = config[name]
+        divides(f"{name}.microbatch", section.microbatch, mesh)
+        teaches = section.algorithm == "opsd"
+        if config.model.get("sequence_parallel"):
+            shapes = opsd.buckets(section) if teaches else [{"": n} for n in section.buckets]
+            lengths = sorted({length for shape in shapes for length in shape.values()})
+            whole = all(length % tensor == 0 for length in lengths)
+            field = f"{name}.buckets{' with teacher_buckets' * teaches}"
+            expected = f"multiples of tensor = {tensor}, over which tokens are cut"
+            _expect(whole, field, lengths, expected)
+        if section.algorithm != "sft":
+            divides(f"{name}.slots", section.slots)
+        if teaches and "memo" in section.contexts:
+            divides(f"{name}.memo.slots", section.memo.slots)
+
+
+def _expect(holds: bool, field: str, value: Any, expected: str) -> None:
+    if not holds:
+        raise config_lib.ConfigError(f"config.{field} is {value}; expected {expected}.")
+
+
+def check(
+    config: ConfigDict, task: Task, vocab_size: int, stage_seed: Callable[[str], int]
+) -> None:
+    """Raises ConfigError where the task's data do not go with a field, as far as a first look at
+    them tells.
 
     Args:
       config: of the run.
       task: its data.
       vocab_size: the model's.
-      shards: into how many parts rows of a batch are cut.
-      decode_shards: the same while rollouts are sampled.
       stage_seed: name of a stage -> the seed of its demonstrations.
-      tensor: the size of that axis of the mesh.
     """
-
-    def expect(holds: bool, field: str, value: Any, expected: str) -> None:
-        if not holds:
-            raise config_lib.ConfigError(f"config.{field} is {value}; expected {expected}.")
-
-    def divides(field: str, value: int, shards: int = decode_shards) -> None:
-        expect(value % shards == 0, field, value, f"a multiple of data x fsdp = {shards}")
 
     def looked_at(data: grain.MapDataset, wholly: int = WHOLLY_LOOKED_AT) -> Iterable[int]:
         if len(data) <= wholly:
@@ -79,37 +107,26 @@ def check(
             if isinstance(row, Problem)
             else f"the demonstration to {task.tokenizer.decode(row.prompt)[:60]!r}"
         )
-        expect(length <= value, field, value, f"at least {length}, which {whose} has")
+        _expect(length <= value, field, value, f"at least {length}, which {whose} has")
 
     tokens, words = vocab_size, task.tokenizer.vocab_size
-    expect(tokens >= words, "model.vocab_size", tokens, f"at least {words}, the tokenizer's")
+    _expect(tokens >= words, "model.vocab_size", tokens, f"at least {words}, the tokenizer's")
     evaluation = config.evaluation
     there = len(task.heldout)
     expected = f"at most {there}, all that are held out"
-    expect(evaluation.problems <= there, "evaluation.problems", evaluation.problems, expected)
-    divides("evaluation.slots", evaluation.slots)
+    _expect(evaluation.problems <= there, "evaluation.problems", evaluation.problems, expected)
     holds("evaluation.prompt_tokens", evaluation.prompt_tokens, task.heldout, task.prompt)
     for name in config.stages:
         section = config[name]
         example = "sources, such as config.data.train.maths = config_lib.source('maths.jsonl')"
-        expect(len(task.train) > 0, "data.train", "empty", example)
-        divides(f"{name}.microbatch", section.microbatch, shards)
-        if config.model.get("sequence_parallel"):
-            for field in ("buckets", "teacher_buckets"):
-                lengths = section.get(field, ())
-                whole = all(length % tensor == 0 for length in lengths)
-                expected = f"multiples of tensor = {tensor}, over which tokens are cut"
-                expect(whole, f"{name}.{field}", tuple(lengths), expected)
+        _expect(len(task.train) > 0, "data.train", "empty", example)
         if section.algorithm == "sft":
             computed = lambda row: [*row.prompt, *row.response][:-1]
             rows = task.demonstrations(stage_seed(name))
             holds(f"{name}.buckets", section.buckets[-1], rows, computed)
             continue
-        divides(f"{name}.slots", section.slots)
         holds(f"{name}.prompt_tokens", section.prompt_tokens, task.train, task.prompt)
         if section.algorithm == "opsd":
-            if "memo" in section.contexts:
-                divides(f"{name}.memo.slots", section.memo.slots)
             problems = [
                 data[i] for data in (task.train, task.heldout) for i in looked_at(data, LONGEST)
             ]

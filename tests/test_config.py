@@ -157,10 +157,39 @@ def test_parts_that_do_not_fit_are_refused_before_compiling(tmp_path, field, tex
         pipeline.Run(config, tmp_path)
 
 
-def test_padded_lengths_are_cut_evenly_over_tensor(tmp_path):
-    fields = {"mesh": "(4, 1, 2)", "model.sequence_parallel": "True", "sft.buckets": "(56, 129)"}
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"sft.buckets": "(56, 129)"},
+            r"sft.buckets is \[56, 129\]; expected multiples of tensor = 2",
+        ),
+        (
+            {"opsd.teacher_prompt_tokens": "97", "opsd.teacher_buckets": "()"},
+            r"opsd.buckets with teacher_buckets is \[.*\]; expected multiples of tensor = 2",
+        ),
+    ],
+)
+def test_padded_lengths_are_cut_evenly_over_tensor(tmp_path, fields, message):
+    fields |= {"mesh": "(4, 1, 2)", "model.sequence_parallel": "True"}
     config = config_files.load(QUICKSTART, fields)
-    message = r"sft.buckets is \(56, 129\); expected multiples of tensor = 2"
+    with pytest.raises(config_lib.ConfigError, match=message):
+        pipeline.Run(config, tmp_path)
+
+
+def test_memos_have_slots_on_every_device(tmp_path):
+    config = config_files.load(QUICKSTART, {"opsd.memo.slots": "12"})
+    config.opsd.contexts = ("memo",)
+    message = "opsd.memo.slots is 12; expected a multiple of data x fsdp = 8"
+    with pytest.raises(config_lib.ConfigError, match=message):
+        pipeline.Run(config, tmp_path)
+
+
+@pytest.mark.parametrize(("field", "form"), [("cache", "paged"), ("attention", "splash")])
+def test_what_tpus_run_alone_is_refused_elsewhere(tmp_path, field, form):
+    config = config_files.load(QUICKSTART, {})
+    config.model.update(config_lib.decoder(vocab_size=128, head_dim=128, **{field: form}))
+    message = f"model.{field} is '{form}'; expected 'auto' on a cpu: TPUs run it"
     with pytest.raises(config_lib.ConfigError, match=message):
         pipeline.Run(config, tmp_path)
 

@@ -5,14 +5,17 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import jax
 import pytest
 
-from opsd_jax import main, plan, plan_table
+from opsd_jax import config as config_lib
+from opsd_jax import main
 from opsd_jax.parallel import hlo, liveness
+from opsd_jax.planning import programs, table
 
 HERE = pathlib.Path(__file__).parent
 GIB = 2**30
@@ -46,10 +49,14 @@ def test_a_plan_accounts_for_every_program_of_the_run(tiny):
     assert figures["devices"] == 4
     assert abs(figures["hbm"] / GIB - 15.75) < 0.01
     names = [program["name"] for program in figures["programs"]]
+    decoding = lambda n: ["start", "prefill", f"admit to {n}", f"decode in {n}"]
+    of_memos, of_closed = decoding(1024 + 2 * 128), decoding(1024 + 3 * 128)
     of_engine = ["start", "prefill", "admit to 1024", "decode in 1024"]
     assert names == [
         "reshard",
         *(f"opsd rollouts: {name}" for name in of_engine),
+        *(f"opsd memos: {name}" for name in of_memos),
+        *(f"opsd memos, closed: {name}" for name in of_closed),
         "opsd: train step",
         "opsd: probe",
         *(f"evaluation: {name}" for name in of_engine),
@@ -92,25 +99,26 @@ def test_a_run_that_does_not_fit_says_what_is_large_and_what_to_change():
     assert not figures["fits"]
     refused = next(p for p in figures["programs"] if p["name"] == "opsd rollouts: decode in 1024")
     assert refused["arguments"] + refused["temporaries"] > figures["hbm"]
-    said = "\n".join(plan_table.lines(figures))
+    said = "\n".join(table.lines(figures))
     assert "DOES NOT FIT, by" in said
     assert "opsd rollouts does not fit. The largest in it:\n    32.00 GiB  cache" in said
-    assert "to change: opsd.slots or response_tokens smaller" in said
+    assert "to change: opsd.slots or opsd.response_tokens smaller" in said
 
 
 @needs_compiler
 @pytest.mark.slow
 def test_slices_differ_along_data():
-    def run(mesh):
-        command = [sys.executable, str(HERE / "plan_slices.py"), mesh]
+    def run(*meshes):
+        command = [sys.executable, str(HERE / "plan_slices.py"), *meshes]
         environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout)
 
-    assert run("2x2x2") == [[0] * 4, [1] * 4]
-    assert run("4x2x1") == [[0] * 2] * 2 + [[1] * 2] * 2
-    assert "data = 1; expected a multiple of 2, the slices" in run("1x8x1")
+    assert run("2x2x2", "2x2x2") == [[0] * 4, [1] * 4]
+    assert run("4x2x1", "1x2x4") == [[0] * 2] * 2 + [[1] * 2] * 2
+    assert "data = 1; expected a multiple of 2, the slices" in run("1x8x1", "1x8x1")
+    assert "tensor = 8, over several slices; expected a size" in run("2x2x2", "1x1x8")
 
 
 @needs_compiler
@@ -155,7 +163,7 @@ def test_the_papers_run_fits_and_no_loop_moves_a_weight():
     ],
 )
 def test_how_much_memory_was_missing_is_read_off_the_error(message, gib):
-    assert plan.memory_needed(message) == (gib and gib * GIB)
+    assert programs.memory_needed(message) == (gib and gib * GIB)
 
 
 def test_without_the_compiler_the_command_says_so(monkeypatch, capsys):
@@ -166,65 +174,133 @@ def test_without_the_compiler_the_command_says_so(monkeypatch, capsys):
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("opsd.microbatch", "3"),
+        ("opsd.slots", "5"),
+        ("evaluation.slots", "7"),
+        ("opsd.memo.slots", "9"),
+        ("model.sequence_parallel", "True"),
+    ],
+)
+def test_sizes_that_the_devices_do_not_divide_are_named(capsys, field, value):
+    """As before a run, without its data."""
+    arguments = ["plan", "--config", str(HERE / "tiny_pod.py"), "--topology", "v5e:2x2"]
+    arguments += [f"--config.{field}={value}", "--config.opsd.contexts=('memo',)"]
+    if field == "model.sequence_parallel":
+        arguments += ["--config.opsd.buckets=(512, 1023)"]
+        field = "opsd.buckets with teacher_buckets"
+    assert main.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert re.search(rf"config.{field} is .*; expected (a multiple|multiples) of", said)
+
+
+@needs_compiler
 def test_a_topology_that_is_none_is_refused(capsys):
     arguments = ["plan", "--config", str(HERE / "tiny_pod.py"), "--topology", "v5x:2"]
     assert main.main(arguments) == 2
     assert "--topology v5x:2: " in capsys.readouterr().err
 
 
+PHASES = {
+    "rl reshard": "reshard",
+    "rl rollouts": "rl rollouts: prefill",
+    "rl memos": "rl memos: prefill",
+    "rl memos, closed": "rl memos: prefill",
+    "rl step": "rl: train step",
+    "rl probe memos": "rl memos: prefill",
+    "rl probe": "rl: probe",
+    "evaluation": "rl rollouts: prefill",
+}
 FIGURES = {
     "topology": "v5e:2x2", "slices": 1, "devices": 4, "chip": "TPU v5 lite", "hbm": 10 * GIB,
     "mesh": {"data": 1, "fsdp": 4, "tensor": 1}, "decode_mesh": {"data": 1, "fsdp": 4, "tensor": 1},
     "response_length": 0.5,
     "phases": [
-        {"name": "rl rollouts", "parts": {"parameters": GIB, "cache": 5 * GIB}, "total": 6 * GIB},
-        {"name": "rl step", "parts": {"parameters": GIB, "temporaries": 3 * GIB}, "total": 4 * GIB},
+        {
+            "name": name, "parts": {"parameters": GIB}, "total": GIB, "programs": [program],
+            "seconds_at_best": 1.0, "seconds_in_turn": 2.0,
+        }
+        for name, program in PHASES.items()
     ],
     "programs": [
         {
             "name": name, "compile_seconds": 3.0, "arguments": GIB, "temporaries": GIB,
+            "refused": False,
             "largest": [{"shape": "f32[4,8]", "made_by": "jit(f)/x", "count": 2, "bytes": GIB}],
-            "flops": 1e12, "hbm_bytes": 1e9, "seconds_at_best": 1.0, "seconds_in_turn": 2.0,
+            "flops": 1.565e16, "hbm_bytes": 3.782e13,
+            "seconds_at_best": 1.0, "seconds_in_turn": 2.0,
             "collectives": [
                 {"op": "all-gather", "loops": ["layers"], "times": 4, "bytes": GIB,
                  "largest": GIB // 4, "elements": 9}
             ],
         }
-        for name in ("rl rollouts: prefill", "rl: train step")
+        for name in sorted(set(PHASES.values()))
     ],
     "largest_collective": {"decode_steps": 5, "loss_chunks": 0}, "smallest_weight": 77,
-    "times": {"rl step": {"seconds_at_best": 1.0, "seconds_in_turn": 2.0}}, "fits": True,
+    "fits": True,
 }  # fmt: skip
 
 
 def test_the_table_names_every_phase_and_where_collectives_stand():
-    said = list(plan_table.lines(FIGURES))
+    said = list(table.lines(FIGURES))
     assert max(map(len, said)) <= 100
     text = "\n".join(said)
-    assert "rl rollouts               6.00   4.00 left" in text
+    for name in PHASES:
+        assert f"  {name:<25}   1.00   9.00 left" in text
+        assert f"  {name:<25}      1.0      2.0" in text
     assert "all-gather         4 x, up to 256.0 MiB" in text
     assert "layers" in text
     assert text.endswith("It fits.")
+    row = next(line for line in said if "train step" in line)
+    assert row.split()[3:] == ["3", "2.00", "1.00", "15650", "35222", "1"]
+    assert "between slices" not in text
+    assert "between slices" in "\n".join(table.lines(FIGURES | {"slices": 2}))
 
 
 @pytest.mark.parametrize(
     ("phase", "part", "advice"),
     [
-        (0, "cache", "rl.slots or response_tokens smaller"),
-        (0, "weights for sampling", "decode_mesh with more `tensor`"),
-        (1, "temporaries", "rl.microbatch smaller"),
-        (1, "optimizer", "mesh with more devices over `fsdp`"),
+        ("rl reshard", "temporaries", "decode_mesh with more `tensor`"),
+        ("rl rollouts", "cache", "rl.slots or rl.response_tokens smaller; more devices"),
+        ("rl rollouts", "weights for sampling", "decode_mesh with more `tensor`"),
+        ("rl rollouts", "temporaries", "rl.slots smaller: a prefill takes a quarter of them"),
+        ("rl rollouts", "prompts' cache", "rl.slots smaller: a prefill takes a quarter of them"),
+        ("rl memos", "cache", "rl.memo.slots or rl.memo.tokens smaller"),
+        ("rl memos, closed", "cache", "rl.memo.slots or rl.memo.close_tokens smaller"),
+        ("rl memos, closed", "temporaries", "rl.memo.slots smaller"),
+        ("rl step", "temporaries", "rl.microbatch smaller"),
+        ("rl step", "batch", "rl.prompts x group_size smaller"),
+        ("rl step", "optimizer", "rl.optimizer.moment_dtype 'bfloat16'; mesh with more devices"),
+        ("rl step", "teacher", "mesh with more devices over `fsdp`"),
+        ("rl probe memos", "cache", "rl.memo.slots or rl.memo.tokens smaller"),
+        ("rl probe", "temporaries", "evaluation.response_tokens smaller; rl.microbatch smaller"),
+        ("rl probe", "the teacher's", "mesh with more devices over `fsdp`"),
+        ("evaluation", "cache", "evaluation.slots or evaluation.response_tokens smaller"),
+        ("evaluation", "temporaries", "evaluation.slots smaller"),
     ],
 )
 def test_what_to_change_goes_by_what_is_largest(phase, part, advice):
     figures = copy.deepcopy(FIGURES)
     figures["fits"] = False
-    figures["phases"][phase]["parts"][part] = 9 * GIB
-    figures["phases"][phase]["total"] = 12.5 * GIB
-    text = "\n".join(plan_table.lines(figures))
+    chosen = next(p for p in figures["phases"] if p["name"] == phase)
+    chosen["parts"][part] = 11.5 * GIB
+    chosen["total"] = 12.5 * GIB
+    text = "\n".join(table.lines(figures))
     assert "DOES NOT FIT, by 2.50" in text
     assert "2 x f32[4,8]" in text
-    assert advice in text
+    assert f"to change: {advice}" in text
+    for field in re.findall(r"rl\.([\w.]+)", text):
+        assert config_lib.default().opsd[field] is not None
+
+
+def test_what_the_compiler_refuses_is_said():
+    figures = copy.deepcopy(FIGURES)
+    figures["programs"][0] |= {"refused": True, "arguments": 11 * GIB}
+    text = "\n".join(table.lines(figures | {"fits": False}))
+    name = figures["programs"][0]["name"]
+    assert text.endswith(f"The compiler refuses {name}: by itself it needs 12.00 GiB.")
 
 
 def test_products_are_counted_as_xla_counts_them():

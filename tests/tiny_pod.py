@@ -11,8 +11,10 @@ def get_config():
         num_kv_heads=2, head_dim=128, scan_unroll=1, dtype="bfloat16", remat="full",
     )  # fmt: skip
     config.mesh = (1, 2, 2)
-    config.opsd.update({"contexts": ("solution",), "microbatch": 4, "prompts": 8, "slots": 8})
+    config.opsd.update({"contexts": ("memo",), "microbatch": 4, "prompts": 8, "slots": 8})
     config.opsd.update({"prompt_tokens": 256, "response_tokens": 768, "buckets": (512, 1024)})
     config.opsd.update({"teacher_prompt_tokens": 512, "teacher_buckets": (768, 1280)})
+    config.opsd.memo.update({"request_tokens": 128, "tokens": 128, "close_tokens": 128})
+    config.opsd.memo.slots = 8
     config.evaluation.update({"prompt_tokens": 256, "response_tokens": 768, "slots": 8})
     return config

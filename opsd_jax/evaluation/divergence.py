@@ -20,6 +20,7 @@ from opsd_jax.stages.batch import collate, response_head
 from opsd_jax.stages.privileged import inserted_tokens
 
 FILE = "divergence.json"
+PROBED = 1024  # held-out responses at most whose divergence a run measures
 MULTIPLE = 128  # of padded lengths: a mesh may cut them
 
 

@@ -57,7 +57,8 @@ def from_config(config: ml_collections.ConfigDict) -> Model:
     if not config.path:
         raise ValueError(
             "model.path is ''; expected a directory with a Hugging Face config.json and "
-            "*.safetensors, such as --config.model.path=/models/Qwen3-1.7B."
+            "*.safetensors, such as --config.model.path=/models/Qwen3-1.7B (for `opsd-jax plan` "
+            "model.preset is enough)."
         )
     directory = pathlib.Path(config.path)
     if not directory.is_dir():

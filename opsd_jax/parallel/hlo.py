@@ -35,6 +35,7 @@ SAME = {"bitcast", "reshape"}
 _PIECE = {"slice", "dynamic-slice", "gather"}  # of their first operand
 UPDATE = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is written into the first
 _CALLS = {"fusion", "call", "async-start"}
+NAMELESS = "loop"  # one without a scope, such as the compiler makes
 _WRAPPERS = {"jit", "jvp", "transpose", "vmap", "while", "body", "cond", "closed_call", "shard_map"}
 
 
@@ -42,7 +43,7 @@ class Loop(NamedTuple):
     """A while loop.
 
     Attributes:
-      name: the innermost `jax.named_scope` around it; "loop" where there is none.
+      name: the innermost `jax.named_scope` around it; NAMELESS where there is none.
       turns: how many; None if that is not in the program.
     """
 
@@ -187,7 +188,7 @@ class Program:
         words: list[str] = []
         if path := re.search(r'op_name="([^"]*)/while"', i.line):
             words = [w for w in re.findall(r"[A-Za-z_]\w*", path[1]) if w not in _WRAPPERS]
-        name = words[-1] if len(words) > 1 else "loop"  # the first is the program's own
+        name = words[-1] if len(words) > 1 else NAMELESS  # the first is the program's own
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', i.line):
             return Loop(name, int(known[1]))
         condition = re.findall(r"condition=%([\w.\-]+)", i.line)[0]

@@ -33,7 +33,7 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
     """
     devices = jax.devices() if devices is None else devices
     sizes, types = _sizes(shape, len(devices)), (AxisType.Auto,) * len(AXES)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = len({_slice(device) for device in devices})
     if slices == 1:
         return jax.make_mesh(sizes, AXES, types, devices=devices)
     if sizes[0] % slices:
@@ -50,10 +50,22 @@ def reshaped(mesh: Mesh, shape: Sequence[int]) -> Mesh:
     """The mesh's devices, in the same order, in another shape, or in its own for ().
 
     Raises:
-      ValueError: as `make_mesh`.
+      ValueError: as `make_mesh`, or `tensor` would connect slices: all that is not rows is cut
+        over it, and gathered at every step.
     """
     sizes = _sizes(shape, mesh.size) if shape else mesh.devices.shape
-    return Mesh(mesh.devices.reshape(sizes), AXES, axis_types=mesh.axis_types)
+    devices = mesh.devices.reshape(sizes)
+    if any(len({_slice(device) for device in row}) > 1 for row in devices.reshape(-1, sizes[-1])):
+        raise ValueError(
+            f"mesh {tuple(shape)} has tensor = {sizes[-1]}, over several slices; expected a size "
+            "that stays within one."
+        )
+    return Mesh(devices, AXES, axis_types=mesh.axis_types)
+
+
+def _slice(device: jax.Device) -> int:
+    """The number of a device's slice; 0 where there are none."""
+    return getattr(device, "slice_index", 0)
 
 
 def _sizes(shape: Sequence[int], devices: int) -> list[int]:

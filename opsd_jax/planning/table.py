@@ -31,6 +31,10 @@ def lines(plan: dict[str, Any]) -> Iterator[str]:
     for phase in plan["phases"]:
         if phase["total"] > plan["hbm"]:
             yield from _advice(plan, phase)
+    for p in plan["programs"]:
+        if p["refused"]:
+            needed = (p["arguments"] + p["temporaries"]) / GIB
+            yield f"The compiler refuses {p['name']}: by itself it needs {needed:.2f} GiB."
 
 
 def header(plan: dict[str, Any]) -> Iterator[str]:
@@ -44,28 +48,35 @@ def header(plan: dict[str, Any]) -> Iterator[str]:
     for phase in plan["phases"]:
         left = (plan["hbm"] - phase["total"]) / GIB
         verdict = f"{left:.2f} left" if left >= 0 else f"DOES NOT FIT, by {-left:.2f}"
-        yield f"  {phase['name']:<22}{phase['total'] / GIB:8.2f}   {verdict}"
+        yield f"  {phase['name']:<25}{phase['total'] / GIB:7.2f}   {verdict}"
         parts = ((name, size) for name, size in phase["parts"].items() if size > 0.005 * GIB)
         made = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts)
         yield from textwrap.wrap(made, 92, initial_indent="    ", subsequent_indent="    ")
     yield ""
-    yield f"{'of a device:':<38}compile    HBM  temporaries   TFLOP   moved  network"
-    yield f"{'':<44}s    GiB          GiB             GiB      GiB"
+    yield f"{'of a device:':<38}compile     HBM  temporaries    TFLOP    moved  network"
+    yield f"{'':<44}s     GiB          GiB               GiB      GiB"
     for p in plan["programs"]:
         network = sum(c["bytes"] for c in p["collectives"])
         yield (
             f"  {p['name']:<36}{p['compile_seconds']:7.0f}"
-            f"{(p['arguments'] + p['temporaries']) / GIB:7.2f}{p['temporaries'] / GIB:13.2f}"
-            f"{p['flops'] / 1e12:8.4g}{p['hbm_bytes'] / GIB:8.4g}{network / GIB:9.3g}"
+            f"{(p['arguments'] + p['temporaries']) / GIB:8.2f}{p['temporaries'] / GIB:13.2f}"
+            f"{_short(p['flops'] / 1e12)}{_short(p['hbm_bytes'] / GIB)}{_short(network / GIB)}"
         )
     yield ""
     yield "roofline, s: at best; with products, memory and network one after the other"
-    for name, times in plan["times"].items():
-        best, in_turn = times["seconds_at_best"], times["seconds_in_turn"]
-        yield f"  {name:<22}{best:9.1f}{in_turn:9.1f}"
+    for phase in plan["phases"]:
+        best, in_turn = phase["seconds_at_best"], phase["seconds_in_turn"]
+        yield f"  {phase['name']:<25}{best:9.1f}{in_turn:9.1f}"
     share = f"{plan['response_length']:.0%}"
     yield f"  for responses of {share} of their budget, full prompts, all rows active; bfloat16,"
     yield "  HBM and one ring of the network at the makers' speed"
+    if plan["slices"] > 1:
+        yield "  between slices too, where the network is slower: their collectives take longer"
+
+
+def _short(number: float) -> str:
+    """A number of three digits, in nine columns."""
+    return f"{number:9.0f}" if number >= 100 else f"{number:9.3g}"
 
 
 def _advice(plan: dict[str, Any], phase: dict[str, Any]) -> Iterator[str]:
@@ -74,22 +85,33 @@ def _advice(plan: dict[str, Any], phase: dict[str, Any]) -> Iterator[str]:
     yield f"{name} does not fit. The largest in it:"
     for part, size in sorted(parts.items(), key=lambda item: -item[1])[:3]:
         yield f"  {size / GIB:7.2f} GiB  {part}"
-    stage = name.split()[0]
-    prefix = f"{stage}: train step" if name.endswith(" step") else f"{name}: "
-    mine = [p for p in plan["programs"] if p["name"].startswith(prefix)]
+    mine = [p for p in plan["programs"] if p["name"] in phase["programs"]]
     for tensor in max(mine, key=lambda p: p["temporaries"])["largest"]:
         made_by = tensor["made_by"].rpartition("/while/body/")[2][-50:]
         many = f"{tensor['count']} x {tensor['shape']}"
         yield f"    {tensor['bytes'] / GIB:7.2f} GiB  {many:<34} {made_by}"
-    training = {
-        "temporaries": f"{stage}.microbatch smaller; model.remat 'full'; mesh with more `tensor`, "
-        "and model.sequence_parallel",
+    stage, *kind = name.removesuffix(", closed").split()
+    slots, budget = f"{stage}.slots", f"{stage}.response_tokens"
+    if "memos" in kind:
+        slots = f"{stage}.memo.slots"
+        budget = f"{stage}.memo.{'close_tokens' if 'closed' in name else 'tokens'}"
+    fewer = f"{slots} smaller: a prefill takes a quarter of them; shorter prompts"
+    step = (
+        f"{stage}.microbatch smaller; model.remat 'full'; mesh with more `tensor`, and "
+        "model.sequence_parallel"
+    )
+    temporaries = {
+        "step": step,
+        "probe": f"evaluation.response_tokens smaller; {step}",
+        "reshard": "decode_mesh with more `tensor`",
     }
-    sampling = {
-        "cache": f"{stage}.slots or response_tokens smaller; more devices",
+    larger = "mesh with more devices over `fsdp`; more devices"
+    known = {
+        "optimizer": f"{stage}.optimizer.moment_dtype 'bfloat16'; {larger}",
+        "batch": f"{stage}.prompts x group_size smaller, or more updates; fewer buckets",
         "weights for sampling": "decode_mesh with more `tensor`",
-        "temporaries": f"{stage}.slots smaller: a prefill takes a quarter of them",
+        "cache": f"{slots} or {budget} smaller; more devices",
+        "prompts' cache": fewer,
+        "temporaries": temporaries.get(kind[-1] if kind else "", fewer),
     }
-    known = training if name.endswith(" step") else sampling
-    state = "mesh with more devices over `fsdp`; optimizer.moment_dtype 'bfloat16'; more devices"
-    yield f"  to change: {known.get(max(parts, key=parts.__getitem__), state)}"
+    yield f"  to change: {known.get(max(parts, key=parts.__getitem__), larger)}"
