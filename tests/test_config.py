@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import re
 import sys
 
 import pytest
@@ -165,7 +166,7 @@ def test_parts_that_do_not_fit_are_refused_before_compiling(tmp_path, field, tex
             r"sft.buckets is \[56, 129\]; expected multiples of tensor = 2",
         ),
         (
-            {"opsd.teacher_prompt_tokens": "97", "opsd.teacher_buckets": "()"},
+            {"rlvr.buckets": "(64, 104)", "opsd.teacher_buckets": "(80, 127)"},
             r"opsd.buckets with teacher_buckets is \[.*\]; expected multiples of tensor = 2",
         ),
     ],
@@ -333,4 +334,12 @@ def test_config_json_is_readable(tmp_path):
 )
 def test_every_config_loads_and_names_itself(path):
     config_files.load(path, data=False)
-    assert f"--config configs/{path.name}" in path.read_text()
+    text = path.read_text()
+    assert f"--config configs/{path.name}" in text
+    # Those for pods begin with their plan.
+    planned = re.search(r"opsd-jax plan .* --topology (\S+)", text)
+    assert (planned is not None) == ("_v5" in path.stem)
+    if planned:
+        assert "HBM of a device, GiB" in text
+        assert f"    {planned[1]}: " in text
+        assert "DOES NOT FIT" not in text

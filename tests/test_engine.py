@@ -289,6 +289,26 @@ def test_the_lengths_of_the_cache():
     assert engine_lib.views(EngineShape(8, 8, 16, 88)) == [104]
 
 
+@pytest.mark.parametrize(
+    ("slots", "group_size", "rollouts", "shards", "expected"),
+    [
+        (64, 8, 512, 1, (64, 2)),  # a prefill of 2 prompts fills a quarter of the slots
+        (64, 1, 20, 8, (24, 8)),  # no more than there are rollouts, but for what every shard has
+        (8, 8, 512, 4, (8, 4)),
+    ],
+)
+def test_an_engine_has_no_slots_that_nothing_fills(slots, group_size, rollouts, shards, expected):
+    shape = engine_lib.shape_for(
+        slots=slots,
+        group_size=group_size,
+        rollouts=rollouts,
+        prompt_tokens=16,
+        response_tokens=32,
+        shards=shards,
+    )
+    assert shape == EngineShape(*expected, 16, 32)
+
+
 @pytest.mark.parametrize("mesh_shape", [(1, 1, 1), (2, 2, 2)])
 def test_the_cache_is_updated_in_place(make, mesh_shape):
     """The decode program holds no copy of a layer's keys or values, and gives back its buffers."""

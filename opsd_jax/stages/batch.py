@@ -56,7 +56,7 @@ def pack(
     """
     if len(rows) > capacity:
         raise ValueError(f"{len(rows)} rows for a batch of capacity {capacity}.")
-    lengths = [{name: len(_sequence(row, name)[0]) - 1 for name in buckets[0]} for row in rows]
+    lengths = [{name: _computed(row, name) for name in buckets[0]} for row in rows]
     chosen = [_first_that_holds(buckets, needed) for needed in lengths]
     order = sorted(range(len(rows)), key=lambda i: (chosen[i], lengths[i]["student"]))
     # From the longest down: no other way to cut them needs less padding.
@@ -86,6 +86,12 @@ def _first_that_holds(buckets: Sequence[Lengths], needed: Lengths) -> int:
         if all(needed[name] <= size for name, size in bucket.items()):
             return b
     raise ValueError(f"a row of {dict(needed)} tokens; the longest bucket holds {buckets[-1]}.")
+
+
+def _computed(row: Row, name: str) -> int:
+    """The tokens of a row's sequence that are computed: all but the last."""
+    inserted = sum(len(ids) for _, ids in row.get(f"{name}/inserts", ()))
+    return len(row[name]) + len(row["response"]) + inserted - 1
 
 
 def _sequence(row: Row, name: str) -> tuple[np.ndarray, np.ndarray]:
