@@ -76,6 +76,7 @@ def paper_rlvr(preset: str = "") -> ConfigDict:
         }
     )
     config.rlvr.buckets = (4096, 8192, 18_432)
+    config.evaluation.update({"prompt_tokens": 2048, "response_tokens": 16_384})
     config.rlvr.optimizer.update({"learning_rate": 1e-6, "warmup": 10, "weight_decay": 0.1})
     return config
 

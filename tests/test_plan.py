@@ -13,11 +13,12 @@ import jax
 import pytest
 
 from opsd_jax import config as config_lib
-from opsd_jax import main
+from opsd_jax import config_files, main
 from opsd_jax.parallel import hlo, liveness
 from opsd_jax.planning import programs, table
 
 HERE = pathlib.Path(__file__).parent
+PAPERS = HERE.parent / "configs" / "qwen3_8b_opsd_v5p32.py"
 GIB = 2**30
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="pip install 'opsd-jax[tpu]'"
@@ -83,7 +84,7 @@ def test_operations_are_counted_with_their_loops(tiny):
     layer = 3 * 256 * 512 + 2 * 256 * 512 + 2 * 256 * 256  # mlp, q and o, k and v
     student = 8 * 1024 * 2 * (2 * (4 * layer - 256 * 512))
     teacher = 8 * 1280 * 2 * 2 * layer
-    head = 8 * 1024 * 2 * 256 * 2048 * 4
+    head = 8 * 1024 * 2 * 256 * 2048 * 4  # the tokens of a device fill one chunk at most
     attention = 8 * 4 * 128 * 2 * (1024**2 / 2 * (2 * 2 + 3 + 4) * 2 + 1280**2 / 2 * 2 * 2)
     expected = (student + teacher + head + attention) / 4
     assert abs(step["flops"] / expected - 1) < 0.02
@@ -99,6 +100,9 @@ def test_a_run_that_does_not_fit_says_what_is_large_and_what_to_change():
     assert not figures["fits"]
     refused = next(p for p in figures["programs"] if p["name"] == "opsd rollouts: decode in 1024")
     assert refused["arguments"] + refused["temporaries"] > figures["hbm"]
+    phase = next(p for p in figures["phases"] if p["name"] == "opsd rollouts")
+    # A device's cache, that of the prompts, and one program's temporaries, less than the cache.
+    assert phase["parts"]["temporaries"] < 16 * GIB
     said = "\n".join(table.lines(figures))
     assert "DOES NOT FIT, by" in said
     assert "opsd rollouts does not fit. The largest in it:\n    32.00 GiB  cache" in said
@@ -115,6 +119,8 @@ def test_slices_differ_along_data():
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout)
 
+    # An axis of 8 in a slice of 4 x 4 goes over a part of one of the torus, and has to be split.
+    assert run("2x8x2", "2x8x2", "v5e:4x4") == [[0] * 16, [1] * 16]
     assert run("2x2x2", "2x2x2") == [[0] * 4, [1] * 4]
     assert run("4x2x1", "1x2x4") == [[0] * 2] * 2 + [[1] * 2] * 2
     assert "data = 1; expected a multiple of 2, the slices" in run("1x8x1", "1x8x1")
@@ -124,20 +130,25 @@ def test_slices_differ_along_data():
 @needs_compiler
 @pytest.mark.slow
 def test_the_papers_run_fits_and_no_loop_moves_a_weight():
-    """Qwen3-8B OPSD on 16 chips of v5p; then 64 rows of 4,096 tokens, whose temporaries are to stay
-    under the 15.1 GiB of a plain step.
-    """
-    config = HERE.parent / "configs" / "qwen3_8b_opsd_v5p32.py"
+    """Qwen3-8B OPSD on 16 chips of v5p, 32 rollouts of up to 8,192 tokens with memos as context."""
+    figures, code = planned(PAPERS, "v5p:2x2x4")
+    assert code == 0
+    assert max(phase["total"] for phase in figures["phases"]) < figures["hbm"]
+    assert 0 < figures["largest_collective"]["decode_steps"] < figures["smallest_weight"]
+    assert figures["largest_collective"]["loss_chunks"] < figures["smallest_weight"]
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_step_of_64_rows_of_4096_tokens_takes_less_than_a_plain_one():
+    """Whose temporaries are 15.1 GiB."""
     figures, code = planned(
-        config, "v5p:2x2x4",
+        PAPERS, "v5p:2x2x4", "mesh=(1,16,1)", "opsd.microbatch=16",
         "opsd.prompts=64", "opsd.slots=64", "opsd.contexts=('solution',)",
         "opsd.response_tokens=3072", "opsd.buckets=(4096,)", "opsd.teacher_prompt_tokens=1024",
         "opsd.teacher_buckets=(4096,)",
     )  # fmt: skip
     assert code == 0
-    largest = figures["largest_collective"]
-    assert 0 < largest["decode_steps"] < figures["smallest_weight"]
-    assert largest["loss_chunks"] < figures["smallest_weight"]
     step = next(p for p in figures["programs"] if p["name"] == "opsd: train step")
     assert step["temporaries"] < 15.1 * GIB
     assert step["temp_size_in_bytes"] < 15.1 * GIB
@@ -152,6 +163,11 @@ def test_the_papers_run_fits_and_no_loop_moves_a_weight():
             "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
             "temporaries (22.37G) exceeds available HBM (15.75G).",
             22.37,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (2.00T) exceeds available HBM (15.75G).",
+            2048,
         ),
         (
             "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: XLA:TPU compile permanent error. Ran "
@@ -213,7 +229,12 @@ PHASES = {
     "rl probe": "rl: probe",
     "evaluation": "rl rollouts: prefill",
 }
+CONFIG = config_lib.default()
+with CONFIG.unlocked():
+    CONFIG.rl = CONFIG.opsd
+    CONFIG.rl.update({"updates": 1, "slots": 256, "microbatch": 32})
 FIGURES = {
+    "config": config_files.flatten(CONFIG),
     "topology": "v5e:2x2", "slices": 1, "devices": 4, "chip": "TPU v5 lite", "hbm": 10 * GIB,
     "mesh": {"data": 1, "fsdp": 4, "tensor": 1}, "decode_mesh": {"data": 1, "fsdp": 4, "tensor": 1},
     "response_length": 0.5,
@@ -254,7 +275,7 @@ def test_the_table_names_every_phase_and_where_collectives_stand():
     assert "layers" in text
     assert text.endswith("It fits.")
     row = next(line for line in said if "train step" in line)
-    assert row.split()[3:] == ["3", "2.00", "1.00", "15650", "35222", "1"]
+    assert row.split()[3:] == ["3", "2.00", "1.00", "15650", "35223", "1"]
     assert "between slices" not in text
     assert "between slices" in "\n".join(table.lines(FIGURES | {"slices": 2}))
 
@@ -271,7 +292,7 @@ def test_the_table_names_every_phase_and_where_collectives_stand():
         ("rl memos, closed", "cache", "rl.memo.slots or rl.memo.close_tokens smaller"),
         ("rl memos, closed", "temporaries", "rl.memo.slots smaller"),
         ("rl step", "temporaries", "rl.microbatch smaller"),
-        ("rl step", "batch", "rl.prompts x group_size smaller"),
+        ("rl step", "batch", "rl.prompts or rl.group_size smaller, or more rl.updates"),
         ("rl step", "optimizer", "rl.optimizer.moment_dtype 'bfloat16'; mesh with more devices"),
         ("rl step", "teacher", "mesh with more devices over `fsdp`"),
         ("rl probe memos", "cache", "rl.memo.slots or rl.memo.tokens smaller"),
@@ -291,8 +312,46 @@ def test_what_to_change_goes_by_what_is_largest(phase, part, advice):
     assert "DOES NOT FIT, by 2.50" in text
     assert "2 x f32[4,8]" in text
     assert f"to change: {advice}" in text
+    assert max(map(len, text.split("\n"))) <= 100
     for field in re.findall(r"rl\.([\w.]+)", text):
-        assert config_lib.default().opsd[field] is not None
+        assert FIGURES["config"][f"rl.{field}"] is not None
+
+
+@pytest.mark.parametrize(
+    ("part", "phase", "changes", "advice"),
+    [
+        (
+            "temporaries",
+            "rl step",
+            {"rl.microbatch": 4, "model.remat": "full", "model.sequence_parallel": True},
+            "mesh with more `tensor`",
+        ),
+        (
+            "temporaries",
+            "rl step",
+            {"rl.microbatch": 8, "model.remat": "full", "model.sequence_parallel": False},
+            "rl.microbatch smaller; model.sequence_parallel; mesh with more `tensor`",
+        ),
+        (
+            "optimizer",
+            "rl step",
+            {"rl.optimizer.moment_dtype": "bfloat16"},
+            "mesh with more devices over `fsdp`; more devices",
+        ),
+        (
+            "prompts' cache",
+            "rl rollouts",
+            {"rl.slots": 16, "rl.group_size": 1},
+            "shorter prompts; decode_mesh with more `tensor`",
+        ),
+    ],
+)
+def test_what_the_config_does_already_is_not_advised(part, phase, changes, advice):
+    figures = copy.deepcopy(FIGURES)
+    figures["config"] |= changes
+    chosen = next(p for p in figures["phases"] if p["name"] == phase)
+    chosen["parts"][part], chosen["total"] = 11.5 * GIB, 12.5 * GIB
+    assert f"to change: {advice}\n" in "\n".join(table.lines(figures)) + "\n"
 
 
 def test_what_the_compiler_refuses_is_said():

@@ -107,7 +107,7 @@ class Collective(NamedTuple):
     Attributes:
       op: such as "all-gather".
       elements: of the largest array among its operands and results, on a device.
-      bytes: of that array.
+      bytes: of all its operands or all its results, whichever are more: some move several arrays.
       devices: that take part in one of its groups.
       loops: around it, from the outermost on.
       line: the instruction.
@@ -275,11 +275,13 @@ def collectives(program: Program) -> list[Collective]:
         if op not in _COLLECTIVES:
             continue
         there = program.instructions(computation)
-        shapes = [i.shape, *(there[name].shape for name in i.operands)]
-        arrays = [array for shape in shapes for array in _ARRAY.finditer(shape)]
-        largest = max(arrays, key=lambda array: size_of(array[0]))
-        size = size_of(largest[0])
-        found.append(Collective(op, _elements(largest[2]), size, _group(i.line), loops, i.line))
+        given = [there[name].shape for name in i.operands]
+        read = sum(map(size_of, given))
+        # What starts an operation results in its operands too, and in marks of a few bytes.
+        moved = max(read, size_of(i.shape) - read * i.op.endswith("-start"))
+        arrays = [array for shape in (i.shape, *given) for array in _ARRAY.finditer(shape)]
+        elements = max(_elements(array[2]) for array in arrays)
+        found.append(Collective(op, elements, moved, _group(i.line), loops, i.line))
     return found
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from opsd_jax.parallel import aot
 from opsd_jax.parallel import mesh as mesh_lib
@@ -30,8 +31,20 @@ class Layout(NamedTuple):
 
 
 def check_fits(model: Model, shapes: Params, mesh: jax.sharding.Mesh) -> None:
-    """Raises ValueError as `decode_layout` does, from the shapes of the parameters alone."""
-    mesh_lib.tree_shardings(mesh, _rules(model), jax.eval_shape(model.decode_params, shapes))
+    """Raises ValueError as `decode_layout` does, from the shapes of the parameters alone, and where
+    a device's part of the cache is none that decoding takes.
+    """
+    decoding = jax.eval_shape(model.decode_params, shapes)
+    mesh_lib.tree_shardings(mesh, _rules(model), decoding)
+    if model.ragged:
+        one = jax.ShapeDtypeStruct((mesh_lib.row_shards(mesh), 1), jnp.int32)
+        policy = model.policy
+
+        def step(params, tokens, positions):
+            return policy.forward(params, tokens, positions, policy.init_cache(len(tokens), 1))
+
+        with jax.set_mesh(mesh):
+            jax.eval_shape(step, decoding, one, one)
 
 
 def _rules(model: Model) -> mesh_lib.Rules:

@@ -2,8 +2,9 @@
 
 The text of a scheduled program lists instructions in the order in which they run. An array is there
 from the instruction that makes it to the last that reads it; what is updated in place, handed on
-in a tuple or carried by a loop is one array. The peak is that of XLA's own assignment but for the
-padding of tiles (a test compares the two), and here it has names.
+in a tuple or carried by a loop is one array. A result that takes the place of an operand which dies
+there counts beside it. The peak of a train step is that of XLA's own assignment but for the padding
+of tiles (a test compares the two), and here it has names.
 """
 
 from __future__ import annotations

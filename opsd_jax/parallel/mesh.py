@@ -35,14 +35,17 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
     sizes, types = _sizes(shape, len(devices)), (AxisType.Auto,) * len(AXES)
     slices = len({_slice(device) for device in devices})
     if slices == 1:
-        return jax.make_mesh(sizes, AXES, types, devices=devices)
+        ordered = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(ordered, AXES, axis_types=types)
     if sizes[0] % slices:
         raise ValueError(
             f"mesh {tuple(shape)} has data = {sizes[0]}; expected a multiple of {slices}, the "
             "slices: what is cut over `fsdp` and `tensor` stays within one."
         )
     within = sizes[0] // slices, *sizes[1:]
-    ordered = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+    ordered = mesh_utils.create_hybrid_device_mesh(
+        within, (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
     return Mesh(ordered, AXES, axis_types=types)
 
 

@@ -29,7 +29,8 @@ from opsd_jax.planning.chips import CHIPS, Chip, PlanError, hbm_bytes, topology_
 from opsd_jax.planning.programs import Compiler, figures
 from opsd_jax.rollout.engine import STEPS, Engine, EngineShape, shape_for
 from opsd_jax.stages import memos, opsd, rlvr, sft
-from opsd_jax.stages.privileged import Privileged
+from opsd_jax.stages.batch import Lengths, first_that_holds
+from opsd_jax.stages.privileged import Privileged, inserted_tokens
 from opsd_jax.stages.stage import Stage
 from opsd_jax.training import state as state_lib
 from opsd_jax.training.step import compile_train_step
@@ -37,7 +38,8 @@ from opsd_jax.training.step import compile_train_step
 PROBLEMS = 500  # evaluated, where the config leaves it to the data: MATH500's
 BOUNDS = "seconds_at_best", "seconds_in_turn"
 
-# A run without data: the shapes of its programs do not depend on any.
+# A run without data: the shapes of its programs depend on none, but for the tokens that close a
+# memo's thinking.
 NO_DATA = Task(
     tokenizer=ByteTokenizer(),
     train=None,
@@ -86,11 +88,13 @@ def plan(config: ConfigDict, topology: str, *, slices: int = 1, length: float = 
         "mesh": dict(run.parameters.mesh.shape),
         "decode_mesh": dict(run.parameters.decode_mesh.shape),
         "response_length": length,
+        "config": config_files.flatten(config),
         "phases": run.phases,
         "programs": run.programs,
         "largest_collective": {
             loop: max((c["elements"] for c in found if loop in c["loops"]), default=0)
             for loop in ("decode_steps", "loss_chunks")
+            if any(loop in program["loops"] for program in run.programs)
         },
         "smallest_weight": run.smallest_weight(),
         "fits": max(phase["total"] for phase in run.phases) <= hbm
@@ -298,37 +302,49 @@ class _Run:
         divergence.DivergenceProbe(
             section, evaluation, NO_DATA, self.model.policy, self.mesh, weights
         )
-        chunks = self._chunks(section, evaluation.response_tokens)
+        chunks = self._chunks(section, self._mean(evaluation))
         (probe,) = self.account({"loss_chunks": chunks})
         self.phase(name, resident, [(-(-count // section.microbatch), probe)])
 
     def _turns(self, section: ConfigDict, stage: Stage) -> dict[str, int]:
         """The turns of a train step's loops when all rows are active, and as long as assumed."""
         microbatches = len(stage.empty_batch[0]["rows"]["mask"])
+        shapes: list[Lengths] = [{"student": n} for n in section.buckets]
         if section.algorithm == "sft":
-            wanted = section.buckets[-1]
+            live, needed = section.buckets[-1], {"student": section.buckets[-1]}
         else:
-            wanted = section.prompt_tokens + int(self.length * section.response_tokens)
-        chosen = next(size for size in section.buckets if size >= min(wanted, section.buckets[-1]))
+            live = self._mean(section)
+            needed = {"student": section.prompt_tokens + live - 1}
+        if section.algorithm == "opsd":
+            shapes = opsd.buckets(section)
+            teacher = section.teacher_prompt_tokens + inserted_tokens(section, live)
+            needed["teacher"] = teacher + live - 1
+        chosen = first_that_holds(shapes, needed)
+        chunks = self._chunks(section, live)
         given = {}
-        for b, length in enumerate(section.buckets):
-            name = f"bucket_{b}"
-            given[name] = microbatches if length == chosen else 0
-            given[f"{name}/loss_chunks"] = self._chunks(section, length)
+        for b in range(len(shapes)):
+            given[f"bucket_{b}"] = microbatches * (b == chosen)
+            given[f"bucket_{b}/loss_chunks"] = chunks
         return given
 
-    def _chunks(self, section: ConfigDict, length: int) -> int:
-        """The chunks of the loss of a microbatch of rows of this length, if all count."""
+    def _mean(self, sampled: ConfigDict) -> int:
+        """The tokens of a response, as long as assumed."""
+        return max(1, int(self.length * sampled.response_tokens))
+
+    def _chunks(self, section: ConfigDict, tokens: int) -> int:
+        """The chunks of the loss of a microbatch whose rows have so many tokens that count."""
         hidden = jax.eval_shape(
             lambda p: self.model.policy.forward(p, *(jnp.zeros((1, 128), jnp.int32),) * 2)[0],
             self.parameters.abstract,
         )
         chunk = chunk_tokens(section.loss_chunk, hidden.shape[-1], self.model.vocab_size)
-        return -(-section.microbatch * length // mesh_lib.row_shards(self.mesh) // chunk)
+        return -(-section.microbatch * tokens // mesh_lib.row_shards(self.mesh) // chunk)
 
     def _evaluated(self) -> int:
         """The problems that are evaluated."""
-        return self.config.evaluation.problems or self.config.data.heldout_problems or PROBLEMS
+        data = self.config.data
+        held_out = PROBLEMS if data.get("heldout") else data.get("heldout_problems")
+        return self.config.evaluation.problems or held_out or PROBLEMS
 
     def evaluation(self) -> None:
         """The evaluation of a stage's result."""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from opsd_jax.parallel import hlo, liveness
-from opsd_jax.planning.chips import GIB, Chip
+from opsd_jax.planning.chips import GIB, Chip, PlanError
 
 LISTED = 6  # of a program's largest tensors
 
@@ -56,7 +56,9 @@ class Compiler:
         except jax.errors.JaxRuntimeError as error:
             needed = memory_needed(str(error))
             if needed is None:
-                raise
+                raise PlanError(
+                    f"{name} cannot be compiled: {str(error).splitlines()[0]}"
+                ) from error
             self.built.append(_too_large(name, lowered, began, needed))
             return None
         memory: Any = compiled.memory_analysis()
@@ -76,8 +78,12 @@ class Compiler:
 
 def memory_needed(error: str) -> float | None:
     """The bytes that a program needed, of the error that refused it for them; None of others."""
-    found = re.search(r"memory required .*\(([\d.]+)G\) exceeds|Used ([\d.]+)G of \S+ hbm", error)
-    return float(found[1] or found[2]) * GIB if found else None
+    size = r"([\d.]+)([MGT])"
+    found = re.search(rf"memory required .*\({size}\) exceeds|Used {size} of \S+ hbm", error)
+    if found is None:
+        return None
+    number, unit = (part for part in found.groups() if part)
+    return float(number) * {"M": 2**20, "G": GIB, "T": 2**40}[unit]
 
 
 def _too_large(name: str, lowered: jax.stages.Lowered, began: float, total: float) -> Built:
@@ -89,10 +95,20 @@ def _too_large(name: str, lowered: jax.stages.Lowered, began: float, total: floa
             lowered.compile(options)
         left = list(pathlib.Path(directory).glob("*after_optimizations.txt"))
         text = left[0].read_text() if left else ""
-    entry = hlo.Program(text).instructions("ENTRY").values()
-    arguments = sum(hlo.size_of(i.shape) for i in entry if i.op == "parameter")
+    arguments = _arguments(text)
     temporaries = int(total) - arguments
     return Built(name, text, seconds, arguments, int(total), temporaries, refused=True)
+
+
+def _arguments(text: str) -> int:
+    """Bytes of a program's arguments, and of those results that do not take the place of one."""
+    entry = hlo.Program(text).instructions("ENTRY").values()
+    given = sum(hlo.size_of(i.shape) for i in entry if i.op == "parameter")
+    results = [size for i in entry if i.is_root for size in hlo.array_sizes(i.shape)]
+    # The header: input_output_alias={ {0}: (1, {}, may-alias), ... }; of a single result {}.
+    header = text.partition("\n")[0]
+    replaced = {int(at or 0) for at in re.findall(r"\{(\d*)\}: \(\d+, \{\}", header)}
+    return given + sum(size for at, size in enumerate(results) if at not in replaced)
 
 
 def figures(
@@ -140,6 +156,7 @@ def figures(
         "seconds_at_best": max(seconds.values()),
         "seconds_in_turn": sum(seconds.values()),
         "collectives": _collective_table(found, given),
+        "loops": sorted({loop.name for *_, loops in program.executed() for loop in loops}),
     }
 
 

@@ -10,7 +10,7 @@ GIB = 2**30
 
 
 def lines(plan: dict[str, Any]) -> Iterator[str]:
-    """The lines of what `opsd_jax.plan.plan` returned, of up to 96 columns."""
+    """The lines of what `opsd_jax.planning.plan.plan` returned, of up to 100 columns."""
     yield from header(plan)
     yield ""
     yield "collectives: the largest of each program, and the loops that they stand in"
@@ -90,28 +90,51 @@ def _advice(plan: dict[str, Any], phase: dict[str, Any]) -> Iterator[str]:
         made_by = tensor["made_by"].rpartition("/while/body/")[2][-50:]
         many = f"{tensor['count']} x {tensor['shape']}"
         yield f"    {tensor['bytes'] / GIB:7.2f} GiB  {many:<34} {made_by}"
-    stage, *kind = name.removesuffix(", closed").split()
-    slots, budget = f"{stage}.slots", f"{stage}.response_tokens"
+    largest = max(parts, key=parts.__getitem__)
+    changes = "; ".join(_changes(plan, phase, largest))
+    yield from textwrap.wrap(
+        f"to change: {changes}", 96, initial_indent="  ", subsequent_indent="  "
+    )
+
+
+def _changes(plan: dict[str, Any], phase: dict[str, Any], largest: str) -> list[str]:
+    """What would make the `largest` part of a phase smaller, of what the config does not do yet."""
+    config, mesh = plan["config"], plan["mesh"]
+    name = phase["name"].removesuffix(", closed")
+    stage, *kind = name.split()
+    closed = name != phase["name"]
+    slots, budget, group = f"{stage}.slots", f"{stage}.response_tokens", f"{stage}.group_size"
     if "memos" in kind:
         slots = f"{stage}.memo.slots"
-        budget = f"{stage}.memo.{'close_tokens' if 'closed' in name else 'tokens'}"
-    fewer = f"{slots} smaller: a prefill takes a quarter of them; shorter prompts"
-    step = (
-        f"{stage}.microbatch smaller; model.remat 'full'; mesh with more `tensor`, and "
-        "model.sequence_parallel"
-    )
-    temporaries = {
-        "step": step,
-        "probe": f"evaluation.response_tokens smaller; {step}",
-        "reshard": "decode_mesh with more `tensor`",
-    }
-    larger = "mesh with more devices over `fsdp`; more devices"
-    known = {
-        "optimizer": f"{stage}.optimizer.moment_dtype 'bfloat16'; {larger}",
-        "batch": f"{stage}.prompts x group_size smaller, or more updates; fewer buckets",
-        "weights for sampling": "decode_mesh with more `tensor`",
-        "cache": f"{slots} or {budget} smaller; more devices",
-        "prompts' cache": fewer,
-        "temporaries": temporaries.get(kind[-1] if kind else "", fewer),
-    }
-    yield f"  to change: {known.get(max(parts, key=parts.__getitem__), larger)}"
+        budget = f"{stage}.memo.{'close_tokens' if closed else 'tokens'}"
+        group = ""
+    elif not kind:
+        group = f"{stage}.samples"
+    more = ["mesh with more devices over `fsdp`", "more devices"]
+    if largest == "weights for sampling" or (largest == "temporaries" and kind[-1:] == ["reshard"]):
+        return ["decode_mesh with more `tensor`", "more devices"]
+    if largest == "cache":
+        return [f"{slots} or {budget} smaller", "more devices"]
+    if largest == "batch":
+        updates = f", or more {stage}.updates" * (f"{stage}.updates" in config)
+        return [f"{stage}.prompts or {group} smaller{updates}", "fewer buckets"]
+    if largest == "optimizer" and config[f"{stage}.optimizer.moment_dtype"] != "bfloat16":
+        return [f"{stage}.optimizer.moment_dtype 'bfloat16'", *more]
+    if largest == "temporaries" and kind[-1:] in (["step"], ["probe"]):
+        rows, one_row = config[f"{stage}.microbatch"], mesh["data"] * mesh["fsdp"]
+        return [
+            *["evaluation.response_tokens smaller"] * (kind == ["probe"]),
+            *[f"{stage}.microbatch smaller"] * (rows > one_row),
+            *["model.remat 'full'"] * (config.get("model.remat") != "full"),
+            *["model.sequence_parallel"] * (config.get("model.sequence_parallel") is False),
+            "mesh with more `tensor`",
+        ]
+    if largest in ("temporaries", "prompts' cache"):
+        shards = plan["decode_mesh"]["data"] * plan["decode_mesh"]["fsdp"]
+        prompts = config[slots] // (4 * config.get(group, 1))
+        return [
+            *[f"{slots} smaller: a prefill takes a quarter of them"] * (prompts > shards),
+            "shorter prompts",
+            "decode_mesh with more `tensor`",
+        ]
+    return more

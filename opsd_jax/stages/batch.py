@@ -57,7 +57,7 @@ def pack(
     if len(rows) > capacity:
         raise ValueError(f"{len(rows)} rows for a batch of capacity {capacity}.")
     lengths = [{name: _computed(row, name) for name in buckets[0]} for row in rows]
-    chosen = [_first_that_holds(buckets, needed) for needed in lengths]
+    chosen = [first_that_holds(buckets, needed) for needed in lengths]
     order = sorted(range(len(rows)), key=lambda i: (chosen[i], lengths[i]["student"]))
     # From the longest down: no other way to cut them needs less padding.
     parts = [order[max(0, end - microbatch) : end] for end in range(len(rows), 0, -microbatch)]
@@ -81,7 +81,8 @@ def pack(
     return tuple(batch)
 
 
-def _first_that_holds(buckets: Sequence[Lengths], needed: Lengths) -> int:
+def first_that_holds(buckets: Sequence[Lengths], needed: Lengths) -> int:
+    """The first bucket into which a row of these lengths goes; ValueError if there is none."""
     for b, bucket in enumerate(buckets):
         if all(needed[name] <= size for name, size in bucket.items()):
             return b
