@@ -186,6 +186,15 @@ def test_memos_have_slots_on_every_device(tmp_path):
         pipeline.Run(config, tmp_path)
 
 
+def test_a_device_has_as_many_key_value_heads_as_the_paged_kernel_takes(tmp_path):
+    config = config_files.load(QUICKSTART, {"decode_mesh": "(4, 1, 2)"})
+    sizes = {"vocab_size": 128, "num_heads": 24, "num_kv_heads": 24, "head_dim": 128}
+    config.model.update(config_lib.decoder(**sizes, cache="paged"))
+    message = "config.decode_mesh: model.cache is 'paged', and a device has 12 key-value heads"
+    with pytest.raises(config_lib.ConfigError, match=message):
+        pipeline.Run(config, tmp_path)
+
+
 @pytest.mark.parametrize(("field", "form"), [("cache", "paged"), ("attention", "splash")])
 def test_what_tpus_run_alone_is_refused_elsewhere(tmp_path, field, form):
     config = config_files.load(QUICKSTART, {})
