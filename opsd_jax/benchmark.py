@@ -124,8 +124,9 @@ def _config(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
         config.model = config_lib.pretrained(arguments.model, param_dtype="bfloat16")
         config.task, config.data.tokenizer = TEXT_TASK, str(arguments.model)
     config.stages = ()
-    if config.model.get("cache") == "paged":
-        config.model.cache = "auto"  # as the machine that evaluates has it
+    for name, form in (("cache", "paged"), ("attention", "splash")):
+        if config.model.get(name) == form:
+            config.model[name] = "auto"  # as the machine that evaluates has it
     if arguments.mesh is not None:
         config.mesh, config.decode_mesh = arguments.mesh, ()
     if arguments.benchmark:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import tiny_tokenizer
 
+from opsd_jax import benchmark, config_files, main, pipeline
 from opsd_jax import config as config_lib
-from opsd_jax import config_files, main, pipeline
 from opsd_jax.data import sources
 from opsd_jax.data.problem import DataError
 from opsd_jax.evaluation import benchmarks, evaluate
@@ -411,6 +411,15 @@ def test_what_cannot_be_run_is_refused(command, arguments, message):
     code, errors = command(*arguments)
     assert code == 2
     assert re.search(message, errors), errors
+
+
+def test_what_a_run_had_of_tpus_is_as_the_machine_has_it(tmp_path):
+    config = config_lib.default()
+    config.model.update({"cache": "paged", "attention": "splash"})
+    (tmp_path / "config.json").write_text(config_files.to_json(config))
+    arguments = main.parser().parse_args(["evaluate", "--workdir", str(tmp_path)])
+    _, evaluated = benchmark._config(arguments)
+    assert (evaluated.model.cache, evaluated.model.attention) == ("auto", "auto")
 
 
 def test_a_model_wants_benchmarks_and_a_directory(capsys, tmp_path):
