@@ -4,55 +4,70 @@
         --config.model.path=/models/Qwen3-0.6B --config.data.train.problems.path=problems.jsonl
     opsd-jax plan --config configs/qwen3_0_6b_opsd_v5e4.py --topology v5e:2x2
 
-Its plan (2026-11-25, jax 0.10.2, libtpu 0.0.42.1; compiled, not run):
+Its plan (2026-11-26, jax 0.10.2, libtpu 0.0.42.1; compiled, not run):
 
     v5e:2x2: 4 x TPU v5 lite
     mesh (data x fsdp x tensor): 1 x 4 x 1; while sampling: 1 x 4 x 1
 
     HBM of a device, GiB, of 15.75
-      opsd rollouts            11.44   4.31 left
+      opsd reshard                4.16   11.59 left
+        parameters 0.56, optimizer 1.11, teacher 0.28, weights for sampling 1.11, temporaries
+        1.11
+      opsd rollouts              11.44   4.31 left
         parameters 0.56, optimizer 1.11, teacher 0.28, weights for sampling 1.11, cache 7.88,
         prompts' cache 0.22, temporaries 0.30
-      opsd memos               11.73   4.02 left
+      opsd memos                 11.73   4.02 left
         parameters 0.56, optimizer 1.11, teacher 0.28, weights for sampling 1.11, cache 4.92,
         prompts' cache 1.01, temporaries 2.75
-      opsd memos, closed       12.76   2.99 left
+      opsd memos, closed         12.76   2.99 left
         parameters 0.56, optimizer 1.11, teacher 0.28, weights for sampling 1.11, cache 5.14,
         prompts' cache 1.23, temporaries 3.34
-      opsd step                 5.24   10.51 left
+      opsd step                   5.24   10.51 left
         parameters 0.56, optimizer 1.11, teacher 0.28, temporaries 3.29
-      evaluation                9.99   5.76 left
+      opsd probe memos           10.90   4.85 left
+        parameters 0.56, the teacher's 0.56, weights for sampling 1.11, cache 4.92, prompts'
+        cache 1.01, temporaries 2.75
+      opsd probe memos, closed   11.93   3.82 left
+        parameters 0.56, the teacher's 0.56, weights for sampling 1.11, cache 5.14, prompts'
+        cache 1.23, temporaries 3.34
+      opsd probe                  2.31   13.44 left
+        parameters 0.56, the teacher's 0.56, temporaries 1.19
+      evaluation                  9.99   5.76 left
         parameters 0.56, weights for sampling 1.11, cache 7.88, prompts' cache 0.11, temporaries
         0.34
 
-    of a device:                          compile    HBM  temporaries   TFLOP   moved  network
-                                                s    GiB          GiB             GiB      GiB
-      reshard                                   0   2.78         1.11       0   4.624     1.11
-      opsd rollouts: start                      0   7.88         0.00       0   7.875        0
-      opsd rollouts: prefill                    9   1.59         0.26   2.045   3.135        0
-      opsd rollouts: admit to 9216              4   8.39         0.30       0   4.305   0.0625
-      opsd rollouts: decode in 9216            33   9.21         0.22  0.6103   260.1 2.35e-05
-      opsd memos: start                         0   4.92         0.00       0   4.922        0
-      opsd memos: prefill                      12   3.30         1.17   18.63   37.31        0
-      opsd memos: admit to 11520                2   8.68         2.75       0   29.34     4.05
-      opsd memos: decode in 11520              31   6.25         0.22  0.3051   354.9  1.2e-05
-      opsd memos, closed: start                 0   5.14         0.00       0   5.141        0
-      opsd memos, closed: prefill              13   3.77         1.43   25.37   47.46        0
-      opsd memos, closed: admit to 12032        2   9.71         3.34       0   35.68     4.92
-      opsd memos, closed: decode in 12032      30   6.47         0.22  0.3051   400.4  1.2e-05
-      opsd: train step                        164   5.24         3.29   992.3    8459     23.7
-      opsd: probe                              19   2.31         1.19    51.1   894.8     1.27
-      evaluation: start                         0   7.88         0.00       0   7.875        0
-      evaluation: prefill                       4   1.34         0.12   1.022   3.347        0
-      evaluation: admit to 9216                 4   8.33         0.34       0   3.344   0.0625
-      evaluation: decode in 9216               53   9.21         0.22  0.6103   260.1 2.35e-05
+    of a device:                          compile     HBM  temporaries    TFLOP    moved  network
+                                                s     GiB          GiB               GiB      GiB
+      reshard                                   0    2.78         1.11        0     4.62     1.11
+      opsd rollouts: start                      0    7.88         0.00        0     7.88        0
+      opsd rollouts: prefill                    4    1.59         0.26     2.04     3.14        0
+      opsd rollouts: admit to 9216              4    8.39         0.30        0      4.3    0.438
+      opsd rollouts: decode in 9216            38    9.21         0.22     0.61      240 2.31e-05
+      opsd memos: start                         0    4.92         0.00        0     4.92        0
+      opsd memos: prefill                      16    3.30         1.17     18.6     37.3        0
+      opsd memos: admit to 11520                4    8.68         2.75        0     29.3     4.05
+      opsd memos: decode in 11520              17    6.25         0.22    0.305      345 1.16e-05
+      opsd memos, closed: start                 0    5.14         0.00        0     5.14        0
+      opsd memos, closed: prefill               6    3.77         1.43     25.4     47.5        0
+      opsd memos, closed: admit to 12032        1    9.71         3.34        0     35.7     4.92
+      opsd memos, closed: decode in 12032      16    6.47         0.22    0.305      390 1.16e-05
+      opsd: train step                        203    5.24         3.29      941     1623     34.9
+      opsd: probe                              18    2.31         1.19     48.6     79.7     1.85
+      evaluation: start                         0    7.88         0.00        0     7.88        0
+      evaluation: prefill                       4    1.34         0.12     1.02     3.35        0
+      evaluation: admit to 9216                 2    8.33         0.34        0     3.34    0.438
+      evaluation: decode in 9216               16    9.21         0.22     0.61      260 2.36e-05
 
     roofline, s: at best; with products, memory and network one after the other
-      opsd rollouts              21.8     22.1
-      opsd memos                  7.8      8.0
-      opsd memos, closed          2.6      2.9
-      opsd step                  11.1     16.6
-      evaluation                348.8    352.1
+      opsd reshard                   0.0      0.0
+      opsd rollouts                 20.1     20.4
+      opsd memos                    15.2     15.6
+      opsd memos, closed             5.1      5.6
+      opsd step                      4.8      7.5
+      opsd probe memos             486.5    500.6
+      opsd probe memos, closed     163.8    180.1
+      opsd probe                    63.1     98.7
+      evaluation                   348.8    352.1
       for responses of 50% of their budget, full prompts, all rows active; bfloat16,
       HBM and one ring of the network at the makers' speed
 """

@@ -4,55 +4,70 @@
         --config.model.path=/models/Qwen3-8B --config.data.train.problems.path=problems.jsonl
     opsd-jax plan --config configs/qwen3_8b_opsd_v5p32.py --topology v5p:2x2x4
 
-Its plan (2026-11-25, jax 0.10.2, libtpu 0.0.42.1; compiled, not run):
+Its plan (2026-11-26, jax 0.10.2, libtpu 0.0.42.1; compiled, not run):
 
     v5p:2x2x4: 16 x TPU v5
-    mesh (data x fsdp x tensor): 1 x 16 x 1; while sampling: 1 x 4 x 4
+    mesh (data x fsdp x tensor): 1 x 8 x 2; while sampling: 1 x 4 x 4
 
     HBM of a device, GiB, of 95.74
-      opsd rollouts            13.52   82.22 left
+      opsd reshard               13.24   82.50 left
+        parameters 1.91, optimizer 3.82, teacher 0.95, weights for sampling 3.81, temporaries
+        2.74
+      opsd rollouts              13.52   82.22 left
         parameters 1.91, optimizer 3.82, teacher 0.95, weights for sampling 3.81, cache 2.53,
         prompts' cache 0.07, temporaries 0.43
-      opsd memos               17.08   78.66 left
+      opsd memos                 17.08   78.66 left
         parameters 1.91, optimizer 3.82, teacher 0.95, weights for sampling 3.81, cache 4.85,
         prompts' cache 0.65, temporaries 1.08
-      opsd memos, closed       19.14   76.60 left
+      opsd memos, closed         19.14   76.60 left
         parameters 1.91, optimizer 3.82, teacher 0.95, weights for sampling 3.81, cache 5.41,
         prompts' cache 1.21, temporaries 2.02
-      opsd step                17.68   78.06 left
-        parameters 1.91, optimizer 3.82, teacher 0.95, temporaries 11.00
-      evaluation               16.33   79.41 left
+      opsd step                  15.15   80.59 left
+        parameters 1.91, optimizer 3.82, teacher 0.95, temporaries 8.47
+      opsd probe memos           14.22   81.52 left
+        parameters 1.91, the teacher's 1.91, weights for sampling 3.81, cache 4.85, prompts'
+        cache 0.65, temporaries 1.08
+      opsd probe memos, closed   16.28   79.46 left
+        parameters 1.91, the teacher's 1.91, weights for sampling 3.81, cache 5.41, prompts'
+        cache 1.21, temporaries 2.02
+      opsd probe                  5.41   90.33 left
+        parameters 1.91, the teacher's 1.91, temporaries 1.59
+      evaluation                 16.33   79.41 left
         parameters 1.91, weights for sampling 3.81, cache 10.12, prompts' cache 0.04,
         temporaries 0.45
 
-    of a device:                          compile    HBM  temporaries   TFLOP   moved  network
-                                                s    GiB          GiB             GiB      GiB
-      reshard                                   1   8.25         2.53       0   19.91     4.77
-      opsd rollouts: start                      0   2.53         0.00       0   2.531        0
-      opsd rollouts: prefill                   13   3.70         0.10   7.267   13.27     1.14
-      opsd rollouts: admit to 9216              9   2.79         0.19       0   1.445  0.00781
-      opsd rollouts: decode in 9216            31   6.78         0.43   1.937   289.9    0.288
-      opsd memos: start                         0   4.85         0.00       0   4.852        0
-      opsd memos: prefill                      16   5.26         1.08   79.02   140.8     10.6
-      opsd memos: admit to 17664                5   6.19         0.69       0   14.69      1.3
-      opsd memos: decode in 17664              23   9.10         0.43   1.937   438.4    0.288
-      opsd memos, closed: start                 0   5.41         0.00       0   5.414        0
-      opsd memos, closed: prefill              21   6.76         2.02   168.7   263.5     19.7
-      opsd memos, closed: admit to 19712        9   7.97         1.35       0   27.96     2.43
-      opsd memos, closed: decode in 19712      31   9.66         0.43   1.937   555.4    0.288
-      opsd: train step                        154  17.68        11.00    1755    5433      122
-      opsd: probe                              10   6.86         3.04   388.7    1588       30
-      evaluation: start                         0  10.13         0.00       0   10.13        0
-      evaluation: prefill                       5   3.61         0.05   3.634    9.17     0.57
-      evaluation: admit to 9216                 4  10.36         0.20       0    1.02   0.0117
-      evaluation: decode in 9216               36  14.39         0.45    7.75   480.2     1.15
+    of a device:                          compile     HBM  temporaries    TFLOP    moved  network
+                                                s     GiB          GiB               GiB      GiB
+      reshard                                   1    8.46         2.74        0     22.1     5.72
+      opsd rollouts: start                      0    2.53         0.00        0     2.53        0
+      opsd rollouts: prefill                    6    3.70         0.10     7.27     13.3     1.14
+      opsd rollouts: admit to 9216              3    2.79         0.19        0     1.45    0.141
+      opsd rollouts: decode in 9216            15    6.78         0.43     1.94      283    0.288
+      opsd memos: start                         0    4.85         0.00        0     4.85        0
+      opsd memos: prefill                       8    5.26         1.08       79      141     10.6
+      opsd memos: admit to 17664                4    6.19         0.69        0     14.7      1.3
+      opsd memos: decode in 17664              16    9.10         0.43     1.94      431    0.288
+      opsd memos, closed: start                 0    5.41         0.00        0     5.41        0
+      opsd memos, closed: prefill               9    6.76         2.02      169      264     19.7
+      opsd memos, closed: admit to 19712        4    7.97         1.35        0       28     2.43
+      opsd memos, closed: decode in 19712      18    9.66         0.43     1.94      548    0.288
+      opsd: train step                        114   15.15         8.47     1704     4191      204
+      opsd: probe                              15    5.41         1.59      189      540     27.3
+      evaluation: start                         0   10.13         0.00        0     10.1        0
+      evaluation: prefill                       5    3.61         0.05     3.63     9.17     0.57
+      evaluation: admit to 9216                 1   10.36         0.20        0     1.02    0.141
+      evaluation: decode in 9216               20   14.39         0.45     7.75      481     1.15
 
     roofline, s: at best; with products, memory and network one after the other
-      opsd rollouts               7.3      7.8
-      opsd memos                 11.6     12.6
-      opsd memos, closed          4.9      6.1
-      opsd step                   3.8      7.2
-      evaluation                 47.8     54.9
+      opsd reshard                   0.0      0.0
+      opsd rollouts                  7.1      7.6
+      opsd memos                    11.4     12.4
+      opsd memos, closed             4.9      6.1
+      opsd step                      3.7      7.0
+      opsd probe memos             364.4    397.4
+      opsd probe memos, closed     155.9    194.8
+      opsd probe                    52.8    107.1
+      evaluation                    47.9     55.0
       for responses of 50% of their budget, full prompts, all rows active; bfloat16,
       HBM and one ring of the network at the makers' speed
 """

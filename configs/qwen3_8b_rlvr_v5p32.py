@@ -4,38 +4,42 @@
         --config.model.path=/models/Qwen3-8B --config.data.train.problems.path=problems.jsonl
     opsd-jax plan --config configs/qwen3_8b_rlvr_v5p32.py --topology v5p:2x2x4
 
-Its plan (2026-11-25, jax 0.10.2, libtpu 0.0.42.1; compiled, not run):
+Its plan (2026-11-26, jax 0.10.2, libtpu 0.0.42.1; compiled, not run):
 
     v5p:2x2x4: 16 x TPU v5
     mesh (data x fsdp x tensor): 1 x 16 x 1; while sampling: 1 x 4 x 4
 
     HBM of a device, GiB, of 95.74
-      rlvr rollouts            51.61   44.13 left
+      rlvr reshard               13.02   82.72 left
+        parameters 1.91, optimizer 3.82, teacher 0.95, weights for sampling 3.81, temporaries
+        2.53
+      rlvr rollouts              51.61   44.13 left
         parameters 1.91, optimizer 3.82, teacher 0.95, weights for sampling 3.81, cache 40.50,
         prompts' cache 0.14, temporaries 0.48
-      rlvr step                19.96   75.78 left
+      rlvr step                  19.96   75.78 left
         parameters 1.91, optimizer 3.82, teacher 0.95, temporaries 13.28
-      evaluation               16.33   79.41 left
-        parameters 1.91, weights for sampling 3.81, cache 10.12, prompts' cache 0.04,
+      evaluation                 26.49   69.25 left
+        parameters 1.91, weights for sampling 3.81, cache 20.25, prompts' cache 0.07,
         temporaries 0.45
 
-    of a device:                          compile    HBM  temporaries   TFLOP   moved  network
-                                                s    GiB          GiB             GiB      GiB
-      reshard                                   4   8.25         2.53       0   19.91     4.77
-      rlvr rollouts: start                      0  40.50         0.00       0    40.5        0
-      rlvr rollouts: prefill                   47   3.89         0.23   14.84   29.29     2.28
-      rlvr rollouts: admit to 18432            48  40.87         0.23       0   3.141   0.0469
-      rlvr rollouts: decode in 18432          143  44.80         0.48    15.5    1168     2.31
-      rlvr: train step                        849  19.96        13.281.565e+043.782e+04      489
-      evaluation: start                         0  10.13         0.00       0   10.13        0
-      evaluation: prefill                       8   3.61         0.05   3.634    9.17     0.57
-      evaluation: admit to 9216                 7  10.36         0.20       0    1.02   0.0117
-      evaluation: decode in 9216               23  14.39         0.45    7.75   480.2     1.15
+    of a device:                          compile     HBM  temporaries    TFLOP    moved  network
+                                                s     GiB          GiB               GiB      GiB
+      reshard                                   1    8.25         2.53        0     19.9     4.77
+      rlvr rollouts: start                      0   40.50         0.00        0     40.5        0
+      rlvr rollouts: prefill                   10    3.89         0.23     14.8     29.3     2.28
+      rlvr rollouts: admit to 18432            10   40.87         0.23        0     3.14    0.281
+      rlvr rollouts: decode in 18432           29   44.80         0.48     15.5     1111      2.3
+      rlvr: train step                         74   19.96        13.28    15244    36192      489
+      evaluation: start                         0   20.25         0.00        0     20.3        0
+      evaluation: prefill                       6    3.70         0.10     7.42     14.5     1.14
+      evaluation: admit to 18432                6   20.56         0.24        0     1.95    0.281
+      evaluation: decode in 18432              20   24.52         0.45     7.75      697     1.15
 
     roofline, s: at best; with products, memory and network one after the other
-      rlvr rollouts             464.5    521.1
-      rlvr step                 545.6    862.0
-      evaluation                 47.8     54.9
+      rlvr reshard                   0.0      0.0
+      rlvr rollouts                442.0    498.5
+      rlvr step                    531.4    837.6
+      evaluation                   138.6    152.8
       for responses of 50% of their budget, full prompts, all rows active; bfloat16,
       HBM and one ring of the network at the makers' speed
 """
