@@ -24,6 +24,7 @@ from opsd_jax import validation
 from opsd_jax import workdir as workdir_lib
 from opsd_jax.data.problem import Problem
 from opsd_jax.evaluation import benchmarks, evaluate, summary
+from opsd_jax.parallel import hosts
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parameters import UNTRAINED, chosen_stage, meshes
 from opsd_jax.pipeline import Run
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     stage, config = _config(arguments)
     workdir = arguments.workdir
-    this = Run(config, workdir or arguments.out)
+    this = hosts.together(lambda: Run(config, workdir or arguments.out))
     problems = this.heldout()
     if arguments.benchmark and arguments.problems:
         problems = _first_of_each(problems, arguments.problems)
@@ -78,8 +79,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         StopSignal() as stop,
         Progress() as progress,
     ):
-        evaluate.check_settings(directory, settings)
-        if not (directory / evaluate.SUMMARY).exists():
+        hosts.from_first(lambda: evaluate.check_settings(directory, settings))
+        if not hosts.from_first((directory / evaluate.SUMMARY).exists):
             _, figures = this.evaluate(
                 stage if workdir else arguments.model.name,
                 this.parameters.of(stage),
@@ -89,11 +90,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 directory=directory,
                 settings=settings,
             )
-            evaluate.finish(directory, figures)
-        changes = summary.write(directory, arguments.compare)
-    if changes and (warning := summary.warning(changes)):
+            hosts.from_first(lambda: evaluate.finish(directory, figures))
+        changes = hosts.from_first(lambda: summary.write(directory, arguments.compare))
+        figures = hosts.from_first(lambda: evaluate.read(directory)[1])
+    if changes and (warning := summary.warning(changes)) and hosts.is_first():
         print(f"opsd-jax: {warning}", file=sys.stderr)
-    return evaluate.read(directory)[1] | {"directory": str(directory), "comparison": changes}
+    return figures | {"directory": str(directory), "comparison": changes}
 
 
 def _config(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:

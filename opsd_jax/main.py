@@ -84,12 +84,26 @@ def parser(show_fields: bool = False) -> argparse.ArgumentParser:
         required=True,
         help=f"a Python file with get_config(); {OVERRIDE}FIELD=VALUE changes a field of it",
     )
+    _add_hosts(train)
     _add_evaluate(command("evaluate", EVALUATE, EVALUATE_EPILOG), workdir)
     _add_plan(command("plan", PLAN, PLAN_EPILOG))
     report = command("report", "Write the report of a run again, from its records.")
     report.add_argument("--workdir", required=True, **workdir)
     _add_convert(command("convert", CONVERT), workdir)
     return top
+
+
+def _add_hosts(sub: argparse.ArgumentParser) -> None:
+    """The arguments that make a process one of several."""
+    sub.add_argument(
+        "--coordinator",
+        default="",
+        metavar="HOST[:PORT]",
+        help="of the first of several hosts, all of which run this command; auto: as Cloud TPU or "
+        "GKE says",
+    )
+    sub.add_argument("--processes", type=count, help="how many, unless auto")
+    sub.add_argument("--process", type=int, help="which of them this is, from 0 on, unless auto")
 
 
 def directory(text: str) -> pathlib.Path:
@@ -113,6 +127,7 @@ def _add_model(sub: argparse.ArgumentParser, workdir: dict[str, Any]) -> None:
 def _add_evaluate(sub: argparse.ArgumentParser, workdir: dict[str, Any]) -> None:
     """The arguments of `evaluate`."""
     _add_model(sub, workdir)
+    _add_hosts(sub)
     sub.add_argument(
         "--benchmark",
         action="append",
@@ -234,6 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from opsd_jax import benchmark, config_files, convert, pipeline, workdir
     from opsd_jax import config as config_lib
     from opsd_jax.data.problem import DataError
+    from opsd_jax.parallel import hosts
     from opsd_jax.planning import plan, table
     from opsd_jax.planning.chips import PlanError
     from opsd_jax.training.files import RecordError, to_json
@@ -242,11 +258,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     from opsd_jax.verify.pool import PoolError
 
     sys.path.append(os.getcwd())  # a task or a model of the user's own may lie there
+    if arguments.command in ("train", "evaluate"):
+        try:
+            hosts.start(arguments.coordinator, arguments.processes, arguments.process)
+        except ValueError as error:
+            parser().error(str(error))
     try:
         if arguments.command == "evaluate":
             figures = benchmark.run(arguments)
-            print(to_json(figures, indent=2))
-            print(f"report: {figures['directory']}/index.html", file=sys.stderr)
+            if hosts.is_first():
+                print(to_json(figures, indent=2))
+                print(f"report: {figures['directory']}/index.html", file=sys.stderr)
             return 0
         if arguments.command == "plan":
             figures = plan.run(arguments, overrides)
@@ -262,7 +284,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             pipeline.run(config, arguments.workdir)
         else:
             config = workdir.config_of(arguments.workdir)
-        print(f"report: {pipeline.write_report(config, arguments.workdir)}")
+        path = hosts.from_first(lambda: pipeline.write_report(config, arguments.workdir))
+        if hosts.is_first():
+            print(f"report: {path}")
         return 0
     except Interrupted as stop:
         print(f"opsd-jax: {stop}: saved; the same command goes on from here.", file=sys.stderr)

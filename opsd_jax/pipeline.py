@@ -35,6 +35,7 @@ from opsd_jax import workdir as workdir_lib
 from opsd_jax.data.problem import DataError, Problem
 from opsd_jax.data.task import Task
 from opsd_jax.evaluation import divergence, evaluate, report, statistics
+from opsd_jax.parallel import hosts
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parameters import UNTRAINED, Parameters, seed_of
 from opsd_jax.policy import Params
@@ -214,17 +215,19 @@ class Run:
         """
         config, model = self.config.evaluation, self.model
         progress.start(f"evaluate {name}", len(problems) * config.samples, unit="response")
-        responses = evaluate.resume(directory, config.samples)
+        responses = hosts.from_first(lambda: evaluate.resume(directory, config.samples))
         done = {record["problem"] for record in responses}
         left = [i for i, problem in enumerate(problems) if problem.id not in done]
         unjudged: list[Rollouts] = []
 
         def record(*, wait: bool) -> None:
+            judged = hosts.gathered([wait or rollouts.are_judged for rollouts in unjudged])
             late = []
-            for rollouts in unjudged:
-                if wait or rollouts.are_judged:
+            for rollouts, *everywhere in zip(unjudged, *judged, strict=True):
+                if all(everywhere):
                     made = evaluate.records(rollouts, self.task, config.samples)
-                    evaluate.append(directory, made)
+                    if hosts.is_first():
+                        evaluate.append(directory, made)
                     responses.extend(made)
                 else:
                     late.append(rollouts)
@@ -264,7 +267,8 @@ class Run:
             record(wait=True)
         order = {problem.id: i for i, problem in enumerate(problems)}
         responses.sort(key=lambda record: (order[record["problem"]], record["sample"]))
-        evaluate.rewrite(directory, responses)
+        if hosts.is_first():
+            evaluate.rewrite(directory, responses)
         figures = statistics.summarise(responses)
         progress.finish(
             f"accuracy {figures['accuracy']:.1%} ± {figures['accuracy_se']:.1%}, "
@@ -287,7 +291,7 @@ class Run:
         problems, directory = self.heldout(), self.workdir / name
         # The directory is the run's own: its weights are no others.
         settings = evaluate.settings(name, "", self.config, self.task, problems)
-        evaluate.check_settings(directory, settings)
+        hosts.from_first(lambda: evaluate.check_settings(directory, settings))
         responses, figures = self.evaluate(
             name,
             params,
@@ -305,7 +309,7 @@ class Run:
         # ru_maxrss is in KiB on Linux and in bytes on macOS.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         figures["peak_rss_gib"] = peak / 2 ** (30 if sys.platform == "darwin" else 20)
-        evaluate.finish(directory, figures)
+        hosts.from_first(lambda: evaluate.finish(directory, figures))
 
     def probe_divergence(
         self, name: str, params: Params, responses: list[dict], stop: StopSignal
@@ -323,7 +327,8 @@ class Run:
             section, config, self.task, self.model.policy, self.mesh, self.parameters.abstract
         )
         teacher = self.parameters.of(section.init_from)
-        before, _ = evaluate.read(self.workdir / (section.init_from or UNTRAINED))
+        started_from = self.workdir / (section.init_from or UNTRAINED)
+        before, _ = hosts.from_first(lambda: evaluate.read(started_from))
         there = min(len(before) // config.samples, max(1, divergence.PROBED // config.samples))
         problems = [self.task.heldout[i] for i in range(there)]
 
@@ -335,7 +340,8 @@ class Run:
 
         curves = {"before": curve(teacher, before), "after": curve(params, responses)}
         path = self.workdir / name / divergence.FILE
-        files.write_atomically(path, files.to_json(curves) + "\n")
+        if hosts.is_first():
+            files.write_atomically(path, files.to_json(curves) + "\n")
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -345,7 +351,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
       ConfigError: before anything is compiled; also where the data are not what they were.
       Interrupted: a signal came; what was done is saved.
     """
-    this = Run(config, workdir)
+    this = hosts.together(lambda: Run(config, workdir))
     with (
         workdir_lib.claimed(config, workdir),
         this.pool,
@@ -353,16 +359,20 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         Progress() as progress,
     ):
         workdir_lib.check_data(this.task, workdir)
-        files.write_atomically(workdir / NOTE, this.task.note)
-        if not (workdir / UNTRAINED / evaluate.SUMMARY).exists():
+        hosts.from_first(lambda: files.write_atomically(workdir / NOTE, this.task.note))
+        all_names = (UNTRAINED, *config.stages)
+        done = hosts.from_first(
+            lambda: [n for n in all_names if (workdir / n / evaluate.SUMMARY).exists()]
+        )
+        if UNTRAINED not in done:
             began = time.monotonic()
             this.evaluate_and_record(UNTRAINED, this.parameters.of(""), progress, stop, began)
         for name in config.stages:
-            if (workdir / name / evaluate.SUMMARY).exists():
+            if name in done:
                 continue
             # The steps that are done already took their time before this process began.
-            earlier = sum(row["seconds"] for row in metrics_lib.read(workdir / name))
-            began = time.monotonic() - earlier
+            rows = hosts.from_first(functools.partial(metrics_lib.read, workdir / name))
+            began = time.monotonic() - sum(row["seconds"] for row in rows)
             section = config[name]
             progress.start(name, section.steps, unit="step")
             stage = this.stage(name, stop.check)

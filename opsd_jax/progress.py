@@ -7,6 +7,8 @@ from typing import Any
 
 import tqdm
 
+from opsd_jax.parallel import hosts
+
 # Metric -> how the bar shows it.
 SHOWN = {
     "loss": "loss {:.3f}",
@@ -22,7 +24,9 @@ FLAGS = ("empty", "nonfinite")
 
 
 class Progress:
-    """One bar at a time, on standard error; a line every so often where that is not a terminal."""
+    """One bar at a time, on standard error of the first host; a line every so often where that is
+    not a terminal.
+    """
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -35,6 +39,7 @@ class Progress:
             desc=f"{name:>16}",
             unit=unit,
             dynamic_ncols=True,
+            disable=not hosts.is_first(),
             mininterval=0.2 if sys.stderr.isatty() else 20,
         )
         self._bar.set_postfix_str("compiling")

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from opsd_jax import config as config_lib
 from opsd_jax import config_files
 from opsd_jax.data.task import Task
+from opsd_jax.parallel import hosts
 from opsd_jax.training import files
 
 CONFIG = "config.json"
@@ -25,29 +26,35 @@ DATA = "data.json"
 
 @contextlib.contextmanager
 def locked(directory: pathlib.Path, flag: str) -> Iterator[None]:
-    """Holds a directory, made if need be, against other processes. `flag`: what names it.
+    """Holds a directory, made if need be, against other runs. `flag`: what names it.
 
     Raises:
       ConfigError: it cannot be written, or is in use.
     """
+    with contextlib.ExitStack() as stack:
+        # A run's other hosts use it with the first.
+        hosts.from_first(lambda: _lock(directory, flag, stack))
+        yield
+
+
+def _lock(directory: pathlib.Path, flag: str, stack: contextlib.ExitStack) -> None:
+    """As `locked`, until the stack is left."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if not os.access(directory, os.W_OK | os.X_OK):
             raise PermissionError(13, "permission denied")
-        lock = (directory / "lock").open("w")
+        lock = stack.enter_context((directory / "lock").open("w"))
     except OSError as error:
         raise config_lib.ConfigError(
             f"{flag} {directory} cannot be written ({error.strerror or error}); "
             "expected a directory of yours, or a path where one can be made."
         ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise config_lib.ConfigError(
-                f"{flag} {directory} is in use by another process; wait for it or stop it."
-            ) from error
-        yield
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise config_lib.ConfigError(
+            f"{flag} {directory} is in use by another process; wait for it or stop it."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -55,14 +62,35 @@ def claimed(config: ConfigDict, workdir: pathlib.Path) -> Iterator[None]:
     """Holds the directory for a run of this config.
 
     Raises:
-      ConfigError: it cannot be written, is in use, or holds a run of another config.
+      ConfigError: it cannot be written, is in use, or holds a run of another config; or the hosts
+        have been given different ones.
     """
-    with locked(workdir, "--workdir"):
+
+    def check() -> None:
         if (workdir / CONFIG).exists():
             config_files.check_same(config, config_of(workdir), workdir)
         else:
             files.write_atomically(workdir / CONFIG, config_files.to_json(config))
+
+    _check_equal(config_files.flatten(config), "config")
+    with locked(workdir, "--workdir"):
+        hosts.from_first(check)
         yield
+
+
+def _check_equal(mine: dict[str, Any], what: str) -> None:
+    """Raises ConfigError where another host has other values than the first; names those."""
+    first, *others = hosts.gathered(mine)
+    for number, other in enumerate(others, 1):
+        names = sorted(n for n in first.keys() | other.keys() if first.get(n) != other.get(n))
+        if names:
+            listed = "\n".join(
+                f"  {what}.{n}: {first.get(n, 'absent')}, {other.get(n, 'absent')}" for n in names
+            )
+            raise config_lib.ConfigError(
+                "hosts differ; expected the same arguments and files on all. On host 0, and on "
+                f"host {number}:\n{listed}"
+            )
 
 
 def check_data(task: Task, workdir: pathlib.Path) -> None:
@@ -89,6 +117,12 @@ def check_data(task: Task, workdir: pathlib.Path) -> None:
         name: f"{counts[name]} problems, {digest.hexdigest()[:16]}"
         for name, digest in digests.items()
     }
+    _check_equal(now, "config.data")
+    hosts.from_first(lambda: _check_data(now, workdir))
+
+
+def _check_data(now: dict[str, str], workdir: pathlib.Path) -> None:
+    """Writes down what each source holds, or compares; raises as `check_data`."""
     if not (workdir / DATA).exists():
         files.write_atomically(workdir / DATA, files.to_json(now, indent=1) + "\n")
         return

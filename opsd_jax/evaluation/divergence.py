@@ -72,7 +72,9 @@ class DivergenceProbe:
         empty = self._collate([])
         rows = mesh_lib.abstract_of(empty, jax.tree.map(lambda _: self._rows, empty))
         with jax.set_mesh(mesh):
-            lowered = jax.jit(score).lower(abstract_params, abstract_params, rows)
+            lowered = jax.jit(score, out_shardings=mesh_lib.replicated(mesh)).lower(
+                abstract_params, abstract_params, rows
+            )
             self._divergence = aot.compiled("probe", lowered)
 
     def _collate(self, rows: list[dict[str, Any]]) -> Any:
@@ -114,7 +116,8 @@ class DivergenceProbe:
                     for i in part
                 ]
             )
-            scored = self._divergence(params, teacher, jax.device_put(rows, self._rows))
+            placed = mesh_lib.placed(rows, jax.tree.map(lambda _: self._rows, rows))
+            scored = self._divergence(params, teacher, placed)
             scored = jax.device_get(scored)
             for i in range(first, first + len(part)):
                 mask = rows["mask"][i - first]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -139,6 +140,19 @@ def abstract_of(tree: Any, shardings: Any) -> Any:
     """The shapes of a tree's leaves with shardings, as compilation and `restore` take them."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )
+
+
+def placed(tree: Any, shardings: Any) -> Any:
+    """Arrays of the host on devices, also of other hosts, which all have equal ones: none compares
+    them, as `jax.device_put` does.
+    """
+    return jax.tree.map(
+        lambda x, sharding: jax.make_array_from_callback(
+            np.shape(x), sharding, lambda index: np.asarray(x)[index]
+        ),
         tree,
         shardings,
     )

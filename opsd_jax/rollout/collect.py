@@ -17,6 +17,7 @@ import numpy as np
 
 from opsd_jax.data.problem import Problem
 from opsd_jax.data.task import Task, check_fits
+from opsd_jax.parallel import hosts
 from opsd_jax.policy import Params
 from opsd_jax.rollout.engine import STOP_LENGTH, Engine, Response
 from opsd_jax.rollout.sampling import Rule
@@ -49,7 +50,7 @@ class Rollouts:
       sampling_logprobs: float32 arrays, of each token under the distribution it was drawn from.
       model_logprobs: float32 arrays, under the model's own, at temperature 1.
       truncated: bool [N], cut at the budget.
-      replies: the verdict of each, or the future of it.
+      replies: the verdict of each, or the future of it; None where another host asks.
       waited: seconds that the device waited for verdicts already.
     """
 
@@ -58,7 +59,7 @@ class Rollouts:
     sampling_logprobs: list[np.ndarray]
     model_logprobs: list[np.ndarray]
     truncated: np.ndarray
-    replies: list[Verdict | Future[Verdict]]
+    replies: list[Verdict | Future[Verdict] | None]
     waited: float = 0.0
 
     @property
@@ -68,16 +69,28 @@ class Rollouts:
 
     @property
     def are_judged(self) -> bool:
-        """Whether every verdict is there."""
-        return all(isinstance(reply, Verdict) or reply.done() for reply in self.replies)
+        """Whether every verdict that this host asks for is there."""
+        return all(reply.done() for reply in self.replies if isinstance(reply, Future))
 
     @functools.cached_property
     def judged(self) -> Judged:
-        """The verdicts. To ask for them is to wait until the last is there: ask late."""
+        """The verdicts. To ask for them is to wait until the last is there, on every host: ask
+        late, and on all of them.
+        """
         began = time.monotonic()
-        verdicts = [r if isinstance(r, Verdict) else r.result() for r in self.replies]
+        known = {i: reply for i, reply in enumerate(self.replies) if isinstance(reply, Verdict)}
+        if len(known) < len(self.replies):
+            for answers in hosts.each(self._answers):
+                known |= answers
+        verdicts = [known[i] for i in range(len(self.replies))]
         waited = self.waited + time.monotonic() - began
         return Judged(verdicts, groups(verdicts, self.truncated), waited)
+
+    def _answers(self) -> dict[int, Verdict]:
+        """The verdicts that this host asked for."""
+        return {
+            i: reply.result() for i, reply in enumerate(self.replies) if isinstance(reply, Future)
+        }
 
     def settled(self) -> Rollouts:
         """These, with their verdicts in place of what was promised."""
@@ -130,7 +143,8 @@ class Collector:
         ]
         numbers = range(len(problems)) if numbers is None else numbers
         ids = [range(number * G, (number + 1) * G) for number in numbers]
-        ended: list[dict[int, tuple[Response, Verdict | Future[Verdict]]]] = [{} for _ in problems]
+        ended: list[dict[int, tuple[Response, Verdict | Future[Verdict] | None]]]
+        ended = [{} for _ in problems]
         waited = 0.0
         for batch in self._engine(params, prompts, ids, key=key, rule=rule, poll=poll):
             for response in batch.responses:
@@ -154,9 +168,12 @@ class Collector:
                     )
                     waited = 0.0
 
-    def _reply(self, problem: Problem, response: Response) -> Verdict | Future[Verdict]:
+    def _reply(self, problem: Problem, response: Response) -> Verdict | Future[Verdict] | None:
+        """The verdict, or the future of it; each host asks for those of its own rollouts."""
         if response.stop == STOP_LENGTH:
             return TRUNCATED
+        if (response.prompt * self.group_size + response.member) % hosts.count() != hosts.number():
+            return None
         text = self._task.tokenizer.decode(response.tokens.tolist())
         return self._pool.submit(problem, self._task.begun + text)
 

@@ -1,10 +1,15 @@
-"""Stopping well: the first SIGINT or SIGTERM asks for a checkpoint, the second does not wait."""
+"""Stopping well: the first SIGINT or SIGTERM asks for a checkpoint, the second does not wait.
+
+One that comes to any host stops all of them, at the same place.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 from types import FrameType
+
+from opsd_jax.parallel import hosts
 
 
 class Interrupted(Exception):
@@ -19,10 +24,10 @@ class StopSignal:
     """Remembers the first SIGINT or SIGTERM while it is entered; a second acts as ever."""
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self._received = 0
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        self.received = signum
+        self._received = signum
         self._restore()
         # Not print: the signal may have come within one, and that is not reentrant.
         name = signal.Signals(signum).name
@@ -42,7 +47,11 @@ class StopSignal:
     def __exit__(self, *exc) -> None:
         self._restore()
 
+    def received(self) -> int:
+        """The signal that has come to this host or another, 0 for none. All hosts ask together."""
+        return hosts.largest(self._received)
+
     def check(self) -> None:
-        """Raises Interrupted if a signal has come."""
-        if self.received is not None:
-            raise Interrupted(self.received)
+        """Raises Interrupted if a signal has come, as `received`."""
+        if signum := self.received():
+            raise Interrupted(signum)

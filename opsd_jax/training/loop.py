@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import optax
 
+from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.policy import Params
 from opsd_jax.stages.stage import Stage, StepData
 from opsd_jax.training import metrics as metrics_lib
@@ -79,7 +80,7 @@ def run_stage(
         else:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
             state = jax.jit(init, out_shardings=shardings, donate_argnums=0)(params())
-        writer = stack.enter_context(metrics_lib.MetricsWriter(directory, start, wandb_project))
+        writer = stack.enter_context(metrics_lib.writer(directory, start, wandb_project))
         if start < stage.steps:
             train_step = compile_train_step(stage, optimizer, abstract, mesh)
 
@@ -119,15 +120,15 @@ def run_stage(
                 raise
             totals = []
             for batch in data.batches:
-                state, metrics = train_step(state, jax.device_put(batch, where))
+                state, metrics = train_step(state, mesh_lib.placed(batch, where))
                 totals.append(metrics)
             flush(began)
             pending = step, totals, data
-            done, stopping = step + 1, stop.received is not None
+            done, stopping = step + 1, stop.received()
             if done % checkpoint_every == 0 or done == stage.steps or stopping:
                 flush(time.monotonic())
                 writer.flush()
                 checkpoints.save(done, state)
             if stopping:
-                stop.check()
+                raise Interrupted(stopping)
         return state["params"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import zlib
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import tensorboardX
 
+from opsd_jax.parallel import hosts
 from opsd_jax.training.files import read_json_lines, write_atomically
 
 FILE = "metrics.jsonl"
@@ -31,6 +33,26 @@ def read(directory: pathlib.Path, file: str = FILE) -> list[dict[str, Any]]:
     path = directory / file
     mend = "Delete that line: what it told of its step is lost."
     return read_json_lines(path, mend) if path.exists() else []
+
+
+def writer(
+    directory: pathlib.Path, start: int, wandb_project: str = ""
+) -> contextlib.AbstractContextManager[MetricsWriter | NoWriter]:
+    """A `MetricsWriter` on the first host; others write nothing."""
+    return MetricsWriter(directory, start, wandb_project) if hosts.is_first() else NoWriter()
+
+
+class NoWriter(contextlib.nullcontext):
+    """In the place of a `MetricsWriter`: writes nothing."""
+
+    def __enter__(self) -> NoWriter:
+        return self
+
+    def write(self, *values: Any) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
 
 
 class MetricsWriter:

@@ -115,11 +115,14 @@ def compile_train_step(
       mesh: the mesh.
     """
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    where = batch_shardings(stage.empty_batch, mesh)
     step = jax.jit(
         make_train_step(stage.loss, optimizer, stage.teacher),
         donate_argnums=0,
-        in_shardings=(state_shardings, batch_shardings(stage.empty_batch, mesh)),
+        in_shardings=(state_shardings, where),
         out_shardings=(state_shardings, None),
     )
     with jax.set_mesh(mesh):
-        return aot.compiled("train step", step.lower(abstract_state, stage.empty_batch))
+        return aot.compiled(
+            "train step", step.lower(abstract_state, mesh_lib.abstract_of(stage.empty_batch, where))
+        )
