@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 OVERRIDE = "--config."
+LOST = 75  # exit code: EX_TEMPFAIL, try again
 
 EPILOG = """\
 examples:
@@ -21,8 +22,9 @@ examples:
   opsd-jax report --workdir runs/quickstart
   opsd-jax convert --workdir runs/quickstart --stage opsd --out models/quickstart
 
-exit codes: 0 done; 1 the run failed, or a planned one does not fit; 2 bad usage or config; 130 or
-143 stopped by a signal with a checkpoint saved: the same command goes on from there.
+exit codes: 0 done; 1 the run failed, or a planned one does not fit; 2 bad usage or config; 75 one
+of several hosts is lost; 130 or 143 stopped by a signal with a checkpoint saved. After 75, 130 and
+143 the same command, on all hosts, goes on from the last checkpoint.
 """
 
 CONVERT = "Write the result of a stage, or a Hugging Face model anew, for transformers to load."
@@ -246,6 +248,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     if arguments.command == "plan":
         os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu compiles, and looks for no TPU
+    from jax.errors import JaxRuntimeError
+
     from opsd_jax import benchmark, config_files, convert, pipeline, workdir
     from opsd_jax import config as config_lib
     from opsd_jax.data.problem import DataError
@@ -294,6 +298,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (config_lib.ConfigError, DataError, PlanError) as error:
         print(f"opsd-jax: {error}", file=sys.stderr)
         return 2
+    except JaxRuntimeError as error:
+        if not hosts.is_loss(type(error), str(error)):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        print(
+            f"opsd-jax: another host is lost ({reason}): the same command on all of them goes on "
+            "from the last checkpoint.",
+            file=sys.stderr,
+        )
+        sys.stderr.flush()
+        os._exit(LOST)  # JAX would wait for the lost one
     except (RecordError, Diverged, PoolError) as error:
         print(f"opsd-jax: {error}", file=sys.stderr)
         return 1

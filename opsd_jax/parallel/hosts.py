@@ -68,6 +68,14 @@ def is_first() -> bool:
     return number() == 0
 
 
+def is_loss(kind: type | None, text: str = "") -> bool:
+    """Whether an error of this kind, if there is one, and with this text means that another host is
+    lost: a collective failed. Where it hangs instead, JAX ends the process after HEARTBEAT_SECONDS.
+    """
+    collective = kind is not None and issubclass(kind, jax.errors.JaxRuntimeError)
+    return collective and count() > 1 and "RESOURCE_EXHAUSTED" not in text
+
+
 def largest(value: int) -> int:
     """The largest of the hosts' values."""
     return value if count() == 1 else int(multihost_utils.process_allgather(np.int32(value)).max())

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import orbax.checkpoint as ocp
 
+from opsd_jax.parallel import hosts
 from opsd_jax.policy import Params
 from opsd_jax.training.files import RecordError
 from opsd_jax.training.state import State
@@ -50,8 +52,9 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *exc) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type | None, *error: Any) -> None:
+        if not hosts.is_loss(kind):  # else a save would wait for the lost host to have written
+            self._manager.close()
 
 
 @contextlib.contextmanager
