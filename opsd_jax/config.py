@@ -379,6 +379,13 @@ def default() -> ConfigDict:
     config.pool.seconds = 2.0  # for a response; then its worker is killed and it counts as wrong
     config.pool.memory_mb = 512  # MiB for a response; Linux only
 
+    config.checkpoints = ConfigDict()  # which of a stage's checkpoints stay
+    config.checkpoints.last = 2  # so many of the newest
+    config.checkpoints.period = 0  # and those of steps that are multiples of it; 0 for none
+    # And the one with the largest metric of this name, such as "reward", or the smallest of
+    # "-length"; "" for none.
+    config.checkpoints.best = ""
+
     config.max_nonfinite = 10  # steps in a row with a gradient that is not finite end the run
     config.wandb_project = ""  # "" for none; needs the extra `wandb`
     config.lock()

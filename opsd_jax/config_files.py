@@ -132,9 +132,19 @@ def from_flat(flat: dict[str, Any]) -> ConfigDict:
     return config.lock()
 
 
+def identity(config: ConfigDict) -> dict[str, Any]:
+    """The fields of `flatten` that a run may not change when it goes on: what it computes, and not
+    where, or what it keeps.
+    """
+    free = ("mesh", "decode_mesh", "pool.", "checkpoints.", "wandb_project")
+    return {field: value for field, value in flatten(config).items() if not field.startswith(free)}
+
+
 def check_same(config: ConfigDict, saved: ConfigDict, workdir: pathlib.Path) -> None:
-    """Raises ConfigError that lists the fields in which the `saved` config of a workdir differs."""
-    there, now = flatten(saved), flatten(config)
+    """Raises ConfigError that lists the fields in which the `saved` config of a workdir differs, of
+    those that may not (`identity`).
+    """
+    there, now = identity(saved), identity(config)
     different = [
         f"  {field}: {there.get(field, 'absent')!r} there, {now.get(field, 'absent')!r} now"
         for field in sorted(there.keys() | now.keys())

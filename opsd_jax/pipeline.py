@@ -30,7 +30,7 @@ import jax
 from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
-from opsd_jax import sizes
+from opsd_jax import config_files, sizes
 from opsd_jax import workdir as workdir_lib
 from opsd_jax.data.problem import DataError, Problem
 from opsd_jax.data.task import Task
@@ -384,6 +384,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
                 mesh=this.mesh,
                 directory=workdir / name,
                 checkpoint_every=section.checkpoint_every,
+                keep=checkpoint.Retention(**config.checkpoints),
+                about=config_files.identity(config),
                 max_nonfinite=config.max_nonfinite,
                 stop=stop,
                 report=progress.step,

@@ -22,12 +22,12 @@ _AT_LEAST_ONE = {
     "steps", "batch_size", "microbatch", "prompts", "slots", "prompt_tokens",
     "teacher_prompt_tokens", "response_tokens", "updates", "checkpoint_every",
     "samples", "max_nonfinite", "group_size", "request_tokens", "tokens", "close_tokens",
-    "reminder_tokens", "every",
+    "reminder_tokens", "every", "last",
 }  # fmt: skip
 _NOT_NEGATIVE = {
     "temperature", "max_rows", "warmup", "weight_decay", "final_fraction", "seed",
     "loss_chunk", "overlong_factor", "resample_rounds", "workers", "top_k", "reinject_every",
-    "heldout_problems",
+    "heldout_problems", "period",
 }  # fmt: skip
 _POSITIVE = {
     "learning_rate",

@@ -69,8 +69,7 @@ def claimed(config: ConfigDict, workdir: pathlib.Path) -> Iterator[None]:
     def check() -> None:
         if (workdir / CONFIG).exists():
             config_files.check_same(config, config_of(workdir), workdir)
-        else:
-            files.write_atomically(workdir / CONFIG, config_files.to_json(config))
+        files.write_atomically(workdir / CONFIG, config_files.to_json(config))
 
     _check_equal(config_files.flatten(config), "config")
     with locked(workdir, "--workdir"):

@@ -200,21 +200,89 @@ def test_a_signal_saves_and_the_run_goes_on(
     assert_same(outcome(tmp_path), outcome(undisturbed))
 
 
-def test_a_corrupt_checkpoint_is_named(config, undisturbed, tmp_path):
-    """A run that stopped within SFT, whose newest checkpoint lost half of each file."""
-    workdir = tmp_path / "run"
-    short = config.copy_and_resolve_references()
-    with short.unlocked():
-        short.stages = ("sft",)
-    pipeline.run(short, workdir)
-    for path in (workdir / "sft" / "evaluation.json", workdir / "config.json"):
-        path.unlink()
-    checkpoint = max((workdir / "sft" / "checkpoints").iterdir())
-    for path in checkpoint.rglob("*"):
+def halve_files(directory):
+    for path in directory.rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(RecordError, match=f"{checkpoint}.*delete that directory"):
-        pipeline.run(short, workdir)
+
+
+def lose_a_shard(directory):
+    shutil.rmtree(directory / "default" / "d")
+
+
+@pytest.fixture
+def stopped(config, undisturbed, tmp_path):
+    """The undisturbed run as if it had stopped at the end of SFT's last step."""
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed, workdir)
+    for name in ("rlvr", "opsd", "report"):
+        shutil.rmtree(workdir / name)
+    (workdir / "sft" / "evaluation.json").unlink()
+    return workdir
+
+
+@pytest.mark.parametrize("damage", [halve_files, lose_a_shard])
+def test_a_damaged_checkpoint_is_left_out_and_named(config, undisturbed, stopped, damage, capfd):
+    damage(stopped / "sft" / "checkpoints" / "6")
+    run(config, stopped)
+    said = capfd.readouterr().err
+    assert f"{stopped}/sft/checkpoints/6 cannot be restored" in said
+    assert f"It is in {stopped}/sft/damaged/6.0 now; an older one is used" in said
+    assert (stopped / "sft" / "damaged" / "6.0").is_dir()
+    assert_same(outcome(stopped), outcome(undisturbed))
+
+
+def test_a_half_written_checkpoint_is_not_seen(config, undisturbed, stopped):
+    directory = stopped / "sft" / "checkpoints"
+    (directory / "6").rename(directory / "6.orbax-checkpoint-tmp")
+    run(config, stopped)
+    assert_same(outcome(stopped), outcome(undisturbed))
+
+
+def test_where_no_checkpoint_can_be_restored_nothing_is_moved(config, stopped):
+    for step in ("3", "6"):
+        halve_files(stopped / "sft" / "checkpoints" / step)
+    message = f"{stopped}/sft/checkpoints/6 cannot be restored.*delete that directory"
+    with pytest.raises(RecordError, match=message):
+        pipeline.run(config, stopped)
+    assert (stopped / "sft" / "checkpoints" / "6").is_dir()
+
+
+def test_a_checkpoint_of_another_run_is_refused(config, stopped):
+    """Put there by hand: a directory's own config is compared before."""
+    other = config.copy_and_resolve_references()
+    other.sft.optimizer.learning_rate, other.seed = 0.1, 5
+    (stopped / "config.json").write_text(config_files.to_json(other))
+    with pytest.raises(RecordError, match=r"sft/checkpoints/6 is a checkpoint of another run") as e:
+        pipeline.run(other, stopped)
+    assert "seed: 0 there, 5 now" in str(e.value)
+    assert "sft.optimizer.learning_rate: 0.003 there, 0.1 now" in str(e.value)
+    assert (stopped / "sft" / "checkpoints" / "6").is_dir()
+
+
+def test_which_checkpoints_stay(config, tmp_path):
+    """The last, every third, and that of the best reward."""
+    short = config.copy_and_resolve_references()
+    short.sft.update({"steps": 8, "checkpoint_every": 1})
+    short.stages = ("sft",)
+    short.checkpoints.update({"last": 1, "period": 3, "best": "-loss"})
+    pipeline.run(short, tmp_path)
+    kept = {int(p.name) for p in (tmp_path / "sft" / "checkpoints").iterdir()}
+    losses = [row["loss"] for row in metrics_lib.read(tmp_path / "sft")]
+    assert kept == {8, 3, 6, 1 + int(np.argmin(losses))}
+
+
+def test_a_run_goes_on_under_another_mesh(config, undisturbed, stopped):
+    """Equal parameters come back; what follows rounds otherwise."""
+    other = config.copy_and_resolve_references()
+    other.mesh = (2, 2, 2)
+    assert len(metrics_lib.read(stopped / "sft")) == 6
+    run(other, stopped)
+    path = undisturbed / "sft" / "params", stopped / "sft" / "params"
+    with ocp.StandardCheckpointer() as checkpointer:
+        before, after = (checkpointer.restore(p.absolute()) for p in path)
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    assert json.loads((stopped / "config.json").read_text())["mesh"] == [2, 2, 2]
 
 
 def test_damaged_records_are_named(config, undisturbed, tmp_path):

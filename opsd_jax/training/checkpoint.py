@@ -3,51 +3,152 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
+import json
 import pathlib
-from collections.abc import Iterator
-from typing import Any
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
 
 from opsd_jax.parallel import hosts
 from opsd_jax.policy import Params
+from opsd_jax.training import files
 from opsd_jax.training.files import RecordError
 from opsd_jax.training.state import State
 
 
+class Retention(NamedTuple):
+    """Which checkpoints stay.
+
+    Attributes:
+      last: so many of the newest.
+      period: those of steps that are multiples of it, too; 0 for none.
+      best: the one with the largest metric of this name, or with "-" before it the smallest, too;
+        "" for none. Stages without that metric have none.
+    """
+
+    last: int = 2
+    period: int = 0
+    best: str = ""
+
+
+LAST_TWO = Retention()
+
+
 class Checkpoints:
-    """The checkpoints of one stage, `directory/<step>/`; the last two are kept.
+    """The checkpoints of one stage, `directory/<step>/`.
 
     A save is written beside its place and moved there when it is whole, so a half-written one is
     never seen. A context manager; leaving it waits for the save under way.
     """
 
-    def __init__(self, directory: pathlib.Path, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        about: Mapping[str, Any] | None = None,
+        keep: Retention = LAST_TWO,
+    ):
+        """`about`: what a state belongs to, such as the config, JSON-ready; it is written down with
+        each, and one of another kind is refused.
+        """
+        self._about, self._best = files.to_json(about or {}), keep.best.removeprefix("-")
+        policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep.last)]
+        if keep.period:
+            policies.append(ocp.checkpoint_managers.EveryNSteps(keep.period))
+        best_fn = (lambda metrics: metrics[self._best]) if keep.best else None
+        if best_fn:
+            policies.append(
+                ocp.checkpoint_managers.BestN(
+                    get_metric_fn=best_fn,
+                    reverse=keep.best.startswith("-"),
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+                best_fn=best_fn,
+                create=True,
+            ),
+        )
 
     @property
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint: how many steps it has behind it."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: State) -> None:
-        """Saves in the background; returns when the arrays have been copied. Once a step."""
-        if step != self.latest:
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+    def save(self, step: int, state: State, metrics: Mapping[str, float] | None = None) -> None:
+        """Saves in the background; returns when the arrays have been copied. Once a step.
 
-    def restore(self, abstract: State) -> State:
-        """The newest state, on the shardings of `abstract`.
+        Args:
+          step: how many steps the state has behind it, and rows the metrics.
+          state: of the stage.
+          metrics: of the last of them.
+        """
+        if step == self.latest:
+            return
+        value = (metrics or {}).get(self._best)
+        self._manager.save(
+            step,
+            args=ocp.args.StandardSave(state),
+            metrics=None if value is None else {self._best: value},
+            custom_metadata={"about": self._about, "metrics": step},
+        )
+
+    def restore(self, abstract: State) -> tuple[int, State | None]:
+        """The newest state that can be read, on the shardings of `abstract`, and its step; 0 and
+        None where there is no checkpoint. Newer ones that are damaged are moved to `damaged/`,
+        beside the directory, and named on standard error.
 
         Raises:
-          RecordError: it cannot be read, or is not of these shapes; names the directory.
+          RecordError: none can be read, or one belongs to something else; names the directory.
         """
-        step = self.latest
-        with explained(
-            pathlib.Path(self._manager.directory) / str(step),
-            "the run then goes on from the checkpoint before it, or starts the stage anew",
-        ):
-            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        directory = pathlib.Path(self._manager.directory)
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        damaged: list[tuple[int, RecordError]] = []
+        for step in steps:
+            path = directory / str(step)
+
+            def read(step: int = step, path: pathlib.Path = path) -> State:
+                with explained(path, "the stage starts anew without it"):
+                    self._check_about(step, path)
+                    return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+
+            try:
+                state = hosts.together(read)
+            except Foreign:
+                raise
+            except RecordError as error:
+                damaged.append((step, error))
+                continue
+            for number, why in damaged:
+                hosts.from_first(functools.partial(_set_aside, directory, number, why))
+            if damaged:
+                self._manager.reload()
+            return step, state
+        if damaged:
+            raise damaged[0][1]
+        return 0, None
+
+    def _check_about(self, step: int, path: pathlib.Path) -> None:
+        """Raises Foreign if a checkpoint belongs to something else."""
+        written = self._manager.metadata(step).custom_metadata
+        if not written:
+            raise ValueError("it does not say what it belongs to")
+        there = json.loads(written["about"])
+        now = json.loads(self._about)
+        different = sorted(n for n in there.keys() | now.keys() if there.get(n) != now.get(n))
+        if different:
+            listed = "\n".join(
+                f"  {n}: {there.get(n, 'absent')!r} there, {now.get(n, 'absent')!r} now"
+                for n in different
+            )
+            raise Foreign(f"{path} is a checkpoint of another run:\n{listed}")
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -55,6 +156,20 @@ class Checkpoints:
     def __exit__(self, kind: type | None, *error: Any) -> None:
         if not hosts.is_loss(kind):  # else a save would wait for the lost host to have written
             self._manager.close()
+
+
+class Foreign(RecordError):
+    """A checkpoint is of another model or config."""
+
+
+def _set_aside(directory: pathlib.Path, step: int, error: RecordError) -> None:
+    """Moves a damaged checkpoint out of the way, and says so."""
+    aside = directory.parent / "damaged"
+    aside.mkdir(exist_ok=True)
+    place = next(p for i in itertools.count() if not (p := aside / f"{step}.{i}").exists())
+    (directory / str(step)).rename(place)
+    reason = str(error).split(". If it is damaged")[0]
+    print(f"opsd-jax: {reason}. It is in {place} now; an older one is used.", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -67,6 +182,8 @@ def explained(path: pathlib.Path, then: str) -> Iterator[None]:
     """
     try:
         yield
+    except RecordError:
+        raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:300]
         raise RecordError(

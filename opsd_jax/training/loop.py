@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.policy import Params
 from opsd_jax.stages.stage import Stage, StepData
 from opsd_jax.training import metrics as metrics_lib
-from opsd_jax.training.checkpoint import Checkpoints
+from opsd_jax.training.checkpoint import LAST_TWO, Checkpoints, Retention
 from opsd_jax.training.interrupt import Interrupted, StopSignal
 from opsd_jax.training.state import abstract_state, init_state
 from opsd_jax.training.step import batch_shardings, compile_train_step
@@ -38,6 +38,8 @@ def run_stage(
     mesh: jax.sharding.Mesh,
     directory: pathlib.Path,
     checkpoint_every: int,
+    keep: Retention = LAST_TWO,
+    about: Mapping[str, Any] | None = None,
     max_nonfinite: int,
     stop: StopSignal,
     report: Callable[[int, dict[str, float]], None] = lambda step, values: None,
@@ -54,6 +56,8 @@ def run_stage(
       mesh: the mesh they lie on.
       directory: gets `checkpoints/`, `metrics.jsonl`, `groups.jsonl` and TensorBoard events.
       checkpoint_every: steps between checkpoints; there is one at the end in any case.
+      keep: which of them stay.
+      about: what they belong to, JSON-ready (`Checkpoints`).
       max_nonfinite: this many steps in a row whose updates were all skipped for a gradient that is
         not finite end the run.
       stop: is looked at after every step; a stage that samples looks at it as well, in the middle.
@@ -73,10 +77,10 @@ def run_stage(
 
     with contextlib.ExitStack() as stack:
         clock = time.monotonic()
-        checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints"))
-        start = checkpoints.latest or 0
-        if start:
-            state = checkpoints.restore(abstract)
+        checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints", about, keep))
+        start, restored = checkpoints.restore(abstract)
+        if restored is not None:
+            state = restored
         else:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
             state = jax.jit(init, out_shardings=shardings, donate_argnums=0)(params())
@@ -86,18 +90,20 @@ def run_stage(
 
         nonfinite = 0
         pending: tuple[int, list[Any], StepData] | None = None
+        latest: dict[str, float] = {}  # metrics of the last step that was flushed
 
         def flush(ended: float) -> None:
             """Fetches the metrics of the step before, which the device has done by now; `ended` is
             when it was over: what came since is of the next.
             """
-            nonlocal pending, clock, nonfinite
+            nonlocal pending, clock, nonfinite, latest
             if pending is None:
                 return
             step, totals, data = pending
             pending = None
             values = metrics_lib.means(jax.device_get(totals)) | data.metrics
             values["seconds"], clock = ended - clock, ended
+            latest = values
             writer.write(step, values, data.groups)
             report(step, values)
             nonfinite = nonfinite + 1 if values["nonfinite"] == 1 else 0
@@ -116,7 +122,7 @@ def run_stage(
                 flush(began)
                 writer.flush()
                 if step and checkpoints.latest != step:
-                    checkpoints.save(step, state)
+                    checkpoints.save(step, state, latest)
                 raise
             totals = []
             for batch in data.batches:
@@ -128,7 +134,7 @@ def run_stage(
             if done % checkpoint_every == 0 or done == stage.steps or stopping:
                 flush(time.monotonic())
                 writer.flush()
-                checkpoints.save(done, state)
+                checkpoints.save(done, state, latest)
             if stopping:
                 raise Interrupted(stopping)
         return state["params"]
