@@ -1,6 +1,7 @@
 """Stopping well: the first SIGINT or SIGTERM asks for a checkpoint, the second does not wait.
 
-One that comes to any host stops all of them, at the same place.
+A notice of Google Cloud that the machine is about to stop is as a SIGTERM. One that comes to any
+host stops all of them, at the same place.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import signal
 from types import FrameType
 
 from opsd_jax.parallel import hosts
+from opsd_jax.training import notices
 
 
 class Interrupted(Exception):
@@ -21,10 +23,13 @@ class Interrupted(Exception):
 
 
 class StopSignal:
-    """Remembers the first SIGINT or SIGTERM while it is entered; a second acts as ever."""
+    """Remembers the first SIGINT, SIGTERM or notice while it is entered; a signal after a signal
+    acts as ever.
+    """
 
     def __init__(self) -> None:
         self._received = 0
+        self._watch = notices.Watch(self._notice)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         self._received = signum
@@ -34,6 +39,10 @@ class StopSignal:
         text = f"\n{name}: stopping soon; what is done is kept; once more stops at once.\n"
         os.write(2, text.encode())
 
+    def _notice(self, name: str) -> None:
+        self._received = self._received or signal.SIGTERM
+        os.write(2, f"\nnotice of {name}: stopping soon; what is done is kept.\n".encode())
+
     def _restore(self) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
@@ -42,9 +51,11 @@ class StopSignal:
         self._previous = {
             s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)
         }
+        self._watch.__enter__()
         return self
 
     def __exit__(self, *exc) -> None:
+        self._watch.__exit__(*exc)
         self._restore()
 
     def received(self) -> int:
