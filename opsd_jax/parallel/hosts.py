@@ -16,6 +16,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from opsd_jax.watchdog import waiting
+
 T = TypeVar("T")
 
 # Of the coordinator, on the first host. The hosts of a TPU reach each other there by the firewall
@@ -78,7 +80,7 @@ def is_loss(kind: type | None, text: str = "") -> bool:
 
 def largest(value: int) -> int:
     """The largest of the hosts' values."""
-    return value if count() == 1 else int(multihost_utils.process_allgather(np.int32(value)).max())
+    return value if count() == 1 else int(_all_gathered(np.int32(value)).max())
 
 
 def gathered(value: T) -> list[T]:
@@ -86,8 +88,8 @@ def gathered(value: T) -> list[T]:
     if count() == 1:
         return [value]
     data = pickle.dumps(value)
-    lengths = multihost_utils.process_allgather(np.int32(len(data)))
-    rows = multihost_utils.process_allgather(_padded(data, lengths.max()))
+    lengths = _all_gathered(np.int32(len(data)))
+    rows = _all_gathered(_padded(data, lengths.max()))
     return [pickle.loads(row[:n].tobytes()) for row, n in zip(rows, lengths, strict=True)]
 
 
@@ -116,8 +118,8 @@ def from_first(make: Callable[[], T]) -> T:
         return make()
     result, error = _tried(make) if is_first() else (None, None)
     data = pickle.dumps((result, error)) if is_first() else b""
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-    row = multihost_utils.broadcast_one_to_all(_padded(data, length))
+    length = int(_from_first(np.int32(len(data))))
+    row = _from_first(_padded(data, length))
     result, error = pickle.loads(row[:length].tobytes())
     if error is not None:
         raise error
@@ -152,3 +154,13 @@ def _padded(data: bytes, length: int) -> np.ndarray:
     row = np.zeros(1 << max(0, int(length) - 1).bit_length(), np.uint8)
     row[: len(data)] = np.frombuffer(data, np.uint8)
     return row
+
+
+def _all_gathered(x: np.ndarray | np.generic) -> np.ndarray:
+    with waiting("other hosts"):
+        return multihost_utils.process_allgather(x)
+
+
+def _from_first(x: np.ndarray | np.generic) -> np.ndarray:
+    with waiting("other hosts"):
+        return multihost_utils.broadcast_one_to_all(x)

@@ -24,6 +24,7 @@ from opsd_jax.rollout.sampling import Rule
 from opsd_jax.verify.groups import Groups, groups
 from opsd_jax.verify.pool import VerifierPool
 from opsd_jax.verify.verdict import TRUNCATED, Verdict
+from opsd_jax.watchdog import waiting
 
 
 class Judged(NamedTuple):
@@ -80,8 +81,9 @@ class Rollouts:
         began = time.monotonic()
         known = {i: reply for i, reply in enumerate(self.replies) if isinstance(reply, Verdict)}
         if len(known) < len(self.replies):
-            for answers in hosts.each(self._answers):
-                known |= answers
+            with waiting("the verifier"):
+                for answers in hosts.each(self._answers):
+                    known |= answers
         verdicts = [known[i] for i in range(len(self.replies))]
         waited = self.waited + time.monotonic() - began
         return Judged(verdicts, groups(verdicts, self.truncated), waited)

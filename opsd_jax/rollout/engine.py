@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opsd_jax import watchdog
 from opsd_jax.parallel import aot
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.policy import Model, Params
@@ -365,7 +366,9 @@ class Engine:
             if chunk is None:
                 return
             poll()
-            ended = _taken(jax.device_get(chunk), making)
+            with watchdog.waiting("decoding"):
+                fetched = jax.device_get(chunk)
+            ended = _taken(fetched, making)
 
     def _prefilled(self, params: Params, prompts: list[Sequence[int]]):
         n, P = self.shape.prompts, self.shape.prompt_tokens

@@ -18,6 +18,7 @@ from opsd_jax.policy import Params
 from opsd_jax.training import files
 from opsd_jax.training.files import RecordError
 from opsd_jax.training.state import State
+from opsd_jax.watchdog import waiting
 
 
 class Retention(NamedTuple):
@@ -93,12 +94,13 @@ class Checkpoints:
         if step == self.latest:
             return
         value = (metrics or {}).get(self._best)
-        self._manager.save(
-            step,
-            args=ocp.args.StandardSave(state),
-            metrics=None if value is None else {self._best: value},
-            custom_metadata={"about": self._about, "metrics": step},
-        )
+        with waiting("a checkpoint"):
+            self._manager.save(
+                step,
+                args=ocp.args.StandardSave(state),
+                metrics=None if value is None else {self._best: value},
+                custom_metadata={"about": self._about, "metrics": step},
+            )
 
     def restore(self, abstract: State) -> tuple[int, State | None]:
         """The newest state that can be read, on the shardings of `abstract`, and its step; 0 and

@@ -23,6 +23,7 @@ from opsd_jax.training.checkpoint import LAST_TWO, Checkpoints, Retention
 from opsd_jax.training.interrupt import Interrupted, StopSignal
 from opsd_jax.training.state import abstract_state, init_state
 from opsd_jax.training.step import batch_shardings, compile_train_step
+from opsd_jax.watchdog import Watchdog, waiting
 
 
 class Diverged(RuntimeError):
@@ -101,7 +102,8 @@ def run_stage(
                 return
             step, totals, data = pending
             pending = None
-            values = metrics_lib.means(jax.device_get(totals)) | data.metrics
+            with waiting("the train step"):
+                values = metrics_lib.means(jax.device_get(totals)) | data.metrics
             values["seconds"], clock = ended - clock, ended
             latest = values
             writer.write(step, values, data.groups)
@@ -114,7 +116,9 @@ def run_stage(
                     "another workdir with a lower learning rate or clip_norm may do better."
                 )
 
+        watchdog = stack.enter_context(Watchdog(directory.name))
         for step in range(start, stage.steps):
+            watchdog.begin(step)
             began = time.monotonic()
             try:
                 data = stage.batches(step, state["params"])
