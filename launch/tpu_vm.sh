@@ -5,9 +5,9 @@
 #
 #   launch/tpu_vm.sh NAME TYPE --zone ZONE [OPTION ...] -- ARGUMENT_OF_OPSD_JAX ...
 #
-#   launch/tpu_vm.sh opsd8b v5litepod-64 --zone us-west4-a --spot -- \
-#     train --config configs/qwen3_8b_opsd_v5e64.py --workdir gs://my-bucket/opsd8b \
-#     --config.model.path=/mnt/models/Qwen3-8B
+#   launch/tpu_vm.sh opsd8b v5litepod-64 --zone us-west4-a --spot --setup 'mount /mnt/shared' -- \
+#     train --config configs/qwen3_8b_opsd_v5e64.py --workdir /mnt/shared/opsd8b \
+#     --config.model.path=/mnt/shared/Qwen3-8B
 #
 #   --project ID        default: gcloud's
 #   --spot | --reserved default: on demand
@@ -18,7 +18,8 @@
 #   --keep              leave the TPU, and its costs, when the run has ended well
 #   --dry-run           print the commands, run none
 #
-# What it runs must be able to go on where it was: the workdir is on gs:// or a mounted disk.
+# So that a run can go on where it was, its workdir is on a disk that outlives the TPU and that all
+# hosts mount.
 # Exit codes: opsd-jax's (0 done, 1 failed, 2 bad usage); 3 when it gave up; 4 when a TPU may be left.
 set -euo pipefail
 cd "$(dirname "$0")/.."
