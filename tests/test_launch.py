@@ -1,4 +1,4 @@
-"""The launch scripts against a `gcloud` that writes down what it is asked, and answers as told."""
+"""The launch scripts against programs that write down what they are asked, and answer as told."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import stat
 import subprocess
 
 import pytest
+import yaml
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = sorted([*(ROOT / "launch").rglob("*.sh"), ROOT / ".ci" / "run"])
@@ -18,8 +19,10 @@ import json, os, pathlib, sys, time
 here = pathlib.Path(os.environ["STUB"])
 words = sys.argv[1:]
 with (here / "calls").open("a") as file:
-    file.write(json.dumps(words) + "\\n")
-text = " ".join(words)
+    stdin = sys.stdin.read() if "-" in words else ""
+    program = pathlib.Path(sys.argv[0]).name
+    file.write(json.dumps([program, *words, stdin]) + "\\n")
+text = " ".join([program, *words])
 answers = json.loads((here / "answers").read_text())
 kind = next((kind for kind in answers if kind in text), None)
 if kind is None:
@@ -38,14 +41,18 @@ ACTIVE = [0, "ACTIVE"]
 
 
 @pytest.fixture
-def tpu_vm(tmp_path):
-    """`tpu_vm(answers, *arguments) -> (exit code, calls, standard error)`."""
+def launch(tmp_path):
+    """`launch(script, answers, *words) -> (what subprocess.run returns, calls)`; a call is a list:
+    the program, its arguments, its standard input.
+    """
     stub = tmp_path / "bin" / "gcloud"
     stub.parent.mkdir()
     stub.write_text(STUB)
     stub.chmod(stub.stat().st_mode | stat.S_IEXEC)
+    for name in ("xpk", "kubectl", "docker"):
+        (stub.parent / name).symlink_to(stub)
 
-    def run(answers, *arguments, zone=("--zone", "us-west4-a"), command=("train", "--config", "c")):
+    def run(script, answers, *words):
         (tmp_path / "answers").write_text(json.dumps(answers))
         (tmp_path / "calls").write_text("")
         environment = os.environ | {
@@ -53,13 +60,24 @@ def tpu_vm(tmp_path):
             "STUB": str(tmp_path),
             "POLL_SECONDS": "0",
         }
-        words = ["opsd", "v5litepod-64", *zone, *arguments, "--", *command]
         done = subprocess.run(
-            [ROOT / "launch" / "tpu_vm.sh", *words],
+            [ROOT / "launch" / script, *words],
             env=environment, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
         return done, calls
+
+    return run
+
+
+@pytest.fixture
+def tpu_vm(launch):
+    """`tpu_vm(answers, *options) -> (what subprocess.run returns, calls of gcloud)`."""
+
+    def run(answers, *options, zone=("--zone", "us-west4-a"), command=("train", "--config", "c")):
+        words = ["opsd", "v5litepod-64", *zone, *options, "--", *command]
+        done, calls = launch("tpu_vm.sh", answers, *words)
+        return done, [words for program, *words, _ in calls if program == "gcloud"]
 
     return run
 
@@ -229,3 +247,120 @@ def test_bad_usage(tpu_vm):
     assert done.returncode == 2
     assert "there is a request opsd already" in done.stderr
     assert names(calls) == []
+
+
+POOL = ["--accelerator", "tpu-v5-lite-podslice", "--topology", "8x8", "--hosts", "16"]
+POOL += ["--chips", "4", "--claim", "filestore"]
+TRAIN = ["--", "train", "--config", "configs/c.py", "--config.opsd.gate=1,0.5,0", '--x=a "b"']
+COMPLETED = {"get jobset": [[0, ""], [0, "Completed"]]}
+
+
+@pytest.fixture
+def gke(launch):
+    """`gke(answers, *options) -> (what subprocess.run returns, calls, names of the calls)`."""
+
+    def run(answers, *options, command=TRAIN):
+        done, calls = launch("gke/run.sh", answers, "opsd", "repo/opsd", *options, *command)
+        verbs = ("build", "push", "apply", "create", "get", "logs", "delete")
+        return done, calls, [next(w for w in call if w in verbs) for call in calls]
+
+    return run
+
+
+def test_a_jobset_is_started_followed_and_deleted(gke):
+    done, calls, names = gke(COMPLETED, *POOL, "--slices", "2", "--restarts", "7")
+    assert done.returncode == 0, done.stderr
+    assert names == ["build", "push", "apply", "get", "logs", "get", "delete"]
+    tag = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True)
+    image = f"repo/opsd:{tag.strip()}"
+    assert calls[0][:-1] == [
+        "docker",
+        *["build", "--file", "launch/gke/Dockerfile", "--tag"],
+        image,
+        ".",
+    ]
+    assert calls[1][:-1] == ["docker", "push", image]
+    assert calls[2][:-1] == ["kubectl", "apply", "--filename", "-"]
+    jobset = yaml.safe_load(calls[2][-1])
+    assert (jobset["kind"], jobset["metadata"]["name"]) == ("JobSet", "opsd")
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] == 7
+    (job,) = jobset["spec"]["replicatedJobs"]
+    assert job["replicas"] == 2
+    spec = job["template"]["spec"]
+    assert spec["parallelism"] == spec["completions"] == 16
+    assert spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [1, 2]
+    pod = spec["template"]["spec"]
+    assert set(pod["nodeSelector"].values()) == {"tpu-v5-lite-podslice", "8x8"}
+    (container,) = pod["containers"]
+    assert container["args"] == [*TRAIN[1:], "--coordinator", "auto"]
+    assert container["image"] == image
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "filestore"
+    assert calls[-1][:-1] == [
+        "kubectl",
+        *["delete", "jobset", "opsd", "--ignore-not-found", "--wait"],
+    ]
+
+
+def test_xpk_starts_it_too(gke):
+    options = ["--xpk", "mine", "--tpu-type", "v5litepod-64", "--zone", "us-west4-a"]
+    done, calls, names = gke(COMPLETED, *options)
+    assert done.returncode == 0, done.stderr
+    assert names == ["build", "push", "create", "get", "logs", "get", "delete"]
+    create = calls[2]
+    assert create[:8] == [
+        "xpk", "workload", "create", "--workload", "opsd", "--cluster", "mine", "--zone",
+    ]  # fmt: skip
+    assert create[create.index("--command") + 1].startswith("opsd-jax train --config configs/c.py")
+    assert create[create.index("--restart-on-exit-codes") + 1] == "75"
+    assert calls[-1][:4] == ["xpk", "workload", "delete", "--workload"]
+
+
+def test_a_dry_run_on_gke_runs_nothing(gke):
+    for options in (POOL, ["--xpk", "mine", "--tpu-type", "v5litepod-64"]):
+        done, calls, _ = gke({}, *options, "--dry-run")
+        assert done.returncode == 0, done.stderr
+        assert calls == []
+        programs = [line.split()[0] for line in done.stdout.splitlines() if line and line[0] != " "]
+        assert programs[:2] == ["docker", "docker"]
+        assert {"kubectl", "xpk"} & set(programs[2:])
+
+
+@pytest.mark.parametrize(
+    ("failing", "code", "expected"),
+    [
+        ("docker build", 1, ["build"]),
+        ("docker push", 1, ["build", "push"]),
+        ("kubectl apply", 1, ["build", "push", "apply", "delete"]),
+    ],
+)
+def test_a_step_that_fails_ends_it_and_leaves_nothing(gke, failing, code, expected):
+    done, _, names = gke({failing: [[1, "no"]]}, *POOL)
+    assert done.returncode == code
+    assert names == expected
+
+
+def test_a_jobset_that_failed_or_cannot_be_deleted(gke):
+    done, _, names = gke({"get jobset": [[0, "Failed"]]}, *POOL)
+    assert done.returncode == 1
+    assert "the JobSet opsd failed" in done.stderr
+    assert names[-1] == "delete"
+    done, _, names = gke(COMPLETED | {"delete": [[1, "no"]]}, *POOL)
+    assert done.returncode == 4
+    assert "COULD NOT DELETE the JobSet opsd" in done.stderr
+    assert names[-3:] == ["delete"] * 3
+    done, _, names = gke(COMPLETED, *POOL, "--keep")
+    assert done.returncode == 0
+    assert "delete" not in names
+
+
+def test_bad_usage_on_gke(gke):
+    for options, message in (
+        (POOL[2:], "--accelerator is missing"),
+        (["--xpk", "mine"], "--tpu-type is missing"),
+        ([*POOL, "--slice", "2"], "unknown option --slice"),
+    ):
+        done, calls, _ = gke({}, *options)
+        assert (done.returncode, calls) == (2, [])
+        assert message in done.stderr
+    assert gke({}, *POOL, command=())[0].returncode == 2
