@@ -74,6 +74,14 @@ def test_other_machines_ask_nobody(monkeypatch, tmp_path):
 
 
 def test_a_second_signal_acts_as_ever():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # some shells' jobs ignore it
+    try:
+        second_signal()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def second_signal():
     with StopSignal() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.received() == signal.SIGINT

@@ -49,7 +49,7 @@ ENTRY %main (p: f32[2,4]) -> f32[8,4] {
     found = hlo.collectives(hlo.Program(text))
     assert [(c.op, c.elements, c.bytes, c.devices, c.loops) for c in found] == [
         ("all-gather", 64, 128, 4, ()),
-        ("all-reduce", 32, 128, 8, (loop,)),
+        ("all-reduce", 32, 136, 8, (loop,)),  # two arrays as one
     ]
 
 
