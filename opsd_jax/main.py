@@ -309,6 +309,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         sys.stderr.flush()
         os._exit(LOST)  # JAX would wait for the lost one
+    except OSError as error:  # the disk is full, or is gone
+        if error.strerror is None:
+            raise
+        # A write that fails does not say to which file.
+        given = (getattr(arguments, name, None) for name in ("workdir", "out"))
+        where = error.filename or next((path for path in given if path), "a file")
+        print(
+            f"opsd-jax: {where} cannot be used: {error.strerror}. What is done is kept: once that "
+            "is mended, the same command goes on.",
+            file=sys.stderr,
+        )
+        return 1
     except (RecordError, Diverged, PoolError) as error:
         print(f"opsd-jax: {error}", file=sys.stderr)
         return 1

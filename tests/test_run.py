@@ -272,6 +272,40 @@ def test_which_checkpoints_stay(config, tmp_path):
     assert kept == {8, 3, 6, 1 + int(np.argmin(losses))}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("room", [8 << 10, 64 << 10])
+def test_a_disk_that_takes_no_more_is_named_and_nothing_is_damaged(
+    config, undisturbed, tmp_path, room
+):
+    """Files may not grow beyond `room` bytes: the first records do, or the first checkpoint."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "config.json").write_text(config_files.to_json(config))
+    script = f"""
+import pathlib, resource, sys
+sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
+from opsd_jax import config_files, main, pipeline
+from opsd_jax import workdir as workdir_lib
+config = workdir_lib.config_of(pathlib.Path({str(workdir)!r}))
+config_files.load = lambda *_: config
+resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, resource.RLIM_INFINITY))
+sys.exit(main.main(["train", "--config", "-", "--workdir", {str(workdir)!r}]))
+"""
+    flags = "--xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr[-3000:]
+    said = done.stderr.strip().splitlines()[-1]
+    assert re.search(rf"^opsd-jax: {workdir}\S* cannot be (used|written)", said)
+    assert "the same command goes on" in said
+    run(config, workdir)
+    assert_same(outcome(workdir), outcome(undisturbed))
+
+
 def test_a_run_goes_on_under_another_mesh(config, undisturbed, stopped):
     """Equal parameters come back; what follows rounds otherwise."""
     other = config.copy_and_resolve_references()

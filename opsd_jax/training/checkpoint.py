@@ -90,11 +90,14 @@ class Checkpoints:
           step: how many steps the state has behind it, and rows the metrics.
           state: of the stage.
           metrics: of the last of them.
+
+        Raises:
+          RecordError: this save or the one before it cannot be written.
         """
         if step == self.latest:
             return
         value = (metrics or {}).get(self._best)
-        with waiting("a checkpoint"):
+        with waiting("a checkpoint"), written(self._manager.directory):
             self._manager.save(
                 step,
                 args=ocp.args.StandardSave(state),
@@ -156,7 +159,9 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, *error: Any) -> None:
-        if not hosts.is_loss(kind):  # else a save would wait for the lost host to have written
+        if hosts.is_loss(kind):
+            return  # a save would wait for the lost host to have written
+        with written(self._manager.directory):
             self._manager.close()
 
 
@@ -174,6 +179,10 @@ def _set_aside(directory: pathlib.Path, step: int, error: RecordError) -> None:
     print(f"opsd-jax: {reason}. It is in {place} now; an older one is used.", file=sys.stderr)
 
 
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()[:300].partition(chr(10))[0]}"
+
+
 @contextlib.contextmanager
 def explained(path: pathlib.Path, then: str) -> Iterator[None]:
     """Turns whatever Orbax, tensorstore or the file system raise within into a RecordError.
@@ -187,16 +196,31 @@ def explained(path: pathlib.Path, then: str) -> Iterator[None]:
     except RecordError:
         raise
     except Exception as error:
-        reason = str(error).strip().split("\n")[0][:300]
         raise RecordError(
-            f"{path} cannot be restored ({type(error).__name__}: {reason}). If it is damaged, "
-            f"delete that directory: {then}."
+            f"{path} cannot be restored ({_reason(error)}). If it is damaged, delete that "
+            f"directory: {then}."
+        ) from error
+
+
+@contextlib.contextmanager
+def written(path: Any) -> Iterator[None]:
+    """The same of what is being saved in a directory."""
+    try:
+        yield
+    except Exception as error:
+        raise RecordError(
+            f"{path} cannot be written ({_reason(error)}). What is there stays: once it can be, "
+            "the same command goes on from the last checkpoint."
         ) from error
 
 
 def save_params(path: pathlib.Path, params: Params) -> None:
-    """Keeps parameters, the result of a stage, at `path`."""
-    with ocp.StandardCheckpointer() as checkpointer:
+    """Keeps parameters, the result of a stage, at `path`.
+
+    Raises:
+      RecordError: they cannot be written.
+    """
+    with written(path), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path.absolute(), params, force=True)
 
 
