@@ -111,6 +111,7 @@ def alone(config, tmp_path_factory):
 
 def assert_equal_runs(a, b):
     """Equal ids, and numbers to float32 rounding."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     for stage in ("sft", "rlvr", "opsd"):
         for file in ("responses.jsonl", "groups.jsonl"):
             if (a / stage / file).exists():
@@ -122,7 +123,11 @@ def assert_equal_runs(a, b):
                 [x[n] for n in names], [y[n] for n in names], rtol=1e-5, atol=1e-6
             )
         with ocp.StandardCheckpointer() as checkpointer:
-            x, y = (checkpointer.restore(w / stage / "params") for w in (a, b))
+            shapes = checkpointer.metadata(a / stage / "params").item_metadata.tree
+            shapes = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes
+            )
+            x, y = (checkpointer.restore(w / stage / "params", shapes) for w in (a, b))
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), x, y)
 
 
@@ -163,8 +168,9 @@ def test_a_lost_host_ends_the_other_and_the_pair_goes_on(config, alone, tmp_path
     began = time.monotonic()
     (code, errors), _ = pair.ended(120)
     assert time.monotonic() - began < 60
-    assert code == 75, (code, errors[-3000:])
-    assert "another host is lost" in errors
+    # 75 where a collective fails; where a save waits for the lost one JAX ends the process.
+    said = {75: "another host is lost", -signal.SIGABRT: "This most likely indicates that another"}
+    assert said[code] in errors
     for code, errors in Run(config, workdir).ended():
         assert code == 0, errors[-3000:]
     assert_equal_runs(alone, workdir)
