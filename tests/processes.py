@@ -13,13 +13,18 @@ if processes > 1:
 """
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 def run(script: str, *arguments: str, processes: int, devices: int) -> None:
     """Runs a script in processes of so many devices each, `arguments` being `sys.argv[4:]` there
     and `number` the process's. Fails unless all end well within two minutes.
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     flags = f"--xla_force_host_platform_device_count={devices}"
     begun = [sys.executable, "-c", BEGIN + script, address, str(processes)]
     running = [

@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import processes
 import pytest
+from processes import free_port
 
 from opsd_jax import config_files, main
 
@@ -65,7 +65,12 @@ class Run:
         text = lambda value: tuple(value) if isinstance(value, list) else value
         command += [f"--config.{k}={text(v)}" for k, v in flat.items() if v != default[k]]
         if processes > 1:
-            command += ["--coordinator", f"localhost:{free_port()}", "--processes", str(processes)]
+            command += [
+                "--coordinator",
+                f"localhost:{free_port()}",
+                "--processes",
+                str(processes),
+            ]
         flags = f"--xla_force_host_platform_device_count={devices}"
         self.processes = [
             subprocess.Popen(
@@ -85,12 +90,6 @@ class Run:
             for process in self.processes:
                 process.kill()
         return [(p.returncode, e) for p, e in zip(self.processes, errors, strict=True)]
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
 
 
 def wait_for(path, seconds=200):
