@@ -354,6 +354,12 @@ def test_what_the_config_does_already_is_not_advised(part, phase, changes, advic
     assert f"to change: {advice}\n" in "\n".join(table.lines(figures)) + "\n"
 
 
+def test_a_program_without_such_loops_has_nothing_to_say_of_them():
+    text = "\n".join(table.lines(FIGURES | {"largest_collective": {"decode_steps": 5}}))
+    assert "  elements: at most 5 in the decode loop; in the smallest weight 77" in text
+    assert "the loss's" not in text
+
+
 def test_what_the_compiler_refuses_is_said():
     figures = copy.deepcopy(FIGURES)
     figures["programs"][0] |= {"refused": True, "arguments": 11 * GIB}

@@ -21,10 +21,9 @@ def lines(plan: dict[str, Any]) -> Iterator[str]:
                 size = f"{c['times']} x, up to {c['largest'] / 2**20:.1f} MiB"
                 yield f"  {p['name']:<36}{c['op']:<19}{size:<27}{where}"
     largest = plan["largest_collective"]
-    yield (
-        f"  in the decode loop at most {largest['decode_steps']:,} elements, in the loss's "
-        f"{largest['loss_chunks']:,}; the smallest weight has {plan['smallest_weight']:,}"
-    )
+    loops = {"decode_steps": "the decode loop", "loss_chunks": "the loss's"}
+    elements = [f"at most {n:,} in {loops[loop]}" for loop, n in largest.items()]
+    yield f"  elements: {', '.join(elements)}; in the smallest weight {plan['smallest_weight']:,}"
     yield ""
     if plan["fits"]:
         yield "It fits."

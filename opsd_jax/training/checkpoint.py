@@ -158,8 +158,8 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, kind: type | None, *error: Any) -> None:
-        if hosts.is_loss(kind):
+    def __exit__(self, kind: type | None, error: Any, *traceback: Any) -> None:
+        if hosts.is_loss(kind, str(error)):
             return  # a save would wait for the lost host to have written
         with written(self._manager.directory):
             self._manager.close()
