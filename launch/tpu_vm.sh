@@ -5,21 +5,22 @@
 #
 #   launch/tpu_vm.sh NAME TYPE --zone ZONE [OPTION ...] -- ARGUMENT_OF_OPSD_JAX ...
 #
-#   launch/tpu_vm.sh opsd8b v5litepod-64 --zone us-west4-a --spot --setup 'mount /mnt/shared' -- \
-#     train --config configs/qwen3_8b_opsd_v5e64.py --workdir /mnt/shared/opsd8b \
-#     --config.model.path=/mnt/shared/Qwen3-8B
+#   launch/tpu_vm.sh opsd8b v5litepod-64 --zone us-west4-a --spot \
+#     --setup 'gcloud storage cp --recursive gs://my-bucket/Qwen3-8B .' -- \
+#     train --config configs/qwen3_8b_opsd_v5e64.py --workdir gs://my-bucket/opsd8b \
+#     --config.model.path=Qwen3-8B
 #
 #   --project ID        default: gcloud's
 #   --spot | --reserved default: on demand
 #   --version RUNTIME   of the TPU's software (default: by TYPE)
 #   --slices N          so many TPUs as one, over the data centre's network
 #   --attempts N        TPUs to ask for, one after another, before it gives up (default: 20)
-#   --setup COMMAND     run on every host before: mounts, weights, logins
+#   --setup COMMAND     run on every host before, in the code's directory: weights, mounts, logins
 #   --keep              leave the TPU, and its costs, when the run has ended well
 #   --dry-run           print the commands, run none
 #
-# So that a run can go on where it was, its workdir is on a disk that outlives the TPU and that all
-# hosts mount.
+# So that a run can go on where it was, its workdir outlives the TPU: it is in a bucket, or on a disk
+# that all hosts mount.
 # Exit codes: opsd-jax's (0 done, 1 failed, 2 bad usage); 3 when it gave up; 4 when a TPU may be left.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -146,13 +147,13 @@ install() {
       "${where[@]}" --worker all || return 1
   done
   on_all "mkdir -p opsd_jax && tar -xzf opsd_jax.tar.gz -C opsd_jax && cd opsd_jax && \
-. launch/setup.sh && setup tpu${before:+ && $before}"
+. launch/setup.sh && setup tpu,gcs${before:+ && $before}"
 }
 
 run() { # the exit code of opsd-jax on the first host, 75 where that host is lost
   local command
   printf -v command '%q ' opsd-jax "$@" --coordinator auto
-  on_all "cd opsd_jax && . launch/setup.sh && setup tpu && rm -f exit && \
+  on_all "cd opsd_jax && . launch/setup.sh && setup tpu,gcs && rm -f exit && \
 { $command; echo \$? > exit; }" || true
   if [ -n "$dry" ]; then
     call gcloud compute tpus tpu-vm ssh "${hosts[0]}" "${where[@]}" --worker 0 \

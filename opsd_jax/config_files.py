@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from opsd_jax.config import ConfigError
+from opsd_jax.training.files import Path
 
 
 def load(
@@ -140,7 +141,7 @@ def identity(config: ConfigDict) -> dict[str, Any]:
     return {field: value for field, value in flatten(config).items() if not field.startswith(free)}
 
 
-def check_same(config: ConfigDict, saved: ConfigDict, workdir: pathlib.Path) -> None:
+def check_same(config: ConfigDict, saved: ConfigDict, workdir: Path) -> None:
     """Raises ConfigError that lists the fields in which the `saved` config of a workdir differs, of
     those that may not (`identity`).
     """

@@ -13,6 +13,7 @@ from opsd_jax import workdir as workdir_lib
 from opsd_jax.models import pretrained, weights
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parameters import Parameters, chosen_stage
+from opsd_jax.training.files import Path
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -36,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def of_run(
     config: ConfigDict,
-    workdir: pathlib.Path,
+    workdir: Path,
     stage: str | None,
     directory: pathlib.Path,
     dtype: str = "",
@@ -71,7 +72,7 @@ def of_run(
     parameters.model.save(parameters.of(stage), directory, dtype)
 
 
-def _parameters(config: ConfigDict, workdir: pathlib.Path) -> Parameters:
+def _parameters(config: ConfigDict, workdir: Path) -> Parameters:
     """On the run's mesh or, where that is of other devices, cut over all there are, or on one."""
     every = jax.devices()
     for mesh, devices in ((config.mesh, every), ((1, -1, 1), every), ((1, 1, 1), every[:1])):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -72,7 +74,10 @@ def parser(show_fields: bool = False) -> argparse.ArgumentParser:
             name, help=text, description=text, epilog=epilog, formatter_class=raw
         )
 
-    workdir: dict[str, Any] = {"type": directory, "help": "directory of the run"}
+    workdir: dict[str, Any] = {
+        "type": directory,
+        "help": "directory of the run, or gs://BUCKET/...",
+    }
 
     train = command(
         "train",
@@ -108,9 +113,27 @@ def _add_hosts(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--process", type=int, help="which of them this is, from 0 on, unless auto")
 
 
-def directory(text: str) -> pathlib.Path:
+def local(text: str) -> pathlib.Path:
     """An absolute path."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text}; expected a directory of this machine")
     return pathlib.Path(text).absolute()
+
+
+def directory(text: str) -> Any:
+    """An absolute path, or one in a bucket."""
+    if "://" not in text:
+        return local(text)
+    if not re.match("gs://[^/]", text):
+        raise argparse.ArgumentTypeError(f"{text}; expected a directory or gs://BUCKET/...")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise argparse.ArgumentTypeError(f"{text} needs an extra: pip install 'opsd-jax[gcs]'")
+    import fsspec.config
+    from etils import epath
+
+    # Other hosts, and runs before this one, write there too.
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    return epath.Path(text)
 
 
 def mesh(text: str) -> tuple[int, ...]:
@@ -122,7 +145,7 @@ def _add_model(sub: argparse.ArgumentParser, workdir: dict[str, Any]) -> None:
     """The arguments that say which model: of a run's stage, or in a directory."""
     whose = sub.add_mutually_exclusive_group(required=True)
     whose.add_argument("--workdir", **workdir)
-    whose.add_argument("--model", type=directory, help="directory of a Hugging Face model")
+    whose.add_argument("--model", type=local, help="directory of a Hugging Face model")
     sub.add_argument("--stage", help="of the run (default: the last that is finished)")
 
 
@@ -214,7 +237,7 @@ def _add_convert(sub: argparse.ArgumentParser, workdir: dict[str, Any]) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="of the weights (default: as they were where they came from)",
     )
-    sub.add_argument("--out", required=True, type=directory, help="directory to write, a new one")
+    sub.add_argument("--out", required=True, type=local, help="directory to write, a new one")
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -256,6 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from opsd_jax.parallel import hosts
     from opsd_jax.planning import plan, table
     from opsd_jax.planning.chips import PlanError
+    from opsd_jax.training import files
     from opsd_jax.training.files import RecordError, to_json
     from opsd_jax.training.interrupt import Interrupted
     from opsd_jax.training.loop import Diverged
@@ -310,14 +334,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.flush()
         os._exit(LOST)  # JAX would wait for the lost one
     except OSError as error:  # the disk is full, or is gone
-        if error.strerror is None:
+        given = [path for n in ("workdir", "out") if (path := getattr(arguments, n, None))]
+        if error.strerror is None and not any(map(files.in_bucket, given)):
             raise
         # A write that fails does not say to which file.
-        given = (getattr(arguments, name, None) for name in ("workdir", "out"))
-        where = error.filename or next((path for path in given if path), "a file")
+        where = error.filename or (given[0] if given else "a file")
         print(
-            f"opsd-jax: {where} cannot be used: {error.strerror}. What is done is kept: once that "
-            "is mended, the same command goes on.",
+            f"opsd-jax: {where} cannot be used: {error.strerror or error}. What is done is kept: "
+            "once that is mended, the same command goes on.",
             file=sys.stderr,
         )
         return 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import pathlib
 import zlib
 from collections.abc import Sequence
 
@@ -16,6 +15,7 @@ from opsd_jax.parallel import layout as layout_lib
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.policy import Model, Params
 from opsd_jax.training import checkpoint
+from opsd_jax.training.files import Path
 
 UNTRAINED = "untrained"  # the name under which the initial parameters are evaluated
 
@@ -25,7 +25,7 @@ def seed_of(config: ConfigDict, name: str) -> int:
     return zlib.crc32(f"{config.seed}/{name}".encode()) >> 1
 
 
-def chosen_stage(config: ConfigDict, workdir: pathlib.Path, stage: str | None) -> str | None:
+def chosen_stage(config: ConfigDict, workdir: Path, stage: str | None) -> str | None:
     """The stage that is named or, where none is, the last one that is finished; None without any.
 
     Raises:
@@ -35,7 +35,7 @@ def chosen_stage(config: ConfigDict, workdir: pathlib.Path, stage: str | None) -
         raise config_lib.ConfigError(
             f"--stage {stage}: expected one of {', '.join((UNTRAINED, *config.stages))}."
         )
-    finished = [s for s in config.stages if (workdir / s / "params").exists()]
+    finished = [s for s in config.stages if checkpoint.has_params(workdir / s / "params")]
     return stage or (finished[-1] if finished else None)
 
 
@@ -62,7 +62,7 @@ class Parameters:
     def __init__(
         self,
         config: ConfigDict,
-        workdir: pathlib.Path,
+        workdir: Path,
         devices: Sequence[jax.Device] | None = None,
     ):
         """Raises ConfigError for what does not fit together, on these devices or on all."""
@@ -110,6 +110,6 @@ class Parameters:
         if stage in ("", UNTRAINED):
             return self.fresh()
         path = self.workdir / stage / "params"
-        if not path.exists():
+        if not checkpoint.has_params(path):
             raise config_lib.ConfigError(f"the stage {stage!r} has not ended: there is no {path}.")
         return checkpoint.restore_params(path, self.abstract)

@@ -19,11 +19,11 @@ Started again after whatever stopped it, the run goes on where it was.
 from __future__ import annotations
 
 import functools
-import pathlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -49,6 +49,7 @@ from opsd_jax.stages.rollouts import step_rollouts
 from opsd_jax.stages.stage import Stage
 from opsd_jax.training import checkpoint, files
 from opsd_jax.training import metrics as metrics_lib
+from opsd_jax.training.files import Path
 from opsd_jax.training.interrupt import Interrupted, StopSignal
 from opsd_jax.training.loop import run_stage
 from opsd_jax.training.state import make_optimizer
@@ -60,7 +61,7 @@ NOTE = "note.txt"  # what a reader of the figures has to know, as the task says 
 class Run:
     """The parts of a run that its stages share, built from the config: nothing is compiled yet."""
 
-    def __init__(self, config: ConfigDict, workdir: pathlib.Path):
+    def __init__(self, config: ConfigDict, workdir: Path):
         """Raises ConfigError for what does not fit together."""
         self.config, self.workdir = config, workdir
         self.parameters = Parameters(config, workdir)
@@ -182,6 +183,12 @@ class Run:
         )
         return Privileged(section, self.task, group_size, writer)
 
+    def is_done(self, name: str) -> bool:
+        """Whether a stage, or UNTRAINED, is evaluated and its result is there."""
+        directory = self.workdir / name
+        has_result = name == UNTRAINED or checkpoint.has_params(directory / "params")
+        return has_result and (directory / evaluate.SUMMARY).exists()
+
     def heldout(self) -> list[Problem]:
         """The held-out problems that are evaluated."""
         heldout = self.task.heldout
@@ -195,7 +202,7 @@ class Run:
         stop: StopSignal,
         *,
         problems: Sequence[Problem],
-        directory: pathlib.Path,
+        directory: Path,
         settings: dict[str, Any],
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Samples and judges responses to problems: `(responses, figures)`. What is done stands in
@@ -213,7 +220,7 @@ class Run:
         Raises:
           Interrupted: a signal came; every problem whose responses had all been handed out is kept.
         """
-        config, model = self.config.evaluation, self.model
+        config = self.config.evaluation
         progress.start(f"evaluate {name}", len(problems) * config.samples, unit="response")
         responses = hosts.from_first(lambda: evaluate.resume(directory, config.samples))
         done = {record["problem"] for record in responses}
@@ -226,39 +233,18 @@ class Run:
             for rollouts, *everywhere in zip(unjudged, *judged, strict=True):
                 if all(everywhere):
                     made = evaluate.records(rollouts, self.task, config.samples)
-                    if hosts.is_first():
-                        evaluate.append(directory, made)
+                    if file is not None:
+                        evaluate.append(file, made)
                     responses.extend(made)
                 else:
                     late.append(rollouts)
             unjudged[:] = late
             progress.reach(len(responses))
 
-        if left:
-            engine = self.engine(
-                config.slots,
-                config.samples,
-                # Not fewer where some are done: in bfloat16 other shapes round in another way.
-                len(problems) * config.samples,
-                config.prompt_tokens,
-                config.response_tokens,
-            )
+        recorder = evaluate.recorder(directory, responses) if hosts.is_first() else nullcontext()
+        with recorder as file:
             try:
-                for _, rollouts in Collector(
-                    engine, self.task, self.pool, config.samples
-                ).by_problem(
-                    self.parameters.decoding.convert(params),
-                    [problems[i] for i in left],
-                    # The same random numbers for every model: two differ with less noise.
-                    key=jax.random.key(config.seed),
-                    rule=sampling.rule(
-                        model.vocab_size,
-                        stop=self.task.tokenizer.eos_ids,
-                        **{n: config[n] for n in ("temperature", "top_k", "top_p", "min_p")},
-                    ),
-                    numbers=left,
-                    poll=stop.check,
-                ):
+                for rollouts in self._responses(params, problems, left, stop.check):
                     unjudged.append(rollouts)
                     record(wait=False)
             except Interrupted:
@@ -275,6 +261,42 @@ class Run:
             f"length {figures['mean_length']:.1f} ± {figures['mean_length_se']:.1f} tokens"
         )
         return responses, {"name": name, **figures, "settings": settings}
+
+    def _responses(
+        self,
+        params: Params,
+        problems: Sequence[Problem],
+        left: Sequence[int],
+        poll: Callable[[], None],
+    ) -> Iterator[Rollouts]:
+        """Samples responses to those of the problems that are left, yields those of one at a time
+        as they are made, and has them judged meanwhile.
+        """
+        if not left:
+            return
+        config = self.config.evaluation
+        engine = self.engine(
+            config.slots,
+            config.samples,
+            # Not fewer where some are done: in bfloat16 other shapes round in another way.
+            len(problems) * config.samples,
+            config.prompt_tokens,
+            config.response_tokens,
+        )
+        rollouts = Collector(engine, self.task, self.pool, config.samples).by_problem(
+            self.parameters.decoding.convert(params),
+            [problems[i] for i in left],
+            # The same random numbers for every model: two differ with less noise.
+            key=jax.random.key(config.seed),
+            rule=sampling.rule(
+                self.model.vocab_size,
+                stop=self.task.tokenizer.eos_ids,
+                **{n: config[n] for n in ("temperature", "top_k", "top_p", "min_p")},
+            ),
+            numbers=left,
+            poll=poll,
+        )
+        yield from (made for _, made in rollouts)
 
     def evaluate_and_record(
         self, name: str, params: Params, progress: Progress, stop: StopSignal, began: float
@@ -344,7 +366,7 @@ class Run:
             files.write_atomically(path, files.to_json(curves) + "\n")
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> None:
+def run(config: ConfigDict, workdir: Path) -> None:
     """Runs what is left of the config's stages.
 
     Raises:
@@ -360,10 +382,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     ):
         workdir_lib.check_data(this.task, workdir)
         hosts.from_first(lambda: files.write_atomically(workdir / NOTE, this.task.note))
-        all_names = (UNTRAINED, *config.stages)
-        done = hosts.from_first(
-            lambda: [n for n in all_names if (workdir / n / evaluate.SUMMARY).exists()]
-        )
+        done = hosts.from_first(lambda: [n for n in (UNTRAINED, *config.stages) if this.is_done(n)])
         if UNTRAINED not in done:
             began = time.monotonic()
             this.evaluate_and_record(UNTRAINED, this.parameters.of(""), progress, stop, began)
@@ -396,7 +415,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
             this.evaluate_and_record(name, params, progress, stop, began)
 
 
-def write_report(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
+def write_report(config: ConfigDict, workdir: Path) -> Path:
     """Writes `workdir/report/`; returns the path of its page."""
     path = workdir / NOTE
     note = path.read_text() if path.exists() else ""

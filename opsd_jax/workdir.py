@@ -7,7 +7,6 @@ import fcntl
 import hashlib
 import json
 import os
-import pathlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -15,17 +14,18 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
-from opsd_jax import config_files
+from opsd_jax import config_files, lease
 from opsd_jax.data.task import Task
 from opsd_jax.parallel import hosts
 from opsd_jax.training import files
+from opsd_jax.training.files import Path
 
 CONFIG = "config.json"
 DATA = "data.json"
 
 
 @contextlib.contextmanager
-def locked(directory: pathlib.Path, flag: str) -> Iterator[None]:
+def locked(directory: Path, flag: str) -> Iterator[None]:
     """Holds a directory, made if need be, against other runs. `flag`: what names it.
 
     Raises:
@@ -37,8 +37,22 @@ def locked(directory: pathlib.Path, flag: str) -> Iterator[None]:
         yield
 
 
-def _lock(directory: pathlib.Path, flag: str, stack: contextlib.ExitStack) -> None:
+def _lock(directory: Path, flag: str, stack: contextlib.ExitStack) -> None:
     """As `locked`, until the stack is left."""
+    in_use = config_lib.ConfigError(
+        f"{flag} {directory} is in use by another process; wait for it or stop it."
+    )
+    if files.in_bucket(directory):
+        try:
+            stack.enter_context(lease.held(directory / "lock"))
+        except lease.InUse as error:
+            raise in_use from error
+        except Exception as error:
+            raise config_lib.ConfigError(
+                f"{flag} {directory} cannot be written ({files.reason(error)}); expected a bucket "
+                "that is there, and credentials that may write to it."
+            ) from error
+        return
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if not os.access(directory, os.W_OK | os.X_OK):
@@ -52,13 +66,11 @@ def _lock(directory: pathlib.Path, flag: str, stack: contextlib.ExitStack) -> No
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise config_lib.ConfigError(
-            f"{flag} {directory} is in use by another process; wait for it or stop it."
-        ) from error
+        raise in_use from error
 
 
 @contextlib.contextmanager
-def claimed(config: ConfigDict, workdir: pathlib.Path) -> Iterator[None]:
+def claimed(config: ConfigDict, workdir: Path) -> Iterator[None]:
     """Holds the directory for a run of this config.
 
     Raises:
@@ -92,7 +104,7 @@ def _check_equal(mine: dict[str, Any], what: str) -> None:
             )
 
 
-def check_data(task: Task, workdir: pathlib.Path) -> None:
+def check_data(task: Task, workdir: Path) -> None:
     """Writes down which problems the run has, where they come from files; a later call compares.
 
     Raises:
@@ -120,7 +132,7 @@ def check_data(task: Task, workdir: pathlib.Path) -> None:
     hosts.from_first(lambda: _check_data(now, workdir))
 
 
-def _check_data(now: dict[str, str], workdir: pathlib.Path) -> None:
+def _check_data(now: dict[str, str], workdir: Path) -> None:
     """Writes down what each source holds, or compares; raises as `check_data`."""
     if not (workdir / DATA).exists():
         files.write_atomically(workdir / DATA, files.to_json(now, indent=1) + "\n")
@@ -139,7 +151,7 @@ def _check_data(now: dict[str, str], workdir: pathlib.Path) -> None:
         )
 
 
-def config_of(workdir: pathlib.Path) -> ConfigDict:
+def config_of(workdir: Path) -> ConfigDict:
     """The config of the run in a working directory.
 
     Raises:

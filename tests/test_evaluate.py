@@ -130,14 +130,13 @@ def test_after_a_kill_it_goes_on_to_the_same_files(whole, command, tmp_path, mon
     """
     append, written = evaluate.append, []
 
-    def mortal(directory, made):
+    def mortal(file, made):
         if len(written) == done:
             torn = evaluate._lines(made)
-            with (directory / evaluate.RESPONSES).open("a") as file:
-                file.write(torn[: torn.index("\n") + 20])
+            file.write(torn[: torn.index("\n") + 20])
             raise Crash
         written.append(problem_of(made))
-        append(directory, made)
+        append(file, made)
 
     monkeypatch.setattr(evaluate, "append", mortal)
     with pytest.raises(Crash):
@@ -178,8 +177,8 @@ def test_an_evaluation_within_a_run_goes_on_too(config, tmp_path, monkeypatch):
     pipeline.run(run, tmp_path / "whole")
     append, written = evaluate.append, []
 
-    def mortal(directory, made):
-        append(directory, made)
+    def mortal(file, made):
+        append(file, made)
         written.append(problem_of(made))
         if len(written) == 7:
             raise Crash
@@ -207,8 +206,8 @@ def test_an_evaluation_within_a_run_goes_on_too(config, tmp_path, monkeypatch):
 def test_a_signal_ends_it_before_the_next_chunk(whole, command, tmp_path, monkeypatch):
     append, check, written, looks = evaluate.append, StopSignal.check, [], []
 
-    def signalled(directory, made):
-        append(directory, made)
+    def signalled(file, made):
+        append(file, made)
         written.append(problem_of(made))
         if len(written) == 1:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -1,23 +1,13 @@
 """Several hosts as one program: processes of four devices each, over the loopback."""
 
-import json
-import os
-import pathlib
 import signal
-import subprocess
-import sys
 import time
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
 import processes
 import pytest
-from processes import free_port
+from processes import QUICKSTART, Run, assert_equal_runs
 
-from opsd_jax import config_files, main
-
-QUICKSTART = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
+from opsd_jax import main
 
 
 def test_what_hosts_tell_one_another():
@@ -54,44 +44,6 @@ for method, on, error, raised in (
     processes.run(script, processes=2, devices=1)
 
 
-class Run:
-    """A run of the command line by so many processes."""
-
-    def __init__(self, config, workdir, *changes, processes=2, devices=4):
-        flat = config_files.flatten(config)
-        default = config_files.flatten(config_files.load(QUICKSTART, {}))
-        command = [sys.executable, "-m", "opsd_jax.main", "train", "--config", str(QUICKSTART)]
-        command += ["--workdir", str(workdir)]
-        text = lambda value: tuple(value) if isinstance(value, list) else value
-        command += [f"--config.{k}={text(v)}" for k, v in flat.items() if v != default[k]]
-        if processes > 1:
-            command += [
-                "--coordinator",
-                f"localhost:{free_port()}",
-                "--processes",
-                str(processes),
-            ]
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        self.processes = [
-            subprocess.Popen(
-                [*command, *["--process", str(i)] * (processes > 1), *own],
-                env=os.environ | {"XLA_FLAGS": flags},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for i, own in zip(range(processes), changes or [()] * processes, strict=True)
-        ]
-
-    def ended(self, seconds=300):
-        """`(exit code, standard error)` of each."""
-        try:
-            errors = [process.communicate(timeout=seconds)[1] for process in self.processes]
-        finally:
-            for process in self.processes:
-                process.kill()
-        return [(p.returncode, e) for p, e in zip(self.processes, errors, strict=True)]
-
-
 def wait_for(path, seconds=200):
     deadline = time.monotonic() + seconds
     while not path.exists() or not path.stat().st_size:
@@ -106,32 +58,6 @@ def alone(config, tmp_path_factory):
     ((code, errors),) = Run(config, workdir, processes=1, devices=8).ended()
     assert code == 0, errors[-3000:]
     return workdir
-
-
-def assert_equal_runs(a, b):
-    """Equal ids, and numbers to float32 rounding."""
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    for stage in ("sft", "rlvr", "opsd"):
-        for file in ("responses.jsonl", "groups.jsonl"):
-            if (a / stage / file).exists():
-                assert (a / stage / file).read_text() == (b / stage / file).read_text()
-        for x, y in zip(*(rows(w / stage / "metrics.jsonl") for w in (a, b)), strict=True):
-            assert x.keys() == y.keys()
-            names = [name for name in x if "seconds" not in name]
-            np.testing.assert_allclose(
-                [x[n] for n in names], [y[n] for n in names], rtol=1e-5, atol=1e-6
-            )
-        with ocp.StandardCheckpointer() as checkpointer:
-            shapes = checkpointer.metadata(a / stage / "params").item_metadata.tree
-            shapes = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes
-            )
-            x, y = (checkpointer.restore(w / stage / "params", shapes) for w in (a, b))
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), x, y)
-
-
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.slow

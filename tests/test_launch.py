@@ -126,7 +126,7 @@ def test_a_run_from_nothing_to_nothing(tpu_vm):
     assert scp[3] == "scp"
     assert scp[5:] == ["opsd:opsd_jax.tar.gz", *where, "--worker", "all"]
     assert install[3:10] == ["ssh", "opsd", *where, "--worker", "all"][:7]
-    assert "setup tpu" in install[-1]
+    assert "setup tpu,gcs" in install[-1]
     assert "opsd-jax train --config c --coordinator auto" in run[-1]
     assert code[-5:] == ["p", "--worker", "0", "--command", "cat opsd_jax/exit"]
     delete = next(c for c in calls if "delete" in c)
@@ -252,7 +252,7 @@ def test_bad_usage(tpu_vm):
 POOL = ["--accelerator", "tpu-v5-lite-podslice", "--topology", "8x8", "--hosts", "16"]
 POOL += ["--chips", "4", "--claim", "filestore"]
 TRAIN = ["--", "train", "--config", "configs/c.py", "--config.opsd.gate=1,0.5,0", '--x=a "b"']
-COMPLETED = {"get jobset": [[0, ""], [0, "Completed"]]}
+COMPLETED = {"get jobset": [[0, "opsd "], [0, "opsd Completed"]]}
 
 
 @pytest.fixture
@@ -302,6 +302,23 @@ def test_a_jobset_is_started_followed_and_deleted(gke):
     ]
 
 
+def test_without_a_claim_no_volume_is_mounted(gke):
+    done, calls, _ = gke(COMPLETED, *POOL[:-2])
+    assert done.returncode == 0, done.stderr
+    pod = yaml.safe_load(calls[2][-1])["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert "volumes" not in pod["spec"]
+    assert "volumeMounts" not in container
+
+
+def test_a_jobset_that_somebody_deleted_is_not_waited_for(gke):
+    done, _, names = gke({"get jobset": [[1, ""], [0, "opsd "], [0, ""]]}, *POOL)
+    assert done.returncode == 1
+    assert "the JobSet opsd is gone" in done.stderr
+    assert names == ["build", "push", "apply", "get", "logs", "get", "logs", "get", "delete"]
+
+
 def test_xpk_starts_it_too(gke):
     options = ["--xpk", "mine", "--tpu-type", "v5litepod-64", "--zone", "us-west4-a"]
     done, calls, names = gke(COMPLETED, *options)
@@ -341,7 +358,7 @@ def test_a_step_that_fails_ends_it_and_leaves_nothing(gke, failing, code, expect
 
 
 def test_a_jobset_that_failed_or_cannot_be_deleted(gke):
-    done, _, names = gke({"get jobset": [[0, "Failed"]]}, *POOL)
+    done, _, names = gke({"get jobset": [[0, "opsd Failed"]]}, *POOL)
     assert done.returncode == 1
     assert "the JobSet opsd failed" in done.stderr
     assert names[-1] == "delete"

@@ -5,15 +5,15 @@
 #   launch/gke/run.sh NAME IMAGE OPTION ... -- ARGUMENT_OF_OPSD_JAX ...
 #
 #   launch/gke/run.sh opsd8b us-docker.pkg.dev/my-project/opsd/opsd-jax \
-#     --accelerator tpu-v5-lite-podslice --topology 8x8 --hosts 16 --chips 4 --claim filestore -- \
-#     train --config configs/qwen3_8b_opsd_v5e64.py --workdir /mnt/shared/opsd8b \
+#     --accelerator tpu-v5-lite-podslice --topology 8x8 --hosts 16 --chips 4 --claim models -- \
+#     train --config configs/qwen3_8b_opsd_v5e64.py --workdir gs://my-bucket/opsd8b \
 #     --config.model.path=/mnt/shared/Qwen3-8B
 #
 # With kubectl, on the cluster that it is set to:
 #   --accelerator, --topology  of the node pool, as GKE calls them
 #   --hosts N, --chips N       hosts of a slice, chips of a host
-#   --claim NAME               of a volume that all hosts mount at /mnt/shared
-# Through XPK, on a cluster that it made, with the workdir where its storage is mounted:
+#   --claim NAME               of a volume that all hosts mount at /mnt/shared (default: none)
+# Through XPK, on a cluster that it made, with its storage mounted:
 #   --xpk CLUSTER --tpu-type v5litepod-64 [--zone ZONE] [--project ID]
 # Both:
 #   --slices N      so many as one, over the data centre's network (default: 1)
@@ -57,7 +57,7 @@ done
 if [ -n "$xpk" ]; then
   [ -n "$type" ] || { say "--tpu-type is missing, such as v5litepod-64"; exit 2; }
 else
-  for option in accelerator topology hosts chips claim; do
+  for option in accelerator topology hosts chips; do
     [ -n "${!option}" ] || { say "--$option is missing"; exit 2; }
   done
 fi
@@ -75,6 +75,7 @@ manifest() {
   done
   local text
   text=$(grep -v '^#' launch/gke/jobset.yaml)
+  [ -n "$claim" ] || text=${text%volumeMounts:*} # the rest is of the volume
   text=${text//\{name\}/$name}
   text=${text//\{restarts\}/$restarts}
   text=${text//\{slices\}/$slices}
@@ -117,9 +118,10 @@ trap leave EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 
-ended() { # the JobSet's verdict: Completed, Failed, or nothing yet
-  kubectl get jobset "$name" \
-    --output 'jsonpath={.status.conditions[?(@.status=="True")].type}' 2>/dev/null || true
+ended() { # the JobSet's name and its verdict, Completed or Failed, once there is one; "" without it
+  kubectl get jobset "$name" --ignore-not-found --output \
+    'jsonpath={.metadata.name} {.status.conditions[?(@.status=="True")].type}' 2>/dev/null ||
+    echo "$name" # nobody tells now
 }
 
 call docker build --file launch/gke/Dockerfile --tag "$image" .
@@ -144,6 +146,7 @@ while :; do
   case " $(ended) " in
     *" Completed "*) exit 0 ;;
     *" Failed "*) say "the JobSet $name failed"; exit 1 ;;
+    "  ") say "the JobSet $name is gone"; exit 1 ;;
   esac
   # It ends with the pods, and begins again with those of a restart.
   "${log[@]}" || true

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pathlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from opsd_jax.data.problem import Problem
 from opsd_jax.data.task import Task
 from opsd_jax.rollout.collect import Rollouts
 from opsd_jax.training import files
+from opsd_jax.training.files import Path
 from opsd_jax.verify.verdict import Verdict
 from opsd_jax.verify.verifiers import as_verifier
 
@@ -83,17 +84,26 @@ def rollouts_of(problems: Sequence[Problem], responses: Sequence[dict[str, Any]]
     )
 
 
-def fingerprint(directory: pathlib.Path) -> str:
+def fingerprint(directory: Path) -> str:
     """A digest of the weights in a directory: of names, sizes and samples of the files' bytes."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(directory)} {size}\n".encode())
+    for path in sorted(_files(directory)):
         with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(f"{path.relative_to(directory)} {size}\n".encode())
             for i in range(SAMPLED):
                 file.seek(size * i // SAMPLED)
                 digest.update(file.read(4096))
     return digest.hexdigest()[:16]
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    """The files in a directory and in those under it."""
+    for path in directory.iterdir():
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
 
 
 def settings(
@@ -128,7 +138,7 @@ def settings(
     }
 
 
-def check_settings(directory: pathlib.Path, settings: dict[str, Any]) -> None:
+def check_settings(directory: Path, settings: dict[str, Any]) -> None:
     """Writes down the settings of an evaluation; a later call compares.
 
     Raises:
@@ -154,7 +164,7 @@ def check_settings(directory: pathlib.Path, settings: dict[str, Any]) -> None:
         )
 
 
-def resume(directory: pathlib.Path, samples: int) -> list[dict[str, Any]]:
+def resume(directory: Path, samples: int) -> list[dict[str, Any]]:
     """The records that an evaluation has already. Only problems with all of their samples count: a
     kill may cut off what follows.
 
@@ -165,9 +175,7 @@ def resume(directory: pathlib.Path, samples: int) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     done = files.read_json_lines(path, "Delete it to sample them again.")
-    whole = done[: len(done) // samples * samples]
-    rewrite(directory, whole)
-    return whole
+    return done[: len(done) // samples * samples]
 
 
 def differences(there: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -179,13 +187,17 @@ def differences(there: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, A
     return [(name, a, b) for name, a, b in both if a != b]
 
 
-def append(directory: pathlib.Path, made: list[dict[str, Any]]) -> None:
+def recorder(directory: Path, responses: list[dict[str, Any]]) -> files.Lines:
+    """The file of the records, of which there are these."""
+    return files.Lines(directory / RESPONSES, _lines(responses))
+
+
+def append(file: files.Lines, made: list[dict[str, Any]]) -> None:
     """Writes down the records of a problem."""
-    with (directory / RESPONSES).open("a") as file:
-        file.write(_lines(made))
+    file.write(_lines(made))
 
 
-def rewrite(directory: pathlib.Path, responses: list[dict[str, Any]]) -> None:
+def rewrite(directory: Path, responses: list[dict[str, Any]]) -> None:
     """Writes down all records, in this order."""
     files.write_atomically(directory / RESPONSES, _lines(responses))
 
@@ -194,13 +206,13 @@ def _lines(records: list[dict[str, Any]]) -> str:
     return "".join(files.to_json(record) + "\n" for record in records)
 
 
-def finish(directory: pathlib.Path, summary: dict[str, Any]) -> None:
+def finish(directory: Path, summary: dict[str, Any]) -> None:
     """Writes the summary, whose presence says that the records are all there."""
     files.write_atomically(directory / SUMMARY, files.to_json(summary, indent=2) + "\n")
 
 
-def read(directory: pathlib.Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """What `append` and `finish` wrote: `(responses, summary)`.
+def read(directory: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The records of a finished evaluation: `(responses, summary)`.
 
     Raises:
       RecordError: it cannot be read any more; names the file.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import pathlib
 import platform
 from collections import Counter
 from typing import Any
@@ -18,6 +17,7 @@ from ml_collections import ConfigDict
 from opsd_jax.evaluation import comparison, divergence, evaluate, page, plots
 from opsd_jax.training import files
 from opsd_jax.training import metrics as metrics_lib
+from opsd_jax.training.files import Path
 
 # By algorithm, what is drawn of its training: (metric, label, scale).
 CURVES: dict[str, list[tuple[str, str, float]]] = {
@@ -31,7 +31,7 @@ CURVES: dict[str, list[tuple[str, str, float]]] = {
 }
 
 
-def gather(config: ConfigDict, workdir: pathlib.Path, untrained: str, note: str) -> dict[str, Any]:
+def gather(config: ConfigDict, workdir: Path, untrained: str, note: str) -> dict[str, Any]:
     """All that a report shows, of the stages that are done.
 
     Args:
@@ -103,7 +103,7 @@ def verification(rows: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def draw(
-    workdir: pathlib.Path,
+    workdir: Path,
     stages: list[dict[str, Any]],
     changes: list[dict[str, Any]],
     responses: dict[str, list[dict[str, Any]]],
@@ -145,11 +145,11 @@ def markdown(data: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def write(config: ConfigDict, workdir: pathlib.Path, untrained: str, note: str) -> pathlib.Path:
+def write(config: ConfigDict, workdir: Path, untrained: str, note: str) -> Path:
     """Writes `workdir/report/`; returns the path of its page."""
     data = gather(config, workdir, untrained, note)
     directory = workdir / "report"
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     figures = files.to_json(data["figures"], indent=2, ensure_ascii=False)
     files.write_atomically(directory / "report.json", figures + "\n")
     files.write_atomically(directory / "report.md", markdown(data))

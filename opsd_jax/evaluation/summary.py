@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,12 +11,13 @@ from opsd_jax.data.problem import Problem
 from opsd_jax.evaluation import comparison, evaluate, markup, plots, statistics, tables
 from opsd_jax.evaluation.markup import card, soft
 from opsd_jax.training import files
+from opsd_jax.training.files import Path
 
 COMPARISON = "comparison.json"
 BARS = "Bars are two standard errors. Hollow: before, where two are compared."
 
 
-def check_comparable(earlier: pathlib.Path, problems: Sequence[Problem]) -> None:
+def check_comparable(earlier: Path, problems: Sequence[Problem]) -> None:
     """Raises ConfigError where a directory holds no finished evaluation of these problems."""
     if not (earlier / evaluate.SUMMARY).is_file():
         raise ConfigError(
@@ -52,7 +52,7 @@ def warning(changes: dict[str, Any]) -> str:
     return f"The two evaluations were not sampled alike: {different}." if different else ""
 
 
-def write(directory: pathlib.Path, earlier: pathlib.Path | None = None) -> dict[str, Any] | None:
+def write(directory: Path, earlier: Path | None = None) -> dict[str, Any] | None:
     """Writes the report of a finished evaluation, and what changed since an `earlier` one, which
     it returns.
     """

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import itertools
 import json
-import pathlib
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import orbax.checkpoint as ocp
 from opsd_jax.parallel import hosts
 from opsd_jax.policy import Params
 from opsd_jax.training import files
-from opsd_jax.training.files import RecordError
+from opsd_jax.training.files import Path, RecordError, written
 from opsd_jax.training.state import State
 from opsd_jax.watchdog import waiting
 
@@ -48,7 +47,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        directory: pathlib.Path,
+        directory: Path,
         about: Mapping[str, Any] | None = None,
         keep: Retention = LAST_TWO,
     ):
@@ -70,7 +69,7 @@ class Checkpoints:
                 )
             )
         self._manager = ocp.CheckpointManager(
-            directory.absolute(),
+            files.absolute(directory),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
                 best_fn=best_fn,
@@ -113,13 +112,13 @@ class Checkpoints:
         Raises:
           RecordError: none can be read, or one belongs to something else; names the directory.
         """
-        directory = pathlib.Path(self._manager.directory)
+        directory = self._manager.directory
         steps = sorted(self._manager.all_steps(), reverse=True)
         damaged: list[tuple[int, RecordError]] = []
         for step in steps:
             path = directory / str(step)
 
-            def read(step: int = step, path: pathlib.Path = path) -> State:
+            def read(step: int = step, path: Path = path) -> State:
                 with explained(path, "the stage starts anew without it"):
                     self._check_about(step, path)
                     return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
@@ -140,7 +139,7 @@ class Checkpoints:
             raise damaged[0][1]
         return 0, None
 
-    def _check_about(self, step: int, path: pathlib.Path) -> None:
+    def _check_about(self, step: int, path: Path) -> None:
         """Raises Foreign if a checkpoint belongs to something else."""
         written = self._manager.metadata(step).custom_metadata
         if not written:
@@ -169,22 +168,20 @@ class Foreign(RecordError):
     """A checkpoint is of another model or config."""
 
 
-def _set_aside(directory: pathlib.Path, step: int, error: RecordError) -> None:
+def _set_aside(directory: Path, step: int, error: RecordError) -> None:
     """Moves a damaged checkpoint out of the way, and says so."""
     aside = directory.parent / "damaged"
     aside.mkdir(exist_ok=True)
     place = next(p for i in itertools.count() if not (p := aside / f"{step}.{i}").exists())
-    (directory / str(step)).rename(place)
     reason = str(error).split(". If it is damaged")[0]
+    # In a bucket this makes the directory, too.
+    (aside / f"{place.name}.txt").write_text(f"{reason}\n")
+    (directory / str(step)).rename(place)
     print(f"opsd-jax: {reason}. It is in {place} now; an older one is used.", file=sys.stderr)
 
 
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip()[:300].partition(chr(10))[0]}"
-
-
 @contextlib.contextmanager
-def explained(path: pathlib.Path, then: str) -> Iterator[None]:
+def explained(path: Path, then: str) -> Iterator[None]:
     """Turns whatever Orbax, tensorstore or the file system raise within into a RecordError.
 
     Args:
@@ -197,34 +194,27 @@ def explained(path: pathlib.Path, then: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise RecordError(
-            f"{path} cannot be restored ({_reason(error)}). If it is damaged, delete that "
+            f"{path} cannot be restored ({files.reason(error)}). If it is damaged, delete that "
             f"directory: {then}."
         ) from error
 
 
-@contextlib.contextmanager
-def written(path: Any) -> Iterator[None]:
-    """The same of what is being saved in a directory."""
-    try:
-        yield
-    except Exception as error:
-        raise RecordError(
-            f"{path} cannot be written ({_reason(error)}). What is there stays: once it can be, "
-            "the same command goes on from the last checkpoint."
-        ) from error
-
-
-def save_params(path: pathlib.Path, params: Params) -> None:
+def save_params(path: Path, params: Params) -> None:
     """Keeps parameters, the result of a stage, at `path`.
 
     Raises:
       RecordError: they cannot be written.
     """
     with written(path), ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), params, force=True)
+        checkpointer.save(files.absolute(path), params, force=True)
 
 
-def restore_params(path: pathlib.Path, abstract: Params) -> Params:
+def has_params(path: Path) -> bool:
+    """Whether `save_params` has ended there: in a bucket its files come one by one."""
+    return path.exists() and bool(ocp.utils.is_checkpoint_finalized(files.absolute(path)))
+
+
+def restore_params(path: Path, abstract: Params) -> Params:
     """What `save_params` saved, on the shardings of `abstract`.
 
     Raises:
@@ -232,4 +222,4 @@ def restore_params(path: pathlib.Path, abstract: Params) -> Params:
     """
     then = "it is made again from the stage's last checkpoint"
     with explained(path, then), ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path.absolute(), abstract)
+        return checkpointer.restore(files.absolute(path), abstract)

@@ -1,22 +1,109 @@
-"""Records on disk: files that are whole or not there, whenever the run dies."""
+"""Records on disk or in a bucket: files that are whole or not there, whenever the run dies."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import pathlib
-from typing import Any
+import time
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+from etils import epath
+
+Path: TypeAlias = pathlib.Path | epath.Path  # of a run: a local one, or gs://BUCKET/...
+
+SYNC_SECONDS = 60.0  # between two writes of a growing file in a bucket
 
 
 class RecordError(RuntimeError):
     """A file of a run is there and cannot be used."""
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a file that is either the old one or the whole new one."""
+def in_bucket(path: Path) -> bool:
+    """Whether it is no file of this machine: it cannot be appended to, locked, or moved."""
+    return "://" in str(path)
+
+
+def absolute(path: Path) -> Path:
+    """The path from the root; one in a bucket is one already."""
+    return path if in_bucket(path) else path.absolute()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file that is either the old one or the whole new one.
+
+    Raises:
+      RecordError: the bucket does not take it.
+      OSError: the disk does not.
+    """
+    if in_bucket(path):
+        with written(path):
+            path.write_text(text)
+        return
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     partial.replace(path)
+
+
+class Lines:
+    """A file that grows by lines. A context manager.
+
+    In a bucket, where nothing can be appended, it is written anew: by `sync`, at the end, and at
+    the first `write` a minute after the last time. What a lost machine has not written belongs to
+    steps and problems that are then done again.
+    """
+
+    def __init__(self, path: Path, begin: str = ""):
+        """`begin`: its lines so far. There is no file before there is a line."""
+        self._path, self._text = path, [begin]
+        self._synced, self._due = True, time.monotonic() + SYNC_SECONDS
+        if begin or path.exists():
+            write_atomically(path, begin)
+
+    def write(self, lines: str) -> None:
+        """Adds lines."""
+        if not in_bucket(self._path):
+            with self._path.open("a") as file:
+                file.write(lines)
+            return
+        self._text.append(lines)
+        self._synced = False
+        if time.monotonic() >= self._due:
+            self.sync()
+
+    def sync(self) -> None:
+        """Writes what is not yet written."""
+        if not self._synced:
+            self._text = ["".join(self._text)]
+            write_atomically(self._path, self._text[0])
+            self._synced, self._due = True, time.monotonic() + SYNC_SECONDS
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.sync()
+
+
+def reason(error: Exception) -> str:
+    """What an error says, on a line."""
+    return f"{type(error).__name__}: {str(error).strip()[:300].partition(chr(10))[0]}"
+
+
+@contextlib.contextmanager
+def written(path: Any) -> Iterator[None]:
+    """Turns whatever Orbax, tensorstore or a bucket raise within into a RecordError: something
+    cannot be written at `path`.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise RecordError(
+            f"{path} cannot be written ({reason(error)}). What is there stays: once it can be, "
+            "the same command goes on from the last checkpoint."
+        ) from error
 
 
 def to_json(value: Any, **options: Any) -> str:
@@ -34,7 +121,7 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def read_json_lines(path: pathlib.Path, mend: str) -> list[Any]:
+def read_json_lines(path: Path, mend: str) -> list[Any]:
     """The values of a file with one a line; a last line without its end, cut off, is left out.
 
     Raises:
@@ -53,7 +140,7 @@ def read_json_lines(path: pathlib.Path, mend: str) -> list[Any]:
     return values
 
 
-def read_json(path: pathlib.Path) -> Any:
+def read_json(path: Path) -> Any:
     """The value in a JSON file.
 
     Raises:

@@ -7,7 +7,6 @@ function of (state, step): the run is then that of one which was never stopped.
 from __future__ import annotations
 
 import contextlib
-import pathlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,6 +19,7 @@ from opsd_jax.policy import Params
 from opsd_jax.stages.stage import Stage, StepData
 from opsd_jax.training import metrics as metrics_lib
 from opsd_jax.training.checkpoint import LAST_TWO, Checkpoints, Retention
+from opsd_jax.training.files import Path
 from opsd_jax.training.interrupt import Interrupted, StopSignal
 from opsd_jax.training.state import abstract_state, init_state
 from opsd_jax.training.step import batch_shardings, compile_train_step
@@ -37,7 +37,7 @@ def run_stage(
     *,
     abstract_params: Params,
     mesh: jax.sharding.Mesh,
-    directory: pathlib.Path,
+    directory: Path,
     checkpoint_every: int,
     keep: Retention = LAST_TWO,
     about: Mapping[str, Any] | None = None,

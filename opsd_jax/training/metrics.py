@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
+import tempfile
 import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import tensorboardX
 
 from opsd_jax.parallel import hosts
-from opsd_jax.training.files import read_json_lines, write_atomically
+from opsd_jax.training.files import Lines, Path, absolute, in_bucket, read_json_lines, written
 
 FILE = "metrics.jsonl"
 GROUPS = "groups.jsonl"  # of the problems that a step rolled out, how many rollouts were correct
@@ -28,7 +29,7 @@ def means(totals: Iterable[dict[str, tuple[Any, Any]]]) -> dict[str, float]:
     return {name: float(s / w) for name, (s, w) in sums.items() if w}
 
 
-def read(directory: pathlib.Path, file: str = FILE) -> list[dict[str, Any]]:
+def read(directory: Path, file: str = FILE) -> list[dict[str, Any]]:
     """The rows written so far, in order: of FILE one a step, of GROUPS one a problem."""
     path = directory / file
     mend = "Delete that line: what it told of its step is lost."
@@ -36,10 +37,14 @@ def read(directory: pathlib.Path, file: str = FILE) -> list[dict[str, Any]]:
 
 
 def writer(
-    directory: pathlib.Path, start: int, wandb_project: str = ""
+    directory: Path, start: int, wandb_project: str = ""
 ) -> contextlib.AbstractContextManager[MetricsWriter | NoWriter]:
     """A `MetricsWriter` on the first host; others write nothing."""
     return MetricsWriter(directory, start, wandb_project) if hosts.is_first() else NoWriter()
+
+
+def _lines(rows: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 class NoWriter(contextlib.nullcontext):
@@ -62,16 +67,18 @@ class MetricsWriter:
     is that of a run which was never stopped.
     """
 
-    def __init__(self, directory: pathlib.Path, start: int, wandb_project: str = ""):
+    def __init__(self, directory: Path, start: int, wandb_project: str = ""):
         """`start`: the first step to be written. `wandb_project`: "" for none."""
         directory.mkdir(parents=True, exist_ok=True)
-        for file in (FILE, GROUPS):
-            if file == FILE or (directory / file).exists():
-                kept = [row for row in read(directory, file) if row["step"] < start]
-                write_atomically(directory / file, "".join(json.dumps(r) + "\n" for r in kept))
-        self._file = (directory / FILE).open("a")
+        rows = lambda file: [row for row in read(directory, file) if row["step"] < start]
+        self._rows, self._groups = (
+            Lines(directory / file, _lines(rows(file))) for file in (FILE, GROUPS)
+        )
         self._directory = directory
-        self._events = tensorboardX.SummaryWriter(str(directory), purge_step=start)
+        # TensorBoard's writer appends: for a bucket here, and what it has written is copied.
+        self._local = tempfile.TemporaryDirectory() if in_bucket(directory) else None
+        where = self._local.name if self._local else str(directory)
+        self._events = tensorboardX.SummaryWriter(where, purge_step=start)
         self._wandb: Any = None
         if wandb_project:
             import wandb  # the extra `wandb`
@@ -79,34 +86,40 @@ class MetricsWriter:
             self._wandb = wandb.init(
                 project=wandb_project,
                 name=f"{directory.parent.name}/{directory.name}",
-                dir=str(directory),
-                id=f"{zlib.crc32(str(directory.absolute()).encode()):08x}",
+                dir=None if in_bucket(directory) else str(directory),
+                id=f"{zlib.crc32(str(absolute(directory)).encode()):08x}",
                 resume="allow",
             )
 
     def write(
         self, step: int, values: dict[str, float], groups: Sequence[dict[str, Any]] = ()
     ) -> None:
-        """Writes the values of one step and the records of its problems, and flushes the lines."""
+        """Writes the values of one step and the records of its problems."""
         if groups:
-            with (self._directory / GROUPS).open("a") as file:
-                file.writelines(json.dumps({"step": step, **group}) + "\n" for group in groups)
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+            self._groups.write(_lines({"step": step, **group} for group in groups))
+        self._rows.write(_lines([{"step": step, **values}]))
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
     def flush(self) -> None:
-        """Writes out what TensorBoard's writer still holds."""
+        """Writes out what is still held here: all of the steps that a checkpoint has behind it."""
+        self._groups.sync()
+        self._rows.sync()
         self._events.flush()
+        if self._local:
+            for path in pathlib.Path(self._local.name).iterdir():
+                with written(self._directory):
+                    (self._directory / path.name).write_bytes(path.read_bytes())
 
     def __enter__(self) -> MetricsWriter:
         return self
 
     def __exit__(self, *exc) -> None:
-        self._file.close()
+        self.flush()
         self._events.close()
+        if self._local:
+            self._local.cleanup()
         if self._wandb is not None:
             self._wandb.finish()
