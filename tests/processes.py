@@ -17,9 +17,9 @@ QUICKSTART = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
 
 BEGIN = """
 import sys, jax
+from opsd_jax.parallel import hosts
 address, processes, number = sys.argv[1], *map(int, sys.argv[2:4])
-if processes > 1:
-    jax.distributed.initialize(address, processes, number)
+hosts.start(address if processes > 1 else "", processes, number)
 """
 
 

@@ -101,6 +101,24 @@ def test_a_lost_host_ends_the_other_and_the_pair_goes_on(config, alone, tmp_path
     assert_equal_runs(alone, workdir)
 
 
+def test_many_programs_in_flight_do_not_starve_one_another():
+    """More than XLA's CPU client lets wait (32), each with a collective over both hosts."""
+    script = """
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from opsd_jax.parallel.mesh import make_mesh
+
+mesh = make_mesh((8, 1, 1))
+rows, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+x = jax.jit(lambda: jnp.ones((4096, 256)), out_shardings=rows)()
+total = jax.jit(lambda x, i: (x @ x.T).sum() * i, out_shardings=whole)
+sums = [total(x, float(i)) for i in range(200)]
+assert [float(s) for s in sums] == [2.0**32 * i for i in range(200)], sums
+"""
+    processes.run(script, processes=2, devices=4)
+
+
 def test_hosts_that_were_given_different_configs_say_so(config, tmp_path):
     for code, errors in Run(config, tmp_path / "run", (), ("--config.seed=7",)).ended(120):
         assert code == 2, errors[-3000:]

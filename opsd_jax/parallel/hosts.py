@@ -24,6 +24,9 @@ T = TypeVar("T")
 # rules that Google's projects begin with; at JAX's own default they do not (jax-ml/jax#35905).
 PORT = 8476
 HEARTBEAT_SECONDS = 30  # of silence, after which a host is lost
+# Of XLA's pool on CPU, which launches programs and runs them: where launches that wait for room
+# take all of its threads, one a core or device, hosts wait for each other's collectives for ever.
+THREADS = 64
 
 
 def start(coordinator: str, processes: int | None = None, process: int | None = None) -> None:
@@ -41,6 +44,7 @@ def start(coordinator: str, processes: int | None = None, process: int | None = 
     if not coordinator:
         return
     os.environ.setdefault("JAX_COORDINATOR_PORT", str(PORT))
+    os.environ.setdefault("NPROC", str(max(THREADS, os.cpu_count() or 1)))
     if coordinator == "auto":
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
         return
