@@ -1,11 +1,19 @@
 """The quickstart, killed and stopped at random moments: is it the run that was never disturbed?
 
-    python benchmarks/survival.py [--kills 25] [--sigterms 10] [--workdir runs/survival] [--seed 0]
+    python benchmarks/survival.py [--kills 25] [--sigterms 10] [--losses 3] [--seed 0]
+        [--workdir runs/survival]
 
 Runs the quickstart once undisturbed; once killed (SIGKILL) so many times and started again each
 time; once stopped (SIGTERM) so many times and started again. Compares parameters, metrics and
 responses of the three to the bit. A step is lost if a stopped run has written its metrics and no
-checkpoint has it. Prints where the kills hit, and last one JSON line.
+checkpoint has it.
+
+Then its three stages in fewer steps: as one process of eight devices, as two of four, and as two of
+four of which one is killed so many times. The second has to have the ids of the first and its
+metrics but for rounding; the third equals the second to the bit. (Over the 1,300 steps of the whole
+SFT rounding is amplified: sums over two processes are taken in another order than within one.)
+
+Prints where each signal hit, and last one JSON line.
 """
 
 from __future__ import annotations
@@ -17,6 +25,7 @@ import os
 import pathlib
 import random
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -28,16 +37,40 @@ import orbax.checkpoint as ocp
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STAGES = ("sft", "rlvr", "opsd")
 TIMES = {"seconds", "verifier_wait_seconds"}
+FEWER = {
+    "sft.steps": 150,
+    "sft.checkpoint_every": 50,
+    "rlvr.steps": 6,
+    "rlvr.checkpoint_every": 2,
+    "opsd.steps": 6,
+    "opsd.checkpoint_every": 2,
+    "opsd.gate": "all",
+    "evaluation.problems": 128,
+}
+SHORT = [f"--config.{field}={value}" for field, value in FEWER.items()]
 
 
-def start(workdir: pathlib.Path) -> subprocess.Popen:
+def start(workdir: pathlib.Path, *arguments: str, devices: int = 1) -> subprocess.Popen:
     """The run in that directory, from where it is."""
     command = [sys.executable, "-m", "opsd_jax.main", "train", "--workdir", str(workdir)]
-    command += ["--config", str(ROOT / "configs" / "quickstart.py")]
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"), "JAX_PLATFORMS": "cpu"}
-    cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    command += ["--config", str(ROOT / "configs" / "quickstart.py"), *arguments]
+    changes = {
+        "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
     log = (workdir.parent / f"{workdir.name}.log").open("ab")
-    return subprocess.Popen(command, env=os.environ | cache, stdout=log, stderr=log)
+    return subprocess.Popen(command, env=os.environ | changes, stdout=log, stderr=log)
+
+
+def start_pair(workdir: pathlib.Path) -> list[subprocess.Popen]:
+    """The same in fewer steps, as two processes of four devices each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    hosts = ["--coordinator", f"localhost:{port}", "--processes", "2", "--process"]
+    return [start(workdir, *SHORT, *hosts, str(i), devices=4) for i in range(2)]
 
 
 def is_done(workdir: pathlib.Path) -> bool:
@@ -45,13 +78,18 @@ def is_done(workdir: pathlib.Path) -> bool:
     return (workdir / "report" / "report.json").exists()
 
 
-def where(workdir: pathlib.Path) -> str:
-    """What a run is at, as its directory tells."""
-    if any(workdir.glob("*/checkpoints/*tmp*")) or any(workdir.glob("*tmp*")):
-        return "saving"
+def saves(workdir: pathlib.Path) -> set[pathlib.Path]:
+    """The saves under way, and those that a kill has cut off."""
+    return {*workdir.glob("*/checkpoints/*tmp*"), *workdir.glob("*/*tmp*")}
+
+
+def where(workdir: pathlib.Path, cut_off: set[pathlib.Path]) -> str:
+    """What a run is at, as its directory tells. `cut_off`: saves of an earlier process."""
     begun = [name for name in STAGES if (workdir / name).is_dir()]
     if not begun:
         return "before the first stage"
+    if saves(workdir) - cut_off:
+        return f"in a save of {begun[-1]}"
     if (workdir / begun[-1] / "evaluation.json").exists():
         return f"after {begun[-1]}"
     evaluates = (workdir / begun[-1] / "settings.json").exists()
@@ -68,17 +106,12 @@ def restored(workdir: pathlib.Path, process: subprocess.Popen, began: float) -> 
     return None
 
 
-def kept(workdir: pathlib.Path) -> int:
-    """Grows with what a run that is killed now would keep."""
-    checkpoints = [int(p.name) for p in workdir.glob("*/checkpoints/*") if p.name.isdigit()]
-    return sum(checkpoints) + 10_000 * len([*workdir.glob("*/evaluation.json")])
-
-
 def disturbed(
     workdir: pathlib.Path, signum: int, times: int, rng: random.Random
 ) -> tuple[list[str], int, list[float]]:
-    """Runs it to the end with so many signals: of four, three come some seconds after it has kept
-    something new, and one whenever it is.
+    """Runs it to the end with so many signals, an equal share from the beginning of each stage on.
+    Of four, one comes while the process starts, two up to 4 s after it works, and one as soon as it
+    saves.
 
     Returns:
       Where each hit, the steps that were lost, and the seconds of each restoration.
@@ -86,26 +119,63 @@ def disturbed(
     hits: list[str] = []
     lost, seconds = 0, []
     while not is_done(workdir):
-        began, process = time.time(), start(workdir)
+        began, cut_off, process = time.time(), saves(workdir), start(workdir)
         if len(hits) == times:
             assert process.wait() == 0, f"see {workdir}.log"
             break
-        if rng.random() < 0.75:
-            before = kept(workdir)
+        moment = rng.choice(("starting", "working", "working", "saving"))
+        if moment != "starting":
             taken = restored(workdir, process, began)
             if taken is not None and hits:
                 seconds.append(taken)
-            while process.poll() is None and kept(workdir) <= before:
-                time.sleep(0.02)
-        time.sleep(rng.uniform(0, 8))
+        stage = workdir / STAGES[len(hits) * len(STAGES) // times]
+        while process.poll() is None and hits and not stage.is_dir():
+            time.sleep(0.02)
+        if moment == "saving":
+            while process.poll() is None and not saves(workdir) - cut_off:
+                time.sleep(0.002)
+        else:
+            time.sleep(rng.uniform(0, 4))
         if process.poll() is not None:
             continue
-        hits.append(where(workdir))
+        hits.append(where(workdir, cut_off))
         process.send_signal(signum)
         code = process.wait()
         if signum == signal.SIGTERM and code == 128 + signum:
             lost += steps_lost(workdir)
     return hits, lost, seconds
+
+
+def bereaved(
+    workdir: pathlib.Path, times: int, rng: random.Random
+) -> tuple[list[str], list[float]]:
+    """Runs it as a pair to the end, and kills one of the two so many times, an equal share in each
+    stage, up to 20 s after it works there.
+
+    Returns:
+      Where each hit, and the seconds after which the other had ended.
+    """
+    hits: list[str] = []
+    seconds: list[float] = []
+    while not is_done(workdir):
+        began, cut_off, pair = time.time(), saves(workdir), start_pair(workdir)
+        if len(hits) == times:
+            assert [process.wait() for process in pair] == [0, 0], f"see {workdir}.log"
+            break
+        restored(workdir, pair[0], began)
+        rows = workdir / STAGES[len(hits) * len(STAGES) // times] / "metrics.jsonl"
+        while not rows.exists():
+            assert pair[0].poll() is None, f"see {workdir}.log"
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 20))
+        lost, left = rng.sample(pair, 2)
+        hits.append(where(workdir, cut_off))
+        lost.kill()
+        killed_at = time.monotonic()
+        code = left.wait()
+        seconds.append(time.monotonic() - killed_at)
+        assert code in (75, -signal.SIGABRT), f"exit code {code}: see {workdir}.log"
+    return hits, seconds
 
 
 def steps_lost(workdir: pathlib.Path) -> int:
@@ -142,11 +212,30 @@ def equal(a, b) -> bool:
     return np.array_equal(a, b) if hasattr(a, "shape") else a == b
 
 
+def largest_difference(a: pathlib.Path, b: pathlib.Path) -> float:
+    """Of the metrics of two runs, relative to the larger of the value and 0.001."""
+    largest = 0.0
+    for name in STAGES:
+        texts = ((w / name / "metrics.jsonl").read_text().splitlines() for w in (a, b))
+        for x, y in zip(*(map(json.loads, lines) for lines in texts), strict=True):
+            for metric in x.keys() - TIMES:
+                difference = abs(x[metric] - y[metric]) / max(abs(x[metric]), 1e-3)
+                largest = max(largest, difference)
+    return largest
+
+
+def ids(workdir: pathlib.Path) -> list[str]:
+    """The responses of a run and the record of its rollouts."""
+    paths = [workdir / n / f for n in STAGES for f in ("responses.jsonl", "groups.jsonl")]
+    return [path.read_text() for path in paths if path.exists()]
+
+
 def main() -> None:
     """Runs the three and prints the line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--sigterms", type=int, default=10)
+    parser.add_argument("--losses", type=int, default=3)
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/survival"))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -158,10 +247,12 @@ def main() -> None:
     stopped, lost, after_stops = disturbed(
         workdir / "stopped", signal.SIGTERM, arguments.sigterms, rng
     )
-    for place, count in collections.Counter(killed).most_common():
-        print(f"killed {place}: {count}")
-    for place, count in collections.Counter(stopped).most_common():
-        print(f"stopped {place}: {count}")
+    assert start(workdir / "eight", *SHORT, devices=8).wait() == 0, f"see {workdir}/eight.log"
+    assert [process.wait() for process in start_pair(workdir / "pair")] == [0, 0]
+    bereft, ended = bereaved(workdir / "bereaved", arguments.losses, rng)
+    for what, hits in (("killed", killed), ("stopped", stopped), ("one of two killed", bereft)):
+        for place, count in collections.Counter(hits).most_common():
+            print(f"{what} {place}: {count}")
     expected = outcome(workdir / "undisturbed")
     line = {
         "kills": len(killed),
@@ -169,6 +260,11 @@ def main() -> None:
         "sigterms": len(stopped),
         "steps_lost": lost,
         "restored_seconds_median": round(statistics.median(after_kills + after_stops), 2),
+        "pair_ids_equal": ids(workdir / "eight") == ids(workdir / "pair"),
+        "pair_metrics_difference": largest_difference(workdir / "eight", workdir / "pair"),
+        "hosts_lost": len(bereft),
+        "other_ended_seconds_max": round(max(ended), 1),
+        "pair_bit_equal": equal(outcome(workdir / "pair"), outcome(workdir / "bereaved")),
     }
     print(json.dumps(line))
 
