@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,7 @@ from opsd_jax.training.files import Path
 
 CONFIG = "config.json"
 DATA = "data.json"
+SEEN_SECONDS = 10.0  # until what one host writes is there for the others
 
 
 @contextlib.contextmanager
@@ -75,7 +77,7 @@ def claimed(config: ConfigDict, workdir: Path) -> Iterator[None]:
 
     Raises:
       ConfigError: it cannot be written, is in use, or holds a run of another config; or the hosts
-        have been given different ones.
+        have been given different ones, or do not share it.
     """
 
     def check() -> None:
@@ -86,7 +88,21 @@ def claimed(config: ConfigDict, workdir: Path) -> Iterator[None]:
     _check_equal(config_files.flatten(config), "config")
     with locked(workdir, "--workdir"):
         hosts.from_first(check)
+        hosts.together(lambda: _check_shared(workdir))
         yield
+
+
+def _check_shared(workdir: Path) -> None:
+    """Raises ConfigError where what the first host has written is not seen, after a while."""
+    ends = time.monotonic() + SEEN_SECONDS
+    while not (workdir / CONFIG).exists():
+        if time.monotonic() > ends:
+            raise config_lib.ConfigError(
+                f"host {hosts.number()} does not see the {CONFIG} that host 0 has written to "
+                f"--workdir {workdir}; expected a directory that all hosts share, such as "
+                "gs://BUCKET/..."
+            )
+        time.sleep(0.1)
 
 
 def _check_equal(mine: dict[str, Any], what: str) -> None:

@@ -101,6 +101,7 @@ def test_a_lost_host_ends_the_other_and_the_pair_goes_on(config, alone, tmp_path
     assert_equal_runs(alone, workdir)
 
 
+@pytest.mark.slow
 def test_many_programs_in_flight_do_not_starve_one_another():
     """More than XLA's CPU client lets wait (32), each with a collective over both hosts."""
     script = """
@@ -124,6 +125,13 @@ def test_hosts_that_were_given_different_configs_say_so(config, tmp_path):
         assert code == 2, errors[-3000:]
         assert "hosts differ" in errors
         assert "config.seed: 0, 7" in errors
+
+
+def test_hosts_that_share_no_directory_say_so(config, tmp_path):
+    other = "--workdir", str(tmp_path / "other")
+    for code, errors in Run(config, tmp_path / "run", (), other).ended(120):
+        assert code == 2, errors[-3000:]
+        assert "host 1 does not see the config.json that host 0 has written" in errors
 
 
 def test_a_process_is_one_of_several(capsys, tmp_path):

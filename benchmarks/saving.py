@@ -1,0 +1,69 @@
+"""What checkpoints cost the quickstart: its steps with them and without.
+
+    python benchmarks/saving.py [--repeats 3] [--workdir runs/saving]
+
+Runs the quickstart in turns as it is, and with a checkpoint at the end of each stage alone, with
+programs from JAX's compilation cache. A run's seconds are those of the steps in its metrics, the
+first of each stage apart. Prints each run's, and last one JSON line:
+the median of the ratios of neighbours, less one, and the times themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+STAGES = ("sft", "rlvr", "opsd")
+
+
+def run(workdir: pathlib.Path, *arguments: str) -> float:
+    """Runs the quickstart anew; returns the seconds of its steps."""
+    shutil.rmtree(workdir, ignore_errors=True)
+    command = [sys.executable, "-m", "opsd_jax.main", "train", "--workdir", str(workdir)]
+    command += ["--config", str(ROOT / "configs" / "quickstart.py"), *arguments]
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "JAX_PLATFORMS": "cpu",
+    }
+    subprocess.run(command, check=True, env=os.environ | cache, stdout=2, stderr=subprocess.DEVNULL)
+    seconds = 0.0
+    for name in STAGES:
+        rows = (workdir / name / "metrics.jsonl").read_text().splitlines()
+        seconds += sum(json.loads(row)["seconds"] for row in rows[1:])
+    return seconds
+
+
+def main() -> None:
+    """Runs them in turns and prints the line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/saving"))
+    arguments = parser.parse_args()
+    workdir = arguments.workdir.absolute()
+    never = [f"--config.{name}.checkpoint_every=1000000" for name in STAGES]
+
+    run(workdir / "run")  # compiles
+    saved, unsaved = [], []
+    for _ in range(arguments.repeats):
+        saved.append(run(workdir / "run"))
+        unsaved.append(run(workdir / "run", *never))
+        print(f"with checkpoints {saved[-1]:.1f} s, without {unsaved[-1]:.1f} s", flush=True)
+    ratios = [a / b for a, b in zip(saved, unsaved, strict=True)]
+    line = {
+        "saving_share": round(statistics.median(ratios) - 1, 4),
+        "seconds_with": [round(s, 1) for s in saved],
+        "seconds_without": [round(s, 1) for s in unsaved],
+    }
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()
