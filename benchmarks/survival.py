@@ -31,6 +31,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -192,9 +193,13 @@ def steps_lost(workdir: pathlib.Path) -> int:
 def outcome(workdir: pathlib.Path) -> list:
     """All of a run that does not tell the time."""
     made: list = []
+    here = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    on_it = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
     for name in STAGES:
         with ocp.StandardCheckpointer() as checkpointer:
-            made.append(checkpointer.restore(workdir / name / "params"))
+            path = workdir / name / "params"
+            there = checkpointer.metadata(path).item_metadata.tree
+            made.append(checkpointer.restore(path, jax.tree.map(on_it, there)))
         rows = map(json.loads, (workdir / name / "metrics.jsonl").read_text().splitlines())
         made.append([{k: v for k, v in row.items() if k not in TIMES} for row in rows])
         for file in ("responses.jsonl", "groups.jsonl", "divergence.json"):
