@@ -12,30 +12,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
 import shutil
 import statistics
-import subprocess
-import sys
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-STAGES = ("sft", "rlvr", "opsd")
+import survival
 
 
 def run(workdir: pathlib.Path, *arguments: str) -> float:
     """Runs the quickstart anew; returns the seconds of its steps."""
     shutil.rmtree(workdir, ignore_errors=True)
-    command = [sys.executable, "-m", "opsd_jax.main", "train", "--workdir", str(workdir)]
-    command += ["--config", str(ROOT / "configs" / "quickstart.py"), *arguments]
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "JAX_PLATFORMS": "cpu",
-    }
-    subprocess.run(command, check=True, env=os.environ | cache, stdout=2, stderr=subprocess.DEVNULL)
+    assert survival.start(workdir, *arguments).wait() == 0, f"see {workdir}.log"
     seconds = 0.0
-    for name in STAGES:
+    for name in survival.STAGES:
         rows = (workdir / name / "metrics.jsonl").read_text().splitlines()
         seconds += sum(json.loads(row)["seconds"] for row in rows[1:])
     return seconds
@@ -48,7 +37,8 @@ def main() -> None:
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/saving"))
     arguments = parser.parse_args()
     workdir = arguments.workdir.absolute()
-    never = [f"--config.{name}.checkpoint_every=1000000" for name in STAGES]
+    never = [f"--config.{name}.checkpoint_every=1000000" for name in survival.STAGES]
+    workdir.mkdir(parents=True, exist_ok=True)
 
     run(workdir / "run")  # compiles
     saved, unsaved = [], []
