@@ -138,11 +138,14 @@ def disturbed(
         else:
             time.sleep(rng.uniform(0, 4))
         if process.poll() is not None:
+            assert process.wait() == 0, f"see {workdir}.log"
             continue
         hits.append(where(workdir, cut_off))
         process.send_signal(signum)
         code = process.wait()
-        if signum == signal.SIGTERM and code == 128 + signum:
+        if signum == signal.SIGTERM:
+            # By itself, or before it could have anything to save.
+            assert code in (128 + signum, -signum), f"exit code {code}: see {workdir}.log"
             lost += steps_lost(workdir)
     return hits, lost, seconds
 

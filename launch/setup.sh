@@ -18,9 +18,9 @@ setup() {
     mkdir -p "$venv" && touch "$venv/installing"
     # Some distributions keep ensurepip in a package of its own: then the outer pip does it.
     if "$python" -c 'import ensurepip' 2>/dev/null; then
-      "$python" -m venv "$venv"
+      "$python" -m venv "$venv" || return 1
     else
-      "$python" -m venv --without-pip "$venv"
+      "$python" -m venv --without-pip "$venv" || return 1
     fi
     if "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
       set -- "$venv/bin/python" -m pip
@@ -28,7 +28,7 @@ setup() {
       set -- "$python" -m pip --python "$venv/bin/python"
     fi
     "$@" --disable-pip-version-check install --quiet \
-      --constraint constraints.txt --editable ".${extra:+[$extra]}"
+      --constraint constraints.txt --editable ".${extra:+[$extra]}" || return 1
     rm "$venv/installing"
     echo "$wanted" > "$mark"
   fi

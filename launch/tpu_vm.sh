@@ -19,13 +19,16 @@
 #   --keep              leave the TPU, and its costs, when the run has ended well
 #   --dry-run           print the commands, run none
 #
+# The run goes on when a connection to the TPU breaks. What ends without having run for ten minutes,
+# three times in a row, is not tried again.
+#
 # So that a run can go on where it was, its workdir outlives the TPU: it is in a bucket, or on a disk
 # that all hosts mount.
 # Exit codes: opsd-jax's (0 done, 1 failed, 2 bad usage); 3 when it gave up; 4 when a TPU may be left.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-usage() { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" >&2; exit 2; }
+usage() { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' launch/tpu_vm.sh >&2; exit 2; }
 say() { echo "tpu_vm.sh: $*" >&2; }
 
 [ $# -ge 2 ] || usage
@@ -98,7 +101,8 @@ delete() { # with its machines; tells where that cannot be seen to have happened
 # shellcheck disable=SC2329  # a trap calls it
 leave() { # however this ends
   local code=$?
-  trap - EXIT INT TERM HUP
+  trap - EXIT
+  trap '' INT TERM HUP # an impatient second one is not to leave the TPU behind
   if [ -n "$made" ]; then
     if [ "$code" = 0 ] && [ -n "$keep" ]; then
       say "$name is kept and goes on costing. Delete it: gcloud compute tpus queued-resources" \
@@ -113,7 +117,7 @@ leave() { # however this ends
 
 wait_for_it() { # until the TPU is there; fails where it will not be
   [ -z "$dry" ] || return 0
-  local now="" before=""
+  local now="" before="" unknown=0
   while :; do
     now=$(state)
     [ "$now" = "$before" ] || say "$name is $now"
@@ -121,6 +125,11 @@ wait_for_it() { # until the TPU is there; fails where it will not be
     case $now in
       ACTIVE) return 0 ;;
       FAILED | SUSPENDING | SUSPENDED | NONE) return 1 ;;
+      UNKNOWN) # it may be there, and cost, and nobody tells
+        unknown=$((unknown + 1))
+        [ "$unknown" -lt 30 ] || { cat "$errors" >&2; exit 3; }
+        ;;
+      *) unknown=0 ;;
     esac
     sleep "${POLL_SECONDS:-20}"
   done
@@ -140,30 +149,59 @@ on_all() { # a command on every host, with its output here
   return "$failed"
 }
 
+# The machines' own Python is older than 3.11: then uv brings one.
+# shellcheck disable=SC2016  # the hosts expand it
+python='python3 -c "import sys; sys.exit(sys.version_info < (3, 11))" || {
+  [ -e ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh
+  ~/.local/bin/uv python install 3.12 && export PYTHON=$(~/.local/bin/uv python find 3.12)
+}
+cd opsd_jax && . launch/setup.sh && setup tpu,gcs'
+
 install() {
   local host
   for host in "${hosts[@]}"; do
     call gcloud compute tpus tpu-vm scp "$archive" "$host:opsd_jax.tar.gz" \
       "${where[@]}" --worker all || return 1
   done
-  on_all "mkdir -p opsd_jax && tar -xzf opsd_jax.tar.gz -C opsd_jax && cd opsd_jax && \
-. launch/setup.sh && setup tpu,gcs${before:+ && $before}"
+  on_all "mkdir -p opsd_jax && tar -xzf opsd_jax.tar.gz -C opsd_jax && { $python; }${before:+ && $before}"
 }
 
+is_there() { [ -n "$dry" ] || [ "$(state)" = ACTIVE ]; }
+
+set_up() { # fails where the TPU is lost; where it is there and cannot be set up that is the end
+  for _ in 1 2; do
+    if install; then return 0; fi
+    is_there || return 1
+  done
+  say "$name cannot be set up"
+  exit 1
+}
+
+runs=0
 run() { # the exit code of opsd-jax on the first host, 75 where that host is lost
-  local command
+  local command code
   printf -v command '%q ' opsd-jax "$@" --coordinator auto
-  on_all "cd opsd_jax && . launch/setup.sh && setup tpu,gcs && rm -f exit && \
-{ $command; echo \$? > exit; }" || true
-  if [ -n "$dry" ]; then
-    call gcloud compute tpus tpu-vm ssh "${hosts[0]}" "${where[@]}" --worker 0 \
-      --command "cat opsd_jax/exit"
-    return 0
-  fi
-  local code
-  code=$(gcloud compute tpus tpu-vm ssh "${hosts[0]}" "${where[@]}" --worker 0 \
-    --command "cat opsd_jax/exit" 2>/dev/null) || code=75
-  return "${code:-75}"
+  runs=$((runs + 1))
+  # It has a session of its own, and outlives the connection; who comes again finds it.
+  printf -v command '%q' "$command; echo \$? > exit.$runs"
+  command="{ $python; } && { [ -e pid.$runs ] || {
+  for old in pid.*; do [ ! -e \"\$old\" ] || kill -9 -- -\$(cat \"\$old\") 2>/dev/null; done
+  setsid bash -c $command > log.$runs 2>&1 < /dev/null & echo \$! > pid.$runs
+}; tail --pid \$(cat pid.$runs) -n +1 -F log.$runs; }"
+  while :; do
+    on_all "$command" || true
+    if [ -n "$dry" ]; then
+      call gcloud compute tpus tpu-vm ssh "${hosts[0]}" "${where[@]}" --worker 0 \
+        --command "cat opsd_jax/exit.$runs"
+      return 0
+    fi
+    code=$(gcloud compute tpus tpu-vm ssh "${hosts[0]}" "${where[@]}" --worker 0 --command \
+      "cat opsd_jax/exit.$runs || { kill -0 \$(cat opsd_jax/pid.$runs) && echo running; }" \
+      2>/dev/null) || code=75
+    [ "$code" = running ] || return "${code:-75}"
+    say "the connection broke; the run goes on"
+    sleep "${POLL_SECONDS:-20}"
+  done
 }
 
 made="" files=$(mktemp -d)
@@ -183,20 +221,29 @@ else
   git archive --format tar.gz --output "$archive" HEAD
 fi
 
+short=0
 for ((attempt = 1; attempt <= attempts; attempt++)); do
   made=yes # from here on there may be one
-  create || { say "the request was refused"; exit 3; }
-  if wait_for_it && install; then
+  if ! create; then
+    [ "$attempt" -gt 1 ] || { say "the request was refused"; exit 3; }
+  elif wait_for_it && set_up; then
     while :; do
       code=0
+      began=$SECONDS
       run "$@" || code=$?
       case $code in
         0) exit 0 ;;
         75 | 134 | 143) ;; # a host was lost, or told to stop: it can go on
         *) say "opsd-jax ended with exit code $code"; exit "$code" ;;
       esac
-      [ "$(state)" = ACTIVE ] || break
+      is_there || break
+      short=$((SECONDS - began < 600 ? short + 1 : 0))
+      if [ "$short" = 3 ]; then
+        say "exit code $code, three times in a row within ten minutes: that is the end"
+        exit "$code"
+      fi
       say "exit code $code, and $name is there: it goes on"
+      sleep "${POLL_SECONDS:-20}"
     done
   fi
   say "attempt $attempt of $attempts: $name is lost or was not to be had"

@@ -57,15 +57,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
       DataError: a benchmark cannot be used.
       Interrupted: a signal came; what was done is kept.
     """
-    stage, config = _config(arguments)
+    stage, config = hosts.together(lambda: _config(arguments))
     workdir = arguments.workdir
     this = hosts.together(lambda: Run(config, workdir or arguments.out))
     problems = this.heldout()
     if arguments.benchmark and arguments.problems:
         problems = _first_of_each(problems, arguments.problems)
     model = workdir / stage if workdir else arguments.model
-    weights = evaluate.fingerprint(model / "params" if workdir else model)
-    settings = evaluate.settings(str(model), weights, config, this.task, problems)
+    weights = model / "params" if workdir else model
+    fingerprint = hosts.together(lambda: evaluate.fingerprint(weights))
+    settings = evaluate.settings(str(model), fingerprint, config, this.task, problems)
+    workdir_lib.check_equal(settings, "settings")
     directory = arguments.out or (
         workdir / "evaluations" / stage / _name(list(config.data.heldout), settings)
     )

@@ -9,12 +9,14 @@ import json
 import math
 import pathlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
 from opsd_jax.config import ConfigError
-from opsd_jax.training.files import Path
+
+if TYPE_CHECKING:
+    from opsd_jax.training.files import Path
 
 
 def load(

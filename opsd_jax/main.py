@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,9 +25,9 @@ examples:
   opsd-jax report --workdir runs/quickstart
   opsd-jax convert --workdir runs/quickstart --stage opsd --out models/quickstart
 
-exit codes: 0 done; 1 the run failed, or a planned one does not fit; 2 bad usage or config; 75 one
-of several hosts is lost; 130 or 143 stopped by a signal with a checkpoint saved. After 75, 130 and
-143 the same command, on all hosts, goes on from the last checkpoint.
+exit codes: 0 done; 1 the run failed, or a planned one does not fit; 2 bad usage or config; 75, or
+134 from JAX itself, one of several hosts is lost; 130 or 143 stopped by a signal with a checkpoint
+saved. After 75, 130, 134 and 143 the same command, on all hosts, goes on from the last checkpoint.
 """
 
 CONVERT = "Write the result of a stage, or a Hugging Face model anew, for transformers to load."
@@ -271,8 +272,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     if arguments.command == "plan":
         os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu compiles, and looks for no TPU
-    from jax.errors import JaxRuntimeError
+    from opsd_jax.parallel import hosts
 
+    sys.path.append(os.getcwd())  # a task or a model of the user's own may lie there
+    if arguments.command in ("train", "evaluate"):
+        try:
+            hosts.start(arguments.coordinator, arguments.processes, arguments.process)
+        except ValueError as error:
+            parser().error(str(error))
+    try:
+        code = _run(arguments, overrides)
+    except BaseException as error:
+        if hosts.count() > 1:
+            traceback.print_exc()
+            hosts.leave(130 if isinstance(error, KeyboardInterrupt) else 1)
+        raise
+    if code:
+        hosts.leave(code)
+    return code
+
+
+def _run(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
+    """Runs the command that was asked for, and tells what it comes to; returns the exit code."""
     from opsd_jax import benchmark, config_files, convert, pipeline, workdir
     from opsd_jax import config as config_lib
     from opsd_jax.data.problem import DataError
@@ -285,12 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from opsd_jax.training.loop import Diverged
     from opsd_jax.verify.pool import PoolError
 
-    sys.path.append(os.getcwd())  # a task or a model of the user's own may lie there
-    if arguments.command in ("train", "evaluate"):
-        try:
-            hosts.start(arguments.coordinator, arguments.processes, arguments.process)
-        except ValueError as error:
-            parser().error(str(error))
+    given = [path for name in ("workdir", "out") if (path := getattr(arguments, name, None))]
     try:
         if arguments.command == "evaluate":
             figures = benchmark.run(arguments)
@@ -308,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"model: {arguments.out}")
             return 0
         if arguments.command == "train":
-            config = config_files.load(arguments.config, overrides)
+            config = hosts.together(lambda: config_files.load(arguments.config, overrides))
             pipeline.run(config, arguments.workdir)
         else:
             config = workdir.config_of(arguments.workdir)
@@ -322,31 +338,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (config_lib.ConfigError, DataError, PlanError) as error:
         print(f"opsd-jax: {error}", file=sys.stderr)
         return 2
-    except JaxRuntimeError as error:
-        if not hosts.is_loss(type(error), str(error)):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        print(
-            f"opsd-jax: another host is lost ({reason}): the same command on all of them goes on "
-            "from the last checkpoint.",
-            file=sys.stderr,
+    except Exception as error:
+        if hosts.is_loss(error):
+            reason = f"another host is lost ({files.reason(error)})"
+            then = "the same command on all of them goes on from the last checkpoint"
+            print(f"opsd-jax: {reason}: {then}.", file=sys.stderr)
+            return LOST
+        if isinstance(error, RecordError | Diverged | PoolError):
+            print(f"opsd-jax: {error}", file=sys.stderr)
+            return 1
+        # The disk is full, or is gone; or the bucket.
+        in_bucket = any(map(files.in_bucket, given)) and (
+            isinstance(error, OSError) or files.is_of_bucket(error)
         )
-        sys.stderr.flush()
-        os._exit(LOST)  # JAX would wait for the lost one
-    except OSError as error:  # the disk is full, or is gone
-        given = [path for n in ("workdir", "out") if (path := getattr(arguments, n, None))]
-        if error.strerror is None and not any(map(files.in_bucket, given)):
+        if not in_bucket and not (isinstance(error, OSError) and error.strerror):
             raise
         # A write that fails does not say to which file.
-        where = error.filename or (given[0] if given else "a file")
+        where = getattr(error, "filename", None) or (given[0] if given else "a file")
+        why = getattr(error, "strerror", None) or files.reason(error)
         print(
-            f"opsd-jax: {where} cannot be used: {error.strerror or error}. What is done is kept: "
-            "once that is mended, the same command goes on.",
+            f"opsd-jax: {where} cannot be used: {why}. What is done is kept: once that is mended, "
+            "the same command goes on.",
             file=sys.stderr,
         )
-        return 1
-    except (RecordError, Diverged, PoolError) as error:
-        print(f"opsd-jax: {error}", file=sys.stderr)
         return 1
 
 

@@ -23,6 +23,7 @@ from opsd_jax.training.files import Path
 
 CONFIG = "config.json"
 DATA = "data.json"
+ENCODED = 8  # prompts of each source that are compared as tokens
 SEEN_SECONDS = 10.0  # until what one host writes is there for the others
 
 
@@ -85,7 +86,7 @@ def claimed(config: ConfigDict, workdir: Path) -> Iterator[None]:
             config_files.check_same(config, config_of(workdir), workdir)
         files.write_atomically(workdir / CONFIG, config_files.to_json(config))
 
-    _check_equal(config_files.flatten(config), "config")
+    check_equal(config_files.flatten(config), "config")
     with locked(workdir, "--workdir"):
         hosts.from_first(check)
         hosts.together(lambda: _check_shared(workdir))
@@ -105,7 +106,7 @@ def _check_shared(workdir: Path) -> None:
         time.sleep(0.1)
 
 
-def _check_equal(mine: dict[str, Any], what: str) -> None:
+def check_equal(mine: dict[str, Any], what: str) -> None:
     """Raises ConfigError where another host has other values than the first; names those."""
     first, *others = hosts.gathered(mine)
     for number, other in enumerate(others, 1):
@@ -121,15 +122,18 @@ def _check_equal(mine: dict[str, Any], what: str) -> None:
 
 
 def check_data(task: Task, workdir: Path) -> None:
-    """Writes down which problems the run has, where they come from files; a later call compares.
+    """Writes down which problems the run has and what the tokenizer makes of them, where they come
+    from files; a later call compares.
 
     Raises:
-      ConfigError: they are others than those that the run began with; names the sources.
+      ConfigError: they are others than those that the run began with, or on another host; names the
+        sources.
     """
     if not task.in_memory:
         return
     digests: dict[str, Any] = {}
     counts: Counter[str] = Counter()
+    prompts = hashlib.sha256()  # which another tokenizer or chat template changes
     for part, problems in (("heldout", task.heldout), ("train", task.train)):
         for i in range(len(problems)):
             problem = problems[i]
@@ -140,11 +144,14 @@ def check_data(task: Task, workdir: Path) -> None:
                 json.dumps(what, default=str).encode()
             )
             counts[name] += 1
+            if counts[name] <= ENCODED:
+                prompts.update(json.dumps([int(token) for token in task.prompt(problem)]).encode())
     now = {
         name: f"{counts[name]} problems, {digest.hexdigest()[:16]}"
         for name, digest in digests.items()
     }
-    _check_equal(now, "config.data")
+    now["prompts"] = f"the first {ENCODED} of each source as tokens, {prompts.hexdigest()[:16]}"
+    check_equal(now, "config.data")
     hosts.from_first(lambda: _check_data(now, workdir))
 
 

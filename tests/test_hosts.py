@@ -3,11 +3,13 @@
 import signal
 import time
 
+import jax
 import processes
 import pytest
 from processes import QUICKSTART, Run, assert_equal_runs
 
 from opsd_jax import main
+from opsd_jax.parallel import hosts
 
 
 def test_what_hosts_tell_one_another():
@@ -118,6 +120,61 @@ sums = [total(x, float(i)) for i in range(200)]
 assert [float(s) for s in sums] == [2.0**32 * i for i in range(200)], sums
 """
     processes.run(script, processes=2, devices=4)
+
+
+def test_a_checkpoint_that_one_host_cannot_read_is_left_out_by_both(tmp_path):
+    script = """
+import pathlib
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from opsd_jax.parallel.mesh import make_mesh
+from opsd_jax.training.checkpoint import Checkpoints
+
+directory = pathlib.Path(sys.argv[4]) / "checkpoints"
+where = NamedSharding(make_mesh((1, 4, 1)), P("fsdp"))
+x = jax.jit(lambda: jax.random.normal(jax.random.key(0), (512, 64)), out_shardings=where)()
+with Checkpoints(directory) as checkpoints:
+    for step in (1, 2):
+        checkpoints.save(step, {"x": x * step})
+
+def cut():
+    parts = list((directory / "2" / "default" / "ocdbt.process_1" / "d").iterdir())
+    for path in parts:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return len(parts)
+
+assert hosts.from_first(cut)
+with Checkpoints(directory) as checkpoints:
+    step, state = checkpoints.restore({"x": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)})
+assert step == 1, step
+equal = jax.jit(lambda a, b: (a == b).all(), out_shardings=NamedSharding(where.mesh, P()))
+assert equal(state["x"], x)
+assert (directory.parent / "damaged" / "2.0").is_dir()
+"""
+    processes.run(script, str(tmp_path), processes=2, devices=2)
+
+
+def test_which_errors_mean_that_a_host_is_lost(monkeypatch):
+    monkeypatch.setattr(hosts, "count", lambda: 16)
+    error = jax.errors.JaxRuntimeError
+    assert hosts.is_loss(error("UNAVAILABLE: the coordination service is gone"))
+    assert hosts.is_loss(error("Gloo AllGather failed: Connection closed by peer [10.0.0.7]"))
+    wrapped = ValueError("cannot save")
+    wrapped.__cause__ = error("INTERNAL: Connection reset by peer")
+    assert hosts.is_loss(wrapped)
+    assert not hosts.is_loss(error("INTERNAL: Mosaic failed to compile TPU kernel"))
+    assert not hosts.is_loss(error("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm"))
+    assert not hosts.is_loss(ConnectionError("closed by peer"))
+    assert not hosts.is_loss(None)
+
+
+def test_one_host_that_fails_by_itself_ends_all_at_once(config, tmp_path):
+    began = time.monotonic()
+    other = "--config", str(tmp_path / "none.py")
+    for code, errors in Run(config, tmp_path / "run", (), other).ended(120):
+        assert code == 2, errors[-3000:]
+        assert f"there is no Python file {tmp_path}/none.py" in errors
+    assert time.monotonic() - began < 60
 
 
 def test_hosts_that_were_given_different_configs_say_so(config, tmp_path):

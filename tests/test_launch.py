@@ -4,8 +4,10 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import stat
 import subprocess
+import time
 
 import pytest
 import yaml
@@ -19,7 +21,7 @@ import json, os, pathlib, sys, time
 here = pathlib.Path(os.environ["STUB"])
 words = sys.argv[1:]
 with (here / "calls").open("a") as file:
-    stdin = sys.stdin.read() if "-" in words else ""
+    stdin = sys.stdin.buffer.read().decode(errors="replace") if "-" in words else ""
     program = pathlib.Path(sys.argv[0]).name
     file.write(json.dumps([program, *words, stdin]) + "\\n")
 text = " ".join([program, *words])
@@ -31,6 +33,7 @@ if kind is None:
 if rest:
     answers[kind] = rest
     (here / "answers").write_text(json.dumps(answers))
+time.sleep(float(os.environ.get("SLEEP", 0)))
 print(output, file=sys.stderr if code else sys.stdout)
 sys.exit(code)
 """
@@ -52,18 +55,30 @@ def launch(tmp_path):
     for name in ("xpk", "kubectl", "docker"):
         (stub.parent / name).symlink_to(stub)
 
-    def run(script, answers, *words):
+    def run(script, answers, *words, signals=()):
+        """`signals`: once a call has these words, SIGTERM comes to all; as often as they are."""
         (tmp_path / "answers").write_text(json.dumps(answers))
         (tmp_path / "calls").write_text("")
         environment = os.environ | {
             "PATH": f"{stub.parent}:{os.environ['PATH']}",
             "STUB": str(tmp_path),
             "POLL_SECONDS": "0",
+            "SLEEP": "0.5" if signals else "0",
         }
-        done = subprocess.run(
+        process = subprocess.Popen(
             [ROOT / "launch" / script, *words],
-            env=environment, capture_output=True, text=True, timeout=60,
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
         )  # fmt: skip
+        deadline = time.monotonic() + 30
+        for wanted in signals:
+            while wanted not in (tmp_path / "calls").read_text():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            os.killpg(process.pid, signal.SIGTERM)
+            time.sleep(0.1)
+        out, errors = process.communicate(timeout=60)
+        done = subprocess.CompletedProcess(process.args, process.returncode, out, errors)
         calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
         return done, calls
 
@@ -74,9 +89,15 @@ def launch(tmp_path):
 def tpu_vm(launch):
     """`tpu_vm(answers, *options) -> (what subprocess.run returns, calls of gcloud)`."""
 
-    def run(answers, *options, zone=("--zone", "us-west4-a"), command=("train", "--config", "c")):
+    def run(
+        answers,
+        *options,
+        zone=("--zone", "us-west4-a"),
+        command=("train", "--config", "c"),
+        signals=(),
+    ):
         words = ["opsd", "v5litepod-64", *zone, *options, "--", *command]
-        done, calls = launch("tpu_vm.sh", answers, *words)
+        done, calls = launch("tpu_vm.sh", answers, *words, signals=signals)
         return done, [words for program, *words, _ in calls if program == "gcloud"]
 
     return run
@@ -127,8 +148,9 @@ def test_a_run_from_nothing_to_nothing(tpu_vm):
     assert scp[5:] == ["opsd:opsd_jax.tar.gz", *where, "--worker", "all"]
     assert install[3:10] == ["ssh", "opsd", *where, "--worker", "all"][:7]
     assert "setup tpu,gcs" in install[-1]
-    assert "opsd-jax train --config c --coordinator auto" in run[-1]
-    assert code[-5:] == ["p", "--worker", "0", "--command", "cat opsd_jax/exit"]
+    assert "opsd-jax train --config c --coordinator auto" in run[-1].replace("\\", "")
+    assert code[-5:-1] == ["p", "--worker", "0", "--command"]
+    assert code[-1].startswith("cat opsd_jax/exit.1 ||")
     delete = next(c for c in calls if "delete" in c)
     assert delete == [*queued, "delete", "opsd", *where, "--force", "--quiet"]
 
@@ -153,7 +175,7 @@ def test_several_slices_are_one_run(tpu_vm):
     )
     assert done.returncode == 0, done.stderr
     assert calls[1][5:9] == ["--node-count", "2", "--node-prefix", "opsd"]
-    ran = [c[4] for c in calls if "ssh" in c and "opsd-jax train" in c[-1]]
+    ran = [c[4] for c in calls if "ssh" in c and "setsid" in c[-1]]
     assert sorted(ran) == ["opsd-0", "opsd-1"]
 
 
@@ -167,10 +189,45 @@ def test_after_a_preemption_there_is_a_new_tpu(tpu_vm):
 
 
 def test_a_run_that_was_told_to_stop_goes_on_where_the_tpu_is_there(tpu_vm):
-    codes = [[0, "143"], [0, "75"], [0, "134"], [0, "0"]]
-    done, calls = tpu_vm({"describe": [GONE, *[ACTIVE] * 5, GONE], "cat opsd_jax": codes})
+    codes = [[0, "143"], [0, "75"], [0, "0"]]
+    done, calls = tpu_vm({"describe": [GONE, *[ACTIVE] * 4, GONE], "cat opsd_jax": codes})
     assert done.returncode == 0, done.stderr
-    assert names(calls) == ["create", "scp", "install", *["run", "code"] * 4, "delete"]
+    assert names(calls) == ["create", "scp", "install", *["run", "code"] * 3, "delete"]
+    asked = [c[-1] for c in calls if "cat opsd_jax" in c[-1]]
+    assert [f"cat opsd_jax/exit.{i} " in text for i, text in enumerate(asked, 1)] == [True] * 3
+
+
+def test_what_ends_at_once_is_not_tried_for_ever(tpu_vm):
+    done, calls = tpu_vm({"describe": [GONE, *[ACTIVE] * 5, GONE], "cat opsd_jax": [[0, "134"]]})
+    assert done.returncode == 134
+    assert "exit code 134, three times in a row within ten minutes" in done.stderr
+    assert names(calls) == ["create", "scp", "install", *["run", "code"] * 3, "delete"]
+
+
+def test_a_broken_connection_is_taken_up_again(tpu_vm):
+    answers = {
+        "describe": [GONE, ACTIVE, ACTIVE, GONE],
+        "cat opsd_jax": [[0, "running"], [0, "0"]],
+        "setsid": [[255, "broken pipe"], [0, ""]],
+    }
+    done, calls = tpu_vm(answers)
+    assert done.returncode == 0, done.stderr
+    assert "the connection broke; the run goes on" in done.stderr
+    assert names(calls) == ["create", "scp", "install", *["run", "code"] * 2, "delete"]
+    first, second = (c[-1] for c in calls if "setsid" in c[-1])
+    assert first == second
+
+
+def test_an_impatient_user_leaves_no_tpu(tpu_vm):
+    """A signal to all while the run goes on, another while the TPU is deleted."""
+    answers = {
+        "describe": [GONE, ACTIVE, ACTIVE, GONE],
+        "delete": [[0, "deleted"]],
+        "setsid": [[0, ""]],
+    }
+    done, calls = tpu_vm(answers, signals=("setsid", '"delete"'))
+    assert done.returncode == 143
+    assert names(calls)[-1] == "delete"
 
 
 @pytest.mark.parametrize("code", [1, 2])
@@ -182,16 +239,20 @@ def test_a_run_that_failed_is_not_tried_again(tpu_vm, code):
     assert names(calls) == WELL
 
 
-@pytest.mark.parametrize(
-    ("failing", "expected"),
-    [("scp", ["create", "scp", "delete"]), ("tar -xzf", ["create", "scp", "install", "delete"])],
-)
-def test_what_cannot_be_installed_on_is_deleted(tpu_vm, failing, expected):
-    answers = {"describe": [GONE, ACTIVE, ACTIVE, GONE], failing: [[1, ""]]}
-    done, calls = tpu_vm(answers, "--attempts", "1")
-    assert done.returncode == 3
-    assert "gave up after 1 attempts" in done.stderr
-    assert names(calls) == expected
+@pytest.mark.parametrize(("failing", "tried"), [("scp", ["scp"]), ("tar -xzf", ["scp", "install"])])
+def test_what_cannot_be_installed_on_is_deleted(tpu_vm, failing, tried):
+    """Tried twice; another TPU would do no better. One that is lost meanwhile is asked for anew."""
+    answers = {"describe": [GONE, *[ACTIVE] * 4, GONE], failing: [[1, ""]]}
+    done, calls = tpu_vm(answers)
+    assert done.returncode == 1
+    assert "opsd cannot be set up" in done.stderr
+    assert names(calls) == ["create", *tried * 2, "delete"]
+    lost = [0, "SUSPENDED"]
+    states = [GONE, ACTIVE, lost, lost, GONE, ACTIVE, ACTIVE, GONE]
+    answers = {"describe": states, failing: [[1, ""], [0, ""]], "cat opsd_jax": [[0, "0"]]}
+    done, calls = tpu_vm(answers)
+    assert done.returncode == 0
+    assert names(calls) == ["create", *tried, "delete", *WELL]
 
 
 def test_a_request_that_fails_is_asked_again_and_one_that_is_refused_is_not(tpu_vm):
@@ -202,6 +263,12 @@ def test_a_request_that_fails_is_asked_again_and_one_that_is_refused_is_not(tpu_
     done, calls = tpu_vm({"describe": [GONE], "create": [[1, ""]]})
     assert done.returncode == 3
     assert names(calls) == ["create"]
+    # Unless it had been accepted before.
+    states = [GONE, [0, "FAILED"], [0, "FAILED"], GONE, GONE, ACTIVE, ACTIVE, GONE]
+    create = [[0, ""], [1, ""], [0, ""]]
+    done, calls = tpu_vm({"describe": states, "create": create, "cat opsd_jax": [[0, "0"]]})
+    assert done.returncode == 0, done.stderr
+    assert names(calls) == ["create", "delete", "create", *WELL]
 
 
 def test_a_tpu_that_cannot_be_deleted_is_cried_out(tpu_vm):
@@ -217,6 +284,9 @@ def test_nothing_is_taken_for_gone_because_nobody_answers(tpu_vm):
     done, calls = tpu_vm({"describe": states, "cat opsd_jax": [[0, "0"]]})
     assert done.returncode == 0
     assert names(calls) == [*WELL, "delete"]
+    done, calls = tpu_vm({"describe": [GONE, *[OUTAGE] * 32, GONE]})
+    assert done.returncode == 3  # it may cost, and nobody tells
+    assert names(calls) == ["create", "delete", "delete"]
     done, calls = tpu_vm({"describe": [OUTAGE]})
     assert done.returncode == 2
     assert "UNAVAILABLE" in done.stderr
@@ -251,7 +321,7 @@ def test_bad_usage(tpu_vm):
 
 POOL = ["--accelerator", "tpu-v5-lite-podslice", "--topology", "8x8", "--hosts", "16"]
 POOL += ["--chips", "4", "--claim", "filestore"]
-TRAIN = ["--", "train", "--config", "configs/c.py", "--config.opsd.gate=1,0.5,0", '--x=a "b"']
+TRAIN = ["--", "train", "--config", "configs/c.py", "--config.opsd.gate=1,0.5,0", '--x=a & "b" \\&']
 COMPLETED = {"get jobset": [[0, "opsd "], [0, "opsd Completed"]]}
 
 
@@ -277,8 +347,9 @@ def test_a_jobset_is_started_followed_and_deleted(gke):
         "docker",
         *["build", "--file", "launch/gke/Dockerfile", "--tag"],
         image,
-        ".",
+        "-",
     ]
+    assert "launch/gke/Dockerfile" in calls[0][-1]  # the committed code, as a tar
     assert calls[1][:-1] == ["docker", "push", image]
     assert calls[2][:-1] == ["kubectl", "apply", "--filename", "-"]
     jobset = yaml.safe_load(calls[2][-1])
@@ -339,7 +410,7 @@ def test_a_dry_run_on_gke_runs_nothing(gke):
         assert done.returncode == 0, done.stderr
         assert calls == []
         programs = [line.split()[0] for line in done.stdout.splitlines() if line and line[0] != " "]
-        assert programs[:2] == ["docker", "docker"]
+        assert programs[:2] == ["git", "docker"]
         assert {"kubectl", "xpk"} & set(programs[2:])
 
 
@@ -349,10 +420,12 @@ def test_a_dry_run_on_gke_runs_nothing(gke):
         ("docker build", 1, ["build"]),
         ("docker push", 1, ["build", "push"]),
         ("kubectl apply", 1, ["build", "push", "apply", "delete"]),
+        ("workload create", 1, ["build", "push", "create", "delete"]),
     ],
 )
 def test_a_step_that_fails_ends_it_and_leaves_nothing(gke, failing, code, expected):
-    done, _, names = gke({failing: [[1, "no"]]}, *POOL)
+    through_xpk = ["--xpk", "mine", "--tpu-type", "v5litepod-64"]
+    done, _, names = gke({failing: [[1, "no"]]}, *(through_xpk if "create" in expected else POOL))
     assert done.returncode == code
     assert names == expected
 

@@ -9,6 +9,7 @@
 #     train --config configs/qwen3_8b_opsd_v5e64.py --workdir gs://my-bucket/opsd8b \
 #     --config.model.path=/mnt/shared/Qwen3-8B
 #
+# The image is of the committed code.
 # With kubectl, on the cluster that it is set to:
 #   --accelerator, --topology  of the node pool, as GKE calls them
 #   --hosts N, --chips N       hosts of a slice, chips of a host
@@ -70,22 +71,22 @@ call() { # a command, or in a dry run its text
 manifest() {
   local arguments="" argument escaped
   for argument in "$@" --coordinator auto; do
-    escaped=${argument//\\/\\\\}
-    arguments+=", \"${escaped//\"/\\\"}\""
+    escaped=${argument//\\/"\\\\"}
+    arguments+=", \"${escaped//\"/"\\\""}\""
   done
   local text
   text=$(grep -v '^#' launch/gke/jobset.yaml)
   [ -n "$claim" ] || text=${text%volumeMounts:*} # the rest is of the volume
-  text=${text//\{name\}/$name}
-  text=${text//\{restarts\}/$restarts}
-  text=${text//\{slices\}/$slices}
-  text=${text//\{hosts\}/$hosts}
-  text=${text//\{accelerator\}/$accelerator}
-  text=${text//\{topology\}/$topology}
-  text=${text//\{image\}/$image}
-  text=${text//\{chips\}/$chips}
-  text=${text//\{claim\}/$claim}
-  echo "${text//\{arguments\}/[${arguments#, }]}"
+  text=${text//\{name\}/"$name"}
+  text=${text//\{restarts\}/"$restarts"}
+  text=${text//\{slices\}/"$slices"}
+  text=${text//\{hosts\}/"$hosts"}
+  text=${text//\{accelerator\}/"$accelerator"}
+  text=${text//\{topology\}/"$topology"}
+  text=${text//\{image\}/"$image"}
+  text=${text//\{chips\}/"$chips"}
+  text=${text//\{claim\}/"$claim"}
+  echo "${text//\{arguments\}/"[${arguments#, }]"}"
 }
 
 delete() {
@@ -104,7 +105,8 @@ made=""
 # shellcheck disable=SC2329  # a trap calls it
 leave() { # however this ends
   local code=$?
-  trap - EXIT INT TERM HUP
+  trap - EXIT
+  trap '' INT TERM HUP # an impatient second one is not to leave the JobSet behind
   if [ -n "$made" ]; then
     if [ -n "$keep" ] && [ "$code" -lt 128 ]; then
       say "the JobSet $name is kept: kubectl delete jobset $name"
@@ -124,7 +126,13 @@ ended() { # the JobSet's name and its verdict, Completed or Failed, once there i
     echo "$name" # nobody tells now
 }
 
-call docker build --file launch/gke/Dockerfile --tag "$image" .
+build=(docker build --file launch/gke/Dockerfile --tag "$image" -)
+if [ -n "$dry" ]; then
+  printf '%q ' git archive HEAD '|' "${build[@]}" | sed 's/\\|/|/'
+  echo
+else
+  git archive HEAD | "${build[@]}"
+fi
 call docker push "$image"
 made=yes
 if [ -n "$xpk" ]; then
@@ -139,8 +147,9 @@ elif [ -n "$dry" ]; then
 else
   manifest "$@" | kubectl apply --filename -
 fi
-log=(kubectl logs --follow --ignore-errors
-  --selector "jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0")
+first="jobset.sigs.k8s.io/jobset-name=$name,jobset.sigs.k8s.io/job-index=0"
+first+=",batch.kubernetes.io/job-completion-index=0"
+log=(kubectl logs --follow --ignore-errors --tail=-1 --selector "$first")
 if [ -n "$dry" ]; then call "${log[@]}"; exit 0; fi
 while :; do
   case " $(ended) " in

@@ -98,8 +98,8 @@ def fingerprint(directory: Path) -> str:
 
 
 def _files(directory: Path) -> Iterator[Path]:
-    """The files in a directory and in those under it."""
-    for path in directory.iterdir():
+    """The files in a directory, if it is one, and in those under it."""
+    for path in directory.iterdir() if directory.is_dir() else ():
         if path.is_dir():
             yield from _files(path)
         else:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -24,6 +26,9 @@ T = TypeVar("T")
 # rules that Google's projects begin with; at JAX's own default they do not (jax-ml/jax#35905).
 PORT = 8476
 HEARTBEAT_SECONDS = 30  # of silence, after which a host is lost
+LEAVE_SECONDS = 3.0  # for the others to end by themselves, where all of them do
+# What the errors of collectives say when a peer is gone.
+LOSS = ("UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "closed by peer", "reset by peer", "halted")
 # Of XLA's pool on CPU, which launches programs and runs them: where launches that wait for room
 # take all of its threads, one a core or device, hosts wait for each other's collectives for ever.
 THREADS = 64
@@ -61,12 +66,12 @@ def start(coordinator: str, processes: int | None = None, process: int | None = 
 
 def count() -> int:
     """How many hosts there are."""
-    return jax.process_count()
+    return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def number() -> int:
     """Which of them this is."""
-    return jax.process_index()
+    return jax.process_index() if count() > 1 else 0
 
 
 def is_first() -> bool:
@@ -74,12 +79,29 @@ def is_first() -> bool:
     return number() == 0
 
 
-def is_loss(kind: type | None, text: str = "") -> bool:
-    """Whether an error of this kind, if there is one, and with this text means that another host is
-    lost: a collective failed. Where it hangs instead, JAX ends the process after HEARTBEAT_SECONDS.
+def is_loss(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, means that another host is lost: a collective
+    failed. Where it hangs instead, JAX ends the process after HEARTBEAT_SECONDS.
     """
-    collective = kind is not None and issubclass(kind, jax.errors.JaxRuntimeError)
-    return collective and count() > 1 and "RESOURCE_EXHAUSTED" not in text
+    while error is not None and count() > 1:
+        if isinstance(error, jax.errors.JaxRuntimeError) and any(s in str(error) for s in LOSS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def leave(code: int) -> None:
+    """Ends this process at once, where it is one of several: JAX's own way out waits for minutes
+    for hosts that may have failed too, or not come so far. The first goes last: it has the
+    coordinator, without which JAX aborts the others.
+    """
+    if count() == 1:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if is_first():
+        time.sleep(LEAVE_SECONDS)
+    os._exit(code)
 
 
 def largest(value: int) -> int:

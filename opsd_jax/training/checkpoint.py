@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
+from etils import epath
+from jax.errors import JaxRuntimeError
 
 from opsd_jax.parallel import hosts
 from opsd_jax.policy import Params
@@ -110,7 +112,8 @@ class Checkpoints:
         beside the directory, and named on standard error.
 
         Raises:
-          RecordError: none can be read, or one belongs to something else; names the directory.
+          RecordError: none can be read, one belongs to something else, or one that may be whole
+            cannot be read now; names the directory.
         """
         directory = self._manager.directory
         steps = sorted(self._manager.all_steps(), reverse=True)
@@ -121,13 +124,11 @@ class Checkpoints:
             def read(step: int = step, path: Path = path) -> State:
                 with explained(path, "the stage starts anew without it"):
                     self._check_about(step, path)
-                    return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+                    return _read(path / "default", abstract)
 
             try:
                 state = hosts.together(read)
-            except Foreign:
-                raise
-            except RecordError as error:
+            except Damaged as error:
                 damaged.append((step, error))
                 continue
             for number, why in damaged:
@@ -158,7 +159,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, error: Any, *traceback: Any) -> None:
-        if hosts.is_loss(kind, str(error)):
+        if hosts.is_loss(error):
             return  # a save would wait for the lost host to have written
         with written(self._manager.directory):
             self._manager.close()
@@ -166,6 +167,36 @@ class Checkpoints:
 
 class Foreign(RecordError):
     """A checkpoint is of another model or config."""
+
+
+class Damaged(RecordError):
+    """What is saved is not whole."""
+
+
+# What is said of a store that does not answer, or not to this machine.
+_NOT_NOW = (
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
+    "RESOURCE_EXHAUSTED",
+)
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether what cannot be read is not whole, rather than out of reach."""
+    if isinstance(error, OSError):
+        return isinstance(error, FileNotFoundError)
+    elsewhere = isinstance(error, MemoryError | JaxRuntimeError) or files.is_of_bucket(error)
+    return not elsewhere and not any(word in str(error) for word in _NOT_NOW)
+
+
+def _read(path: Path, abstract: Any) -> Any:
+    """What Orbax saved there. Its own `restore` waits for all hosts in the middle, and for ever if
+    one of them cannot read its part.
+    """
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+        return handler.restore(epath.Path(path), args=ocp.args.StandardRestore(abstract))
 
 
 def _set_aside(directory: Path, step: int, error: RecordError) -> None:
@@ -182,7 +213,8 @@ def _set_aside(directory: Path, step: int, error: RecordError) -> None:
 
 @contextlib.contextmanager
 def explained(path: Path, then: str) -> Iterator[None]:
-    """Turns whatever Orbax, tensorstore or the file system raise within into a RecordError.
+    """Turns whatever Orbax, tensorstore or the file system raise within into a RecordError, and
+    into Damaged where what is there is not whole.
 
     Args:
       path: what is being restored.
@@ -193,7 +225,9 @@ def explained(path: Path, then: str) -> Iterator[None]:
     except RecordError:
         raise
     except Exception as error:
-        raise RecordError(
+        if hosts.is_loss(error):
+            raise
+        raise (Damaged if _is_damage(error) else RecordError)(
             f"{path} cannot be restored ({files.reason(error)}). If it is damaged, delete that "
             f"directory: {then}."
         ) from error
@@ -221,5 +255,9 @@ def restore_params(path: Path, abstract: Params) -> Params:
       RecordError: it cannot be read; names the directory.
     """
     then = "it is made again from the stage's last checkpoint"
-    with explained(path, then), ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(files.absolute(path), abstract)
+
+    def read() -> Params:
+        with explained(path, then):
+            return _read(files.absolute(path), abstract)
+
+    return hosts.together(read)

@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 
 from etils import epath
 
+from opsd_jax.parallel import hosts
+
 Path: TypeAlias = pathlib.Path | epath.Path  # of a run: a local one, or gs://BUCKET/...
 
 SYNC_SECONDS = 60.0  # between two writes of a growing file in a bucket
@@ -87,6 +89,11 @@ class Lines:
         self.sync()
 
 
+def is_of_bucket(error: BaseException) -> bool:
+    """Whether an error comes from the way to a bucket: from its service, or from the network."""
+    return type(error).__module__.split(".")[0] in ("gcsfs", "aiohttp", "google", "requests")
+
+
 def reason(error: Exception) -> str:
     """What an error says, on a line."""
     return f"{type(error).__name__}: {str(error).strip()[:300].partition(chr(10))[0]}"
@@ -100,6 +107,8 @@ def written(path: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if hosts.is_loss(error):
+            raise
         raise RecordError(
             f"{path} cannot be written ({reason(error)}). What is there stays: once it can be, "
             "the same command goes on from the last checkpoint."
