@@ -13,7 +13,8 @@ from collections.abc import Iterator
 
 FACTOR = 10.0  # times the median of the last steps is too long,
 LEAST_SECONDS = 60.0  # and no less than this;
-KNOWN = 3  # so many steps have to have been seen,
+KNOWN = 3  # so many steps have to have been seen, and until they have
+FIRST_SECONDS = 1800.0  # this is too long, with what a first step compiles;
 LAST = 50  # of so many the median is taken
 LOOK_SECONDS = 1.0
 
@@ -46,9 +47,9 @@ class Watchdog:
         now = time.monotonic()
         if self._step >= 0:
             self._seconds.append(now - self._began)
-        self._step, self._began, self._limit = step, now, float("inf")
-        if len(self._seconds) >= KNOWN:
-            self._limit = max(LEAST_SECONDS, FACTOR * statistics.median(self._seconds))
+        known = len(self._seconds) >= KNOWN
+        limit = FACTOR * statistics.median(self._seconds) if known else FIRST_SECONDS
+        self._step, self._began, self._limit = step, now, max(LEAST_SECONDS, limit)
 
     def _look(self) -> None:
         while not self._left.wait(LOOK_SECONDS):
@@ -58,12 +59,12 @@ class Watchdog:
                 self._say(taken)
 
     def _say(self, taken: float) -> None:
-        median = statistics.median(self._seconds)
+        median = f"{statistics.median(self._seconds):.1f} s" if self._seconds else "unknown yet"
         waits = [*_waits] or [("its own Python", self._began)]
         what, waited = " > ".join(name for name, _ in waits), time.monotonic() - waits[-1][1]
         print(
             f"opsd-jax: {self._name}, step {self._step}, has taken {taken:.0f} s; the median is "
-            f"{median:.1f} s. It has waited {waited:.0f} s for {what}. Its threads:",
+            f"{median}. It has waited {waited:.0f} s for {what}. Its threads:",
             file=sys.stderr,
             flush=True,
         )

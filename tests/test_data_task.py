@@ -497,3 +497,14 @@ def test_a_run_on_files(config, tmp_path):
     assert {json.loads(line)["problem"] for line in records} == {"tests/12", "tests/13"}
     saved = json.loads((workdir / "config.json").read_text())
     assert config_files.flatten(config_files.from_flat(saved)) == config_files.flatten(config)
+
+
+def test_another_tokenizer_at_the_same_path_is_refused(config, tmp_path):
+    task = text.task(config.data)
+    workdir.check_data(task, tmp_path)
+    other = task._replace(prompt=lambda problem: [id + 1 for id in task.prompt(problem)])
+    message = (
+        r"(?s)other data .*  config.data.prompts: the first 8 of each source as tokens, \w+ there"
+    )
+    with pytest.raises(config_lib.ConfigError, match=message):
+        workdir.check_data(other, tmp_path)

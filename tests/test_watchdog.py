@@ -37,6 +37,13 @@ def test_a_long_step_says_what_it_waits_for(dog, capfd):
     assert "for its own Python" in said
 
 
+def test_a_first_step_that_hangs_is_told_of_too(dog, monkeypatch, capfd):
+    monkeypatch.setattr(watchdog, "FIRST_SECONDS", 0.3)
+    dog.begin(0)
+    time.sleep(0.5)
+    assert "step 0, has taken 0 s; the median is unknown yet" in capfd.readouterr().err
+
+
 def test_the_first_steps_and_ordinary_ones_are_not_told_of(dog, capfd):
     take(dog, [0.4, 0.02, 0.02])  # the first compiles
     take(dog, [0.05] * 5)
