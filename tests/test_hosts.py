@@ -184,6 +184,7 @@ def test_hosts_that_were_given_different_configs_say_so(config, tmp_path):
         assert "config.seed: 0, 7" in errors
 
 
+@pytest.mark.slow
 def test_hosts_that_share_no_directory_say_so(config, tmp_path):
     other = "--workdir", str(tmp_path / "other")
     for code, errors in Run(config, tmp_path / "run", (), other).ended(120):
