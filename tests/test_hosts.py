@@ -1,5 +1,6 @@
 """Several hosts as one program: processes of four devices each, over the loopback."""
 
+import shutil
 import signal
 import time
 
@@ -81,6 +82,11 @@ def test_a_signal_to_one_host_stops_both_and_they_go_on(config, alone, tmp_path)
     for code, errors in stopped.ended(120):
         assert code == 128 + signal.SIGTERM, errors[-3000:]
         assert "SIGTERM: saved; the same command goes on from here" in errors
+    # By one host as well, which has all of the devices.
+    shutil.copytree(workdir, tmp_path / "one")
+    ((code, errors),) = Run(config, tmp_path / "one", processes=1, devices=8).ended()
+    assert code == 0, errors[-3000:]
+    assert_equal_runs(alone, tmp_path / "one")
     for code, errors in Run(config, workdir).ended():
         assert code == 0, errors[-3000:]
     assert_equal_runs(alone, workdir)
