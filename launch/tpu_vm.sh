@@ -179,7 +179,7 @@ set_up() { # fails where the TPU is lost; where it is there and cannot be set up
 
 runs=0
 run() { # the exit code of opsd-jax on the first host, 75 where that host is lost
-  local command code
+  local command code silent=0
   printf -v command '%q ' opsd-jax "$@" --coordinator auto
   runs=$((runs + 1))
   # It has a session of its own, and outlives the connection; who comes again finds it.
@@ -197,8 +197,16 @@ run() { # the exit code of opsd-jax on the first host, 75 where that host is los
     fi
     code=$(gcloud compute tpus tpu-vm ssh "${hosts[0]}" "${where[@]}" --worker 0 --command \
       "cat opsd_jax/exit.$runs || { kill -0 \$(cat opsd_jax/pid.$runs) && echo running; }" \
-      2>/dev/null) || code=75
-    [ "$code" = running ] || return "${code:-75}"
+      2>/dev/null) || code=""
+    case $code in
+      running) silent=0 ;;
+      "") # the host is lost, or this end of the line is: then the TPU is there, or nobody tells
+        case $(state) in ACTIVE | UNKNOWN) ;; *) return 75 ;; esac
+        silent=$((silent + 1))
+        [ "$silent" -lt 30 ] || return 75
+        ;;
+      *) return "$code" ;;
+    esac
     say "the connection broke; the run goes on"
     sleep "${POLL_SECONDS:-20}"
   done

@@ -182,7 +182,7 @@ def test_several_slices_are_one_run(tpu_vm):
 def test_after_a_preemption_there_is_a_new_tpu(tpu_vm):
     """The first is gone when its exit code is asked for; the second ends the run."""
     lost = [0, "SUSPENDED"]
-    states = [GONE, ACTIVE, lost, lost, GONE, ACTIVE, ACTIVE, GONE]
+    states = [GONE, ACTIVE, lost, lost, lost, GONE, ACTIVE, ACTIVE, GONE]
     done, calls = tpu_vm({"describe": states, "cat opsd_jax": [[255, ""], [0, "0"]]})
     assert done.returncode == 0, done.stderr
     assert names(calls) == WELL * 2
@@ -216,6 +216,18 @@ def test_a_broken_connection_is_taken_up_again(tpu_vm):
     assert names(calls) == ["create", "scp", "install", *["run", "code"] * 2, "delete"]
     first, second = (c[-1] for c in calls if "setsid" in c[-1])
     assert first == second
+
+
+def test_a_network_that_is_gone_for_a_while_ends_nothing(tpu_vm):
+    """Neither the hosts nor gcloud answer, and then both do."""
+    answers = {
+        "describe": [GONE, ACTIVE, OUTAGE, OUTAGE, ACTIVE, ACTIVE, GONE],
+        "cat opsd_jax": [*[[255, ""]] * 3, [0, "0"]],
+    }
+    done, calls = tpu_vm(answers)
+    assert done.returncode == 0, done.stderr
+    assert names(calls) == ["create", "scp", "install", *["run", "code"] * 4, "delete"]
+    assert len({c[-1] for c in calls if "setsid" in c[-1]}) == 1  # the run is begun once
 
 
 def test_an_impatient_user_leaves_no_tpu(tpu_vm):
