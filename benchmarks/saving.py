@@ -4,8 +4,8 @@
 
 Runs the quickstart in turns as it is, and with a checkpoint at the end of each stage alone, with
 programs from JAX's compilation cache. A run's seconds are those of the steps in its metrics, the
-first of each stage apart. Prints each run's, and last one JSON line:
-the median of the ratios of neighbours, less one, and the times themselves.
+first of each stage apart. Prints each run's, and last one JSON line: the median of the ratios of
+neighbours, less one, and the times themselves.
 """
 
 from __future__ import annotations

@@ -241,6 +241,7 @@ class Run:
             unjudged[:] = late
             progress.reach(len(responses))
 
+        order = {problem.id: i for i, problem in enumerate(problems)}
         recorder = evaluate.recorder(directory, responses) if hosts.is_first() else nullcontext()
         with recorder as file:
             try:
@@ -251,10 +252,9 @@ class Run:
                 record(wait=True)
                 raise
             record(wait=True)
-        order = {problem.id: i for i, problem in enumerate(problems)}
-        responses.sort(key=lambda record: (order[record["problem"]], record["sample"]))
-        if hosts.is_first():
-            evaluate.rewrite(directory, responses)
+            responses.sort(key=lambda record: (order[record["problem"]], record["sample"]))
+            if file is not None:
+                evaluate.rewrite(file, responses)
         figures = statistics.summarise(responses)
         progress.finish(
             f"accuracy {figures['accuracy']:.1%} ± {figures['accuracy_se']:.1%}, "
@@ -413,6 +413,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
             progress.finish()
             checkpoint.save_params(workdir / name / "params", params)
             this.evaluate_and_record(name, params, progress, stop, began)
+            del params  # the next stage has its own
 
 
 def write_report(config: ConfigDict, workdir: Path) -> Path:

@@ -77,6 +77,9 @@ def test_a_growing_file_is_written_at_a_sync_or_after_a_while(directory, monkeyp
     assert path.read_text() == "1\n2\n3\n"
     with files.Lines(path, "0\n") as lines:
         assert path.read_text() == "0\n"
+        lines.write("1\n")
+        lines.rewrite("1\n0\n")
+        assert path.read_text() == "1\n0\n"
 
 
 def test_metrics_are_there_when_a_checkpoint_is(directory):

@@ -154,7 +154,7 @@ def test_after_a_kill_it_goes_on_to_the_same_files(whole, command, tmp_path, mon
 def test_killed_before_the_records_are_put_in_order(whole, command, tmp_path, monkeypatch):
     """All are there, as they ended: nothing is left to sample."""
 
-    def mortal(directory, responses):
+    def mortal(file, responses):
         raise Crash
 
     with monkeypatch.context() as patched:

@@ -197,9 +197,9 @@ def append(file: files.Lines, made: list[dict[str, Any]]) -> None:
     file.write(_lines(made))
 
 
-def rewrite(directory: Path, responses: list[dict[str, Any]]) -> None:
+def rewrite(file: files.Lines, responses: list[dict[str, Any]]) -> None:
     """Writes down all records, in this order."""
-    files.write_atomically(directory / RESPONSES, _lines(responses))
+    file.rewrite(_lines(responses))
 
 
 def _lines(records: list[dict[str, Any]]) -> str:

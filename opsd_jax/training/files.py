@@ -62,7 +62,7 @@ class Lines:
         self._path, self._text = path, [begin]
         self._synced, self._due = True, time.monotonic() + SYNC_SECONDS
         if begin or path.exists():
-            write_atomically(path, begin)
+            self.rewrite(begin)
 
     def write(self, lines: str) -> None:
         """Adds lines."""
@@ -75,12 +75,16 @@ class Lines:
         if time.monotonic() >= self._due:
             self.sync()
 
+    def rewrite(self, lines: str) -> None:
+        """Has these lines in place of all others."""
+        write_atomically(self._path, lines)
+        self._text = [lines]
+        self._synced, self._due = True, time.monotonic() + SYNC_SECONDS
+
     def sync(self) -> None:
         """Writes what is not yet written."""
         if not self._synced:
-            self._text = ["".join(self._text)]
-            write_atomically(self._path, self._text[0])
-            self._synced, self._due = True, time.monotonic() + SYNC_SECONDS
+            self.rewrite("".join(self._text))
 
     def __enter__(self) -> Lines:
         return self
