@@ -19,9 +19,9 @@ from jax.experimental import topologies
 
 from opsd_jax import config as config_lib
 from opsd_jax.models import decoder, paged
-from opsd_jax.parallel import hlo
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel.mesh import abstract_of
+from opsd_jax.planning import costs, hlo
 from opsd_jax.rollout import sampling, slots
 
 B, S, STEPS = 64, 8192, 64
@@ -121,11 +121,11 @@ def main(arguments) -> None:
     # The rule cuts no words: the branch that would look for the likeliest is not taken.
     program, memory = hlo.Program(done.as_text(), lightest=True), done.memory_analysis()
     in_loop = arguments.program == "chunk"
-    everything = hlo.accesses(program)
+    everything = costs.accesses(program)
     moved = [access for access in everything if bool(access.loops) == in_loop]
     around = [access for access in everything if in_loop and not access.loops]
     kernel = kernel_bytes(cache, mesh) if arguments.cache == "paged" else 0
-    collectives = [c.elements for c in hlo.collectives(program) if bool(c.loops) == in_loop]
+    collectives = [c.elements for c in costs.collectives(program) if bool(c.loops) == in_loop]
     # Every weight is read but for the embedding, of which a row a slot is.
     weights = sum(map(mesh_lib.shard_bytes, jax.tree.leaves(params))) - mesh_lib.shard_bytes(
         params["embedding"]
@@ -150,7 +150,7 @@ def main(arguments) -> None:
     # By one instruction of the loop, as a part of a leaf of the cache; 1 would be a copy of it.
     seen["largest_write"] = max(access.written for access in moved) / min(leaves)
     if not in_loop:
-        everywhere = [a for a in hlo.accesses(program, vmem=True) if not a.loops]
+        everywhere = [a for a in costs.accesses(program, vmem=True) if not a.loops]
         xla = done.cost_analysis()["bytes accessed"]
         seen["account_by_xlas"] = sum(access.bytes for access in everywhere) / xla
     print(json.dumps(seen))

@@ -18,8 +18,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from opsd_jax import losses
-from opsd_jax.parallel import hlo
 from opsd_jax.parallel.mesh import AXES, ROWS
+from opsd_jax.planning import costs, hlo
 
 B, T, D, V = 64, 4096, 4096, 151_936
 
@@ -75,7 +75,7 @@ def main(topology: str, shape: str, form: str) -> None:
         )
         compiled = gradient.lower(head, hidden, head, hidden, mask, (group,) * 3).compile()
     memory = compiled.memory_analysis()
-    found = hlo.collectives(hlo.Program(compiled.as_text()))
+    found = costs.collectives(hlo.Program(compiled.as_text()))
     largest = lambda looped: max((c.elements for c in found if bool(c.loops) == looped), default=0)
     print(
         json.dumps(

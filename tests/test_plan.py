@@ -14,8 +14,7 @@ import pytest
 
 from opsd_jax import config as config_lib
 from opsd_jax import config_files, main
-from opsd_jax.parallel import hlo, liveness
-from opsd_jax.planning import programs, table
+from opsd_jax.planning import costs, hlo, liveness, programs, table
 
 HERE = pathlib.Path(__file__).parent
 PAPERS = HERE.parent / "configs" / "qwen3_8b_opsd_v5p32.py"
@@ -237,11 +236,12 @@ FIGURES = {
     "config": config_files.flatten(CONFIG),
     "topology": "v5e:2x2", "slices": 1, "devices": 4, "chip": "TPU v5 lite", "hbm": 10 * GIB,
     "mesh": {"data": 1, "fsdp": 4, "tensor": 1}, "decode_mesh": {"data": 1, "fsdp": 4, "tensor": 1},
-    "response_length": 0.5,
+    "response_length": 0.5, "seconds_at_best": 5400.0, "seconds_in_turn": 9000.0,
     "phases": [
         {
             "name": name, "parts": {"parameters": GIB}, "total": GIB, "programs": [program],
-            "seconds_at_best": 1.0, "seconds_in_turn": 2.0,
+            "seconds_at_best": 1.0, "seconds_in_turn": 2.0, "times": 7,
+            **({"useful_tokens": 0.615} if name == "rl step" else {}),
         }
         for name, program in PHASES.items()
     ],
@@ -270,14 +270,16 @@ def test_the_table_names_every_phase_and_where_collectives_stand():
     text = "\n".join(said)
     for name in PHASES:
         assert f"  {name:<25}   1.00   9.00 left" in text
-        assert f"  {name:<25}      1.0      2.0" in text
+        assert f"  {name:<25}      1.0      2.0      7 x" in text
+    assert "7 x   62% of its tokens are no padding" in text
+    assert "  in all 1.5 to 2.5 hours; times 4 devices 6 to 10\n" in text
     assert "all-gather         4 x, up to 256.0 MiB" in text
     assert "layers" in text
     assert text.endswith("It fits.")
     row = next(line for line in said if "train step" in line)
     assert row.split()[3:] == ["3", "2.00", "1.00", "15650", "35223", "1"]
-    assert "between slices" not in text
-    assert "between slices" in "\n".join(table.lines(FIGURES | {"slices": 2}))
+    assert "Between slices" not in text
+    assert "Between slices" in "\n".join(table.lines(FIGURES | {"slices": 2}))
 
 
 @pytest.mark.parametrize(
@@ -381,7 +383,7 @@ def test_products_are_counted_as_xla_counts_them():
     shapes = (5, 16, 32), (5, 32, 64), (5, 3, 7)
     compiled = jax.jit(f).lower(*(jnp.zeros(s) for s in shapes)).compile()
     program = hlo.Program(compiled.as_text())
-    counted = sum(product.flops for product in hlo.products(program))
+    counted = sum(product.flops for product in costs.products(program))
     assert abs(counted / compiled.cost_analysis()["flops"] - 1) < 0.01
 
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from opsd_jax.parallel import hlo
+from opsd_jax.planning import costs, hlo
 
 D, V, CHUNK = 4096, 151_936, 512
 
@@ -46,7 +46,7 @@ ENTRY %main (p: f32[2,4]) -> f32[8,4] {
 """
     text = text.replace("OP_NAME", 'metadata={op_name="jit(f)/jvp()/loss_chunks/while"}')
     loop = hlo.Loop("loss_chunks", None)
-    found = hlo.collectives(hlo.Program(text))
+    found = costs.collectives(hlo.Program(text))
     assert [(c.op, c.elements, c.bytes, c.devices, c.loops) for c in found] == [
         ("all-gather", 64, 128, 4, ()),
         ("all-reduce", 32, 136, 8, (loop,)),  # two arrays as one
@@ -109,7 +109,7 @@ ENTRY %main (p: bf16[4,8,16]) -> bf16[2,64,16] {
   %loop = (bf16[4,8,16]{2,1,0}, bf16[2,64,16]{2,1,0}) while(%p), condition=%cond, body=%body
 }
 """
-    moved = hlo.accesses(hlo.Program(text))
+    moved = costs.accesses(hlo.Program(text))
     layer, row, copy = (2 * 8 * 16, 2 * 2 * 16), 2 * 2 * 16, (8, 8)
     assert [(a.read, a.written, hlo.turns(a.loops[1:])) for a in moved if a.loops] == [
         (*layer, 1),  # the weight's piece; the other operand is in VMEM

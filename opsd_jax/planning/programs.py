@@ -9,12 +9,12 @@ import pathlib
 import re
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
-from opsd_jax.parallel import hlo, liveness
+from opsd_jax.planning import costs, hlo, liveness
 from opsd_jax.planning.chips import GIB, Chip, PlanError
 
 LISTED = 6  # of a program's largest tensors
@@ -45,9 +45,11 @@ class Built(NamedTuple):
 class Compiler:
     """Compiles what it is given, under a name, and keeps what a plan reads of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, report: Callable[[str, float], None] = lambda name, seconds: None):
+        """`report` is told the name of each program, and the seconds that the compiler took."""
         self.built: list[Built] = []
         self.prefix = ""
+        self._report = report
 
     def __call__(self, name: str, lowered: jax.stages.Lowered) -> jax.stages.Compiled | None:
         name, began = self.prefix + name, time.monotonic()
@@ -59,11 +61,11 @@ class Compiler:
                 raise PlanError(
                     f"{name} cannot be compiled: {str(error).splitlines()[0]}"
                 ) from error
-            self.built.append(_too_large(name, lowered, began, needed))
+            self._keep(_too_large(name, lowered, began, needed))
             return None
         memory: Any = compiled.memory_analysis()
         arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes
-        self.built.append(
+        self._keep(
             Built(
                 name=name,
                 text=compiled.as_text() or "",
@@ -74,6 +76,10 @@ class Compiler:
             )
         )
         return compiled
+
+    def _keep(self, built: Built) -> None:
+        self.built.append(built)
+        self._report(built.name, built.seconds)
 
 
 def memory_needed(error: str) -> float | None:
@@ -130,15 +136,15 @@ def figures(
     """
     program = hlo.Program(built.text, lightest=lightest)
     live = liveness.peak(program)
-    flops = sum(p.flops * hlo.turns(p.loops, given) for p in hlo.products(program)) + sum(
+    flops = sum(p.flops * hlo.turns(p.loops, given) for p in costs.products(program)) + sum(
         _splash_flops(program, computation, i) * hlo.turns(loops, given)
         for computation, i, loops in program.executed()
         if i.op == "custom-call"
     )
-    moved = float(sum(a.bytes * hlo.turns(a.loops, given) for a in hlo.accesses(program)))
+    moved = float(sum(a.bytes * hlo.turns(a.loops, given) for a in costs.accesses(program)))
     if "/decode_steps/while" in built.text:
         moved += kernel_bytes * given["decode_steps"]
-    found = hlo.collectives(program)
+    found = costs.collectives(program)
     network = sum(_collective_seconds(c, chip) * hlo.turns(c.loops, given) for c in found)
     seconds = {"compute": flops / chip.flops, "memory": moved / chip.hbm, "network": network}
     return {
@@ -173,7 +179,7 @@ def _largest_tensors(live: list[liveness.Buffer]) -> list[dict[str, Any]]:
 
 
 def _collective_table(
-    found: list[hlo.Collective], given: Mapping[str, int]
+    found: list[costs.Collective], given: Mapping[str, int]
 ) -> list[dict[str, Any]]:
     """The collectives by operation and loops, those that move most first.
 
@@ -195,7 +201,7 @@ def _collective_table(
     return sorted(together.values(), key=lambda row: -row["bytes"])
 
 
-def _collective_seconds(c: hlo.Collective, chip: Chip) -> float:
+def _collective_seconds(c: costs.Collective, chip: Chip) -> float:
     """On a ring of its devices, at the speed of one axis of the torus."""
     if c.op.startswith("collective-"):
         return c.bytes / (chip.ici / 2)  # one way

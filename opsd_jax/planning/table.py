@@ -62,15 +62,22 @@ def header(plan: dict[str, Any]) -> Iterator[str]:
             f"{_short(p['flops'] / 1e12)}{_short(p['hbm_bytes'] / GIB)}{_short(network / GIB)}"
         )
     yield ""
-    yield "roofline, s: at best; with products, memory and network one after the other"
+    yield "roofline, s: at best; with products, memory and network one after the other; how often"
     for phase in plan["phases"]:
         best, in_turn = phase["seconds_at_best"], phase["seconds_in_turn"]
-        yield f"  {phase['name']:<25}{best:9.1f}{in_turn:9.1f}"
+        useful = phase.get("useful_tokens")
+        padding = "" if useful is None else f"   {useful:.0%} of its tokens are no padding"
+        yield f"  {phase['name']:<25}{best:9.1f}{in_turn:9.1f}{phase['times']:7} x{padding}"
+    hours = [plan[bound] / 3600 for bound in ("seconds_at_best", "seconds_in_turn")]
+    low, high = (_short(hour).strip() for hour in hours)
+    least, most = (_short(hour * plan["devices"]).strip() for hour in hours)
+    yield f"  in all {low} to {high} hours; times {plan['devices']} devices {least} to {most}"
     share = f"{plan['response_length']:.0%}"
-    yield f"  for responses of {share} of their budget, full prompts, all rows active; bfloat16,"
-    yield "  HBM and one ring of the network at the makers' speed"
+    yield f"  Responses have {share} of their budget on average, spread exponentially; prompts are"
+    yield "  full, all rows active; bfloat16, HBM and one ring of the network go at the makers'"
+    yield "  speed; verdicts, saves and compiling take no time."
     if plan["slices"] > 1:
-        yield "  between slices too, where the network is slower: their collectives take longer"
+        yield "  Between slices too, where the network is slower: their collectives take longer."
 
 
 def _short(number: float) -> str:

@@ -57,13 +57,9 @@ def pack(
     if len(rows) > capacity:
         raise ValueError(f"{len(rows)} rows for a batch of capacity {capacity}.")
     lengths = [{name: _computed(row, name) for name in buckets[0]} for row in rows]
-    chosen = [first_that_holds(buckets, needed) for needed in lengths]
-    order = sorted(range(len(rows)), key=lambda i: (chosen[i], lengths[i]["student"]))
-    # From the longest down: no other way to cut them needs less padding.
-    parts = [order[max(0, end - microbatch) : end] for end in range(len(rows), 0, -microbatch)]
     batch = []
-    for b, bucket in enumerate(buckets):
-        members = [[rows[i] for i in part] for part in parts if chosen[part[-1]] == b]
+    for bucket, parts in zip(buckets, arranged(lengths, buckets, microbatch), strict=True):
+        members = [[rows[i] for i in part] for part in parts]
         empty: list[list[Row]] = [[]] * (-(-capacity // microbatch) - len(members))
         collated = [
             collate(
@@ -79,6 +75,17 @@ def pack(
         stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *collated)
         batch.append({"count": np.int32(len(members)), "rows": stacked})
     return tuple(batch)
+
+
+def arranged(
+    lengths: Sequence[Lengths], buckets: Sequence[Lengths], microbatch: int
+) -> list[list[list[int]]]:
+    """The microbatches of each bucket, as numbers of rows of these lengths; raises as `pack`."""
+    chosen = [first_that_holds(buckets, needed) for needed in lengths]
+    order = sorted(range(len(lengths)), key=lambda i: (chosen[i], lengths[i]["student"]))
+    # From the longest down: no other way to cut them needs less padding.
+    parts = [order[max(0, end - microbatch) : end] for end in range(len(order), 0, -microbatch)]
+    return [[part for part in parts if chosen[part[-1]] == b] for b in range(len(buckets))]
 
 
 def first_that_holds(buckets: Sequence[Lengths], needed: Lengths) -> int:

@@ -13,8 +13,8 @@ import collections
 import re
 from typing import NamedTuple
 
-from opsd_jax.parallel import hlo
-from opsd_jax.parallel.hlo import Instruction, Program
+from opsd_jax.planning import hlo
+from opsd_jax.planning.hlo import Instruction, Program
 
 
 class Buffer(NamedTuple):
