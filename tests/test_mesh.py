@@ -45,3 +45,20 @@ def test_the_first_rule_that_matches_decides():
     abstract = mesh_lib.abstract_of(LEAF, {"layers": {"q": sharding}})
     assert mesh_lib.shard_bytes(abstract) == 6 * 8 * 4 // 2
     assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (4, 2, 1)])
+def test_no_layout_is_one_that_the_partitioner_cannot_go_to(model, shape, capfd):
+    """Where it cannot, it puts the whole of an array on every device, and says so."""
+    mesh = mesh_lib.make_mesh(shape)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    params = mesh_lib.abstract_of(shapes, mesh_lib.tree_shardings(mesh, model.rules, shapes))
+    tokens = jax.ShapeDtypeStruct((16, 24), "int32", sharding=mesh_lib.rows(mesh))
+
+    def loss(params, tokens, positions):
+        return (model.policy.forward(params, tokens, positions)[0] ** 2).sum()
+
+    where = jax.tree.map(lambda leaf: leaf.sharding, params)
+    with jax.set_mesh(mesh):
+        jax.jit(jax.grad(loss), out_shardings=where).lower(params, tokens, tokens).compile()
+    assert "rematerialization" not in capfd.readouterr().err

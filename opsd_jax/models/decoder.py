@@ -192,7 +192,15 @@ class Decoder(nnx.Module):
         With splash attention several tokens that go into a cache are the first of their rows.
         """
         config = self.config
-        x_BxTxD = self.embedding[...].astype(config.dtype)[tokens_BxT]
+        words = self.embedding[...].astype(config.dtype)
+        if cache is None:
+            # Rows lie over `fsdp`, and so does the width of the embedding: a device looks up its
+            # part of it for all of these rows, and an all-to-all gives each its own. By itself the
+            # partitioner, where rows lie over `data` too, gathers the gradient of all on each.
+            split = P("data", None, "fsdp")
+            x_BxTxD = constrain(words[constrain(tokens_BxT, P("data"))], split)
+        else:
+            x_BxTxD = words[tokens_BxT]
         table = rope.table(positions_BxT, config.head_dim, config.rope_theta, config.rope_scaling)
         graphdef, stacked = nnx.split(self.layers)
         begins = cache is not None and config.attention == "splash" and tokens_BxT.shape[1] > 1

@@ -29,8 +29,8 @@ HEARTBEAT_SECONDS = 30  # of silence, after which a host is lost
 LEAVE_SECONDS = 3.0  # for the others to end by themselves, where all of them do
 # What the errors of collectives say when a peer is gone.
 LOSS = ("UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "closed by peer", "reset by peer", "halted")
-# Of XLA's pool on CPU, which launches programs and runs them: where launches that wait for room
-# take all of its threads, one a core or device, hosts wait for each other's collectives for ever.
+# Of XLA's pool on CPU, which launches programs and runs them: where what waits for a collective, or
+# for room, takes all of its threads, one a core or device, the others never get to theirs.
 THREADS = 64
 
 
@@ -46,10 +46,11 @@ def start(coordinator: str, processes: int | None = None, process: int | None = 
     Raises:
       ValueError: an argument is missing, or the process is none of them.
     """
+    if coordinator or "device_count" in os.environ.get("XLA_FLAGS", ""):
+        os.environ.setdefault("NPROC", str(max(THREADS, os.cpu_count() or 1)))
     if not coordinator:
         return
     os.environ.setdefault("JAX_COORDINATOR_PORT", str(PORT))
-    os.environ.setdefault("NPROC", str(max(THREADS, os.cpu_count() or 1)))
     if coordinator == "auto":
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
         return
