@@ -76,9 +76,12 @@ from opsd_jax import recipes
 
 
 def get_config():
-    """Heads, vocabulary and, between layers, tokens lie over four chips."""
+    """Heads, vocabulary and, between layers, tokens lie over four chips; while sampling, weights
+    over eight, as many as there are key-value heads.
+    """
     config = recipes.paper_opsd("qwen3-8b")
     config.mesh = (1, 16, 4)
+    config.decode_mesh = (1, 8, 8)
     config.model.sequence_parallel = True
     config.opsd.memo.slots = 32
     return config

@@ -48,9 +48,12 @@ from opsd_jax import recipes
 
 
 def get_config():
-    """Heads, vocabulary and, between layers, tokens lie over four chips."""
+    """Heads, vocabulary and, between layers, tokens lie over four chips; while sampling, weights
+    over eight, as many as there are key-value heads, which leaves room for twice the slots.
+    """
     config = recipes.paper_rlvr("qwen3-8b")
     config.mesh = (1, 16, 4)
+    config.decode_mesh = (1, 8, 8)
     config.model.sequence_parallel = True
-    config.rlvr.slots = 128
+    config.rlvr.slots = 256
     return config

@@ -75,7 +75,7 @@ def paper_rlvr(preset: str = "") -> ConfigDict:
             "checkpoint_every": 20,
         }
     )
-    config.rlvr.buckets = (4096, 8192, 18_432)
+    config.rlvr.buckets = (2048, 4096, 6144, 8192, 12_288, 18_432)
     config.evaluation.update({"prompt_tokens": 2048, "response_tokens": 16_384})
     config.rlvr.optimizer.update({"learning_rate": 1e-6, "warmup": 10, "weight_decay": 0.1})
     return config

@@ -332,6 +332,26 @@ def test_a_run_goes_on_under_another_mesh(config, undisturbed, stopped):
     assert json.loads((stopped / "config.json").read_text())["mesh"] == [2, 2, 2]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_a_run_is_that_of_any_mesh(config, undisturbed, tmp_path, monkeypatch, mesh):
+    """Of `undisturbed`, on (8, 1, 1): equal ids in all rollouts and responses, and numbers to
+    rounding, which Adam carries on over the steps.
+    """
+    other = config.copy_and_resolve_references()
+    other.mesh = mesh
+    devices = jax.devices()[: int(np.prod(mesh))]
+    with monkeypatch.context() as patched:
+        patched.setattr(jax, "devices", lambda: devices)
+        run(other, tmp_path)
+    _, expected, sampled, _ = outcome(undisturbed)
+    _, metrics, responses, _ = outcome(tmp_path)
+    assert responses == sampled
+    for stage, rows in expected.items():
+        for row, got in zip(rows, metrics[stage], strict=True):
+            assert got == pytest.approx(row, rel=1e-3, abs=1e-5), stage
+
+
 def test_damaged_records_are_named(config, undisturbed, tmp_path):
     """A torn last line of metrics is what a kill leaves, and no damage; the rest is."""
     workdir = tmp_path / "run"

@@ -53,6 +53,55 @@ ENTRY %main (p: f32[2,4]) -> f32[8,4] {
     ]
 
 
+def test_collectives_within_fusions_count_once():
+    """One that begins in a fusion, goes on in another and ends in a third; and a sum whose slice is
+    all that is kept.
+    """
+    gather = "all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}"
+    going_on = f"{gather}, backend_config={{{{'async_collective_fusion_config':1}}}}"
+    text = f"""HloModule jit_f
+
+%begins (p: bf16[4,8]) -> bf16[16,8] {{
+  %p = bf16[4,8] parameter(0)
+  %all-gather.1 = bf16[16,8] {going_on}
+  ROOT %c = bf16[16,8] custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}}
+
+%async_collective_fusion (p: bf16[4,8]) -> (bf16[4,8], bf16[16,8]) {{
+  %p = bf16[4,8] parameter(0)
+  %all-gather.2 = bf16[16,8] {going_on}
+  ROOT %t = (bf16[4,8], bf16[16,8]) tuple(%p, %all-gather.2)
+}}
+
+%ends (p: bf16[4,8]) -> bf16[16,8] {{
+  %p = bf16[4,8] parameter(0)
+  %all-gather.3 = bf16[16,8] {going_on}
+  ROOT %c = bf16[16,8] custom-call(%all-gather.3), custom_call_target="AsyncCollectiveDone"
+}}
+
+%all-reduce-scatter (p: f32[16,8]) -> f32[4,8] {{
+  %p = f32[16,8] parameter(0)
+  %all-reduce.1 = f32[16,8] all-reduce(%p), replica_groups={{{{0,1,2,3}}}}, to_apply=%add
+  %i = u32[] partition-id()
+  ROOT %piece = f32[4,8] dynamic-slice(%all-reduce.1, %i, %i), dynamic_slice_sizes={{4,8}}
+}}
+
+ENTRY %main (p: bf16[4,8], q: f32[16,8]) -> f32[4,8] {{
+  %p = bf16[4,8] parameter(0)
+  %q = f32[16,8] parameter(1)
+  %a = bf16[16,8] fusion(%p), kind=kCustom, calls=%begins
+  %b = (bf16[4,8], bf16[16,8]) fusion(%p), kind=kCustom, calls=%async_collective_fusion
+  %c = bf16[16,8] fusion(%p), kind=kCustom, calls=%ends
+  ROOT %d = f32[4,8] fusion(%q), kind=kCustom, calls=%all-reduce-scatter
+}}
+"""
+    found = costs.collectives(hlo.Program(text))
+    assert [(c.op, c.elements, c.bytes, c.devices) for c in found] == [
+        ("all-gather", 128, 256, 4),
+        ("reduce-scatter", 128, 512, 4),
+    ]
+
+
 def test_bytes_are_counted_of_what_is_read_and_written_in_hbm():
     text = """HloModule jit_f
 
