@@ -4,6 +4,7 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from opsd_jax.models import decoder
 from opsd_jax.parallel import mesh as mesh_lib
 
 LEAF = {"layers": {"q": jax.ShapeDtypeStruct((6, 8), "float32")}}
@@ -47,10 +48,15 @@ def test_the_first_rule_that_matches_decides():
     assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (4, 2, 1)])
-def test_no_layout_is_one_that_the_partitioner_cannot_go_to(model, shape, capfd):
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (4, 2, 1), (4, 1, 2)])
+def test_no_layout_is_one_that_the_partitioner_cannot_go_to(
+    config, shape, sequence_parallel, capfd
+):
     """Where it cannot, it puts the whole of an array on every device, and says so."""
-    mesh = mesh_lib.make_mesh(shape)
+    section = config.model.copy_and_resolve_references()
+    section.sequence_parallel = sequence_parallel
+    mesh, model = mesh_lib.make_mesh(shape), decoder.from_config(section)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     params = mesh_lib.abstract_of(shapes, mesh_lib.tree_shardings(mesh, model.rules, shapes))
     tokens = jax.ShapeDtypeStruct((16, 24), "int32", sharding=mesh_lib.rows(mesh))

@@ -299,6 +299,7 @@ def test_the_table_names_every_phase_and_where_collectives_stand():
         ("rl step", "teacher", "mesh with more devices over `fsdp`"),
         ("rl probe memos", "cache", "rl.memo.slots or rl.memo.tokens smaller"),
         ("rl probe", "temporaries", "evaluation.response_tokens smaller; rl.microbatch smaller"),
+        ("rl probe", "batch", "evaluation.response_tokens or rl.microbatch smaller"),
         ("rl probe", "the teacher's", "mesh with more devices over `fsdp`"),
         ("evaluation", "cache", "evaluation.slots or evaluation.response_tokens smaller"),
         ("evaluation", "temporaries", "evaluation.slots smaller"),

@@ -54,8 +54,8 @@ ENTRY %main (p: f32[2,4]) -> f32[8,4] {
 
 
 def test_collectives_within_fusions_count_once():
-    """One that begins in a fusion, goes on in another and ends in a third; and a sum whose slice is
-    all that is kept.
+    """One that begins in a fusion, goes on in another and ends in a third; and sums of which slices
+    are all that is kept.
     """
     gather = "all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}"
     going_on = f"{gather}, backend_config={{{{'async_collective_fusion_config':1}}}}"
@@ -86,9 +86,23 @@ def test_collectives_within_fusions_count_once():
   ROOT %piece = f32[4,8] dynamic-slice(%all-reduce.1, %i, %i), dynamic_slice_sizes={{4,8}}
 }}
 
-ENTRY %main (p: bf16[4,8], q: f32[16,8]) -> f32[4,8] {{
+%all-reduce-scatter.1.clone (p: f32[16,8], q: f32[16]) -> (f32[4,8], f32[4]) {{
+  %p = f32[16,8] parameter(0)
+  %q = f32[16] parameter(1)
+  %all-reduce.2 = (f32[16,8], f32[16]) all-reduce(%p, %q), replica_groups=[2,8]<=[16]
+  %i = u32[] partition-id()
+  %one = f32[16,8] get-tuple-element(%all-reduce.2), index=0
+  %other = f32[16] get-tuple-element(%all-reduce.2), index=1
+  %piece = f32[4,8] dynamic-slice(%one, %i, %i), dynamic_slice_sizes={{4,8}}
+  %part = f32[4] dynamic-slice(%other, %i), dynamic_slice_sizes={{4}}
+  ROOT %t = (f32[4,8], f32[4]) tuple(%piece, %part)
+}}
+
+ENTRY %main (p: bf16[4,8], q: f32[16,8], r: f32[16]) -> f32[4,8] {{
   %p = bf16[4,8] parameter(0)
   %q = f32[16,8] parameter(1)
+  %r = f32[16] parameter(2)
+  %e = (f32[4,8], f32[4]) fusion(%q, %r), kind=kCustom, calls=%all-reduce-scatter.1.clone
   %a = bf16[16,8] fusion(%p), kind=kCustom, calls=%begins
   %b = (bf16[4,8], bf16[16,8]) fusion(%p), kind=kCustom, calls=%async_collective_fusion
   %c = bf16[16,8] fusion(%p), kind=kCustom, calls=%ends
@@ -97,6 +111,7 @@ ENTRY %main (p: bf16[4,8], q: f32[16,8]) -> f32[4,8] {{
 """
     found = costs.collectives(hlo.Program(text))
     assert [(c.op, c.elements, c.bytes, c.devices) for c in found] == [
+        ("reduce-scatter", 128, 576, 8),
         ("all-gather", 128, 256, 4),
         ("reduce-scatter", 128, 512, 4),
     ]

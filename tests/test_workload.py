@@ -25,7 +25,6 @@ def test_lengths_are_those_of_an_exponential_that_is_cut_off(mean):
 
 def test_responses_of_their_whole_budget():
     assert set(workload.lengths(7, 100, 1.0)) == {100}
-    assert workload.filled(10, 100, 1.0) == 60
 
 
 @pytest.mark.parametrize(("count", "slots"), [(1, 4), (32, 32), (100, 7), (64, 1)])
@@ -41,11 +40,13 @@ def test_slots_are_filled_again(count, slots):
     assert workload.decode_steps(lengths, slots) == steps
 
 
-def test_what_is_filled_of_a_cache_over_time():
-    """A slot that is filled again and again: the tokens in it at each step, one by one."""
-    lengths = workload.lengths(workload.SPREAD, 400, 0.5)
-    there = np.concatenate([5 + np.arange(n) + 0.5 for n in lengths])
-    assert workload.filled(5, 400, 0.5) == pytest.approx(there.mean(), rel=1e-6)
+def test_what_decoding_reads_of_a_cache():
+    """The tokens in it at each step of each response, one by one: on average half of one that
+    is on its way.
+    """
+    lengths = workload.lengths(40, 400, 0.5)
+    there = [np.arange(5, 5 + n) + 0.5 for n in lengths]
+    assert workload.reads(5, lengths) == pytest.approx(sum(map(np.sum, there)))
 
 
 @pytest.mark.parametrize("buckets", [(64,), (16, 32, 64), (20, 30, 40, 64)])

@@ -35,7 +35,8 @@ THREADS = 64
 
 
 def start(coordinator: str, processes: int | None = None, process: int | None = None) -> None:
-    """Makes this process one of several, before anything else asks JAX for devices.
+    """Makes this process one of several, before anything else asks JAX for devices; where it has
+    several devices of a CPU, gives these threads enough.
 
     Args:
       coordinator: "HOST:PORT" or "HOST" of process 0; "auto": as Cloud TPU's metadata or the
@@ -46,7 +47,10 @@ def start(coordinator: str, processes: int | None = None, process: int | None = 
     Raises:
       ValueError: an argument is missing, or the process is none of them.
     """
-    if coordinator or "device_count" in os.environ.get("XLA_FLAGS", ""):
+    forced = (
+        "device_count" in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ
+    )
+    if coordinator or forced:
         os.environ.setdefault("NPROC", str(max(THREADS, os.cpu_count() or 1)))
     if not coordinator:
         return

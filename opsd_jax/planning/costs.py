@@ -90,15 +90,14 @@ def collectives(program: Program) -> list[Collective]:
     """The collectives that a program runs."""
     found = []
     for computation, i, loops in program.executed():
-        root = None
         if within := program.overlapped(i):
-            root = program.root(i.called[0])
-            if "async_collective" in within.line and "AsyncCollectiveStart" not in root.line:
+            starts = "AsyncCollectiveStart" in program.root(i.called[0]).line
+            if "async_collective" in within.line and not starts:
                 continue  # one that has started goes on
             computation, i = i.called[0], within
         op = i.op.removesuffix("-start")
-        if op == "all-reduce" and root is not None and root.op == "dynamic-slice":
-            op = "reduce-scatter"  # which TPUs have as a fusion of a sum and its slice
+        if computation.startswith("all-reduce-scatter"):
+            op = "reduce-scatter"  # which TPUs have as a fusion of sums and their slices
         if op not in COLLECTIVES:
             continue
         there = program.instructions(computation)

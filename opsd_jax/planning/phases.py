@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -19,14 +18,14 @@ from opsd_jax.evaluation import divergence
 from opsd_jax.losses.fused import chunk_tokens
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parameters import Parameters
+from opsd_jax.planning import programs as programs_lib
 from opsd_jax.planning import workload
 from opsd_jax.planning.chips import Chip
 from opsd_jax.planning.programs import Compiler, figures
-from opsd_jax.rollout.engine import STEPS, Engine, EngineShape, shape_for
+from opsd_jax.rollout.engine import ADMITTED, STEPS, Engine, EngineShape, shape_for
 from opsd_jax.stages import memos, opsd, rlvr, sft
 from opsd_jax.stages.batch import Lengths
 from opsd_jax.stages.privileged import Privileged, inserted_tokens
-from opsd_jax.stages.stage import Stage
 from opsd_jax.training import state as state_lib
 from opsd_jax.training.step import compile_train_step
 
@@ -69,6 +68,7 @@ class Phases:
         self.layout = self.parameters.decoding
         self.weights = mesh_lib.shard_bytes(self.parameters.abstract)
         self.programs: list[Program] = []
+        self.engines: dict[tuple[EngineShape, bool], tuple[Engine, list[Program]]] = {}
         self.phases: list[dict[str, Any]] = []
         # The way to the layout for sampling, if there is one.
         self.reshard = self.account({})
@@ -117,20 +117,25 @@ class Phases:
             }
         )
 
-    @functools.cache  # noqa: B019 - one a plan
-    def engine(self, shape: EngineShape, cuts: bool) -> tuple[Engine, list[Program]]:
-        """The engine of a shape and its programs, compiled at the first request.
+    def engine(self, shape: EngineShape, cuts: bool, reads: float) -> tuple[Engine, list[Program]]:
+        """The engine of a shape and its programs, compiled and accounted for at the first request.
 
         Args:
           shape: of the engine.
           cuts: whether the sampling rule looks for the likeliest words.
+          reads: tokens of the cache that a step reads, where it reads what is filled alone.
         """
-        engine = Engine(self.model, self.layout.abstract, self.layout.mesh, shape)
-        given, live = {"decode_steps": STEPS}, 0.0
-        if self.model.ragged:
-            filled = workload.filled(shape.prompt_tokens, shape.response_tokens, self.length)
-            live = engine.cache_bytes * filled / engine.lengths[-1]
-        return engine, self.account(given, kernel_bytes=live, lightest=not cuts)
+        if (shape, cuts) not in self.engines:
+            engine = Engine(self.model, self.layout.abstract, self.layout.mesh, shape)
+            given, read = {"decode_steps": STEPS}, self.kernel_bytes(engine, reads)
+            programs = self.account(given, kernel_bytes=read, lightest=not cuts)
+            self.engines[shape, cuts] = engine, programs
+        return self.engines[shape, cuts]
+
+    def kernel_bytes(self, engine: Engine, reads: float) -> float:
+        """Bytes of so many tokens of the cache on a device; 0 where all of it is read anyway."""
+        each = engine.cache_bytes / engine.shape.slots / engine.lengths[-1]
+        return reads * each if self.model.ragged else 0.0
 
     def sampling(
         self,
@@ -145,6 +150,7 @@ class Phases:
         times: int,
         cuts: bool = False,
         samples: int | None = None,
+        unused: float = 0,
     ) -> None:
         """The phase in which rollouts are sampled, beside what is resident.
 
@@ -153,6 +159,7 @@ class Phases:
           slots, group_size, rollouts, prompt_tokens, response_tokens: as `shape_for`.
           cuts: as `engine`.
           samples: how many are sampled; by default `rollouts`.
+          unused: tokens by which prompts are shorter than `prompt_tokens`, on average.
         """
         self.compiler.prefix = f"{name}: "
         shape = shape_for(
@@ -163,12 +170,20 @@ class Phases:
             response_tokens=response_tokens,
             shards=mesh_lib.row_shards(self.layout.mesh),
         )
-        engine, programs = self.engine(shape, cuts)
         samples = rollouts if samples is None else samples
-        prefills = -(-samples // (group_size * shape.prompts))
         responses = workload.lengths(samples, response_tokens, self.length)
-        chunks = workload.decode_steps(responses, shape.slots) / STEPS
-        executed = {"prefill": prefills, f"decode in {engine.lengths[-1]}": chunks}
+        steps = workload.decode_steps(responses, shape.slots)
+        reads = workload.reads(prompt_tokens - unused, responses) / steps
+        engine, programs = self.engine(shape, cuts, reads)
+        longest = engine.lengths[-1]
+        executed = {
+            "start": 1,
+            "prefill": -(-samples // (group_size * shape.prompts)),
+            f"admit to {longest}": -(-samples // ADMITTED),
+            f"decode in {longest}": steps / STEPS,
+        }
+        kernel_bytes = self.kernel_bytes(engine, reads)
+        here = [programs_lib.with_kernel_bytes(p, self.chip, kernel_bytes) for p in programs]
         self.phase(
             name,
             {
@@ -177,7 +192,7 @@ class Phases:
                 "cache": engine.cache_bytes,
                 "prompts' cache": engine.prompts_bytes,
             },
-            [(executed.get(p["name"].split(": ")[-1], 0), p) for p in programs],
+            [(executed.get(p["name"].split(": ")[-1], 0), p) for p in here],
             times,
         )
 
@@ -191,10 +206,14 @@ class Phases:
         times: int,
     ) -> None:
         """The phases in which `count` memos of an OPSD stage are written, on rollouts of the
-        lengths that are `sampled`; the run has them so many times.
+        lengths that are `sampled`; the run has them so many times. Those that fill their budget are
+        taken for thinking that has to be closed.
         """
         longest = memos.sizes(section.memo, NO_DATA, sampled.prompt_tokens, sampled.response_tokens)
-        for which, (prompt, response) in zip((name, f"{name}, closed"), longest, strict=True):
+        written = workload.lengths(count, section.memo.tokens, self.length)
+        closed = max(1, int((written == section.memo.tokens).sum()))
+        of_each = (name, count), (f"{name}, closed", closed)
+        for (which, samples), (prompt, response) in zip(of_each, longest, strict=True):
             self.sampling(
                 which,
                 resident,
@@ -204,7 +223,8 @@ class Phases:
                 prompt_tokens=prompt,
                 response_tokens=response,
                 times=times,
-                samples=count,
+                samples=samples,
+                unused=(1 - self.length) * sampled.response_tokens,
             )
 
     def stage(self, name: str) -> None:
@@ -248,14 +268,14 @@ class Phases:
             self.memos(f"{name} memos", resident, section, section, count, stage.steps)
         self.compiler.prefix = f"{name}: "
         compile_train_step(stage, optimizer, abstract, self.mesh)
-        given, useful = self._turns(section, stage)
+        given, useful = self._turns(section)
         (step,) = self.account(given)
         self.phase(
             f"{name} step",
             {**resident, "batch": step["arguments"] - sum(resident.values())},
             [(stage.updates, step)],
             stage.steps,
-            useful_tokens=useful,
+            **useful,
         )
         if section.algorithm == "opsd":
             self._probe(f"{name} probe", section, has_memos)
@@ -263,10 +283,11 @@ class Phases:
     def _probe(self, name: str, section: ConfigDict, has_memos: bool) -> None:
         """The measurement of the divergence from a stage's teacher, before and after the stage."""
         evaluation = self.config.evaluation
-        count = 2 * min(self._evaluated() * evaluation.samples, divergence.PROBED)
+        problems = max(1, divergence.PROBED // evaluation.samples)
+        count = min(self._evaluated(), problems) * evaluation.samples
         resident = {"parameters": self.weights, "the teacher's": self.weights}
         if has_memos:
-            self.memos(f"{name} memos", resident, section, evaluation, count, 1)
+            self.memos(f"{name} memos", resident, section, evaluation, count, 2)
         self.compiler.prefix = f"{name.split()[0]}: "
         weights = self.parameters.abstract
         divergence.DivergenceProbe(
@@ -275,30 +296,32 @@ class Phases:
         tokens = self.length * evaluation.response_tokens * section.microbatch
         (probe,) = self.account({"loss_chunks": self._chunks(section, tokens)})
         batch = {"batch": probe["arguments"] - sum(resident.values())}
-        self.phase(name, resident | batch, [(-(-count // section.microbatch), probe)], 1)
+        self.phase(name, resident | batch, [(-(-count // section.microbatch), probe)], 2)
 
-    def _turns(self, section: ConfigDict, stage: Stage) -> tuple[dict[str, int], float]:
+    def _turns(self, section: ConfigDict) -> tuple[dict[str, int], dict[str, float]]:
         """The turns of a train step's loops when all rows are active, and as long as assumed, those
-        of SFT as long as they can be; and the useful ones of the tokens that it computes.
+        of SFT as long as they can be; and the useful ones of the tokens that it computes, as a part
+        of them, where an assumption says so.
         """
-        M, m = stage.empty_batch[0]["rows"]["mask"].shape[:2]
         shapes: list[Lengths] = [{"student": n} for n in section.buckets]
         if section.algorithm == "sft":
-            targets = [section.buckets[-1]] * M * m
+            targets = [section.buckets[-1]] * section.batch_size
             rows = [{"student": tokens} for tokens in targets]
         else:
-            targets = workload.lengths(M * m, section.response_tokens, self.length).tolist()
+            module = {"rlvr": rlvr, "opsd": opsd}[section.algorithm]
+            count = module.capacity(section) // section.get("updates", 1)
+            targets = workload.lengths(count, section.response_tokens, self.length).tolist()
             rows = [{"student": section.prompt_tokens + n - 1} for n in targets]
         if section.algorithm == "opsd":
             shapes = opsd.buckets(section)
             for row, n in zip(rows, targets, strict=True):
                 row["teacher"] = section.teacher_prompt_tokens + inserted_tokens(section, n) + n - 1
-        packed = workload.packed(rows, targets, shapes, m)
+        packed = workload.packed(rows, targets, shapes, section.microbatch)
         given = {}
         for b, (count, tokens) in enumerate(zip(packed.counts, packed.targets, strict=True)):
             given[f"bucket_{b}"] = count
             given[f"bucket_{b}/loss_chunks"] = self._chunks(section, tokens)
-        return given, packed.useful
+        return given, {} if section.algorithm == "sft" else {"useful_tokens": packed.useful}
 
     def _chunks(self, section: ConfigDict, tokens: float) -> int:
         """The chunks of the loss of a microbatch with so many tokens that count."""

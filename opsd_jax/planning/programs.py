@@ -131,7 +131,7 @@ def figures(
       built: the program.
       chip: of the times.
       given: turns of loops that the program does not say (`hlo.turns`).
-      kernel_bytes: that the paged attention kernels of a turn of "decode_steps" read.
+      kernel_bytes: that the paged attention kernels of a turn of "decode_steps" read, on average.
       lightest: which branches of conditionals are taken (`hlo.Program`).
     """
     program = hlo.Program(built.text, lightest=lightest)
@@ -142,12 +142,11 @@ def figures(
         if i.op == "custom-call"
     )
     moved = float(sum(a.bytes * hlo.turns(a.loops, given) for a in costs.accesses(program)))
-    if "/decode_steps/while" in built.text:
-        moved += kernel_bytes * given["decode_steps"]
+    decodes = "/decode_steps/while" in built.text
     found = costs.collectives(program)
     network = sum(_collective_seconds(c, chip) * hlo.turns(c.loops, given) for c in found)
     seconds = {"compute": flops / chip.flops, "memory": moved / chip.hbm, "network": network}
-    return {
+    program_figures = {
         "name": built.name,
         "compile_seconds": built.seconds,
         "arguments": built.arguments,
@@ -158,11 +157,36 @@ def figures(
         "largest": _largest_tensors(live),
         "flops": flops,
         "hbm_bytes": moved,
+        "decode_steps": given["decode_steps"] if decodes else 0,
+        "kernel_bytes": 0.0,
+        **_roofline(seconds),
+        "collectives": _collective_table(found, given),
+        "loops": sorted({loop.name for *_, loops in program.executed() for loop in loops}),
+    }
+    return with_kernel_bytes(program_figures, chip, kernel_bytes)
+
+
+def with_kernel_bytes(
+    program: Mapping[str, Any], chip: Chip, kernel_bytes: float
+) -> dict[str, Any]:
+    """The figures of a program whose paged attention kernels read so much at each step of decoding;
+    those of others as they are.
+    """
+    more = (kernel_bytes - program["kernel_bytes"]) * program["decode_steps"]
+    seconds = program["seconds"]
+    return {
+        **program,
+        "kernel_bytes": kernel_bytes if program["decode_steps"] else 0.0,
+        "hbm_bytes": program["hbm_bytes"] + more,
+        **_roofline(seconds | {"memory": seconds["memory"] + more / chip.hbm}),
+    }
+
+
+def _roofline(seconds: dict[str, float]) -> dict[str, Any]:
+    return {
         "seconds": seconds,
         "seconds_at_best": max(seconds.values()),
         "seconds_in_turn": sum(seconds.values()),
-        "collectives": _collective_table(found, given),
-        "loops": sorted({loop.name for *_, loops in program.executed() for loop in loops}),
     }
 
 

@@ -121,6 +121,8 @@ def _changes(plan: dict[str, Any], phase: dict[str, Any], largest: str) -> list[
         return ["decode_mesh with more `tensor`", "more devices"]
     if largest == "cache":
         return [f"{slots} or {budget} smaller", "more devices"]
+    if largest == "batch" and kind == ["probe"]:
+        return [f"evaluation.response_tokens or {stage}.microbatch smaller"]
     if largest == "batch":
         updates = f", or more {stage}.updates" * (f"{stage}.updates" in config)
         return [f"{stage}.prompts or {group} smaller{updates}", "fewer buckets"]

@@ -11,8 +11,6 @@ import numpy as np
 
 from opsd_jax.stages.batch import Lengths, arranged
 
-SPREAD = 1000  # responses that stand for any number
-
 
 class Packed(NamedTuple):
     """The microbatches of a step, a number for each bucket.
@@ -20,7 +18,7 @@ class Packed(NamedTuple):
     Attributes:
       counts: of microbatches.
       targets: response tokens of one, on average; 0 without any.
-      useful: of all tokens that are computed, those that are no padding.
+      useful: those that are no padding of all tokens that are computed, as a part of them.
     """
 
     counts: list[int]
@@ -55,10 +53,9 @@ def decode_steps(responses: np.ndarray, slots: int) -> int:
     return max(ends)
 
 
-def filled(prompt: int, budget: int, mean: float) -> float:
-    """Tokens in the cache of a response that is being made, over the time that this takes."""
-    spread = lengths(SPREAD, budget, mean).astype(float)
-    return prompt + float(np.sum(spread**2) / np.sum(spread)) / 2
+def reads(prompt: float, responses: np.ndarray) -> float:
+    """Tokens of the cache that all steps of decoding read, of responses to prompts so long."""
+    return float(np.sum(responses * (prompt + responses / 2)))
 
 
 def packed(
