@@ -38,38 +38,40 @@ Its plan (2026-11-26, jax 0.10.2, libtpu 0.0.42.1; compiled, not run):
 
     of a device:                          compile     HBM  temporaries    TFLOP    moved  network
                                                 s     GiB          GiB               GiB      GiB
-      reshard                                   3    7.60         2.28        0     20.8     5.32
+      reshard                                   5    7.60         2.28        0     20.8     5.32
       opsd rollouts: start                      0    0.98         0.00        0    0.984        0
-      opsd rollouts: prefill                    5    3.39         0.07     6.79     11.7    0.779
-      opsd rollouts: admit to 9216              1    1.09         0.08        0    0.645   0.0547
-      opsd rollouts: decode in 9216             9    4.54         0.01     1.81      234    0.197
+      opsd rollouts: prefill                   11    3.39         0.07     6.79     11.7    0.779
+      opsd rollouts: admit to 9216              2    1.09         0.08        0    0.645   0.0547
+      opsd rollouts: decode in 9216            18    4.54         0.01     1.81      227    0.197
       opsd memos: start                         0    1.89         0.00        0     1.89        0
-      opsd memos: prefill                       7    4.22         0.67     70.8      104     7.21
-      opsd memos: admit to 17664                4    2.46         0.32        0     5.56    0.506
-      opsd memos: decode in 17664              10    5.44         0.01     1.81      291    0.197
+      opsd memos: prefill                      13    4.22         0.67     70.8      104     7.21
+      opsd memos: admit to 17664                9    2.46         0.32        0     5.56    0.506
+      opsd memos: decode in 17664              18    5.44         0.01     1.81      242    0.197
       opsd memos, closed: start                 0    2.11         0.00        0     2.11        0
-      opsd memos, closed: prefill               6    5.02         1.26      147      192     13.4
-      opsd memos, closed: admit to 19712        4    3.22         0.64        0     10.6    0.943
-      opsd memos, closed: decode in 19712       9    5.66         0.01     1.81      337    0.197
-      opsd: train step                        108   13.67         7.45     1497     3631      165
-      opsd: probe                              21    5.23         1.69      168      485     22.5
+      opsd memos, closed: prefill              12    5.02         1.26      147      192     13.4
+      opsd memos, closed: admit to 19712        8    3.22         0.64        0     10.6    0.943
+      opsd memos, closed: decode in 19712      20    5.66         0.01     1.81      224    0.197
+      opsd: train step                        239   13.67         7.45     1321     3279      163
+      opsd: probe                              33    5.23         1.69      168      485     22.5
       evaluation: start                         0    3.94         0.00        0     3.94        0
-      evaluation: prefill                       4    3.34         0.03     3.39     6.99     0.39
-      evaluation: admit to 9216                 3    4.00         0.04        0    0.307   0.0547
-      evaluation: decode in 9216               14    7.52         0.03     7.24      331    0.792
+      evaluation: prefill                       8    3.34         0.03     3.39     6.99     0.39
+      evaluation: admit to 9216                 5    4.00         0.04        0    0.307   0.0547
+      evaluation: decode in 9216               26    7.52         0.03     7.24      333    0.792
 
-    roofline, s: at best; with products, memory and network one after the other
-      opsd reshard                   0.0      0.0
-      opsd rollouts                  5.9      6.3
-      opsd memos                     7.8      8.6
-      opsd memos, closed             3.4      4.2
-      opsd step                      3.3      6.0
-      opsd probe memos             251.1    276.2
-      opsd probe memos, closed     107.8    135.5
-      opsd probe                    47.0     94.5
-      evaluation                    32.9     38.9
-      for responses of 50% of their budget, full prompts, all rows active; bfloat16,
-      HBM and one ring of the network at the makers' speed
+    roofline, s: at best; with products, memory and network one after the other; how often
+      opsd reshard                   0.0      0.0    100 x
+      opsd rollouts                 11.3     12.1    100 x
+      opsd memos                    12.6     13.8    100 x
+      opsd memos, closed             3.1      3.5    100 x
+      opsd step                      2.9      5.5    100 x   70% of its tokens are no padding
+      opsd probe memos             123.8    137.0      2 x
+      opsd probe memos, closed      12.1     15.1      2 x
+      opsd probe                    23.5     47.3      2 x
+      evaluation                    43.0     50.7      2 x
+      in all 0.945 to 1.11 hours; times 16 devices 15.1 to 17.8
+      Responses have 50% of their budget on average, spread exponentially; prompts are
+      full, all rows active; bfloat16, HBM and one ring of the network go at the makers'
+      speed; verdicts, saves and compiling take no time.
 """
 
 from opsd_jax import recipes

@@ -38,38 +38,40 @@ Its plan (2026-11-26, jax 0.10.2, libtpu 0.0.42.1; compiled, not run):
 
     of a device:                          compile     HBM  temporaries    TFLOP    moved  network
                                                 s     GiB          GiB               GiB      GiB
-      reshard                                   1    8.46         2.74        0     22.1     5.72
+      reshard                                   2    8.46         2.74        0     22.1     5.72
       opsd rollouts: start                      0    2.53         0.00        0     2.53        0
-      opsd rollouts: prefill                    6    3.70         0.10     7.27     13.3     1.14
-      opsd rollouts: admit to 9216              3    2.79         0.19        0     1.45    0.141
-      opsd rollouts: decode in 9216            15    6.78         0.43     1.94      283    0.288
+      opsd rollouts: prefill                   13    3.70         0.10     7.27     13.3     1.14
+      opsd rollouts: admit to 9216              4    2.79         0.19        0     1.45    0.141
+      opsd rollouts: decode in 9216            28    6.78         0.43     1.94      265    0.288
       opsd memos: start                         0    4.85         0.00        0     4.85        0
-      opsd memos: prefill                       8    5.26         1.08       79      141     10.6
-      opsd memos: admit to 17664                4    6.19         0.69        0     14.7      1.3
-      opsd memos: decode in 17664              16    9.10         0.43     1.94      431    0.288
+      opsd memos: prefill                      16    5.26         1.08       79      141     10.6
+      opsd memos: admit to 17664                8    6.19         0.69        0     14.7      1.3
+      opsd memos: decode in 17664              29    9.10         0.43     1.94      303    0.288
       opsd memos, closed: start                 0    5.41         0.00        0     5.41        0
-      opsd memos, closed: prefill               9    6.76         2.02      169      264     19.7
-      opsd memos, closed: admit to 19712        4    7.97         1.35        0       28     2.43
-      opsd memos, closed: decode in 19712      18    9.66         0.43     1.94      548    0.288
-      opsd: train step                        114   15.15         8.47     1704     4191      204
-      opsd: probe                              15    5.41         1.59      189      540     27.3
+      opsd memos, closed: prefill              21    6.76         2.02      169      264     19.7
+      opsd memos, closed: admit to 19712        7    7.97         1.35        0       28     2.43
+      opsd memos, closed: decode in 19712      30    9.66         0.43     1.94      257    0.288
+      opsd: train step                        237   15.15         8.47     1499     3774      195
+      opsd: probe                              38    5.41         1.59      189      540     27.3
       evaluation: start                         0   10.13         0.00        0     10.1        0
-      evaluation: prefill                       5    3.61         0.05     3.63     9.17     0.57
-      evaluation: admit to 9216                 1   10.36         0.20        0     1.02    0.141
-      evaluation: decode in 9216               20   14.39         0.45     7.75      481     1.15
+      evaluation: prefill                      11    3.61         0.05     3.63     9.17     0.57
+      evaluation: admit to 9216                 2   10.36         0.20        0     1.02    0.141
+      evaluation: decode in 9216               36   14.39         0.45     7.75      486     1.15
 
-    roofline, s: at best; with products, memory and network one after the other
-      opsd reshard                   0.0      0.0
-      opsd rollouts                  7.1      7.6
-      opsd memos                    11.4     12.4
-      opsd memos, closed             4.9      6.1
-      opsd step                      3.7      7.0
-      opsd probe memos             364.4    397.4
-      opsd probe memos, closed     155.9    194.8
-      opsd probe                    52.8    107.1
-      evaluation                    47.9     55.0
-      for responses of 50% of their budget, full prompts, all rows active; bfloat16,
-      HBM and one ring of the network at the makers' speed
+    roofline, s: at best; with products, memory and network one after the other; how often
+      opsd reshard                   0.0      0.0    100 x
+      opsd rollouts                 13.2     14.1    100 x
+      opsd memos                    15.8     17.3    100 x
+      opsd memos, closed             3.6      4.1    100 x
+      opsd step                      3.3      6.3    100 x   70% of its tokens are no padding
+      opsd probe memos             168.7    186.3      2 x
+      opsd probe memos, closed      16.6     20.9      2 x
+      opsd probe                    26.4     53.5      2 x
+      evaluation                    62.9     72.1      2 x
+      in all 1.15 to 1.35 hours; times 16 devices 18.4 to 21.6
+      Responses have 50% of their budget on average, spread exponentially; prompts are
+      full, all rows active; bfloat16, HBM and one ring of the network go at the makers'
+      speed; verdicts, saves and compiling take no time.
 """
 
 from opsd_jax import recipes
