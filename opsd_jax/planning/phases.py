@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -18,10 +19,9 @@ from opsd_jax.evaluation import divergence
 from opsd_jax.losses.fused import chunk_tokens
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parameters import Parameters
-from opsd_jax.planning import programs as programs_lib
 from opsd_jax.planning import workload
 from opsd_jax.planning.chips import Chip
-from opsd_jax.planning.programs import Compiler, figures
+from opsd_jax.planning.programs import Compiler, figures, with_kernel_bytes
 from opsd_jax.rollout.engine import ADMITTED, STEPS, Engine, EngineShape, shape_for
 from opsd_jax.stages import memos, opsd, rlvr, sft
 from opsd_jax.stages.batch import Lengths
@@ -183,7 +183,7 @@ class Phases:
             f"decode in {longest}": steps / STEPS,
         }
         kernel_bytes = self.kernel_bytes(engine, reads)
-        here = [programs_lib.with_kernel_bytes(p, self.chip, kernel_bytes) for p in programs]
+        here = [with_kernel_bytes(p, self.chip, kernel_bytes) for p in programs]
         self.phase(
             name,
             {
@@ -325,12 +325,17 @@ class Phases:
 
     def _chunks(self, section: ConfigDict, tokens: float) -> int:
         """The chunks of the loss of a microbatch with so many tokens that count."""
+        chunk = chunk_tokens(section.loss_chunk, self._width, self.model.vocab_size)
+        return math.ceil(tokens / mesh_lib.row_shards(self.mesh) / chunk)
+
+    @functools.cached_property
+    def _width(self) -> int:
+        """Of the hidden states."""
         hidden = jax.eval_shape(
             lambda p: self.model.policy.forward(p, *(jnp.zeros((1, 128), jnp.int32),) * 2)[0],
             self.parameters.abstract,
         )
-        chunk = chunk_tokens(section.loss_chunk, hidden.shape[-1], self.model.vocab_size)
-        return math.ceil(tokens / mesh_lib.row_shards(self.mesh) / chunk)
+        return hidden.shape[-1]
 
     def _evaluated(self) -> int:
         """The problems that are evaluated."""
