@@ -22,7 +22,7 @@ CONFIG = ROOT / "configs" / "quickstart_arms.py"
 
 def run(seed: int, workdir: pathlib.Path) -> dict:
     """The figures of one seed's report."""
-    command = [sys.executable, "-m", "opsd_jax.main", "train", "--config", str(CONFIG)]
+    command = [sys.executable, "-m", "opsd_jax", "train", "--config", str(CONFIG)]
     command += ["--workdir", str(workdir), f"--config.seed={seed}"]
     subprocess.run(command, check=True, stdout=sys.stderr)
     return json.loads((workdir / "report" / "report.json").read_text())

@@ -7,10 +7,10 @@ import turns
 
 from opsd_jax.models import decoder
 from opsd_jax.models.architecture import DecoderConfig
-from opsd_jax.parallel.layout import decode_layout
 from opsd_jax.parallel.mesh import abstract_of, make_mesh, tree_shardings
 from opsd_jax.rollout import sampling
 from opsd_jax.rollout.engine import Engine, EngineShape
+from opsd_jax.rollout.layout import decode_layout
 
 
 def engine(vocabulary: int, lengths: list[int], static: bool = False, capacity: int = 0):

@@ -53,7 +53,7 @@ SHORT = [f"--config.{field}={value}" for field, value in FEWER.items()]
 
 def start(workdir: pathlib.Path, *arguments: str, devices: int = 1) -> subprocess.Popen:
     """The run in that directory, from where it is."""
-    command = [sys.executable, "-m", "opsd_jax.main", "train", "--workdir", str(workdir)]
+    command = [sys.executable, "-m", "opsd_jax", "train", "--workdir", str(workdir)]
     command += ["--config", str(ROOT / "configs" / "quickstart.py"), *arguments]
     changes = {
         "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),

@@ -19,7 +19,7 @@ import threading
 import time
 from typing import Any
 
-from opsd_jax.data.problem import Problem
+from opsd_jax.problem import Problem
 from opsd_jax.verify.maths import maths
 from opsd_jax.verify.pool import VerifierPool
 from opsd_jax.verify.verdict import Verifier

@@ -15,7 +15,7 @@ responses some 30 % shorter at the same accuracy, most of it within 25 steps; on
 at the report before you believe it.
 """
 
-from opsd_jax import recipes
+from opsd_jax.config import recipes
 
 
 def get_config():

@@ -46,7 +46,7 @@ Its plan (2026-11-26, jax 0.10.2, libtpu 0.0.42.1; compiled, not run):
       speed; verdicts, saves and compiling take no time.
 """
 
-from opsd_jax import recipes
+from opsd_jax.config import recipes
 
 
 def get_config():

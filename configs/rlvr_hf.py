@@ -12,7 +12,7 @@ Hardware: sized for Qwen3-8B on 16 TPU v5p chips, and not run there; a smaller m
 never solved are left out and replaced. Expect accuracy to rise slowly, over hundreds of steps.
 """
 
-from opsd_jax import recipes
+from opsd_jax.config import recipes
 
 
 def get_config():

@@ -18,5 +18,5 @@ case ${1:-} in
   ?*) workdir=$caller/$1; shift ;;
 esac
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
-exec python -m opsd_jax.main train \
+exec python -m opsd_jax train \
   --config "${CONFIG:-configs/quickstart.py}" --workdir "$workdir" "$@"

@@ -6,17 +6,17 @@ rollout engine takes a `Model`, which holds one and says where its arrays lie.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from opsd_jax.parallel.mesh import ROWS, Rules
-
 Params = Any  # A nested dict of arrays.
 Cache = Any  # A pytree that belongs to the policy; axis 0 of every leaf is the batch.
+Rules = Sequence[tuple[str, P]]  # (regular expression on a parameter's path, its partition)
+ROWS = ("data", "fsdp")  # the mesh axes over which rows of a batch are split
 
 
 class Policy(NamedTuple):

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import pytest
 
 from opsd_jax import config as config_lib
-from opsd_jax import config_files, validation
+from opsd_jax.config import checks as validation
+from opsd_jax.config import loading as config_files
 from opsd_jax.data import arithmetic
 from opsd_jax.models import decoder
 from opsd_jax.parallel import mesh as mesh_lib

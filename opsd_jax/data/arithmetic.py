@@ -26,8 +26,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from opsd_jax.data.contexts import Context
-from opsd_jax.data.problem import Problem
 from opsd_jax.data.task import Demonstration, Task, check_fits
+from opsd_jax.problem import Problem
 from opsd_jax.verify.verdict import Verdict
 from opsd_jax.verify.verifiers import at_once
 

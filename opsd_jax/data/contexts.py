@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from opsd_jax.data.problem import Problem
+from opsd_jax.problem import Problem
 from opsd_jax.verify.extract import after_thinking
 
 KINDS = ("solution", "answer", "sibling", "concise", "memo", "column", "none")

@@ -8,7 +8,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from opsd_jax.data.problem import Problem
+from opsd_jax.problem import Problem
 
 # Signs typed in several ways: quotes, minus and dashes, and those that TeX has a command for.
 _WIDE = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)}  # ASCII in full width

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from opsd_jax.data.problem import DataError
+from opsd_jax.problem import DataError
 
 T = TypeVar("T")
 

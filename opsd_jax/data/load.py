@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 
 from opsd_jax.data import sources
 from opsd_jax.data.duplicates import without_duplicates
-from opsd_jax.data.problem import DataError, Problem
 from opsd_jax.data.sources import Counts
+from opsd_jax.problem import DataError, Problem
 from opsd_jax.verify.verdict import Verifier
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pathlib
 from collections import Counter
 
-from opsd_jax.data.problem import DataError
-from opsd_jax.training import files
+from opsd_jax.problem import DataError
+from opsd_jax.storage import files
 
 
 def pass_rates(path: str, source: str, field: str) -> dict[int | str, float]:

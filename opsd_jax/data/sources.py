@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from opsd_jax import config as config_lib
 from opsd_jax.data import files
 from opsd_jax.data.pass_rates import pass_rates
-from opsd_jax.data.problem import DataError, Problem
+from opsd_jax.problem import DataError, Problem
 
 LISTED = 10  # bad rows that a message shows
 TEXT = "a string that is not empty"  # what is expected of a question and an answer

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import grain
 
 from opsd_jax.data.contexts import Context
-from opsd_jax.data.problem import DataError, Problem
+from opsd_jax.problem import DataError, Problem
 from opsd_jax.verify.verdict import Judge, Verifier
 
 

@@ -22,9 +22,9 @@ from opsd_jax.data.chat import Chat, ChatTemplate, fitting
 from opsd_jax.data.contexts import KINDS, Context
 from opsd_jax.data.load import load
 from opsd_jax.data.mixture import mixture
-from opsd_jax.data.problem import DataError, Problem
 from opsd_jax.data.task import Demonstration, Task, Tokenizer
 from opsd_jax.data.tokenizer import PretrainedTokenizer
+from opsd_jax.problem import DataError, Problem
 
 _DAY = re.compile(r"[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])")
 _FIELD = re.compile(r"\{(question|solution|answer|context)\}")

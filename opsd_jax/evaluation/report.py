@@ -14,10 +14,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from opsd_jax.evaluation import comparison, divergence, evaluate, page, plots
-from opsd_jax.training import files
+from opsd_jax.evaluation import comparison, divergence, page, plots
+from opsd_jax.evaluation import records as evaluate
+from opsd_jax.storage import files
+from opsd_jax.storage.files import Path
 from opsd_jax.training import metrics as metrics_lib
-from opsd_jax.training.files import Path
 
 # By algorithm, what is drawn of its training: (metric, label, scale).
 CURVES: dict[str, list[tuple[str, str, float]]] = {

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from opsd_jax.config import ConfigError
-from opsd_jax.data.problem import Problem
-from opsd_jax.evaluation import comparison, evaluate, markup, plots, statistics, tables
+from opsd_jax.evaluation import comparison, markup, plots, statistics, tables
+from opsd_jax.evaluation import records as evaluate
 from opsd_jax.evaluation.markup import card, soft
-from opsd_jax.training import files
-from opsd_jax.training.files import Path
+from opsd_jax.problem import Problem
+from opsd_jax.storage import files
+from opsd_jax.storage.files import Path
 
 COMPARISON = "comparison.json"
 BARS = "Bars are two standard errors. Hollow: before, where two are compared."

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from opsd_jax.watchdog import waiting
+from opsd_jax.parallel.watchdog import waiting
 
 T = TypeVar("T")
 

@@ -13,10 +13,9 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # the axes over which rows of a batch are split
+from opsd_jax.policy import ROWS, Rules
 
-Rules = Sequence[tuple[str, P]]  # (regular expression on the parameter's path, its partition)
+AXES = ("data", "fsdp", "tensor")
 
 
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -12,21 +12,22 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from opsd_jax import sizes
 from opsd_jax.data.task import Task
 from opsd_jax.data.tokenizer import ByteTokenizer
 from opsd_jax.evaluation import divergence
 from opsd_jax.losses.fused import chunk_tokens
 from opsd_jax.parallel import mesh as mesh_lib
-from opsd_jax.parameters import Parameters
 from opsd_jax.planning import workload
 from opsd_jax.planning.chips import Chip
 from opsd_jax.planning.programs import Compiler, figures, with_kernel_bytes
 from opsd_jax.rollout.engine import ADMITTED, STEPS, Engine, EngineShape, shape_for
+from opsd_jax.run import checks as sizes
+from opsd_jax.run.parameters import Parameters
 from opsd_jax.stages import memos, opsd, rlvr, sft
 from opsd_jax.stages.batch import Lengths
 from opsd_jax.stages.privileged import Privileged, inserted_tokens
 from opsd_jax.training import state as state_lib
+from opsd_jax.training.optimizer import make_optimizer
 from opsd_jax.training.step import compile_train_step
 
 PROBLEMS = 500  # evaluated, where the config leaves it to the data: MATH500's
@@ -238,7 +239,7 @@ class Phases:
         else:
             privileged = Privileged(section, NO_DATA, section.group_size)
             stage = opsd.stage(section, NO_DATA, policy, None, privileged, keep)  # type: ignore[arg-type]
-        optimizer = state_lib.make_optimizer(section.optimizer, stage.steps * stage.updates)
+        optimizer = make_optimizer(section.optimizer, stage.steps * stage.updates)
         abstract = state_lib.abstract_state(
             self.parameters.abstract, optimizer, stage.teacher, self.mesh
         )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 
-from opsd_jax import config_files
+from opsd_jax.config import loading as config_files
 from opsd_jax.parallel import aot
 from opsd_jax.planning.chips import CHIPS, PlanError, hbm_bytes, topology_devices
 from opsd_jax.planning.phases import BOUNDS, Phases

@@ -15,16 +15,16 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from opsd_jax.data.problem import Problem
 from opsd_jax.data.task import Task, check_fits
 from opsd_jax.parallel import hosts
+from opsd_jax.parallel.watchdog import waiting
 from opsd_jax.policy import Params
+from opsd_jax.problem import Problem
 from opsd_jax.rollout.engine import STOP_LENGTH, Engine, Response
 from opsd_jax.rollout.sampling import Rule
-from opsd_jax.verify.groups import Groups, groups
+from opsd_jax.verify.outcomes import Groups, groups
 from opsd_jax.verify.pool import VerifierPool
 from opsd_jax.verify.verdict import TRUNCATED, Verdict
-from opsd_jax.watchdog import waiting
 
 
 class Judged(NamedTuple):

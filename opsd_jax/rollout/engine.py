@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opsd_jax import watchdog
-from opsd_jax.parallel import aot
+from opsd_jax.parallel import aot, watchdog
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.policy import Model, Params
 from opsd_jax.rollout import sampling, slots

@@ -21,9 +21,8 @@ import numpy as np
 
 from opsd_jax.losses import Head
 from opsd_jax.policy import Params, Policy
+from opsd_jax.training.stage import Batch, Microbatch
 
-Batch = tuple[dict[str, Any], ...]
-Microbatch = dict[str, Any]
 Row = Mapping[str, Any]
 Lengths = Mapping[str, int]  # of a row's sequences: {"student": 2048, "teacher": 3072}
 Inserts = Sequence[tuple[int, Sequence[int]]]  # (index in the response, ids to stand before it)

@@ -18,7 +18,7 @@ from opsd_jax.rollout import sampling
 from opsd_jax.rollout.collect import Rollouts
 from opsd_jax.rollout.engine import Engine
 from opsd_jax.verify.extract import after_thinking
-from opsd_jax.verify.groups import Groups
+from opsd_jax.verify.outcomes import Groups
 
 
 def sizes(

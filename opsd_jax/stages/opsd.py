@@ -26,8 +26,8 @@ from opsd_jax.stages import teacher as teacher_lib
 from opsd_jax.stages.batch import Lengths, pack, response_head, useful_fraction
 from opsd_jax.stages.privileged import Privileged, inserted_tokens
 from opsd_jax.stages.rollouts import RollOut, group_records, rollout_metrics
-from opsd_jax.stages.stage import Stage, StepData
-from opsd_jax.verify.groups import Groups
+from opsd_jax.training.stage import Stage, StepData
+from opsd_jax.verify.outcomes import Groups
 
 
 def loss_fn(

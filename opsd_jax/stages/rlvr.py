@@ -18,9 +18,9 @@ from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
 from opsd_jax.stages.batch import pack, response_head, useful_fraction
 from opsd_jax.stages.rollouts import RollOut, group_records, rollout_metrics
-from opsd_jax.stages.stage import Stage, StepData
 from opsd_jax.stages.teacher import Keep, frozen
-from opsd_jax.verify.groups import Groups
+from opsd_jax.training.stage import Stage, StepData
+from opsd_jax.verify.outcomes import Groups
 
 
 def loss_fn(

@@ -16,7 +16,7 @@ from opsd_jax.data.task import Task
 from opsd_jax.policy import Params
 from opsd_jax.rollout import sampling
 from opsd_jax.rollout.collect import Collector, Rollouts, concatenated
-from opsd_jax.verify.groups import Groups
+from opsd_jax.verify.outcomes import Groups
 from opsd_jax.verify.verdict import REASONS
 
 RollOut = Callable[[int, Params], Rollouts]

@@ -8,12 +8,12 @@ import ml_collections
 import numpy as np
 
 from opsd_jax import losses
-from opsd_jax.data.problem import DataError
 from opsd_jax.data.task import Demonstration, Task
 from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
+from opsd_jax.problem import DataError
 from opsd_jax.stages.batch import pack, response_head, useful_fraction
-from opsd_jax.stages.stage import Stage, StepData
+from opsd_jax.training.stage import Stage, StepData
 
 WINDOW = 16  # steps whose demonstrations are sorted by length together, so that each pads little
 

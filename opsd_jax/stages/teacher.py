@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,22 +26,10 @@ import ml_collections
 from opsd_jax.losses import Head
 from opsd_jax.policy import Params, Policy
 from opsd_jax.stages.batch import response_head
+from opsd_jax.training.stage import Teacher
 
 KINDS = ("frozen", "ema", "refresh", "trust_region", "live")
 COLLAPSES_BELOW = 40  # updates between two copies: CRISP's ablation
-
-
-class Teacher(NamedTuple):
-    """The part of a stage's state that is its teacher.
-
-    Attributes:
-      init: the stage's first parameters -> the teacher.
-      update: `(teacher, params, number, applied) -> teacher`, after the optimiser's update of this
-        number, counted from 1, which was applied or skipped. None: the teacher stays as it is.
-    """
-
-    init: Callable[[Params], Params]
-    update: Callable[[Params, Params, jax.Array, jax.Array], Params] | None = None
 
 
 Keep = Callable[[Params], Params]  # how parameters that do not train are kept

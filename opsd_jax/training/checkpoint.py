@@ -15,11 +15,11 @@ from etils import epath
 from jax.errors import JaxRuntimeError
 
 from opsd_jax.parallel import hosts
+from opsd_jax.parallel.watchdog import waiting
 from opsd_jax.policy import Params
-from opsd_jax.training import files
-from opsd_jax.training.files import Path, RecordError, written
+from opsd_jax.storage import files
+from opsd_jax.storage.files import Path, RecordError, written
 from opsd_jax.training.state import State
-from opsd_jax.watchdog import waiting
 
 
 class Retention(NamedTuple):

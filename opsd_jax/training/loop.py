@@ -15,15 +15,15 @@ import jax
 import optax
 
 from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.parallel.watchdog import Watchdog, waiting
 from opsd_jax.policy import Params
-from opsd_jax.stages.stage import Stage, StepData
+from opsd_jax.storage.files import Path
 from opsd_jax.training import metrics as metrics_lib
 from opsd_jax.training.checkpoint import LAST_TWO, Checkpoints, Retention
-from opsd_jax.training.files import Path
-from opsd_jax.training.interrupt import Interrupted, StopSignal
+from opsd_jax.training.signals import Interrupted, StopSignal
+from opsd_jax.training.stage import Stage, StepData
 from opsd_jax.training.state import abstract_state, init_state
 from opsd_jax.training.step import batch_shardings, compile_train_step
-from opsd_jax.watchdog import Watchdog, waiting
 
 
 class Diverged(RuntimeError):

@@ -14,7 +14,7 @@ import numpy as np
 import tensorboardX
 
 from opsd_jax.parallel import hosts
-from opsd_jax.training.files import Lines, Path, absolute, in_bucket, read_json_lines, written
+from opsd_jax.storage.files import Lines, Path, absolute, in_bucket, read_json_lines, written
 
 FILE = "metrics.jsonl"
 GROUPS = "groups.jsonl"  # of the problems that a step rolled out, how many rollouts were correct

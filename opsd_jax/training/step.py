@@ -12,9 +12,7 @@ import optax
 
 from opsd_jax.parallel import aot
 from opsd_jax.parallel import mesh as mesh_lib
-from opsd_jax.stages.batch import Batch
-from opsd_jax.stages.stage import Stage
-from opsd_jax.stages.teacher import Teacher
+from opsd_jax.training.stage import Batch, Stage, Teacher
 from opsd_jax.training.state import State
 
 

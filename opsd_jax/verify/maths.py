@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-from opsd_jax.data.problem import Problem
+from opsd_jax.problem import Problem
 from opsd_jax.verify import extract
 from opsd_jax.verify.normalise import delimited, normalise, quantity
 from opsd_jax.verify.settle import Pair, close, settle, understood

@@ -37,16 +37,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
-from opsd_jax.data.problem import Problem
-from opsd_jax.verify.verdict import (
-    CRASH,
-    MEMORY,
-    TIMEOUT,
-    Judge,
-    Question,
-    Verdict,
-    Verifier,
-)
+from opsd_jax.problem import Problem
+from opsd_jax.verify.verdict import CRASH, MEMORY, TIMEOUT, Judge, Question, Verdict, Verifier
 from opsd_jax.verify.verifiers import as_verifier
 
 ATTEMPTS = 5  # times that a question is asked while its workers are killed from outside

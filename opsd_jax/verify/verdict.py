@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from opsd_jax.data.problem import Problem
+from opsd_jax.problem import Problem
 
 
 class Verdict(NamedTuple):

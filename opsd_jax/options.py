@@ -1,0 +1,341 @@
+"""Typed options: a field's default, type, bounds and description stand together.
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class SamplingOptions:
+        temperature: float = option(1.0, "Sampling temperature; 0 is greedy.", at_least=0)
+
+`section` turns options into the `ConfigDict` that config files and `--config.FIELD=VALUE` change.
+`parse` checks such a section and turns it back into the dataclass, which is what the rest of the
+package takes. `describe` lists the fields for `--help` and docs/config.md.
+
+An options class may define `check(field)`, which `parse` calls with the place of the section in the
+config. It raises `ConfigError` (see `fail`) where two fields do not go together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import math
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+from ml_collections import ConfigDict
+
+Options = TypeVar("Options")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run. The message names the field, its value and the fix."""
+
+
+def fail(field: str, value: Any, expected: str) -> NoReturn:
+    """Raises the ConfigError of a config field whose value cannot be used.
+
+    Args:
+      field: dotted, without "config.".
+      value: what it is.
+      expected: what it should be, as a phrase that follows "expected".
+    """
+    raise ConfigError(f"config.{field} is {value!r}; expected {expected}.")
+
+
+def import_function(dotted: str, field: str) -> Any:
+    """The object that "package.module:function" names.
+
+    Args:
+      dotted: the name.
+      field: the config field that holds it, for the error.
+
+    Raises:
+      ConfigError: it cannot be imported.
+    """
+    module, _, name = dotted.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"config.{field} is {dotted!r}; expected 'package.module:function' ({error})."
+        ) from error
+
+
+class Bounds(NamedTuple):
+    """What `option` knows of a field beside its type and default.
+
+    Attributes:
+      description: one line for `--help` and docs/config.md.
+      at_least, above, at_most, below: numeric bounds; None for none.
+      choices: the values that a string may have; () for any.
+      check: `value -> phrase`: what was expected, or "" if the value is good.
+      omit: fields of a nested NamedTuple that have no field in the config.
+      finite: whether infinity is refused.
+    """
+
+    description: str
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+    check: Callable[[Any], str] | None = None
+    omit: tuple[str, ...] = ()
+    finite: bool = True
+
+    def text(self) -> str:
+        """The bounds as a phrase, such as "at least 1"; "" without any."""
+        if self.choices:
+            return f"one of {', '.join(map(repr, self.choices))}"
+        numeric = (
+            ("at least", self.at_least),
+            ("above", self.above),
+            ("at most", self.at_most),
+            ("below", self.below),
+        )
+        return " and ".join(f"{word} {_number(b)}" for word, b in numeric if b is not None)
+
+    def expected(self, value: Any) -> str:
+        """What was expected in place of a value that breaks the bounds; "" if it does not."""
+        if self.check is not None and (phrase := self.check(value)):
+            return phrase
+        if self.choices:
+            return "" if value in self.choices else self.text()
+        if not isinstance(value, int | float):
+            return ""
+        if math.isnan(value):
+            return "a number"
+        if self.finite and not abs(value) < sys.float_info.max:  # which stands for infinity in JSON
+            return "a finite number"
+        good = (
+            (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+        return "" if good else self.text()
+
+
+def _number(value: float) -> str:
+    power = math.log2(value) if value > 1024 else 0.0
+    return f"2^{power:.0f}" if power and power == int(power) else f"{value:g}"
+
+
+_NO_BOUNDS = Bounds("")
+
+
+def option(default: Any, description: str, **bounds: Any) -> Any:
+    """A field of an options dataclass.
+
+    Args:
+      default: its default; a nested options dataclass or NamedTuple makes a section of its own.
+      description: one line that says what it does, with its unit.
+      bounds: the other attributes of `Bounds`.
+    """
+    metadata = {"bounds": Bounds(description, **bounds)}
+    if isinstance(default, Mapping):
+        return dataclasses.field(default_factory=lambda: default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def required(description: str, **bounds: Any) -> Any:
+    """A field of an options dataclass that has no default; the arguments are those of `option`."""
+    return dataclasses.field(metadata={"bounds": Bounds(description, **bounds)})
+
+
+def _is_tuple_class(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")
+
+
+def _is_options_class(kind: Any) -> bool:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+
+
+@functools.cache
+def _fields(cls: Any) -> dict[str, tuple[Any, Any, Bounds]]:
+    """Field -> (type, default or MISSING, bounds) of an options dataclass or a NamedTuple."""
+    hints = typing.get_type_hints(cls)
+    if _is_tuple_class(cls):
+        defaults, about = getattr(cls, "_field_defaults"), attributes(cls.__doc__ or "")  # noqa: B009
+        return {
+            name: (
+                hints[name],
+                defaults.get(name, dataclasses.MISSING),
+                Bounds(about.get(name, "")),
+            )
+            for name in getattr(cls, "_fields")  # noqa: B009
+        }
+    found = {}
+    for field in dataclasses.fields(cls):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        found[field.name] = hints[field.name], default, field.metadata.get("bounds", _NO_BOUNDS)
+    return found
+
+
+def attributes(docstring: str) -> dict[str, str]:
+    """Name -> text of the section "Attributes:" of a docstring; "a, b: text" describes both."""
+    _, _, listed = docstring.partition("Attributes:\n")
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in listed.splitlines():
+        text = line.strip()
+        if not text:
+            break
+        entry = re.match(r"([\w, ]+): (.*)", text)
+        if entry and len(line) - len(line.lstrip()) <= 6:
+            names, text = [name.strip() for name in entry[1].split(",")], entry[2]
+        for name in names:
+            found[name] = f"{found.get(name, '')} {text}".strip()
+    return found
+
+
+def section(options: Any, omit: tuple[str, ...] = ()) -> ConfigDict:
+    """Options as the locked `ConfigDict` that a config file changes.
+
+    Args:
+      options: an instance of an options dataclass or a NamedTuple.
+      omit: fields to leave out.
+    """
+    config = ConfigDict()
+    for name, (_, _, bounds) in _fields(options.__class__).items():
+        if name not in omit:
+            config[name] = _plain(getattr(options, name), bounds.omit)
+    return config.lock()
+
+
+def _plain(value: Any, omit: tuple[str, ...] = ()) -> Any:
+    if isinstance(value, ConfigDict):
+        return value.copy_and_resolve_references()
+    if isinstance(value, Mapping):
+        return ConfigDict({name: _plain(item) for name, item in value.items()})
+    if dataclasses.is_dataclass(value) or _is_tuple_class(type(value)):
+        return section(value, omit)
+    return value
+
+
+def parse(cls: type[Options], config: Mapping[str, Any], field: str) -> Options:
+    """The options that a section of the config holds, checked.
+
+    Args:
+      cls: an options dataclass or a NamedTuple.
+      config: the section.
+      field: the place of the section in the config, for errors; "" for the whole.
+
+    Raises:
+      ConfigError: a field is missing, unknown, of another type or out of bounds, or does not go
+        with another. Names the field, its value and what was expected.
+    """
+    return _parse_section(cls, config, field, ())
+
+
+def _parse_section(cls: Any, config: Any, field: str, omit: tuple[str, ...]) -> Any:
+    known = {name: about for name, about in _fields(cls).items() if name not in omit}
+    place = f"{field}." if field else ""
+    if not isinstance(config, Mapping | ConfigDict):
+        fail(field, config, f"a section with the fields {', '.join(known)}")
+    for name in config:
+        if name not in known:
+            raise ConfigError(
+                f"config.{place}{name}: there is no such field; expected one of {', '.join(known)}."
+            )
+    values = {}
+    for name, (kind, default, bounds) in known.items():
+        if name not in config:
+            if default is dataclasses.MISSING:
+                raise ConfigError(f"config.{place}{name} is missing: {bounds.description}")
+            raise ConfigError(f"config.{place}{name} is missing; its default is {default!r}.")
+        value = _typed(kind, config[name], f"{place}{name}", bounds)
+        if expected := bounds.expected(value):
+            fail(f"{place}{name}", value, expected)
+        values[name] = value
+    options = cls(**values)
+    check = getattr(options, "check", None)
+    if check is not None and _is_tuple_class(cls):
+        try:
+            check()
+        except ValueError as error:
+            raise ConfigError(f"config.{field}: {error}") from None
+    elif check is not None:
+        check(field)
+    return options
+
+
+def _typed(kind: Any, value: Any, field: str, bounds: Bounds) -> Any:
+    """A value of a field as its type has it; raises ConfigError where it is of another."""
+    if _is_options_class(kind) or _is_tuple_class(kind):
+        return _parse_section(kind, value, field, bounds.omit)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping | ConfigDict):
+            fail(field, value, "a section")
+        return types.MappingProxyType(
+            {
+                name: _typed(arguments[1], item, f"{field}.{name}", _NO_BOUNDS)
+                for name, item in value.items()
+            }
+        )
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            fail(field, value, f"a tuple of {arguments[0].__name__}")
+        for item in value:
+            if not _is_of(arguments[0], item):
+                fail(field, tuple(value), f"a tuple of {arguments[0].__name__}")
+        return tuple(value)
+    if kind is Any or kind is ConfigDict:
+        return value
+    if not _is_of(kind, value):
+        fail(field, value, {float: "a number", int: "an integer"}.get(kind, f"a {kind.__name__}"))
+    return float(value) if kind is float else value
+
+
+def _is_of(kind: type, value: Any) -> bool:
+    """Whether a value is of a type; an int is a float too, a bool is no int."""
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+class Field(NamedTuple):
+    """One line of the list of all fields.
+
+    Attributes:
+      name: dotted.
+      kind: its type, as text.
+      default: its default; MISSING of a field that has to be given.
+      description: what it does.
+      bounds: what its value has to be, as a phrase; "" for any value of the type.
+    """
+
+    name: str
+    kind: str
+    default: Any
+    description: str
+    bounds: str
+
+
+def describe(cls: type, field: str = "", default: Any = None) -> Iterator[Field]:
+    """Every field of an options class, those of its sections included.
+
+    Args:
+      cls: an options dataclass or a NamedTuple.
+      field: the place of the section in the config.
+      default: an instance with the defaults; None takes those of the class.
+    """
+    yield from _describe(cls, f"{field}." if field else "", default, ())
+
+
+def _describe(cls: Any, place: str, instance: Any, omit: tuple[str, ...]) -> Iterator[Field]:
+    for name, (kind, default, bounds) in _fields(cls).items():
+        if name in omit:
+            continue
+        value = default if instance is None else getattr(instance, name)
+        if _is_options_class(kind) or _is_tuple_class(kind):
+            nested = None if value is dataclasses.MISSING else value
+            yield from _describe(kind, f"{place}{name}.", nested, bounds.omit)
+        else:
+            text = kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2]
+            text = str(kind).replace("collections.abc.", "") if typing.get_origin(kind) else text
+            yield Field(f"{place}{name}", text, value, bounds.description, bounds.text())

@@ -1,0 +1,359 @@
+"""Bad input: every error names the field, the value and what was expected, before any work."""
+
+import importlib.util
+import json
+import pathlib
+import re
+import sys
+
+import pytest
+from paths import CONFIGS
+
+from opsd_jax import config as config_lib
+from opsd_jax.cli import main
+from opsd_jax.config import loading as config_files
+from opsd_jax.run import pipeline
+from opsd_jax.run.workdir import claimed
+
+QUICKSTART = str(CONFIGS / "quickstart.py")
+
+
+def load(**overrides):
+    return config_files.load(QUICKSTART, {k.replace("__", "."): v for k, v in overrides.items()})
+
+
+def test_overrides_take_the_field_s_type():
+    config = load(
+        opsd__gate="1,0.5,0",
+        seed="7",
+        rlvr__optimizer__learning_rate="1",
+        model__tie_word_embeddings="true",
+        mesh="(1, 1, 1)",
+        evaluation__temperature="0.5",
+    )
+    assert config.opsd.gate == "1,0.5,0"
+    assert config.seed == 7
+    assert config.rlvr.optimizer.learning_rate == 1.0
+    assert config.model.tie_word_embeddings is True
+    assert config.mesh == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "message"),
+    [
+        ("opsd.gat", "all", "no such field. Did you mean --config.opsd.gate"),
+        ("opsd.learning_rate", "1e-4", r"Did you mean --config.opsd.optimizer.learning_rate"),
+        ("opds.gate", "all", "Did you mean --config.opsd.gate"),
+        ("seed.x", "1", "no such field"),
+        ("xyzzy", "1", "no such field.$"),
+        ("opsd", "1", r"opsd is a section; set one of .*gate"),
+        ("data.train", "a.jsonl", "data.train is a section; its fields are the config file's."),
+        ("sft.steps", "3.5", "expected int, such as 1300"),
+        ("sft.steps", "many", "expected int"),
+        ("sft.steps", "True", "expected int"),
+        ("model.tie_word_embeddings", "1", "expected bool"),
+        ("sft.buckets", "56", "expected tuple"),
+        ("sft.steps", "", "expected int"),
+    ],
+)
+def test_a_bad_override_is_refused(field, text, message):
+    with pytest.raises(config_lib.ConfigError, match=message):
+        config_files.load(QUICKSTART, {field: text})
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "message"),
+    [
+        ("sft.batch_size", "-4", "sft.batch_size is -4; expected at least 1"),
+        ("rlvr.prompts", "0", "rlvr.prompts is 0"),
+        ("rlvr.group_size", "1", "rlvr.group_size is 1; expected at least 2"),
+        ("rlvr.updates", "3", "rlvr.updates is 3; expected a divisor of 32 prompts"),
+        ("opsd.temperature", "-0.1", "opsd.temperature is -0.1"),
+        ("opsd.gate", "corect", "config.opsd.gate: gate is 'corect'; expected one of correct"),
+        ("opsd.loss.divergence", "kl", "config.opsd.loss: divergence is 'kl'; expected one of rev"),
+        ("opsd.loss.clip", "-1.0", "config.opsd.loss: clip is -1.0; expected a number in"),
+        ("opsd.loss_chunk", "-1", "opsd.loss_chunk is -1"),
+        ("rlvr.objective.clip", "min", "config.rlvr.objective: clip is 'min'; expected one of ppo"),
+        ("rlvr.objective.clip_high", "-0.2", "config.rlvr.objective: clip_high is -0.2"),
+        ("rlvr.objective.baseline", "mean", "config.rlvr.objective: baseline is 'mean'"),
+        ("rlvr.overlong_buffer", "89", "overlong_buffer is 89; .*the budget of 88 tokens"),
+        ("opsd.buckets", "(40, 90)", r"opsd.buckets is .*a last one of at least 103"),
+        ("opsd.teacher_buckets", "(126,)", r"teacher_buckets is .*one for each of opsd.buckets"),
+        ("opsd.teacher_buckets", "(80, 90)", r"teacher_buckets is .*the last at least 126"),
+        ("opsd.teacher_buckets", "(126, 80)", "ascending order"),
+        ("opsd.buckets", "(88, 40)", "ascending order"),
+        ("sft.buckets", "()", "ascending order"),
+        ("opsd.init_from", "opsd", "opsd.init_from is 'opsd'; expected '' or a stage before"),
+        ("opsd.algorithm", "ppo", "opsd.algorithm is 'ppo'"),
+        ("stages", "('sft', 'dpo')", "names of sections among opsd, rlvr, sft"),
+        ("stages", "('sft', 'model')", "names of sections"),
+        ("sft.optimizer.learning_rate", "0.0", "sft.optimizer.learning_rate is 0.0"),
+        ("sft.optimizer.schedule", "linear", "expected 'constant' or 'cosine'"),
+        ("sft.optimizer.b2", "1.0", "b2 is 1.0"),
+        ("rlvr.temperature", "0.0", "rlvr.temperature is 0; expected above 0"),
+        ("evaluation.problems", "1", "evaluation.problems is 1; expected at least 2"),
+        ("evaluation.seed", "100000000000", "less than 2.31"),
+        ("sft.buckets", "('a',)", "buckets is .*ascending order"),
+        ("mesh", "('a', 1, 1)", "a tuple of int"),
+        ("decode_mesh", "('a', 1, 1)", "decode_mesh is .*a tuple of int"),
+        ("rlvr.slots", "0", "rlvr.slots is 0; expected at least 1"),
+        ("opsd.memo.slots", "0", "opsd.memo.slots is 0; expected at least 1"),
+        ("evaluation.min_p", "-0.1", r"evaluation.min_p is -0.1; expected a share in \[0, 1\]"),
+        ("evaluation.min_p", "1.1", r"evaluation.min_p is 1.1; expected a share in \[0, 1\]"),
+        ("stages", "(['sft'],)", "a tuple of str"),
+        ("stages", "('sft', 'sft')", "names that differ"),
+        ("stages", "('sft', 'report')", "none of them 'untrained' or 'report'"),
+        ("opsd.optimizer.warmup", "25", "warmup is 25; expected less than 25, the stage's updates"),
+    ],
+)
+def test_a_config_that_cannot_run_is_refused(field, text, message):
+    with pytest.raises(config_lib.ConfigError, match=message):
+        config_files.load(QUICKSTART, {field: text})
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "message"),
+    [
+        ("task", "opsd_jax.data.nothing:task", "config.task is 'opsd_jax.data.nothing:task'"),
+        ("model.make", "nonsense", "config.model.make is 'nonsense'; expected 'package.module:fun"),
+        ("model.vocab_size", "16", "vocab_size is 16; expected at least 32, the tokenizer's"),
+        ("model.scan_unroll", "2", "scan_unroll is 2, which does not divide"),
+        ("model.num_kv_heads", "3", "num_heads is 4"),
+        (
+            "mesh",
+            "(3, 1, 1)",
+            r"config.mesh: mesh \(3, 1, 1\) over .* takes 3 devices; there are 8",
+        ),
+        (
+            "decode_mesh",
+            "(4, 1, 1)",
+            r"config.decode_mesh: mesh \(4, 1, 1\) over .* takes 4 devices; there are 8",
+        ),
+        (
+            "decode_mesh",
+            "(-1, 3, 1)",
+            r"config.decode_mesh: mesh .* takes 3 devices or a multiple; there are 8",
+        ),
+        ("decode_mesh", "(4, 2)", r"config.decode_mesh: mesh is \(4, 2\); expected sizes of"),
+        (
+            "decode_mesh",
+            "(1, 1, 8)",
+            r"config.decode_mesh: parameter .* split over the mesh axis 'tensor' of 8, which",
+        ),
+        ("rlvr.microbatch", "12", "rlvr.microbatch is 12; expected a multiple of data x fsdp = 8"),
+        ("rlvr.slots", "20", "rlvr.slots is 20; expected a multiple of data x fsdp = 8"),
+        ("opsd.slots", "12", "opsd.slots is 12; expected a multiple of data x fsdp = 8"),
+        ("evaluation.slots", "4", "evaluation.slots is 4; expected a multiple of data x fsdp = 8"),
+        (
+            "opsd.teacher_prompt_tokens",
+            "16",
+            "teacher_prompt_tokens is 16; the prompt of problem .* has 39 tokens",
+        ),
+        ("rlvr.prompt_tokens", "8", "rlvr.prompt_tokens is 8; expected at least 16"),
+        ("evaluation.prompt_tokens", "8", "evaluation.prompt_tokens is 8; expected at least 16"),
+        ("evaluation.problems", "70000", "problems is 70000; expected at most 65536"),
+        ("sft.buckets", "(56, 80)", "sft.buckets is 80; expected at least"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_before_compiling(tmp_path, field, text, message):
+    config = config_files.load(QUICKSTART, {field: text})
+    with pytest.raises(config_lib.ConfigError, match=message):
+        pipeline.Run(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"sft.buckets": "(56, 129)"},
+            r"sft.buckets is \[56, 129\]; expected multiples of tensor = 2",
+        ),
+        (
+            {"rlvr.buckets": "(64, 104)", "opsd.teacher_buckets": "(80, 127)"},
+            r"opsd.buckets with teacher_buckets is \[.*\]; expected multiples of tensor = 2",
+        ),
+    ],
+)
+def test_padded_lengths_are_cut_evenly_over_tensor(tmp_path, fields, message):
+    fields |= {"mesh": "(4, 1, 2)", "model.sequence_parallel": "True"}
+    config = config_files.load(QUICKSTART, fields)
+    with pytest.raises(config_lib.ConfigError, match=message):
+        pipeline.Run(config, tmp_path)
+
+
+def test_memos_have_slots_on_every_device(tmp_path):
+    config = config_files.load(QUICKSTART, {"opsd.memo.slots": "12"})
+    config.opsd.contexts = ("memo",)
+    message = "opsd.memo.slots is 12; expected a multiple of data x fsdp = 8"
+    with pytest.raises(config_lib.ConfigError, match=message):
+        pipeline.Run(config, tmp_path)
+
+
+def test_a_device_has_as_many_key_value_heads_as_the_paged_kernel_takes(tmp_path):
+    config = config_files.load(QUICKSTART, {"decode_mesh": "(4, 1, 2)"})
+    sizes = {"vocab_size": 128, "num_heads": 24, "num_kv_heads": 24, "head_dim": 128}
+    config.model.update(config_lib.decoder(**sizes, cache="paged"))
+    message = "config.decode_mesh: model.cache is 'paged', and a device has 12 key-value heads"
+    with pytest.raises(config_lib.ConfigError, match=message):
+        pipeline.Run(config, tmp_path)
+
+
+@pytest.mark.parametrize(("field", "form"), [("cache", "paged"), ("attention", "splash")])
+def test_what_tpus_run_alone_is_refused_elsewhere(tmp_path, field, form):
+    config = config_files.load(QUICKSTART, {})
+    config.model.update(config_lib.decoder(vocab_size=128, head_dim=128, **{field: form}))
+    message = f"model.{field} is '{form}'; expected 'auto' on a cpu: TPUs run it"
+    with pytest.raises(config_lib.ConfigError, match=message):
+        pipeline.Run(config, tmp_path)
+
+
+def test_sampling_may_have_a_mesh_of_its_own(tmp_path):
+    """Rows of batches go with the one mesh, slots with the other; problems of a step with none."""
+    fields = {"decode_mesh": "(-1, 1, 2)", "rlvr.slots": "12", "rlvr.prompts": "6"}
+    fields |= {"rlvr.microbatch": "16", "rlvr.updates": "1"}
+    made = lambda **changes: pipeline.Run(config_files.load(QUICKSTART, fields | changes), tmp_path)
+    run = made()
+    assert dict(run.mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    decode_mesh = run.parameters.decode_mesh
+    assert dict(decode_mesh.shape) == {"data": 4, "fsdp": 1, "tensor": 2}
+    assert decode_mesh.devices.flatten().tolist() == run.mesh.devices.flatten().tolist()
+    with pytest.raises(config_lib.ConfigError, match=r"slots is 6; expected a mul.* fsdp = 4"):
+        made(**{"rlvr.slots": "6"})
+    with pytest.raises(config_lib.ConfigError, match=r"batch is 12; expected a mul.* fsdp = 8"):
+        made(**{"rlvr.microbatch": "12"})
+
+
+def test_wandb_without_its_package_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(config_lib.ConfigError, match=r"wandb_project is .mine.*without the extra"):
+        load(wandb_project="mine")
+
+
+def test_a_task_is_found_in_the_current_directory(tmp_path, monkeypatch):
+    (tmp_path / "task_of_mine.py").write_text(
+        "def task(data):\n    raise OSError('it was called')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    command = ["train", "--config", QUICKSTART, "--workdir", "run"]
+    with pytest.raises(OSError, match="it was called"):
+        main.main([*command, "--config.task=task_of_mine:task"])
+
+
+def test_a_config_file_with_a_field_too_many(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from opsd_jax.config import default\n"
+        "def get_config():\n"
+        "    config = default()\n"
+        "    config.opsd.gat = 'all'\n"
+        "    return config\n"
+    )
+    with pytest.raises(config_lib.ConfigError, match=r"mine.py: .*gat.*[\s\S]*gate"):
+        config_files.load(path)
+    with pytest.raises(config_lib.ConfigError, match="there is no Python file"):
+        config_files.load(tmp_path / "absent.py")
+    path.write_text("def get_config():\n    return None\n")
+    with pytest.raises(config_lib.ConfigError, match="returned None; expected a ConfigDict"):
+        config_files.load(path)
+    path.write_text("import nothing_of_this_name\n")
+    with pytest.raises(config_lib.ConfigError, match=r"mine.py: ModuleNotFoundError"):
+        config_files.load(path)
+
+
+def test_json_keeps_a_config():
+    config = config_files.load(QUICKSTART.replace("quickstart", "quickstart_arms"))
+    assert config_files.from_flat(json.loads(config_files.to_json(config))) == config
+
+
+def test_a_workdir_of_another_config_is_refused(tmp_path):
+    for _ in range(2):  # the same is fine
+        with claimed(load(), tmp_path):
+            pass
+    other = claimed(load(opsd__gate="all", seed="1"), tmp_path)
+    with pytest.raises(config_lib.ConfigError) as error, other:
+        pass
+    assert "opsd.gate: 'correct' there, 'all' now" in str(error.value)
+    assert "seed: 0 there, 1 now" in str(error.value)
+
+
+def test_an_unwritable_workdir_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "run", pathlib.Path("/proc/opsd_jax")):
+        workdir = claimed(load(), path)
+        with pytest.raises(config_lib.ConfigError, match=f"{path} cannot be written"), workdir:
+            pass
+
+
+def test_a_workdir_in_use_is_refused(tmp_path):
+    second = claimed(load(), tmp_path)
+    with claimed(load(), tmp_path), pytest.raises(config_lib.ConfigError, match="is in use"):
+        second.__enter__()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--config", QUICKSTART, "--config.opsd.gat=all"], "Did you mean"),
+        (["train", "--config", QUICKSTART, "--config.sft.batch_size", "-4"], "at least 1"),
+        (["train", "--config", "absent.py"], "there is no Python file"),
+        (["evaluate"], "holds no run"),
+        (["report"], "holds no run"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong_and_writes_nothing(
+    tmp_path, capsys, arguments, message
+):
+    workdir = tmp_path / "run"
+    assert main.main([*arguments, "--workdir", str(workdir)]) == 2
+    assert message in capsys.readouterr().err
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["report", "--config.seed=1"]])
+def test_usage_errors(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main.main(arguments)
+    assert stop.value.code == 2
+    assert "usage: opsd-jax" in capsys.readouterr().err
+
+
+def test_help_shows_the_commands_and_an_example(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main.main(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("train", "evaluate", "report", "configs/quickstart.py"))
+
+
+def test_help_of_train_lists_the_fields(capsys):
+    with pytest.raises(SystemExit):
+        main.main(["train", "--help"])
+    out = capsys.readouterr().out
+    assert all(f"--config.{field}=" in out for field in config_files.flatten(config_lib.default()))
+
+
+def test_config_json_is_readable(tmp_path):
+    with claimed(load(), tmp_path):
+        pass
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["opsd.gate"] == "correct"
+    assert saved["stages"] == ["sft", "rlvr", "opsd"]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_loads_and_names_itself(path):
+    config = config_files.load(path, data=False)
+    text = path.read_text()
+    assert f"--config configs/{path.name}" in text
+    # Those for pods begin with their plan.
+    planned = re.search(r"opsd-jax plan .* --topology (\S+)", text)
+    assert (planned is not None) == ("_v5" in path.stem)
+    if planned:
+        mesh, *_, decode_mesh = re.findall(r"\d+ x \d+ x \d+", text)
+        for field, shape in ((config.mesh, mesh), (config.decode_mesh or config.mesh, decode_mesh)):
+            pairs = zip(field, shape.split(" x "), strict=True)
+            assert all(size in (-1, int(printed)) for size, printed in pairs)
+        assert "HBM of a device, GiB" in text
+        assert f"    {planned[1]}: " in text
+        assert "DOES NOT FIT" not in text

@@ -1,0 +1,131 @@
+"""The embedded task: what a problem, a demonstration and a verdict are."""
+
+import numpy as np
+import pytest
+
+from opsd_jax.data import arithmetic
+from opsd_jax.verify.outcomes import groups
+from opsd_jax.verify.verdict import Verdict
+
+CALCULATE = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+
+
+def test_solutions_follow_from_the_true_operands(task):
+    """Each line's result follows from the line, its carried value from the line before."""
+    misprints = operands = 0
+    for i in range(500):
+        problem = task.train[i]
+        printed = problem.question.split()
+        *words, answer = problem.solution.split()
+        assert len(words) == 20
+        carried_on = words[1]
+        misprints += carried_on != printed[1]
+        for j in range(0, 20, 5):
+            label, carried, operation, operand, result = words[j : j + 5]
+            assert carried == carried_on
+            assert int(result) == CALCULATE[operation](int(carried), int(operand)) % 10
+            at = printed.index(label)
+            assert printed[at + 1] == operation
+            misprints += printed[at + 2] != operand
+            carried_on = result
+        operands += 5
+        assert answer == problem.answer == carried_on
+    # 5 % of 2,500, with a standard error of 0.4 points.
+    assert 0.035 < misprints / operands < 0.065
+
+
+def test_train_and_held_out_problems_are_disjoint(task):
+    heldout = {task.heldout[i].id for i in range(len(task.heldout))}
+    assert len(heldout) == arithmetic.HELD_OUT == len(task.heldout)
+    assert len(task.train) == arithmetic.SPACE - arithmetic.HELD_OUT
+    assert not heldout & {task.train[i].id for i in range(20_000)}
+    shuffled = task.train.shuffle(seed=5).repeat()
+    for first in (0, len(task.train), 3 * len(task.train)):  # in later epochs too
+        assert not heldout & {shuffled[first + i].id for i in range(5_000)}
+        assert not heldout & {task.train[first + i].id for i in range(5_000)}
+    assert task.heldout[len(task.heldout) + 5] == task.heldout[5]
+
+
+def test_the_number_of_a_problem_is_its_question():
+    questions = {arithmetic.problem(n).question for n in range(0, arithmetic.SPACE, 1013)}
+    assert len(questions) == len(range(0, arithmetic.SPACE, 1013))
+
+
+def test_data_is_a_function_of_index_and_seed(task):
+    first, again, other = (task.demonstrations(seed) for seed in (3, 3, 4))
+    assert [first[i] for i in range(40)] == [again[i] for i in range(40)]
+    assert [first[i] for i in range(40)] != [other[i] for i in range(40)]
+
+
+def test_demonstrations_are_what_they_are_said_to_be(task):
+    data = task.demonstrations(0)
+    decode = task.tokenizer.decode
+    verbose, concise = [], []
+    for i in range(3000):
+        prompt, response = data[i]
+        assert response[-1] == task.tokenizer.eos_ids[0]
+        assert len(response) <= arithmetic.MAX_RESPONSE
+        (concise if "<ref>" in decode(prompt) else verbose).append(
+            (decode(prompt), decode(response))
+        )
+    # Binomial standard errors here are at most one point.
+    assert abs(len(concise) / 3000 - arithmetic.PRIVILEGED_SHARE) < 0.03
+    mean = lambda pairs: np.mean([len(response.split()) for _, response in pairs])
+    assert mean(concise) < 30 < 45 < mean(verbose)
+    for prompt, response in concise:
+        assert response.split()[-2] == prompt.split()[-2]  # the reference's answer
+    assert min(len(response.split()) for _, response in concise) == 24
+    shares = [
+        np.mean([word in response for _, response in verbose]) for word in ("problem", " so ")
+    ]
+    np.testing.assert_allclose(
+        shares, [arithmetic.RESTATE_RATE, arithmetic.SUMMARY_RATE], atol=0.04
+    )
+
+
+def test_rechecks_end_when_two_results_agree(task):
+    data = task.demonstrations(0)
+    for i in range(500):
+        words = task.tokenizer.decode(data[i].response).split()
+        results = [w for w in words if w in ("ok", "hmm")]
+        assert words.count("wait") + words.count("check") == len(results)
+        for j, word in enumerate(words):
+            if word in (
+                "ok",
+                "hmm",
+            ):  # the result, seven words back (or six, after no "ok"), repeats
+                before = words[j - 7] if words[j - 7].isdigit() else words[j - 8]
+                assert (words[j - 1] == before) == (word == "ok")
+
+
+@pytest.mark.parametrize(
+    ("response", "verdict"),
+    [
+        ("<think> B 1 + 1 2 </think> 7 <eos>", Verdict(True, "match")),
+        ("<think> </think> 3 </think> 7 <eos>", Verdict(True, "match")),
+        ("<think> </think> 8 <eos>", Verdict(False, "mismatch")),
+        ("<think> </think> 7 7 <eos>", Verdict(False, "mismatch")),
+        ("<think> </think> 7", Verdict(False, "mismatch")),
+        ("<think> </think> <eos>", Verdict(False, "mismatch")),
+        ("7 <eos>", Verdict(False, "no answer")),
+        ("", Verdict(False, "no answer")),
+    ],
+)
+def test_verdicts(response, verdict):
+    problem = arithmetic.problem(0)._replace(answer="7")
+    assert arithmetic.verify(problem, response) == verdict
+
+
+def test_groups():
+    verdicts = [Verdict(True, ""), Verdict(False, ""), Verdict(True, ""), Verdict(False, "")]
+    masks = groups(verdicts, np.array([False, False, True, True]))
+    np.testing.assert_array_equal(masks.correct, [1, 0, 0, 0])
+    np.testing.assert_array_equal(masks.incorrect, [0, 1, 0, 0])
+    np.testing.assert_array_equal(masks.truncated, [0, 0, 1, 1])
+    with pytest.raises(ValueError, match="4 verdicts"):
+        groups(verdicts, np.zeros(3, bool))
+
+
+def test_a_word_without_a_token_is_named(task):
+    with pytest.raises(ValueError, match=r"'apple' of '1 \+ apple'"):
+        task.tokenizer.encode("1 + apple")

@@ -1,0 +1,90 @@
+"""The data sets that training and evaluation use here: what is in them, and what is not.
+
+They lie beside the checkout, in shared/data/benchmarks; without them the tests are skipped.
+"""
+
+import json
+
+import pytest
+from paths import SHARED
+
+from opsd_jax import config as config_lib
+from opsd_jax.data import load, sources
+from opsd_jax.data.duplicates import without_duplicates
+from opsd_jax.problem import DataError
+
+FOLDER = SHARED / "benchmarks"
+EVALUATION = ("aime24", "aime25", "gsm8k_test", "math500")
+TRAINING = ("gsm8k_train", "train_aime_1983_2023", "train_math_deepscaler")
+
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"there is no {FOLDER}")
+
+
+def source(name, **changes):
+    return config_lib.source(str(FOLDER / f"{name}.jsonl"), **changes)
+
+
+@pytest.fixture(scope="module")
+def data():
+    """All of it, each answer verified against itself. Two rows have no answer."""
+    config = config_lib.default().data
+    for name in EVALUATION:
+        config.heldout[name] = source(name)
+    for name in TRAINING:
+        config.train[name] = source(name)
+    config.train.train_math_deepscaler.bad_rows = "drop"
+    return load.load(config)
+
+
+def test_the_rows_that_cannot_be_used_are_listed():
+    with pytest.raises(DataError) as error:
+        sources.problems("maths", source(TRAINING[2]), "data.train.maths", lambda p: [""] * len(p))
+    lines = str(error.value).splitlines()
+    assert lines[0] == "config.data.train.maths: 2 bad of 7474 rows:"
+    for line, number in zip(lines[1:3], (5329, 5331), strict=True):  # no choice was right there
+        assert f"{TRAINING[2]}.jsonl:{number}: field 'answer' is ''; expected a string" in line
+
+
+def test_counts(data):
+    assert data.counts == {
+        "aime24": sources.Counts(rows=30, kept=30),
+        "aime25": sources.Counts(rows=30, kept=30, unsolved=30),
+        "gsm8k_test": sources.Counts(rows=1319, kept=1319),
+        "math500": sources.Counts(rows=500, kept=500),
+        "gsm8k_train": sources.Counts(rows=7473, kept=7473),
+        "train_aime_1983_2023": sources.Counts(rows=975, kept=968, overlap={"math500": 7}),
+        # 5 stand in it twice; 355 are problems of the AIME above.
+        "train_math_deepscaler": sources.Counts(
+            rows=7474, kept=7112, bad=2, repeated=360, unsolved=7112
+        ),
+    }
+
+
+def test_what_the_file_says_is_in_math500_is_left_out(data):
+    """And one more that the file does not say: its three dots are \\cdots here and \\dots there."""
+    lines = (FOLDER / "train_aime_1983_2023.jsonl").read_text().splitlines()
+    rows = {f"train_aime_1983_2023/{row['id']}": row for row in map(json.loads, lines)}
+    flagged = {key for key, row in rows.items() if row.get("in_math500")}
+    left_out = rows.keys() - {problem.id for problem in data.train["train_aime_1983_2023"]}
+    assert len(flagged) == 6
+    assert left_out == flagged | {"train_aime_1983_2023/aime-train-744"}
+
+
+def test_no_problem_twice(data):
+    ids = [p.id for part in (data.train, data.heldout) for ps in part.values() for p in ps]
+    assert len(set(ids)) == len(ids) == 30 + 30 + 1319 + 500 + 7473 + 968 + 7112
+
+
+def test_what_differs_in_a_sign_alone_is_kept(data):
+    """These pairs have the same letters and digits, and other answers: k > 0 and k < 0, say."""
+    kept = {problem.id.rsplit("-", 1)[1] for problem in data.train["train_math_deepscaler"]}
+    for pair in ((142, 167), (2608, 3190), (3409, 3865), (6405, 6477), (7028, 7138)):
+        assert kept.issuperset(map(str, pair))
+
+
+def test_repeated_problems_of_one_file():
+    """Without the AIME beside it."""
+    section = source("train_math_deepscaler", bad_rows="drop")
+    problems, _ = sources.problems("maths", section, "", lambda p: [""] * len(p))
+    _, counts = without_duplicates({"maths": problems}, {})
+    assert counts == {"maths": ({}, 5)}

@@ -1,0 +1,515 @@
+"""A task from files: duplicates, mixtures, prompts, what is refused, and a run on it."""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import grain
+import jax
+import pytest
+from paths import ROOT
+
+from opsd_jax import config as config_lib
+from opsd_jax.cli import main
+from opsd_jax.config import checks as validation
+from opsd_jax.config import loading as config_files
+from opsd_jax.data import arithmetic, load, text
+from opsd_jax.data.contexts import Context
+from opsd_jax.data.duplicates import normalise, without_duplicates
+from opsd_jax.data.mixture import mixture
+from opsd_jax.data.tokenizer import ByteTokenizer
+from opsd_jax.problem import DataError, Problem
+from opsd_jax.run import checks as sizes
+from opsd_jax.run import pipeline, workdir
+from opsd_jax.stages import sft
+from opsd_jax.training import metrics
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("Find $x$.", "find x"),
+        (r"$\left(\dfrac{1}{2},\, 3\right)$", r"\((\frac12, 3)\)"),
+        (r"\tfrac 1 2 \quad x", r"$\frac{1}{2}x$"),
+        ("10\\,000 or 10{,}000", "10000 or 10,000"),
+        ("Costs \\$5, she\u2019s \u201clate\u201d \u2013 why?", 'costs $5, she\'s "late" - why'),
+        (r"$x^{2} \leq 3 $" + "\u00d7 4", r"x^2 \le 3 \times 4"),
+        (r"5\text{ cm}, \ldots, 9\mathrm{cm}", r"5 cm, ..., 9cm"),
+        (r"\overline{r_1}", r"\overline{r}_1"),
+        (r"\log_8 2", r"\log_82"),
+        (r"\Bigl( a \Bigr)\!", "(a)"),
+        (r"(1 \\ 2 \\[2pt] 3)", r"(1\\2\\[2pt]3)"),
+        (r"a_{}^{}b^{ }", "ab"),
+        (r"90^{\circ}, f^{\prime}(x), f^\prime", "90^\\circ, f'(x), f'"),
+        (r"50\% of $\lvert x\rvert$, $\{x \mid x\}$", r"50% of |x|, \{x | x\}"),
+        (r"x \lt 1 \gt y \geqslant 2 \leqslant 3", r"x < 1 > y \ge 2 \leq 3"),
+        (r"\textbf{a} \textit{b} \emph{c}", "a b c"),
+        ("x\u200b \u2011\xad1 \u22c5 \uff11\uff12", r"x - 1 \cdot 12"),
+    ],
+)
+def test_what_is_typed_in_two_ways_is_the_same(a, b):
+    assert normalise(a) == normalise(b)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("2+3", "2-3"),
+        ("2 3", "23"),
+        ("x > 0", "x < 0"),
+        ("x^{12}", "x^1 2"),
+        (r"\frac{1}{23}", r"\frac{12}{3}"),
+        ("2.5", "25"),
+        ("5!", "5"),
+        ("2^{3+1}", "2^3+1"),
+        ("8/(4/2)", "8/4/2"),
+        (r"a \times b", r"a \div b"),
+        ("f'(x)", "f(x)"),
+        (r"\sin(-60^\circ)", r"\sin 60^\circ"),
+        (r"1 \\ 2", r"1 \ 2"),
+        (r"x^{\circ 2}", r"x^\circ 2"),
+        ("x²", "x2"),
+    ],
+)
+def test_numbers_and_operators_tell_questions_apart(a, b):
+    assert normalise(a) != normalise(b)
+
+
+def test_dots_within_a_question_take_no_time():
+    began = time.monotonic()
+    normalise(": " * 100_000 + "x")
+    assert (
+        time.monotonic() - began < 5
+    )  # it was half a minute where each one began a search for the end
+
+
+def test_without_duplicates():
+    def problems(*questions):
+        return [Problem(i, question, "", "1") for i, question in enumerate(questions)]
+
+    kept, counts = without_duplicates(
+        {"a": problems("x + 1", "$x+1$", "y", "z"), "b": problems("X+1", "w", "Y")},
+        {"eval": ["z", "z."], "other": ["$ z $", "y"]},
+    )
+    assert [p.id for p in kept["a"]] == [0]
+    assert [p.id for p in kept["b"]] == [1]
+    assert counts == {"a": ({"other": 1, "eval": 1}, 1), "b": ({"other": 1}, 1)}
+
+
+SOURCES = {name: [f"{name}{i}" for i in range(n)] for name, n in (("a", 40), ("b", 99), ("c", 7))}
+WEIGHTS = {"a": 3.0, "b": 1.0, "c": 0.5, "of another source": 9.0}
+
+
+def test_every_source_is_gone_through_in_new_orders():
+    data = mixture(SOURCES, WEIGHTS, seed=1)
+    drawn = [data[i] for i in range(4545)]
+    for name, elements in SOURCES.items():
+        own = [element for element in drawn if element[0] == name]
+        n = len(elements)
+        rounds = [own[i : i + n] for i in range(0, len(own) - n + 1, n)]
+        assert len(rounds) > 9
+        assert all(sorted(r) == sorted(elements) for r in rounds)
+        assert len({tuple(r) for r in rounds}) == len(rounds)
+    shares = {name: count / len(drawn) for name, count in Counter(e[0] for e in drawn).items()}
+    assert shares == pytest.approx({"a": 3 / 4.5, "b": 1 / 4.5, "c": 0.5 / 4.5}, abs=1e-3)
+    other = mixture(SOURCES, WEIGHTS, seed=2)
+    assert [other[i] for i in range(100)] != drawn[:100]
+
+
+def test_a_mixture_s_length_is_one_pass_or_more():
+    """What a check that looks at the whole of it relies on."""
+    for sources, weights in (
+        (SOURCES, WEIGHTS),
+        (SOURCES, {"a": 1.009, "b": 1.0, "c": 5.0}),
+        ({"a": SOURCES["a"]}, {"a": 0.3}),
+    ):
+        data = mixture(sources, weights, seed=0)
+        assert {data[i] for i in range(len(data))} == {e for part in sources.values() for e in part}
+    assert len(data) == 80  # of forty
+
+
+def test_an_element_is_a_function_of_seed_and_index(tmp_path):
+    """Also in a process of its own, which reads nothing else."""
+    data = mixture(SOURCES, WEIGHTS, seed=1)
+    indices = [1000, 3, 10**9]
+    backwards = [mixture(SOURCES, WEIGHTS, seed=1)[i] for i in reversed(indices)]
+    assert [data[i] for i in range(1001)][1000] == data[1000]
+    assert [data[i] for i in indices] == backwards[::-1]
+    code = (
+        "from opsd_jax.data.mixture import mixture\n"
+        f"data = mixture({SOURCES!r}, {WEIGHTS!r}, seed=1)\n"
+        f"print([data[i] for i in {indices!r}])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == str([data[i] for i in indices])
+
+
+def test_grain_shuffles_each_epoch_anew(task):
+    """What a task without a stream of its own relies on."""
+    data = grain.MapDataset.source(list(range(20))).shuffle(seed=3).repeat()
+    epochs = [[data[20 * e + i] for i in range(20)] for e in range(5)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 5
+    assert task.stream is None
+
+
+def test_byte_tokenizer():
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode("π = {3}\n")
+    assert max(ids) < tokenizer.vocab_size
+    assert tokenizer.decode([0, *ids, 1, 0, 258, 9999]) == "π = {3}\n"
+    assert tokenizer.decode(ids[:1]) == "�"
+    assert tokenizer.decode([2 + b for b in range(256)]).startswith("\0\1")
+
+
+def test_templates_are_filled_in_one_pass():
+    template = r"{question}|{context}|\boxed{}|{{context}}|{other}"
+    filled = text.fill(template, question="{context} \\1", context="{question}")
+    assert filled == r"{context} \1|{question}|\boxed{}|{{question}}|{other}"
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def config(config, tmp_path, monkeypatch):
+    """Three stages on a dozen little problems, on one device."""
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: first)
+    rows = [
+        {"id": i, "problem": f"{a} + {b}", "answer": a + b, "solution": rf"\boxed{{{a + b}}}"}
+        for i, (a, b) in enumerate((a, b) for a in range(1, 8) for b in (1, 2))
+    ]
+    rows[5].pop("solution")
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.task = "opsd_jax.data.text:task"
+        config.data.train.sums = config_lib.source(write(tmp_path / "train.jsonl", rows))
+        more = [{"problem": "9 + 9", "answer": "18"}, {"problem": "$1+1$", "answer": "2"}]
+        config.data.train.more = config_lib.source(write(tmp_path / "more.jsonl", more), weight=0.5)
+        config.data.heldout.tests = config_lib.source(write(tmp_path / "h.jsonl", rows[-2:]))
+        config.data.exclude.others = config_lib.source(
+            write(tmp_path / "x.jsonl", [{"problem": "$2+1$"}])
+        )
+        config.data.prompt = "{question} = "
+        config.data.teacher_prompt = "{question} ({context}) = "
+        config.data.contexts.solution = "{context}"
+        config.model.vocab_size = 258
+        config.mesh = (1, 1, 1)
+        config.sft.update({"steps": 2, "batch_size": 4, "buckets": (24,)})
+        config.sft.optimizer.warmup = 0
+        for stage in (config.rlvr, config.opsd):
+            stage.update({"steps": 1, "prompts": 4, "slots": 8, "response_tokens": 12})
+            stage.update({"prompt_tokens": 8, "buckets": (24,)})
+        config.opsd.update({"teacher_prompt_tokens": 20, "teacher_buckets": ()})
+        config.evaluation.update({"problems": 2, "slots": 4, "samples": 2})
+        config.evaluation.update({"prompt_tokens": 8, "response_tokens": 12})
+    validation.validate(config)
+    return config.lock()
+
+
+def test_load_counts_what_it_leaves_out(config, capsys):
+    data = load.load(config.data)
+    assert {name: tuple(counts[:2]) for name, counts in data.counts.items()} == {
+        "more": (2, 2), "sums": (14, 10), "tests": (2, 2), "others": (1, 1),
+    }  # fmt: skip
+    assert data.counts["sums"].overlap == {"tests": 2, "others": 1}
+    assert data.counts["sums"].repeated == 1  # "$1+1$": sources are taken by name
+    assert [p.id for p in data.train["sums"]] == [f"sums/{i}" for i in (1, *range(3, 12))]
+    assert [p.id for p in data.heldout["tests"]] == ["tests/12", "tests/13"]
+    out = capsys.readouterr().err
+    counts = "14 rows, 1 also in others, 2 also in tests, 1 repeated, 10 kept, 1 without a solution"
+    assert f"data: train.sums: {counts}\n" in out
+    assert "data: heldout.tests: 2 rows, 2 kept\n" in out
+    assert "data: exclude.others: 1 rows, 1 kept\n" in out
+
+
+def test_without_a_heldout_source_some_of_train_are_held_out(config, tmp_path, capsys):
+    """Chosen by their question alone, whatever the order of the rows."""
+    with config.unlocked():
+        config.data.heldout = {}
+        config.data.heldout_problems = 4
+    data = load.load(config.data)
+    held = {p.question for part in data.heldout.values() for p in part}
+    trained = {p.question for part in data.train.values() for p in part}
+    assert len(held) == 4
+    assert not held & trained
+    assert len(trained) == 10
+    assert "data: held out of these: 4 of sums\n" in capsys.readouterr().err
+    path = pathlib.Path(config.data.train.sums.path)
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    again = load.load(config.data)
+    assert {p.question for part in again.heldout.values() for p in part} == held
+    assert text.task(config.data).verify(data.heldout["sums"][0], "?").reason == "no answer"
+    config.data.heldout_problems = 14
+    with pytest.raises(DataError, match="heldout_problems is 14; expected fewer than the 14 probl"):
+        load.load(config.data)
+
+
+def test_a_task_from_files(config):
+    task = text.task(config.data)
+    decode = task.tokenizer.decode
+    assert [task.train[i].source for i in range(len(task.train))] == ["more"] * 2 + ["sums"] * 10
+    problem = next(task.train[i] for i in range(12) if task.train[i].id == "sums/5")
+    assert decode(task.prompt(problem)) == "3 + 2 = "
+    assert decode(task.teacher_prompt(problem, Context("solution", "5"), 20)[0]) == "3 + 2 (5) = "
+    assert task.teacher_prompt(problem, Context("none", ""), 8) == (task.prompt(problem), False)
+    assert task.verify(problem, r"So \boxed{5}").correct
+    assert not task.verify(problem, r"So \boxed{6}").correct
+    stream = task.stream(0)
+    assert {stream[i].id for i in range(99)} == {task.train[i].id for i in range(12)}
+    shown = task.demonstrations(0)
+    texts = {decode(shown[i].prompt) + decode(shown[i].response) for i in range(len(shown))}
+    assert len(texts) == 9  # of ten sums one has no solution, nor have the others
+    assert r"1 + 2 = \boxed{3}" in texts
+    assert all(shown[i].response[-1] == task.tokenizer.eos_ids[0] for i in range(len(shown)))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("data.prompt", "Hm?", "data.prompt is 'Hm.'; expected {question} in it"),
+        (
+            "data.prompt",
+            "{question} {answer}",
+            "{answer} is not filled in there, expected only {qu",
+        ),
+        ("data.teacher_prompt", "{context}", "data.teacher_prompt is '{context}'; expected {quest"),
+        ("data.teacher_prompt", "{question}", "teacher_prompt is '{question}'; expected {context}"),
+        ("data.contexts.answer", "Hm", "data.contexts.answer is 'Hm'; expected {context} in it"),
+        ("data.memo.correct", "{question}", "memo.correct is '{question}'; {question} is not fill"),
+        ("data.thinking", "yes", "data.thinking is 'yes'; expected 'on', 'off' or ''"),
+        ("data.chat_template", "absent", "data.chat_template is 'absent'; expected '' for the to"),
+        ("data.tokenizer", "absent", "there is no absent/tokenizer.json; expected a Hugging Face"),
+        (
+            "data.tokenizer",
+            "nothing:of",
+            "config.data.tokenizer is 'nothing:of'; expected 'package",
+        ),
+        (
+            "data.train.sums.path",
+            "absent.jsonl",
+            "config.data.train.sums.path is 'absent.jsonl'; t",
+        ),
+        ("data.train.sums.split", "dev", "config.data.train.sums.split is 'dev'; expected one of "),
+        ("data.train.sums.columns.answer", "gold", "14 bad of 14 rows:\n.*field 'gold' is missing"),
+        (
+            "data.train.sums.verifier.kind",
+            "nosuch",
+            "config.data.train.sums.verifier: kind is 'nos",
+        ),
+        ("data.train.sums.columns.solution", "", "SFT imitates solutions, and no problem of"),
+        ("rlvr.prompt_tokens", "7", "prompt_tokens is 7; expected at least 8, which problem "),
+        ("opsd.teacher_prompt_tokens", "10", "tokens without the privileged text; 10 fit"),
+        ("sft.buckets", "(16,)", "at least 17, which the demonstration to '. . . = ' has"),
+        ("model.vocab_size", "257", "model.vocab_size is 257; expected at least 258"),
+    ],
+)
+def test_what_does_not_fit_fails_before_compiling(config, tmp_path, field, value, message):
+    config_files.override(config, field, value)
+    message = message.replace("(", r"\(").replace("{", r"\{")
+    with pytest.raises((config_lib.ConfigError, DataError), match=f"(?s){message}"):
+        pipeline.Run(config, tmp_path)
+
+
+def test_of_many_problems_the_longest_are_looked_at(config, tmp_path, monkeypatch, capsys):
+    rows = [{"problem": f"{i} + 0", "answer": f"{i}", "solution": f"{i}"} for i in range(10, 60)]
+    rows[1]["problem"] = "11 + 0 + 0"
+    rows[2]["solution"] = "a rather long solution"
+    for name in ("WHOLLY_LOOKED_AT", "LONGEST", "LOOKED_AT"):
+        monkeypatch.setattr(sizes, name, 1)
+    with config.unlocked():
+        config.data.train = {"sums": config_lib.source(write(tmp_path / "many.jsonl", rows))}
+    message = "rlvr.prompt_tokens is 8; expected at least 13, which problem sums/2 has"
+    with pytest.raises(config_lib.ConfigError, match=message):
+        pipeline.Run(config, tmp_path)
+    config.rlvr.prompt_tokens = config.opsd.prompt_tokens = 13
+    pipeline.Run(config, tmp_path)
+    cut = "opsd: of 3 problems looked at, 3 have a solution, and 1 of these lose a part of it to"
+    assert cut in capsys.readouterr().err
+
+
+def test_a_demonstration_that_is_too_long_is_named(config, tmp_path):
+    task = pipeline.Run(config, tmp_path).task
+    section = config.sft.copy_and_resolve_references()
+    section.buckets = (16,)
+    stage = sft.stage(section, task, None, seed=0)
+    with pytest.raises(DataError, match=r"to '. . . = ' has 18 tokens; the last of .* is 16"):
+        stage.batches(0, None)
+
+
+def test_without_data_there_is_no_task(config, tmp_path):
+    empty = config_lib.default()
+    with pytest.raises(DataError, match=r"config.data.heldout is empty; expected sources"):
+        text.task(empty.data)
+    empty.data.heldout = config.data.heldout
+    assert len(text.task(empty.data).train) == 0  # enough for an evaluation
+    untaught = config.copy_and_resolve_references()
+    with untaught.unlocked():
+        untaught.data.train = {}
+    with pytest.raises(config_lib.ConfigError, match=r"config.data.train is empty; expected sour"):
+        pipeline.Run(untaught, pathlib.Path())
+    empty.data.train.copy = config.data.heldout.tests
+    with pytest.raises(DataError, match=r"train.copy: no problem is left: 2 rows, 2 also in tests"):
+        text.task(empty.data)
+    with pytest.raises(ValueError, match=r"it reads no files, and config.data names some"):
+        arithmetic.task(config.data)
+    config_files.override(config, "task", "opsd_jax.data.arithmetic:task")
+    with pytest.raises(
+        config_lib.ConfigError, match=r"config.task is '.*arithmetic:task': it reads"
+    ):
+        pipeline.Run(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"train": {"a": {"path": "a"}}},
+            "data.train.a is path: a\n; expected what .*source returns",
+        ),
+        (
+            {"train": {"a/b": config_lib.source("a")}},
+            "data.train.a/b is .*; expected a name of its",
+        ),
+        (
+            {"heldout": {"x": config_lib.source("a")}},
+            "data.train.x is 'x'; expected a name of its own",
+        ),
+        ({"train": {"a": config_lib.source()}}, "data.train.a.path is ''; expected a file"),
+        (
+            {"train": {"a": config_lib.source("a", weight=0.0)}},
+            "a.weight is 0.0; expected a number",
+        ),
+        ({"train": {"a": config_lib.source("a", columns={"id": None})}}, "id is None; .* type str"),
+        ({"train": {"a": config_lib.source("a", weight=None)}}, "a.weight is None; .* a number"),
+        (
+            {"train": {"a": config_lib.source("a", difficulty={"low": float("nan")})}},
+            "a.difficulty.low is nan; expected a number",
+        ),
+        ({"train": {"a": config_lib.source("a", extra=("b", 1))}}, "extra is .*a tuple of strings"),
+        (
+            {"train": {"a": config_lib.source("a", verifier={"ignore_case": None})}},
+            "data.train.a.verifier.ignore_case is None; expected of type bool",
+        ),
+        ({"train": {"problems": None}}, "data.train.problems is None; expected what .*source"),
+        (
+            {"train": {"a": config_lib.source("a", weight=1e-7)}},
+            "a.weight is 1e-07; expected at least a millionth of all",
+        ),
+        ({"train": {"a": config_lib.source("a", bad_rows="keep")}}, "expected 'refuse' or 'drop'"),
+        ({"train": {"a": config_lib.source("a", columns={"question": ""})}}, "name of a column"),
+        (
+            {"train": {"a": config_lib.source("a", pass_rates={"low": 0.9, "high": 0.1})}},
+            "a.pass_rates.low is 0.9; expected at most 0.1, its high",
+        ),
+        (
+            {"train": {"a": config_lib.source("a", pass_rates={"high": 90.0})}},
+            r"a.pass_rates.high is 90.0; expected a share in \[0, 1\], such as 0.9 for 90 percent",
+        ),
+    ],
+)
+def test_sections_that_cannot_be_used(change, message):
+    config = config_lib.default()
+    config.data.train.x = config_lib.source("x")
+    for part, sections in change.items():
+        for name, section in sections.items():
+            config.data[part][name] = section
+    with pytest.raises(config_lib.ConfigError, match=message):
+        validation.validate(config)
+
+
+def test_a_source_has_the_fields_that_it_has():
+    with pytest.raises(KeyError, match="answers"):
+        config_lib.source("a", columns={"answers": "gold"})
+    assert config_lib.source("a", columns={"answer": "gold"}).columns.question == "problem"
+
+
+def test_a_source_may_be_a_path_and_have_the_name_of_a_field():
+    config = config_lib.default()
+    config.data.train.problems = config_lib.source(pathlib.Path("a") / "b.jsonl")
+    validation.validate(config)
+    assert config.data.train.problems.path == "a/b.jsonl"
+    config.data.train.problems.verifier = None
+    with pytest.raises(config_lib.ConfigError, match=r"(?s)problems is .*; expected what opsd_j"):
+        validation.validate(config)
+
+
+def test_infinite_bounds_are_kept_as_strict_json(tmp_path):
+    config = config_lib.default()
+    config.data.train.a = config_lib.source("a")
+    config.lock()
+    config_files.override(config, "data.train.a.difficulty.high", "inf")
+    assert config.data.train.a.difficulty.high == float("inf")
+    validation.validate(config)
+    text = config_files.to_json(config)
+    assert "Infinity" not in text
+    saved = config_files.from_flat(json.loads(text))
+    config_files.check_same(config, saved, tmp_path)
+    assert saved.data.train.a.difficulty.high > 1e308
+
+
+def test_the_config_of_the_documentation(tmp_path, monkeypatch):
+    """It loads; then it asks for its files."""
+    page = (ROOT / "docs" / "data.md").read_text()
+    path = tmp_path / "maths.py"
+    path.write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    config = config_files.load(path, {"data.train.maths.weight": "3"})
+    assert config.data.train.maths.weight == 3.0
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["train", "--config", str(path), "--workdir", "run"]) == 2
+    with pytest.raises(DataError, match=r"math500.path is 'data/math500.jsonl'; there is no such"):
+        text.task(config.data)
+    table = set(re.findall(r"`([a-z_.]+)`", page))
+    for field in config_files.flatten(config_lib.source()):
+        parts = field.split(".")
+        assert field in table or parts[0] in table or f".{parts[-1]}" in table
+
+
+def test_a_run_goes_on_with_the_data_that_it_began_with(config, tmp_path):
+    check = lambda: workdir.check_data(text.task(config.data), tmp_path)
+    check()
+    check()
+    path = pathlib.Path(config.data.train.more.path)
+    path.write_text(path.read_text().replace('"18"', '"19"'))
+    message = (
+        r"(?s)other data .*  config.data.train.more: 2 problems, \w+ there, 2 problems, \w+ now"
+    )
+    with pytest.raises(config_lib.ConfigError, match=message) as error:
+        check()
+    assert "train.sums" not in str(error.value)
+    with config.unlocked():
+        del config.data.train.more
+    with pytest.raises(config_lib.ConfigError, match=r"more: 2 problems, \w+ there, absent now"):
+        check()
+
+
+def test_a_run_on_files(config, tmp_path):
+    """SFT, RLVR, OPSD, the report; and the config that it leaves is the one that it had."""
+    workdir = tmp_path / "run"
+    pipeline.run(config, workdir)
+    assert main.main(["report", "--workdir", str(workdir)]) == 0
+    report = json.loads((workdir / "report" / "report.json").read_text())
+    assert [stage["name"] for stage in report["stages"]] == ["sft", "rlvr", "opsd"]
+    assert [len(metrics.read(workdir / name)) for name in ("sft", "rlvr", "opsd")] == [2, 1, 1]
+    records = (workdir / "opsd" / "responses.jsonl").read_text().splitlines()
+    assert {json.loads(line)["problem"] for line in records} == {"tests/12", "tests/13"}
+    saved = json.loads((workdir / "config.json").read_text())
+    assert config_files.flatten(config_files.from_flat(saved)) == config_files.flatten(config)
+
+
+def test_another_tokenizer_at_the_same_path_is_refused(config, tmp_path):
+    task = text.task(config.data)
+    workdir.check_data(task, tmp_path)
+    other = task._replace(prompt=lambda problem: [id + 1 for id in task.prompt(problem)])
+    message = (
+        r"(?s)other data .*  config.data.prompts: the first 8 of each source as tokens, \w+ there"
+    )
+    with pytest.raises(config_lib.ConfigError, match=message):
+        workdir.check_data(other, tmp_path)

@@ -1,0 +1,75 @@
+"""What the README shows works as it stands there."""
+
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from paths import ROOT
+
+from opsd_jax import losses
+from opsd_jax.cli import main
+from opsd_jax.config import loading as config_files
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_loss_of_the_readme():
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(block, names)
+    rng = np.random.default_rng(0)
+    params, teacher_params = jnp.asarray(rng.normal(size=(2, 6, 5)), jnp.float32)
+    hidden, teacher_hidden = jnp.asarray(rng.normal(size=(2, 3, 4, 6)), jnp.float32)
+    mask = jnp.asarray(np.arange(4) < np.array([4, 2, 3])[:, None])
+    unembed = lambda params, hidden: hidden @ params
+    got = names["opsd_loss"](
+        params, hidden, teacher_params, teacher_hidden, unembed, mask, jnp.eye(3, dtype=bool)
+    )
+    only = losses.reverse_kl(
+        student_logits=hidden[0] @ params, teacher_logits=teacher_hidden[0] @ teacher_params
+    ).mean()
+    np.testing.assert_allclose(got, only, rtol=1e-6)
+
+
+def test_the_engine_of_the_page_of_rollouts(capsys):
+    (block,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "rollouts.md").read_text(), re.DOTALL
+    )
+    exec(block, {})
+    rows = [
+        line.split(maxsplit=3)[:2] for line in capsys.readouterr().out.splitlines() if "e [" in line
+    ]
+    assert sorted(rows) == [[str(i), str(j)] for i in range(2) for j in range(4)]
+
+
+@pytest.mark.parametrize(
+    "command",
+    re.findall(r"^opsd-jax (.*?)(?:\s+#.*)?$", README.replace("\\\n", ""), re.MULTILINE),
+)
+def test_the_commands_of_the_readme(command):
+    words, overrides = main.split_overrides(command.split())
+    arguments = main.parser().parse_args(words)
+    if arguments.command == "train":
+        config_files.load(ROOT / arguments.config, overrides)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "benchmarks/README.md",
+        *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))),
+    ],
+)
+def test_links_lead_somewhere(page):
+    prose = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)#]+)\)", prose):
+        assert link.startswith("https://") or (ROOT / page).parent.joinpath(link).exists(), link
+
+
+def test_the_page_of_the_losses_has_every_name():
+    """Functions, options and presets."""
+    page = (ROOT / "docs" / "losses.md").read_text()
+    names = {*losses.__all__, *losses.OPSD._fields, *losses.PolicyGradient._fields, *losses.PRESETS}
+    assert [name for name in sorted(names) if not re.search(rf"\b{re.escape(name)}", page)] == []

@@ -1,0 +1,79 @@
+"""What docs/verifiers.md shows works as it stands there."""
+
+import json
+import re
+import runpy
+import subprocess
+import sys
+
+import pytest
+from paths import ROOT
+
+from opsd_jax import config as config_lib
+from opsd_jax.config import checks as validation
+from opsd_jax.data.load import load
+from opsd_jax.problem import Problem
+from opsd_jax.verify.extract import CONVENTIONS
+from opsd_jax.verify.pool import VerifierPool
+from opsd_jax.verify.verdict import REASONS
+from opsd_jax.verify.verifiers import by_source
+
+PAGE = (ROOT / "docs" / "verifiers.md").read_text()
+SOURCES, COUNTDOWN, COUNTDOWN_SOURCE, ALONE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A directory with the page's module in it and the data that it describes."""
+    (tmp_path / "countdown.py").write_text(COUNTDOWN)
+    row = json.loads(re.search(r"\{.*\}", COUNTDOWN)[0])
+    (tmp_path / "countdown.jsonl").write_text(json.dumps(row))
+    (tmp_path / "heldout.jsonl").write_text(json.dumps({"problem": "1 + 1?", "answer": "2"}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    sys.modules.pop("countdown", None)
+
+
+def test_a_verifier_of_one_s_own(here):
+    config = config_lib.default()
+    exec(COUNTDOWN_SOURCE, {"config": config, "config_lib": config_lib})
+    config.data.heldout.any = config_lib.source("heldout.jsonl")
+    data = load(config.data)
+    (problem,) = data.train["countdown"]
+    responses = {
+        r"(7 - 8 / 8) * 4 \boxed{(7 - 8 / 8) * 4}": "match",
+        r"\boxed{7 - 8 / 8}": "other numbers",
+        r"\boxed{4 + 7 + 8 + 8}": "mismatch",
+        r"\boxed{4 / (8 - 8) + 7}": "not an expression",
+        r"\boxed{__import__('os').getpid()}": "not an expression",
+        "24": "no answer",
+    }
+    with VerifierPool(by_source(data.verifiers), workers=1) as pool:
+        futures = [pool.submit(problem, response) for response in responses]
+        verdicts = [future.result(timeout=60) for future in futures]
+    assert [v.reason for v in verdicts] == list(responses.values())
+    assert [v.correct for v in verdicts] == [True] + [False] * 5
+
+
+def test_the_sources(here):
+    config = config_lib.default()
+    exec(SOURCES, {"config": config, "config_lib": config_lib})
+    validation.validate(config.lock())
+    assert config.data.train.gsm8k.verifier.answer == ("####", "boxed")
+
+
+def test_without_a_config(here):
+    script = here / "alone.py"
+    script.write_text(ALONE)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    said = re.search(r"print\(main\(\)\)  # (.*)", ALONE)[1]
+    assert done.stdout.strip() == said
+    assert runpy.run_path(str(script))["Problem"] is Problem
+
+
+def test_every_name_is_on_the_page():
+    missing = [
+        name for name in (*CONVENTIONS, *REASONS, *config_lib.verifier()) if name not in PAGE
+    ]
+    assert missing == []

@@ -1,0 +1,222 @@
+"""The paged cache against the dense one. Its kernel, made for TPUs, runs in Pallas' interpreter."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_tokens
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import NamedSharding
+
+from opsd_jax import config as config_lib
+from opsd_jax.models import architecture, attention, decoder, paged
+from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.parallel.mesh import abstract_of
+from opsd_jax.rollout import sampling
+from opsd_jax.rollout.engine import Engine, EngineShape
+from opsd_jax.rollout.layout import decode_layout
+
+B, S, H, K, C = 8, 1024, 8, 4, 128
+# One key, a page's last and the next one's first, a block's (512 tokens below), full, idle rows.
+POSITIONS = np.array([0, 255, 256, -1, 1023, 511, 700, -1])[:, None]
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    """Pallas' first interpreter: the one for TPUs has no views of a memory with another shape.
+
+    In jax 0.10.2 it asks for the shape of an index that is an integer and has none.
+    """
+    monkeypatch.setattr(jax._src.literals.TypedInt, "shape", (), raising=False)
+    with pltpu.force_tpu_interpret_mode(True):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(paged, "BLOCK_TOKENS", 512)
+
+
+def filled(dtype, positions=None):
+    """A query a row, and a cache with keys and values at `positions`, all by default."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    positions = np.broadcast_to(np.arange(S), (B, S)) if positions is None else positions
+    T = positions.shape[1]
+    k, v = (jax.random.normal(key, (B, T, K, C)).astype(dtype) for key in keys[:2])
+    q = 3 * jax.random.normal(keys[2], (B, 1, H, C))
+    return q.astype(dtype), k, v, jnp.asarray(positions)
+
+
+def reference(q, k, v, positions):
+    mask = np.arange(S)[None, None] <= positions[..., None]
+    return attention.dense(q, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), mask)
+
+
+# In float32 two orders of summation. In bfloat16 neighbouring numbers differ by up to 2^-7 of their
+# size: the dense form rounds the scaled query and the weights besides, so a result may be the next.
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2**-7)])
+@pytest.mark.parametrize("shape", [None, (2, 2, 2), (1, 1, 4), (8, 1, 1)])
+def test_the_kernel_equals_dense_attention(dtype, tolerance, shape):
+    q, k, v, at = filled(dtype)
+
+    @jax.jit
+    def run(q, k, v, at, positions):
+        cache = paged.write(paged.init(B, S, K, C, dtype), k, v, at)
+        return paged.attend(q, cache, positions)
+
+    if shape is None:
+        out = run(q, k, v, at, jnp.asarray(POSITIONS))
+    else:
+        mesh = mesh_lib.make_mesh(shape, jax.devices()[: np.prod(shape)])
+        heads, rows = NamedSharding(mesh, paged.HEADS), mesh_lib.rows(mesh)
+        where = (heads, heads, heads, rows, rows)
+        with jax.set_mesh(mesh):
+            out = run(*jax.device_put((q, k, v, at, POSITIONS), where))
+        assert out.sharding.is_equivalent_to(heads, out.ndim)
+    live = POSITIONS[:, 0] >= 0
+    expected = np.float32(reference(q, k, v, POSITIONS))
+    np.testing.assert_allclose(
+        np.float32(out)[live], expected[live], rtol=tolerance, atol=tolerance
+    )
+    assert (np.float32(out)[~live] == 0).all()
+
+
+def test_no_live_row_gives_zeros():
+    q, k, v, at = filled("float32")
+    cache = paged.write(paged.init(B, S, K, C, "float32"), k, v, at)
+    assert (jax.jit(paged.attend)(q, cache, jnp.full((B, 1), -1)) == 0).all()
+
+
+@pytest.mark.parametrize("shape", [None, (2, 2, 2)])
+def test_writing_touches_the_given_positions_alone(shape):
+    positions = np.array([[3, -1, 300], [-1, -1, -1], *[[255, 256, 1023]] * 6])
+    _, k, v, at = filled("float32", positions)
+    cache = jax.tree.map(lambda x: x + 5, paged.init(B, S, K, C, "float32"))
+    if shape is None:
+        after = jax.jit(paged.write)(cache, k, v, at)
+    else:
+        mesh = mesh_lib.make_mesh(shape)
+        with jax.set_mesh(mesh):
+            pages = jax.device_put(cache["pages"], NamedSharding(mesh, paged.PAGES))
+            after = jax.jit(paged.write)({"pages": pages}, k, v, at)
+    keys, values = map(np.array, paged.dense(after))
+    for b, t in np.argwhere(positions >= 0):
+        np.testing.assert_array_equal(keys[b, :, :, positions[b, t]], k[b, t])
+        np.testing.assert_array_equal(values[b, :, positions[b, t]], v[b, t])
+        keys[b, :, :, positions[b, t]] = values[b, :, positions[b, t]] = 5
+    assert (keys == 5).all()
+    assert (values == 5).all()
+
+
+@pytest.fixture(scope="module")
+def sizes(config):
+    """Two layers with heads that the kernel takes."""
+    section = config.model.copy_and_resolve_references()
+    section.update({"head_dim": 128, "num_heads": 4, "num_kv_heads": 2, "cache": "paged"})
+    return decoder.sizes(section)
+
+
+@pytest.mark.parametrize("shape", [None, (1, 2, 2)])
+def test_prefill_and_decoding_equal_the_full_forward(sizes, shape):
+    """Left-padded prompts of unequal length, then token by token; one row ends before the other."""
+    model = decoder.model(sizes)
+    params = jax.jit(model.init)(jax.random.key(1))
+    forward = jax.jit(model.policy.forward)
+    tokens = random_tokens(0, (4, 9))
+    lengths, ends = np.array([6, 2, 5, 1]), np.array([9, 9, 6, 3])
+    everywhere = jnp.broadcast_to(jnp.arange(9), (4, 9))
+    full, _ = forward(params, tokens, everywhere)
+    prompt, positions = np.full((4, 6), 9), np.full((4, 6), -1)
+    for row, n in enumerate(lengths):
+        prompt[row, 6 - n :], positions[row, 6 - n :] = tokens[row, :n], np.arange(n)
+
+    def run(params, cache):
+        hidden, cache = forward(params, jnp.array(prompt), jnp.array(positions), cache)
+        for row, n in enumerate(lengths):
+            np.testing.assert_allclose(hidden[row, 6 - n :], full[row, :n], rtol=1e-4, atol=1e-5)
+        for t in range(4):
+            at = np.where(lengths + t < ends, lengths + t, -1)
+            token = np.array(tokens)[np.arange(4), at][:, None]
+            hidden, cache = forward(params, jnp.array(token), jnp.array(at)[:, None], cache)
+            live = at >= 0
+            expected = full[np.arange(4), at][live]
+            np.testing.assert_allclose(hidden[live, 0], expected, rtol=1e-4, atol=1e-5)
+            assert np.isfinite(hidden).all()
+
+    cache = model.policy.init_cache(4, 300)
+    assert cache[0]["pages"].shape == (4, 2, paged.PAGE, 4, 128)
+    if shape is None:
+        return run(params, cache)
+    mesh = mesh_lib.make_mesh(shape, jax.devices()[:4])
+    there = mesh_lib.tree_shardings(mesh, model.rules, params)
+    pages = mesh_lib.tree_shardings(mesh, model.cache_rules, cache, "cache")
+    with jax.set_mesh(mesh):
+        run(jax.device_put(params, there), jax.device_put(cache, pages))
+
+
+def test_rollouts_are_those_of_a_dense_cache(sizes):
+    """Through the engine: prompts admitted into pages, slots filled again."""
+    mesh, seen = mesh_lib.make_mesh((1, 1, 1), jax.devices()[:1]), []
+    prompts = [[1, 2, 3, 4], [5, 6], [7, 8, 9, 10, 11, 12]]
+    for cache in ("paged", "dense"):
+        model = decoder.model(dataclasses.replace(sizes, cache=cache))
+        params = jax.jit(model.init)(jax.random.key(1))
+        abstract = abstract_of(params, mesh_lib.tree_shardings(mesh, model.rules, params))
+        layout = decode_layout(model, abstract, mesh)
+        engine = Engine(model, layout.abstract, mesh, EngineShape(2, 1, 8, 6), lengths=(14,))
+        ended = engine(
+            layout.convert(params),
+            prompts,
+            [[0, 1], [2, 3], [4]],
+            key=jax.random.key(0),
+            rule=sampling.rule(model.vocab_size, stop=()),
+            budgets=[[6, 2], [3, 1], [6]],
+        )
+        responses = [r for batch in ended for r in batch.responses]
+        seen.append([(r.prompt, r.member, r.tokens.tolist()) for r in responses])
+    assert seen[0] == seen[1]
+    assert len(seen[0]) == 5
+
+
+def test_a_cache_of_which_what_is_filled_is_read_has_one_length(sizes):
+    mesh, shape = mesh_lib.make_mesh((1, 1, 1), jax.devices()[:1]), EngineShape(1, 1, 8, 260)
+    for cache, lengths in (("paged", [268]), ("dense", [128, 192, 268])):
+        model = decoder.model(dataclasses.replace(sizes, cache=cache))
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        abstract = abstract_of(shapes, mesh_lib.tree_shardings(mesh, model.rules, shapes))
+        assert Engine(model, abstract, mesh, shape).lengths == lengths
+
+
+def test_heads_of_a_device_that_the_kernel_does_not_take_are_named():
+    cache = {"pages": jnp.zeros((1, 1, paged.PAGE, 2 * 12, 128))}
+    with pytest.raises(ValueError, match="a device has 12 key-value heads of 128; its"):
+        paged.attend(jnp.zeros((1, 1, 24, 128)), cache, jnp.zeros((1, 1), jnp.int32))
+
+
+def test_auto_is_paged_where_the_kernel_runs(monkeypatch, sizes):
+    assert decoder.sizes(config_lib.preset("qwen3-8b")).cache == "dense"
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    small = config_lib.preset("qwen2.5-0.5b")
+    assert decoder.sizes(config_lib.preset("qwen3-8b")).cache == "paged"
+    assert decoder.sizes(config_lib.preset("qwen3-8b", cache="dense")).cache == "dense"
+    assert decoder.sizes(small).cache == "dense"  # heads of 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cache": "ragged"}, "cache is 'ragged'; expected 'auto', 'dense' or 'paged'"),
+        ({"head_dim": 64}, "cache is 'paged', with model.head_dim = 64"),
+        ({"num_heads": 6, "num_kv_heads": 6}, "model.num_kv_heads = 6; its kernel takes"),
+    ],
+)
+def test_a_cache_that_cannot_be_is_named(sizes, changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(sizes, **changes)
+
+
+def test_config_json_does_not_tell_the_cache(sizes):
+    dense = dataclasses.replace(sizes, cache="dense")
+    assert architecture.to_json(sizes, "float32") == architecture.to_json(dense, "float32")

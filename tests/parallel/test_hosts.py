@@ -1,0 +1,206 @@
+"""Several hosts as one program: processes of four devices each, over the loopback."""
+
+import shutil
+import signal
+import time
+
+import jax
+import processes
+import pytest
+from processes import QUICKSTART, Run, assert_equal_runs
+
+from opsd_jax.cli import main
+from opsd_jax.parallel import hosts
+
+
+def test_what_hosts_tell_one_another():
+    script = """
+from opsd_jax.config import ConfigError
+from opsd_jax.parallel import hosts
+
+assert hosts.gathered("x" * number) == ["", "x"]
+assert hosts.largest(5 * number) == 5
+assert hosts.from_first(lambda: ("first", number)) == ("first", 0)
+assert hosts.each(lambda: number) == [0, 1]
+assert hosts.together(lambda: lambda: number)() == number  # what cannot be pickled stays
+
+class Local(Exception):  # which cannot be pickled
+    def __init__(self, what, whose):
+        super().__init__(f"{what} {whose}")
+
+def fail(on, error):
+    if number == on:
+        raise error
+
+for method, on, error, raised in (
+    (hosts.from_first, 0, ConfigError("no such file"), ConfigError),
+    (hosts.together, 1, ConfigError("no such file"), ConfigError),
+    (hosts.each, 1, Local("of", "a function"), RuntimeError),
+):
+    try:
+        method(lambda: fail(on, error))
+    except raised as caught:
+        assert str(error) in str(caught)
+    else:
+        raise AssertionError
+"""
+    processes.run(script, processes=2, devices=1)
+
+
+def wait_for(path, seconds=200):
+    deadline = time.monotonic() + seconds
+    while not path.exists() or not path.stat().st_size:
+        assert time.monotonic() < deadline, path
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def alone(config, tmp_path_factory):
+    """The run of one process of eight devices."""
+    workdir = tmp_path_factory.mktemp("hosts") / "alone"
+    ((code, errors),) = Run(config, workdir, processes=1, devices=8).ended()
+    assert code == 0, errors[-3000:]
+    return workdir
+
+
+@pytest.mark.slow
+def test_two_hosts_do_what_one_does(config, alone, tmp_path):
+    (code, errors), other = Run(config, tmp_path / "two").ended()
+    assert code == 0, errors[-3000:]
+    assert other[0] == 0, other[1][-3000:]
+    assert_equal_runs(alone, tmp_path / "two")
+    assert "evaluate opsd" in errors
+    assert "evaluate" not in other[1]  # the first speaks for both
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_host_stops_both_and_they_go_on(config, alone, tmp_path):
+    workdir = tmp_path / "two"
+    stopped = Run(config, workdir)
+    wait_for(workdir / "rlvr" / "metrics.jsonl")
+    stopped.processes[1].send_signal(signal.SIGTERM)
+    for code, errors in stopped.ended(120):
+        assert code == 128 + signal.SIGTERM, errors[-3000:]
+        assert "SIGTERM: saved; the same command goes on from here" in errors
+    # By one host as well, which has all of the devices.
+    shutil.copytree(workdir, tmp_path / "one")
+    ((code, errors),) = Run(config, tmp_path / "one", processes=1, devices=8).ended()
+    assert code == 0, errors[-3000:]
+    assert_equal_runs(alone, tmp_path / "one")
+    for code, errors in Run(config, workdir).ended():
+        assert code == 0, errors[-3000:]
+    assert_equal_runs(alone, workdir)
+
+
+@pytest.mark.slow
+def test_a_lost_host_ends_the_other_and_the_pair_goes_on(config, alone, tmp_path):
+    workdir = tmp_path / "two"
+    pair = Run(config, workdir)
+    wait_for(workdir / "rlvr" / "metrics.jsonl")
+    pair.processes[1].kill()
+    began = time.monotonic()
+    (code, errors), _ = pair.ended(120)
+    assert time.monotonic() - began < 60
+    # 75 where a collective fails; where a save waits for the lost one JAX ends the process.
+    said = {75: "another host is lost", -signal.SIGABRT: "This most likely indicates that another"}
+    assert said[code] in errors
+    for code, errors in Run(config, workdir).ended():
+        assert code == 0, errors[-3000:]
+    assert_equal_runs(alone, workdir)
+
+
+@pytest.mark.slow
+def test_many_programs_in_flight_do_not_starve_one_another():
+    """More than XLA's CPU client lets wait (32), each with a collective over both hosts."""
+    script = """
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from opsd_jax.parallel.mesh import make_mesh
+
+mesh = make_mesh((8, 1, 1))
+rows, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+x = jax.jit(lambda: jnp.ones((4096, 256)), out_shardings=rows)()
+total = jax.jit(lambda x, i: (x @ x.T).sum() * i, out_shardings=whole)
+sums = [total(x, float(i)) for i in range(200)]
+assert [float(s) for s in sums] == [2.0**32 * i for i in range(200)], sums
+"""
+    processes.run(script, processes=2, devices=4)
+
+
+def test_a_checkpoint_that_one_host_cannot_read_is_left_out_by_both(tmp_path):
+    script = """
+import pathlib
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from opsd_jax.parallel.mesh import make_mesh
+from opsd_jax.training.checkpoint import Checkpoints
+
+directory = pathlib.Path(sys.argv[4]) / "checkpoints"
+where = NamedSharding(make_mesh((1, 4, 1)), P("fsdp"))
+x = jax.jit(lambda: jax.random.normal(jax.random.key(0), (512, 64)), out_shardings=where)()
+with Checkpoints(directory) as checkpoints:
+    for step in (1, 2):
+        checkpoints.save(step, {"x": x * step})
+
+def cut():
+    parts = list((directory / "2" / "default" / "ocdbt.process_1" / "d").iterdir())
+    for path in parts:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return len(parts)
+
+assert hosts.from_first(cut)
+with Checkpoints(directory) as checkpoints:
+    step, state = checkpoints.restore({"x": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)})
+assert step == 1, step
+equal = jax.jit(lambda a, b: (a == b).all(), out_shardings=NamedSharding(where.mesh, P()))
+assert equal(state["x"], x)
+assert (directory.parent / "damaged" / "2.0").is_dir()
+"""
+    processes.run(script, str(tmp_path), processes=2, devices=2)
+
+
+def test_which_errors_mean_that_a_host_is_lost(monkeypatch):
+    monkeypatch.setattr(hosts, "count", lambda: 16)
+    error = jax.errors.JaxRuntimeError
+    assert hosts.is_loss(error("UNAVAILABLE: the coordination service is gone"))
+    assert hosts.is_loss(error("Gloo AllGather failed: Connection closed by peer [10.0.0.7]"))
+    wrapped = ValueError("cannot save")
+    wrapped.__cause__ = error("INTERNAL: Connection reset by peer")
+    assert hosts.is_loss(wrapped)
+    assert not hosts.is_loss(error("INTERNAL: Mosaic failed to compile TPU kernel"))
+    assert not hosts.is_loss(error("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm"))
+    assert not hosts.is_loss(ConnectionError("closed by peer"))
+    assert not hosts.is_loss(None)
+
+
+def test_one_host_that_fails_by_itself_ends_all_at_once(config, tmp_path):
+    began = time.monotonic()
+    other = "--config", str(tmp_path / "none.py")
+    for code, errors in Run(config, tmp_path / "run", (), other).ended(120):
+        assert code == 2, errors[-3000:]
+        assert f"there is no Python file {tmp_path}/none.py" in errors
+    assert time.monotonic() - began < 60
+
+
+def test_hosts_that_were_given_different_configs_say_so(config, tmp_path):
+    for code, errors in Run(config, tmp_path / "run", (), ("--config.seed=7",)).ended(120):
+        assert code == 2, errors[-3000:]
+        assert "hosts differ" in errors
+        assert "config.seed: 0, 7" in errors
+
+
+@pytest.mark.slow
+def test_hosts_that_share_no_directory_say_so(config, tmp_path):
+    other = "--workdir", str(tmp_path / "other")
+    for code, errors in Run(config, tmp_path / "run", (), other).ended(120):
+        assert code == 2, errors[-3000:]
+        assert "host 1 does not see the config.json that host 0 has written" in errors
+
+
+def test_a_process_is_one_of_several(capsys, tmp_path):
+    arguments = ["train", "--config", str(QUICKSTART), "--workdir", str(tmp_path)]
+    for more in ([], ["--processes", "2"], ["--processes", "2", "--process", "2"]):
+        with pytest.raises(SystemExit):
+            main.main([*arguments, "--coordinator", "localhost", *more])
+        assert "expected how many there are and which of them" in capsys.readouterr().err

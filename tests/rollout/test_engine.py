@@ -1,0 +1,531 @@
+"""The engine: behaviour log-probabilities, reproducibility, stopping, slots, what it costs."""
+
+import itertools
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import processes
+import pytest
+from scipy import stats
+from scipy.special import log_softmax
+
+from opsd_jax.models import decoder
+from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.parallel.mesh import abstract_of
+from opsd_jax.rollout import engine as engine_lib
+from opsd_jax.rollout import sampling, slots
+from opsd_jax.rollout.engine import STOP_EOS, STOP_LENGTH, Engine, EngineShape, left_pad
+from opsd_jax.rollout.layout import decode_layout
+
+EOS, V, BUDGET = 2, 32, 24
+PROMPTS = [[1, 9, 20], [1, 5, 6, 7, 8, 3], [4], [1, 7], [9, 9, 4], [3, 1, 2, 30, 7, 7, 7, 1]]
+IDS = [[4 * i + j for j in range(4)] for i in range(len(PROMPTS))]
+
+
+@pytest.fixture(scope="module")
+def make(model, params):
+    """`make(slots, mesh_shape, ...) -> sample`, with engines of one kind made once."""
+    made = {}
+
+    def make(slots=8, mesh_shape=(1, 1, 1), prompts=None, decode_mesh=(), budget=BUDGET, **options):
+        which = slots, mesh_shape, prompts, decode_mesh, budget, *map(str, options.items())
+        if which not in made:
+            mesh = mesh_lib.make_mesh(mesh_shape, jax.devices()[: int(np.prod(mesh_shape))])
+            placed = jax.device_put(params, mesh_lib.tree_shardings(mesh, model.rules, params))
+            shardings = jax.tree.map(lambda x: x.sharding, placed)
+            layout = decode_layout(
+                model, abstract_of(placed, shardings), mesh_lib.reshaped(mesh, decode_mesh)
+            )
+            shards = mesh_lib.row_shards(layout.mesh)
+            shape = EngineShape(slots, prompts or shards, 8, budget)
+            engine = Engine(model, layout.abstract, layout.mesh, shape, **options)
+            made[which] = engine, layout.convert(placed)
+        engine, placed = made[which]
+
+        def sample(prompts=PROMPTS, ids=IDS, seed=5, budgets=None, stop=(EOS,), **rule):
+            rule = sampling.rule(V, stop=stop, **rule)
+            key = jax.random.key(seed)
+            ended = engine(placed, prompts, ids, key=key, rule=rule, budgets=budgets)
+            return [response for batch in ended for response in batch.responses]
+
+        sample.engine, sample.params = engine, placed
+        return sample
+
+    return make
+
+
+def by_id(responses, ids=IDS):
+    """Rollout id -> response."""
+    found = {ids[r.prompt][r.member]: r for r in responses}
+    assert len(found) == len(responses) == sum(map(len, ids))
+    return found
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for i in a:
+        np.testing.assert_array_equal(a[i].tokens, b[i].tokens)
+        np.testing.assert_allclose(a[i].model_logprobs, b[i].model_logprobs, atol=1e-4)
+        assert a[i].stop == b[i].stop
+
+
+@pytest.fixture(scope="module")
+def rollouts(make):
+    return by_id(make()())
+
+
+def full_logits(score, params, tokens):
+    """Logits [T, V] in float64 of a full forward over the tokens."""
+    padded, positions = np.zeros((1, 32), np.int32), np.full((1, 32), -1, np.int32)
+    padded[0, : len(tokens)], positions[0, : len(tokens)] = tokens, np.arange(len(tokens))
+    return np.asarray(score(params, padded, positions), np.float64)[0, : len(tokens)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_equal_teacher_forced_ones(make, score, params, temperature):
+    for response in make()(temperature=temperature):
+        prompt, n = PROMPTS[response.prompt], len(response.tokens)
+        logits = full_logits(score, params, [*prompt, *response.tokens])[len(prompt) - 1 : -1]
+        for given, T in (
+            (response.model_logprobs, 1.0),
+            (response.sampling_logprobs, temperature),
+        ):
+            expected = log_softmax(logits / T, axis=-1)[np.arange(n), response.tokens]
+            np.testing.assert_allclose(given, expected, atol=1e-4)
+
+
+def test_a_response_ends_with_its_eos_or_its_budget(rollouts):
+    assert {r.stop for r in rollouts.values()} == {STOP_EOS, STOP_LENGTH}  # both occur
+    for r in rollouts.values():
+        n = len(r.tokens)
+        assert len(r.model_logprobs) == len(r.sampling_logprobs) == n
+        assert EOS not in r.tokens[: n - 1]
+        assert (r.model_logprobs < 0).all()
+        assert (r.tokens[n - 1] == EOS) == (r.stop == STOP_EOS)
+        assert n == BUDGET or r.stop == STOP_EOS
+
+
+@pytest.mark.parametrize("count", [1, 3, pytest.param(64, marks=pytest.mark.slow)])
+def test_the_number_of_slots_changes_nothing(make, rollouts, count):
+    assert_same(by_id(make(count)()), rollouts)
+
+
+@pytest.mark.parametrize(
+    ("mesh_shape", "decode_mesh"),
+    [
+        ((8, 1, 1), ()),
+        pytest.param((1, 8, 1), (), marks=pytest.mark.slow),
+        pytest.param((2, 2, 2), (), marks=pytest.mark.slow),
+        pytest.param((2, 4, 1), (4, 1, 2), marks=pytest.mark.slow),
+    ],
+)
+def test_eight_devices_sample_what_one_does(make, rollouts, mesh_shape, decode_mesh):
+    assert_same(by_id(make(8, mesh_shape, decode_mesh=decode_mesh)()), rollouts)
+
+
+def test_a_rollout_depends_on_its_id_alone(make, rollouts):
+    """Not on the order of the prompts, on those beside it, or on what was sampled before."""
+    order = [3, 5, 0, 4, 2, 1]
+    ids = [IDS[i][::-1] for i in order]
+    assert_same(by_id(make()([PROMPTS[i] for i in order], ids), ids), rollouts)
+    some = by_id(make()(PROMPTS[1:2], [[6, 4]]), [[6, 4]])
+    assert_same(some, {i: rollouts[i] for i in (4, 6)})
+    assert make()([], []) == []
+    assert make()(PROMPTS[:2], [[], []]) == []
+
+
+def test_steps_and_rollouts_have_noise_of_their_own(make, rollouts):
+    first = {tuple(r.tokens) for r in rollouts.values()}
+    assert len(first) == len(rollouts)
+    other = {tuple(r.tokens) for r in make()(seed=6)}
+    assert len({row for row in first & other if len(row) > 4}) == 0
+
+
+def test_greedy_takes_the_likeliest(make, score, params):
+    for response in make()(ids=[[i] for i in range(len(PROMPTS))], temperature=0.0):
+        prompt = PROMPTS[response.prompt]
+        logits = full_logits(score, params, [*prompt, *response.tokens])[len(prompt) - 1 : -1]
+        np.testing.assert_array_equal(response.tokens, logits.argmax(axis=-1))
+        np.testing.assert_array_equal(response.sampling_logprobs, 0)
+
+
+@pytest.mark.parametrize("rule", [{"temperature": 1.3}, {"top_k": 12, "top_p": 0.9}], ids=str)
+def test_sampled_frequencies_are_the_distribution(make, score, params, rule):
+    """First tokens of 8,000 rollouts against the exact distribution: chi-square, fixed seed."""
+    n = 8_000
+    responses = make(64)([PROMPTS[0]], [range(n)], budgets=[[1] * n], **rule)
+    logits = full_logits(score, params, PROMPTS[0])[-1] / rule.get("temperature", 1)
+    p = np.exp(log_softmax(logits))
+    likeliest = np.argsort(-p)[: rule.get("top_k", V)]
+    before = np.cumsum(p[likeliest]) - p[likeliest]
+    kept = likeliest[before < rule.get("top_p", 1.0) * p[likeliest].sum()]
+    counts = np.bincount([r.tokens[0] for r in responses], minlength=V)
+    assert counts[kept].sum() == n
+    often = kept[p[kept] * n >= 5]
+    share = p[often] / p[often].sum()
+    assert stats.chisquare(counts[often], share * counts[often].sum()).pvalue > 1e-3
+
+
+def test_budgets_are_each_rollout_s_own(make, rollouts):
+    budgets = [[1 + (5 * i + j) % 7 for j in range(4)] for i in range(len(PROMPTS))]
+    for i, response in by_id(make()(budgets=budgets)).items():
+        budget = budgets[i // 4][i % 4]
+        np.testing.assert_array_equal(response.tokens, rollouts[i].tokens[:budget])
+        ended = len(rollouts[i].tokens) <= budget and rollouts[i].stop == STOP_EOS
+        assert response.stop == (STOP_EOS if ended else STOP_LENGTH)
+
+
+def test_any_stop_token_ends_a_response(make, rollouts):
+    words = (EOS, 5, 11)
+    for i, response in by_id(make()(stop=words)).items():
+        tokens = rollouts[i].tokens.tolist()
+        # A rollout that an EOS ended goes no further; all three words end one here.
+        at = next((t for t, token in enumerate(tokens) if token in words), len(tokens) - 1)
+        assert response.tokens.tolist() == tokens[: at + 1]
+        assert (response.stop == STOP_EOS) == (response.tokens[-1] in words)
+    assert all(len(r.tokens) == BUDGET for r in make()(stop=()))
+
+
+def test_forbidden_words_never_come(make):
+    forbidden = [EOS, *range(3, 32, 2)]
+    responses = make()(forbidden=forbidden)
+    assert not {int(t) for r in responses for t in r.tokens} & set(forbidden)
+    assert all(r.stop == STOP_LENGTH for r in responses)
+    assert all((r.sampling_logprobs > r.model_logprobs).all() for r in responses)
+
+
+def test_a_long_rollout_holds_nobody_up(make, monkeypatch):
+    """Two slots, one of them taken for long: the others go through the second one by one, in as
+    many steps as the long one takes.
+    """
+    sample, steps = make(2), []
+    decode = sample.engine._decode[BUDGET + 8]
+
+    def watched(*args):
+        after, chunk = decode(*args)
+        steps.append(int(chunk.drawn.max()))
+        return after, chunk
+
+    monkeypatch.setitem(sample.engine._decode, BUDGET + 8, watched)
+    ids = [[0], [1], [2], [3], [4], [5]]
+    budgets = [[24], [4], [4], [4], [4], [4]]
+    order = [r.prompt for r in sample(ids=ids, budgets=budgets, stop=())]
+    assert order[:4] == [1, 2, 3, 4]
+    assert sum(steps) == 24
+
+
+def test_ended_rollouts_are_handed_out_while_others_go_on(make, monkeypatch):
+    """Each prompt is prefilled once, each chunk fetched once, and the device is a chunk ahead."""
+    sample = make(2, prompts=1)
+    engine, calls, length = sample.engine, [], BUDGET + 8
+    monkeypatch.setattr(engine, "_prefill", counted(engine._prefill, calls, "prefill"))
+    decode = engine._decode[length]
+    monkeypatch.setitem(engine._decode, length, counted(decode, calls, "decode"))
+    monkeypatch.setattr(jax, "device_get", counted(jax.device_get, calls, "fetch"))
+    ids = [[0, 1, 2], [3, 4, 5]]
+    rule, key = sampling.rule(V, stop=()), jax.random.key(0)
+    budgets = [[3, 9, 5], [4, 4, 4]]
+    for batch in engine(sample.params, PROMPTS[:2], ids, key=key, rule=rule, budgets=budgets):
+        calls.append("ended")
+        assert batch.responses
+    assert calls.count("prefill") == 2
+    assert calls.count("decode") == calls.count("fetch")
+    assert calls.count("ended") >= 4
+    # What a chunk ended is handed out when the next is on its way; only the last has no next.
+    order = [c for c in calls if c != "prefill"]
+    assert order == [
+        "decode",
+        *["fetch", "decode", "ended"] * (len(order) // 3 - 1),
+        "fetch",
+        "ended",
+    ]
+
+
+def counted(function, calls, name):
+    def call(*args, **kwargs):
+        calls.append(name)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def test_nothing_is_traced_after_the_warm_up(make):
+    """Rules, budgets, stop tokens, prompts and slots in use change; no program does."""
+    sample = make()
+    sample()
+    with jax.no_tracing(True):
+        for rule in (
+            {"temperature": 0.6, "top_k": 20, "top_p": 0.95},
+            {"temperature": 0.0},
+            {"min_p": 0.1, "forbidden": (7, 8)},
+            {"stop": (1, 2, 3)},
+        ):
+            sample(**rule)
+        sample(PROMPTS[:1], IDS[:1], budgets=[[1, 2, 3, 4]])
+
+
+def test_a_cache_of_any_length_gives_the_same(make, rollouts, monkeypatch):
+    """It grows with the longest rollout in the making and shrinks when that has ended, be it
+    shorter than the longest prompt.
+    """
+    monkeypatch.setattr(engine_lib, "STEPS", 2)
+    sample = make(4, lengths=(4, 8, 16, 24, 32))
+    used = []
+    for length, decode in list(sample.engine._decode.items()):
+        monkeypatch.setitem(sample.engine._decode, length, counted(decode, used, length))
+    assert_same(by_id(sample()), rollouts)
+    assert {4, 8, 16, 24} <= set(used)
+    assert any(b < a for a, b in itertools.pairwise(used))
+
+
+def test_the_lengths_of_the_cache():
+    shape = EngineShape(8, 8, 1024, 8192)
+    assert engine_lib.views(shape) == [128, 192, 320, 576, 1152, 2304, 4608, 9216]
+    double = engine_lib.views(shape._replace(response_tokens=2 * 9216 - 1024))
+    assert double[:-1] == engine_lib.views(shape)  # what is read of it does not grow
+    assert engine_lib.views(EngineShape(8, 8, 16, 88)) == [104]
+
+
+@pytest.mark.parametrize(
+    ("slots", "group_size", "rollouts", "shards", "expected"),
+    [
+        (64, 8, 512, 1, (64, 2)),  # a prefill of 2 prompts fills a quarter of the slots
+        (64, 1, 20, 8, (24, 8)),  # no more than there are rollouts, but for what every shard has
+        (8, 8, 512, 4, (8, 4)),
+    ],
+)
+def test_an_engine_has_no_slots_that_nothing_fills(slots, group_size, rollouts, shards, expected):
+    shape = engine_lib.shape_for(
+        slots=slots,
+        group_size=group_size,
+        rollouts=rollouts,
+        prompt_tokens=16,
+        response_tokens=32,
+        shards=shards,
+    )
+    assert shape == EngineShape(*expected, 16, 32)
+
+
+@pytest.mark.parametrize("mesh_shape", [(1, 1, 1), (2, 2, 2)])
+def test_the_cache_is_updated_in_place(make, mesh_shape):
+    """The decode program holds no copy of a layer's keys or values, and gives back its buffers."""
+    (length,) = (engine := make(8, mesh_shape, budget=112).engine).lengths
+    program, leaves = engine._decode[length], jax.tree.leaves(engine._state[length].cache)
+    shape = leaves[0].sharding.shard_shape(leaves[0].shape)
+    text = program.as_text()
+    copies = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", text)
+    assert np.prod(shape) > 8 * engine_lib.STEPS  # larger than what it draws
+    assert not [c for c in copies if np.prod([int(d) for d in c.split(",")]) >= np.prod(shape)]
+    memory = program.memory_analysis()
+    cache_bytes = sum(4 * np.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
+    assert memory.alias_size_in_bytes >= cache_bytes
+
+
+def test_idle_slots_and_left_padding_write_nowhere(model, params):
+    """Prompts fill what they have, and rows without a rollout leave the cache as it is."""
+    prefill = jax.jit(lambda *prompts: slots.prefill(model.policy, params, *prompts))
+    cache = prefill(*left_pad([ids[:-1] for ids in PROMPTS], 8, 0))
+    for layer in cache:
+        written = np.abs(np.asarray(layer["v"])).sum(axis=(1, 3)) > 0
+        lengths = np.array([len(ids) - 1 for ids in PROMPTS])
+        np.testing.assert_array_equal(written, np.arange(8)[None] < lengths[:, None])
+    last = [ids[-1] if i % 2 else 0 for i, ids in enumerate(PROMPTS)]
+    position = [len(ids) - 1 if i % 2 else -1 for i, ids in enumerate(PROMPTS)]
+    rows = slots.empty_rows(6)._replace(
+        token=jnp.array(last), position=jnp.array(position), budget=jnp.full(6, 1)
+    )
+    rule = sampling.rule(V, stop=())
+    decode = jax.jit(
+        lambda state: slots.decode(
+            model.policy, params, state, jax.random.key(0), rule, jnp.int32(9), steps=4
+        )
+    )
+    after, chunk = decode(slots.Slots(rows, cache))
+    assert chunk.drawn.tolist() == [0, 1] * 3
+    for before, layer in zip(cache, after.cache, strict=True):
+        changed = np.any(np.asarray(before["v"]) != np.asarray(layer["v"]), axis=(1, 3))
+        np.testing.assert_array_equal(changed, np.arange(8)[None] == np.array(position)[:, None])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "budgets", "message"),
+    [
+        ([[1], [2] * 9], None, "prompt 1 has 9 tokens; between 1 and 8 fit"),
+        ([[1], []], None, "prompt 1 has 0 tokens"),
+        ([[1], [2]], [[1], [25]], r"budgets of prompt 1 are \[25\]; expected 1 of 1 to 24 tokens"),
+        ([[1], [2]], [[1, 1], [2]], r"budgets of prompt 0 are \[1, 1\]; expected 1 of 1 to 24"),
+    ],
+)
+def test_what_does_not_fit_is_named(make, prompts, budgets, message):
+    with pytest.raises(ValueError, match=message):
+        make()(prompts, [[0], [1]], budgets=budgets)
+
+
+def test_polling_ends_the_sampling(make):
+    """Between chunks, with what had ended by then handed out."""
+    sample, polls = make(2), iter([None, None, RuntimeError("stop")])
+
+    def poll():
+        if error := next(polls):
+            raise error
+
+    rule, key = sampling.rule(V, stop=()), jax.random.key(0)
+    budgets = [[1] * 4] * len(PROMPTS)
+    batches = sample.engine(
+        sample.params, PROMPTS, IDS, key=key, rule=rule, budgets=budgets, poll=poll
+    )
+    handed_out = [next(batches), next(batches)]
+    assert [len(batch.responses) for batch in handed_out] == [2, 2]
+    with pytest.raises(RuntimeError, match="stop"):
+        next(batches)
+
+
+def test_a_resized_cache_is_not_there_twice(make, monkeypatch):
+    """A leaf is let go when its new form is made, before the next one is resized."""
+    engine = make(4, lengths=(8, 16, 24, 32)).engine
+    state, length = engine._start(), engine.lengths[0]
+    leaves, alive = jax.tree.leaves(state.cache), []
+    for pair, program in list(engine._resize.items()):
+
+        def watched(leaf, program=program):
+            alive.append(sum(not old.is_deleted() for old in leaves))
+            return program(leaf)
+
+        monkeypatch.setitem(engine._resize, pair, watched)
+    rollout = engine_lib._Rollout(0, 0, [1, 2, 3], 0, BUDGET)
+    state, length = engine._resized(state, length, [None, rollout])
+    assert length == 32
+    assert alive == [*range(len(leaves), 0, -1)]
+
+
+def test_any_kind_of_key_will_do(make):
+    """The numbers are threefry's; a key of another kind makes one."""
+    sample, rule = make(), sampling.rule(V, stop=(EOS,))
+    seen = []
+    for seed in (0, 0, 1):
+        key = jax.random.key(seed, impl="rbg")
+        ended = sample.engine(sample.params, PROMPTS, IDS, key=key, rule=rule)
+        seen.append(by_id([r for batch in ended for r in batch.responses]))
+    assert_same(seen[0], seen[1])
+    assert any(len(a.tokens) != len(seen[2][i].tokens) for i, a in seen[0].items())
+
+
+def test_a_rule_of_another_vocabulary_is_refused(make):
+    sample = make()
+    ended = sample.engine(
+        sample.params, [], [], key=jax.random.key(0), rule=sampling.rule(7, stop=())
+    )
+    with pytest.raises(ValueError, match="the rule is of 7 words; the model has 32"):
+        next(ended)
+
+
+@pytest.mark.parametrize("lengths", [(16, 8, 32), (16, 16, 32), (8, 30)])
+def test_lengths_have_to_ascend_to_what_may_be_asked_for(make, lengths):
+    with pytest.raises(ValueError, match=r"lengths are .* expected them to ascend to 31 or more"):
+        make(2, lengths=lengths)
+
+
+PROCESS = """
+import json, pathlib
+from opsd_jax import config as config_lib
+from opsd_jax.models import decoder
+from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.rollout.layout import decode_layout
+from opsd_jax.rollout import sampling
+from opsd_jax.rollout.engine import Engine, EngineShape
+from opsd_jax.parallel.mesh import abstract_of
+
+model = decoder.from_config(config_lib.decoder())
+mesh = mesh_lib.make_mesh((2, 2, 2))
+shapes = jax.eval_shape(model.init, jax.random.key(0))
+shardings = mesh_lib.tree_shardings(mesh, model.rules, shapes)
+params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
+layout = decode_layout(model, abstract_of(params, shardings), mesh)
+engine = Engine(model, layout.abstract, layout.mesh, EngineShape(8, 4, 8, 40), lengths=(16, 48))
+prompts = [[1 + i, 2, 3][: 1 + i % 3] for i in range(12)]
+ids = [[2 * i, 2 * i + 1] for i in range(12)]
+rule = sampling.rule(32, stop=(2,), temperature=0.9)
+made = []
+for ended in engine(layout.convert(params), prompts, ids, key=jax.random.key(3), rule=rule):
+    made += [
+        [r.prompt, r.member, r.stop, r.tokens.tolist(), r.model_logprobs.tolist()]
+        for r in ended.responses
+    ]
+pathlib.Path(sys.argv[4], f"{processes}-{number}.json").write_text(json.dumps(made))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_sample_what_one_does(tmp_path):
+    """Both of them, in the same order: a host's decisions are every host's."""
+    processes.run(PROCESS, str(tmp_path), processes=1, devices=8)
+    processes.run(PROCESS, str(tmp_path), processes=2, devices=4)
+    one, *two = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1")
+    )
+    assert two[0] == two[1]
+    assert len(one) == 24
+    for a, b in zip(one, two[0], strict=True):
+        assert a[:4] == b[:4]
+        np.testing.assert_allclose(a[4], b[4], atol=1e-5)
+
+
+class Counter:
+    """A policy that remembers in its cache how many tokens it has seen: a state without length."""
+
+    @staticmethod
+    def forward(params, tokens, positions, cache=None):
+        seen = cache["seen"] + jnp.sum(positions >= 0, axis=1)
+        return seen[:, None, None].astype(jnp.float32), {"seen": seen}
+
+    @staticmethod
+    def unembed(params, hidden):
+        return jnp.where(jnp.arange(64)[None] == hidden[..., :1].astype(jnp.int32), 0.0, -jnp.inf)
+
+    @staticmethod
+    def init_cache(batch, length):
+        return {"seen": jnp.zeros(batch, jnp.int32)}
+
+
+def test_every_token_is_fed_once():
+    """For a policy with a recurrent state: the words count the tokens before them."""
+    from opsd_jax.policy import Model, Policy
+
+    policy = Policy(Counter.forward, Counter.unembed, Counter.init_cache)
+    mesh = mesh_lib.make_mesh((1, 1, 1), jax.devices()[:1])
+    engine = Engine(Model(policy, lambda key: {}, (), 64), {}, mesh, EngineShape(2, 2, 8, 6))
+    rule, key = sampling.rule(64, stop=()), jax.random.key(0)
+    ids = [[0, 1], [2], [3]]
+    prompts = [[7, 7, 7], [5], [1, 2, 3, 4, 5, 6, 7, 8]]
+    ended = [r for e in engine({}, prompts, ids, key=key, rule=rule) for r in e.responses]
+    assert len(ended) == 4
+    for r in ended:
+        n = len(prompts[r.prompt])
+        assert r.tokens.tolist() == list(range(n, n + 6))
+
+
+def test_weights_are_cast_once_and_norms_are_not(config):
+    """Rollouts are those of a model that casts its weights at every step."""
+    section = config.model.copy_and_resolve_references()
+    section.update({"dtype": "bfloat16"})
+    model = decoder.from_config(section)
+    mesh = mesh_lib.make_mesh((1, 1, 1), jax.devices()[:1])
+    params = jax.jit(model.init)(jax.random.key(1))
+    abstract = abstract_of(params, mesh_lib.tree_shardings(mesh, model.rules, params))
+    dtypes, rollouts = [], []
+    for one in (model, model._replace(decode_params=lambda params: params)):
+        layout = decode_layout(one, abstract, mesh)
+        decoded = layout.convert(params)
+        leaves = jax.tree_util.tree_leaves_with_path(decoded)
+        dtypes.append({mesh_lib.path_name(path): leaf.dtype.name for path, leaf in leaves})
+        engine = Engine(one, layout.abstract, mesh, EngineShape(8, 8, 8, BUDGET))
+        rule, key = sampling.rule(V, stop=(EOS,)), jax.random.key(0)
+        ended = engine(decoded, PROMPTS, IDS, key=key, rule=rule)
+        rollouts.append(by_id([r for batch in ended for r in batch.responses]))
+    for name, dtype in dtypes[0].items():
+        assert dtype == ("float32" if "norm" in name else "bfloat16")
+    assert {*dtypes[1].values()} == {"float32"}
+    assert_same(*rollouts)

@@ -1,0 +1,237 @@
+"""A model directory and a data file through `configs/*_hf.py`: RLVR, export, OPSD, evaluation."""
+
+import hashlib
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny_tokenizer
+from paths import CONFIGS, SHARED
+
+from opsd_jax import config as config_lib
+from opsd_jax.cli import main
+from opsd_jax.config import loading as config_files
+from opsd_jax.models import decoder
+from opsd_jax.run import pipeline
+from opsd_jax.stages import teacher as teacher_lib
+from opsd_jax.training import metrics as metrics_lib
+from opsd_jax.training.optimizer import make_optimizer
+from opsd_jax.training.state import abstract_state, init_state
+from opsd_jax.training.step import batch_shardings, compile_train_step
+
+MATHS = SHARED / "benchmarks/train_math_deepscaler.jsonl"
+CONTEXTS = ("solution", "answer", "sibling", "concise", "memo", "column", "none")
+
+
+def coin(problem, response):
+    """Half of all responses are correct, always the same ones: a model of random weights solves
+    nothing.
+    """
+    return hashlib.sha256(response.encode()).digest()[0] % 2 == 0
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A small random Qwen3 with a BPE tokenizer trained on the problems, and their file: of MATH
+    where it is at hand.
+    """
+    root = tmp_path_factory.mktemp("own")
+    if MATHS.is_file():
+        rows = [json.loads(line) for line in MATHS.read_text().splitlines()]
+        rows = [row for row in rows if row["answer"] and len(row["problem"]) < 120][:48]
+        assert len(rows) == 48
+    else:
+        rows = [{"problem": f"What is ${i}^2 + {i}$?", "answer": str(i * i + i)} for i in range(48)]
+    rows = [
+        {"problem": row["problem"], "answer": row["answer"], "hint": f"Row {i}."}
+        | ({"solution": row.get("solution") or f"It is {row['answer']}."} if i % 4 else {})
+        for i, row in enumerate(rows)
+    ]
+    (root / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [text for row in rows for text in row.values()]
+    sizes = config_lib.decoder(
+        vocab_size=640,  # more than the tokenizer's
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        scan_unroll=1,
+    )
+    model = decoder.from_config(sizes)
+    model.save(jax.jit(model.init)(jax.random.key(0)), root / "model")
+    tiny_tokenizer.write(root / "model", "qwen3", texts, vocab_size=600)
+    # One token in six ends a response: else a random model would run out of room every time.
+    ends = {"eos_token_id": [3, *range(300, 400)]}
+    (root / "model" / "generation_config.json").write_text(json.dumps(ends))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Programs for one device compile sooner; other tests see to meshes."""
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: first)
+
+
+SMALL = {
+    "mesh": "(1, -1, 1)",
+    "data.heldout_problems": "8",
+    "data.train.problems.verifier.kind": "test_own_model:coin",
+    "data.train.problems.extra": "('hint',)",
+    "model.dtype": "float32",
+    "evaluation.samples": "2",
+    "evaluation.slots": "16",
+    "evaluation.prompt_tokens": "200",
+    "evaluation.response_tokens": "16",
+}
+STAGE = {
+    "steps": "2",
+    "prompts": "8",
+    "slots": "16",
+    "group_size": "2",
+    "microbatch": "8",
+    "prompt_tokens": "200",
+    "response_tokens": "16",
+    "buckets": "(160, 216)",
+    "checkpoint_every": "1",
+    "optimizer.learning_rate": "1e-2",
+    "optimizer.warmup": "0",
+}
+OF_OPSD = {
+    "opsd.teacher_prompt_tokens": "320",
+    "opsd.teacher_buckets": "()",
+    "opsd.memo.tokens": "6",
+    "opsd.memo.close_tokens": "4",
+    "opsd.memo.slots": "8",
+}
+
+
+def overrides(files, stage, model="model", **changes):
+    return (
+        {
+            "model.path": str(files / model),
+            "data.train.problems.path": str(files / "problems.jsonl"),
+        }
+        | SMALL
+        | {f"{stage}.{field}": value for field, value in STAGE.items()}
+        | (OF_OPSD if stage == "opsd" else {"rlvr.overlong_buffer": "8"})
+        | changes
+    )
+
+
+def train(files, stage, workdir, model="model", **changes):
+    """The command line's `train` with `configs/<stage>_hf.py`; the rows of its metrics."""
+    arguments = ["train", "--config", str(CONFIGS / f"{stage}_hf.py"), "--workdir", str(workdir)]
+    arguments += [f"--config.{k}={v}" for k, v in overrides(files, stage, model, **changes).items()]
+    assert main.main(arguments) == 0
+    return metrics_lib.read(workdir / stage)
+
+
+def test_from_rlvr_to_opsd(files, tmp_path):
+    """The result of the one, exported, is the model of the other; a run stopped between goes on."""
+    rows = train(files, "rlvr", tmp_path / "rlvr")
+    assert len(rows) == 2
+    assert any(row["grad_norm"] > 0 for row in rows if "grad_norm" in row)
+    exported = tmp_path / "model"
+    assert main.main(["convert", "--workdir", str(tmp_path / "rlvr"), "--out", str(exported)]) == 0
+    assert (exported / "tokenizer.json").read_bytes() == (
+        files / "model/tokenizer.json"
+    ).read_bytes()
+    rows = train(files, "opsd", tmp_path / "opsd", model=exported)
+    assert len(rows) == 2
+    assert all(0 < row["active_rows"] <= 16 for row in rows)
+    assert all(
+        row["context/solution"] + row["context/answer"] == row["active_rows"] for row in rows
+    )
+    summary = json.loads((tmp_path / "opsd" / "opsd" / "evaluation.json").read_text())
+    assert summary["problems"] == 8
+    before = (tmp_path / "rlvr" / "rlvr" / "responses.jsonl").read_text().splitlines()
+    same = (tmp_path / "opsd" / "untrained" / "responses.jsonl").read_text().splitlines()
+    get = lambda lines: [json.loads(line)["tokens"] for line in lines]
+    assert get(before) == get(same)  # what was exported and read is what was trained
+    assert (tmp_path / "opsd" / "report" / "index.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CONTEXTS)
+def test_each_context_in_turn(files, tmp_path, kind):
+    """With reminders and a teacher that follows the model, and each a checkpoint to go on from."""
+    rows = train(
+        files,
+        "opsd",
+        tmp_path,
+        **{
+            "opsd.contexts": repr((kind,)),
+            "opsd.gate": "all",
+            "opsd.context_column": "hint",
+            "opsd.teacher.kind": "ema",
+            "opsd.reinject_every": "6",
+            "opsd.reminder_tokens": "250",
+        },
+    )
+    assert len(rows) == 2
+    for row in rows:
+        assert row["active_rows"] == row[f"context/{kind}"]
+        assert row["active_rows"] + row["no_context"] == 16
+        assert np.isfinite(row.get("loss", 0))
+    assert sum(row["active_rows"] for row in rows) > 0
+    if kind == "none":  # without reminders in it, and the first step's teacher is the student
+        assert abs(rows[0]["token_divergence"]) < 1e-5
+    else:
+        divergences = [row["token_divergence"] for row in rows if row["active_rows"]]
+        assert divergences[0] > 1e-3
+    assert (tmp_path / "opsd" / "checkpoints" / "2").is_dir()
+    assert (tmp_path / "opsd" / "divergence.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("algorithm", "teacher"), [*(("opsd", kind) for kind in teacher_lib.KINDS), ("rlvr", "")]
+)
+def test_the_loss_falls_on_a_fixed_batch(files, tmp_path, algorithm, teacher):
+    """Batch, loss and teacher as a run makes them; thirty updates on the one batch."""
+    changes = {"rlvr.updates": "1"}
+    if algorithm == "opsd":
+        changes = {"opsd.teacher.kind": teacher, "opsd.gate": "all", "opsd.teacher.rate": "0.1"}
+    path = CONFIGS / f"{algorithm}_hf.py"
+    run = pipeline.Run(config_files.load(path, overrides(files, algorithm, **changes)), tmp_path)
+    with run.pool:
+        stage, params = run.stage(algorithm), run.parameters.of("")
+        (batch,), *_ = stage.batches(0, params)
+    optimizer = make_optimizer(run.config[algorithm].optimizer, 100)
+    abstract = abstract_state(run.parameters.abstract, optimizer, stage.teacher, run.mesh)
+    step = compile_train_step(stage, optimizer, abstract, run.mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    init = lambda p: init_state(p, optimizer, stage.teacher)
+    state = jax.jit(init, out_shardings=shardings)(params)
+    losses, where = [], batch_shardings(batch, run.mesh)
+    for _ in range(30):
+        state, metrics = step(state, jax.device_put(batch, where))
+        losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+    if algorithm == "opsd":
+        assert losses[-1] < 0.7 * losses[0]
+    else:  # the surrogate: minus the advantage, until it is clipped
+        assert losses[-1] < losses[0] - 0.05
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.path": ""}, "model.path is ''; expected a directory with a Hugging Face"),
+        ({"data.train.problems.path": ""}, "data.train.problems.path is ''; expected a file"),
+        ({"data.heldout_problems": "0"}, "config.data.heldout is empty; expected sources"),
+        ({"data.thinking": "maybe"}, "data.thinking is 'maybe'; expected 'on', 'off' or ''"),
+        ({"opsd.memo.request_tokens": "0"}, "opsd.memo.request_tokens is 0; expected at least 1"),
+        ({"data.contexts.solution": "Hm"}, "data.contexts.solution is 'Hm'; expected {context} in"),
+    ],
+)
+def test_what_is_missing_is_said_before_anything_compiles(
+    files, tmp_path, capsys, changes, message
+):
+    arguments = ["train", "--config", str(CONFIGS / "opsd_hf.py"), "--workdir", str(tmp_path)]
+    arguments += [f"--config.{k}={v}" for k, v in (overrides(files, "opsd") | changes).items()]
+    assert main.main(arguments) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,595 @@
+"""Privileged contexts: who gets which, what the teacher's prompt is made of, and the alignment."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_model
+import tiny_tokenizer
+
+from opsd_jax import config as config_lib
+from opsd_jax import losses
+from opsd_jax.data import contexts, text
+from opsd_jax.data.contexts import Attempt, Context
+from opsd_jax.problem import DataError, Problem
+from opsd_jax.rollout.collect import Rollouts
+from opsd_jax.rollout.engine import STOP_EOS, Ended, Response
+from opsd_jax.run import checks as sizes
+from opsd_jax.stages import opsd
+from opsd_jax.stages.memos import Memos
+from opsd_jax.stages.memos import sizes as memo_sizes
+from opsd_jax.stages.privileged import Privileged, reminder_places
+from opsd_jax.verify.verdict import Verdict
+
+PROBLEM = Problem("a", "What is 12 + 34?", "12 + 34 is 46.", "46", extra={"hint": " carry \n"})
+GROUP = [
+    Attempt("<think>long</think> It is 46.", 9, True),
+    Attempt("<think>short</think> So 46.", 5, True),
+    Attempt("It is 47.", 3, False),
+    Attempt("<think>hm", 4, True),
+    Attempt("46 too.", 5, True),
+]
+
+
+def test_what_the_data_give():
+    assert contexts.solution(PROBLEM, 0, ()) == "12 + 34 is 46."
+    assert contexts.solution(PROBLEM._replace(solution=""), 0, ()) is None
+    assert contexts.answer(PROBLEM, 0, ()) == "46"
+    assert contexts.answer(PROBLEM._replace(answer=""), 0, ()) is None
+    assert contexts.column("hint")(PROBLEM, 0, ()) == "carry"
+    assert contexts.column("nosuch")(PROBLEM, 0, ()) is None
+    assert contexts.nothing(PROBLEM, 0, ()) == ""
+
+
+@pytest.mark.parametrize(
+    ("which", "thinking", "rollout", "expected"),
+    [
+        ("first", False, 0, "So 46."),
+        ("first", False, 1, "It is 46."),
+        ("first", True, 1, "<think>long</think> It is 46."),
+        ("shortest", False, 0, "So 46."),  # one that thinks without end has nothing to show
+        ("shortest", False, 1, "46 too."),
+        ("shortest", True, 0, "<think>hm"),
+        ("shortest", False, 2, "So 46."),  # an incorrect rollout learns from a correct one
+    ],
+)
+def test_a_correct_sibling(which, thinking, rollout, expected):
+    assert contexts.sibling(which, thinking=thinking)(PROBLEM, rollout, GROUP) == expected
+
+
+def test_a_lone_success_has_no_sibling():
+    find = contexts.sibling()
+    assert find(PROBLEM, 0, [GROUP[0], GROUP[2]]) is None
+    assert find(PROBLEM, 1, [GROUP[0], GROUP[2]]) == "It is 46."
+    assert find(PROBLEM, 0, [GROUP[2], GROUP[2]]) is None
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A Qwen3-like tokenizer and a dozen problems, one without a solution."""
+    root = tmp_path_factory.mktemp("model")
+    tiny_tokenizer.write(root, "qwen3")
+    lines = [
+        f'{{"problem": "What is {i} + 3?", "answer": "{i + 3}", "hint": "count on from {i}"'
+        + (f', "solution": "We add 3 to {i}. That is {i + 3}."}}' if i else "}")
+        for i in range(12)
+    ]
+    (root / "train.jsonl").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture
+def config(directory):
+    config = config_lib.default()
+    with config.unlocked():
+        config.task = "opsd_jax.data.text:task"
+        config.data.train.sums = config_lib.source(directory / "train.jsonl", extra=("hint",))
+        config.data.heldout_problems = 2
+        config.data.tokenizer = str(directory)
+        config.opsd.update({"prompt_tokens": 120, "teacher_prompt_tokens": 400, "gate": "all"})
+        config.opsd.update({"prompts": 3, "group_size": 2, "max_rows": 0, "buckets": (160,)})
+        config.opsd.teacher_buckets = ()
+        config.opsd.update({"microbatch": 4, "response_tokens": 40, "context_column": "hint"})
+    return config
+
+
+@pytest.fixture
+def task(config):
+    return text.task(config.data)
+
+
+def rollouts_of(task, responses, verdicts, per_problem=2):
+    problems = [task.train[i] for i in range(len(task.train)) if task.train[i].solution]
+    encoded = [[*task.tokenizer.encode(said), task.tokenizer.eos_ids[0]] for said in responses]
+    return Rollouts(
+        problems=[problems[i // per_problem] for i in range(len(responses))],
+        responses=[np.array(ids, np.int32) for ids in encoded],
+        sampling_logprobs=[np.full(len(ids), -1, np.float32) for ids in encoded],
+        model_logprobs=[np.full(len(ids), -2, np.float32) for ids in encoded],
+        truncated=np.zeros(len(responses), bool),
+        replies=[Verdict(right, "") for right in verdicts],
+    )
+
+
+RESPONSES = [
+    "<think>Hm. Let x be 3. Wait, check.</think>It is 4.",
+    "<think>So</think> 46.",
+    "It is 47.",
+    "However",
+    "It is \\boxed{9}. Perhaps.",
+    "That is 12",
+]
+RIGHT = [True, True, False, True, False, False]
+
+
+@pytest.fixture
+def rollouts(task):
+    return rollouts_of(task, RESPONSES, RIGHT)
+
+
+def decoded(task, ids):
+    return task.tokenizer._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def taught(config, task, rollouts, *kinds, wanted=range(6), capacity=6, memos=None):
+    with config.unlocked():
+        config.opsd.contexts = kinds
+    finder = Privileged(config.opsd, task, 2, memos)
+    return finder(0, None, rollouts, wanted, capacity=capacity)
+
+
+def test_each_kind_goes_into_the_users_turn_in_its_own_words(config, task, rollouts):
+    end = "<|im_end|>\n<|im_start|>assistant\n"
+    for kind, shown in {
+        "solution": "Here is a reference solution:\nWe add 3 to",
+        "answer": "The correct final answer is ",
+        "sibling": "Here is a correct solution:\n46.",
+        "concise": "Think as briefly as you can",
+        "column": "\n\ncount on from ",
+    }.items():
+        rows, metrics = taught(config, task, rollouts, kind)
+        said = decoded(task, rows[0]["teacher"])
+        question = rollouts.problems[0].question
+        assert said.startswith(f"<|im_start|>user\n{question}\n\n")
+        assert shown in said
+        assert said.endswith(f"within \\boxed{{}}.{end}")
+        assert said.count("<|im_start|>") == 2  # nothing in the assistant's turn
+        assert "{context}" not in said
+        assert metrics[f"context/{kind}"] == len(rows)
+
+
+def test_none_is_the_students_prompt(config, task, rollouts):
+    rows, metrics = taught(config, task, rollouts, "none")
+    for i, row in rows.items():
+        assert row["teacher"] == task.prompt(rollouts.problems[i])
+    assert metrics == {"no_context": 0, "context_cut": 0, "context/none": 6}
+
+
+def test_a_rollout_without_a_context_is_inactive_and_counted(config, task, rollouts):
+    rows, metrics = taught(config, task, rollouts, "sibling")
+    assert list(rows) == [0, 1, 2]  # 3 is alone in being right, 4 and 5 have no right sibling
+    assert metrics["no_context"] == 3
+    rows, metrics = taught(config, task, rollouts, "sibling", "answer")
+    assert list(rows) == list(range(6))
+    assert metrics == {"no_context": 0, "context_cut": 0, "context/sibling": 3, "context/answer": 3}
+    rows, metrics = taught(config, task, rollouts, "sibling", capacity=2)
+    assert list(rows) == [0, 1]
+    rows, metrics = taught(config, task, rollouts, "sibling", wanted=[3, 4, 1, 2], capacity=1)
+    assert list(rows) == [1]
+    assert metrics["no_context"] == 2
+
+
+def test_the_stage_trains_on_those_with_a_context(config, task, rollouts):
+    with config.unlocked():
+        config.opsd.contexts = ("sibling",)
+    model = tiny_model.make(config.model)
+    stage = opsd.stage(
+        config.opsd, task, model.policy, lambda *_: rollouts, Privileged(config.opsd, task, 2)
+    )
+    (batch,), metrics, _ = stage.batches(0, None)
+    assert metrics["active_rows"] == 3
+    assert metrics["no_context"] == 3
+    assert sum(bool(row.any()) for row in batch[0]["rows"]["mask"].reshape(-1, 160)) == 3
+
+
+def test_a_context_that_is_too_long_loses_its_end_and_nothing_else(config, task, rollouts):
+    problem = rollouts.problems[0]._replace(solution="abc " * 300)
+    context = Context("solution", problem.solution)
+    whole, cut = task.teacher_prompt(problem, context, 10_000)
+    assert not cut
+    for limit in (len(whole) - 1, 200, 150):
+        ids, cut = task.teacher_prompt(problem, context, limit)
+        assert cut
+        assert limit - 8 < len(ids) <= limit
+        said, all_of_it = decoded(task, ids), decoded(task, whole)
+        before = all_of_it.index("abc ")
+        after = all_of_it[all_of_it.rindex("abc ") + 4 :]
+        assert said.startswith(all_of_it[:before])
+        assert said.endswith(after)
+        assert set(said[before : len(said) - len(after)]) <= set("abc ")
+    with pytest.raises(
+        DataError, match=r"the teacher's prompt of problem sums/2 has \d+ tokens wi"
+    ):
+        task.teacher_prompt(problem, context, 40)
+
+
+def test_reminders_stand_at_ends_of_sentences_while_it_thinks():
+    pieces = ["<think>", "Let", " x", ".", " So", " 3", ".", "14", " is", "!", "\n\n", "Hm", " a"]
+    assert reminder_places(pieces, 4) == [4, 11]  # 7 would be inside 3.14
+    assert reminder_places(pieces, 5) == [4, 10]
+    assert reminder_places(pieces, 100) == []
+    closed = [*pieces[:9], "</think>", ".", " b", ".", " c", "."]
+    assert reminder_places(closed, 4) == [4]
+    assert reminder_places(["a"] * 20, 4) == []
+    # The prompt may have begun the thought; where nobody thinks, anywhere will do.
+    assert reminder_places(closed[1:], 4, thinking=True) == [3]
+    assert reminder_places(closed[1:], 4) == []
+    assert reminder_places(closed[10:], 2) == [1, 3]
+    # Before a thought begins there is none to stand in, nor after the number of a list.
+    assert reminder_places(["Hm", ".", " So", "<think>", "a", ".", " b"], 2) == [6]
+    assert reminder_places(["a", "\n", "1", ".", " Add", " x"], 4) == [2]
+    assert reminder_places(["So", " it", " is", " 4", "."], 5) == []  # EOS is what follows
+
+
+def test_responses_keep_their_ids_around_reminders(config, task, rollouts):
+    """The same ids in the same order, each predicted by the column of the token before it."""
+    with config.unlocked():
+        config.opsd.update({"reinject_every": 4, "reminder_tokens": 30})
+    rows, _ = taught(config, task, rollouts, "answer")
+    assert any(row["teacher/inserts"] for row in rows.values())
+    stage = opsd.stage(
+        config.opsd,
+        task,
+        tiny_model.make(config.model).policy,
+        lambda *_: rollouts,
+        Privileged(config.opsd, task, 2),
+    )
+    (batch,), *_ = stage.batches(0, None)
+    data = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch[0]["rows"])
+    reminded = 0
+    numbers = {tuple(ids.tolist()): i for i, ids in enumerate(rollouts.responses)}
+    seen = set()
+    for at in np.flatnonzero(data["mask"].any(-1)):
+        i = numbers[tuple(data["targets"][at][data["mask"][at]].tolist())]
+        seen.add(i)
+        tokens, positions = (data["teacher"][name][at] for name in ("tokens", "positions"))
+        there = positions >= 0
+        np.testing.assert_array_equal(positions[there], np.arange(there.sum()))
+        columns = data["teacher"]["columns"][at][data["mask"][at]][:-1] + 1
+        np.testing.assert_array_equal(tokens[columns], rollouts.responses[i][:-1])
+        others = np.delete(np.flatnonzero(there), np.searchsorted(np.flatnonzero(there), columns))
+        said = decoded(task, tokens[others].tolist())
+        known = decoded(task, rows[i]["teacher"])
+        assert said.startswith(known)
+        for reminder in said[len(known) :].split("Wait, I recall this.")[1:]:
+            assert reminder.startswith(
+                f" The correct final answer is {rollouts.problems[i].answer}"
+            )
+            reminded += 1
+    assert seen == set(range(6))
+    assert reminded == sum(len(row["teacher/inserts"]) for row in rows.values())
+
+
+@pytest.mark.parametrize("kind", contexts.KINDS)
+@pytest.mark.parametrize("every", [0, 4])
+def test_only_the_context_makes_a_divergence(config, task, rollouts, kind, every):
+    """A model that looks at the last token alone sees no context. Whatever the lengths of prompts,
+    responses and reminders, it must find no divergence: but for the tokens after a reminder.
+    """
+    with config.unlocked():
+        config.opsd.update({"reinject_every": every, "reminder_tokens": 250, "contexts": (kind,)})
+        config.model.vocab_size = task.tokenizer.vocab_size
+    model = tiny_model.make(config.model)
+    params = model.init(jax.random.key(0))
+    written = [task.tokenizer.encode(f"Memo {i}. " * i) for i in range(1, 7)]
+    memos = memos_of(config, task, Writer(written), Writer([]))
+    finder = Privileged(config.opsd, task, 2, memos)
+    stage = opsd.stage(config.opsd, task, model.policy, lambda *_: rollouts, finder)
+    (batch,), metrics, _ = stage.batches(0, None)
+    assert metrics["active_rows"] == (3 if kind == "sibling" else 6)
+    for bucket in batch:
+        for m in range(int(bucket["count"])):
+            rows = jax.tree.map(lambda x, m=m: x[m], bucket["rows"])
+            out = token_divergence(model, params, rows)
+            reminded = np.zeros_like(rows["mask"])
+            if every:
+                gaps = np.diff(rows["teacher"]["columns"], axis=1, prepend=0) > 1
+                reminded = gaps & rows["mask"] & np.roll(rows["mask"], 1, axis=1)
+            np.testing.assert_array_equal(out[~reminded], 0)
+            if every and reminded.any():
+                assert (out[reminded & rows["mask"]] > 1e-3).any()
+
+
+def token_divergence(model, params, rows):
+    heads = [
+        opsd.response_head(model.policy, params, jax.tree.map(jnp.asarray, rows[name]))
+        for name in ("student", "teacher")
+    ]
+    said = losses.opsd(
+        student=heads[0],
+        teacher=heads[1],
+        mask=jnp.asarray(rows["mask"]),
+        groups=tuple(jnp.asarray(rows[name] > 0) for name in ("correct", "incorrect", "truncated")),
+        options=losses.OPSD(gate=losses.GATES["all"]),
+    )
+    return np.asarray(said.tokens["divergence"])
+
+
+def test_the_control_has_no_divergence_in_a_model_that_sees_everything(config, task, rollouts):
+    """Other widths, another place for the prompt: the rounding of float32 is all that is left."""
+    from opsd_jax.models import decoder
+
+    with config.unlocked():
+        config.opsd.contexts = ("none",)
+        config.model.update({"vocab_size": task.tokenizer.vocab_size, "num_layers": 2})
+        config.model.scan_unroll = 1
+    model = decoder.from_config(config.model)
+    params = jax.tree.map(lambda x: 3 * x, model.init(jax.random.key(0)))
+    finder = Privileged(config.opsd, task, 2)
+    stage = opsd.stage(config.opsd, task, model.policy, lambda *_: rollouts, finder)
+    (batch,), *_ = stage.batches(0, None)
+    rows = jax.tree.map(lambda x: x[0], batch[0]["rows"])
+    assert rows["teacher"]["tokens"].shape != rows["student"]["tokens"].shape
+    assert np.abs(token_divergence(model, params, rows)).max() < 1e-5
+    with config.unlocked():
+        config.opsd.contexts = ("solution",)
+    (batch,), *_ = stage.batches(0, None)
+    rows = jax.tree.map(lambda x: x[0], batch[0]["rows"])
+    assert token_divergence(model, params, rows).max() > 1e-2
+
+
+class Writer:
+    """An engine that says what it is told, and remembers what it was asked. Its responses end as
+    those of an engine do: in any order, here the last first, and some of them together.
+    """
+
+    def __init__(self, replies):
+        self.replies, self.asked, self.draws = list(replies), [], []
+
+    def __call__(self, params, prompts, ids, *, key, rule, poll):
+        self.params, self.rule = params, rule
+        poll()
+        self.asked += prompts
+        self.draws += [(str(jax.random.key_data(key)), rollout_id) for (rollout_id,) in ids]
+        said, self.replies = self.replies[: len(prompts)], self.replies[len(prompts) :]
+        made = [
+            Response(i, 0, np.array(tokens), np.zeros(len(tokens)), np.zeros(len(tokens)), STOP_EOS)
+            for i, tokens in enumerate(said)
+        ]
+        assert len(made) == len(prompts)
+        for start in range(0, len(made), 2):
+            yield Ended(made[::-1][start : start + 2], lambda: True)
+
+
+def memos_of(config, task, write, close, seed=0):
+    return Memos(config.opsd.memo, task, seed, task.tokenizer.vocab_size, write, close)
+
+
+def test_memos(config, task, rollouts):
+    encode, eos = task.tokenizer.encode, task.tokenizer.eos_ids[0]
+    write = Writer(
+        [
+            [*encode("<think>Hm.</think>\n\nAdd 3."), eos],
+            encode("<think>and so on and on"),
+            [*encode("<think>I stop here."), eos],  # ended, and yet in mid-thought
+            [*encode("<think>Hm.</think>  "), eos],
+        ],
+    )
+    close = Writer([[*encode("In short: 3."), eos], [*encode("Count."), eos]])
+    with config.unlocked():
+        config.opsd.memo.temperature = 0.75
+    memos = memos_of(config, task, write, close)
+    rows, metrics = taught(
+        config, task, rollouts, "memo", wanted=[0, 2, 3, 5], memos=memos, capacity=6
+    )
+    assert metrics == {"no_context": 1, "context_cut": 0, "context/memo": 3}
+    for i, memo in {0: "Add 3.", 2: "In short: 3.", 3: "Count."}.items():
+        assert f"recall:\n{memo}\nUse it" in decoded(task, rows[i]["teacher"])
+    # The dialogue that they were asked for in: the response to the token, its thinking too.
+    for i, asked in zip([0, 2, 3, 5], write.asked, strict=True):
+        problem = rollouts.problems[i]
+        before = [*task.prompt(problem), *rollouts.responses[i].tolist()]
+        assert asked[: len(before)] == before
+        request = decoded(task, asked[len(before) :])
+        assert request.startswith("\n<|im_start|>user\nThat is " + ("right" if RIGHT[i] else "wro"))
+        assert f"the answer is {problem.answer}." in request
+        assert request.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    # Thinking that did not end is closed, and goes on from there.
+    for i, thought in {1: "<think>and so on and on", 2: "<think>I stop here."}.items():
+        closed = close.asked[i - 1]
+        assert closed[: len(write.asked[i])] == write.asked[i]
+        assert decoded(task, closed[len(write.asked[i]) :]) == f"{thought}\n</think>\n\n"
+    for rule in (write.rule, close.rule):
+        assert rule.temperature == 0.75
+        assert np.flatnonzero(rule.stop).tolist() == sorted(task.tokenizer.eos_ids)
+
+
+def test_a_signal_ends_the_writing_of_memos(config, task, rollouts):
+    memos = Memos(
+        config.opsd.memo, task, 0, task.tokenizer.vocab_size, Writer([]), Writer([]), poll=stop
+    )
+    with pytest.raises(RuntimeError, match="stop"):
+        memos(0, "params", rollouts, [0])
+
+
+def stop():
+    raise RuntimeError("stop")
+
+
+def test_a_memo_depends_on_seed_step_and_turn(config, task, rollouts):
+    """And on nothing else; no two draws of a step are the same."""
+    eos = task.tokenizer.eos_ids[0]
+    encode = task.tokenizer.encode
+
+    def draws(seed, step, params="params"):
+        write = Writer([[*encode("A memo."), eos], encode("<think>on and on")] * 3)
+        close = Writer([[*encode("Closed."), eos]] * 3)
+        memos_of(config, task, write, close, seed)(step, params, rollouts, range(6))
+        assert write.params == close.params == params  # the current model writes
+        return [*write.draws, *close.draws]
+
+    one = draws(0, 3)
+    assert one == draws(0, 3)
+    assert len({*one, *draws(0, 4), *draws(1, 3)}) == 3 * len(one) == 27
+
+
+def test_a_memo_that_comes_to_nothing_leaves_its_place_to_the_next(config, task, rollouts):
+    eos = task.tokenizer.eos_ids[0]
+    said = [[eos], *([*task.tokenizer.encode(f"Memo {i}."), eos] for i in range(5))]
+    write = Writer(said)
+    memos = memos_of(config, task, write, Writer([]))
+    rows, metrics = taught(config, task, rollouts, "memo", memos=memos, capacity=2)
+    assert list(rows) == [1, 2]
+    assert len(write.asked) == 3
+    assert len(set(write.draws)) == 3
+    assert metrics["no_context"] == 1
+
+
+def test_memos_of_truncated_rollouts(config, task, rollouts):
+    import dataclasses
+
+    cut = dataclasses.replace(
+        rollouts,
+        truncated=np.array([True] * 6),
+        responses=[ids[:-1] for ids in rollouts.responses],
+    )
+    write = Writer([[*task.tokenizer.encode("Be brief."), task.tokenizer.eos_ids[0]]])
+    memos = memos_of(config, task, write, Writer([]))
+    taught(config, task, cut, "memo", wanted=[1], memos=memos)
+    request = decoded(task, write.asked[0][len(task.prompt(cut.problems[1])) :])
+    assert request.startswith("<think>So</think> 46.<|im_end|>\n<|im_start|>user\nYou ran out of ")
+
+
+def test_where_there_is_no_memo_the_next_kind_is_tried(config, task, rollouts):
+    write = Writer([[task.tokenizer.eos_ids[0]], task.tokenizer.encode("Add.")])
+    memos = memos_of(config, task, write, Writer([]))
+    rows, metrics = taught(
+        config, task, rollouts, "sibling", "memo", "answer", wanted=[1, 3, 4], memos=memos
+    )
+    assert list(rows) == [1, 3, 4]
+    assert len(write.asked) == 2  # 1 has a sibling
+    assert metrics["context/answer"] == metrics["context/memo"] == metrics["context/sibling"] == 1
+
+
+def test_memos_fit_their_sizes(config, task):
+    write, close = memo_sizes(config.opsd.memo, task, 120, 40)
+    memo = config.opsd.memo
+    assert write == (120 + 40 + memo.request_tokens, memo.tokens)
+    assert close == (write[0] + memo.tokens + len(task.end_thinking), memo.close_tokens)
+    with config.unlocked():
+        config.opsd.memo.request_tokens = 10
+    rollouts = rollouts_of(task, RESPONSES, RIGHT)
+    memos = memos_of(config, task, None, None)
+    with pytest.raises(
+        DataError, match=r"problem sums/2 has \d+ tokens; memo.request_tokens is 10"
+    ):
+        memos(0, None, rollouts, [0])
+
+
+def shout(problem, rollout, group):
+    """A context of a user's own."""
+    return problem.question.upper() if group[rollout].correct else None
+
+
+def test_a_context_of_ones_own(config, task, rollouts):
+    rows, metrics = taught(config, task, rollouts, "test_contexts:shout")
+    assert list(rows) == [0, 1, 3]
+    assert "\n\nWHAT IS " in decoded(task, rows[0]["teacher"])
+    assert metrics["context/column"] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"contexts": ()},
+            r"config.opsd.contexts is \(\); expected a tuple of kinds among solutio",
+        ),
+        ({"contexts": ("solutions",)}, r"contexts is \('solutions',\); expected a tuple of kinds"),
+        ({"contexts": ("sibling",)}, "group_size is 1; expected at least 2, for a rollout to have"),
+        (
+            {"contexts": ("column",)},
+            "context_column is ''; expected the name of one of the sources",
+        ),
+        (
+            {"sibling": "longest"},
+            "config.opsd.sibling is 'longest'; expected one of shortest, first",
+        ),
+        ({"reminder_tokens": 0}, "config.opsd.reminder_tokens is 0; expected at least 1"),
+        (
+            {"teacher": {"kind": "wise"}},
+            "config.opsd.teacher.kind is 'wise'; expected one of frozen",
+        ),
+        (
+            {"teacher": {"kind": "ema", "rate": 0.0}},
+            r"teacher.rate is 0.0; expected a number in \(0",
+        ),
+        ({"teacher": {"every": 0}}, "config.opsd.teacher.every is 0; expected at least 1"),
+    ],
+)
+def test_settings_that_cannot_be(changes, message):
+    from opsd_jax.config import checks as validation
+
+    config = config_lib.default()
+    config.opsd.update(changes)
+    with pytest.raises(config_lib.ConfigError, match=message):
+        validation.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"contexts": ("memo",)}, "expected none of 'memo': the task has no memo_request"),
+        ({"reinject_every": 5}, "opsd.reinject_every is 5; expected 0: the task has no reminder"),
+        ({"contexts": ("no.such:f",)}, "config.opsd.contexts is 'no.such:f'; expected 'package"),
+        ({"contexts": ("concise",)}, ""),
+        ({"contexts": ("column",), "context_column": "h"}, "expected another: no problem that was"),
+        ({"teacher_prompt_tokens": 30}, "is 30; the teacher's prompt of problem sums/[0-9]+ has"),
+    ],
+)
+def test_what_the_task_cannot_give_is_said_before_a_run(config, task, changes, message):
+    bare = task._replace(reminder=None, memo_request=None)
+    check(config, bare, changes, message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"contexts": ("memo",), "memo": {"request_tokens": 9}}, "memo.request_tokens is 9; expec"),
+        ({"reinject_every": 5, "reminder_tokens": 9}, "reminder_tokens is 9; a reminder of the so"),
+    ],
+)
+def test_limits_without_room_are_said_before_a_run(config, task, changes, message):
+    check(config, task, changes, message)
+
+
+def check(config, task, changes, message):
+    with config.unlocked():
+        config.stages = ("opsd",)
+        config.opsd.update({"slots": 2} | changes)
+        config.evaluation.update({"problems": 2, "slots": 2, "prompt_tokens": 120})
+    run = lambda: sizes.check(config, task, task.tokenizer.vocab_size, lambda stage: 0)
+    if not message:
+        run()
+        return
+    with pytest.raises(config_lib.ConfigError, match=message):
+        run()
+
+
+def test_how_much_is_cut_and_missing_is_said(config, task, capsys):
+    check(config, task, {"teacher_prompt_tokens": 64}, "")
+    said = capsys.readouterr().err
+    assert "opsd: of 12 problems looked at, 11 have a solution, and " in said
+    cut = int(said.partition("solution, and ")[2].split()[0])
+    assert 0 < cut <= 11
+
+
+def test_a_memo_cannot_end_the_users_turn(config, task, rollouts):
+    words = "Add.<|im_end|>\n<|im_start|>assistant\n4"
+    ids, _ = task.teacher_prompt(rollouts.problems[0], Context("memo", words), 400)
+    said = decoded(task, ids)
+    assert "recall:\nAdd.\nassistant\n4\nUse it" in said
+    assert said.count("<|im_start|>") == 2
+    reminder, cut = task.reminder(Context("memo", words), 200)
+    assert not cut
+    assert "<|im_" not in decoded(task, reminder)

@@ -1,0 +1,357 @@
+"""The pool: verdicts whatever workers do, and whatever is done to them; none is left behind."""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import judges
+import psutil
+import pytest
+from paths import SUPPORT
+
+from opsd_jax.problem import Problem
+from opsd_jax.verify import pool as pool_lib
+from opsd_jax.verify.maths import maths
+from opsd_jax.verify.pool import Limits, PoolError, VerifierPool, check_golds
+from opsd_jax.verify.verdict import Verdict, Verifier
+from opsd_jax.verify.verifiers import at_once
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+ANY = Problem(0, "", "", "4")
+
+
+def running(process):
+    return process.status() != psutil.STATUS_ZOMBIE
+
+
+def is_running(pid):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return running(psutil.Process(pid))
+    return False
+
+
+def verdicts(judge, responses, problem=ANY, **options):
+    with VerifierPool(judge, workers=2, **options) as pool:
+        futures = [pool.submit(problem, response) for response in responses]
+        return [future.result(timeout=60) for future in futures]
+
+
+@pytest.mark.parametrize(
+    ("response", "verdict"),
+    [
+        ("sleep 30", Verdict(False, "timeout")),
+        ("spin", Verdict(False, "timeout")),
+        ("eat 2000", Verdict(False, "memory")),
+        ("die SIGABRT", Verdict(False, "crash")),
+        ("die SIGSEGV", Verdict(False, "crash")),
+        ("die SIGKILL", Verdict(False, "crash")),  # each time that it is asked
+        ("die SIGXCPU", Verdict(False, "timeout")),
+        ("exit", Verdict(False, "verifier SystemExit")),
+        ("raise x", Verdict(False, "verifier LookupError")),
+        ("answer yes", Verdict(False, "verifier TypeError")),
+    ],
+)
+def test_what_goes_wrong_costs_its_own_row(response, verdict):
+    responses = [f"fine {i}" for i in range(20)]
+    responses.insert(7, response)
+    began = time.monotonic()
+    got = verdicts(judges.misbehave, responses, limits=Limits(seconds=1.0))
+    assert got.pop(7) == verdict
+    assert got == [Verdict(True, "fine")] * 20
+    assert time.monotonic() - began < 15
+
+
+def test_memory_is_counted_from_what_the_worker_has():
+    """What fits is let through, many times over."""
+    got = verdicts(judges.misbehave, [f"eat {300 + i}" for i in range(8)], limits=Limits(60))
+    assert got == [Verdict(True, "eat")] * 8
+
+
+def test_limits_are_the_caller_s():
+    limits = Limits(seconds=0.5, memory_mb=100)
+    got = verdicts(judges.misbehave, ["fine", "sleep 5", "eat 300"], limits=limits)
+    assert [v.reason for v in got] == ["fine", "timeout", "memory"]
+
+
+def test_a_question_is_asked_once():
+    with VerifierPool(maths(), workers=2) as pool:
+        futures = [
+            pool.submit(Problem(i, "", "", r"\sqrt{8}"), rf"Thus \boxed{{{answer}}}")
+            for i in range(50)
+            for answer in (r"2\sqrt{2}", r"2 \sqrt 2", r"3\sqrt{2}", r"\sqrt{8}", "")
+        ]
+        reasons = [future.result(timeout=60).reason for future in futures]
+        assert reasons == ["match", "match", "mismatch", "match", "no answer"] * 50
+        assert pool.judged == 2  # the others are the same, or need no parser
+        assert pool.submit(ANY, r"\boxed{4}").done()
+
+
+def test_a_passing_slowness_is_not_remembered(tmp_path):
+    with VerifierPool(judges.misbehave, workers=1, limits=Limits(seconds=0.5)) as pool:
+        question = f"once {tmp_path / 'asked'}"
+        assert pool.submit(ANY, question).result(timeout=60) == Verdict(False, "timeout")
+        assert pool.submit(ANY, question).result(timeout=60) == Verdict(True, "once")
+        assert pool.submit(ANY, question).done()
+
+
+def test_workers_are_replaced_after_a_while(monkeypatch):
+    """And no question is lost by that."""
+    monkeypatch.setattr(pool_lib, "RECYCLED", 5)
+    with VerifierPool(judges.misbehave, workers=1) as pool:
+        futures = [pool.submit(ANY, f"fine {i}") for i in range(23)]
+        seen = set()
+        for future in futures:
+            seen.update(worker._process.pid for worker in list(pool._workers))
+            assert future.result(timeout=60) == Verdict(True, "fine")
+    assert len(seen) > 2
+
+
+def test_what_a_judge_started_ends_with_it(tmp_path):
+    path = tmp_path / "pid"
+    got = verdicts(judges.misbehave, [f"child {path}"], limits=Limits(seconds=0.5))
+    assert got == [Verdict(False, "timeout")]
+    pid = int(path.read_text())
+    deadline = time.monotonic() + 5
+    while psutil.pid_exists(pid) and running(psutil.Process(pid)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_odd_verdicts_cost_their_own_row():
+    verifier = Verifier(lambda problem, response: response, judges.odd)
+    reasons = [v.reason for v in verdicts(verifier, ["none", "true", "list", "x", "object"])]
+    assert reasons[:3] == ["verifier TypeError", "verifier TypeError", "verifier ValueError"]
+    assert reasons[3] == "verifier KeyError"
+    assert reasons[4].startswith("<object")
+
+
+def test_a_question_that_cannot_be_sent_costs_its_own_row():
+    verifier = Verifier(lambda problem, response: lambda: response, judges.odd)
+    assert not verdicts(verifier, ["x"])[0].correct
+
+
+def test_a_worker_that_is_never_ready_is_an_error(monkeypatch):
+    monkeypatch.setattr(pool_lib, "START_SECONDS", 1.0)
+    monkeypatch.setattr(pool_lib, "STARTS", 2)
+    verifier = Verifier(lambda problem, response: response, judges.Hanging())
+    with pytest.raises(PoolError, match="not ready after 1 s"):
+        verdicts(verifier, ["x"])
+
+
+def test_what_needs_no_worker_starts_none():
+    before = len(psutil.Process().children(recursive=True))
+    with VerifierPool(at_once(lambda problem, response: Verdict(True, "match"))) as pool:
+        assert pool.submit(ANY, "").result() == Verdict(True, "match")
+        assert len(psutil.Process().children(recursive=True)) == before
+
+
+def test_a_judge_that_raises_at_once_costs_its_own_row():
+    def ask(problem, response):
+        return Verdict(1 / len(response) > 0, "match")
+
+    with VerifierPool(at_once(ask)) as pool:
+        assert pool.submit(ANY, "").result() == Verdict(False, "verifier ZeroDivisionError")
+        assert pool.submit(ANY, "x").result() == Verdict(True, "match")
+
+
+def test_from_a_thread():
+    """And from several at once; math-verify by itself refuses any but the main one."""
+    results = {}
+    with VerifierPool(maths(), workers=2) as pool:
+
+        def ask(i):
+            future = pool.submit(
+                Problem(i, "", "", r"\frac{1}{3}"), rf"\boxed{{\frac{{{i}}}{{x}}}}"
+            )
+            same = pool.submit(Problem(i, "", "", r"x+1"), r"\boxed{1+x}")
+            results[i] = future.result(timeout=60), same.result(timeout=60)
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert results == {i: (Verdict(False, "mismatch"), Verdict(True, "match")) for i in range(8)}
+
+
+def test_workers_killed_at_random():
+    """2,000 verifications while every 50 ms or so a worker is killed, and once in a while the
+    server that forks them."""
+    rng, kills, done, seen = random.Random(0), 0, threading.Event(), set()
+    pool = VerifierPool(judges.double, workers=2)
+
+    def kill():
+        nonlocal kills
+        while not done.wait(rng.uniform(0.01, 0.1)):
+            living = [worker._process.pid for worker in pool._workers if not worker.ended]
+            seen.update(living)
+            servers = [
+                process.pid
+                for process in psutil.Process().children()
+                if running(process) and "multiprocessing.forkserver" in " ".join(process.cmdline())
+            ]
+            victims = servers if rng.random() < 0.01 else living
+            with contextlib.suppress(ProcessLookupError, IndexError):
+                os.kill(rng.choice(victims), rng.choice([signal.SIGKILL, signal.SIGTERM]))
+                kills += 1
+
+    with pool:
+        pool.submit(ANY, "8").result(timeout=60)
+        killer = threading.Thread(target=kill)
+        killer.start()
+        problems = [Problem(i, "", "", str(i)) for i in range(2000)]
+        futures = [pool.submit(p, str(2 * p.id + p.id % 2)) for p in problems]
+        got = [future.result(timeout=120) for future in futures]
+        done.set()
+        killer.join()
+        seen.update(worker._process.pid for worker in pool._workers)
+    assert kills > 20
+    assert [v.correct for v in got] == [i % 2 == 0 for i in range(2000)]
+    assert {v.reason for v in got} == {"match", "mismatch"}
+    assert len(seen) > kills / 2
+    # One whose server was killed while it started ends when it finds its pipe closed.
+    deadline = time.monotonic() + 30
+    while living := [pid for pid in seen if is_running(pid)]:
+        assert time.monotonic() < deadline, living
+        time.sleep(0.1)
+
+
+SCRIPT = """
+import os, signal, sys, time
+sys.path.insert(0, {tests!r})
+import judges
+from opsd_jax.problem import Problem
+from opsd_jax.verify.pool import Limits, VerifierPool
+
+def main():
+    # A shell's background jobs ignore SIGINT, and so would this one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    pool = VerifierPool(judges.misbehave, workers=2, limits=Limits(seconds=30))
+    futures = [
+        pool.submit(Problem(0, "", "", ""), f"{{what}} {marks}/{{i}}")
+        for i, what in enumerate(("mark", "mark-spin"))
+    ]
+    while len(os.listdir({marks!r})) < 2:
+        time.sleep(0.01)
+    print("busy", flush=True)
+    input()
+    {end}
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "time.sleep(60)  # SIGTERM",
+        "time.sleep(60)  # SIGKILL",
+        "time.sleep(60)  # SIGINT",
+        "raise ValueError('an error')",
+        "sys.exit(4)",
+        "os._exit(5)",
+        "pool.close()",
+        "pass",
+    ],
+)
+def test_no_worker_outlives_its_parent(tmp_path, end):
+    """Two workers, one asleep and one in native code, both far from their limit."""
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    script = tmp_path / "script.py"
+    tests = str(SUPPORT)
+    script.write_text(SCRIPT.format(tests=tests, marks=str(marks), end=end))
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert process.stdout.readline() == b"busy\n"
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert len(below) >= 3  # a server and two workers
+    process.stdin.write(b"\n")
+    process.stdin.flush()
+    if "# SIG" in end:
+        process.send_signal(getattr(signal, end.split()[-1]))
+    process.wait(timeout=10)
+    _, alive = psutil.wait_procs(below, timeout=5)
+    assert alive == []
+
+
+def test_leaving_early_drops_what_waits():
+    with VerifierPool(judges.misbehave, workers=1) as pool:
+        futures = [pool.submit(ANY, f"sleep {1 + i / 100}") for i in range(20)]
+    with pytest.raises(PoolError, match="closed"):
+        futures[-1].result(timeout=5)
+    with pytest.raises(PoolError, match="closed"):
+        pool.submit(ANY, "sleep 3")
+
+
+def test_workers_that_cannot_start_are_an_error(tmp_path):
+    """No verdict is made up. Here the script has no guard, so that each worker would run it."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {str(SUPPORT)!r})
+        import judges
+        from opsd_jax.problem import Problem
+        from opsd_jax.verify.pool import VerifierPool
+        pool = VerifierPool(judges.misbehave, workers=2)
+        print(pool.submit(Problem(0, "", "", ""), "fine").result(timeout=60))
+        """)
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "PoolError" in done.stderr
+    assert "if __name__ == '__main__':" in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_future_is_shared_and_cannot_be_cancelled():
+    with VerifierPool(judges.misbehave, workers=1) as pool:
+        first, second = (pool.submit(ANY, "sleep 0.2") for _ in range(2))
+        assert not first.cancel()
+        assert second.result(timeout=60) == first.result() == Verdict(True, "sleep")
+        assert pool.judged == 1
+
+
+def test_a_judge_that_cannot_be_sent_is_refused():
+    with pytest.raises(ValueError, match="expected a function of a module"):
+        VerifierPool(lambda problem, response: True)
+
+
+@LINUX
+def test_pools_leave_no_files_open():
+    count = lambda: len(os.listdir("/proc/self/fd"))
+    verdicts(judges.misbehave, ["fine"])  # starts the server that forks
+    before = count()
+    for _ in range(5):
+        assert verdicts(judges.misbehave, ["fine"]) == [Verdict(True, "fine")]
+    assert count() <= before
+
+
+@LINUX
+def test_limits_of_the_session_are_kept():
+    """A shell's `ulimit` is below what a worker would set for itself: workers live with it."""
+    with VerifierPool(judges.misbehave, workers=1) as pool:
+        assert pool.submit(ANY, "limit").result(timeout=60) == Verdict(True, "limit")
+        assert pool.submit(ANY, "fine").result(timeout=60) == Verdict(True, "fine")
+        assert pool.submit(ANY, "eat 400").result(timeout=60) == Verdict(False, "memory")
+
+
+def test_golds_are_checked_against_themselves(monkeypatch):
+    monkeypatch.setattr(pool_lib, "PATIENT", Limits(seconds=1.5))
+    golds = [r"\frac{1}{2}", "12", r"\text{Evelyn}", r"\frac{1}{", r"\boxed{x+1}", "9^{9^{9^{9}}}"]
+    problems = [Problem(i, "", "", gold) for i, gold in enumerate(golds)]
+    broken = "empty, or its braces do not match"
+    assert check_golds(maths(), problems) == ["", "", "", broken, "", "timeout"]
+    assert check_golds(judges.misbehave, problems) == [""] * 6  # nothing is known of its answers
