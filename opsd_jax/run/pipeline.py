@@ -406,7 +406,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
                 mesh=this.mesh,
                 directory=workdir / name,
                 checkpoint_every=section.checkpoint_every,
-                keep=checkpoint.Retention(**config.checkpoints),
+                keep=checkpoint.CheckpointOptions(**config.checkpoints),
                 about=config_files.identity(config),
                 max_nonfinite=config.max_nonfinite,
                 stop=stop,

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.errors import JaxRuntimeError
 
+from opsd_jax.options import option
 from opsd_jax.parallel import hosts
 from opsd_jax.parallel.watchdog import waiting
 from opsd_jax.policy import Params
@@ -22,22 +24,22 @@ from opsd_jax.storage.files import Path, RecordError, written
 from opsd_jax.training.state import State
 
 
-class Retention(NamedTuple):
-    """Which checkpoints stay.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """The section `checkpoints` of the config: which checkpoints of a stage to keep."""
 
-    Attributes:
-      last: so many of the newest.
-      period: those of steps that are multiples of it, too; 0 for none.
-      best: the one with the largest metric of this name, or with "-" before it the smallest, too;
-        "" for none. Stages without that metric have none.
-    """
+    last: int = option(2, "Number of newest checkpoints to keep.", at_least=1)
+    period: int = option(
+        0, "Also keep checkpoints at steps that are multiples of this; 0 for none.", at_least=0
+    )
+    best: str = option(
+        "",
+        "Also keep the checkpoint with the largest value of this metric, such as 'reward', or with "
+        "the smallest of '-length'; '' for none.",
+    )
 
-    last: int = 2
-    period: int = 0
-    best: str = ""
 
-
-LAST_TWO = Retention()
+LAST_TWO = CheckpointOptions()
 
 
 class Checkpoints:
@@ -51,7 +53,7 @@ class Checkpoints:
         self,
         directory: Path,
         about: Mapping[str, Any] | None = None,
-        keep: Retention = LAST_TWO,
+        keep: CheckpointOptions = LAST_TWO,
     ):
         """`about`: what a state belongs to, such as the config, JSON-ready; it is written down with
         each, and one of another kind is refused.

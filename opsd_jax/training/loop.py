@@ -19,7 +19,7 @@ from opsd_jax.parallel.watchdog import Watchdog, waiting
 from opsd_jax.policy import Params
 from opsd_jax.storage.files import Path
 from opsd_jax.training import metrics as metrics_lib
-from opsd_jax.training.checkpoint import LAST_TWO, Checkpoints, Retention
+from opsd_jax.training.checkpoint import LAST_TWO, CheckpointOptions, Checkpoints
 from opsd_jax.training.signals import Interrupted, StopSignal
 from opsd_jax.training.stage import Stage, StepData
 from opsd_jax.training.state import abstract_state, init_state
@@ -39,7 +39,7 @@ def run_stage(
     mesh: jax.sharding.Mesh,
     directory: Path,
     checkpoint_every: int,
-    keep: Retention = LAST_TWO,
+    keep: CheckpointOptions = LAST_TWO,
     about: Mapping[str, Any] | None = None,
     max_nonfinite: int,
     stop: StopSignal,
