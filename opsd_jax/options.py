@@ -205,7 +205,31 @@ def section(options: Any, omit: tuple[str, ...] = ()) -> ConfigDict:
     for name, (_, _, bounds) in _fields(options.__class__).items():
         if name not in omit:
             config[name] = _plain(getattr(options, name), bounds.omit)
-    return config.lock()
+    return lock(config, options)
+
+
+def lock(config: ConfigDict, options: Any) -> ConfigDict:
+    """Locks a config against new fields, except where its fields are the user's to name.
+
+    Args:
+      config: made from `options`; changed in place and returned.
+      options: an instance of an options dataclass or a NamedTuple.
+    """
+    config.lock()
+    for name in fields_of(options.__class__):
+        value = getattr(options, name)
+        if name not in config or not isinstance(config[name], ConfigDict):
+            continue
+        if isinstance(value, Mapping) and not isinstance(value, ConfigDict):
+            config[name].unlock()
+        elif dataclasses.is_dataclass(value):
+            lock(config[name], value)
+    return config
+
+
+def fields_of(cls: type) -> list[str]:
+    """The names of the fields of an options dataclass or a NamedTuple."""
+    return list(_fields(cls))
 
 
 def _plain(value: Any, omit: tuple[str, ...] = ()) -> Any:

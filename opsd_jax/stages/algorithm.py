@@ -25,16 +25,16 @@ class LookedAt(NamedTuple):
 
     Attributes:
       task: the data.
-      seed: seed of the stage.
-      problems: training and held-out problems, as many as the check may look at.
+      problems: gives training and held-out problems, as many as the check may look at.
       longest: `(data set, row -> token ids) -> (tokens, description of the row)`: the longest row
         of a data set, among as many as the check may look at.
+      seed: seed of the stage.
     """
 
     task: Task
-    seed: int
     problems: Callable[[], Sequence[Problem]]
     longest: Callable[[Any, Callable[[Any], Sequence[int]]], tuple[int, str]]
+    seed: int
 
     def check_fits(
         self, field: str, limit: int, data: Any, tokens: Callable[[Any], Sequence[int]]

@@ -28,9 +28,7 @@ class MemoOptions:
     """The options of the context kind "memo"."""
 
     request_tokens: int = option(256, "Longest request for a memo, in tokens.", at_least=1)
-    tokens: int = option(
-        1024, "Token budget of a memo, the model's thinking included.", at_least=1
-    )
+    tokens: int = option(1024, "Token budget of a memo, the model's thinking included.", at_least=1)
     close_tokens: int = option(
         256, "Further tokens for a memo whose thinking had to be closed.", at_least=1
     )
@@ -113,7 +111,7 @@ class Memos:
             raise ValueError("the task has no memo_request; expected one, to write memos.")
         self._request, self._task, self._seed = task.memo_request, task, seed
         self._options, self._write, self._close, self._poll = options, write, close, poll
-        self._rule = sampling.rule(
+        self._sampling_params = sampling.params(
             vocab_size, stop=task.tokenizer.eos_ids, temperature=options.temperature
         )
 
@@ -136,9 +134,7 @@ class Memos:
         prompts = [self._prompt(rollouts, i) for i in rows]
         memos = self._sample(self._write, params, prompts, jax.random.fold_in(key, 0), offset)
         open_ended = [j for j, ids in enumerate(memos) if after_thinking(self._text(ids)) is None]
-        closed = [
-            [*self._without_eos(memos[j]), *self._task.end_thinking] for j in open_ended
-        ]
+        closed = [[*self._without_eos(memos[j]), *self._task.end_thinking] for j in open_ended]
         continued = [[*prompts[j], *ids] for j, ids in zip(open_ended, closed, strict=True)]
         rest = self._sample(self._close, params, continued, jax.random.fold_in(key, 1), offset)
         for j, ids, more in zip(open_ended, closed, rest, strict=True):
@@ -165,7 +161,14 @@ class Memos:
         """The response to each prompt, as token ids."""
         made: dict[int, list[int]] = {}
         numbers = [[offset + i] for i in range(len(prompts))]
-        for ended in engine(params, prompts, numbers, key=key, rule=self._rule, poll=self._poll):
+        for ended in engine(
+            params,
+            prompts,
+            numbers,
+            key=key,
+            sampling_params=self._sampling_params,
+            poll=self._poll,
+        ):
             made |= {response.prompt: response.tokens.tolist() for response in ended.responses}
         return [made[i] for i in range(len(prompts))]
 

@@ -21,7 +21,6 @@ from collections.abc import Callable
 import numpy as np
 
 from opsd_jax import losses
-from opsd_jax.data import contexts
 from opsd_jax.data.task import Task
 from opsd_jax.options import fail, option
 from opsd_jax.parallel.mesh import rows_in_context
@@ -30,12 +29,13 @@ from opsd_jax.stages import privileged as privileged_lib
 from opsd_jax.stages import teacher as teacher_lib
 from opsd_jax.stages.algorithm import Algorithm, Curve, LookedAt, Responses
 from opsd_jax.stages.batch import Lengths, pack, response_head, useful_fraction
-from opsd_jax.stages.memos import MemoOptions, make_memos, memo_sampling
-from opsd_jax.stages.options import RolloutOptions, ascending
+from opsd_jax.stages.memos import make_memos, memo_sampling
+from opsd_jax.stages.options import ascending
 from opsd_jax.stages.parts import Parts, Sampled, Sampling
-from opsd_jax.stages.privileged import Privileged, inserted_tokens
+from opsd_jax.stages.privileged import Privileged, PrivilegedOptions, inserted_tokens
 from opsd_jax.stages.rollouts import (
     RollOut,
+    check_prompts,
     group_records,
     make_roll_out,
     rollout_metrics,
@@ -58,15 +58,8 @@ def _gate(text: str) -> str:
     return ""
 
 
-def _kinds(kinds: tuple[str, ...]) -> str:
-    if kinds and all(kind in contexts.CONTEXTS or ":" in kind for kind in kinds):
-        return ""
-    known = ", ".join(contexts.CONTEXTS)
-    return f"a tuple of kinds among {known}, or 'package.module:function'"
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OPSDOptions(RolloutOptions):
+class OPSDOptions(PrivilegedOptions):
     """The options of an OPSD stage."""
 
     algorithm: str = option("opsd", "Algorithm of the stage.")
@@ -79,31 +72,6 @@ class OPSDOptions(RolloutOptions):
     group_size: int = option(1, "Rollouts per problem.", at_least=1)
     slots: int = option(
         32, "Decoding slots: rollouts sampled at the same time, over all devices.", at_least=1
-    )
-    contexts: tuple[str, ...] = option(
-        ("solution", "answer"),
-        "Kinds of privileged context, in order of preference; the teacher sees the first that a "
-        "rollout has (opsd_jax/data/contexts.py).",
-        check=_kinds,
-    )
-    sibling: str = option(
-        "shortest", "Which correct sibling is shown.", choices=contexts.SIBLINGS
-    )
-    sibling_thinking: bool = option(False, "Whether the thinking of a sibling is shown too.")
-    context_column: str = option("", "Column of 'column': one of the sources' `extra`.")
-    memo: MemoOptions = option(MemoOptions(), "Memos that the model writes.")
-    reinject_every: int = option(
-        0,
-        "Tokens between reminders of the context in the teacher's copy of a response; 0 for none.",
-        at_least=0,
-    )
-    reminder_tokens: int = option(
-        256, "Longest reminder, in tokens; a longer one loses the end of its context.", at_least=1
-    )
-    teacher_prompt_tokens: int = option(
-        4096,
-        "Longest teacher prompt, in tokens; a longer one loses the end of its privileged text.",
-        at_least=1,
     )
     teacher: TeacherOptions = option(TeacherOptions(), "The teacher.")
     max_rows: int = option(
@@ -143,12 +111,6 @@ class OPSDOptions(RolloutOptions):
                 f"one for each of {field}.buckets, the last at least {longest}, or () for none"
             )
             fail(f"{field}.teacher_buckets", there, expected)
-        if "sibling" in self.contexts and self.group_size < 2:
-            expected = "at least 2, so that a rollout has siblings"
-            fail(f"{field}.group_size", self.group_size, expected)
-        if "column" in self.contexts and not self.context_column:
-            expected = "the name of one of the sources' `extra` columns"
-            fail(f"{field}.context_column", "", expected)
 
 
 def loss_fn(
@@ -284,9 +246,8 @@ def _make(options: OPSDOptions, parts: Parts) -> Stage:
 
 
 def _check_data(options: OPSDOptions, name: str, data: LookedAt) -> None:
-    task = data.task
-    data.check_fits(f"{name}.prompt_tokens", options.prompt_tokens, task.train, task.prompt)
-    privileged_lib.check_contexts(options, name, task, data.problems())
+    check_prompts(options, name, data)
+    privileged_lib.check_contexts(options, name, data.task, data.problems())
     if warning := teacher_lib.warning(options.teacher):
         logger.warning("%s: %s", name, warning)
 
@@ -314,7 +275,7 @@ def _privileged_sampling(
 
 def _sampling(options: OPSDOptions, task: Task | None = None) -> tuple[Sampling, ...]:
     memos = _privileged_sampling(options, options, options.capacity, task)
-    return (rollout_sampling(options), *memos)
+    return (*rollout_sampling(options), *memos)
 
 
 ALGORITHM = Algorithm(

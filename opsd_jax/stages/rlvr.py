@@ -17,16 +17,18 @@ from opsd_jax.data.task import Task
 from opsd_jax.options import fail, option
 from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
-from opsd_jax.stages.algorithm import Algorithm, Curve, LookedAt, Responses
+from opsd_jax.stages.algorithm import Algorithm, Curve, Responses
 from opsd_jax.stages.batch import Lengths, pack, response_head, useful_fraction
 from opsd_jax.stages.options import RolloutOptions
-from opsd_jax.stages.parts import Parts, Sampling
+from opsd_jax.stages.parts import Parts
 from opsd_jax.stages.rollouts import (
     RollOut,
+    check_prompts,
     group_records,
     make_roll_out,
     rollout_metrics,
     rollout_sampling,
+    student_lengths,
     student_rows,
 )
 from opsd_jax.stages.teacher import Keep, frozen
@@ -212,28 +214,17 @@ def _make(options: RLVROptions, parts: Parts) -> Stage:
     return stage(options, parts.task, model.policy, roll_out, model.decode_params)
 
 
-def _check_data(options: RLVROptions, name: str, data: LookedAt) -> None:
-    task = data.task
-    data.check_fits(f"{name}.prompt_tokens", options.prompt_tokens, task.train, task.prompt)
-
-
 def _step_rows(options: RLVROptions, responses: Responses) -> tuple[list[int], list[Lengths]]:
-    count = options.capacity // options.updates
-    targets = responses(count, options.response_tokens).tolist()
-    return targets, [{"student": options.prompt_tokens + n - 1} for n in targets]
-
-
-def _sampling(options: RLVROptions, task: Task | None = None) -> tuple[Sampling, ...]:
-    return (rollout_sampling(options),)
+    return student_lengths(options, options.capacity // options.updates, responses)
 
 
 ALGORITHM = Algorithm(
     options=RLVROptions,
     make=_make,
     buckets=buckets,
-    check_data=_check_data,
+    check_data=check_prompts,
     step_rows=_step_rows,
-    sampling=_sampling,
+    sampling=rollout_sampling,
     curves=(Curve("reward", "reward"), Curve("length", "mean length, tokens")),
     headline="accuracy",
 )

@@ -14,7 +14,9 @@ import numpy as np
 from opsd_jax.data.task import Task
 from opsd_jax.policy import Params
 from opsd_jax.rollout import sampling
-from opsd_jax.rollout.collect import Collector, Rollouts, concatenated
+from opsd_jax.rollout.collect import Collector, Rollouts, concatenate
+from opsd_jax.stages.algorithm import LookedAt, Responses
+from opsd_jax.stages.batch import Lengths
 from opsd_jax.stages.options import RolloutOptions
 from opsd_jax.stages.parts import Parts, Sampling
 from opsd_jax.verify.outcomes import Outcomes
@@ -23,18 +25,35 @@ from opsd_jax.verify.verdict import REASONS
 RollOut = Callable[[int, Params], Rollouts]  # (step, params) -> the rollouts of the step
 
 
-def rollout_sampling(options: RolloutOptions) -> Sampling:
-    """The sampling of a step's rollouts."""
-    return Sampling(
-        name="rollouts",
-        field="slots",
-        slots=options.slots,
-        group_size=options.group_size,
-        rollouts=options.rollouts,
-        prompt_tokens=options.prompt_tokens,
-        response_tokens=options.response_tokens,
-        samples=options.rollouts,
+def rollout_sampling(options: RolloutOptions, task: Task | None = None) -> tuple[Sampling, ...]:
+    """`Algorithm.sampling` of a stage that samples its rollouts and nothing else."""
+    del task  # the lengths are the options'
+    return (
+        Sampling(
+            name="rollouts",
+            field="slots",
+            slots=options.slots,
+            group_size=options.group_size,
+            rollouts=options.rollouts,
+            prompt_tokens=options.prompt_tokens,
+            response_tokens=options.response_tokens,
+            samples=options.rollouts,
+        ),
     )
+
+
+def check_prompts(options: RolloutOptions, name: str, data: LookedAt) -> None:
+    """`Algorithm.check_data` of a stage with rollouts: raises ConfigError for a prompt too long."""
+    task = data.task
+    data.check_fits(f"{name}.prompt_tokens", options.prompt_tokens, task.train, task.prompt)
+
+
+def student_lengths(
+    options: RolloutOptions, count: int, responses: Responses
+) -> tuple[list[int], list[Lengths]]:
+    """`Algorithm.step_rows` of `count` rollouts that are scored from the student's prompt alone."""
+    targets = responses(count, options.response_tokens).tolist()
+    return targets, [{"student": options.prompt_tokens + n - 1} for n in targets]
 
 
 def make_roll_out(
@@ -45,7 +64,8 @@ def make_roll_out(
     trains: Callable[[Outcomes], np.ndarray],
 ) -> RollOut:
     """`step_rollouts` of a stage that is built from the parts of a run; compiles the engine."""
-    engine = rollout_sampling(options).engine(parts.engines)
+    (rollouts,) = rollout_sampling(options)
+    engine = rollouts.engine(parts.engines)
     return step_rollouts(
         options,
         parts.task,
@@ -93,12 +113,14 @@ def step_rollouts(
 
     other_seed = zlib.crc32(f"{seed}/resampled".encode()) >> 1
     problems, others = stream(seed), stream(other_seed)
-    rule = sampling.rule(vocab_size, stop=task.tokenizer.eos_ids, temperature=options.temperature)
+    sampling_params = sampling.params(
+        vocab_size, stop=task.tokenizer.eos_ids, temperature=options.temperature
+    )
 
     def roll_out(step: int, params: Params) -> Rollouts:
         def sample(chosen: list, seed: int, draw: int) -> Rollouts:
             key = jax.random.fold_in(jax.random.key(seed), draw)
-            return collector(params, chosen, key=key, rule=rule, poll=poll)
+            return collector(params, chosen, key=key, sampling_params=sampling_params, poll=poll)
 
         first = step * options.prompts
         rollouts = sample([problems[first + i] for i in range(options.prompts)], seed, step)
@@ -113,7 +135,7 @@ def step_rollouts(
             fresh = [*{p.id: p for p in drawn if p.id not in there}.values()]
             if not fresh:
                 break
-            rollouts = concatenated([rollouts.settled(), sample(fresh, other_seed, draw)])
+            rollouts = concatenate([rollouts.settled(), sample(fresh, other_seed, draw)])
         return rollouts
 
     return roll_out
