@@ -270,7 +270,7 @@ def test_responses_keep_their_ids_around_reminders(config, task, rollouts):
     assert reminded == sum(len(row["teacher/inserts"]) for row in rows.values())
 
 
-@pytest.mark.parametrize("kind", contexts.KINDS)
+@pytest.mark.parametrize("kind", contexts.CONTEXTS)
 @pytest.mark.parametrize("every", [0, 4])
 def test_only_the_context_makes_a_divergence(config, task, rollouts, kind, every):
     """A model that looks at the last token alone sees no context. Whatever the lengths of prompts,
