@@ -352,7 +352,7 @@ def _run(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
             return 1
         # The disk is full, or is gone; or the bucket.
         in_bucket = any(map(files.in_bucket, given)) and (
-            isinstance(error, OSError) or files.is_of_bucket(error)
+            isinstance(error, OSError) or files.is_bucket_error(error)
         )
         if not in_bucket and not (isinstance(error, OSError) and error.strerror):
             raise

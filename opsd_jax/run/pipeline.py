@@ -51,7 +51,7 @@ from opsd_jax.storage import files
 from opsd_jax.storage.files import Path
 from opsd_jax.training import checkpoint
 from opsd_jax.training import metrics as metrics_lib
-from opsd_jax.training.loop import run_stage
+from opsd_jax.training.loop import LoopOptions, run_stage
 from opsd_jax.training.optimizer import make_optimizer
 from opsd_jax.training.progress import Progress
 from opsd_jax.training.signals import Interrupted, StopSignal
@@ -405,13 +405,15 @@ def run(config: ConfigDict, workdir: Path) -> None:
                 abstract_params=this.parameters.abstract,
                 mesh=this.mesh,
                 directory=workdir / name,
-                checkpoint_every=section.checkpoint_every,
-                keep=checkpoint.CheckpointOptions(**config.checkpoints),
-                about=config_files.identity(config),
-                max_nonfinite=config.max_nonfinite,
+                options=LoopOptions(
+                    checkpoint_every=section.checkpoint_every,
+                    max_nonfinite=config.max_nonfinite,
+                    checkpoints=checkpoint.CheckpointOptions(**config.checkpoints),
+                    identity=config_files.identity(config),
+                    wandb_project=config.wandb_project,
+                ),
                 stop=stop,
                 report=progress.step,
-                wandb_project=config.wandb_project,
             )
             progress.finish()
             checkpoint.save_params(workdir / name / "params", params)
