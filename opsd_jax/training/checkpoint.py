@@ -155,8 +155,8 @@ class Checkpoints:
             except Damaged as error:
                 damaged.append((step, error))
                 continue
-            for number, error in damaged:
-                hosts.from_first(functools.partial(_set_aside, directory, number, error))
+            for number, cause in damaged:
+                hosts.from_first(functools.partial(_set_aside, directory, number, cause))
             if damaged:
                 self._manager.reload()
             return step, state
