@@ -44,7 +44,7 @@ from opsd_jax.storage import files
 from opsd_jax.storage.files import Path
 from opsd_jax.training import checkpoint
 from opsd_jax.training import metrics as metrics_lib
-from opsd_jax.training.loop import run_stage
+from opsd_jax.training.loop import LoopOptions, run_stage
 from opsd_jax.training.optimizer import make_optimizer
 from opsd_jax.training.progress import Progress
 from opsd_jax.training.signals import StopSignal
@@ -210,13 +210,15 @@ def train(this: Run, name: str, progress: Progress, stop: StopSignal) -> Params:
         abstract_params=this.parameters.abstract,
         mesh=this.parameters.mesh,
         directory=this.workdir / name,
-        checkpoint_every=options.checkpoint_every,
-        keep=config.checkpoints,
-        about=loading.identity(config),
-        max_nonfinite=config.max_nonfinite,
+        options=LoopOptions(
+            checkpoint_every=options.checkpoint_every,
+            max_nonfinite=config.max_nonfinite,
+            checkpoints=config.checkpoints,
+            identity=loading.identity(config),
+            wandb_project=config.wandb_project,
+        ),
         stop=stop,
         report=progress.step,
-        wandb_project=config.wandb_project,
     )
     progress.finish()
     return params
