@@ -108,7 +108,7 @@ def _storage_message(error: Exception, arguments: argparse.Namespace) -> str | N
 
     given = [path for name in ("workdir", "out") if (path := getattr(arguments, name, None))]
     in_bucket = any(map(files.in_bucket, given)) and (
-        isinstance(error, OSError) or files.is_of_bucket(error)
+        isinstance(error, OSError) or files.is_bucket_error(error)
     )
     if not in_bucket and not (isinstance(error, OSError) and error.strerror):
         return None
