@@ -86,9 +86,9 @@ def task(config: ConfigDict) -> Task:
         except ValueError as error:
             raise DataError(f"a reminder of the {context.kind} has {error}") from error
 
-    def memo_request(problem: Problem, group: str) -> list[int]:
+    def memo_request(problem: Problem, outcome: str) -> list[int]:
         known = {"answer": problem.answer, "solution": problem.solution or problem.answer}
-        return chat.next_turn(fill(config.memo[group], **known))
+        return chat.next_turn(fill(config.memo[outcome], **known))
 
     def demonstrate(problem: Problem) -> Demonstration:
         if begun and "</think>" not in problem.solution:
@@ -192,8 +192,8 @@ def check_wording(config: ConfigDict) -> None:
         if kind in config.contexts:
             needed = set() if kind == "concise" else {"context"}
             check(f"contexts.{kind}", config.contexts[kind], needed, set())
-    for group, text in config.memo.items():
-        check(f"memo.{group}", text, set(), {"answer", "solution"})
+    for outcome, text in config.memo.items():
+        check(f"memo.{outcome}", text, set(), {"answer", "solution"})
 
 
 def fill(text: str, **values: Any) -> str:

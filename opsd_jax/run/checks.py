@@ -20,7 +20,7 @@ from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.problem import Problem
 from opsd_jax.stages import opsd
 from opsd_jax.stages import teacher as teacher_lib
-from opsd_jax.verify.outcomes import Groups
+from opsd_jax.verify.outcomes import Outcomes
 
 # What is made into tokens of a data set before a run begins, if it has more elements than this:
 WHOLLY_LOOKED_AT = 50_000
@@ -192,8 +192,8 @@ def _check_contexts(
     if "memo" in section.contexts and task.memo_request is not None:
         most = section.memo.request_tokens
         for problem in problems:
-            for group in Groups._fields:
-                needed = len(task.memo_request(problem, group))
+            for outcome in Outcomes._fields:
+                needed = len(task.memo_request(problem, outcome))
                 if needed > most:
                     why = f"expected at least {needed}, which the request on {problem.id} has."
                     fail("memo.request_tokens", most, why)

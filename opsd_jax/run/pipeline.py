@@ -291,7 +291,7 @@ class Run:
             [problems[i] for i in left],
             # The same random numbers for every model: two differ with less noise.
             key=jax.random.key(config.seed),
-            rule=sampling.rule(
+            sampling_params=sampling.params(
                 self.model.vocab_size,
                 stop=self.task.tokenizer.eos_ids,
                 **{n: config[n] for n in ("temperature", "top_k", "top_p", "min_p")},

@@ -18,7 +18,7 @@ from opsd_jax.rollout import sampling
 from opsd_jax.rollout.collect import Rollouts
 from opsd_jax.rollout.engine import Engine
 from opsd_jax.verify.extract import after_thinking
-from opsd_jax.verify.outcomes import Groups
+from opsd_jax.verify.outcomes import Outcomes
 
 
 def sizes(
@@ -55,7 +55,7 @@ class Memos:
         assert task.memo_request is not None  # sizes.check
         self._request, self._task, self._seed = task.memo_request, task, seed
         self._config, self._write, self._close, self._poll = config, write, close, poll
-        self._rule = sampling.rule(
+        self._sampling_params = sampling.params(
             vocab_size, stop=task.tokenizer.eos_ids, temperature=config.temperature
         )
 
@@ -67,16 +67,16 @@ class Memos:
         """
         task, tokenizer = self._task, self._task.tokenizer
         key = jax.random.fold_in(jax.random.key(self._seed), step)
-        groups = rollouts.judged.groups
+        outcomes = rollouts.judged.outcomes
 
         def unended(ids: list[int]) -> list[int]:
             return ids[:-1] if ids[-1] in tokenizer.eos_ids else ids
 
         def asked(i: int) -> list[int]:
             problem, response = rollouts.problems[i], rollouts.responses[i].tolist()
-            group = next(name for name in Groups._fields if getattr(groups, name)[i])
+            outcome = next(name for name in Outcomes._fields if getattr(outcomes, name)[i])
             request = check_fits(
-                self._request(problem, group),
+                self._request(problem, outcome),
                 self._config.request_tokens,
                 problem,
                 "memo.request_tokens",
@@ -89,7 +89,12 @@ class Memos:
             numbers = [[offset + i] for i in range(len(prompts))]
             turn_key = jax.random.fold_in(key, turn)
             for ended in engine(
-                params, prompts, numbers, key=turn_key, rule=self._rule, poll=self._poll
+                params,
+                prompts,
+                numbers,
+                key=turn_key,
+                sampling_params=self._sampling_params,
+                poll=self._poll,
             ):
                 made |= {response.prompt: response.tokens.tolist() for response in ended.responses}
             return [made[i] for i in range(len(prompts))]

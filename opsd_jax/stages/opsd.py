@@ -27,7 +27,7 @@ from opsd_jax.stages.batch import Lengths, pack, response_head, useful_fraction
 from opsd_jax.stages.privileged import Privileged, inserted_tokens
 from opsd_jax.stages.rollouts import RollOut, group_records, rollout_metrics
 from opsd_jax.training.stage import Stage, StepData
-from opsd_jax.verify.outcomes import Groups
+from opsd_jax.verify.outcomes import Outcomes
 
 
 def loss_fn(
@@ -48,7 +48,7 @@ def loss_fn(
         student=response_head(policy, params, microbatch["student"]),
         teacher=teacher_head(params, teacher, microbatch["teacher"]),
         mask=microbatch["mask"],
-        groups=tuple(microbatch[group] > 0 for group in Groups._fields),
+        groups=tuple(microbatch[outcome] > 0 for outcome in Outcomes._fields),
         tokens=microbatch["targets"],
         behaviour_logprobs=microbatch["behaviour_logprobs"],
         options=options,
@@ -82,9 +82,9 @@ def buckets(config: ml_collections.ConfigDict) -> list[Lengths]:
     ]
 
 
-def trains(config: ml_collections.ConfigDict, groups: Groups) -> np.ndarray:
+def trains(config: ml_collections.ConfigDict, outcomes: Outcomes) -> np.ndarray:
     """Which rollouts the gate gives weight, bool [N]."""
-    return losses.gate_weights(*groups, losses.parse_gate(config.gate)) != 0
+    return losses.gate_weights(*outcomes, losses.parse_gate(config.gate)) != 0
 
 
 def stage(
@@ -107,15 +107,15 @@ def stage(
         microbatch=config.microbatch,
         capacity=capacity(config),
         per_token=["behaviour_logprobs"],
-        per_row=Groups._fields,
+        per_row=Outcomes._fields,
         pad_id=task.tokenizer.pad_id,
     )
 
     def batches(step, params):
         rollouts = roll_out(step, params)
         prompts = {p.id: task.prompt(p) for p in rollouts.problems[:: config.group_size]}
-        groups = rollouts.judged.groups  # the first need of the masks
-        wanted = np.flatnonzero(trains(config, groups)).tolist()
+        outcomes = rollouts.judged.outcomes  # the first need of the masks
+        wanted = np.flatnonzero(trains(config, outcomes)).tolist()
         taught = privileged(step, params, rollouts, wanted, capacity=capacity(config))
         rows = [
             seen
@@ -124,7 +124,7 @@ def stage(
                 "response": rollouts.responses[i],
                 "behaviour_logprobs": rollouts.sampling_logprobs[i],
             }
-            | {group: members[i] for group, members in groups._asdict().items()}
+            | {outcome: members[i] for outcome, members in outcomes._asdict().items()}
             for i, seen in taught.rows.items()
         ]
         metrics = rollout_metrics(rollouts, config.group_size) | taught.metrics

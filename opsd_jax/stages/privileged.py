@@ -152,7 +152,7 @@ class Privileged:
 
     def _attempts(self, rollouts: Rollouts, first: int) -> list[Attempt]:
         """The group that begins with rollout `first`."""
-        correct = rollouts.judged.groups.correct
+        correct = rollouts.judged.outcomes.correct
         return [
             Attempt(
                 self._task.begun + self._task.tokenizer.decode(rollouts.responses[i].tolist()),

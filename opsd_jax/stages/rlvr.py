@@ -20,7 +20,7 @@ from opsd_jax.stages.batch import pack, response_head, useful_fraction
 from opsd_jax.stages.rollouts import RollOut, group_records, rollout_metrics
 from opsd_jax.stages.teacher import Keep, frozen
 from opsd_jax.training.stage import Stage, StepData
-from opsd_jax.verify.outcomes import Groups
+from opsd_jax.verify.outcomes import Outcomes
 
 
 def loss_fn(
@@ -76,11 +76,11 @@ def capacity(config: ml_collections.ConfigDict) -> int:
     return config.prompts * config.group_size
 
 
-def trains(config: ml_collections.ConfigDict, groups: Groups) -> np.ndarray:
+def trains(config: ml_collections.ConfigDict, outcomes: Outcomes) -> np.ndarray:
     """Which rollouts have a signal, bool [N]; all, if the objective does not ask."""
     if not config.objective.drop_uninformative:
-        return np.ones(len(groups.correct), bool)
-    return losses.informative(groups.correct.astype(np.float32), config.group_size)
+        return np.ones(len(outcomes.correct), bool)
+    return losses.informative(outcomes.correct.astype(np.float32), config.group_size)
 
 
 def stage(
@@ -109,8 +109,8 @@ def stage(
     def batches(step, params):
         rollouts = roll_out(step, params)
         prompts = {p.id: task.prompt(p) for p in rollouts.problems[:: config.group_size]}
-        groups = rollouts.judged.groups  # the first need of the masks
-        rewards = groups.correct.astype(np.float32)
+        outcomes = rollouts.judged.outcomes  # the first need of the masks
+        rewards = outcomes.correct.astype(np.float32)
         if config.overlong_buffer:
             rewards = rewards + losses.overlong_penalty(
                 rollouts.lengths.astype(np.float32),
@@ -118,7 +118,7 @@ def stage(
                 buffer=config.overlong_buffer,
                 factor=config.overlong_factor,
             )
-        kept = np.flatnonzero(trains(config, groups))[: capacity(config)]  # whole groups
+        kept = np.flatnonzero(trains(config, outcomes))[: capacity(config)]  # whole groups
         rows = [
             {
                 "student": prompts[rollouts.problems[i].id],

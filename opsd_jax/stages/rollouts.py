@@ -15,8 +15,8 @@ import numpy as np
 from opsd_jax.data.task import Task
 from opsd_jax.policy import Params
 from opsd_jax.rollout import sampling
-from opsd_jax.rollout.collect import Collector, Rollouts, concatenated
-from opsd_jax.verify.outcomes import Groups
+from opsd_jax.rollout.collect import Collector, Rollouts, concatenate
+from opsd_jax.verify.outcomes import Outcomes
 from opsd_jax.verify.verdict import REASONS
 
 RollOut = Callable[[int, Params], Rollouts]
@@ -30,7 +30,7 @@ def step_rollouts(
     *,
     vocab_size: int,
     capacity: int,
-    trains: Callable[[Groups], np.ndarray],
+    trains: Callable[[Outcomes], np.ndarray],
     poll: Callable[[], None] = lambda: None,
 ) -> RollOut:
     """`(step, params) -> Rollouts` of the step's problems.
@@ -57,17 +57,19 @@ def step_rollouts(
 
     other_seed = zlib.crc32(f"{seed}/resampled".encode()) >> 1
     problems, others = stream(seed), stream(other_seed)
-    rule = sampling.rule(vocab_size, stop=task.tokenizer.eos_ids, temperature=config.temperature)
+    sampling_params = sampling.params(
+        vocab_size, stop=task.tokenizer.eos_ids, temperature=config.temperature
+    )
 
     def roll_out(step: int, params: Params) -> Rollouts:
         def sample(chosen: list, seed: int, draw: int) -> Rollouts:
             key = jax.random.fold_in(jax.random.key(seed), draw)
-            return collector(params, chosen, key=key, rule=rule, poll=poll)
+            return collector(params, chosen, key=key, sampling_params=sampling_params, poll=poll)
 
         first = step * config.prompts
         rollouts = sample([problems[first + i] for i in range(config.prompts)], seed, step)
         for again in range(config.resample_rounds):
-            missing = capacity - int(trains(rollouts.judged.groups).sum())
+            missing = capacity - int(trains(rollouts.judged.outcomes).sum())
             if missing <= 0:
                 break
             draw = step * config.resample_rounds + again
@@ -77,7 +79,7 @@ def step_rollouts(
             fresh = [*{p.id: p for p in drawn if p.id not in there}.values()]
             if not fresh:
                 break
-            rollouts = concatenated([rollouts.settled(), sample(fresh, other_seed, draw)])
+            rollouts = concatenate([rollouts.settled(), sample(fresh, other_seed, draw)])
         return rollouts
 
     return roll_out
@@ -107,7 +109,7 @@ def rollout_metrics(rollouts: Rollouts, group_size: int) -> dict[str, float]:
 
 def group_records(rollouts: Rollouts, group_size: int) -> list[dict[str, Any]]:
     """A JSON-ready record a problem: how many of how many rollouts were correct."""
-    correct = rollouts.judged.groups.correct.reshape(-1, group_size).sum(axis=1)
+    correct = rollouts.judged.outcomes.correct.reshape(-1, group_size).sum(axis=1)
     return [
         {
             "problem": problem.id,
