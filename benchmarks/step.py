@@ -32,7 +32,7 @@ from opsd_jax.stages import opsd
 from opsd_jax.stages.teacher import frozen, make_head
 from opsd_jax.training.state import init_state
 from opsd_jax.training.step import make_train_step
-from opsd_jax.verify.outcomes import Groups
+from opsd_jax.verify.outcomes import Outcomes
 
 ROWS, MICROBATCH, V = 128, 4, 4096
 PROMPT, CONTEXT, RESPONSE = 64, 128, 512  # the longest of each
@@ -72,7 +72,7 @@ def pack(rows: list[dict], buckets: list[dict]) -> batch_lib.Batch:
         microbatch=MICROBATCH,
         capacity=ROWS,
         per_token=["behaviour_logprobs"],
-        per_row=Groups._fields,
+        per_row=Outcomes._fields,
         pad_id=0,
     )
 

@@ -74,7 +74,7 @@ class Task(NamedTuple):
         longest are sought among all of them, however many.
       begun: what of a response its prompt has written already, such as "<think>": verifiers and
         contexts see it before the text of the response.
-      memo_request: `(Problem, group) -> token ids` of what follows a response when the user asks
+      memo_request: `(Problem, outcome) -> token ids` of what follows a response when the user asks
         for a memo on it, knowing that it is "correct", "incorrect" or "truncated", up to where the
         memo begins; None if there is no such thing.
       end_thinking: token ids that close the thinking of a memo that has used up its budget.

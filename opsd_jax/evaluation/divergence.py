@@ -124,8 +124,8 @@ class DivergenceProbe:
                 values[i, : mask.sum()] = scored[i - first][mask]
         ids = np.array([rollouts.problems[i].id for i in chosen])
         return {
-            group: by_position(values[members[chosen]], ids[members[chosen]])
-            for group, members in rollouts.judged.groups._asdict().items()
+            outcome: by_position(values[members[chosen]], ids[members[chosen]])
+            for outcome, members in rollouts.judged.outcomes._asdict().items()
             if len(set(ids[members[chosen]])) > 1
         }
 

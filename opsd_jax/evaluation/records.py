@@ -39,7 +39,7 @@ PROMPTING = ("prompt", "thinking", "system", "date")
 
 def records(rollouts: Rollouts, task: Task, samples: int) -> list[dict[str, Any]]:
     """One JSON-ready record a response. Its text is what the verifier sees."""
-    verdicts, groups, _ = rollouts.judged
+    verdicts, outcomes, _ = rollouts.judged
     extract = as_verifier(task.verify).extract
 
     def extracted(problem: Problem, response: str) -> dict[str, str | None]:
@@ -61,8 +61,8 @@ def records(rollouts: Rollouts, task: Task, samples: int) -> list[dict[str, Any]
             "response": response,
             "tokens": rollouts.responses[i].tolist(),
             "length": len(rollouts.responses[i]),
-            "correct": bool(groups.correct[i]),
-            "truncated": bool(groups.truncated[i]),
+            "correct": bool(outcomes.correct[i]),
+            "truncated": bool(outcomes.truncated[i]),
             "verdict": verdicts[i].reason,
             **extracted(problem, response),
         }

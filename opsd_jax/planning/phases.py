@@ -20,7 +20,13 @@ from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.planning import workload
 from opsd_jax.planning.chips import Chip
 from opsd_jax.planning.programs import Compiler, figures, with_kernel_bytes
-from opsd_jax.rollout.engine import ADMITTED, STEPS, Engine, EngineShape, shape_for
+from opsd_jax.rollout.engine import (
+    ROLLOUTS_PER_INSERT,
+    STEPS_PER_CHUNK,
+    Engine,
+    EngineShape,
+    shape_for,
+)
 from opsd_jax.run import checks as sizes
 from opsd_jax.run.parameters import Parameters
 from opsd_jax.stages import memos, opsd, rlvr, sft
@@ -43,7 +49,7 @@ NO_DATA = Task(
     prompt=lambda problem: [],
     teacher_prompt=lambda problem, context, limit: ([], False),
     verify=lambda problem, response: None,  # type: ignore[arg-type, return-value]
-    memo_request=lambda problem, group: [],
+    memo_request=lambda problem, outcome: [],
     reminder=lambda context, limit: ([], False),
 )
 
@@ -128,14 +134,14 @@ class Phases:
         """
         if (shape, cuts) not in self.engines:
             engine = Engine(self.model, self.layout.abstract, self.layout.mesh, shape)
-            given, read = {"decode_steps": STEPS}, self.kernel_bytes(engine, reads)
+            given, read = {"decode_steps": STEPS_PER_CHUNK}, self.kernel_bytes(engine, reads)
             programs = self.account(given, kernel_bytes=read, lightest=not cuts)
             self.engines[shape, cuts] = engine, programs
         return self.engines[shape, cuts]
 
     def kernel_bytes(self, engine: Engine, reads: float) -> float:
         """Bytes of so many tokens of the cache on a device; 0 where all of it is read anyway."""
-        each = engine.cache_bytes / engine.shape.slots / engine.lengths[-1]
+        each = engine.cache_bytes / engine.shape.slots / engine.cache_lengths[-1]
         return reads * each if self.model.ragged else 0.0
 
     def sampling(
@@ -176,12 +182,12 @@ class Phases:
         steps = workload.decode_steps(responses, shape.slots)
         reads = workload.reads(prompt_tokens - unused, responses) / steps
         engine, programs = self.engine(shape, cuts, reads)
-        longest = engine.lengths[-1]
+        longest = engine.cache_lengths[-1]
         executed = {
             "start": 1,
             "prefill": -(-samples // (group_size * shape.prompts)),
-            f"admit to {longest}": -(-samples // ADMITTED),
-            f"decode in {longest}": steps / STEPS,
+            f"admit to {longest}": -(-samples // ROLLOUTS_PER_INSERT),
+            f"decode in {longest}": steps / STEPS_PER_CHUNK,
         }
         kernel_bytes = self.kernel_bytes(engine, reads)
         here = [with_kernel_bytes(p, self.chip, kernel_bytes) for p in programs]
@@ -189,9 +195,9 @@ class Phases:
             name,
             {
                 **resident,
-                "weights for sampling": self.layout.moved,
+                "weights for sampling": self.layout.moved_bytes,
                 "cache": engine.cache_bytes,
-                "prompts' cache": engine.prompts_bytes,
+                "prompts' cache": engine.prefill_cache_bytes,
             },
             [(executed.get(p["name"].split(": ")[-1], 0), p) for p in here],
             times,
@@ -250,7 +256,7 @@ class Phases:
         }
         has_memos = section.algorithm == "opsd" and "memo" in section.contexts
         if section.algorithm != "sft":
-            moved = {"weights for sampling": self.layout.moved}
+            moved = {"weights for sampling": self.layout.moved_bytes}
             if self.reshard:
                 reshard = [(1, p) for p in self.reshard]
                 self.phase(f"{name} reshard", resident | moved, reshard, stage.steps)

@@ -21,8 +21,8 @@ from opsd_jax.parallel.watchdog import waiting
 from opsd_jax.policy import Params
 from opsd_jax.problem import Problem
 from opsd_jax.rollout.engine import STOP_LENGTH, Engine, Response
-from opsd_jax.rollout.sampling import Rule
-from opsd_jax.verify.outcomes import Groups, groups
+from opsd_jax.rollout.sampling import SamplingParams
+from opsd_jax.verify.outcomes import Outcomes, outcomes_of
 from opsd_jax.verify.pool import VerifierPool
 from opsd_jax.verify.verdict import TRUNCATED, Verdict
 
@@ -32,12 +32,12 @@ class Judged(NamedTuple):
 
     Attributes:
       verdicts: one a rollout; "truncated" where it was not asked.
-      groups: the masks that they make.
+      outcomes: the masks that they make.
       wait_seconds: how long the device had to wait for them.
     """
 
     verdicts: list[Verdict]
-    groups: Groups
+    outcomes: Outcomes
     wait_seconds: float
 
 
@@ -86,7 +86,7 @@ class Rollouts:
                     known |= answers
         verdicts = [known[i] for i in range(len(self.replies))]
         waited = self.waited + time.monotonic() - began
-        return Judged(verdicts, groups(verdicts, self.truncated), waited)
+        return Judged(verdicts, outcomes_of(verdicts, self.truncated), waited)
 
     def _answers(self) -> dict[int, Verdict]:
         """The verdicts that this host asked for."""
@@ -101,7 +101,7 @@ class Rollouts:
         )
 
 
-def concatenated(parts: Sequence[Rollouts]) -> Rollouts:
+def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
     """The rollouts of several, one at least, in this order."""
     lists = {
         field: [value for part in parts for value in getattr(part, field)]
@@ -123,14 +123,14 @@ class Collector:
         problems: Sequence[Problem],
         *,
         key: jax.Array,
-        rule: Rule,
+        sampling_params: SamplingParams,
         numbers: Sequence[int] | None = None,
         poll: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[int, Rollouts]]:
         """The rollouts of each problem, with its index, when the last of them has ended.
 
         Args:
-          params, key, rule, poll: as `Engine` has them.
+          params, key, sampling_params, poll: as `Engine` has them.
           problems: any number.
           numbers: of the problems, distinct under one key; by default their indices. Rollout j of
             problem i has the id numbers[i] * G + j, which with the key chooses its random numbers.
@@ -148,10 +148,12 @@ class Collector:
         ended: list[dict[int, tuple[Response, Verdict | Future[Verdict] | None]]]
         ended = [{} for _ in problems]
         waited = 0.0
-        for batch in self._engine(params, prompts, ids, key=key, rule=rule, poll=poll):
+        for batch in self._engine(
+            params, prompts, ids, key=key, sampling_params=sampling_params, poll=poll
+        ):
             for response in batch.responses:
                 problem, group = problems[response.prompt], ended[response.prompt]
-                began, idle = time.monotonic(), batch.device_idles()
+                began, idle = time.monotonic(), batch.device_is_idle()
                 group[response.member] = response, self._reply(problem, response)
                 waited += (time.monotonic() - began) * idle
                 if len(group) == G:
@@ -185,9 +187,11 @@ class Collector:
         problems: Sequence[Problem],
         *,
         key: jax.Array,
-        rule: Rule,
+        sampling_params: SamplingParams,
         poll: Callable[[], None] = lambda: None,
     ) -> Rollouts:
         """As `by_problem`, all of them in the order of the problems; there is one at least."""
-        made = dict(self.by_problem(params, problems, key=key, rule=rule, poll=poll))
-        return concatenated([made[i] for i in range(len(problems))])
+        made = dict(
+            self.by_problem(params, problems, key=key, sampling_params=sampling_params, poll=poll)
+        )
+        return concatenate([made[i] for i in range(len(problems))])

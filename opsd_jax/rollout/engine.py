@@ -22,13 +22,23 @@ from opsd_jax.parallel import aot, watchdog
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.policy import Model, Params
 from opsd_jax.rollout import sampling, slots
-from opsd_jax.rollout.slots import LIVE, STOP_EOS, STOP_LENGTH, Chunk, Rows, Slots
+from opsd_jax.rollout.slots import RUNNING, STOP_EOS, STOP_LENGTH, Chunk, Rows, Slots
 
-__all__ = ["STOP_EOS", "STOP_LENGTH", "Ended", "Engine", "EngineShape", "Response", "left_pad"]
+__all__ = [
+    "STOP_EOS",
+    "STOP_LENGTH",
+    "EndedRollouts",
+    "Engine",
+    "EngineShape",
+    "Response",
+    "left_pad",
+]
 
-STEPS = 64  # of decoding between two looks of the host
+STEPS_PER_CHUNK = 64  # of decoding between two looks of the host
 SHORTEST_VIEW = 128  # a cache is not made shorter than this: little would be won
-ADMITTED = 4  # rollouts of an admission, at most: devices with rows of their own get all of them
+ROLLOUTS_PER_INSERT = (
+    4  # rollouts of an admission, at most: devices with rows of their own get all of them
+)
 PRNG = "threefry2x32"  # the only one whose numbers, one key a row, depend on that key alone
 
 
@@ -68,16 +78,16 @@ class Response(NamedTuple):
     stop: int
 
 
-class Ended(NamedTuple):
+class EndedRollouts(NamedTuple):
     """Rollouts that ended in one chunk.
 
     Attributes:
       responses: one at least.
-      device_idles: says whether the device has nothing to do now: all is done, or the next chunk.
+      device_is_idle: says whether the device has nothing to do now: all is done, or the next chunk.
     """
 
     responses: list[Response]
-    device_idles: Callable[[], bool]
+    device_is_idle: Callable[[], bool]
 
 
 def shape_for(
@@ -114,7 +124,7 @@ def left_pad(prompts: Sequence[Sequence[int]], width: int, pad_id: int):
     return tokens, positions
 
 
-def views(shape: EngineShape) -> list[int]:
+def default_cache_lengths(shape: EngineShape) -> list[int]:
     """The lengths that the cache takes, in tokens: each about twice the one before. Reading a cache
     costs what its length does, so it is as long as the longest rollout in the making needs.
     """
@@ -158,7 +168,7 @@ class Engine:
         shape: EngineShape,
         *,
         pad_id: int = 0,
-        lengths: Sequence[int] | None = None,
+        cache_lengths: Sequence[int] | None = None,
     ):
         """Compiles.
 
@@ -168,22 +178,26 @@ class Engine:
           mesh: where they lie.
           shape: sizes; `slots` and `prompts` are multiples of data x fsdp.
           pad_id: fills arrays.
-          lengths: those that the cache takes, ascending; by default `views`, and for a model that
-            reads no more of a cache than is filled the largest alone.
+          cache_lengths: the lengths that the cache can take, in tokens, ascending. By default
+            `default_cache_lengths`; for a ragged model, only the largest.
 
         Raises:
-          ValueError: `lengths` are not as described.
+          ValueError: `cache_lengths` are not as described.
         """
         S, n, P, L = shape
         self.shape, self._pad_id, self._vocab_size = shape, pad_id, model.vocab_size
         # So many rollouts end before slots are filled again, if any wait.
         self._refill_at = np.int32(max(1, S // 16))
-        if lengths is None:
-            lengths = [P + L] if model.ragged else views(shape)
-        self.lengths = list(lengths)
-        if self.lengths != sorted({*self.lengths}) or self.lengths[-1] < P + L - 1:
+        if cache_lengths is None:
+            cache_lengths = [P + L] if model.ragged else default_cache_lengths(shape)
+        self.cache_lengths = list(cache_lengths)
+        if (
+            self.cache_lengths != sorted({*self.cache_lengths})
+            or self.cache_lengths[-1] < P + L - 1
+        ):
             raise ValueError(
-                f"lengths are {self.lengths}; expected them to ascend to {P + L - 1} or more."
+                f"cache_lengths are {self.cache_lengths}; expected them to ascend to {P + L - 1} "
+                "or more."
             )
         policy, axes = model.policy, slots.length_axes(model.policy)
         rows, whole = mesh_lib.rows(mesh), mesh_lib.replicated(mesh)
@@ -206,22 +220,24 @@ class Engine:
         where = functools.partial(jax.tree.map, lambda leaf: leaf.sharding)
         slot_rows = jax.eval_shape(lambda: slots.empty_rows(S))
         slot_rows = mesh_lib.abstract_of(slot_rows, jax.tree.map(lambda _: rows, slot_rows))
-        state = {length: Slots(slot_rows, cache_of(S, length)) for length in self.lengths}
+        state = {length: Slots(slot_rows, cache_of(S, length)) for length in self.cache_lengths}
         prompts, number = np.zeros((n, P), np.int32), np.int32(0)
-        admitted = np.zeros(ADMITTED, np.int32)
+        admitted = np.zeros(ROLLOUTS_PER_INSERT, np.int32)
         key = jax.random.key_data(jax.random.key(0, impl=PRNG))
-        rule = sampling.rule(model.vocab_size, stop=())
+        sampling_params = sampling.params(model.vocab_size, stop=())
 
         def prefill(params, *prompts):
             split = [jax.lax.with_sharding_constraint(x, rows) for x in prompts]
             return slots.prefill(policy, params, *split)
 
         def start():
-            return Slots(slots.empty_rows(S), policy.init_cache(S, self.lengths[0]))
+            return Slots(slots.empty_rows(S), policy.init_cache(S, self.cache_lengths[0]))
 
-        def decode(params, state, key, rule, enough):
+        def decode(params, state, key, sampling_params, enough):
             key = jax.random.wrap_key_data(key, impl=PRNG)
-            return slots.decode(policy, params, state, key, rule, enough, steps=STEPS)
+            return slots.decode(
+                policy, params, state, key, sampling_params, enough, steps=STEPS_PER_CHUNK
+            )
 
         with jax.set_mesh(mesh):
             self._unrolled: Callable[[Params], Params] | None = None
@@ -230,7 +246,7 @@ class Engine:
                 shapes = jax.eval_shape(model.unrolled, abstract_params)
                 abstract_params = mesh_lib.abstract_of(shapes, self._unrolled.output_shardings)
             prefilled = cache_of(n, P)
-            self._start = compiled("start", start, out=where(state[self.lengths[0]]))
+            self._start = compiled("start", start, out=where(state[self.cache_lengths[0]]))
             self._prefill = compiled(
                 "prefill",
                 prefill,
@@ -241,7 +257,7 @@ class Engine:
             self._admit = {
                 length: compiled(
                     f"admit to {length}",
-                    functools.partial(slots.admit, axes),
+                    functools.partial(slots.insert, axes),
                     there,
                     prefilled,
                     *replicated((admitted, admitted, Rows(*(admitted,) * len(Rows._fields)))),
@@ -256,7 +272,7 @@ class Engine:
                     decode,
                     abstract_params,
                     there,
-                    *replicated((key, rule, number)),
+                    *replicated((key, sampling_params, number)),
                     out=(where(there), whole),
                     donate=1,
                 )
@@ -273,10 +289,10 @@ class Engine:
                             "resize", resize, leaf, out=goal.sharding
                         )
         self._state = state
-        longest = state[self.lengths[-1]].cache
+        longest = state[self.cache_lengths[-1]].cache
         # On a device: the cache, and that of the prompts of a prefill.
         self.cache_bytes = mesh_lib.shard_bytes(longest)
-        self.prompts_bytes = mesh_lib.shard_bytes(prefilled)
+        self.prefill_cache_bytes = mesh_lib.shard_bytes(prefilled)
 
     def __call__(
         self,
@@ -285,10 +301,10 @@ class Engine:
         ids: Sequence[Sequence[int]],
         *,
         key: jax.Array,
-        rule: sampling.Rule,
+        sampling_params: sampling.SamplingParams,
         budgets: Sequence[Sequence[int]] | None = None,
         poll: Callable[[], None] = lambda: None,
-    ) -> Iterator[Ended]:
+    ) -> Iterator[EndedRollouts]:
         """Rollouts of each prompt, as they end. The device has its next chunk before the ended ones
         of the last are handed out.
 
@@ -298,7 +314,7 @@ class Engine:
           ids: of each prompt's rollouts, distinct under one key, in [0, 2^31): an id chooses the
             random numbers.
           key: PRNG key of this step and purpose.
-          rule: how words are drawn (`sampling.rule`).
+          sampling_params: how words are drawn (`sampling.params`).
           budgets: tokens that each rollout may have; by default the shape's `response_tokens`.
           poll: called between chunks; what it raises ends the sampling, and has to do so on every
             host at once.
@@ -308,9 +324,10 @@ class Engine:
             another vocabulary.
         """
         S, n, P, L = self.shape
-        if len(rule.stop) != self._vocab_size:
+        if len(sampling_params.stop) != self._vocab_size:
             raise ValueError(
-                f"the rule is of {len(rule.stop)} words; the model has {self._vocab_size}."
+                f"sampling_params are for a vocabulary of {len(sampling_params.stop)} tokens; "
+                f"the model has {self._vocab_size}."
             )
         if budgets is None:
             budgets = [[L] * len(own) for own in ids]
@@ -337,10 +354,10 @@ class Engine:
             params = self._unrolled(params)
         if str(jax.random.key_impl(key)) != PRNG:
             key = jax.random.wrap_key_data(jax.random.bits(key, (2,), "uint32"), impl=PRNG)
-        fixed = jax.device_put((np.asarray(jax.random.key_data(key)), rule), self._whole)
+        fixed = jax.device_put((np.asarray(jax.random.key_data(key)), sampling_params), self._whole)
         waiting: deque[_Waiting] = deque()
         making: list[_Rollout | None] = [None] * S
-        state, length = self._start(), self.lengths[0]
+        state, length = self._start(), self.cache_lengths[0]
         ended: list[Response] = []
         while True:
             free = [slot for slot, rollout in enumerate(making) if rollout is None]
@@ -361,7 +378,7 @@ class Engine:
                 enough = self._refill_at if waiting or queue else np.int32(S + 1)
                 state, chunk = self._decode[length](params, state, *fixed, enough)
             if ended:
-                yield Ended(ended, functools.partial(_is_done, chunk))
+                yield EndedRollouts(ended, functools.partial(_is_done, chunk))
             if chunk is None:
                 return
             poll()
@@ -383,11 +400,11 @@ class Engine:
         making: list[_Rollout | None],
     ) -> tuple[Slots, int]:
         """Puts rollouts of one prefill into free slots, as many as one admission takes."""
-        source = np.zeros(ADMITTED, np.int32)
-        slot = np.full(ADMITTED, self.shape.slots, np.int32)  # nowhere
-        rows = np.zeros((len(Rows._fields), ADMITTED), np.int32)
+        source = np.zeros(ROLLOUTS_PER_INSERT, np.int32)
+        slot = np.full(ROLLOUTS_PER_INSERT, self.shape.slots, np.int32)  # nowhere
+        rows = np.zeros((len(Rows._fields), ROLLOUTS_PER_INSERT), np.int32)
         cache = waiting[0].cache
-        for i in range(ADMITTED):
+        for i in range(ROLLOUTS_PER_INSERT):
             if not free or not waiting or waiting[0].cache is not cache:
                 break
             _, source[i], rollout = waiting.popleft()
@@ -401,8 +418,8 @@ class Engine:
         self, state: Slots, length: int, making: list[_Rollout | None]
     ) -> tuple[Slots, int]:
         """The state with a cache that holds the next chunk, and no longer than that asks for."""
-        needed = max(min(r.position + STEPS, r.end) for r in making if r is not None)
-        goal = next(size for size in self.lengths if size >= needed)
+        needed = max(min(r.position + STEPS_PER_CHUNK, r.end) for r in making if r is not None)
+        goal = next(size for size in self.cache_lengths if size >= needed)
         if goal == length:
             return state, length
         there, tree = jax.tree.flatten(self._state[length].cache)
@@ -427,7 +444,7 @@ def _taken(chunk: Any, making: list[_Rollout | None]) -> list[Response]:
         rollout.position += n
         drawn = chunk.tokens, chunk.model_logprobs, chunk.sampling_logprobs
         rollout.pieces.append(tuple(values[:n, slot].copy() for values in drawn))
-        if chunk.stop[slot] != LIVE:
+        if chunk.stop[slot] != RUNNING:
             ended.append(rollout.response(int(chunk.stop[slot])))
             making[slot] = None
     return ended

@@ -19,14 +19,14 @@ class Layout(NamedTuple):
     Attributes:
       mesh: the devices as decoding sees them.
       abstract: the parameters' shapes there, with shardings.
-      moved: bytes on a device of what is not as it is in training.
+      moved_bytes: bytes on a device of what is not as it is in training.
       convert: `params -> params`: one program casts and moves what is not as it should be; the
         other arrays stay where they are and are returned themselves.
     """
 
     mesh: jax.sharding.Mesh
     abstract: Params
-    moved: int
+    moved_bytes: int
     convert: Callable[[Params], Params]
 
 

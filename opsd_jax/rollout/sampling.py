@@ -20,7 +20,7 @@ import numpy as np
 Array = jax.Array | np.ndarray
 
 
-class Rule(NamedTuple):
+class SamplingParams(NamedTuple):
     """How words are drawn: arrays, so that another rule is no other program.
 
     That is from softmax(logits / temperature) without forbidden words, cut to the `top_k`
@@ -46,7 +46,7 @@ class Rule(NamedTuple):
     forbidden: Array
 
 
-def rule(
+def params(
     vocab_size: int,
     *,
     stop: Iterable[int],
@@ -55,8 +55,8 @@ def rule(
     top_p: float = 1.0,
     min_p: float = 0.0,
     forbidden: Iterable[int] = (),
-) -> Rule:
-    """A `Rule` of NumPy arrays; by default the model's own distribution, as training wants it.
+) -> SamplingParams:
+    """Returns sampling parameters as NumPy arrays, by default for the model's own distribution.
 
     Raises:
       ValueError: a number or a word is out of bounds, or every word is forbidden; names it.
@@ -81,7 +81,7 @@ def rule(
     never = mask("forbidden", forbidden)
     if never.all():
         raise ValueError("forbidden has every word of the vocabulary; expected one that may come.")
-    return Rule(
+    return SamplingParams(
         temperature=np.asarray(temperature, np.float32),
         top_k=np.asarray(top_k, np.int32),
         top_p=np.asarray(top_p, np.float32),
@@ -95,45 +95,45 @@ class Drawn(NamedTuple):
     """A word a row, and two log-probabilities of it.
 
     Attributes:
-      word: int32 [B].
+      token: int32 [B].
       model_logprob: float32 [B], under softmax(logits): temperature 1, nothing cut or forbidden.
       sampling_logprob: float32 [B], under the distribution that the rule draws from; 0 if greedy.
     """
 
-    word: jax.Array
+    token: jax.Array
     model_logprob: jax.Array
     sampling_logprob: jax.Array
 
 
-def draw(logits_BxV: jax.Array, keys_B: jax.Array, rule: Rule) -> Drawn:
+def draw(logits_BxV: jax.Array, keys_B: jax.Array, sampling_params: SamplingParams) -> Drawn:
     """Draws a word a row by the rule, from float32 logits and a PRNG key for each row."""
 
     def plain(logits_BxV):
-        word_B, total_B = _pick(logits_BxV, keys_B)
-        logprob_B = _at(logits_BxV, word_B) - total_B
-        return Drawn(word_B, logprob_B, logprob_B)
+        token_B, total_B = _pick(logits_BxV, keys_B)
+        logprob_B = _at(logits_BxV, token_B) - total_B
+        return Drawn(token_B, logprob_B, logprob_B)
 
     def shaped(logits_BxV):
-        allowed_BxV = jnp.where(rule.forbidden[None], -jnp.inf, logits_BxV)
-        kept_BxV = _cut(allowed_BxV / rule.temperature, rule)
-        word_B, kept_total_B = _pick(kept_BxV, keys_B)
-        logit_B = _at(logits_BxV, word_B)
+        allowed_BxV = jnp.where(sampling_params.forbidden[None], -jnp.inf, logits_BxV)
+        kept_BxV = _cut(allowed_BxV / sampling_params.temperature, sampling_params)
+        token_B, kept_total_B = _pick(kept_BxV, keys_B)
+        logit_B = _at(logits_BxV, token_B)
         model_logprob_B = logit_B - jax.nn.logsumexp(logits_BxV, axis=-1)
-        return Drawn(word_B, model_logprob_B, logit_B / rule.temperature - kept_total_B)
+        return Drawn(token_B, model_logprob_B, logit_B / sampling_params.temperature - kept_total_B)
 
     def greedy(logits_BxV):
-        word_B = _likeliest(jnp.where(rule.forbidden[None], -jnp.inf, logits_BxV))
-        logprob_B = _at(logits_BxV, word_B) - jax.nn.logsumexp(logits_BxV, axis=-1)
-        return Drawn(word_B, logprob_B, jnp.zeros_like(logprob_B))
+        token_B = _likeliest(jnp.where(sampling_params.forbidden[None], -jnp.inf, logits_BxV))
+        logprob_B = _at(logits_BxV, token_B) - jax.nn.logsumexp(logits_BxV, axis=-1)
+        return Drawn(token_B, logprob_B, jnp.zeros_like(logprob_B))
 
     is_plain = (
-        (rule.temperature == 1)
-        & (rule.top_k == 0)
-        & (rule.top_p == 1)
-        & (rule.min_p == 0)
-        & ~jnp.any(rule.forbidden)
+        (sampling_params.temperature == 1)
+        & (sampling_params.top_k == 0)
+        & (sampling_params.top_p == 1)
+        & (sampling_params.min_p == 0)
+        & ~jnp.any(sampling_params.forbidden)
     )
-    which = jnp.where(rule.temperature == 0, 2, jnp.where(is_plain, 0, 1))
+    which = jnp.where(sampling_params.temperature == 0, 2, jnp.where(is_plain, 0, 1))
     return jax.lax.switch(which, (plain, shaped, greedy), logits_BxV)
 
 
@@ -168,8 +168,8 @@ def _pick(x_BxV: jax.Array, keys_B: jax.Array) -> tuple[jax.Array, jax.Array]:
     mass_BxR = jnp.exp(x_BxRxN - top_B[:, None, None]).sum(axis=-1)
     block_B = _invert(mass_BxR, share_Bx2[:, 0])
     inside_B = _invert(jnp.exp(_block(x_BxRxN, block_B) - top_B[:, None]), share_Bx2[:, 1])
-    word_B = (block_B * x_BxRxN.shape[-1] + inside_B).astype(jnp.int32)
-    return word_B, top_B + jnp.log(mass_BxR.sum(axis=-1))
+    token_B = (block_B * x_BxRxN.shape[-1] + inside_B).astype(jnp.int32)
+    return token_B, top_B + jnp.log(mass_BxR.sum(axis=-1))
 
 
 def _invert(mass_BxN: jax.Array, share_B: jax.Array) -> jax.Array:
@@ -180,27 +180,27 @@ def _invert(mass_BxN: jax.Array, share_B: jax.Array) -> jax.Array:
     return jnp.argmax(possible_BxN & (sums_BxN > share_B[:, None] * whole_Bx1), axis=-1)
 
 
-def _cut(x_BxV: jax.Array, rule: Rule) -> jax.Array:
+def _cut(x_BxV: jax.Array, sampling_params: SamplingParams) -> jax.Array:
     """-inf where a word is not among those that `top_k`, `top_p` and `min_p` keep."""
 
     def top_k(mass_BxV):
         count = lambda kept: jnp.sum(kept, axis=-1)
-        edge_B = _edge(mass_BxV, lambda kept: count(kept) >= rule.top_k)
-        room_B = rule.top_k - count(mass_BxV > edge_B[:, None])
+        edge_B = _edge(mass_BxV, lambda kept: count(kept) >= sampling_params.top_k)
+        room_B = sampling_params.top_k - count(mass_BxV > edge_B[:, None])
         return _keep(mass_BxV, edge_B, room_B)
 
     def top_p(mass_BxV):
         within = lambda kept: jnp.sum(mass_BxV, axis=-1, where=kept)
-        wanted_B = rule.top_p * mass_BxV.sum(axis=-1)
+        wanted_B = sampling_params.top_p * mass_BxV.sum(axis=-1)
         edge_B = _edge(mass_BxV, lambda kept: within(kept) >= wanted_B)
         missing_B = wanted_B - within(mass_BxV > edge_B[:, None])
         return _keep(mass_BxV, edge_B, jnp.maximum(1, jnp.ceil(missing_B / edge_B)))
 
     same = lambda mass_BxV: mass_BxV
     mass_BxV = jnp.exp(x_BxV - x_BxV.max(axis=-1, keepdims=True))
-    mass_BxV = jax.lax.cond(rule.top_k > 0, top_k, same, mass_BxV)
-    mass_BxV = jax.lax.cond(rule.top_p < 1, top_p, same, mass_BxV)
-    return jnp.where((mass_BxV > 0) & (mass_BxV >= rule.min_p), x_BxV, -jnp.inf)
+    mass_BxV = jax.lax.cond(sampling_params.top_k > 0, top_k, same, mass_BxV)
+    mass_BxV = jax.lax.cond(sampling_params.top_p < 1, top_p, same, mass_BxV)
+    return jnp.where((mass_BxV > 0) & (mass_BxV >= sampling_params.min_p), x_BxV, -jnp.inf)
 
 
 def _edge(mass_BxV: jax.Array, enough) -> jax.Array:

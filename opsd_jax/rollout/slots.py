@@ -18,10 +18,10 @@ from opsd_jax.policy import Cache, Params, Policy
 from opsd_jax.rollout import sampling
 from opsd_jax.rollout.sampling import Array
 
-# What became of a rollout. LIVE: it goes on.
+# What became of a rollout. RUNNING: it goes on.
 STOP_EOS = 0
 STOP_LENGTH = 1  # it filled its budget: truncated
-LIVE = 2
+RUNNING = 2
 
 
 class Rows(NamedTuple):
@@ -56,7 +56,7 @@ class Chunk(NamedTuple):
       tokens: int32 [T, S].
       model_logprobs, sampling_logprobs: float32 [T, S], as `sampling.Drawn` has them.
       drawn: int32 [S].
-      stop: int32 [S]: STOP_EOS, STOP_LENGTH or LIVE; of a slot that was empty, LIVE.
+      stop: int32 [S]: STOP_EOS, STOP_LENGTH or RUNNING; of a slot that was empty, RUNNING.
     """
 
     tokens: jax.Array
@@ -100,7 +100,7 @@ def length_axes(policy: Policy) -> Any:
     return jax.tree.map(axis, short, long)
 
 
-def admit(
+def insert(
     axes: Any, slots: Slots, prefilled: Cache, source_m: jax.Array, slot_m: jax.Array, rows: Rows
 ) -> Slots:
     """Puts rollouts into slots: row `source` of a prefilled cache, and what is known of each.
@@ -144,7 +144,7 @@ def decode(
     params: Params,
     slots: Slots,
     key: jax.Array,
-    rule: sampling.Rule,
+    sampling_params: sampling.SamplingParams,
     enough: jax.Array,
     *,
     steps: int,
@@ -155,7 +155,7 @@ def decode(
       policy, params: the model.
       slots: the state.
       key: scalar PRNG key, of this step and purpose.
-      rule: the sampling rule.
+      sampling_params: the sampling rule.
       enough: int32 scalar; it stops earlier when so many rollouts have ended, or all of them.
       steps: T.
     """
@@ -164,11 +164,11 @@ def decode(
     ids_S = jax.vmap(jax.random.fold_in, (None, 0))(key, rows.rollout_id)
     words, logprobs = jnp.zeros((steps, S), jnp.int32), jnp.zeros((steps, S))
     nothing = jnp.zeros(S, jnp.int32)
-    empty = Chunk(words, logprobs, logprobs, nothing, nothing + LIVE)
+    empty = Chunk(words, logprobs, logprobs, nothing, nothing + RUNNING)
 
     def going(carry):
         t, (rows, _), chunk = carry
-        ended = jnp.sum(chunk.stop != LIVE)
+        ended = jnp.sum(chunk.stop != RUNNING)
         return (t < steps) & (ended < enough) & jnp.any(rows.position >= 0)
 
     def step(carry):
@@ -180,19 +180,21 @@ def decode(
             logits_SxV = policy.unembed(params, hidden_Sx1xD[:, 0])
         with jax.named_scope("draw"):
             keys_S = jax.vmap(jax.random.fold_in)(ids_S, rows.drawn)
-            word, model_logprob, sampling_logprob = sampling.draw(logits_SxV, keys_S, rule)
+            token, model_logprob, sampling_logprob = sampling.draw(
+                logits_SxV, keys_S, sampling_params
+            )
         live = rows.position >= 0
         drawn = rows.drawn + live
-        ends, full = live & jnp.asarray(rule.stop)[word], live & (drawn >= rows.budget)
+        ends, full = live & jnp.asarray(sampling_params.stop)[token], live & (drawn >= rows.budget)
         chunk = Chunk(
-            chunk.tokens.at[t].set(word),
+            chunk.tokens.at[t].set(token),
             chunk.model_logprobs.at[t].set(model_logprob),
             chunk.sampling_logprobs.at[t].set(sampling_logprob),
             chunk.drawn + live,
             jnp.where(ends, STOP_EOS, jnp.where(full, STOP_LENGTH, chunk.stop)),
         )
         position = jnp.where(live & ~ends & ~full, rows.position + 1, -1)
-        rows = rows._replace(token=word, position=position, drawn=drawn)
+        rows = rows._replace(token=token, position=position, drawn=drawn)
         return t + 1, Slots(rows, cache), chunk
 
     with jax.named_scope("decode_steps"):

@@ -258,7 +258,7 @@ def test_decoding_reads_the_weights_and_what_is_filled_of_the_cache(topology, me
 )
 def test_an_admission_moves_four_prompts(topology, mesh):
     """Not the cache, and not the weights."""
-    seen = compiled("compile_decode.py", topology, mesh, "paged", "--program", "admit")
+    seen = compiled("compile_decode.py", topology, mesh, "paged", "--program", "insert")
     assert seen["largest_collective"] <= 4 * 1024 * 2 * 8 * 128  # of a layer
     assert seen["temp"] < 0.6  # of all layers: 4 * 36 * 4 MiB
 

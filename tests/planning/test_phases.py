@@ -47,7 +47,7 @@ def small(config, monkeypatch):
         small.opsd.teacher_buckets = ()
     validation.validate(small)
     monkeypatch.setattr(
-        engine, "views", lambda shape: [shape.prompt_tokens + shape.response_tokens]
+        engine, "default_cache_lengths", lambda shape: [shape.prompt_tokens + shape.response_tokens]
     )
     made = decoder.model  # CPUs have the weights of sampling a second time, layer by layer
     monkeypatch.setattr(decoder, "model", lambda sizes: made(sizes)._replace(unrolled=None))

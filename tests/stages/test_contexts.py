@@ -13,7 +13,7 @@ from opsd_jax.data import contexts, text
 from opsd_jax.data.contexts import Attempt, Context
 from opsd_jax.problem import DataError, Problem
 from opsd_jax.rollout.collect import Rollouts
-from opsd_jax.rollout.engine import STOP_EOS, Ended, Response
+from opsd_jax.rollout.engine import STOP_EOS, EndedRollouts, Response
 from opsd_jax.run import checks as sizes
 from opsd_jax.stages import opsd
 from opsd_jax.stages.memos import Memos
@@ -346,8 +346,8 @@ class Writer:
     def __init__(self, replies):
         self.replies, self.asked, self.draws = list(replies), [], []
 
-    def __call__(self, params, prompts, ids, *, key, rule, poll):
-        self.params, self.rule = params, rule
+    def __call__(self, params, prompts, ids, *, key, sampling_params, poll):
+        self.params, self.sampling_params = params, sampling_params
         poll()
         self.asked += prompts
         self.draws += [(str(jax.random.key_data(key)), rollout_id) for (rollout_id,) in ids]
@@ -358,7 +358,7 @@ class Writer:
         ]
         assert len(made) == len(prompts)
         for start in range(0, len(made), 2):
-            yield Ended(made[::-1][start : start + 2], lambda: True)
+            yield EndedRollouts(made[::-1][start : start + 2], lambda: True)
 
 
 def memos_of(config, task, write, close, seed=0):
@@ -399,9 +399,9 @@ def test_memos(config, task, rollouts):
         closed = close.asked[i - 1]
         assert closed[: len(write.asked[i])] == write.asked[i]
         assert decoded(task, closed[len(write.asked[i]) :]) == f"{thought}\n</think>\n\n"
-    for rule in (write.rule, close.rule):
-        assert rule.temperature == 0.75
-        assert np.flatnonzero(rule.stop).tolist() == sorted(task.tokenizer.eos_ids)
+    for sampling_params in (write.sampling_params, close.sampling_params):
+        assert sampling_params.temperature == 0.75
+        assert np.flatnonzero(sampling_params.stop).tolist() == sorted(task.tokenizer.eos_ids)
 
 
 def test_a_signal_ends_the_writing_of_memos(config, task, rollouts):

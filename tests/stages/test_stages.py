@@ -20,13 +20,13 @@ from opsd_jax.stages.opsd import stage as opsd
 from opsd_jax.stages.privileged import Privileged
 from opsd_jax.stages.rlvr import stage as rlvr
 from opsd_jax.stages.rollouts import step_rollouts
-from opsd_jax.verify.outcomes import Groups
+from opsd_jax.verify.outcomes import Outcomes
 from opsd_jax.verify.verdict import Verdict
 
 
 @pytest.fixture(scope="module")
 def rollouts(task):
-    """32 rollouts of 16 problems, every response another, all three groups among them."""
+    """32 rollouts of 16 problems, every response another, all three outcomes among them."""
     rng = np.random.default_rng(0)
     responses = [
         np.array([3, i, *rng.integers(1, 32, rng.integers(0, 80))], np.int32) for i in range(32)
@@ -79,12 +79,12 @@ def test_opsd_trains_on_what_the_gate_keeps(config, task, model, rollouts, gate,
     )
     (batch,), metrics, _ = stage.batches(0, None)
     rows = rows_of(batch)
-    groups_of = np.stack(rollouts.judged.groups, axis=1)
-    expected = groups_of @ np.array(weights)
+    outcomes_Nx3 = np.stack(rollouts.judged.outcomes, axis=1)
+    expected = outcomes_Nx3 @ np.array(weights)
     assert set(rows) == set(np.flatnonzero(expected).tolist())
     assert metrics["active_rows"] == len(rows)
     for i, row in rows.items():
-        assert [row[group] for group in Groups._fields] == groups_of[i].tolist()
+        assert [row[outcome] for outcome in Outcomes._fields] == outcomes_Nx3[i].tolist()
         np.testing.assert_array_equal(row["targets"][row["mask"]], rollouts.responses[i])
         logprobs = row["behaviour_logprobs"][row["mask"]]
         np.testing.assert_array_equal(logprobs, rollouts.sampling_logprobs[i])
@@ -102,14 +102,14 @@ def test_opsd_takes_the_first_rows_up_to_its_cap(config, task, model, rollouts):
         section, task, model.policy, lambda step, params: rollouts, Privileged(section, task, 1)
     )
     (batch,), *_ = stage.batches(0, None)
-    assert sorted(rows_of(batch)) == np.flatnonzero(rollouts.judged.groups.correct)[:5].tolist()
+    assert sorted(rows_of(batch)) == np.flatnonzero(rollouts.judged.outcomes.correct)[:5].tolist()
 
 
 def test_rlvr_gives_each_rollout_its_advantage(config, task, model, rollouts):
     stage = rlvr(config.rlvr, task, model.policy, lambda step, params: rollouts)
     parts, metrics, _ = stage.batches(0, None)
     assert len(parts) == config.rlvr.updates == 2
-    rewards = rollouts.judged.groups.correct.astype(float)
+    rewards = rollouts.judged.outcomes.correct.astype(float)
     assert metrics["reward"] == rewards.mean()
     for part, batch in enumerate(parts):
         rows = rows_of(batch)
@@ -132,7 +132,7 @@ def test_rlvr_leaves_out_groups_without_signal(config, task, model, rollouts):
     """They are not computed, and not counted in the mean."""
     section = section_with(config.rlvr, objective=config_lib.objective("dapo"))
     parts, *_ = rlvr(section, task, model.policy, lambda step, params: rollouts).batches(0, None)
-    rewards = rollouts.judged.groups.correct.reshape(-1, 2)
+    rewards = rollouts.judged.outcomes.correct.reshape(-1, 2)
     expected = np.flatnonzero(np.repeat(rewards[:, 0] != rewards[:, 1], 2))
     assert 0 < len(expected) < 32
     assert sorted(i for part in parts for i in rows_of(part)) == expected.tolist()
@@ -141,9 +141,9 @@ def test_rlvr_leaves_out_groups_without_signal(config, task, model, rollouts):
 def test_rlvr_punishes_overlong_responses_in_tokens(config, task, model, rollouts):
     section = section_with(config.rlvr, overlong_buffer=60, overlong_factor=0.5)
     parts, metrics, _ = rlvr(section, task, model.policy, lambda *_: rollouts).batches(0, None)
-    assert metrics["reward"] == rollouts.judged.groups.correct.mean()
+    assert metrics["reward"] == rollouts.judged.outcomes.correct.mean()
     over = np.clip([(len(r) - 28) / 60 for r in rollouts.responses], 0, 1)
-    rewards = rollouts.judged.groups.correct - 0.5 * over
+    rewards = rollouts.judged.outcomes.correct - 0.5 * over
     for i, row in {i: row for part in parts for i, row in rows_of(part).items()}.items():
         pair = rewards[i - i % 2 : i - i % 2 + 2]
         expected = (rewards[i] - pair.mean()) / (pair.std(ddof=1) + 1e-6)
@@ -199,7 +199,7 @@ def test_other_losses_of_opsd(config, task, model, params, rollouts):
     expected = losses.opsd(
         **logits,
         mask=micro["mask"],
-        groups=tuple(micro[group] > 0 for group in Groups._fields),
+        groups=tuple(micro[outcome] > 0 for outcome in Outcomes._fields),
         tokens=micro["targets"],
         behaviour_logprobs=micro["behaviour_logprobs"],
         options=losses.OPSD(gate=(1.0, 0.5, 0.25), **changes),
@@ -217,10 +217,10 @@ def collector(task):
         def __init__(self, right):
             self.right, self.calls, self.keys = right, [], []
 
-        def __call__(self, params, problems, *, key, rule, poll):
+        def __call__(self, params, problems, *, key, sampling_params, poll):
             self.calls.append([problem.id for problem in problems])
             self.keys.append(str(jax.random.key_data(key)))
-            self.rule, self.poll = rule, poll
+            self.sampling_params, self.poll = sampling_params, poll
             replies = [
                 Future() if (i + p.id) % 2 else Verdict(self.right(p.id, i), "match")
                 for p in problems
@@ -304,8 +304,8 @@ def test_a_stage_samples_from_its_own_distribution(config, task, model, collecto
     section = section_with(config.rlvr, prompts=8, temperature=0.75)
     sampled = collector(lambda problem, i: i == 0)
     stage_with(rlvr_lib, section, task, model, sampled).batches(0, None)
-    expected = sampling.rule(40, stop=task.tokenizer.eos_ids, temperature=0.75)
-    for got, want in zip(sampled.rule, expected, strict=True):
+    expected = sampling.params(40, stop=task.tokenizer.eos_ids, temperature=0.75)
+    for got, want in zip(sampled.sampling_params, expected, strict=True):
         np.testing.assert_array_equal(got, want)
     assert sampled.poll is poll
 
@@ -337,10 +337,10 @@ def test_what_is_dropped_changes_no_advantage(config, task, model, rollouts, pre
     objective = config_lib.objective(preset, drop_uninformative=True)
     section = section_with(config.rlvr, objective=objective)
     parts, *_ = rlvr(section, task, model.policy, lambda *_: rollouts).batches(0, None)
-    correct = rollouts.judged.groups.correct.reshape(-1, 2)
+    correct = rollouts.judged.outcomes.correct.reshape(-1, 2)
     kept = np.flatnonzero(np.repeat(correct[:, 0] != correct[:, 1], 2))
     alone = losses.PolicyGradient(**objective).advantages(
-        rollouts.judged.groups.correct[kept].astype(np.float32), 2
+        rollouts.judged.outcomes.correct[kept].astype(np.float32), 2
     )
     got = {i: row["advantages"] for part in parts for i, row in rows_of(part).items()}
     assert 0 < len(kept) < 32

@@ -17,10 +17,10 @@ from opsd_jax.stages.teacher import frozen, make_head
 from opsd_jax.training import state as state_lib
 from opsd_jax.training import step as step_lib
 from opsd_jax.training.optimizer import make_optimizer
-from opsd_jax.verify.outcomes import Groups
+from opsd_jax.verify.outcomes import Outcomes
 
 GATE = (1.0, 0.5, 2.0)
-NO_GROUP = dict.fromkeys(Groups._fields, False)
+NO_OUTCOME = dict.fromkeys(Outcomes._fields, False)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,8 @@ def rows(task):
                 "teacher": arithmetic.informed_prompt(problem, problem.solution),
                 "response": (response := rng.integers(1, 32, rng.integers(1, 40)).tolist()),
                 "behaviour_logprobs": [-1.0] * len(response),
-                "weight": GATE[i % 3],  # what the test expects of its group
-                **{group: i % 3 == j for j, group in enumerate(Groups._fields)},
+                "weight": GATE[i % 3],  # what the test expects of its outcome
+                **{outcome: i % 3 == j for j, outcome in enumerate(Outcomes._fields)},
             }
         )
     return rows
@@ -50,7 +50,7 @@ def pack(rows, *, buckets=((32, 55), (56, 80)), microbatch=4, capacity=16):
         microbatch=microbatch,
         capacity=capacity,
         per_token=["behaviour_logprobs"],
-        per_row=Groups._fields,
+        per_row=Outcomes._fields,
         pad_id=0,
     )
 
@@ -215,7 +215,7 @@ def test_arrangement_of_the_rows_does_not_matter(train_step, start, rows, arrang
 
 def test_rows_of_no_weight_are_as_good_as_absent(train_step, start, rows):
     """The gate's dropped rows do not influence the update: equal to removing them."""
-    dropped = [row | NO_GROUP if i % 2 else row for i, row in enumerate(rows)]
+    dropped = [row | NO_OUTCOME if i % 2 else row for i, row in enumerate(rows)]
     expected, _ = train_step(start, pack(rows[::2]))
     got, _ = train_step(start, pack(dropped))
     assert_close(got, expected)
@@ -242,7 +242,7 @@ def test_the_teacher_gets_no_gradient(loss_fn, start, rows):
         np.testing.assert_array_equal(leaf, 0)
 
 
-@pytest.mark.parametrize("rows_of", [lambda rows: [], lambda rows: [rows[0] | NO_GROUP]])
+@pytest.mark.parametrize("rows_of", [lambda rows: [], lambda rows: [rows[0] | NO_OUTCOME]])
 def test_a_batch_without_active_rows_changes_nothing_and_is_counted(
     train_step, start, rows, rows_of
 ):
