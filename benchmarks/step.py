@@ -29,7 +29,7 @@ from opsd_jax import losses
 from opsd_jax.models import decoder
 from opsd_jax.stages import batch as batch_lib
 from opsd_jax.stages import opsd
-from opsd_jax.stages.teacher import frozen, make_head
+from opsd_jax.stages.teacher import TeacherOptions, frozen, make_head
 from opsd_jax.training.state import init_state
 from opsd_jax.training.step import make_train_step
 from opsd_jax.verify.outcomes import Outcomes
@@ -83,7 +83,7 @@ def main(repeats: int) -> None:
         num_kv_heads=2, head_dim=64, scan_unroll=1, remat="full",
     )  # fmt: skip
     model = decoder.from_config(section)
-    head = make_head(model.policy, config_lib.default().opsd.teacher)
+    head = make_head(model.policy, TeacherOptions())
     loss = functools.partial(opsd.loss_fn, model.policy, head, losses.OPSD(), 1.0, 0)
     optimizer = optax.adamw(1e-5)
     params = jax.jit(model.init)(jax.random.key(0))

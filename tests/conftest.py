@@ -2,6 +2,8 @@
 
 import os
 
+import tiny_config
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("NPROC", "64")  # as `hosts.start`
 os.environ["XLA_FLAGS"] = " ".join(
@@ -17,9 +19,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from opsd_jax import config as config_lib
 from opsd_jax.config import checks as validation
-from opsd_jax.config import loading as config_files
+from opsd_jax.config import loading
 from opsd_jax.data import arithmetic
 from opsd_jax.models import decoder
 from opsd_jax.parallel import mesh as mesh_lib
@@ -54,13 +55,13 @@ def compilation_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def task():
-    return arithmetic.task(config_lib.default().data)
+    return arithmetic.task(tiny_config.quickstart().data)
 
 
 @pytest.fixture(scope="session")
 def config():
     """A config so small that a whole run takes seconds; copy before changing it."""
-    config = config_lib.default()
+    config = tiny_config.quickstart()
     changes = {
         "mesh": "(-1, 1, 1)",
         "model.hidden_size": "16",
@@ -94,7 +95,7 @@ def config():
         "evaluation.slots": "16",
     }
     for field, text in changes.items():
-        config_files.override(config, field, text)
+        loading.override(config, field, text)
     validation.validate(config)
     return config
 

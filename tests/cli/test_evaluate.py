@@ -10,13 +10,14 @@ import hf_files
 import huggingface_hub
 import numpy as np
 import pytest
+import tiny_config
 import tiny_tokenizer
 from paths import SHARED
 
 from opsd_jax import config as config_lib
 from opsd_jax.cli import evaluate as benchmark
 from opsd_jax.cli import main
-from opsd_jax.config import loading as config_files
+from opsd_jax.config import loading
 from opsd_jax.data import sources
 from opsd_jax.evaluation import benchmarks
 from opsd_jax.evaluation import records as evaluate
@@ -56,7 +57,7 @@ def workdir(config, questions, tmp_path_factory):
     run.data.prompt = "{question}"
     # Some responses end and others fill the budget, so that problems are not done in their order.
     run.evaluation.update({"problems": 0, "slots": 6, "response_tokens": 160})
-    (workdir / "config.json").write_text(config_files.to_json(run.lock()))
+    (workdir / "config.json").write_text(loading.to_json(run.lock()))
     return workdir
 
 
@@ -418,9 +419,9 @@ def test_what_cannot_be_run_is_refused(command, arguments, message):
 
 
 def test_what_a_run_had_of_tpus_is_as_the_machine_has_it(tmp_path):
-    config = config_lib.default()
+    config = tiny_config.quickstart()
     config.model.update({"cache": "paged", "attention": "splash"})
-    (tmp_path / "config.json").write_text(config_files.to_json(config))
+    (tmp_path / "config.json").write_text(loading.to_json(config))
     arguments = main.parser().parse_args(["evaluate", "--workdir", str(tmp_path)])
     _, evaluated = benchmark._config(arguments)
     assert (evaluated.model.cache, evaluated.model.attention) == ("auto", "auto")

@@ -7,11 +7,12 @@ import re
 import sys
 
 import pytest
+import tiny_config
 from paths import CONFIGS
 
 from opsd_jax import config as config_lib
 from opsd_jax.cli import main
-from opsd_jax.config import loading as config_files
+from opsd_jax.config import loading
 from opsd_jax.run import pipeline
 from opsd_jax.run.workdir import claimed
 
@@ -19,7 +20,7 @@ QUICKSTART = str(CONFIGS / "quickstart.py")
 
 
 def load(**overrides):
-    return config_files.load(QUICKSTART, {k.replace("__", "."): v for k, v in overrides.items()})
+    return loading.load(QUICKSTART, {k.replace("__", "."): v for k, v in overrides.items()})
 
 
 def test_overrides_take_the_field_s_type():
@@ -58,7 +59,7 @@ def test_overrides_take_the_field_s_type():
 )
 def test_a_bad_override_is_refused(field, text, message):
     with pytest.raises(config_lib.ConfigError, match=message):
-        config_files.load(QUICKSTART, {field: text})
+        loading.load(QUICKSTART, {field: text})
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_a_bad_override_is_refused(field, text, message):
 )
 def test_a_config_that_cannot_run_is_refused(field, text, message):
     with pytest.raises(config_lib.ConfigError, match=message):
-        config_files.load(QUICKSTART, {field: text})
+        loading.load(QUICKSTART, {field: text})
 
 
 @pytest.mark.parametrize(
@@ -156,9 +157,9 @@ def test_a_config_that_cannot_run_is_refused(field, text, message):
     ],
 )
 def test_parts_that_do_not_fit_are_refused_before_compiling(tmp_path, field, text, message):
-    config = config_files.load(QUICKSTART, {field: text})
+    config = loading.load(QUICKSTART, {field: text})
     with pytest.raises(config_lib.ConfigError, match=message):
-        pipeline.Run(config, tmp_path)
+        pipeline.assemble(config, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -176,42 +177,42 @@ def test_parts_that_do_not_fit_are_refused_before_compiling(tmp_path, field, tex
 )
 def test_padded_lengths_are_cut_evenly_over_tensor(tmp_path, fields, message):
     fields |= {"mesh": "(4, 1, 2)", "model.sequence_parallel": "True"}
-    config = config_files.load(QUICKSTART, fields)
+    config = loading.load(QUICKSTART, fields)
     with pytest.raises(config_lib.ConfigError, match=message):
-        pipeline.Run(config, tmp_path)
+        pipeline.assemble(config, tmp_path)
 
 
 def test_memos_have_slots_on_every_device(tmp_path):
-    config = config_files.load(QUICKSTART, {"opsd.memo.slots": "12"})
+    config = loading.load(QUICKSTART, {"opsd.memo.slots": "12"})
     config.opsd.contexts = ("memo",)
     message = "opsd.memo.slots is 12; expected a multiple of data x fsdp = 8"
     with pytest.raises(config_lib.ConfigError, match=message):
-        pipeline.Run(config, tmp_path)
+        pipeline.assemble(config, tmp_path)
 
 
 def test_a_device_has_as_many_key_value_heads_as_the_paged_kernel_takes(tmp_path):
-    config = config_files.load(QUICKSTART, {"decode_mesh": "(4, 1, 2)"})
+    config = loading.load(QUICKSTART, {"decode_mesh": "(4, 1, 2)"})
     sizes = {"vocab_size": 128, "num_heads": 24, "num_kv_heads": 24, "head_dim": 128}
-    config.model.update(config_lib.decoder(**sizes, cache="paged"))
+    config.model.update(tiny_config.decoder(**sizes, cache="paged"))
     message = "config.decode_mesh: model.cache is 'paged', and a device has 12 key-value heads"
     with pytest.raises(config_lib.ConfigError, match=message):
-        pipeline.Run(config, tmp_path)
+        pipeline.assemble(config, tmp_path)
 
 
 @pytest.mark.parametrize(("field", "form"), [("cache", "paged"), ("attention", "splash")])
 def test_what_tpus_run_alone_is_refused_elsewhere(tmp_path, field, form):
-    config = config_files.load(QUICKSTART, {})
-    config.model.update(config_lib.decoder(vocab_size=128, head_dim=128, **{field: form}))
+    config = loading.load(QUICKSTART, {})
+    config.model.update(tiny_config.decoder(vocab_size=128, head_dim=128, **{field: form}))
     message = f"model.{field} is '{form}'; expected 'auto' on a cpu: TPUs run it"
     with pytest.raises(config_lib.ConfigError, match=message):
-        pipeline.Run(config, tmp_path)
+        pipeline.assemble(config, tmp_path)
 
 
 def test_sampling_may_have_a_mesh_of_its_own(tmp_path):
     """Rows of batches go with the one mesh, slots with the other; problems of a step with none."""
     fields = {"decode_mesh": "(-1, 1, 2)", "rlvr.slots": "12", "rlvr.prompts": "6"}
     fields |= {"rlvr.microbatch": "16", "rlvr.updates": "1"}
-    made = lambda **changes: pipeline.Run(config_files.load(QUICKSTART, fields | changes), tmp_path)
+    made = lambda **changes: pipeline.assemble(loading.load(QUICKSTART, fields | changes), tmp_path)
     run = made()
     assert dict(run.mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}
     decode_mesh = run.parameters.decode_mesh
@@ -250,20 +251,20 @@ def test_a_config_file_with_a_field_too_many(tmp_path):
         "    return config\n"
     )
     with pytest.raises(config_lib.ConfigError, match=r"mine.py: .*gat.*[\s\S]*gate"):
-        config_files.load(path)
+        loading.load(path)
     with pytest.raises(config_lib.ConfigError, match="there is no Python file"):
-        config_files.load(tmp_path / "absent.py")
+        loading.load(tmp_path / "absent.py")
     path.write_text("def get_config():\n    return None\n")
     with pytest.raises(config_lib.ConfigError, match="returned None; expected a ConfigDict"):
-        config_files.load(path)
+        loading.load(path)
     path.write_text("import nothing_of_this_name\n")
     with pytest.raises(config_lib.ConfigError, match=r"mine.py: ModuleNotFoundError"):
-        config_files.load(path)
+        loading.load(path)
 
 
 def test_json_keeps_a_config():
-    config = config_files.load(QUICKSTART.replace("quickstart", "quickstart_arms"))
-    assert config_files.from_flat(json.loads(config_files.to_json(config))) == config
+    config = loading.load(QUICKSTART.replace("quickstart", "quickstart_arms"))
+    assert loading.from_flat(json.loads(loading.to_json(config))) == config
 
 
 def test_a_workdir_of_another_config_is_refused(tmp_path):
@@ -330,7 +331,7 @@ def test_help_of_train_lists_the_fields(capsys):
     with pytest.raises(SystemExit):
         main.main(["train", "--help"])
     out = capsys.readouterr().out
-    assert all(f"--config.{field}=" in out for field in config_files.flatten(config_lib.default()))
+    assert all(f"--config.{field}=" in out for field in loading.flatten(tiny_config.quickstart()))
 
 
 def test_config_json_is_readable(tmp_path):
@@ -343,7 +344,7 @@ def test_config_json_is_readable(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
 def test_every_config_loads_and_names_itself(path):
-    config = config_files.load(path, data=False)
+    config = loading.load(path, data=False)
     text = path.read_text()
     assert f"--config configs/{path.name}" in text
     # Those for pods begin with their plan.

@@ -9,7 +9,7 @@ from paths import ROOT
 
 from opsd_jax import losses
 from opsd_jax.cli import main
-from opsd_jax.config import loading as config_files
+from opsd_jax.config import loading
 
 README = (ROOT / "README.md").read_text()
 
@@ -51,7 +51,7 @@ def test_the_commands_of_the_readme(command):
     words, overrides = main.split_overrides(command.split())
     arguments = main.parser().parse_args(words)
     if arguments.command == "train":
-        config_files.load(ROOT / arguments.config, overrides)
+        loading.load(ROOT / arguments.config, overrides)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny_config
 from paths import ROOT
 
 from opsd_jax import config as config_lib
@@ -36,7 +37,7 @@ def here(tmp_path, monkeypatch):
 
 
 def test_a_verifier_of_one_s_own(here):
-    config = config_lib.default()
+    config = tiny_config.quickstart()
     exec(COUNTDOWN_SOURCE, {"config": config, "config_lib": config_lib})
     config.data.heldout.any = config_lib.source("heldout.jsonl")
     data = load(config.data)
@@ -57,7 +58,7 @@ def test_a_verifier_of_one_s_own(here):
 
 
 def test_the_sources(here):
-    config = config_lib.default()
+    config = tiny_config.quickstart()
     exec(SOURCES, {"config": config, "config_lib": config_lib})
     validation.validate(config.lock())
     assert config.data.train.gsm8k.verifier.answer == ("####", "boxed")

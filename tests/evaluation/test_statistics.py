@@ -7,9 +7,9 @@ import statistics as stdlib
 
 import numpy as np
 import pytest
+import tiny_config
 from paths import SHARED
 
-from opsd_jax import config as config_lib
 from opsd_jax.data import arithmetic
 from opsd_jax.evaluation import comparison, statistics
 from opsd_jax.problem import Problem
@@ -246,6 +246,6 @@ def test_verifiers_tell_the_answer_that_votes():
     assert own.extract is None
     assert verifiers.by_source({"a": maths(), "b": own}).extract is None
     assert verifiers.combine([own, own], every=True).extract is None
-    miniature = arithmetic.task(config_lib.default().data).verify
+    miniature = arithmetic.task(tiny_config.quickstart().data).verify
     assert told(miniature, "<think> a </think> 7 <eos>") == "7"
     assert told(miniature, "<think> a </think> 7") is None

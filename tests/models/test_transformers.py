@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_config
 from conftest import random_tokens
 
 from opsd_jax import config as config_lib
@@ -209,7 +210,7 @@ def test_what_is_exported_loads_there(pair, tmp_path):
     ids=["qwen3", "qwen3-yarn", "qwen2", "llama3", "linear"],
 )
 def test_a_decoder_of_ours_loads_there(changes, tmp_path):
-    model = decoder.from_config(config_lib.decoder(**changes))
+    model = decoder.from_config(tiny_config.decoder(**changes))
     params = jax.tree.map(
         lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape),
         jax.jit(model.init)(jax.random.key(0)),

@@ -10,11 +10,11 @@ import sys
 
 import jax
 import pytest
+import tiny_config
 from paths import CONFIGS, SUPPORT
 
-from opsd_jax import config as config_lib
 from opsd_jax.cli import main
-from opsd_jax.config import loading as config_files
+from opsd_jax.config import loading
 from opsd_jax.planning import costs, hlo, liveness, programs, table
 
 PAPERS = CONFIGS / "qwen3_8b_opsd_v5p32.py"
@@ -228,12 +228,12 @@ PHASES = {
     "rl probe": "rl: probe",
     "evaluation": "rl rollouts: prefill",
 }
-CONFIG = config_lib.default()
+CONFIG = tiny_config.quickstart()
 with CONFIG.unlocked():
     CONFIG.rl = CONFIG.opsd
     CONFIG.rl.update({"updates": 1, "slots": 256, "microbatch": 32})
 FIGURES = {
-    "config": config_files.flatten(CONFIG),
+    "config": loading.flatten(CONFIG),
     "topology": "v5e:2x2", "slices": 1, "devices": 4, "chip": "TPU v5 lite", "hbm": 10 * GIB,
     "mesh": {"data": 1, "fsdp": 4, "tensor": 1}, "decode_mesh": {"data": 1, "fsdp": 4, "tensor": 1},
     "response_length": 0.5, "seconds_at_best": 5400.0, "seconds_in_turn": 9000.0,

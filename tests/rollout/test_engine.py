@@ -454,7 +454,7 @@ from opsd_jax.rollout import sampling
 from opsd_jax.rollout.engine import Engine, EngineShape
 from opsd_jax.parallel.mesh import abstract_of
 
-model = decoder.from_config(config_lib.decoder())
+model = decoder.from_config(tiny_config.decoder())
 mesh = mesh_lib.make_mesh((2, 2, 2))
 shapes = jax.eval_shape(model.init, jax.random.key(0))
 shardings = mesh_lib.tree_shardings(mesh, model.rules, shapes)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_config
 import tiny_model
 import tiny_tokenizer
 
@@ -80,7 +81,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture
 def config(directory):
-    config = config_lib.default()
+    config = tiny_config.quickstart()
     with config.unlocked():
         config.task = "opsd_jax.data.text:task"
         config.data.train.sums = config_lib.source(directory / "train.jsonl", extra=("hint",))
@@ -530,7 +531,7 @@ def test_a_context_of_ones_own(config, task, rollouts):
 def test_settings_that_cannot_be(changes, message):
     from opsd_jax.config import checks as validation
 
-    config = config_lib.default()
+    config = tiny_config.quickstart()
     config.opsd.update(changes)
     with pytest.raises(config_lib.ConfigError, match=message):
         validation.validate(config)

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny_config
 from ml_collections import ConfigDict
 
-from opsd_jax import config as config_lib
 from opsd_jax.models import decoder
 from opsd_jax.stages import teacher as teacher_lib
 from opsd_jax.training.state import init_state
@@ -143,7 +143,7 @@ def test_no_gradient_flows_into_a_teacher(model, params, sequences, kind):
 
 def test_a_teacher_kept_in_bfloat16_is_the_same_teacher(sequences):
     """The products of a bfloat16 model cast float32 weights; a teacher may be cast once."""
-    config = config_lib.decoder(dtype="bfloat16", num_layers=2, scan_unroll=1)
+    config = tiny_config.decoder(dtype="bfloat16", num_layers=2, scan_unroll=1)
     model = decoder.from_config(config)
     params = jax.tree.map(lambda x: 3 * x, model.init(jax.random.key(0)))
     whole, kept = (

@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from paths import CONFIGS
 
-from opsd_jax.config import loading as config_files
+from opsd_jax.config import loading
 
 QUICKSTART = CONFIGS / "quickstart.py"
 
@@ -52,8 +52,8 @@ class Run:
     """A run of the command line by so many processes."""
 
     def __init__(self, config, workdir, *changes, processes=2, devices=4):
-        flat = config_files.flatten(config)
-        default = config_files.flatten(config_files.load(QUICKSTART, {}))
+        flat = loading.flatten(config)
+        default = loading.flatten(loading.load(QUICKSTART, {}))
         command = [sys.executable, "-m", "opsd_jax", "train", "--config", str(QUICKSTART)]
         command += ["--workdir", str(workdir)]
         text = lambda value: tuple(value) if isinstance(value, list) else value
