@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import jax
 import ml_collections
 
 from opsd_jax.data.task import Task, check_fits
@@ -66,7 +65,6 @@ class Memos:
         the number of memos that the step has already.
         """
         task, tokenizer = self._task, self._task.tokenizer
-        key = jax.random.fold_in(jax.random.key(self._seed), step)
         groups = rollouts.judged.groups
 
         def unended(ids: list[int]) -> list[int]:
@@ -87,7 +85,7 @@ class Memos:
         def sample(engine: Engine, prompts: list[list[int]], turn: int) -> list[list[int]]:
             made: dict[int, list[int]] = {}
             numbers = [[offset + i] for i in range(len(prompts))]
-            turn_key = jax.random.fold_in(key, turn)
+            turn_key = sampling.folded_key(self._seed, step, turn)
             for ended in engine(
                 params, prompts, numbers, key=turn_key, rule=self._rule, poll=self._poll
             ):

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import grain
-import jax
 import ml_collections
 import numpy as np
 
@@ -61,7 +60,7 @@ def step_rollouts(
 
     def roll_out(step: int, params: Params) -> Rollouts:
         def sample(chosen: list, seed: int, draw: int) -> Rollouts:
-            key = jax.random.fold_in(jax.random.key(seed), draw)
+            key = sampling.folded_key(seed, draw)
             return collector(params, chosen, key=key, rule=rule, poll=poll)
 
         first = step * config.prompts
