@@ -1,8 +1,8 @@
 """Post-training of reasoning models in JAX: SFT, RLVR, and on-policy self-distillation.
 
-    from opsd_jax import losses                      # the loss functions, for any model
-    from opsd_jax import Model, Policy, from_nnx     # a model of your own
-    from opsd_jax import config                      # configs, their sections and recipes
+from opsd_jax import losses                      # the loss functions, for any model
+from opsd_jax import Model, Policy, from_nnx     # a model of your own
+from opsd_jax import config                      # configs, their sections and recipes
 """
 
 import importlib
@@ -24,7 +24,7 @@ _PUBLIC = {
     "recipes": "opsd_jax.config.recipes",
 }
 
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

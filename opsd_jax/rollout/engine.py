@@ -354,7 +354,7 @@ class Engine:
             params = self._unrolled(params)
         if str(jax.random.key_impl(key)) != PRNG:
             key = jax.random.wrap_key_data(jax.random.bits(key, (2,), "uint32"), impl=PRNG)
-        fixed = jax.device_put((np.asarray(jax.random.key_data(key)), sampling_params), self._whole)
+        fixed = self._put(jax.random.key_data(key), sampling_params)
         waiting: deque[_Waiting] = deque()
         making: list[_Rollout | None] = [None] * S
         state, length = self._start(), self.cache_lengths[0]
@@ -376,7 +376,7 @@ class Engine:
             if any(making):
                 state, length = self._resized(state, length, making)
                 enough = self._refill_at if waiting or queue else np.int32(S + 1)
-                state, chunk = self._decode[length](params, state, *fixed, enough)
+                state, chunk = self._decode[length](params, state, *fixed, *self._put(enough))
             if ended:
                 yield EndedRollouts(ended, functools.partial(_is_done, chunk))
             if chunk is None:
@@ -386,10 +386,14 @@ class Engine:
                 fetched = jax.device_get(chunk)
             ended = _taken(fetched, making)
 
+    def _put(self, *arrays: Any) -> tuple[Any, ...]:
+        """Copies host arrays to every device, explicitly (`jax.transfer_guard`)."""
+        return mesh_lib.placed(arrays, jax.tree.map(lambda _: self._whole, arrays))
+
     def _prefilled(self, params: Params, prompts: list[Sequence[int]]):
         n, P = self.shape.prompts, self.shape.prompt_tokens
         begun = [ids[:-1] for ids in prompts] + [()] * (n - len(prompts))
-        return self._prefill(params, *left_pad(begun, P, self._pad_id))
+        return self._prefill(params, *self._put(*left_pad(begun, P, self._pad_id)))
 
     def _admitted_to(
         self,
@@ -412,7 +416,8 @@ class Engine:
             rows[:, i] = rollout.row
             making[slot[i]] = rollout
         state, length = self._resized(state, length, making)
-        return self._admit[length](state, cache, source, slot, Rows(*rows)), length
+        arrays = self._put(source, slot, Rows(*rows))
+        return self._admit[length](state, cache, *arrays), length
 
     def _resized(
         self, state: Slots, length: int, making: list[_Rollout | None]

@@ -130,13 +130,13 @@ class Memos:
         Returns:
           The texts; None where the model wrote nothing.
         """
-        key = jax.random.fold_in(jax.random.key(self._seed), step)
         prompts = [self._prompt(rollouts, i) for i in rows]
-        memos = self._sample(self._write, params, prompts, jax.random.fold_in(key, 0), offset)
+        keys = [sampling.folded_key(self._seed, step, turn) for turn in range(2)]
+        memos = self._sample(self._write, params, prompts, keys[0], offset)
         open_ended = [j for j, ids in enumerate(memos) if after_thinking(self._text(ids)) is None]
         closed = [[*self._without_eos(memos[j]), *self._task.end_thinking] for j in open_ended]
         continued = [[*prompts[j], *ids] for j, ids in zip(open_ended, closed, strict=True)]
-        rest = self._sample(self._close, params, continued, jax.random.fold_in(key, 1), offset)
+        rest = self._sample(self._close, params, continued, keys[1], offset)
         for j, ids, more in zip(open_ended, closed, rest, strict=True):
             memos[j] = [*ids, *more]
         return [(after_thinking(self._text(ids)) or "").strip() or None for ids in memos]

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import grain
-import jax
 import numpy as np
 
 from opsd_jax.data.task import Task
@@ -119,7 +118,7 @@ def step_rollouts(
 
     def roll_out(step: int, params: Params) -> Rollouts:
         def sample(chosen: list, seed: int, draw: int) -> Rollouts:
-            key = jax.random.fold_in(jax.random.key(seed), draw)
+            key = sampling.folded_key(seed, draw)
             return collector(params, chosen, key=key, sampling_params=sampling_params, poll=poll)
 
         first = step * options.prompts
