@@ -8,7 +8,6 @@ the result is locked, so a field that does not exist is an error. On the command
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import os
 import pathlib
 from typing import Any
@@ -18,6 +17,8 @@ from ml_collections import ConfigDict
 from opsd_jax import losses
 from opsd_jax.models.presets import PRESETS
 from opsd_jax.models.rope import RopeScaling
+from opsd_jax.options import ConfigError as ConfigError
+from opsd_jax.options import import_function as import_function
 
 SOURCES = ("train", "heldout", "exclude")  # the sections of `config.data` that hold them
 REQUEST = "Please reason step by step, and put your final answer within \\boxed{}.\n"
@@ -32,25 +33,6 @@ LARGE = {
     "scan_unroll": 1,
     "cache": "auto",
 }
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run."""
-
-
-def import_function(dotted: str, field: str) -> Any:
-    """The object that "package.module:function" names.
-
-    Raises:
-      ConfigError: it cannot be imported; names the config's field.
-    """
-    module, _, name = dotted.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"config.{field} is {dotted!r}; expected 'package.module:function' ({error})."
-        ) from error
 
 
 def optimizer(**changes: Any) -> ConfigDict:
