@@ -300,7 +300,7 @@ def measure_divergence(
         rollouts = records.rollouts_of(problems, responses)
         n = len(rollouts.responses)
         taught = privileged(0, convert(student), rollouts, range(n), capacity=n)
-        return probe(student, teacher, rollouts, taught.rows)
+        return probe(student=student, teacher=teacher, rollouts=rollouts, taught=taught.rows)
 
     curves = {"before": curve(teacher, before), "after": curve(params, responses)}
     if hosts.is_first():

@@ -138,7 +138,7 @@ def test_after_a_kill_it_goes_on_to_the_same_files(whole, command, tmp_path, mon
 
     def mortal(file, made):
         if len(written) == done:
-            torn = evaluate._lines(made)
+            torn = evaluate.to_lines(made)
             file.write(torn[: torn.index("\n") + 20])
             raise Crash
         written.append(problem_of(made))
@@ -288,7 +288,7 @@ def test_an_evaluation_of_unknown_settings_is_left_alone(command, tmp_path):
         (tmp_path / name).write_text("{}\n")
     code, errors = command("--out", tmp_path)
     assert code == 2
-    assert "holds an evaluation without its settings.json; expected another directory" in errors
+    assert "holds an evaluation without its settings.json, so it cannot be resumed" in errors
     assert (tmp_path / "responses.jsonl").read_text() == "{}\n"
 
 
@@ -372,10 +372,10 @@ def test_a_comparison_with_other_problems_is_refused_before_anything_is_sampled(
     monkeypatch.setattr(evaluate, "append", None)
     code, errors = command("--problems", 5, "--compare", whole)
     assert code == 2
-    assert "of other problems: 9 there, 5 now, 5 in both" in errors
+    assert "of other problems: it has 9, this one has 5, and 5 are in both" in errors
     code, errors = command("--compare", tmp_path)
     assert code == 2
-    assert "holds no finished evaluation: there is no evaluation.json" in errors
+    assert "holds no finished evaluation: evaluation.json is missing" in errors
 
 
 def test_benchmarks_take_the_place_of_the_held_out_problems(command, questions, tmp_path):
