@@ -81,7 +81,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     model = workdir / stage if workdir else arguments.model
     weights = model / "params" if workdir else model
     fingerprint = hosts.together(lambda: records.fingerprint(weights))
-    settings = records.settings(str(model), fingerprint, config, this.task, problems)
+    settings = pipeline.evaluation_settings(this, str(model), fingerprint, problems)
     workdir_lib.check_equal(settings, "settings")
     directory = arguments.out or (
         workdir / "evaluations" / stage / _name(list(config.data.heldout), settings)

@@ -41,7 +41,7 @@ class RunOptions:
     )
     decode_mesh: tuple[int, ...] = option(
         (),
-        "The same devices while sampling, when weights are sharded over tensor alone; () is `mesh`.",
+        "Mesh sizes while sampling, when weights are sharded over tensor alone; () is `mesh`.",
     )
     task: str = option(
         "opsd_jax.data.text:task",
@@ -92,7 +92,7 @@ def parse_run(config: ConfigDict) -> RunOptions:
       ConfigError: names the first field that cannot be used, its value and what was expected.
     """
     own = [name for name in fields_of(RunOptions) if name != "sections"]
-    sections = {}
+    sections: dict[str, StageOptions] = {}
     for name, value in config.items():
         if name in own:
             continue

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opsd_jax.evaluation import examples, markup, tables
-from opsd_jax.evaluation.algorithms import ALGORITHMS
 from opsd_jax.evaluation.statistics import Record
+from opsd_jax.stages import algorithm_of
 
 
 def title(stage: dict[str, Any]) -> str:
@@ -18,7 +18,7 @@ def title(stage: dict[str, Any]) -> str:
 
 def arms(changes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the changes that get a section of their own: responses before and after."""
-    return [change for change in changes if ALGORITHMS[change["algorithm"]].before_and_after]
+    return [change for change in changes if algorithm_of(change["algorithm"]).before_and_after]
 
 
 def method(results: dict[str, Any]) -> str:
@@ -54,7 +54,7 @@ def _facts(changes: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """Returns the texts that the page prints in large type: the main effects of the stages."""
     facts = []
     for change in changes:
-        headline = ALGORITHMS[change["algorithm"]].headline
+        headline = algorithm_of(change["algorithm"]).headline
         if not headline:
             continue
         points = f"{tables.number(change['d_accuracy_points'], sign='+')} points"

@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from opsd_jax.data.options import DataOptions
 from opsd_jax.data.task import Task
+from opsd_jax.evaluation.options import EvaluationOptions
 from opsd_jax.evaluation.statistics import Record, Records
 from opsd_jax.options import ConfigError
 from opsd_jax.problem import Problem
@@ -127,7 +129,14 @@ def _files(directory: Path) -> Iterator[Path]:
 
 
 def settings(
-    model: str, weights: str, config: Any, task: Task, problems: Sequence[Problem]
+    model: str,
+    weights: str,
+    *,
+    evaluation: EvaluationOptions,
+    data: DataOptions,
+    dtype: str,
+    task: Task,
+    problems: Sequence[Problem],
 ) -> dict[str, Any]:
     """Returns everything that the responses of an evaluation depend on, JSON-ready.
 
@@ -135,7 +144,9 @@ def settings(
       model: name of the model, for the reader. `differences` ignores it.
       weights: the `fingerprint` of the model; "" if the directory of the evaluation belongs to one
         model only.
-      config: the config of the run, with the sections `evaluation`, `model` and `data`.
+      evaluation: how the responses are sampled.
+      data: how the prompts are made.
+      dtype: of the model's activations; "" if the model does not say.
       task: the task that makes the prompts.
       problems: the problems that are evaluated.
     """
@@ -146,10 +157,10 @@ def settings(
     return {
         "model": model,
         "weights": weights,
-        "dtype": getattr(config.model, "dtype", ""),  # a model of the user's may have no such field
+        "dtype": dtype,
         "problems": len(problems),
-        **{name: getattr(config.evaluation, name) for name in SAMPLING},
-        **{name: getattr(config.data, name) for name in PROMPTING},
+        **{name: getattr(evaluation, name) for name in SAMPLING},
+        **{name: getattr(data, name) for name in PROMPTING},
         "prompts_digest": digest.hexdigest()[:16],
     }
 

@@ -10,12 +10,13 @@ import datetime
 import importlib.metadata
 import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from opsd_jax.evaluation import comparison, divergence, page, plots, records
-from opsd_jax.evaluation.algorithms import ALGORITHMS
 from opsd_jax.evaluation.statistics import Record
+from opsd_jax.stages import algorithm_of
+from opsd_jax.stages.options import StageOptions
 from opsd_jax.storage import files
 from opsd_jax.storage.files import Path
 from opsd_jax.training import metrics as metrics_lib
@@ -35,27 +36,29 @@ class Report(NamedTuple):
     responses: dict[str, list[Record]]
 
 
-def gather(config: Any, workdir: Path, untrained: str, note: str) -> Report:
+def gather(
+    sections: Mapping[str, StageOptions], workdir: Path, untrained: str, note: str
+) -> Report:
     """Reads the stages that are done, compares them, and draws the plots.
 
     Args:
-      config: the config of the run.
+      sections: name of a stage -> its options, in the order of the run.
       workdir: the work directory of the run.
       untrained: name of the evaluation of the initial parameters.
       note: what a reader has to know about the task; "" for nothing.
     """
     evaluations = {
         name: records.read(workdir / name)
-        for name in (untrained, *config.stages)
+        for name in (untrained, *sections)
         if (workdir / name / records.SUMMARY).exists()
     }
     stages, changes = [], []
-    for name in config.stages:
+    for name, options in sections.items():
         if name not in evaluations:
             continue
-        options = config[name]
         own = {"algorithm": options.algorithm, "init_from": options.init_from}
-        own |= {field: getattr(options, field) for field in ALGORITHMS[options.algorithm].reported}
+        reported = algorithm_of(options.algorithm).reported
+        own |= {field: getattr(options, field) for field in reported}
         responses, summary = evaluations[name]
         stages.append(own | summary | verification(metrics_lib.read(workdir / name)))
         before = options.init_from or untrained
@@ -144,7 +147,7 @@ def draw(
             drawn[f"divergence_{name}"] = plots.divergence(curves)
     for stage in stages:
         if rows := metrics_lib.read(workdir / stage["name"]):
-            curves = ALGORITHMS[stage["algorithm"]].curves
+            curves = algorithm_of(stage["algorithm"]).curves
             drawn[f"training_{stage['name']}"] = plots.training(rows, curves)
     return drawn
 
@@ -165,13 +168,13 @@ def markdown(report: Report) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def write(config: Any, workdir: Path, untrained: str, note: str) -> Path:
+def write(sections: Mapping[str, StageOptions], workdir: Path, untrained: str, note: str) -> Path:
     """Writes the report to `workdir/report/`; the arguments are those of `gather`.
 
     Returns:
       The path of the HTML page.
     """
-    report = gather(config, workdir, untrained, note)
+    report = gather(sections, workdir, untrained, note)
     directory = workdir / "report"
     directory.mkdir(parents=True, exist_ok=True)
     results = files.to_json(report.results, indent=2, ensure_ascii=False)

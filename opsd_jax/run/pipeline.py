@@ -22,7 +22,7 @@ import functools
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from opsd_jax.config import loading
@@ -33,7 +33,7 @@ from opsd_jax.evaluation.evaluator import Evaluator
 from opsd_jax.options import ConfigError, import_function
 from opsd_jax.parallel import hosts
 from opsd_jax.policy import Params
-from opsd_jax.problem import DataError
+from opsd_jax.problem import DataError, Problem
 from opsd_jax.rollout.engines import Engines
 from opsd_jax.run import checks
 from opsd_jax.run import workdir as workdir_lib
@@ -224,6 +224,21 @@ def train(this: Run, name: str, progress: Progress, stop: StopSignal) -> Params:
     return params
 
 
+def evaluation_settings(
+    this: Run, model: str, weights: str, problems: Sequence[Problem]
+) -> dict[str, Any]:
+    """Everything that the responses of an evaluation depend on: `records.settings`."""
+    return records.settings(
+        model,
+        weights,
+        evaluation=this.config.evaluation,
+        data=this.config.data,
+        dtype=getattr(this.config.model, "dtype", ""),  # a user's own model may have no such field
+        task=this.task,
+        problems=problems,
+    )
+
+
 def evaluate_and_record(
     this: Run, name: str, params: Params, progress: Progress, stop: StopSignal, began: float
 ) -> None:
@@ -239,7 +254,7 @@ def evaluate_and_record(
     """
     problems, directory = this.evaluator.problems(), this.workdir / name
     # No fingerprint of the weights: the directory belongs to the run, and so do they.
-    settings = records.settings(name, "", this.config, this.task, problems)
+    settings = evaluation_settings(this, name, "", problems)
     hosts.from_first(lambda: records.check_settings(directory, settings))
     responses, summary = this.evaluator(
         name, params, progress, stop, problems=problems, directory=directory, settings=settings
@@ -312,4 +327,5 @@ def write_report(config: RunOptions, workdir: Path) -> Path:
     """Writes `workdir/report/`; returns the path of its page."""
     path = workdir / NOTE
     note = path.read_text() if path.exists() else ""
-    return report.write(config, workdir, UNTRAINED, note)
+    sections = {name: config.sections[name] for name in config.stages}
+    return report.write(sections, workdir, UNTRAINED, note)

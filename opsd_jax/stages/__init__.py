@@ -15,7 +15,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 }
 
 
-def algorithm_of(name: str, field: str) -> Algorithm:
+def algorithm_of(name: str, field: str = "algorithm") -> Algorithm:
     """The algorithm of a name.
 
     Args:

@@ -254,7 +254,7 @@ def _check_data(options: OPSDOptions, name: str, data: LookedAt) -> None:
 
 def _step_rows(options: OPSDOptions, responses: Responses) -> tuple[list[int], list[Lengths]]:
     targets = responses(options.capacity, options.response_tokens).tolist()
-    rows = [
+    rows: list[Lengths] = [
         {
             "student": options.prompt_tokens + n - 1,
             "teacher": options.teacher_prompt_tokens + inserted_tokens(options, n) + n - 1,
