@@ -87,16 +87,23 @@ class Bounds(NamedTuple):
     finite: bool = True
 
     def text(self) -> str:
-        """The bounds as a phrase, such as "at least 1"; "" without any."""
+        """The bounds as a phrase, such as "at least 1" or "a number in [0, 1)"; "" without any."""
+        if len(self.choices) == 2:
+            return " or ".join(map(repr, self.choices))
         if self.choices:
             return f"one of {', '.join(map(repr, self.choices))}"
+        low = self.above if self.at_least is None else self.at_least
+        high = self.below if self.at_most is None else self.at_most
+        if low is not None and high is not None:
+            brackets = "(" if self.at_least is None else "[", ")" if self.at_most is None else "]"
+            return f"a number in {brackets[0]}{_number(low)}, {_number(high)}{brackets[1]}"
         numeric = (
             ("at least", self.at_least),
             ("above", self.above),
             ("at most", self.at_most),
             ("below", self.below),
         )
-        return " and ".join(f"{word} {_number(b)}" for word, b in numeric if b is not None)
+        return "".join(f"{phrase} {_number(b)}" for phrase, b in numeric if b is not None)
 
     def expected(self, value: Any) -> str:
         """What was expected in place of a value that breaks the bounds; "" if it does not."""

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from opsd_jax.config import checks as validation
 from opsd_jax.config import loading
+from opsd_jax.config.run_options import parse_run
 from opsd_jax.data import arithmetic
 from opsd_jax.models import decoder
 from opsd_jax.parallel import mesh as mesh_lib
@@ -96,7 +96,7 @@ def config():
     }
     for field, text in changes.items():
         loading.override(config, field, text)
-    validation.validate(config)
+    parse_run(config)
     return config
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from opsd_jax.evaluation.algorithms import Curve
+from opsd_jax.stages.algorithm import Curve
 
 BEFORE, AFTER = "#8a94a6", "#1f6feb"
 COLOURS = ("#1f6feb", "#d1242f", "#2da44e", "#9a6700", "#8250df")

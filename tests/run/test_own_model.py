@@ -189,7 +189,7 @@ def test_each_context_in_turn(files, tmp_path, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("algorithm", "teacher"), [*(("opsd", kind) for kind in teacher_lib.KINDS), ("rlvr", "")]
+    ("algorithm", "teacher"), [*(("opsd", kind) for kind in teacher_lib.TEACHERS), ("rlvr", "")]
 )
 def test_the_loss_falls_on_a_fixed_batch(files, tmp_path, algorithm, teacher):
     """Batch, loss and teacher as a run makes them; thirty updates on the one batch."""
