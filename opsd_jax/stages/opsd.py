@@ -48,7 +48,7 @@ def loss_fn(
         student=response_head(policy, params, microbatch["student"]),
         teacher=teacher_head(params, teacher, microbatch["teacher"]),
         mask=microbatch["mask"],
-        groups=tuple(microbatch[group] > 0 for group in Groups._fields),
+        outcomes=tuple(microbatch[group] > 0 for group in Groups._fields),
         tokens=microbatch["targets"],
         behaviour_logprobs=microbatch["behaviour_logprobs"],
         options=options,
