@@ -36,11 +36,11 @@ class DecoderOptions:
     num_kv_heads: int = required("Number of key-value heads.", at_least=1)
     head_dim: int = required("Size of each head; an even number.", at_least=1, check=_even)
     rope_theta: float = option(1e6, "Base of the rotary position embeddings.", above=0)
-    rope_scaling: RopeScaling = option(
+    rope_scaling: RopeScaling = option(  # noqa: RUF009
         RopeScaling(), "Scaling of the rotary embeddings to a longer context."
     )
     rms_norm_eps: float = option(1e-6, "Constant that RMSNorm adds to the mean square.", above=0)
-    qk_norm: bool = option(True, "Normalize the queries and keys of each head, as Qwen3 does.")
+    qk_norm: bool = option(True, "Normalise the queries and keys of each head, as Qwen3 does.")
     attention_bias: bool = option(False, "Add biases to queries, keys and values, as Qwen2.5 does.")
     tie_word_embeddings: bool = option(False, "Use the token embedding as the output head.")
     dtype: str = option(

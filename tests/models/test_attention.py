@@ -153,7 +153,7 @@ def test_attention_is_dense_where_there_is_no_tpu_and_splash_is_checked():
     assert decoder.sizes(config_lib.preset("qwen3-8b")).attention == "dense"
     with pytest.raises(ValueError, match=r"attention is 'splash', with model.head_dim = 16"):
         decoder.sizes(tiny_config.decoder(attention="splash"))
-    with pytest.raises(ValueError, match="attention is 'flash'; expected 'auto', 'dense' or"):
+    with pytest.raises(ValueError, match="attention is 'flash'; expected one of 'auto', 'dense'"):
         decoder.sizes(tiny_config.decoder(attention="flash"))
     with pytest.raises(ValueError, match="remat is 'some'; expected one of none, full"):
         decoder.sizes(tiny_config.decoder(remat="some"))
