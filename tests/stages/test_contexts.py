@@ -333,6 +333,8 @@ def test_the_control_has_no_divergence_in_a_model_that_sees_everything(config, t
     assert np.abs(token_divergence(model, params, rows)).max() < 1e-5
     with config.unlocked():
         config.opsd.contexts = ("solution",)
+    finder = Privileged(config.opsd, task, 2)
+    stage = opsd.stage(config.opsd, task, model.policy, lambda *_: rollouts, finder)
     (batch,), *_ = stage.batches(0, None)
     rows = jax.tree.map(lambda x: x[0], batch[0]["rows"])
     assert token_divergence(model, params, rows).max() > 1e-2
