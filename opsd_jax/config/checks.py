@@ -174,8 +174,8 @@ def _validate_teaching(
             there,
             f"one for each of {stage}.buckets, the last at least {longest}, or () for none",
         )
-    known = ", ".join(contexts.KINDS)
-    if not kinds or not all(kind in contexts.KINDS or ":" in kind for kind in kinds):
+    known = ", ".join(contexts.CONTEXTS)
+    if not kinds or not all(kind in contexts.CONTEXTS or ":" in kind for kind in kinds):
         expected = f"a tuple of kinds among {known}, or 'package.module:function'"
         fail(f"{stage}.contexts", kinds, expected)
     if section.sibling not in contexts.SIBLINGS:

@@ -23,9 +23,9 @@ from collections.abc import Sequence
 
 import grain
 import numpy as np
-from ml_collections import ConfigDict
 
 from opsd_jax.data.contexts import Context
+from opsd_jax.data.options import DataOptions
 from opsd_jax.data.task import Demonstration, Task, check_fits
 from opsd_jax.problem import Problem
 from opsd_jax.verify.verdict import Verdict
@@ -262,7 +262,7 @@ class Part:
         return self._numbers[self._low + index]
 
 
-def task(config: ConfigDict) -> Task:
+def task(config: DataOptions) -> Task:
     """The embedded task. Of its section `config.data` it uses nothing.
 
     Raises:

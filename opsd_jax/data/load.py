@@ -10,13 +10,14 @@ import hashlib
 import sys
 from typing import NamedTuple
 
-from ml_collections import ConfigDict
-
 from opsd_jax.data import sources
 from opsd_jax.data.duplicates import without_duplicates
+from opsd_jax.data.options import DataOptions
 from opsd_jax.data.sources import Counts
 from opsd_jax.problem import DataError, Problem
+from opsd_jax.verify.pool import check_golds
 from opsd_jax.verify.verdict import Verifier
+from opsd_jax.verify.verifiers import from_options
 
 
 class Data(NamedTuple):
@@ -28,7 +29,7 @@ class Data(NamedTuple):
     verifiers: dict[str, Verifier]
 
 
-def load(config: ConfigDict) -> Data:
+def load(options: DataOptions) -> Data:
     """Reads the sources of `config.data`, and tells standard error how many rows were left out.
 
     A training problem is left out whose question also stands in a held-out source or in one of
@@ -38,30 +39,27 @@ def load(config: ConfigDict) -> Data:
       DataError: a source cannot be read, has bad rows, or has no problem left; or there is none
         held out.
     """
-    from opsd_jax.verify.pool import check_golds
-    from opsd_jax.verify.verifiers import from_config
-
     verifiers: dict[str, Verifier] = {}
     data: dict[str, dict[str, list[Problem]]] = {"heldout": {}, "train": {}}
     counts: dict[str, Counts] = {}
     for part in data:
         # An evaluation has no others.
-        if part == "heldout" and not config[part] and not config.heldout_problems:
+        if part == "heldout" and not options.heldout and not options.heldout_problems:
             raise DataError(
                 f"config.data.{part} is empty; expected sources, such as "
                 f"config.data.{part}.maths = config_lib.source('maths.jsonl'), or in "
                 "config.data.heldout_problems how many of `train` to hold out."
             )
-        for name, section in sorted(config[part].items()):
+        for name, section in sorted(getattr(options, part).items()):
             field = f"data.{part}.{name}"
             try:
-                verifiers[name] = from_config(section.verifier)
+                verifiers[name] = from_options(section.verifier)
             except ValueError as error:
                 raise DataError(f"config.{field}.verifier: {error}") from error
             check = functools.partial(check_golds, verifiers[name])
             data[part][name], counts[name] = sources.problems(name, section, field, check)
     evaluated = {name: [p.question for p in part] for name, part in data["heldout"].items()}
-    for name, section in sorted(config.exclude.items()):
+    for name, section in sorted(options.exclude.items()):
         field = f"data.exclude.{name}"
         evaluated[name], counts[name] = sources.questions(section, field)
     data["train"], counted = without_duplicates(data["train"], evaluated)
@@ -75,12 +73,12 @@ def load(config: ConfigDict) -> Data:
         )
         if not kept:
             raise DataError(f"config.data.train.{name}: no problem is left: {counts[name]}.")
-    if not config.heldout:
-        data["train"], data["heldout"] = hold_out(data["train"], config.heldout_problems)
+    if not options.heldout:
+        data["train"], data["heldout"] = hold_out(data["train"], options.heldout_problems)
     for part in ("heldout", "exclude", "train"):
-        for name in sorted(config[part]):
+        for name in sorted(getattr(options, part)):
             print(f"data: {part}.{name}: {counts[name]}", file=sys.stderr)
-    if not config.heldout:
+    if not options.heldout:
         shares = ", ".join(f"{len(part)} of {name}" for name, part in data["heldout"].items())
         print(f"data: held out of these: {shares}", file=sys.stderr)
     return Data(data["train"], data["heldout"], counts, verifiers)

@@ -1,6 +1,6 @@
 """From the rows of a source to its problems: checked, filtered, and counted.
 
-A source is a section of the config, made by `opsd_jax.config.source`.
+The options of a source are `opsd_jax.data.options.SourceOptions`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
-from opsd_jax import config as config_lib
 from opsd_jax.data import files
+from opsd_jax.data.options import ColumnOptions, SourceOptions
 from opsd_jax.data.pass_rates import pass_rates
 from opsd_jax.problem import DataError, Problem
 
@@ -90,7 +88,7 @@ class _Candidate(NamedTuple):
 
 
 def problems(
-    name: str, section: ConfigDict, field: str, check_golds: CheckGolds
+    name: str, section: SourceOptions, field: str, check_golds: CheckGolds
 ) -> tuple[list[Problem], Counts]:
     """The problems of a source, in the order of its rows, and what became of the others.
 
@@ -119,7 +117,7 @@ def problems(
     _mark_repeated_ids(read, section.columns.id)
     good = [c for c in read if not c.row.wrong]
     solution = section.columns.solution
-    named = solution and solution != config_lib.source().columns.solution
+    named = solution and solution != ColumnOptions().solution
     if named and good and not any(c.problem.solution for c in good):
         raise DataError(
             f"config.{field}.columns.solution is {solution!r}, which no row of {section.path} has; "
@@ -164,7 +162,7 @@ def problems(
     return kept, counts
 
 
-def questions(section: ConfigDict, field: str) -> tuple[list[str], Counts]:
+def questions(section: SourceOptions, field: str) -> tuple[list[str], Counts]:
     """The questions of a source of which nothing else is needed, and what became of its rows.
 
     Raises:
@@ -178,12 +176,14 @@ def questions(section: ConfigDict, field: str) -> tuple[list[str], Counts]:
     return kept, Counts(rows=len(readers), kept=len(kept), bad=bad)
 
 
-def _columns(section: ConfigDict) -> set[str]:
+def _columns(section: SourceOptions) -> set[str]:
     """All columns that `_read` may read."""
-    return {*section.columns.values(), *section.extra, section.difficulty.column}
+    names = section.columns
+    used = {names.id, names.question, names.answer, names.solution}
+    return {*used, *section.extra, section.difficulty.column}
 
 
-def _read(read: _Reader, number: int, name: str, section: ConfigDict) -> _Candidate | None:
+def _read(read: _Reader, number: int, name: str, section: SourceOptions) -> _Candidate | None:
     """What a row holds; None where something is wrong with it, which `read` has noted."""
     columns, level = section.columns, section.difficulty.column
     key = read(columns.id, _key, "a string or an integer", absent="")
@@ -315,7 +315,7 @@ def _mark_repeated_ids(read: Sequence[_Candidate], column: str) -> None:
         candidate.row.wrong.append(f"{wrong}; expected one of its own")
 
 
-def _refuse(rows: Sequence[_Row], section: ConfigDict, field: str) -> int:
+def _refuse(rows: Sequence[_Row], section: SourceOptions, field: str) -> int:
     """The number of bad rows, which are told of; raises DataError if they are not to be dropped."""
     bad = [f"{row.where}: {'; '.join(row.wrong)}" for row in rows if row.wrong]
     if bad:

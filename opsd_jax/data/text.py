@@ -10,6 +10,7 @@ docs/data.md explains the sources, docs/prompts.md the rest of `config.data`.
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import re
 from typing import Any
@@ -17,28 +18,27 @@ from typing import Any
 import grain
 from ml_collections import ConfigDict
 
-from opsd_jax.config import import_function
 from opsd_jax.data.chat import Chat, ChatTemplate, fitting
-from opsd_jax.data.contexts import KINDS, Context
+from opsd_jax.data.contexts import CONTEXTS, Context
 from opsd_jax.data.load import load
 from opsd_jax.data.mixture import mixture
+from opsd_jax.data.options import DataOptions, MemoWording
 from opsd_jax.data.task import Demonstration, Task, Tokenizer
 from opsd_jax.data.tokenizer import PretrainedTokenizer
+from opsd_jax.options import import_function
 from opsd_jax.problem import DataError, Problem
+from opsd_jax.verify.verifiers import by_source
 
-_DAY = re.compile(r"[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])")
 _FIELD = re.compile(r"\{(question|solution|answer|context)\}")
 
 
-def task(config: ConfigDict) -> Task:
+def task(config: DataOptions) -> Task:
     """The task of `config.data`.
 
     Raises:
       DataError: a source that cannot be used; see `load`.
       ValueError: a template or a tokenizer that cannot; names the field.
     """
-    from opsd_jax.verify.verifiers import by_source
-
     check_wording(config)
     tokenizer = make_tokenizer(config.tokenizer)
     chat = make_chat(config, tokenizer)
@@ -88,7 +88,7 @@ def task(config: ConfigDict) -> Task:
 
     def memo_request(problem: Problem, group: str) -> list[int]:
         known = {"answer": problem.answer, "solution": problem.solution or problem.answer}
-        return chat.next_turn(fill(config.memo[group], **known))
+        return chat.next_turn(fill(getattr(config.memo, group), **known))
 
     def demonstrate(problem: Problem) -> Demonstration:
         if begun and "</think>" not in problem.solution:
@@ -137,16 +137,12 @@ def make_tokenizer(name: str) -> Tokenizer:
     return import_function(name, "data.tokenizer")()
 
 
-def make_chat(config: ConfigDict, tokenizer: Tokenizer) -> Chat:
+def make_chat(config: DataOptions, tokenizer: Tokenizer) -> Chat:
     """How `config.data` has the user's words made into prompts.
 
     Raises:
       ValueError: there is no such template, or it does not do what is asked of it.
     """
-    if config.thinking not in ("", "on", "off"):
-        raise ValueError(f"data.thinking is {config.thinking!r}; expected 'on', 'off' or ''.")
-    if config.date and not _DAY.fullmatch(config.date):
-        raise ValueError(f"data.date is {config.date!r}; expected a day such as '2026-01-31'.")
     template: ChatTemplate | None = getattr(tokenizer, "chat_template", None)
     if config.chat_template == "none":
         template = None
@@ -165,11 +161,14 @@ def make_chat(config: ConfigDict, tokenizer: Tokenizer) -> Chat:
         system=config.system,
         thinking=config.thinking,
         date=config.date,
-        options=config.template_options.to_dict(),
+        options={
+            name: value.to_dict() if isinstance(value, ConfigDict) else value
+            for name, value in config.template_options.items()
+        },
     )
 
 
-def check_wording(config: ConfigDict) -> None:
+def check_wording(config: DataOptions) -> None:
     """Raises ValueError for a text of `config.data` without the places that it needs, or with one
     that would show the student what it is to find; names the field.
     """
@@ -188,12 +187,13 @@ def check_wording(config: ConfigDict) -> None:
     check("prompt", config.prompt, {"question"}, set())
     check("teacher_prompt", config.teacher_prompt, {"question", "context"}, set())
     check("reminder", config.reminder, {"context"}, set())
-    for kind in KINDS:
+    for kind, about in CONTEXTS.items():
         if kind in config.contexts:
-            needed = set() if kind == "concise" else {"context"}
+            needed = {"context"} if about.needs_context else set()
             check(f"contexts.{kind}", config.contexts[kind], needed, set())
-    for group, text in config.memo.items():
-        check(f"memo.{group}", text, set(), {"answer", "solution"})
+    for field in dataclasses.fields(MemoWording):
+        text = getattr(config.memo, field.name)
+        check(f"memo.{field.name}", text, set(), {"answer", "solution"})
 
 
 def fill(text: str, **values: Any) -> str:

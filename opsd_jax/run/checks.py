@@ -154,16 +154,13 @@ def _check_contexts(
     if section.reinject_every and task.reminder is None:
         fail("reinject_every", section.reinject_every, "expected 0: the task has no reminder.")
     for kind in section.contexts:
-        if ":" in kind:
-            config_lib.import_function(kind, f"{stage}.contexts")
+        about = contexts.context_kind(kind, f"{stage}.contexts")
         if kind == "memo" and task.memo_request is None:
             fail("contexts", kind, "expected none of 'memo': the task has no memo_request.")
-        find = {
-            "solution": contexts.solution,
-            "answer": contexts.answer,
-            "column": contexts.column(section.context_column),
-        }.get(kind, contexts.nothing)
-        wording = "column" if ":" in kind else kind
+        find: contexts.Find = contexts.nothing  # a text that depends on rollouts is not known yet
+        if about.find is not None and not about.needs_group:
+            find = about.find(section)
+        wording = contexts.worded_as(kind)
         texts = [find(problem, 0, ()) for problem in problems]
         cut = 0
         try:

@@ -56,7 +56,7 @@ from opsd_jax.training.optimizer import make_optimizer
 from opsd_jax.training.progress import Progress
 from opsd_jax.training.signals import Interrupted, StopSignal
 from opsd_jax.training.stage import Stage
-from opsd_jax.verify.pool import Limits, VerifierPool
+from opsd_jax.verify.pool import PoolOptions, VerifierPool
 
 NOTE = "note.txt"  # what a reader of the figures has to know, as the task says it
 
@@ -78,11 +78,7 @@ class Run:
         except ValueError as error:
             raise config_lib.ConfigError(f"config.task is {config.task!r}: {error}") from error
         sizes.check(config, self.task, self.model.vocab_size, self.stage_seed)
-        self.pool = VerifierPool(
-            self.task.verify,
-            workers=config.pool.workers,
-            limits=Limits(config.pool.seconds, config.pool.memory_mb),
-        )
+        self.pool = VerifierPool(self.task.verify, PoolOptions(**config.pool))
 
     def stage_seed(self, name: str) -> int:
         """The seed of a stage: arms that start from one model draw the same problems and random

@@ -11,9 +11,7 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
-from opsd_jax.config import import_function
-from opsd_jax.data import contexts
-from opsd_jax.data.contexts import Attempt, Context, Find
+from opsd_jax.data.contexts import Attempt, Context, Find, context_kind, worded_as
 from opsd_jax.data.task import Task
 from opsd_jax.policy import Params
 from opsd_jax.rollout.collect import Rollouts
@@ -62,17 +60,11 @@ class Privileged:
         """
         self._config, self._task, self._memos = config, task, memos
         self._group_size = group_size
+        kinds = {kind: context_kind(kind, "opsd.contexts") for kind in config.contexts}
         self._find: dict[str, Find] = {
-            "solution": contexts.solution,
-            "answer": contexts.answer,
-            "sibling": contexts.sibling(config.sibling, thinking=config.sibling_thinking),
-            "concise": contexts.nothing,
-            "column": contexts.column(config.context_column),
-            "none": contexts.nothing,
+            name: kind.find(config) for name, kind in kinds.items() if kind.find is not None
         }
-        own = [kind for kind in config.contexts if ":" in kind]
-        self._find |= {kind: import_function(kind, "opsd.contexts") for kind in own}
-        self._looks_around = bool(own) or "sibling" in config.contexts
+        self._looks_around = any(kind.needs_group for kind in kinds.values())
 
     def __call__(
         self,
@@ -106,7 +98,7 @@ class Privileged:
             for kind in kinds:
                 text = self._find[kind](rollouts.problems[i], i - first, group)
                 if text is not None:
-                    return Context("column" if ":" in kind else kind, text)
+                    return Context(worded_as(kind), text)
             return None
 
         ahead, usable, asked = iter(wanted), 0, 0
@@ -140,7 +132,7 @@ class Privileged:
             inserts, reminder_was_cut = self._reminders(context, rollouts.responses[i])
             reminders_cut += reminder_was_cut
             rows[i] = {"teacher": prompt, "teacher/inserts": inserts}
-        counts = Counter({"column" if ":" in kind else kind: 0 for kind in kinds})
+        counts = Counter({worded_as(kind): 0 for kind in kinds})
         counts.update(context.kind for context in found.values() if context)
         metrics = {
             "no_context": float(len(found) - len(rows)),

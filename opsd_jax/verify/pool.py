@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import importlib
@@ -35,8 +36,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import NamedTuple
 
+from opsd_jax.options import option
 from opsd_jax.problem import Problem
 from opsd_jax.verify.verdict import CRASH, MEMORY, TIMEOUT, Judge, Question, Verdict, Verifier
 from opsd_jax.verify.verifiers import as_verifier
@@ -46,7 +47,10 @@ STARTS = 5  # starts in a row that may fail; one that was killed from outside is
 START_SECONDS = 60.0  # that a start may take
 RECYCLED = 5000  # questions after which a worker is replaced: parsers' caches grow
 REMEMBERED = 1 << 16  # verdicts
-PRELOADED = ("opsd_jax.verify.warm",)  # what the server that workers are forked from has loaded
+PRELOADED = (
+    "opsd_jax.verify.warm",
+    "opsd_jax.verify.pool",
+)  # in the server that workers are forked from
 
 _KILLED = (-signal.SIGKILL, -signal.SIGTERM, 255)  # 255: the server that knew is gone, too
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -56,20 +60,22 @@ class PoolError(RuntimeError):
     """Nothing can be verified: workers do not start, or the pool is closed."""
 
 
-class Limits(NamedTuple):
-    """What a question may take.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PoolOptions:
+    """The processes that verify responses, and what one response may cost."""
 
-    Attributes:
-      seconds: time, then its worker is killed.
-      memory_mb: MiB by which its worker may grow, on Linux.
-    """
+    workers: int = option(0, "Processes; 0 is one per core, at most 8.", at_least=0)
+    seconds: float = option(
+        2.0, "Time limit for one response, in seconds; then its worker is killed.", above=0
+    )
+    memory_mb: int = option(
+        512, "Memory that a worker may allocate for one response, in MiB; Linux only.", above=0
+    )
 
-    seconds: float = 2.0
-    memory_mb: int = 512
 
-
-LIMITS = Limits()
-PATIENT = Limits(seconds=10.0)  # for golds: checked once, and none is refused for a slow machine
+DEFAULTS = PoolOptions()
+# Reference answers are checked once, and a slow machine must not make one of them a bad row.
+PATIENT = PoolOptions(seconds=10.0)
 
 
 class _Task:
@@ -84,10 +90,10 @@ class _Task:
 class _Worker:
     """A process, its pipe, and the task that it has."""
 
-    def __init__(self, judge: bytes, limits: Limits):
+    def __init__(self, judge: bytes, options: PoolOptions):
         self.pipe, theirs = _CONTEXT.Pipe()
         self._process = _CONTEXT.Process(
-            target=_work, args=(theirs, judge, limits), name="verifier", daemon=True
+            target=_work, args=(theirs, judge, options), name="verifier", daemon=True
         )
         self._process.start()
         theirs.close()
@@ -137,13 +143,16 @@ class VerifierPool:
       judged: how many questions workers were asked.
     """
 
-    def __init__(self, verifier: Verifier | Judge, *, workers: int = 0, limits: Limits = LIMITS):
-        """`workers`: how many processes; 0 for one a core, but at most 8.
+    def __init__(self, verifier: Verifier | Judge, options: PoolOptions = DEFAULTS):
+        """
+        Args:
+          verifier: judges the responses.
+          options: number of processes and limits.
 
         Raises:
           ValueError: the judge cannot be sent to another process.
         """
-        self._verifier, self._limits = as_verifier(verifier), limits
+        self._verifier, self._options = as_verifier(verifier), options
         try:
             self._judge = pickle.dumps(self._verifier.judge)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -151,7 +160,7 @@ class VerifierPool:
                 f"the judge {self._verifier.judge!r} cannot be sent to a worker ({error}); "
                 "expected a function of a module, or a functools.partial of one."
             ) from error
-        self._size = workers or min(os.cpu_count() or 1, 8)
+        self._size = options.workers or min(os.cpu_count() or 1, 8)
         self._lock = threading.Lock()
         self._waiting: collections.deque[_Task] = collections.deque()
         self._known: collections.OrderedDict[bytes, Future[Verdict]] = collections.OrderedDict()
@@ -258,14 +267,14 @@ class VerifierPool:
         """Starts the workers that are missing, and gives those that are free what waits."""
         while self._waiting and not self._failure and len(self._workers) < self._size:
             try:
-                self._workers.append(_Worker(self._judge, self._limits))
+                self._workers.append(_Worker(self._judge, self._options))
             except (EOFError, OSError) as error:
                 # The server that forks was killed. A moment, and the next start renews it.
                 time.sleep(0.1)
                 self._failed_start(repr(error), 0.05)
         for worker in self._workers:
             if worker.ready and worker.task is None and self._waiting:
-                worker.give(self._waiting.popleft(), self._limits.seconds)
+                worker.give(self._waiting.popleft(), self._options.seconds)
 
     def _failed_start(self, why: str, share: float = 1.0) -> None:
         self._failed_starts += share
@@ -319,7 +328,7 @@ class VerifierPool:
 
 def check_golds(verifier: Verifier | Judge, problems: Sequence[Problem]) -> list[str]:
     """Whether each problem's answer verifies against itself: "" if so, else the reason."""
-    with VerifierPool(verifier, limits=PATIENT) as pool:
+    with VerifierPool(verifier, PATIENT) as pool:
         futures = [pool.submit_gold(problem) for problem in problems]
         verdicts = [future.result() for future in futures]
     return ["" if verdict.correct else verdict.reason for verdict in verdicts]
@@ -329,7 +338,7 @@ def _raised(error: BaseException) -> Verdict:
     return Verdict(False, f"verifier {type(error).__name__}")
 
 
-def _work(pipe: multiprocessing.connection.Connection, judge: bytes, limits: Limits) -> None:
+def _work(pipe: multiprocessing.connection.Connection, judge: bytes, options: PoolOptions) -> None:
     """A worker: reads questions, writes verdicts, until its pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -347,7 +356,7 @@ def _work(pipe: multiprocessing.connection.Connection, judge: bytes, limits: Lim
             fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
             flags = fcntl.fcntl(pipe, fcntl.F_GETFL)
             fcntl.fcntl(pipe, fcntl.F_SETFL, flags | os.O_ASYNC)
-            _bound(limits)
+            _bound(options)
             try:
                 correct, reason = decide(question)
                 said = bool(correct), str(reason)
@@ -359,14 +368,14 @@ def _work(pipe: multiprocessing.connection.Connection, judge: bytes, limits: Lim
             pipe.send(said)
 
 
-def _bound(limits: Limits) -> None:
+def _bound(options: PoolOptions) -> None:
     """Bounds what this process may take from now on."""
     used = resource.getrusage(resource.RUSAGE_SELF)
-    _lower(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime + limits.seconds) + 1)
+    _lower(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime + options.seconds) + 1)
     if sys.platform == "linux":
         with open("/proc/self/statm") as file:
             size = int(file.read().split()[0]) * resource.getpagesize()
-        _lower(resource.RLIMIT_AS, size + limits.memory_mb * 2**20)
+        _lower(resource.RLIMIT_AS, size + options.memory_mb * 2**20)
 
 
 def _lower(kind: int, most: int) -> None:

@@ -6,12 +6,13 @@ of these with " and " (all have to say yes) or " or " (one does) between them.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
+from opsd_jax.options import option
 from opsd_jax.problem import Problem
 from opsd_jax.verify import extract
 from opsd_jax.verify.maths import gold_of, maths
@@ -26,9 +27,6 @@ from opsd_jax.verify.verdict import (
     Verifier,
     verdict_on,
 )
-
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict
 
 _NUMBER = re.compile(
     r"(?<![\w^{.])[-+]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
@@ -248,42 +246,68 @@ def _judge_tagged(judges: Mapping[str, Callable], question: Question) -> Verdict
     return judges[source](question)
 
 
-def from_config(section: ConfigDict) -> Verifier:
-    """The verifier of a config's section (`opsd_jax.config.verifier`).
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerifierOptions:
+    """How the responses to a source's problems are verified (docs/verifiers.md)."""
+
+    kind: str = option(
+        "maths",
+        "A key of VERIFIERS, 'package.module:function', or several of these joined by ' and ' or "
+        "by ' or '.",
+    )
+    answer: tuple[str, ...] = option(
+        ("boxed",), "Where a response has its answer: names of conventions, tried in this order."
+    )
+    ignore_case: bool = option(False, "Whether kind 'exact' ignores upper and lower case.")
+    relative_tolerance: float = option(
+        1e-6, "Tolerance of kind 'numeric', as a fraction of the right answer.", at_least=0
+    )
+    absolute_tolerance: float = option(
+        0.0, "Tolerance of kind 'numeric', as an absolute difference.", at_least=0
+    )
+
+
+# To add a kind of verifier, add its function to this table.
+VERIFIERS: dict[str, Callable[[VerifierOptions], Verifier]] = {
+    "maths": lambda options: maths(options.answer),
+    "exact": lambda options: exact(options.answer, ignore_case=options.ignore_case),
+    "numeric": lambda options: numeric(
+        options.answer,
+        relative_tolerance=options.relative_tolerance,
+        absolute_tolerance=options.absolute_tolerance,
+    ),
+    "choice": lambda options: choice(options.answer),
+}
+
+
+def from_options(options: VerifierOptions) -> Verifier:
+    """Returns the verifier that options describe.
 
     Raises:
-      ValueError: it names a kind or a convention that there is not.
+      ValueError: the kind or a convention does not exist.
     """
-    for convention in section.answer:
+    for convention in options.answer:
         if convention not in extract.CONVENTIONS:
             known = ", ".join(extract.CONVENTIONS)
             raise ValueError(f"answer has {convention!r}; expected some of {known}.")
-    kinds = {
-        "maths": lambda: maths(section.answer),
-        "exact": lambda: exact(section.answer, ignore_case=section.ignore_case),
-        "numeric": lambda: numeric(
-            section.answer,
-            relative_tolerance=section.relative_tolerance,
-            absolute_tolerance=section.absolute_tolerance,
-        ),
-        "choice": lambda: choice(section.answer),
-    }
-
-    def one(kind: str) -> Verifier:
-        if kind in kinds:
-            return kinds[kind]()
-        if ":" in kind:
-            return function(kind)
-        raise ValueError(
-            f"kind is {kind!r}; expected {', '.join(kinds)}, 'package.module:function', or several "
-            "with ' and ' or ' or ' between them."
-        )
-
-    every = " and " in section.kind
-    if every and " or " in section.kind:
-        raise ValueError(f"kind is {section.kind!r}; expected only ' and ' or only ' or ' in it.")
-    parts = [one(kind.strip()) for kind in section.kind.split(" and " if every else " or ")]
+    every = " and " in options.kind
+    if every and " or " in options.kind:
+        raise ValueError(f"kind is {options.kind!r}; expected only ' and ' or only ' or ' in it.")
+    names = [name.strip() for name in options.kind.split(" and " if every else " or ")]
+    parts = [_one_kind(name, options) for name in names]
     return combine(parts, every=every) if len(parts) > 1 else parts[0]
+
+
+def _one_kind(name: str, options: VerifierOptions) -> Verifier:
+    """Returns the verifier of one kind: a key of VERIFIERS, or "package.module:function"."""
+    if name in VERIFIERS:
+        return VERIFIERS[name](options)
+    if ":" in name:
+        return function(name)
+    raise ValueError(
+        f"kind is {name!r}; expected {', '.join(VERIFIERS)}, 'package.module:function', or several "
+        "of these joined by ' and ' or by ' or '."
+    )
 
 
 def _judge_open(judges: Sequence[Callable], every: bool, questions: Question) -> Verdict:

@@ -284,7 +284,6 @@ def test_a_task_from_files(config):
         ("data.teacher_prompt", "{question}", "teacher_prompt is '{question}'; expected {context}"),
         ("data.contexts.answer", "Hm", "data.contexts.answer is 'Hm'; expected {context} in it"),
         ("data.memo.correct", "{question}", "memo.correct is '{question}'; {question} is not fill"),
-        ("data.thinking", "yes", "data.thinking is 'yes'; expected 'on', 'off' or ''"),
         ("data.chat_template", "absent", "data.chat_template is 'absent'; expected '' for the to"),
         ("data.tokenizer", "absent", "there is no absent/tokenizer.json; expected a Hugging Face"),
         (
@@ -365,80 +364,6 @@ def test_without_data_there_is_no_task(config, tmp_path):
         config_lib.ConfigError, match=r"config.task is '.*arithmetic:task': it reads"
     ):
         pipeline.Run(config, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"train": {"a": {"path": "a"}}},
-            "data.train.a is path: a\n; expected what .*source returns",
-        ),
-        (
-            {"train": {"a/b": config_lib.source("a")}},
-            "data.train.a/b is .*; expected a name of its",
-        ),
-        (
-            {"heldout": {"x": config_lib.source("a")}},
-            "data.train.x is 'x'; expected a name of its own",
-        ),
-        ({"train": {"a": config_lib.source()}}, "data.train.a.path is ''; expected a file"),
-        (
-            {"train": {"a": config_lib.source("a", weight=0.0)}},
-            "a.weight is 0.0; expected a number",
-        ),
-        ({"train": {"a": config_lib.source("a", columns={"id": None})}}, "id is None; .* type str"),
-        ({"train": {"a": config_lib.source("a", weight=None)}}, "a.weight is None; .* a number"),
-        (
-            {"train": {"a": config_lib.source("a", difficulty={"low": float("nan")})}},
-            "a.difficulty.low is nan; expected a number",
-        ),
-        ({"train": {"a": config_lib.source("a", extra=("b", 1))}}, "extra is .*a tuple of strings"),
-        (
-            {"train": {"a": config_lib.source("a", verifier={"ignore_case": None})}},
-            "data.train.a.verifier.ignore_case is None; expected of type bool",
-        ),
-        ({"train": {"problems": None}}, "data.train.problems is None; expected what .*source"),
-        (
-            {"train": {"a": config_lib.source("a", weight=1e-7)}},
-            "a.weight is 1e-07; expected at least a millionth of all",
-        ),
-        ({"train": {"a": config_lib.source("a", bad_rows="keep")}}, "expected 'refuse' or 'drop'"),
-        ({"train": {"a": config_lib.source("a", columns={"question": ""})}}, "name of a column"),
-        (
-            {"train": {"a": config_lib.source("a", pass_rates={"low": 0.9, "high": 0.1})}},
-            "a.pass_rates.low is 0.9; expected at most 0.1, its high",
-        ),
-        (
-            {"train": {"a": config_lib.source("a", pass_rates={"high": 90.0})}},
-            r"a.pass_rates.high is 90.0; expected a share in \[0, 1\], such as 0.9 for 90 percent",
-        ),
-    ],
-)
-def test_sections_that_cannot_be_used(change, message):
-    config = config_lib.default()
-    config.data.train.x = config_lib.source("x")
-    for part, sections in change.items():
-        for name, section in sections.items():
-            config.data[part][name] = section
-    with pytest.raises(config_lib.ConfigError, match=message):
-        validation.validate(config)
-
-
-def test_a_source_has_the_fields_that_it_has():
-    with pytest.raises(KeyError, match="answers"):
-        config_lib.source("a", columns={"answers": "gold"})
-    assert config_lib.source("a", columns={"answer": "gold"}).columns.question == "problem"
-
-
-def test_a_source_may_be_a_path_and_have_the_name_of_a_field():
-    config = config_lib.default()
-    config.data.train.problems = config_lib.source(pathlib.Path("a") / "b.jsonl")
-    validation.validate(config)
-    assert config.data.train.problems.path == "a/b.jsonl"
-    config.data.train.problems.verifier = None
-    with pytest.raises(config_lib.ConfigError, match=r"(?s)problems is .*; expected what opsd_j"):
-        validation.validate(config)
 
 
 def test_infinite_bounds_are_kept_as_strict_json(tmp_path):

@@ -14,7 +14,7 @@ from opsd_jax.config import checks as validation
 from opsd_jax.data.load import load
 from opsd_jax.problem import Problem
 from opsd_jax.verify.extract import CONVENTIONS
-from opsd_jax.verify.pool import VerifierPool
+from opsd_jax.verify.pool import PoolOptions, VerifierPool
 from opsd_jax.verify.verdict import REASONS
 from opsd_jax.verify.verifiers import by_source
 
@@ -49,7 +49,7 @@ def test_a_verifier_of_one_s_own(here):
         r"\boxed{__import__('os').getpid()}": "not an expression",
         "24": "no answer",
     }
-    with VerifierPool(by_source(data.verifiers), workers=1) as pool:
+    with VerifierPool(by_source(data.verifiers), PoolOptions(workers=1)) as pool:
         futures = [pool.submit(problem, response) for response in responses]
         verdicts = [future.result(timeout=60) for future in futures]
     assert [v.reason for v in verdicts] == list(responses.values())

@@ -270,7 +270,7 @@ def test_responses_keep_their_ids_around_reminders(config, task, rollouts):
     assert reminded == sum(len(row["teacher/inserts"]) for row in rows.values())
 
 
-@pytest.mark.parametrize("kind", contexts.KINDS)
+@pytest.mark.parametrize("kind", contexts.CONTEXTS)
 @pytest.mark.parametrize("every", [0, 4])
 def test_only_the_context_makes_a_divergence(config, task, rollouts, kind, every):
     """A model that looks at the last token alone sees no context. Whatever the lengths of prompts,
@@ -333,6 +333,8 @@ def test_the_control_has_no_divergence_in_a_model_that_sees_everything(config, t
     assert np.abs(token_divergence(model, params, rows)).max() < 1e-5
     with config.unlocked():
         config.opsd.contexts = ("solution",)
+    finder = Privileged(config.opsd, task, 2)
+    stage = opsd.stage(config.opsd, task, model.policy, lambda *_: rollouts, finder)
     (batch,), *_ = stage.batches(0, None)
     rows = jax.tree.map(lambda x: x[0], batch[0]["rows"])
     assert token_divergence(model, params, rows).max() > 1e-2

@@ -18,7 +18,7 @@ from paths import SUPPORT
 from opsd_jax.problem import Problem
 from opsd_jax.verify import pool as pool_lib
 from opsd_jax.verify.maths import maths
-from opsd_jax.verify.pool import Limits, PoolError, VerifierPool, check_golds
+from opsd_jax.verify.pool import PoolError, PoolOptions, VerifierPool, check_golds
 from opsd_jax.verify.verdict import Verdict, Verifier
 from opsd_jax.verify.verifiers import at_once
 
@@ -37,7 +37,7 @@ def is_running(pid):
 
 
 def verdicts(judge, responses, problem=ANY, **options):
-    with VerifierPool(judge, workers=2, **options) as pool:
+    with VerifierPool(judge, PoolOptions(workers=2, **options)) as pool:
         futures = [pool.submit(problem, response) for response in responses]
         return [future.result(timeout=60) for future in futures]
 
@@ -61,7 +61,7 @@ def test_what_goes_wrong_costs_its_own_row(response, verdict):
     responses = [f"fine {i}" for i in range(20)]
     responses.insert(7, response)
     began = time.monotonic()
-    got = verdicts(judges.misbehave, responses, limits=Limits(seconds=1.0))
+    got = verdicts(judges.misbehave, responses, seconds=1.0)
     assert got.pop(7) == verdict
     assert got == [Verdict(True, "fine")] * 20
     assert time.monotonic() - began < 15
@@ -69,18 +69,18 @@ def test_what_goes_wrong_costs_its_own_row(response, verdict):
 
 def test_memory_is_counted_from_what_the_worker_has():
     """What fits is let through, many times over."""
-    got = verdicts(judges.misbehave, [f"eat {300 + i}" for i in range(8)], limits=Limits(60))
+    got = verdicts(judges.misbehave, [f"eat {300 + i}" for i in range(8)], seconds=60.0)
     assert got == [Verdict(True, "eat")] * 8
 
 
 def test_limits_are_the_caller_s():
-    limits = Limits(seconds=0.5, memory_mb=100)
-    got = verdicts(judges.misbehave, ["fine", "sleep 5", "eat 300"], limits=limits)
+    responses = ["fine", "sleep 5", "eat 300"]
+    got = verdicts(judges.misbehave, responses, seconds=0.5, memory_mb=100)
     assert [v.reason for v in got] == ["fine", "timeout", "memory"]
 
 
 def test_a_question_is_asked_once():
-    with VerifierPool(maths(), workers=2) as pool:
+    with VerifierPool(maths(), PoolOptions(workers=2)) as pool:
         futures = [
             pool.submit(Problem(i, "", "", r"\sqrt{8}"), rf"Thus \boxed{{{answer}}}")
             for i in range(50)
@@ -93,7 +93,7 @@ def test_a_question_is_asked_once():
 
 
 def test_a_passing_slowness_is_not_remembered(tmp_path):
-    with VerifierPool(judges.misbehave, workers=1, limits=Limits(seconds=0.5)) as pool:
+    with VerifierPool(judges.misbehave, PoolOptions(workers=1, seconds=0.5)) as pool:
         question = f"once {tmp_path / 'asked'}"
         assert pool.submit(ANY, question).result(timeout=60) == Verdict(False, "timeout")
         assert pool.submit(ANY, question).result(timeout=60) == Verdict(True, "once")
@@ -103,7 +103,7 @@ def test_a_passing_slowness_is_not_remembered(tmp_path):
 def test_workers_are_replaced_after_a_while(monkeypatch):
     """And no question is lost by that."""
     monkeypatch.setattr(pool_lib, "RECYCLED", 5)
-    with VerifierPool(judges.misbehave, workers=1) as pool:
+    with VerifierPool(judges.misbehave, PoolOptions(workers=1)) as pool:
         futures = [pool.submit(ANY, f"fine {i}") for i in range(23)]
         seen = set()
         for future in futures:
@@ -114,7 +114,7 @@ def test_workers_are_replaced_after_a_while(monkeypatch):
 
 def test_what_a_judge_started_ends_with_it(tmp_path):
     path = tmp_path / "pid"
-    got = verdicts(judges.misbehave, [f"child {path}"], limits=Limits(seconds=0.5))
+    got = verdicts(judges.misbehave, [f"child {path}"], seconds=0.5)
     assert got == [Verdict(False, "timeout")]
     pid = int(path.read_text())
     deadline = time.monotonic() + 5
@@ -163,7 +163,7 @@ def test_a_judge_that_raises_at_once_costs_its_own_row():
 def test_from_a_thread():
     """And from several at once; math-verify by itself refuses any but the main one."""
     results = {}
-    with VerifierPool(maths(), workers=2) as pool:
+    with VerifierPool(maths(), PoolOptions(workers=2)) as pool:
 
         def ask(i):
             future = pool.submit(
@@ -184,7 +184,7 @@ def test_workers_killed_at_random():
     """2,000 verifications while every 50 ms or so a worker is killed, and once in a while the
     server that forks them."""
     rng, kills, done, seen = random.Random(0), 0, threading.Event(), set()
-    pool = VerifierPool(judges.double, workers=2)
+    pool = VerifierPool(judges.double, PoolOptions(workers=2))
 
     def kill():
         nonlocal kills
@@ -227,12 +227,12 @@ import os, signal, sys, time
 sys.path.insert(0, {tests!r})
 import judges
 from opsd_jax.problem import Problem
-from opsd_jax.verify.pool import Limits, VerifierPool
+from opsd_jax.verify.pool import PoolOptions, VerifierPool
 
 def main():
     # A shell's background jobs ignore SIGINT, and so would this one.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    pool = VerifierPool(judges.misbehave, workers=2, limits=Limits(seconds=30))
+    pool = VerifierPool(judges.misbehave, PoolOptions(workers=2, seconds=30.0))
     futures = [
         pool.submit(Problem(0, "", "", ""), f"{{what}} {marks}/{{i}}")
         for i, what in enumerate(("mark", "mark-spin"))
@@ -287,7 +287,7 @@ def test_no_worker_outlives_its_parent(tmp_path, end):
 
 
 def test_leaving_early_drops_what_waits():
-    with VerifierPool(judges.misbehave, workers=1) as pool:
+    with VerifierPool(judges.misbehave, PoolOptions(workers=1)) as pool:
         futures = [pool.submit(ANY, f"sleep {1 + i / 100}") for i in range(20)]
     with pytest.raises(PoolError, match="closed"):
         futures[-1].result(timeout=5)
@@ -304,8 +304,8 @@ def test_workers_that_cannot_start_are_an_error(tmp_path):
         sys.path.insert(0, {str(SUPPORT)!r})
         import judges
         from opsd_jax.problem import Problem
-        from opsd_jax.verify.pool import VerifierPool
-        pool = VerifierPool(judges.misbehave, workers=2)
+        from opsd_jax.verify.pool import PoolOptions, VerifierPool
+        pool = VerifierPool(judges.misbehave, PoolOptions(workers=2))
         print(pool.submit(Problem(0, "", "", ""), "fine").result(timeout=60))
         """)
     )
@@ -317,7 +317,7 @@ def test_workers_that_cannot_start_are_an_error(tmp_path):
 
 
 def test_a_future_is_shared_and_cannot_be_cancelled():
-    with VerifierPool(judges.misbehave, workers=1) as pool:
+    with VerifierPool(judges.misbehave, PoolOptions(workers=1)) as pool:
         first, second = (pool.submit(ANY, "sleep 0.2") for _ in range(2))
         assert not first.cancel()
         assert second.result(timeout=60) == first.result() == Verdict(True, "sleep")
@@ -342,14 +342,14 @@ def test_pools_leave_no_files_open():
 @LINUX
 def test_limits_of_the_session_are_kept():
     """A shell's `ulimit` is below what a worker would set for itself: workers live with it."""
-    with VerifierPool(judges.misbehave, workers=1) as pool:
+    with VerifierPool(judges.misbehave, PoolOptions(workers=1)) as pool:
         assert pool.submit(ANY, "limit").result(timeout=60) == Verdict(True, "limit")
         assert pool.submit(ANY, "fine").result(timeout=60) == Verdict(True, "fine")
         assert pool.submit(ANY, "eat 400").result(timeout=60) == Verdict(False, "memory")
 
 
 def test_golds_are_checked_against_themselves(monkeypatch):
-    monkeypatch.setattr(pool_lib, "PATIENT", Limits(seconds=1.5))
+    monkeypatch.setattr(pool_lib, "PATIENT", PoolOptions(seconds=1.5))
     golds = [r"\frac{1}{2}", "12", r"\text{Evelyn}", r"\frac{1}{", r"\boxed{x+1}", "9^{9^{9^{9}}}"]
     problems = [Problem(i, "", "", gold) for i, gold in enumerate(golds)]
     broken = "empty, or its braces do not match"

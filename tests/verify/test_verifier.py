@@ -5,19 +5,19 @@ import json
 import pytest
 from paths import SHARED
 
-from opsd_jax.config import verifier as section
 from opsd_jax.problem import Problem
 from opsd_jax.verify import extract
 from opsd_jax.verify.maths import maths
 from opsd_jax.verify.normalise import normalise, plain_number
 from opsd_jax.verify.verdict import Verdict, Verifier
 from opsd_jax.verify.verifiers import (
+    VerifierOptions,
     at_once,
     by_source,
     choice,
     combine,
     exact,
-    from_config,
+    from_options,
     function,
     numeric,
 )
@@ -393,7 +393,7 @@ def test_verifiers_of_a_config():
         ({"kind": "maths and test_verifier:words_at_most"}, r"so \boxed{12}", MISMATCH),
         ({"kind": "maths or test_verifier:words_at_most"}, r"so \boxed{12}", MATCH),
     ]:
-        assert from_config(section(**changes))(p, response) == verdict
+        assert from_options(VerifierOptions(**changes))(p, response) == verdict
     for changes, message in [
         ({"kind": "math"}, "kind is 'math'; expected maths, exact, numeric, choice"),
         ({"kind": "maths and exact or choice"}, "only ' and ' or only ' or '"),
@@ -401,7 +401,7 @@ def test_verifiers_of_a_config():
         ({"answer": ("box",)}, "answer has 'box'; expected some of boxed, ####, answer, text"),
     ]:
         with pytest.raises(ValueError, match=message):
-            from_config(section(**changes))
+            from_options(VerifierOptions(**changes))
 
 
 def test_a_verifier_says_what_needs_a_worker():
