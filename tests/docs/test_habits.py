@@ -34,7 +34,7 @@ def test_the_changelog_has_an_unreleased_section_above_this_version():
 
 
 def test_the_version_is_stated_once():
-    """setuptools reads the version from the package, as a literal, without importing the package."""
+    """setuptools reads the version from the package as a literal, without an import."""
     assert "version" not in PYPROJECT["project"]
     assert "version" in PYPROJECT["project"]["dynamic"]
     assert SETUPTOOLS["dynamic"]["version"] == {"attr": "opsd_jax.__version__"}
