@@ -35,7 +35,7 @@ def here(tmp_path, monkeypatch):
     sys.modules.pop("countdown", None)
 
 
-def test_a_user_defined_verifier(here):
+def test_a_verifier_of_one_s_own(here):
     config = config_lib.default()
     exec(COUNTDOWN_SOURCE, {"config": config, "config_lib": config_lib})
     config.data.heldout.any = config_lib.source("heldout.jsonl")
@@ -56,7 +56,7 @@ def test_a_user_defined_verifier(here):
     assert [v.correct for v in verdicts] == [True] + [False] * 5
 
 
-def test_the_sources_pass_the_checks(here):
+def test_the_sources(here):
     config = config_lib.default()
     exec(SOURCES, {"config": config, "config_lib": config_lib})
     validation.validate(config.lock())
