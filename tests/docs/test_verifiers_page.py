@@ -1,4 +1,4 @@
-"""What docs/verifiers.md shows works as it stands there."""
+"""The code in docs/verifiers.md works as written."""
 
 import json
 import re
@@ -25,7 +25,7 @@ SOURCES, COUNTDOWN, COUNTDOWN_SOURCE, ALONE = re.findall(r"```python\n(.*?)```",
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A directory with the page's module in it and the data that it describes."""
+    """A directory with the module that the page shows and the data that it describes."""
     (tmp_path / "countdown.py").write_text(COUNTDOWN)
     row = json.loads(re.search(r"\{.*\}", COUNTDOWN)[0])
     (tmp_path / "countdown.jsonl").write_text(json.dumps(row))
@@ -64,16 +64,16 @@ def test_the_sources(here):
     assert config.data.train.gsm8k.verifier.answer == ("####", "boxed")
 
 
-def test_without_a_config(here):
+def test_verification_without_a_config(here):
     script = here / "alone.py"
     script.write_text(ALONE)
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
-    said = re.search(r"print\(main\(\)\)  # (.*)", ALONE)[1]
-    assert done.stdout.strip() == said
+    expected = re.search(r"print\(main\(\)\)  # (.*)", ALONE)[1]
+    assert done.stdout.strip() == expected
     assert runpy.run_path(str(script))["Problem"] is Problem
 
 
-def test_every_name_is_on_the_page():
+def test_the_page_names_every_convention_reason_and_field():
     missing = [
         name for name in (*CONVENTIONS, *REASONS, *config_lib.verifier()) if name not in PAGE
     ]

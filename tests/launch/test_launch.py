@@ -14,8 +14,8 @@ from paths import ROOT
 
 SCRIPTS = sorted([*(ROOT / "launch").rglob("*.sh"), ROOT / ".ci" / "run"])
 
-# A stub for gcloud, docker, kubectl and xpk. `answers` maps a part of a command to a list of answers
-# [exit code, output]. The stub gives them in order, and repeats the last one.
+# A stub for gcloud, docker, kubectl and xpk. `answers` maps a part of a command to a list of
+# answers [exit code, output]. The stub gives them in order, and repeats the last one.
 STUB = """#!/usr/bin/env python3
 import json, os, pathlib, sys, time
 here = pathlib.Path(os.environ["STUB"])
