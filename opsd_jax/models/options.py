@@ -36,7 +36,7 @@ class DecoderOptions:
     num_kv_heads: int = required("Number of key-value heads.", at_least=1)
     head_dim: int = required("Size of each head; an even number.", at_least=1, check=_even)
     rope_theta: float = option(1e6, "Base of the rotary position embeddings.", above=0)
-    rope_scaling: RopeScaling = option(  # noqa: RUF009
+    rope_scaling: RopeScaling = option(
         RopeScaling(), "Scaling of the rotary embeddings to a longer context."
     )
     rms_norm_eps: float = option(1e-6, "Constant that RMSNorm adds to the mean square.", above=0)

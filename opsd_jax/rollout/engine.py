@@ -13,11 +13,12 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel import watchdog
 from opsd_jax.policy import Cache, Model, Params
 from opsd_jax.rollout import sampling

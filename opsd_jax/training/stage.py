@@ -1,8 +1,8 @@
 """The interface between the training loop and a stage (an algorithm).
 
 A stage is a `Stage`: it makes the batches of each step on the host, and it has a loss that runs on
-the device. `run_stage` does the rest: the train step, sharding, metrics, checkpoints, signals. A
-minimal stage, which fits a line:
+the device. `run_stage` does the rest: the train step, sharding, metrics, checkpoints, signals. This
+minimal stage fits the slope of a line:
 
     def pack(x_M):  # one bucket of up to 4 microbatches of 8 rows each
         x_Mxm = np.zeros((4, 8), np.float32)

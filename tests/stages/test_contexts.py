@@ -11,16 +11,15 @@ from tiny_config import stage_options
 
 from opsd_jax import config as config_lib
 from opsd_jax import losses
+from opsd_jax.config.run_options import parse_run
 from opsd_jax.data import contexts, text
 from opsd_jax.data.contexts import Attempt, Context
 from opsd_jax.problem import DataError, Problem
 from opsd_jax.rollout.collect import Rollouts
 from opsd_jax.rollout.engine import STOP_EOS, EndedRollouts, Response
-from opsd_jax.config.run_options import parse_run
 from opsd_jax.run import checks
 from opsd_jax.stages import opsd
-from opsd_jax.stages.memos import Memos
-from opsd_jax.stages.memos import memo_sampling
+from opsd_jax.stages.memos import Memos, memo_sampling
 from opsd_jax.stages.privileged import Privileged, reminder_places
 from opsd_jax.verify.verdict import Verdict
 
