@@ -1,16 +1,18 @@
-"""The paper's comparison: OPSD on correct, on incorrect and on all rollouts, from one RLVR model.
+"""The paper's comparison: OPSD on correct, incorrect and all rollouts of one RLVR model.
 
     opsd-jax train --config configs/quickstart_arms.py --workdir runs/arms
 
-Hardware: two CPU cores, 2 GB of memory; some seven minutes. Expect all three arms to shorten the
-responses alike, Correct-only to keep the accuracy, and Incorrect-only to lose ten points or more.
+Hardware: two CPU cores and 2 GB of memory.
+Time: about seven minutes.
+Expected result: all three arms shorten the responses by a similar amount. Correct-only keeps the
+accuracy, and Incorrect-only loses ten points or more.
 """
 
 from opsd_jax import config as config_lib
 
 
 def get_config():
-    """The quickstart, with an OPSD stage for each gate in place of one."""
+    """The quickstart with three OPSD stages, one for each gate."""
     config = config_lib.default()
     arms = {f"opsd_{gate}": gate for gate in ("correct", "incorrect", "all")}
     with config.unlocked():

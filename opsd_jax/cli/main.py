@@ -228,6 +228,9 @@ def _add_plan(sub: argparse.ArgumentParser) -> None:
         help="of responses, as a share of their budget, for the times (default: %(default)s)",
     )
     sub.add_argument("--json", action="store_true", help="print the figures as JSON")
+    sub.add_argument(
+        "--out", type=pathlib.Path, help="also write memory, programs and times to this text file"
+    )
 
 
 def _add_convert(sub: argparse.ArgumentParser, workdir: dict[str, Any]) -> None:
@@ -299,7 +302,7 @@ def _run(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     from opsd_jax.cli import evaluate as benchmark
     from opsd_jax.config import loading as config_files
     from opsd_jax.parallel import hosts
-    from opsd_jax.planning import plan, table
+    from opsd_jax.planning import plan, plan_file, table
     from opsd_jax.planning.chips import PlanError
     from opsd_jax.problem import DataError
     from opsd_jax.run import pipeline, workdir
@@ -319,6 +322,8 @@ def _run(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
             return 0
         if arguments.command == "plan":
             figures = plan.run(arguments, overrides)
+            if arguments.out:
+                plan_file.write(arguments, overrides, figures)
             made = [to_json(figures, indent=2)] if arguments.json else table.lines(figures)
             print(*made, sep="\n")
             return 0 if figures["fits"] else 1

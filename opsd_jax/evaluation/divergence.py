@@ -14,6 +14,7 @@ from opsd_jax.data.task import Task
 from opsd_jax.evaluation.statistics import ratio
 from opsd_jax.parallel import aot
 from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.parallel.program import ProgramKey, ProgramKind
 from opsd_jax.policy import Params, Policy
 from opsd_jax.rollout.collect import Rollouts
 from opsd_jax.stages.batch import collate, response_head
@@ -75,7 +76,7 @@ class DivergenceProbe:
             lowered = jax.jit(score, out_shardings=mesh_lib.replicated(mesh)).lower(
                 abstract_params, abstract_params, rows
             )
-            self._divergence = aot.compiled("probe", lowered)
+            self._divergence = aot.compiled(ProgramKey(ProgramKind.PROBE), lowered)
 
     def _collate(self, rows: list[dict[str, Any]]) -> Any:
         pad_id = self._task.tokenizer.pad_id

@@ -25,6 +25,8 @@ from jax.sharding import PartitionSpec as P
 from opsd_jax.losses.checks import check_mask
 from opsd_jax.losses.reduction import weighted_sum
 
+LOSS_CHUNKS = "loss_chunks"  # named scope of the loop over chunks of tokens
+
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["params", "hidden"], meta_fields=["unembed"]
@@ -302,7 +304,7 @@ def _loop(loss, student: Head, teacher: Scores | None, inputs, chunk: int | None
             float32 = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head)
             gradients = float32, jnp.zeros_like(hidden)
         said = jax.tree.map(lambda x: jnp.zeros((n, *x.shape[1:]), x.dtype), said)
-        with jax.named_scope("loss_chunks"):
+        with jax.named_scope(LOSS_CHUNKS):
             carry = jnp.zeros((), jnp.float32), said, gradients
             total, said, gradients = jax.lax.fori_loop(0, live_steps, step, carry)
 

