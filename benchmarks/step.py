@@ -4,7 +4,7 @@
 
 A step has 128 rollouts with exponentially distributed lengths (mean 128, at most 512 tokens),
 prompts of 16 to 64 tokens, and 32 to 128 more tokens of context for the teacher. The model has
-Qwen3's architecture with 4 layers of width 256, a vocabulary of 4,096 tokens and float32 parameters.
+Qwen3's architecture with 4 layers of width 256, a vocabulary of 4,096 tokens and float32 weights.
 
 The `plain` cases run the same step with one padded length for all rows. They drop no rows, so rows
 with weight 0 are computed like the others. The cases run alternately. Times are medians of the
@@ -120,8 +120,8 @@ def main(repeats: int) -> None:
     for name in cases:
         counts = [int(bucket["count"]) for bucket in cases[name]]
         print(
-            f"{name:<16}{median[name]:8.2f} s   useful {useful[name]:.3f}   microbatches {counts}   "
-            f"({min(seconds[name]):.2f} to {max(seconds[name]):.2f} s)"
+            f"{name:<16}{median[name]:8.2f} s   useful {useful[name]:.3f}   "
+            f"microbatches {counts}   ({min(seconds[name]):.2f} to {max(seconds[name]):.2f} s)"
         )
     print(
         json.dumps(
