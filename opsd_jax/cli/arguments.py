@@ -265,6 +265,9 @@ def _add_plan(sub: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     sub.add_argument("--json", action="store_true", help="print the plan as JSON")
+    sub.add_argument(
+        "--out", type=pathlib.Path, help="also write memory, programs and times to this text file"
+    )
 
 
 def _add_convert(sub: argparse.ArgumentParser) -> None:

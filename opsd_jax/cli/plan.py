@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping
 
 from opsd_jax.config import loading
-from opsd_jax.planning import table
+from opsd_jax.planning import plan_file, table
 from opsd_jax.planning.plan import plan
 from opsd_jax.storage.files import to_json
 
@@ -25,12 +24,9 @@ def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         arguments.topology,
         slices=arguments.slices,
         length=arguments.length,
-        report=_report,
     )
+    if arguments.out:
+        plan_file.write(arguments, overrides, made)
     lines = [to_json(made, indent=2)] if arguments.json else table.lines(made)
     print(*lines, sep="\n")
     return 0 if made["fits"] else 1
-
-
-def _report(name: str, seconds: float) -> None:
-    print(f"compiled {name}: {seconds:.0f} s", file=sys.stderr, flush=True)

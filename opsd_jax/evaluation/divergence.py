@@ -19,6 +19,7 @@ from opsd_jax.evaluation.options import EvaluationOptions
 from opsd_jax.evaluation.statistics import ratio
 from opsd_jax.parallel import aot
 from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.parallel.program import ProgramKey, ProgramKind
 from opsd_jax.policy import Params, Policy
 from opsd_jax.rollout.collect import Rollouts
 from opsd_jax.stages.batch import collate, response_head
@@ -104,7 +105,7 @@ class DivergenceProbe:
             lowered = jax.jit(score, out_shardings=mesh_lib.replicated(mesh)).lower(
                 abstract_params, abstract_params, rows
             )
-            self._token_kl = aot.compiled("probe", lowered)
+            self._token_kl = aot.compiled(ProgramKey(ProgramKind.PROBE), lowered)
 
     def _collate(self, rows: Sequence[Mapping[str, Any]]) -> Any:
         """Returns the microbatch of up to m rows."""

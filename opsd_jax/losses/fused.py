@@ -36,6 +36,8 @@ from opsd_jax.losses.head import (
 )
 from opsd_jax.losses.reduction import weighted_sum
 
+LOSS_CHUNKS = "loss_chunks"  # named scope of the loop over chunks of tokens
+
 # A loss of each token on its own: `(student logits [..., V], teacher logits [..., V] or None,
 # inputs [..., ...]) -> (values [...], diagnostics)`. Logits and values are float32. Inputs are a
 # pytree of arrays. Diagnostics are a dict of arrays [...], which may be nested.
@@ -260,8 +262,8 @@ def _prepare(
     if getattr(getattr(jax.typeof(student.hidden), "mat", None), "varying", ()):
         raise ValueError(
             "student is a Head inside a shard_map that checks replication; expected the argument "
-            "`partition` instead of the shard_map, or check_vma=False in the shard_map and your own "
-            "reduction of the gradients."
+            "`partition` instead of the shard_map, or check_vma=False in the shard_map and your "
+            "own reduction of the gradients."
         )
     vocab_size, width = vocabulary_size("student", student), student.hidden.shape[-1]
     chunk_size = chunk_tokens(chunk, width, vocab_size)
@@ -342,7 +344,7 @@ def _run_on_device(loop: _Loop, trained, fixed, weights_BxT, *, differentiated: 
         float32 = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head)
         gradients = float32, jnp.zeros_like(hidden_NxD)
     diagnostics_N = jax.tree.map(lambda x: jnp.zeros((n, *x.shape[1:]), x.dtype), diagnostics_C)
-    with jax.named_scope("loss_chunks"):
+    with jax.named_scope(LOSS_CHUNKS):
         carry = jnp.zeros((), jnp.float32), diagnostics_N, gradients
         total, diagnostics_N, gradients = jax.lax.fori_loop(0, trip_count, step, carry)
 

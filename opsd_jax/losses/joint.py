@@ -136,8 +136,8 @@ def _check_options(
     if (policy.aggregation, policy.length) != (distillation.aggregation, distillation.length):
         raise ValueError(
             f"policy has aggregation {policy.aggregation!r} and length {policy.length}, and "
-            f"distillation has {distillation.aggregation!r} and {distillation.length}; expected the "
-            "same values, because both parts are divided by the same number."
+            f"distillation has {distillation.aggregation!r} and {distillation.length}; expected "
+            "the same values, because both parts are divided by the same number."
         )
 
 

@@ -8,8 +8,9 @@ from typing import NamedTuple, Protocol
 from opsd_jax.data.task import Task
 from opsd_jax.policy import Model
 from opsd_jax.rollout.engine import Engine
-from opsd_jax.rollout.engines import Engines
 from opsd_jax.verify.pool import VerifierPool
+
+MakeEngine = Callable[..., Engine]  # the sizes of `Engines` -> the engine
 
 
 class Sampled(Protocol):
@@ -51,7 +52,7 @@ class Sampling(NamedTuple):
     response_in_prompt: int = 0
     continues: bool = False
 
-    def engine(self, engines: Engines) -> Engine:
+    def engine(self, engines: MakeEngine) -> Engine:
         """The engine of this shape; compiles it at the first request."""
         return engines(
             slots=self.slots,
@@ -77,7 +78,7 @@ class Parts(NamedTuple):
 
     task: Task
     model: Model
-    engines: Engines
+    engines: MakeEngine
     pool: VerifierPool
     seed: int
     seed_of: Callable[[str], int]

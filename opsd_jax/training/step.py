@@ -13,6 +13,7 @@ import optax
 
 from opsd_jax.parallel import aot
 from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.parallel.program import ProgramKey, ProgramKind, bucket_scope
 from opsd_jax.training.stage import Batch, Microbatch, Stage, Teacher
 from opsd_jax.training.state import State
 
@@ -91,7 +92,7 @@ def _sum_over_microbatches(gradient: Callable[[Microbatch], Any], batch: Batch) 
     shapes = jax.eval_shape(gradient, first)
     totals = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
     for b, bucket in enumerate(batch):
-        with jax.named_scope(f"bucket_{b}"):
+        with jax.named_scope(bucket_scope(b)):
             totals = add_bucket(totals, bucket)
     return totals
 
@@ -133,6 +134,6 @@ def compile_train_step(
     )
     with jax.set_mesh(mesh):
         return aot.compiled(
-            "train step",
+            ProgramKey(ProgramKind.TRAIN_STEP),
             step.lower(abstract_state, mesh_lib.abstract_of(stage.empty_batch, shardings)),
         )

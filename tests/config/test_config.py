@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import pathlib
-import re
 import sys
 
 import pytest
@@ -356,18 +355,7 @@ def test_config_json_is_readable(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
 def test_every_config_loads_and_names_itself(path):
-    config = loading.load(path, data=False)
+    loading.load(path, data=False)
     text = path.read_text()
     named = {f"--config configs/{path.name}", f"--config {path.stem} "}
     assert any(name in text for name in named)
-    # Those for pods begin with their plan.
-    planned = re.search(r"opsd-jax plan .* --topology (\S+)", text)
-    assert (planned is not None) == ("_v5" in path.stem)
-    if planned:
-        mesh, *_, decode_mesh = re.findall(r"\d+ x \d+ x \d+", text)
-        for field, shape in ((config.mesh, mesh), (config.decode_mesh or config.mesh, decode_mesh)):
-            pairs = zip(field, shape.split(" x "), strict=True)
-            assert all(size in (-1, int(printed)) for size, printed in pairs)
-        assert "HBM of a device, GiB" in text
-        assert f"    {planned[1]}: " in text
-        assert "DOES NOT FIT" not in text

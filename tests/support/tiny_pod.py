@@ -1,4 +1,4 @@
-"""A config that XLA:TPU compiles in a minute, for test_plan.py."""
+"""A config for test_plan.py, whose programs XLA:TPU compiles in about a minute."""
 
 import tiny_config
 
