@@ -309,7 +309,9 @@ def token_divergence(model, params, rows):
         student=heads[0],
         teacher=heads[1],
         mask=jnp.asarray(rows["mask"]),
-        groups=tuple(jnp.asarray(rows[name] > 0) for name in ("correct", "incorrect", "truncated")),
+        outcomes=tuple(
+            jnp.asarray(rows[name] > 0) for name in ("correct", "incorrect", "truncated")
+        ),
         options=losses.OPSD(gate=losses.GATES["all"]),
     )
     return np.asarray(said.tokens["divergence"])

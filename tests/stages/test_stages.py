@@ -199,7 +199,7 @@ def test_other_losses_of_opsd(config, task, model, params, rollouts):
     expected = losses.opsd(
         **logits,
         mask=micro["mask"],
-        groups=tuple(micro[group] > 0 for group in Groups._fields),
+        outcomes=tuple(micro[group] > 0 for group in Groups._fields),
         tokens=micro["targets"],
         behaviour_logprobs=micro["behaviour_logprobs"],
         options=losses.OPSD(gate=(1.0, 0.5, 0.25), **changes),
