@@ -262,8 +262,8 @@ def _prepare(
     if getattr(getattr(jax.typeof(student.hidden), "mat", None), "varying", ()):
         raise ValueError(
             "student is a Head inside a shard_map that checks replication; expected the argument "
-            "`partition` instead of the shard_map, or check_vma=False in the shard_map and your "
-            "own reduction of the gradients."
+            "`partition` instead of the shard_map, or check_vma=False in the shard_map, after "
+            "which you reduce the gradients yourself."
         )
     vocab_size, width = vocabulary_size("student", student), student.hidden.shape[-1]
     chunk_size = chunk_tokens(chunk, width, vocab_size)
