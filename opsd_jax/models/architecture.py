@@ -129,8 +129,8 @@ class DecoderConfig:
             )
         if self.num_layers % self.scan_unroll:
             raise ConfigError(
-                f"model.scan_unroll is {self.scan_unroll}, which does not divide model.num_layers = "
-                f"{self.num_layers}."
+                f"model.scan_unroll is {self.scan_unroll}, which does not divide model.num_layers "
+                f"= {self.num_layers}."
             )
         if self.head_dim % 2:
             raise ConfigError(
