@@ -172,7 +172,7 @@ def test_a_run_begins_with_the_weights_of_a_directory(source, config_file, tmp_p
     ("path", "message"),
     [
         ("", "model.path is ''; expected a directory with a Hugging Face config.json"),
-        ("/nowhere", "model.path is '/nowhere'; expected a directory of this machine"),
+        ("/nowhere", "model.path is '/nowhere'; expected a directory on this machine"),
     ],
 )
 def test_a_path_without_a_model_is_an_error_of_the_config(
@@ -180,7 +180,7 @@ def test_a_path_without_a_model_is_an_error_of_the_config(
 ):
     arguments = ["--config", str(config_file), "--workdir", str(tmp_path / "run")]
     assert main.main(["train", *arguments, f"--config.model.path={path}"]) == 2
-    assert f"config: {message}" in capsys.readouterr().err
+    assert f"config.{message}" in capsys.readouterr().err
 
 
 def test_weights_that_are_gone_when_they_are_read_are_an_error_of_the_config(
