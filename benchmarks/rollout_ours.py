@@ -41,7 +41,7 @@ def engine(vocabulary: int, lengths: list[int], static: bool = False, capacity: 
     room = (capacity or turns.PROMPT + max(lengths)) - turns.PROMPT
     shape = EngineShape(turns.ROWS, turns.ROWS // 4, turns.PROMPT, room)
     sampler = Engine(model, layout.abstract, layout.mesh, shape)
-    rule = sampling.rule(vocabulary, stop=())
+    sampling_params = sampling.params(vocabulary, stop=())
     prompts = turns.prompts(vocabulary, len(lengths))
     repetitions = itertools.count()
 
@@ -54,7 +54,14 @@ def engine(vocabulary: int, lengths: list[int], static: bool = False, capacity: 
             some = slice(start, start + at_once)
             budgets = [[length] for length in lengths[some]]
             ids = [[i] for i in range(len(lengths))][some]
-            for ended in sampler(decoded, prompts[some], ids, key=key, rule=rule, budgets=budgets):
+            for ended in sampler(
+                decoded,
+                prompts[some],
+                ids,
+                key=key,
+                sampling_params=sampling_params,
+                budgets=budgets,
+            ):
                 for response in ended.responses:
                     made[start + response.prompt] = len(response.tokens)
         return made

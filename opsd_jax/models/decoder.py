@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from opsd_jax import policy as policy_lib
 from opsd_jax.models import architecture, attention, paged, rope, safetensors, weights
-from opsd_jax.models.architecture import DecoderConfig, dtype_of
+from opsd_jax.models.architecture import DecoderConfig
+from opsd_jax.models.options import DTYPES, DecoderOptions
+from opsd_jax.options import parse
 from opsd_jax.parallel.mesh import ROWS, constrain, path_name
 
 # Which dimension of which parameter lies along which mesh axis (opsd_jax/parallel/mesh.py). The
@@ -260,15 +263,19 @@ class Decoder(nnx.Module):
         return tuple(layer() for _ in range(self.config.num_layers))
 
 
-def sizes(config: ml_collections.ConfigDict) -> DecoderConfig:
-    """The sizes in a config's `model` section.
+def sizes(options: DecoderOptions | Mapping[str, Any]) -> DecoderConfig:
+    """The sizes and numerics that the section `model` of a config describes.
+
+    Args:
+      options: the section, parsed, or as it stands in the config.
 
     Raises:
-      ValueError: they do not fit together; names the field.
+      ConfigError: A field has a value that the decoder does not support. The message names it.
     """
-    fields = {f.name: config[f.name] for f in dataclasses.fields(DecoderConfig)}
-    fields |= {name: dtype_of(fields[name], name) for name in ("dtype", "param_dtype")}
-    fields["rope_scaling"] = rope.RopeScaling(**fields["rope_scaling"])
+    if not isinstance(options, DecoderOptions):
+        options = parse(DecoderOptions, options, "model")
+    fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(DecoderConfig)}
+    fields |= {name: DTYPES[fields[name]] for name in ("dtype", "param_dtype")}
     return DecoderConfig(**fields)
 
 
@@ -312,6 +319,6 @@ def model(config: DecoderConfig) -> policy_lib.Model:
     )
 
 
-def from_config(config: ml_collections.ConfigDict) -> policy_lib.Model:
-    """The decoder of a config's `model` section; raises as `sizes` does."""
-    return model(sizes(config))
+def from_config(options: DecoderOptions | Mapping[str, Any]) -> policy_lib.Model:
+    """The decoder that the section `model` of a config describes; raises as `sizes` does."""
+    return model(sizes(options))

@@ -15,13 +15,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import ml_collections
 
 from opsd_jax.models import architecture, decoder, safetensors, weights
 from opsd_jax.models.architecture import DecoderConfig
+from opsd_jax.models.options import DTYPES, PretrainedOptions
 from opsd_jax.models.presets import PRESETS
 from opsd_jax.models.rope import RopeScaling
-from opsd_jax.models.safetensors import CODES, DTYPES, Stored, WeightsError
+from opsd_jax.models.safetensors import CODES, Stored, WeightsError
+from opsd_jax.options import ConfigError, parse
 from opsd_jax.parallel import aot
 from opsd_jax.policy import Model, Params
 
@@ -34,39 +35,45 @@ COMPANIONS = (
 )  # fmt: skip
 
 
-def from_config(config: ml_collections.ConfigDict) -> Model:
-    """The model of a section that `opsd_jax.config.pretrained` made; its weights are not read yet.
+def from_config(options: PretrainedOptions | Mapping[str, Any]) -> Model:
+    """The model in the directory `options.path`. Its weights are not read yet.
+
+    Args:
+      options: the section `model` of a config, parsed, or as it stands in the config.
 
     Raises:
       ValueError: names the field of the section or of `config.json`, or the file, or lists the
         tensors that are missing, unexpected or of another shape.
     """
-    forms = ("remat", "sequence_parallel", "attention", "cache", "scan_unroll")
-    options = {name: config[name] for name in forms}
-    for name in ("dtype", "param_dtype"):
-        options[name] = architecture.dtype_of(config[name], name)
-    if config.preset and config.preset not in PRESETS:
-        raise ValueError(
-            f"model.preset is {config.preset!r}; expected '' or one of {', '.join(PRESETS)}."
-        )
-    if config.preset and not config.path and aot.is_planned():
-        sizes = {**PRESETS[config.preset]}
+    if not isinstance(options, PretrainedOptions):
+        options = parse(PretrainedOptions, options, "model")
+    fields = {
+        "dtype": DTYPES[options.dtype],
+        "param_dtype": DTYPES[options.param_dtype],
+        "remat": options.remat,
+        "sequence_parallel": options.sequence_parallel,
+        "attention": options.attention,
+        "scan_unroll": options.scan_unroll,
+        "cache": options.cache,
+    }
+    if options.preset and not options.path and aot.is_planned():
+        sizes = {**PRESETS[options.preset]}
         if "rope_scaling" in sizes:
             sizes["rope_scaling"] = RopeScaling(**sizes["rope_scaling"])
-        return decoder.model(DecoderConfig(**sizes, **options))
-    if not config.path:
-        raise ValueError(
-            "model.path is ''; expected a directory with a Hugging Face config.json and "
-            "*.safetensors, such as --config.model.path=/models/Qwen3-1.7B (for `opsd-jax plan` "
-            "model.preset is enough)."
+        return decoder.model(DecoderConfig(**sizes, **fields))
+    if not options.path:
+        raise ConfigError(
+            "config.model.path is ''; expected a directory with a Hugging Face config.json and "
+            "*.safetensors, such as --config.model.path=/models/Qwen3-1.7B. Only `opsd-jax plan` "
+            "can do with config.model.preset instead."
         )
-    directory = pathlib.Path(config.path)
+    directory = pathlib.Path(options.path)
     if not directory.is_dir():
-        raise ValueError(
-            f"model.path is {config.path!r}; expected a directory of this machine: nothing is "
-            "downloaded."
+        raise ConfigError(
+            f"config.model.path is {options.path!r}; expected a local directory. Download the "
+            "model first: opsd_jax downloads nothing."
         )
-    return open_model(directory, **options)
+    return open_model(directory, **fields)
 
 
 def open_model(directory: pathlib.Path, **options: Any) -> Model:
@@ -104,8 +111,10 @@ def check(
                 problems.append(f"{name} {list(there.shape)} is unexpected")
         elif there.shape != expected[name].shape:
             problems.append(f"{name} is {list(there.shape)}; expected {list(expected[name].shape)}")
-        elif there.code not in DTYPES:
-            problems.append(f"{name} is stored as {there.code}; expected one of {list(DTYPES)}")
+        elif there.code not in safetensors.DTYPES:
+            problems.append(
+                f"{name} is stored as {there.code}; expected one of {list(safetensors.DTYPES)}"
+            )
     if problems:
         raise WeightsError(
             f"the weights in {directory} are not those of its {CONFIG}:\n  " + "\n  ".join(problems)
@@ -133,7 +142,7 @@ def check_tied(
 
 def _ranges(stored: Stored) -> list[tuple[int, int]]:
     """(start, count) of a tensor's elements, in pieces that fit into memory."""
-    total, step = math.prod(stored.shape), weights.PIECE // DTYPES[stored.code].itemsize
+    total, step = math.prod(stored.shape), weights.PIECE // safetensors.DTYPES[stored.code].itemsize
     return [(start, min(step, total - start)) for start in range(0, total, step)]
 
 
@@ -181,5 +190,5 @@ def rewrite(source: pathlib.Path, directory: pathlib.Path, dtype: str = "") -> N
             for name in expected:
                 for start, count in _ranges(stored[name]):
                     values = stored[name].read(start, count)
-                    put(name, start, values.astype(DTYPES[codes[name]]))
+                    put(name, start, values.astype(safetensors.DTYPES[codes[name]]))
         weights.add_files(partial, _files(source, dtype))

@@ -9,36 +9,57 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opsd_jax.options import ConfigError, option
+
 TYPES = ("default", "linear", "yarn", "llama3")
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How the angles are changed; the names are those of a Hugging Face `config.json`."""
+    """How rotary frequencies are scaled to a longer context.
 
-    rope_type: str = "default"  # one of TYPES: not at all, or as Llama 3.1 or YaRN do it
-    factor: float = 1.0  # by which the context was lengthened
-    original_max_position_embeddings: int = 8192  # the context before that: "yarn" and "llama3"
-    low_freq_factor: float = 1.0  # of "llama3", as the next
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0  # of "yarn", as the next two
-    beta_slow: float = 1.0
-    attention_factor: float = 0.0  # of cosines and sines; 0: 1 + ln(factor) / 10
+    The fields have the names and the meaning that they have in a Hugging Face `config.json`.
+    """
+
+    rope_type: str = option("default", "Method of scaling; 'default' is none.", choices=TYPES)
+    factor: float = option(1.0, "Ratio of the longer context to the original.", at_least=1)
+    original_max_position_embeddings: int = option(
+        8192, "Original context in tokens, for 'llama3' and 'yarn'.", at_least=1
+    )
+    low_freq_factor: float = option(
+        1.0,
+        "'llama3': frequencies with fewer turns in the original context are divided by factor.",
+        at_least=1,
+    )
+    high_freq_factor: float = option(
+        4.0,
+        "'llama3': frequencies with more turns in the original context are kept.",
+        at_least=1,
+    )
+    beta_fast: float = option(
+        32.0,
+        "'yarn': frequencies with more turns in the original context are kept.",
+        at_least=1,
+    )
+    beta_slow: float = option(
+        1.0,
+        "'yarn': frequencies with fewer turns in the original context are divided by factor.",
+        at_least=1,
+    )
+    attention_factor: float = option(
+        0.0, "'yarn': factor of the cosines and sines; 0 is 1 + ln(factor) / 10.", at_least=0
+    )
 
     def __post_init__(self):
-        if self.rope_type not in TYPES:
-            raise ValueError(
-                f"model.rope_scaling.rope_type is {self.rope_type!r}; expected one of {TYPES}."
-            )
         for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 0 if field.name == "attention_factor" else 1
-            if field.name != "rope_type" and not least <= value < math.inf:
-                raise ValueError(
-                    f"model.rope_scaling.{field.name} is {value}; expected at least {least}."
+            value = getattr(self, field.name)
+            if expected := field.metadata["bounds"].expected(value):
+                raise ConfigError(
+                    f"model.rope_scaling.{field.name} is {value!r}; expected {expected}."
                 )
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
             if not getattr(self, low) < getattr(self, high):
-                raise ValueError(
+                raise ConfigError(
                     f"model.rope_scaling.{low} is {getattr(self, low)}; expected less than "
                     f"{high} = {getattr(self, high)}."
                 )

@@ -9,21 +9,23 @@ from typing import Any
 
 import jax
 
-Compile = Callable[[str, jax.stages.Lowered], Any]
+from opsd_jax.parallel.program import ProgramKey
+
+Compile = Callable[[ProgramKey, jax.stages.Lowered], Any]
 
 _compile: contextvars.ContextVar[Compile | None] = contextvars.ContextVar("compile", default=None)
 
 
-def compiled(name: str, lowered: jax.stages.Lowered) -> Any:
-    """The program; `name` is what a plan calls it. In a plan, None if it does not fit."""
+def compiled(key: ProgramKey, lowered: jax.stages.Lowered) -> Any:
+    """Compiles a program; while planning, returns None if the program does not fit in memory."""
     plan = _compile.get()
-    return lowered.compile() if plan is None else plan(name, lowered)
+    return lowered.compile() if plan is None else plan(key, lowered)
 
 
 @contextlib.contextmanager
 def planning(compile: Compile) -> Iterator[None]:
     """Within it programs are made as for TPUs, though there may be none, and compiled by `compile`,
-    which is given the name of each.
+    which is given the key of each.
     """
     token = _compile.set(compile)
     try:

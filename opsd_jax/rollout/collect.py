@@ -1,6 +1,6 @@
-"""Rollouts of problems, verified: workers judge those that have ended while the device samples on.
+"""Samples rollouts of problems and has them verified while the device samples further ones.
 
-Verdicts are waited for when they are asked for, and no sooner.
+Verdicts are futures. The host waits for them only when it needs them.
 """
 
 from __future__ import annotations
@@ -21,38 +21,43 @@ from opsd_jax.parallel.watchdog import waiting
 from opsd_jax.policy import Params
 from opsd_jax.problem import Problem
 from opsd_jax.rollout.engine import STOP_LENGTH, Engine, Response
-from opsd_jax.rollout.sampling import Rule
-from opsd_jax.verify.outcomes import Groups, groups
+from opsd_jax.rollout.sampling import SamplingParams
+from opsd_jax.verify.outcomes import Outcomes, outcomes_of
 from opsd_jax.verify.pool import VerifierPool
 from opsd_jax.verify.verdict import TRUNCATED, Verdict
 
+# A verdict, the future of one, or None for a rollout that another host verifies.
+Reply = Verdict | Future[Verdict] | None
+
 
 class Judged(NamedTuple):
-    """What the verifier says of N rollouts.
+    """The verdicts on N rollouts.
 
     Attributes:
-      verdicts: one a rollout; "truncated" where it was not asked.
-      groups: the masks that they make.
-      wait_seconds: how long the device had to wait for them.
+      verdicts: one per rollout. A truncated rollout is not verified; its verdict is TRUNCATED.
+      outcomes: the outcome masks that follow from the verdicts.
+      wait_seconds: how long the device was idle because the host waited for verdicts.
     """
 
     verdicts: list[Verdict]
-    groups: Groups
+    outcomes: Outcomes
     wait_seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Rollouts:
-    """N rollouts on the host, ragged: lists hold one entry a rollout.
+    """N rollouts on the host. Each list has one entry per rollout.
 
     Attributes:
-      problems: the problem of each; those of a group stand next to each other.
-      responses: int32 arrays, the sampled ids with EOS, as the device drew them.
-      sampling_logprobs: float32 arrays, of each token under the distribution it was drawn from.
-      model_logprobs: float32 arrays, under the model's own, at temperature 1.
-      truncated: bool [N], cut at the budget.
-      replies: the verdict of each, or the future of it; None where another host asks.
-      waited: seconds that the device waited for verdicts already.
+      problems: the problem of each rollout. Rollouts of one group are adjacent.
+      responses: int32 arrays, the sampled token ids, including EOS, exactly as sampled.
+      sampling_logprobs: float32 arrays, log-probability of each token under the distribution that
+        it was drawn from.
+      model_logprobs: float32 arrays, log-probability of each token under the model's own
+        distribution, at temperature 1.
+      truncated: bool [N], whether the rollout reached its token budget.
+      replies: each rollout's verdict, the future of it, or None if another host verifies it.
+      wait_seconds: how long the device was idle so far because the host waited for verdicts.
     """
 
     problems: list[Problem]
@@ -60,61 +65,74 @@ class Rollouts:
     sampling_logprobs: list[np.ndarray]
     model_logprobs: list[np.ndarray]
     truncated: np.ndarray
-    replies: list[Verdict | Future[Verdict] | None]
-    waited: float = 0.0
+    replies: list[Reply]
+    wait_seconds: float = 0.0
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens in each response, int [N]."""
+        """Number of tokens in each response, int [N]."""
         return np.array([len(response) for response in self.responses])
 
     @property
     def are_judged(self) -> bool:
-        """Whether every verdict that this host asks for is there."""
+        """Whether all verdicts that this host asked for have arrived."""
         return all(reply.done() for reply in self.replies if isinstance(reply, Future))
 
     @functools.cached_property
     def judged(self) -> Judged:
-        """The verdicts. To ask for them is to wait until the last is there, on every host: ask
-        late, and on all of them.
+        """The verdicts and outcomes.
+
+        The first access waits until every host has the verdicts that it asked for. All hosts have
+        to access it at the same point of the program. Access it as late as possible.
         """
         began = time.monotonic()
         known = {i: reply for i, reply in enumerate(self.replies) if isinstance(reply, Verdict)}
         if len(known) < len(self.replies):
             with waiting("the verifier"):
-                for answers in hosts.each(self._answers):
-                    known |= answers
+                for of_host in hosts.each(self._await_own):
+                    known |= of_host
         verdicts = [known[i] for i in range(len(self.replies))]
-        waited = self.waited + time.monotonic() - began
-        return Judged(verdicts, groups(verdicts, self.truncated), waited)
+        wait_seconds = self.wait_seconds + time.monotonic() - began
+        return Judged(verdicts, outcomes_of(verdicts, self.truncated), wait_seconds)
 
-    def _answers(self) -> dict[int, Verdict]:
-        """The verdicts that this host asked for."""
+    def _await_own(self) -> dict[int, Verdict]:
+        """Waits for the verdicts that this host asked for; returns them by index."""
         return {
             i: reply.result() for i, reply in enumerate(self.replies) if isinstance(reply, Future)
         }
 
     def settled(self) -> Rollouts:
-        """These, with their verdicts in place of what was promised."""
+        """Waits for the verdicts; returns the same rollouts with verdicts in place of futures."""
         return dataclasses.replace(
-            self, replies=[*self.judged.verdicts], waited=self.judged.wait_seconds
+            self, replies=[*self.judged.verdicts], wait_seconds=self.judged.wait_seconds
         )
 
 
-def concatenated(parts: Sequence[Rollouts]) -> Rollouts:
-    """The rollouts of several, one at least, in this order."""
+def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
+    """Concatenates one or more sets of rollouts in their order."""
     lists = {
         field: [value for part in parts for value in getattr(part, field)]
         for field in ("problems", "responses", "sampling_logprobs", "model_logprobs", "replies")
     }
-    truncated = np.concatenate([part.truncated for part in parts])
-    return Rollouts(**lists, truncated=truncated, waited=sum(part.waited for part in parts))
+    return Rollouts(
+        **lists,
+        truncated=np.concatenate([part.truncated for part in parts]),
+        wait_seconds=sum(part.wait_seconds for part in parts),
+    )
 
 
 class Collector:
-    """Samples and verifies rollouts, `group_size` (G) of each problem."""
+    """Samples and verifies the rollouts of problems, `group_size` (G) for each problem."""
 
     def __init__(self, engine: Engine, task: Task, pool: VerifierPool, group_size: int):
+        """Takes the engine that samples and the pool that verifies.
+
+        Args:
+          engine: samples the responses.
+          task: renders the prompts and decodes the responses.
+          pool: verifies the responses.
+          group_size: G, rollouts per problem.
+        """
         self.group_size, self._engine, self._task, self._pool = group_size, engine, task, pool
 
     def by_problem(
@@ -123,20 +141,24 @@ class Collector:
         problems: Sequence[Problem],
         *,
         key: jax.Array,
-        rule: Rule,
+        sampling_params: SamplingParams,
         numbers: Sequence[int] | None = None,
         poll: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[int, Rollouts]]:
-        """The rollouts of each problem, with its index, when the last of them has ended.
+        """Samples rollouts, and yields those of each problem when the last of them has ended.
 
         Args:
-          params, key, rule, poll: as `Engine` has them.
-          problems: any number.
-          numbers: of the problems, distinct under one key; by default their indices. Rollout j of
-            problem i has the id numbers[i] * G + j, which with the key chooses its random numbers.
+          params, key, sampling_params, poll: see `Engine.__call__`.
+          problems: any number of problems.
+          numbers: one number for each problem, all different under one key. The default values are
+            the problems' indices. Rollout j of problem i has the id `numbers[i] * G + j`, which
+            selects its random numbers.
+
+        Yields:
+          `(i, rollouts)`: the index of a problem and its G rollouts.
 
         Raises:
-          DataError: a prompt is too long; names the problem.
+          DataError: a prompt is too long.
         """
         G = self.group_size
         prompts = [
@@ -145,33 +167,23 @@ class Collector:
         ]
         numbers = range(len(problems)) if numbers is None else numbers
         ids = [range(number * G, (number + 1) * G) for number in numbers]
-        ended: list[dict[int, tuple[Response, Verdict | Future[Verdict] | None]]]
-        ended = [{} for _ in problems]
-        waited = 0.0
-        for batch in self._engine(params, prompts, ids, key=key, rule=rule, poll=poll):
+        groups: list[dict[int, tuple[Response, Reply]]] = [{} for _ in problems]
+        wait_seconds = 0.0
+        for batch in self._engine(
+            params, prompts, ids, key=key, sampling_params=sampling_params, poll=poll
+        ):
             for response in batch.responses:
-                problem, group = problems[response.prompt], ended[response.prompt]
-                began, idle = time.monotonic(), batch.device_idles()
-                group[response.member] = response, self._reply(problem, response)
-                waited += (time.monotonic() - began) * idle
-                if len(group) == G:
-                    responses, replies = zip(*(group.pop(j) for j in range(G)), strict=True)
-                    yield (
-                        response.prompt,
-                        Rollouts(
-                            problems=[problem] * G,
-                            responses=[r.tokens for r in responses],
-                            sampling_logprobs=[r.sampling_logprobs for r in responses],
-                            model_logprobs=[r.model_logprobs for r in responses],
-                            truncated=np.array([r.stop == STOP_LENGTH for r in responses]),
-                            replies=[*replies],
-                            waited=waited,
-                        ),
-                    )
-                    waited = 0.0
+                i = response.prompt
+                began, is_idle = time.monotonic(), batch.device_is_idle()
+                groups[i][response.member] = response, self._verify(problems[i], response)
+                wait_seconds += (time.monotonic() - began) * is_idle
+                if len(groups[i]) == G:
+                    group = [groups[i].pop(j) for j in range(G)]
+                    yield i, _rollouts(problems[i], group, wait_seconds)
+                    wait_seconds = 0.0
 
-    def _reply(self, problem: Problem, response: Response) -> Verdict | Future[Verdict] | None:
-        """The verdict, or the future of it; each host asks for those of its own rollouts."""
+    def _verify(self, problem: Problem, response: Response) -> Reply:
+        """Starts the verification of a response if it is this host's turn; returns the reply."""
         if response.stop == STOP_LENGTH:
             return TRUNCATED
         if (response.prompt * self.group_size + response.member) % hosts.count() != hosts.number():
@@ -185,9 +197,30 @@ class Collector:
         problems: Sequence[Problem],
         *,
         key: jax.Array,
-        rule: Rule,
+        sampling_params: SamplingParams,
         poll: Callable[[], None] = lambda: None,
     ) -> Rollouts:
-        """As `by_problem`, all of them in the order of the problems; there is one at least."""
-        made = dict(self.by_problem(params, problems, key=key, rule=rule, poll=poll))
-        return concatenated([made[i] for i in range(len(problems))])
+        """Samples rollouts as `by_problem` does; returns all of them in the problems' order.
+
+        There has to be at least one problem.
+        """
+        parts = dict(
+            self.by_problem(params, problems, key=key, sampling_params=sampling_params, poll=poll)
+        )
+        return concatenate([parts[i] for i in range(len(problems))])
+
+
+def _rollouts(
+    problem: Problem, group: Sequence[tuple[Response, Reply]], wait_seconds: float
+) -> Rollouts:
+    """Builds the rollouts of one problem."""
+    responses = [response for response, _ in group]
+    return Rollouts(
+        problems=[problem] * len(group),
+        responses=[r.tokens for r in responses],
+        sampling_logprobs=[r.sampling_logprobs for r in responses],
+        model_logprobs=[r.model_logprobs for r in responses],
+        truncated=np.array([r.stop == STOP_LENGTH for r in responses]),
+        replies=[reply for _, reply in group],
+        wait_seconds=wait_seconds,
+    )

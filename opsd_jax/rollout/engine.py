@@ -1,63 +1,65 @@
-"""The rollout engine: prompts of token ids in, responses out as they end.
+"""The rollout engine: samples a response to each prompt, and returns each when it has ended.
 
-A fixed number of decode slots is filled from a queue, and filled again as rollouts end, so that a
-long one holds nobody up. A prompt is prefilled once, and its keys and values copied to each of its
-rollouts. The host sends the device a chunk of steps and fetches what it drew: every decision rests
-on that and on the arguments, so every host takes the same ones.
+A fixed number of decoding slots is filled from a queue. The engine refills a slot as soon as its
+rollout ends, so a long rollout does not delay the others. Each prompt is prefilled once, and its
+keys and values are copied into the slot of each of its rollouts.
+
+The host starts a chunk of decoding steps and then fetches the sampled tokens. All its decisions
+depend only on these tokens and on the arguments, so every host makes the same decisions.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from opsd_jax.parallel import aot, watchdog
 from opsd_jax.parallel import mesh as mesh_lib
-from opsd_jax.policy import Model, Params
-from opsd_jax.rollout import sampling, slots
-from opsd_jax.rollout.slots import LIVE, STOP_EOS, STOP_LENGTH, Chunk, Rows, Slots
+from opsd_jax.parallel import watchdog
+from opsd_jax.policy import Cache, Model, Params
+from opsd_jax.rollout import sampling
+from opsd_jax.rollout.programs import (
+    PRNG,
+    ROLLOUTS_PER_INSERT,
+    STEPS_PER_CHUNK,
+    EngineShape,
+    Programs,
+)
+from opsd_jax.rollout.slots import RUNNING, STOP_EOS, STOP_LENGTH, Chunk, Rows
 
-__all__ = ["STOP_EOS", "STOP_LENGTH", "Ended", "Engine", "EngineShape", "Response", "left_pad"]
+__all__ = [
+    "ROLLOUTS_PER_INSERT",
+    "STEPS_PER_CHUNK",
+    "STOP_EOS",
+    "STOP_LENGTH",
+    "EndedRollouts",
+    "Engine",
+    "EngineShape",
+    "Response",
+    "default_cache_lengths",
+    "left_pad",
+    "shape_for",
+]
 
-STEPS = 64  # of decoding between two looks of the host
-SHORTEST_VIEW = 128  # a cache is not made shorter than this: little would be won
-ADMITTED = 4  # rollouts of an admission, at most: devices with rows of their own get all of them
-PRNG = "threefry2x32"  # the only one whose numbers, one key a row, depend on that key alone
-
-
-class EngineShape(NamedTuple):
-    """The sizes that the programs of an engine are compiled for.
-
-    Attributes:
-      slots: S, rollouts in the making at once.
-      prompts: n, prompts prefilled at once.
-      prompt_tokens: P, the longest prompt.
-      response_tokens: L, the largest budget of a response.
-    """
-
-    slots: int
-    prompts: int
-    prompt_tokens: int
-    response_tokens: int
+SHORTEST_CACHE = 128  # tokens; a shorter cache would save little
 
 
 class Response(NamedTuple):
-    """A rollout on the host.
+    """A finished rollout on the host.
 
     Attributes:
       prompt: the index of its prompt.
-      member: which of that prompt's rollouts it is.
-      tokens: int32 [n], the sampled ids, EOS included.
-      sampling_logprobs: float32 [n], of each under the distribution that it was drawn from.
-      model_logprobs: float32 [n], under the model's own: temperature 1, nothing cut or forbidden.
-      stop: STOP_EOS, or STOP_LENGTH where it filled its budget.
+      member: the index of the rollout among the rollouts of its prompt.
+      tokens: int32 [n], the sampled token ids, including the EOS token.
+      sampling_logprobs: float32 [n], log-probability of each token under the distribution that it
+        was drawn from.
+      model_logprobs: float32 [n], log-probability of each token under the model's own
+        distribution: temperature 1, no restriction.
+      stop: STOP_EOS, or STOP_LENGTH if the rollout reached its token budget.
     """
 
     prompt: int
@@ -68,16 +70,17 @@ class Response(NamedTuple):
     stop: int
 
 
-class Ended(NamedTuple):
-    """Rollouts that ended in one chunk.
+class EndedRollouts(NamedTuple):
+    """The rollouts that ended in one chunk of decoding steps.
 
     Attributes:
-      responses: one at least.
-      device_idles: says whether the device has nothing to do now: all is done, or the next chunk.
+      responses: at least one.
+      device_is_idle: `() -> bool`, whether the device has nothing left to do, because the next
+        chunk is finished or there is none.
     """
 
     responses: list[Response]
-    device_idles: Callable[[], bool]
+    device_is_idle: Callable[[], bool]
 
 
 def shape_for(
@@ -89,17 +92,37 @@ def shape_for(
     response_tokens: int,
     shards: int,
 ) -> EngineShape:
-    """The sizes of an engine for so many `rollouts` at a time, `group_size` of each prompt, where
-    rows are cut into `shards`: no more slots than rollouts; a prefill fills a quarter of them.
+    """Returns the sizes of an engine that fit a number of rollouts.
+
+    The engine has no more slots than rollouts, and one prefill fills a quarter of the slots. Both
+    numbers are rounded up to a multiple of `shards`.
+
+    Args:
+      slots: maximum number of decoding slots.
+      group_size: rollouts per prompt.
+      rollouts: rollouts per call of the engine.
+      prompt_tokens: maximum length of a prompt, in tokens.
+      response_tokens: maximum length of a response, in tokens.
+      shards: number of parts that the mesh splits rows into (`mesh.row_shards`).
     """
-    whole = lambda count: -(-count // shards) * shards
-    slots = min(slots, whole(rollouts))
-    prompts = whole(max(1, slots // (4 * group_size)))
+    rounded_up = lambda count: -(-count // shards) * shards
+    slots = min(slots, rounded_up(rollouts))
+    prompts = rounded_up(max(1, slots // (4 * group_size)))
     return EngineShape(slots, prompts, prompt_tokens, response_tokens)
 
 
-def left_pad(prompts: Sequence[Sequence[int]], width: int, pad_id: int):
-    """Prompts in the form that prefill and scoring take: int32 `(tokens, positions)`, [N, width].
+def left_pad(
+    prompts: Sequence[Sequence[int]], width: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pads prompts on the left.
+
+    Args:
+      prompts: N sequences of token ids.
+      width: P, the padded length.
+      pad_id: the token id of padding.
+
+    Returns:
+      `(tokens_NxP, positions_NxP)`, int32. The positions of padding are -1.
 
     Raises:
       ValueError: a prompt is longer than `width`.
@@ -108,47 +131,33 @@ def left_pad(prompts: Sequence[Sequence[int]], width: int, pad_id: int):
     positions = np.full((len(prompts), width), -1, np.int32)
     for i, ids in enumerate(prompts):
         if len(ids) > width:
-            raise ValueError(f"prompt {i} has {len(ids)} tokens; {width} fit.")
+            raise ValueError(f"prompt {i} has {len(ids)} tokens; expected at most {width}.")
         tokens[i, width - len(ids) :] = ids
         positions[i, width - len(ids) :] = np.arange(len(ids))
     return tokens, positions
 
 
-def views(shape: EngineShape) -> list[int]:
-    """The lengths that the cache takes, in tokens: each about twice the one before. Reading a cache
-    costs what its length does, so it is as long as the longest rollout in the making needs.
+def default_cache_lengths(shape: EngineShape) -> list[int]:
+    """Returns the lengths that the slots' cache can take, in tokens, ascending.
+
+    Each length is about twice the previous one. A decoding step reads the whole cache, so the
+    engine keeps it only as long as its longest active rollout needs.
     """
     sizes = [shape.prompt_tokens + shape.response_tokens]
-    while sizes[0] > SHORTEST_VIEW and (half := -(-sizes[0] // 128) * 64) >= SHORTEST_VIEW:
+    while sizes[0] > SHORTEST_CACHE and (half := -(-sizes[0] // 128) * 64) >= SHORTEST_CACHE:
         sizes.insert(0, half)
     return sizes
 
 
-class _Waiting(NamedTuple):
-    """A rollout whose prompt is prefilled: row `source` of `cache`."""
-
-    cache: Any
-    source: int
-    rollout: _Rollout
-
-
-class _Rollout:
-    """A rollout in the making."""
-
-    def __init__(self, prompt: int, member: int, ids: Sequence[int], rollout_id: int, budget: int):
-        self.prompt, self.member = prompt, member
-        self.row = Rows(ids[-1], len(ids) - 1, rollout_id, 0, budget)  # type: ignore[arg-type]
-        self.end = len(ids) + budget - 1  # the cache's length at which its budget is full
-        self.position = len(ids) - 1  # of its last token
-        self.pieces: list[tuple[np.ndarray, ...]] = []
-
-    def response(self, stop: int) -> Response:
-        tokens, model, sampling = (np.concatenate(p) for p in zip(*self.pieces, strict=True))
-        return Response(self.prompt, self.member, tokens, sampling, model, stop)
-
-
 class Engine:
-    """Samples responses. Its programs compile here, once, and none later."""
+    """Samples responses to prompts with programs that are compiled once, at construction.
+
+    Attributes:
+      shape: the sizes that the programs are compiled for.
+      cache_lengths: the lengths that the slots' cache can take, in tokens, ascending.
+      cache_bytes: bytes per device of the slots' cache at its longest.
+      prefill_cache_bytes: bytes per device of the cache of one prefill.
+    """
 
     def __init__(
         self,
@@ -158,125 +167,37 @@ class Engine:
         shape: EngineShape,
         *,
         pad_id: int = 0,
-        lengths: Sequence[int] | None = None,
+        cache_lengths: Sequence[int] | None = None,
     ):
-        """Compiles.
+        """Compiles the programs.
 
         Args:
-          model: the model; its `cache_rules` say where the cache lies.
-          abstract_params: the parameters' shapes, with shardings, as decoding has them.
-          mesh: where they lie.
-          shape: sizes; `slots` and `prompts` are multiples of data x fsdp.
-          pad_id: fills arrays.
-          lengths: those that the cache takes, ascending; by default `views`, and for a model that
-            reads no more of a cache than is filled the largest alone.
+          model: the model. Its `cache_rules` define the sharding of the cache.
+          abstract_params: the parameters' shapes and shardings in the layout for decoding.
+          mesh: the mesh of that layout.
+          shape: the sizes. `slots` and `prompts` are multiples of data x fsdp.
+          pad_id: the token id of padding.
+          cache_lengths: the lengths that the slots' cache can take, in tokens, ascending. The
+            default value is `default_cache_lengths(shape)`. For a ragged model, which reads only
+            the filled part of a cache, it is the largest length alone.
 
         Raises:
-          ValueError: `lengths` are not as described.
+          ValueError: `cache_lengths` do not ascend, or the last one is too short.
         """
-        S, n, P, L = shape
-        self.shape, self._pad_id, self._vocab_size = shape, pad_id, model.vocab_size
-        # So many rollouts end before slots are filled again, if any wait.
-        self._refill_at = np.int32(max(1, S // 16))
-        if lengths is None:
-            lengths = [P + L] if model.ragged else views(shape)
-        self.lengths = list(lengths)
-        if self.lengths != sorted({*self.lengths}) or self.lengths[-1] < P + L - 1:
+        longest = shape.prompt_tokens + shape.response_tokens
+        if cache_lengths is None:
+            cache_lengths = [longest] if model.ragged else default_cache_lengths(shape)
+        lengths = list(cache_lengths)
+        if lengths != sorted({*lengths}) or lengths[-1] < longest - 1:
             raise ValueError(
-                f"lengths are {self.lengths}; expected them to ascend to {P + L - 1} or more."
+                f"cache_lengths are {lengths}; expected ascending numbers of tokens, the last one "
+                f"at least {longest - 1} (prompt_tokens + response_tokens - 1)."
             )
-        policy, axes = model.policy, slots.length_axes(model.policy)
-        rows, whole = mesh_lib.rows(mesh), mesh_lib.replicated(mesh)
-        self._whole = whole
-
-        def cache_of(batch: int, length: int):
-            shapes = jax.eval_shape(lambda: policy.init_cache(batch, length))
-            return mesh_lib.abstract_of(
-                shapes, mesh_lib.tree_shardings(mesh, model.cache_rules, shapes, "cache")
-            )
-
-        def replicated(tree):
-            shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, tree))
-            return mesh_lib.abstract_of(shapes, jax.tree.map(lambda _: whole, shapes))
-
-        def compiled(name, function, *args, out, donate=()):
-            jitted = jax.jit(function, donate_argnums=donate, out_shardings=out)
-            return aot.compiled(name, jitted.lower(*args))
-
-        where = functools.partial(jax.tree.map, lambda leaf: leaf.sharding)
-        slot_rows = jax.eval_shape(lambda: slots.empty_rows(S))
-        slot_rows = mesh_lib.abstract_of(slot_rows, jax.tree.map(lambda _: rows, slot_rows))
-        state = {length: Slots(slot_rows, cache_of(S, length)) for length in self.lengths}
-        prompts, number = np.zeros((n, P), np.int32), np.int32(0)
-        admitted = np.zeros(ADMITTED, np.int32)
-        key = jax.random.key_data(jax.random.key(0, impl=PRNG))
-        rule = sampling.rule(model.vocab_size, stop=())
-
-        def prefill(params, *prompts):
-            split = [jax.lax.with_sharding_constraint(x, rows) for x in prompts]
-            return slots.prefill(policy, params, *split)
-
-        def start():
-            return Slots(slots.empty_rows(S), policy.init_cache(S, self.lengths[0]))
-
-        def decode(params, state, key, rule, enough):
-            key = jax.random.wrap_key_data(key, impl=PRNG)
-            return slots.decode(policy, params, state, key, rule, enough, steps=STEPS)
-
-        with jax.set_mesh(mesh):
-            self._unrolled: Callable[[Params], Params] | None = None
-            if model.unrolled and mesh.devices.flat[0].platform == "cpu":
-                self._unrolled = jax.jit(model.unrolled).lower(abstract_params).compile()
-                shapes = jax.eval_shape(model.unrolled, abstract_params)
-                abstract_params = mesh_lib.abstract_of(shapes, self._unrolled.output_shardings)
-            prefilled = cache_of(n, P)
-            self._start = compiled("start", start, out=where(state[self.lengths[0]]))
-            self._prefill = compiled(
-                "prefill",
-                prefill,
-                abstract_params,
-                *replicated((prompts, prompts)),
-                out=where(prefilled),
-            )
-            self._admit = {
-                length: compiled(
-                    f"admit to {length}",
-                    functools.partial(slots.admit, axes),
-                    there,
-                    prefilled,
-                    *replicated((admitted, admitted, Rows(*(admitted,) * len(Rows._fields)))),
-                    out=where(there),
-                    donate=0,
-                )
-                for length, there in state.items()
-            }
-            self._decode = {
-                length: compiled(
-                    f"decode in {length}",
-                    decode,
-                    abstract_params,
-                    there,
-                    *replicated((key, rule, number)),
-                    out=(where(there), whole),
-                    donate=1,
-                )
-                for length, there in state.items()
-            }
-            # A leaf at a time: while one is resized the others are not there twice.
-            self._resize: dict[Any, Any] = {}
-            for pair in itertools.permutations(state.values(), 2):
-                leaves = (jax.tree.leaves(tree) for tree in (*(s.cache for s in pair), axes))
-                for leaf, goal, axis in zip(*leaves, strict=True):
-                    if axis >= 0 and (leaf, goal) not in self._resize:
-                        resize = functools.partial(slots.resize, axis=axis, size=goal.shape[axis])
-                        self._resize[leaf, goal] = compiled(
-                            "resize", resize, leaf, out=goal.sharding
-                        )
-        self._state = state
-        longest = state[self.lengths[-1]].cache
-        # On a device: the cache, and that of the prompts of a prefill.
-        self.cache_bytes = mesh_lib.shard_bytes(longest)
-        self.prompts_bytes = mesh_lib.shard_bytes(prefilled)
+        self.shape, self.cache_lengths = shape, lengths
+        self._pad_id, self._vocab_size = pad_id, model.vocab_size
+        self._programs = Programs(model, abstract_params, mesh, shape, lengths)
+        self.cache_bytes = self._programs.cache_bytes
+        self.prefill_cache_bytes = self._programs.prefill_cache_bytes
 
     def __call__(
         self,
@@ -285,154 +206,249 @@ class Engine:
         ids: Sequence[Sequence[int]],
         *,
         key: jax.Array,
-        rule: sampling.Rule,
+        sampling_params: sampling.SamplingParams,
         budgets: Sequence[Sequence[int]] | None = None,
         poll: Callable[[], None] = lambda: None,
-    ) -> Iterator[Ended]:
-        """Rollouts of each prompt, as they end. The device has its next chunk before the ended ones
-        of the last are handed out.
+    ) -> Iterator[EndedRollouts]:
+        """Samples rollouts of each prompt, and yields them as they end.
+
+        The engine starts the next chunk on the device before it yields the rollouts that ended in
+        the last one.
 
         Args:
-          params: the policy's, as decoding has them.
-          prompts: token ids, any number.
-          ids: of each prompt's rollouts, distinct under one key, in [0, 2^31): an id chooses the
-            random numbers.
-          key: PRNG key of this step and purpose.
-          rule: how words are drawn (`sampling.rule`).
-          budgets: tokens that each rollout may have; by default the shape's `response_tokens`.
-          poll: called between chunks; what it raises ends the sampling, and has to do so on every
-            host at once.
+          params: the model's parameters in the layout for decoding.
+          prompts: token ids of any number of prompts.
+          ids: for each prompt, the ids of its rollouts, in [0, 2^31). All ids under one key are
+            different: the id selects the rollout's random numbers.
+          key: PRNG key for this training step and purpose.
+          sampling_params: from `sampling.params`.
+          budgets: for each prompt, the maximum number of tokens of each response. The default value
+            is the shape's `response_tokens`.
+          poll: called between chunks. An exception that it raises ends the sampling. It has to
+            raise on every host at the same time.
 
         Raises:
-          ValueError: a prompt or a budget does not fit the shape; names its number. The rule is of
+          ValueError: a prompt or a budget does not fit the shape, or `sampling_params` are for
             another vocabulary.
         """
-        S, n, P, L = self.shape
-        if len(rule.stop) != self._vocab_size:
+        if len(sampling_params.stop) != self._vocab_size:
             raise ValueError(
-                f"the rule is of {len(rule.stop)} words; the model has {self._vocab_size}."
+                f"sampling_params are for a vocabulary of {len(sampling_params.stop)} tokens; "
+                f"the model has {self._vocab_size}."
             )
-        if budgets is None:
-            budgets = [[L] * len(own) for own in ids]
-        queue: deque[int] = deque()
-        rollouts: list[list[_Rollout]] = []
-        for i, (prompt, own, room) in enumerate(zip(prompts, ids, budgets, strict=True)):
-            if not 0 < len(prompt) <= P:
-                raise ValueError(f"prompt {i} has {len(prompt)} tokens; between 1 and {P} fit.")
-            if len(room) != len(own) or not all(0 < budget <= L for budget in room):
-                raise ValueError(
-                    f"budgets of prompt {i} are {room}; expected {len(own)} of 1 to {L} tokens."
-                )
-            rollouts.append(
-                [
-                    _Rollout(i, j, prompt, rollout_id, budget)
-                    for j, (rollout_id, budget) in enumerate(zip(own, room, strict=True))
-                ]
-            )
-            if own:
-                queue.append(i)
-        if not queue:
+        groups = self._groups(prompts, ids, budgets)
+        if not groups:
             return
-        if self._unrolled:
-            params = self._unrolled(params)
-        if str(jax.random.key_impl(key)) != PRNG:
-            key = jax.random.wrap_key_data(jax.random.bits(key, (2,), "uint32"), impl=PRNG)
-        fixed = jax.device_put((np.asarray(jax.random.key_data(key)), rule), self._whole)
-        waiting: deque[_Waiting] = deque()
-        making: list[_Rollout | None] = [None] * S
-        state, length = self._start(), self.lengths[0]
+        batch = _Batch(
+            self._programs,
+            self.shape,
+            self.cache_lengths,
+            groups,
+            pad_id=self._pad_id,
+            params=params,
+            key=key,
+            sampling_params=sampling_params,
+        )
         ended: list[Response] = []
         while True:
-            free = [slot for slot, rollout in enumerate(making) if rollout is None]
-            while free and (waiting or queue):
-                if not waiting:
-                    chosen = [queue.popleft() for _ in range(min(n, len(queue)))]
-                    cache = self._prefilled(params, [prompts[i] for i in chosen])
-                    waiting.extend(
-                        _Waiting(cache, source, rollout)
-                        for source, i in enumerate(chosen)
-                        for rollout in rollouts[i]
-                    )
-                    del cache
-                state, length = self._admitted_to(state, length, free, waiting, making)
-            chunk: Chunk | None = None
-            if any(making):
-                state, length = self._resized(state, length, making)
-                enough = self._refill_at if waiting or queue else np.int32(S + 1)
-                state, chunk = self._decode[length](params, state, *fixed, enough)
+            batch.fill_slots()
+            chunk = batch.decode()
             if ended:
-                yield Ended(ended, functools.partial(_is_done, chunk))
+                yield EndedRollouts(ended, functools.partial(_is_done, chunk))
             if chunk is None:
                 return
             poll()
             with watchdog.waiting("decoding"):
                 fetched = jax.device_get(chunk)
-            ended = _taken(fetched, making)
+            ended = batch.record(fetched)
 
-    def _prefilled(self, params: Params, prompts: list[Sequence[int]]):
-        n, P = self.shape.prompts, self.shape.prompt_tokens
-        begun = [ids[:-1] for ids in prompts] + [()] * (n - len(prompts))
-        return self._prefill(params, *left_pad(begun, P, self._pad_id))
-
-    def _admitted_to(
+    def _groups(
         self,
-        state: Slots,
-        length: int,
-        free: list[int],
-        waiting: deque[_Waiting],
-        making: list[_Rollout | None],
-    ) -> tuple[Slots, int]:
-        """Puts rollouts of one prefill into free slots, as many as one admission takes."""
-        source = np.zeros(ADMITTED, np.int32)
-        slot = np.full(ADMITTED, self.shape.slots, np.int32)  # nowhere
-        rows = np.zeros((len(Rows._fields), ADMITTED), np.int32)
-        cache = waiting[0].cache
-        for i in range(ADMITTED):
-            if not free or not waiting or waiting[0].cache is not cache:
-                break
-            _, source[i], rollout = waiting.popleft()
-            slot[i] = free.pop(0)
-            rows[:, i] = rollout.row
-            making[slot[i]] = rollout
-        state, length = self._resized(state, length, making)
-        return self._admit[length](state, cache, source, slot, Rows(*rows)), length
-
-    def _resized(
-        self, state: Slots, length: int, making: list[_Rollout | None]
-    ) -> tuple[Slots, int]:
-        """The state with a cache that holds the next chunk, and no longer than that asks for."""
-        needed = max(min(r.position + STEPS, r.end) for r in making if r is not None)
-        goal = next(size for size in self.lengths if size >= needed)
-        if goal == length:
-            return state, length
-        there, tree = jax.tree.flatten(self._state[length].cache)
-        goals = jax.tree.leaves(self._state[goal].cache)
-        leaves = jax.tree.leaves(state.cache)
-        for i, pair in enumerate(zip(there, goals, strict=True)):
-            if pair in self._resize:
-                old, leaves[i] = leaves[i], self._resize[pair](leaves[i])
-                old.delete()
-        return state._replace(cache=jax.tree.unflatten(tree, leaves)), goal
+        prompts: Sequence[Sequence[int]],
+        ids: Sequence[Sequence[int]],
+        budgets: Sequence[Sequence[int]] | None,
+    ) -> list[list[_Rollout]]:
+        """Checks the arguments; returns the rollouts of each prompt that has any."""
+        P, L = self.shape.prompt_tokens, self.shape.response_tokens
+        if budgets is None:
+            budgets = [[L] * len(prompt_ids) for prompt_ids in ids]
+        groups = []
+        for i, (prompt, own, room) in enumerate(zip(prompts, ids, budgets, strict=True)):
+            if not 0 < len(prompt) <= P:
+                raise ValueError(f"prompt {i} has {len(prompt)} tokens; expected 1 to {P}.")
+            if len(room) != len(own) or not all(0 < budget <= L for budget in room):
+                raise ValueError(
+                    f"budgets of prompt {i} are {room}; expected one for each of its {len(own)} "
+                    f"rollouts, from 1 to {L} tokens."
+                )
+            rollouts = [
+                _Rollout(i, j, prompt, rollout_id, budget)
+                for j, (rollout_id, budget) in enumerate(zip(own, room, strict=True))
+            ]
+            if rollouts:
+                groups.append(rollouts)
+        return groups
 
 
-def _taken(chunk: Any, making: list[_Rollout | None]) -> list[Response]:
-    """Gives each rollout what it drew in a fetched `Chunk`; returns those that ended, whose slots
-    are free now.
-    """
-    ended = []
-    for slot, rollout in enumerate(making):
-        if rollout is None:
-            continue
+class _Rollout:
+    """One rollout, from its prompt to its response."""
+
+    def __init__(
+        self, prompt: int, member: int, prompt_ids: Sequence[int], rollout_id: int, budget: int
+    ):
+        self.prompt, self.member = prompt, member
+        self.prompt_ids, self.rollout_id, self.budget = prompt_ids, rollout_id, budget
+        self.position = len(prompt_ids) - 1  # of its last token
+        self._pieces: list[tuple[np.ndarray, ...]] = []
+
+    def cache_length_after(self, steps: int) -> int:
+        """Returns the number of cache entries that the rollout fills in the next steps at most."""
+        return min(self.position + steps, len(self.prompt_ids) + self.budget - 1)
+
+    def row(self) -> tuple[int, ...]:
+        """Returns the values of `slots.Rows` before the first decoding step, in field order."""
+        return self.prompt_ids[-1], self.position, self.rollout_id, 0, self.budget
+
+    def append(self, chunk: Chunk, slot: int) -> None:
+        """Appends the tokens that a fetched chunk sampled in the rollout's slot."""
         n = int(chunk.drawn[slot])
-        rollout.position += n
-        drawn = chunk.tokens, chunk.model_logprobs, chunk.sampling_logprobs
-        rollout.pieces.append(tuple(values[:n, slot].copy() for values in drawn))
-        if chunk.stop[slot] != LIVE:
-            ended.append(rollout.response(int(chunk.stop[slot])))
-            making[slot] = None
-    return ended
+        self.position += n
+        columns = chunk.tokens, chunk.sampling_logprobs, chunk.model_logprobs
+        # Copies, so that the whole chunk is not kept alive.
+        self._pieces.append(tuple(np.array(column[:n, slot]) for column in columns))
+
+    def response(self, stop: int) -> Response:
+        """Returns the finished response."""
+        tokens, sampling, model = map(np.concatenate, zip(*self._pieces, strict=True))
+        return Response(self.prompt, self.member, tokens, sampling, model, stop)
+
+
+class _Prefilled(NamedTuple):
+    """A rollout whose prompt is prefilled, in row `source` of `cache`, and that needs a slot."""
+
+    cache: Cache
+    source: int
+    rollout: _Rollout
+
+
+class _Batch:
+    """The rollouts of one call of the engine, and the state of its slots."""
+
+    def __init__(
+        self,
+        programs: Programs,
+        shape: EngineShape,
+        cache_lengths: Sequence[int],
+        groups: Sequence[list[_Rollout]],
+        *,
+        pad_id: int,
+        params: Params,
+        key: jax.Array,
+        sampling_params: sampling.SamplingParams,
+    ):
+        """`groups` are the rollouts of each prompt; the other arguments are as in `Engine`."""
+        self._programs, self._shape, self._cache_lengths = programs, shape, cache_lengths
+        self._pad_id, self._params = pad_id, programs.prepare(params)
+        key_data = jax.random.key_data(_threefry(key))
+        self._key_data, self._sampling_params = self._put(key_data, sampling_params)
+        self._queue = deque(groups)  # prompts that are not prefilled
+        self._prefilled: deque[_Prefilled] = deque()
+        self._active: list[_Rollout | None] = [None] * shape.slots
+        self._state, self._cache_length = programs.start(), cache_lengths[0]
+
+    def _put(self, *arrays: Any) -> tuple[Any, ...]:
+        """Copies host arrays to every device, explicitly (`jax.transfer_guard`)."""
+        return mesh_lib.placed(arrays, jax.tree.map(lambda _: self._programs.replicated, arrays))
+
+    def fill_slots(self) -> None:
+        """Inserts rollouts into free slots, until no slot is free or no rollout is left."""
+        free = deque(slot for slot, rollout in enumerate(self._active) if rollout is None)
+        while free and (self._prefilled or self._queue):
+            if not self._prefilled:
+                self._prefill()
+            self._insert(free)
+
+    def decode(self) -> Chunk | None:
+        """Starts the next chunk of decoding steps; returns None if every slot is empty."""
+        if not any(self._active):
+            return None
+        self._resize()
+        # Where rollouts wait for slots, refill when a sixteenth of the slots is free.
+        S = self._shape.slots
+        stop_after = max(1, S // 16) if self._prefilled or self._queue else S + 1
+        self._state, chunk = self._programs.decode[self._cache_length](
+            self._params,
+            self._state,
+            self._key_data,
+            self._sampling_params,
+            *self._put(np.int32(stop_after)),
+        )
+        return chunk
+
+    def record(self, chunk: Chunk) -> list[Response]:
+        """Appends a fetched chunk to the rollouts; frees the slots of those that ended.
+
+        Returns:
+          The responses that ended.
+        """
+        ended = []
+        for slot, rollout in enumerate(self._active):
+            if rollout is None:
+                continue
+            rollout.append(chunk, slot)
+            if chunk.stop[slot] != RUNNING:
+                ended.append(rollout.response(int(chunk.stop[slot])))
+                self._active[slot] = None
+        return ended
+
+    def _prefill(self) -> None:
+        """Prefills the next prompts of the queue."""
+        n, P = self._shape.prompts, self._shape.prompt_tokens
+        groups = [self._queue.popleft() for _ in range(min(n, len(self._queue)))]
+        begun = [group[0].prompt_ids[:-1] for group in groups] + [()] * (n - len(groups))
+        prompts = self._put(*left_pad(begun, P, self._pad_id))
+        cache = self._programs.prefill(self._params, *prompts)
+        self._prefilled.extend(
+            _Prefilled(cache, source, rollout)
+            for source, group in enumerate(groups)
+            for rollout in group
+        )
+
+    def _insert(self, free: deque[int]) -> None:
+        """Inserts rollouts of one prefill into free slots, as many as one program call takes."""
+        m, cache = ROLLOUTS_PER_INSERT, self._prefilled[0].cache
+        source_m = np.zeros(m, np.int32)
+        slot_m = np.full(m, self._shape.slots, np.int32)  # past the last slot: not inserted
+        rows = np.zeros((len(Rows._fields), m), np.int32)
+        for i in range(m):
+            if not free or not self._prefilled or self._prefilled[0].cache is not cache:
+                break
+            _, source_m[i], rollout = self._prefilled.popleft()
+            slot_m[i] = slot = free.popleft()
+            rows[:, i] = rollout.row()
+            self._active[slot] = rollout
+        self._resize()
+        self._state = self._programs.insert[self._cache_length](
+            self._state, cache, *self._put(source_m, slot_m, Rows(*rows))
+        )
+
+    def _resize(self) -> None:
+        """Resizes the cache to the shortest length that holds the next chunk."""
+        steps = self._programs.steps_per_chunk
+        needed = max(r.cache_length_after(steps) for r in self._active if r is not None)
+        goal = next(length for length in self._cache_lengths if length >= needed)
+        if goal != self._cache_length:
+            self._state = self._programs.resize(self._state, self._cache_length, goal)
+            self._cache_length = goal
+
+
+def _threefry(key: jax.Array) -> jax.Array:
+    """Returns the key if it is a threefry key, else one that is derived from it."""
+    if str(jax.random.key_impl(key)) == PRNG:
+        return key
+    return jax.random.wrap_key_data(jax.random.bits(key, (2,), "uint32"), impl=PRNG)
 
 
 def _is_done(chunk: Chunk | None) -> bool:
-    """Whether the device has made a chunk, if there is one."""
-    return chunk is None or chunk.tokens.is_ready()  # type: ignore[attr-defined]
+    """Returns whether the device has computed the chunk, or there is none."""
+    return chunk is None or chunk.tokens.is_ready()  # type: ignore[attr-defined] # not in its stub

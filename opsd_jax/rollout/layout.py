@@ -1,38 +1,48 @@
-"""Where and in which dtype the parameters lie while rollouts are sampled."""
+"""The parameters' layout for decoding: their shardings and dtypes while rollouts are sampled."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from opsd_jax.parallel import aot
 from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.parallel.program import ProgramKey, ProgramKind
 from opsd_jax.policy import Model, Params
 
 
 class Layout(NamedTuple):
-    """A layout of the parameters, and the way to it.
+    """A layout of the parameters for decoding, and the function that converts to it.
 
     Attributes:
-      mesh: the devices as decoding sees them.
-      abstract: the parameters' shapes there, with shardings.
-      moved: bytes on a device of what is not as it is in training.
-      convert: `params -> params`: one program casts and moves what is not as it should be; the
-        other arrays stay where they are and are returned themselves.
+      mesh: the devices, in the shape that decoding uses.
+      abstract: the parameters' shapes, dtypes and shardings in this layout.
+      moved_bytes: bytes per device of the parameters that differ from the training layout. Each
+        device holds them in addition to the training state.
+      convert: `params -> params`, from the training layout to this one. One compiled program casts
+        and moves the parameters that differ. The other arrays are returned as they are.
     """
 
     mesh: jax.sharding.Mesh
     abstract: Params
-    moved: int
+    moved_bytes: int
     convert: Callable[[Params], Params]
 
 
 def check_fits(model: Model, shapes: Params, mesh: jax.sharding.Mesh) -> None:
-    """Raises ValueError as `decode_layout` does, from the shapes of the parameters alone, and where
-    a device's part of the cache is none that decoding takes.
+    """Checks that the mesh can decode with the model, without compiling anything.
+
+    Args:
+      model: the model.
+      shapes: the parameters' shapes in training.
+      mesh: the mesh for decoding.
+
+    Raises:
+      ValueError: a parameter matches no sharding rule, the mesh does not divide a parameter, or
+        the decoding kernel does not support a device's part of the cache.
     """
     decoding = jax.eval_shape(model.decode_params, shapes)
     mesh_lib.tree_shardings(mesh, _rules(model), decoding)
@@ -48,52 +58,74 @@ def check_fits(model: Model, shapes: Params, mesh: jax.sharding.Mesh) -> None:
 
 
 def _rules(model: Model) -> mesh_lib.Rules:
+    """Returns the sharding rules of the parameters during decoding."""
     return model.rules if model.decode_rules is None else model.decode_rules
 
 
 def decode_layout(model: Model, abstract_params: Params, mesh: jax.sharding.Mesh) -> Layout:
-    """The layout that `model.decode_params` and `model.decode_rules` describe; compiles the way.
+    """Builds the layout that the model's `decode_params` and `decode_rules` describe.
+
+    Compiles the conversion program, if a parameter has to change.
 
     Args:
       model: the model.
-      abstract_params: its parameters' shapes with shardings, as training has them.
-      mesh: for decoding: the devices of training in the same order, in that shape or another.
+      abstract_params: the parameters' shapes and shardings in training.
+      mesh: the mesh for decoding. It has the same devices as in training, in the same order, in
+        the same or another shape.
 
     Raises:
-      ValueError: a parameter matches no rule or is not divided by the mesh; names it.
+      ValueError: a parameter matches no sharding rule, or the mesh does not divide it.
     """
     traced, shapes = jax.make_jaxpr(model.decode_params, return_shape=True)(abstract_params)
     shardings = jax.tree.leaves(mesh_lib.tree_shardings(mesh, _rules(model), shapes))
-    leaves, tree = jax.tree.flatten(shapes)
-    given, inputs = jax.tree.leaves(abstract_params), traced.jaxpr.invars
-
-    def stays(i: int) -> int | None:
-        """Which parameter the i-th of the layout is, unchanged and in its place; None if none."""
-        for j, variable in enumerate(inputs):
-            if variable is traced.jaxpr.outvars[i]:
-                there = given[j].sharding.is_equivalent_to(shardings[i], len(leaves[i].shape))
-                return j if there else None
-        return None
-
-    kept = [stays(i) for i in range(len(leaves))]
-    moved = [i for i, source in enumerate(kept) if source is None]
+    tree, given = jax.tree.structure(shapes), jax.tree.leaves(abstract_params)
+    sources = _unchanged(traced.jaxpr, given, shardings)
+    moved = [i for i, source in enumerate(sources) if source is None]
 
     def convert_moved(params: Params) -> list[jax.Array]:
         prepared = jax.tree.leaves(model.decode_params(params))
         return [prepared[i] for i in moved]
 
-    program = None
+    program: Callable[[Params], list[jax.Array]] | None = None
     if moved:
         out = [shardings[i] for i in moved]
         lowered = jax.jit(convert_moved, out_shardings=out).lower(abstract_params)
-        program = aot.compiled("reshard", lowered)
+        program = aot.compiled(ProgramKey(ProgramKind.RESHARD), lowered)
 
     def convert(params: Params) -> Params:
-        there = jax.tree.leaves(params)
+        unmoved = jax.tree.leaves(params)
         new = iter(program(params)) if program else iter(())
-        return jax.tree.unflatten(tree, [next(new) if j is None else there[j] for j in kept])
+        return jax.tree.unflatten(tree, [next(new) if j is None else unmoved[j] for j in sources])
 
-    where = [s if j is None else given[j].sharding for j, s in zip(kept, shardings, strict=True)]
-    abstract = mesh_lib.abstract_of(shapes, jax.tree.unflatten(tree, where))
+    placement = [
+        sharding if j is None else given[j].sharding
+        for j, sharding in zip(sources, shardings, strict=True)
+    ]
+    abstract = mesh_lib.abstract_of(shapes, jax.tree.unflatten(tree, placement))
     placed = jax.tree.leaves(abstract)
     return Layout(mesh, abstract, mesh_lib.shard_bytes([placed[i] for i in moved]), convert)
+
+
+def _unchanged(
+    jaxpr: Any, given: Sequence[jax.ShapeDtypeStruct], shardings: Sequence[jax.sharding.Sharding]
+) -> list[int | None]:
+    """Finds the parameters that decoding uses as they are.
+
+    Args:
+      jaxpr: the traced `decode_params`.
+      given: the parameters in training, with shardings.
+      shardings: the sharding of each output of `decode_params`.
+
+    Returns:
+      For each output of `decode_params`, the index of the parameter that it is, or None if its
+      values, dtype or sharding differ.
+    """
+    sources: list[int | None] = []
+    for variable, sharding in zip(jaxpr.outvars, shardings, strict=True):
+        source = next((j for j, v in enumerate(jaxpr.invars) if v is variable), None)
+        if source is not None:
+            leaf = given[source]
+            if not leaf.sharding.is_equivalent_to(sharding, len(leaf.shape)):
+                source = None
+        sources.append(source)
+    return sources

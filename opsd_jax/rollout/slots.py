@@ -1,10 +1,11 @@
-"""Decode slots on the device: pure functions that fill them, advance them and resize their cache.
+"""Pure functions on decoding slots: prefill a prompt, insert rollouts, decode, resize the cache.
 
-A slot holds one rollout in the making. What it draws depends on (key, rollout id, index of the
-token) and the model alone: not on the slot, the slots beside it, when it was filled, the size of
-the cache, or how many devices there are.
+A slot holds one rollout while its response is being sampled. A sampled token depends only on the
+model, the key, the rollout id and the token's index in the response. It does not depend on the
+slot, on the other slots, on when the slot was filled, on the cache's length or on the number of
+devices.
 
-Shapes: S slots, P prompt columns, n prompts of a prefill, m rollouts of an admission, T steps.
+Shapes: S slots, P prompt columns, n prompts per prefill, m rollouts per insertion, T steps.
 """
 
 from __future__ import annotations
@@ -14,25 +15,26 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from opsd_jax.parallel.program import DECODE_STEPS
 from opsd_jax.policy import Cache, Params, Policy
 from opsd_jax.rollout import sampling
 from opsd_jax.rollout.sampling import Array
 
-# What became of a rollout. LIVE: it goes on.
+# Why a rollout stopped.
 STOP_EOS = 0
-STOP_LENGTH = 1  # it filled its budget: truncated
-LIVE = 2
+STOP_LENGTH = 1  # it reached its token budget and is truncated
+RUNNING = 2  # it has not stopped
 
 
 class Rows(NamedTuple):
-    """What is known of the rollout in each slot, int32 [S].
+    """The state of the rollout in each slot, int32 [S] each.
 
     Attributes:
-      token: the last of its tokens, whose keys and values are not in the cache yet.
-      position: that token's; -1 for an empty slot.
-      rollout_id: chooses its random numbers.
-      drawn: how many tokens its response has.
-      budget: how many it may have.
+      token: the rollout's last token. Its keys and values are not in the cache yet.
+      position: the position of that token; -1 for an empty slot.
+      rollout_id: selects the rollout's random numbers.
+      drawn: number of tokens in the response so far.
+      budget: maximum number of tokens in the response.
     """
 
     token: Array
@@ -43,20 +45,23 @@ class Rows(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """The state of decoding: the rows and the policy's cache for them."""
+    """The state of decoding: one row per slot, and the policy's cache for all slots."""
 
     rows: Rows
     cache: Cache
 
 
 class Chunk(NamedTuple):
-    """What some steps of decoding drew. A slot's tokens are the first `drawn` of its column.
+    """The tokens that a few decoding steps sampled in each slot.
+
+    The tokens of slot s are the first `drawn[s]` of column s; the rest of the column is undefined.
 
     Attributes:
       tokens: int32 [T, S].
-      model_logprobs, sampling_logprobs: float32 [T, S], as `sampling.Drawn` has them.
-      drawn: int32 [S].
-      stop: int32 [S]: STOP_EOS, STOP_LENGTH or LIVE; of a slot that was empty, LIVE.
+      model_logprobs: float32 [T, S], see `sampling.Drawn`.
+      sampling_logprobs: float32 [T, S], see `sampling.Drawn`.
+      drawn: int32 [S], number of tokens sampled in each slot.
+      stop: int32 [S], STOP_EOS, STOP_LENGTH or RUNNING. RUNNING for an empty slot.
     """
 
     tokens: jax.Array
@@ -67,22 +72,32 @@ class Chunk(NamedTuple):
 
 
 def empty_rows(slots: int) -> Rows:
-    """Rows of empty slots."""
+    """Returns the rows of `slots` empty slots."""
     zeros = jnp.zeros(slots, jnp.int32)
     return Rows(zeros, zeros - 1, zeros, zeros, zeros)
 
 
-def prefill(policy: Policy, params: Params, tokens_nxP: jax.Array, positions_nxP: jax.Array):
-    """A cache with prompts in it, but for their last tokens: decoding begins with those."""
+def prefill(
+    policy: Policy, params: Params, tokens_nxP: jax.Array, positions_nxP: jax.Array
+) -> Cache:
+    """Returns a new cache that holds the given tokens.
+
+    The caller leaves out the last token of each prompt, because decoding starts with it.
+
+    Args:
+      policy, params: the model.
+      tokens_nxP: int32, prompts without their last tokens, padded to P columns.
+      positions_nxP: int32, the position of each token; -1 for padding.
+    """
     cache = policy.init_cache(*tokens_nxP.shape)
     return policy.forward(params, tokens_nxP, positions_nxP, cache)[1]
 
 
 def length_axes(policy: Policy) -> Any:
-    """The axis of each leaf of the policy's cache that grows with its length; -1 if none does.
+    """Returns the axis of each cache leaf that grows with the cache's length; -1 if none does.
 
     Raises:
-      ValueError: there are several.
+      ValueError: a leaf has several such axes, or its first axis is one.
     """
     short, long = (jax.eval_shape(lambda n=n: policy.init_cache(1, n)) for n in (1024, 2048))
 
@@ -92,47 +107,50 @@ def length_axes(policy: Policy) -> Any:
         ]
         if len(axes) > 1 or 0 in axes:
             raise ValueError(
-                f"init_cache(1, 1024) has an array {a.shape} that is {b.shape} for a length of "
-                "2048; expected one axis to grow, and not the first."
+                f"init_cache(1, 1024) returns an array of shape {a.shape}, and init_cache(1, 2048) "
+                f"one of shape {b.shape}; expected at most one axis to grow with the length, and "
+                "not the first axis, which is the batch."
             )
         return axes[0] if axes else -1
 
     return jax.tree.map(axis, short, long)
 
 
-def admit(
+def insert(
     axes: Any, slots: Slots, prefilled: Cache, source_m: jax.Array, slot_m: jax.Array, rows: Rows
 ) -> Slots:
-    """Puts rollouts into slots: row `source` of a prefilled cache, and what is known of each.
+    """Inserts m rollouts into slots: copies their prompts' keys and values, and sets their rows.
 
-    Where devices have rows of their own, each gets all m prompts' part of the cache: keep m small.
+    If the rows are sharded, every device receives the prompt caches of all m rollouts, so keep m
+    small.
 
     Args:
-      axes: `length_axes`.
-      slots: the state. Its cache holds the prompts; the prefilled one may be longer than it.
-      prefilled: a cache of n rows.
-      source_m: int32, rows of it.
-      slot_m: int32, where each goes; a number past the last slot for nowhere.
-      rows: of the m rollouts.
+      axes: the result of `length_axes`.
+      slots: the state. Its cache may be shorter than the prefilled one, but has to hold the
+        prompts.
+      prefilled: a cache of n prompts, from `prefill`.
+      source_m: int32, the row of each rollout's prompt in `prefilled`.
+      slot_m: int32, the slot of each rollout. A number past the last slot skips the rollout.
+      rows: the new rows, int32 [m] each.
     """
 
-    def put(axis, there, new):
+    def copy(axis, leaf, new):
         new = new[source_m]
         if axis < 0:
-            return there.at[slot_m].set(new, mode="drop")
-        size = min(new.shape[axis], there.shape[axis])
+            return leaf.at[slot_m].set(new, mode="drop")
+        size = min(new.shape[axis], leaf.shape[axis])
         new = jax.lax.slice_in_dim(new, 0, size, axis=axis)
-        into = (slot_m, *(slice(None),) * (axis - 1), slice(0, size))
-        return there.at[into].set(new, mode="drop")
+        target = (slot_m, *(slice(None),) * (axis - 1), slice(0, size))
+        return leaf.at[target].set(new, mode="drop")
 
     return Slots(
-        jax.tree.map(lambda there, new: there.at[slot_m].set(new, mode="drop"), slots.rows, rows),
-        jax.tree.map(put, axes, slots.cache, prefilled),
+        jax.tree.map(lambda leaf, new: leaf.at[slot_m].set(new, mode="drop"), slots.rows, rows),
+        jax.tree.map(copy, axes, slots.cache, prefilled),
     )
 
 
 def resize(leaf: jax.Array, axis: int, size: int) -> jax.Array:
-    """A leaf of the cache with another size along its length: cut, or grown by zeros."""
+    """Returns a cache leaf with a new size along `axis`, truncated or padded with zeros."""
     if size <= leaf.shape[axis]:
         return jax.lax.slice_in_dim(leaf, 0, size, axis=axis)
     widths = [(0, size - leaf.shape[axis] if i == axis else 0) for i in range(leaf.ndim)]
@@ -144,32 +162,36 @@ def decode(
     params: Params,
     slots: Slots,
     key: jax.Array,
-    rule: sampling.Rule,
-    enough: jax.Array,
+    sampling_params: sampling.SamplingParams,
+    stop_after: jax.Array,
     *,
     steps: int,
 ) -> tuple[Slots, Chunk]:
-    """Decodes up to `steps` tokens in each slot.
+    """Decodes up to `steps` tokens in each slot that is not empty.
 
     Args:
       policy, params: the model.
       slots: the state.
-      key: scalar PRNG key, of this step and purpose.
-      rule: the sampling rule.
-      enough: int32 scalar; it stops earlier when so many rollouts have ended, or all of them.
-      steps: T.
-    """
-    rows = slots.rows
-    S = len(rows.token)
-    ids_S = jax.vmap(jax.random.fold_in, (None, 0))(key, rows.rollout_id)
-    words, logprobs = jnp.zeros((steps, S), jnp.int32), jnp.zeros((steps, S))
-    nothing = jnp.zeros(S, jnp.int32)
-    empty = Chunk(words, logprobs, logprobs, nothing, nothing + LIVE)
+      key: scalar PRNG key for this training step and purpose.
+      sampling_params: the distribution that tokens are sampled from.
+      stop_after: int32 scalar. Decoding returns early once this many rollouts have stopped, or
+        all of them.
+      steps: T, maximum number of steps.
 
-    def going(carry):
+    Returns:
+      `(slots, chunk)`: the new state, in which slots whose rollout stopped are empty, and the
+      sampled tokens.
+    """
+    S = len(slots.rows.token)
+    keys_S = jax.vmap(jax.random.fold_in, (None, 0))(key, slots.rows.rollout_id)
+    tokens_TxS, logprobs_TxS = jnp.zeros((steps, S), jnp.int32), jnp.zeros((steps, S))
+    zeros_S = jnp.zeros(S, jnp.int32)
+    empty = Chunk(tokens_TxS, logprobs_TxS, logprobs_TxS, zeros_S, zeros_S + RUNNING)
+
+    def is_unfinished(carry):
         t, (rows, _), chunk = carry
-        ended = jnp.sum(chunk.stop != LIVE)
-        return (t < steps) & (ended < enough) & jnp.any(rows.position >= 0)
+        stopped = jnp.sum(chunk.stop != RUNNING)
+        return (t < steps) & (stopped < stop_after) & jnp.any(rows.position >= 0)
 
     def step(carry):
         t, (rows, cache), chunk = carry
@@ -179,22 +201,34 @@ def decode(
             )
             logits_SxV = policy.unembed(params, hidden_Sx1xD[:, 0])
         with jax.named_scope("draw"):
-            keys_S = jax.vmap(jax.random.fold_in)(ids_S, rows.drawn)
-            word, model_logprob, sampling_logprob = sampling.draw(logits_SxV, keys_S, rule)
-        live = rows.position >= 0
-        drawn = rows.drawn + live
-        ends, full = live & jnp.asarray(rule.stop)[word], live & (drawn >= rows.budget)
-        chunk = Chunk(
-            chunk.tokens.at[t].set(word),
-            chunk.model_logprobs.at[t].set(model_logprob),
-            chunk.sampling_logprobs.at[t].set(sampling_logprob),
-            chunk.drawn + live,
-            jnp.where(ends, STOP_EOS, jnp.where(full, STOP_LENGTH, chunk.stop)),
-        )
-        position = jnp.where(live & ~ends & ~full, rows.position + 1, -1)
-        rows = rows._replace(token=word, position=position, drawn=drawn)
+            token_keys_S = jax.vmap(jax.random.fold_in)(keys_S, rows.drawn)
+            sampled = sampling.draw(logits_SxV, token_keys_S, sampling_params)
+        rows, chunk = _record(t, rows, chunk, sampled, sampling_params)
         return t + 1, Slots(rows, cache), chunk
 
-    with jax.named_scope("decode_steps"):
-        _, after, chunk = jax.lax.while_loop(going, step, (jnp.int32(0), slots, empty))
+    with jax.named_scope(DECODE_STEPS):
+        _, after, chunk = jax.lax.while_loop(is_unfinished, step, (jnp.int32(0), slots, empty))
     return after, chunk
+
+
+def _record(
+    t: jax.Array,
+    rows: Rows,
+    chunk: Chunk,
+    sampled: sampling.Drawn,
+    sampling_params: sampling.SamplingParams,
+) -> tuple[Rows, Chunk]:
+    """Appends the tokens of step t to the chunk and advances the rows; empties stopped slots."""
+    active_S = rows.position >= 0
+    drawn_S = rows.drawn + active_S
+    eos_S = active_S & jnp.asarray(sampling_params.stop)[sampled.token]
+    full_S = active_S & (drawn_S >= rows.budget)
+    chunk = Chunk(
+        chunk.tokens.at[t].set(sampled.token),
+        chunk.model_logprobs.at[t].set(sampled.model_logprob),
+        chunk.sampling_logprobs.at[t].set(sampled.sampling_logprob),
+        chunk.drawn + active_S,
+        jnp.where(eos_S, STOP_EOS, jnp.where(full_S, STOP_LENGTH, chunk.stop)),
+    )
+    position_S = jnp.where(active_S & ~eos_S & ~full_S, rows.position + 1, -1)
+    return rows._replace(token=sampled.token, position=position_S, drawn=drawn_S), chunk

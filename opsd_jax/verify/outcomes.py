@@ -10,7 +10,7 @@ import numpy as np
 from opsd_jax.verify.verdict import Verdict
 
 
-class Groups(NamedTuple):
+class Outcomes(NamedTuple):
     """Boolean masks [N] over rollouts: disjoint, and together they cover every rollout."""
 
     correct: np.ndarray
@@ -18,7 +18,7 @@ class Groups(NamedTuple):
     truncated: np.ndarray
 
 
-def groups(verdicts: Sequence[Verdict], truncated: np.ndarray) -> Groups:
+def outcomes_of(verdicts: Sequence[Verdict], truncated: np.ndarray) -> Outcomes:
     """The groups of N rollouts.
 
     Args:
@@ -30,4 +30,4 @@ def groups(verdicts: Sequence[Verdict], truncated: np.ndarray) -> Groups:
     correct = np.array([v.correct for v in verdicts], bool)
     if correct.shape != truncated.shape:
         raise ValueError(f"{len(verdicts)} verdicts for truncated{list(truncated.shape)}.")
-    return Groups(correct & ~truncated, ~correct & ~truncated, truncated)
+    return Outcomes(correct & ~truncated, ~correct & ~truncated, truncated)

@@ -1,10 +1,10 @@
 """Compiles decoding for TPUs that are not there: run by test_tpu.py.
 
     python compile_decode.py TOPOLOGY DATAxFSDPxTENSOR dense|paged
-        [--program chunk|step|prefill|admit] [--layers 36]
+        [--program chunk|step|prefill|insert] [--layers 36]
 
 Qwen3-8B's shapes, the parameters as decoding has them, 64 slots of 8,192 tokens, the cache donated.
-`chunk`, `prefill` (16 prompts of 1,024 tokens) and `admit` are what rollouts run; `step` takes the
+`chunk`, `prefill` (16 prompts of 1,024 tokens) and `insert` are what rollouts run; `step` takes the
 likeliest word, once, without a loop. Prints a JSON line; `main` says what is in it.
 """
 
@@ -35,18 +35,18 @@ def step(policy, params, cache, token, position):
     return token, jnp.where(position < 0, -1, position + 1), cache
 
 
-def chunk(policy, params, cache, token, position, key, rule):
+def chunk(policy, params, cache, token, position, key, sampling_params):
     state = slots.Slots(slots.empty_rows(B)._replace(token=token, position=position), cache)
-    return slots.decode(policy, params, state, key, rule, jnp.int32(4), steps=STEPS)
+    return slots.decode(policy, params, state, key, sampling_params, jnp.int32(4), steps=STEPS)
 
 
 def prefill(policy, params, cache, token, position, tokens, positions):
     return slots.prefill(policy, params, tokens, positions)
 
 
-def admit(policy, params, cache, token, position, prefilled, of_each):
+def insert(policy, params, cache, token, position, prefilled, of_each):
     state, rows = slots.Slots(slots.empty_rows(B), cache), slots.Rows(*(of_each,) * 5)
-    return slots.admit(slots.length_axes(policy), state, prefilled, of_each, of_each, rows)
+    return slots.insert(slots.length_axes(policy), state, prefilled, of_each, of_each, rows)
 
 
 def abstract_cache(model, mesh, *sizes):
@@ -55,7 +55,7 @@ def abstract_cache(model, mesh, *sizes):
 
 
 def of_chunk(model, mesh):
-    of_call = jax.random.key(0), sampling.rule(151_936, stop=(151_645,))
+    of_call = jax.random.key(0), sampling.params(151_936, stop=(151_645,))
     shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, of_call))
     return abstract_of(shapes, jax.tree.map(lambda _: mesh_lib.replicated(mesh), shapes))
 
@@ -65,7 +65,7 @@ def of_prefill(model, mesh):
     return prompts, prompts
 
 
-def of_admit(model, mesh):
+def insert_arguments(model, mesh):
     of_each = jax.ShapeDtypeStruct((ADMITTED,), jnp.int32, sharding=mesh_lib.replicated(mesh))
     return abstract_cache(model, mesh, PROMPTS, PROMPT), of_each
 
@@ -75,7 +75,7 @@ PROGRAMS = {
     "step": (step, lambda model, mesh: ()),
     "chunk": (chunk, of_chunk),
     "prefill": (prefill, of_prefill),
-    "admit": (admit, of_admit),
+    "insert": (insert, insert_arguments),
 }
 
 
@@ -92,7 +92,7 @@ def compiled(model, mesh, name):
             lambda *args: program(model.policy, *args),
             donate_argnums=1,
             out_shardings=jax.tree.map(lambda leaf: leaf.sharding, slots.Slots(row, cache))
-            if name == "admit"
+            if name == "insert"
             else None,
         )
         done = jitted.lower(*arguments).compile()
@@ -132,7 +132,7 @@ def main(arguments) -> None:
     )
     leaves = list(map(mesh_lib.shard_bytes, jax.tree.leaves(cache)))
     of_a_step = (
-        sum(a.bytes * hlo.turns(a.loops[1:]) for a in moved)
+        sum(a.bytes * hlo.trip_count(a.loops[1:]) for a in moved)
         + sum(a.bytes for a in around) / STEPS
         + kernel
     )

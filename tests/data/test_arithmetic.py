@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from opsd_jax.data import arithmetic
-from opsd_jax.verify.outcomes import groups
+from opsd_jax.verify.outcomes import outcomes_of
 from opsd_jax.verify.verdict import Verdict
 
 CALCULATE = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
@@ -116,14 +116,14 @@ def test_verdicts(response, verdict):
     assert arithmetic.verify(problem, response) == verdict
 
 
-def test_groups():
+def test_outcomes():
     verdicts = [Verdict(True, ""), Verdict(False, ""), Verdict(True, ""), Verdict(False, "")]
-    masks = groups(verdicts, np.array([False, False, True, True]))
+    masks = outcomes_of(verdicts, np.array([False, False, True, True]))
     np.testing.assert_array_equal(masks.correct, [1, 0, 0, 0])
     np.testing.assert_array_equal(masks.incorrect, [0, 1, 0, 0])
     np.testing.assert_array_equal(masks.truncated, [0, 0, 1, 1])
     with pytest.raises(ValueError, match="4 verdicts"):
-        groups(verdicts, np.zeros(3, bool))
+        outcomes_of(verdicts, np.zeros(3, bool))
 
 
 def test_a_word_without_a_token_is_named(task):

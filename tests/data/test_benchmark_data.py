@@ -6,6 +6,7 @@ They lie beside the checkout, in shared/data/benchmarks; without them the tests 
 import json
 
 import pytest
+import tiny_config
 from paths import SHARED
 
 from opsd_jax import config as config_lib
@@ -27,7 +28,7 @@ def source(name, **changes):
 @pytest.fixture(scope="module")
 def data():
     """All of it, each answer verified against itself. Two rows have no answer."""
-    config = config_lib.default().data
+    config = tiny_config.quickstart().data
     for name in EVALUATION:
         config.heldout[name] = source(name)
     for name in TRAINING:

@@ -4,6 +4,7 @@ import pathlib
 import re
 
 import pytest
+import tiny_config
 
 from opsd_jax import config as config_lib
 from opsd_jax.config import loading
@@ -79,7 +80,7 @@ def parsed(config):
     ],
 )
 def test_options_that_cannot_be_used(change, message):
-    config = config_lib.default()
+    config = tiny_config.quickstart()
     config.data.train.x = source()
     for field, value in change.items():
         if isinstance(value, dict):
@@ -92,7 +93,7 @@ def test_options_that_cannot_be_used(change, message):
 
 
 def test_a_source_without_a_path_is_refused_only_by_check_sources():
-    config = config_lib.default()
+    config = tiny_config.quickstart()
     config.data.train.a = config_lib.source()
     options = parse(DataOptions, config.data, "data")
     assert options.train["a"] == SourceOptions()
@@ -107,21 +108,21 @@ def test_a_source_rejects_unknown_fields():
 
 
 def test_a_source_may_be_a_path_and_have_the_name_of_a_field():
-    config = config_lib.default()
+    config = tiny_config.quickstart()
     config.data.train.problems = config_lib.source(pathlib.Path("a") / "b.jsonl")
     assert parsed(config).train["problems"].path == "a/b.jsonl"
 
 
 def test_default_values_are_those_of_the_config():
     """The one field that differs is the tokenizer of the quickstart."""
-    options = DataOptions(tokenizer=config_lib.default().data.tokenizer)
-    assert loading.flatten(section(options)) == loading.flatten(config_lib.default().data)
+    options = DataOptions(tokenizer=tiny_config.quickstart().data.tokenizer)
+    assert loading.flatten(section(options)) == loading.flatten(tiny_config.quickstart().data)
     assert section(SourceOptions()) == config_lib.source()
 
 
 def test_infinite_bounds_survive_a_saved_config():
     """JSON has no infinity: a saved config has the largest float in its place."""
-    config = config_lib.default()
+    config = tiny_config.quickstart()
     config.data.train.a = source()
     saved = loading.from_flat(loading.flatten(config))
     assert parsed(saved).train["a"].difficulty.high > 1e308

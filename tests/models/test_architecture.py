@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_config
 from conftest import random_tokens
 from jax.sharding import PartitionSpec as P
 
@@ -99,7 +100,7 @@ def test_a_config_json_of_ours_reads_back(name, tmp_path):
 
 
 def test_normalised_queries_with_biases_have_no_architecture():
-    sizes = decoder.sizes(config_lib.decoder(attention_bias=True))
+    sizes = decoder.sizes(tiny_config.decoder(attention_bias=True))
     with pytest.raises(ValueError, match=r"qk_norm and model\.attention_bias are both True"):
         architecture.to_json(sizes, "float32")
 
@@ -191,7 +192,7 @@ def test_a_scaling_that_cannot_be_is_named():
 
 @pytest.mark.parametrize("kind", ["biased", "plain", *SCALINGS])
 def test_cached_decoding_equals_the_full_forward_in_every_shape(kind):
-    section = config_lib.decoder(
+    section = tiny_config.decoder(
         hidden_size=16,
         intermediate_size=32,
         head_dim=8,

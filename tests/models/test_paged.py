@@ -165,13 +165,13 @@ def test_rollouts_are_those_of_a_dense_cache(sizes):
         params = jax.jit(model.init)(jax.random.key(1))
         abstract = abstract_of(params, mesh_lib.tree_shardings(mesh, model.rules, params))
         layout = decode_layout(model, abstract, mesh)
-        engine = Engine(model, layout.abstract, mesh, EngineShape(2, 1, 8, 6), lengths=(14,))
+        engine = Engine(model, layout.abstract, mesh, EngineShape(2, 1, 8, 6), cache_lengths=(14,))
         ended = engine(
             layout.convert(params),
             prompts,
             [[0, 1], [2, 3], [4]],
             key=jax.random.key(0),
-            rule=sampling.rule(model.vocab_size, stop=()),
+            sampling_params=sampling.params(model.vocab_size, stop=()),
             budgets=[[6, 2], [3, 1], [6]],
         )
         responses = [r for batch in ended for r in batch.responses]
@@ -186,7 +186,7 @@ def test_a_cache_of_which_what_is_filled_is_read_has_one_length(sizes):
         model = decoder.model(dataclasses.replace(sizes, cache=cache))
         shapes = jax.eval_shape(model.init, jax.random.key(0))
         abstract = abstract_of(shapes, mesh_lib.tree_shardings(mesh, model.rules, shapes))
-        assert Engine(model, abstract, mesh, shape).lengths == lengths
+        assert Engine(model, abstract, mesh, shape).cache_lengths == lengths
 
 
 def test_heads_of_a_device_that_the_kernel_does_not_take_are_named():

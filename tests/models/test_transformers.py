@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_config
 from conftest import random_tokens
 
 from opsd_jax import config as config_lib
@@ -151,9 +152,11 @@ def test_greedy_continuation(pair):
     params = jax.device_put(pair.params, mesh_lib.replicated(mesh))
     shardings = jax.tree.map(lambda x: x.sharding, params)
     engine = Engine(pair.model, abstract_of(params, shardings), mesh, EngineShape(2, 1, 8, 200))
-    assert len(engine.lengths) == 2  # the cache grows on the way
-    rule = sampling.rule(pair.model.vocab_size, stop=(), temperature=0.0)
-    (ended,) = engine(params, prompt.tolist(), [[0]], key=jax.random.key(0), rule=rule)
+    assert len(engine.cache_lengths) == 2  # the cache grows on the way
+    sampling_params = sampling.params(pair.model.vocab_size, stop=(), temperature=0.0)
+    (ended,) = engine(
+        params, prompt.tolist(), [[0]], key=jax.random.key(0), sampling_params=sampling_params
+    )
     np.testing.assert_array_equal(ended.responses[0].tokens, expected)
 
 
@@ -207,7 +210,7 @@ def test_what_is_exported_loads_there(pair, tmp_path):
     ids=["qwen3", "qwen3-yarn", "qwen2", "llama3", "linear"],
 )
 def test_a_decoder_of_ours_loads_there(changes, tmp_path):
-    model = decoder.from_config(config_lib.decoder(**changes))
+    model = decoder.from_config(tiny_config.decoder(**changes))
     params = jax.tree.map(
         lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape),
         jax.jit(model.init)(jax.random.key(0)),

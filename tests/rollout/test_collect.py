@@ -11,7 +11,7 @@ from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel.mesh import abstract_of
 from opsd_jax.rollout import engine as engine_lib
 from opsd_jax.rollout import sampling
-from opsd_jax.rollout.collect import Collector, concatenated
+from opsd_jax.rollout.collect import Collector, concatenate
 from opsd_jax.rollout.engine import Engine, EngineShape
 from opsd_jax.rollout.layout import decode_layout
 from opsd_jax.verify.pool import VerifierPool
@@ -30,7 +30,7 @@ def collector(model, params, task):
         collector = Collector(engine, task, VerifierPool(task.verify), 2)
         arguments = {
             "key": jax.random.key(3),
-            "rule": sampling.rule(model.vocab_size, stop=task.tokenizer.eos_ids),
+            "sampling_params": sampling.params(model.vocab_size, stop=task.tokenizer.eos_ids),
         }
         params_there = layout.convert(placed)
         return lambda problems, by=Collector.__call__, **kw: by(
@@ -63,13 +63,13 @@ def test_eight_devices_and_other_slots_make_the_same(collector, collect, task, m
 
 def test_groups_are_disjoint_and_cover(collect, task):
     rollouts = collect([task.train[i] for i in range(32)])
-    groups = np.stack(rollouts.judged.groups)
+    groups = np.stack(rollouts.judged.outcomes)
     np.testing.assert_array_equal(groups.sum(axis=0), 1)
     np.testing.assert_array_equal(
-        rollouts.judged.groups.truncated,
+        rollouts.judged.outcomes.truncated,
         [r[-1] not in task.tokenizer.eos_ids for r in rollouts.responses],
     )
-    assert rollouts.judged.groups.truncated.any()
+    assert rollouts.judged.outcomes.truncated.any()
 
 
 def test_a_problem_comes_when_its_last_rollout_has_ended(collect, task):
@@ -119,7 +119,7 @@ def test_settled_rollouts_go_before_others(collect, task):
     """As dynamic sampling adds them: in order, with the time that was waited."""
     first, second = collect([task.train[0]]), collect([task.train[1], task.train[2]])
     waited = first.judged.wait_seconds
-    both = concatenated([first.settled(), second])
+    both = concatenate([first.settled(), second])
     assert [p.id for p in both.problems] == [p.id for p in first.problems + second.problems]
     assert both.judged.verdicts == first.judged.verdicts + second.judged.verdicts
     assert both.judged.wait_seconds >= waited

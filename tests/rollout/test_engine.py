@@ -45,10 +45,12 @@ def make(model, params):
             made[which] = engine, layout.convert(placed)
         engine, placed = made[which]
 
-        def sample(prompts=PROMPTS, ids=IDS, seed=5, budgets=None, stop=(EOS,), **rule):
-            rule = sampling.rule(V, stop=stop, **rule)
+        def sample(prompts=PROMPTS, ids=IDS, seed=5, budgets=None, stop=(EOS,), **options):
+            sampling_params = sampling.params(V, stop=stop, **options)
             key = jax.random.key(seed)
-            ended = engine(placed, prompts, ids, key=key, rule=rule, budgets=budgets)
+            ended = engine(
+                placed, prompts, ids, key=key, sampling_params=sampling_params, budgets=budgets
+            )
             return [response for batch in ended for response in batch.responses]
 
         sample.engine, sample.params = engine, placed
@@ -152,16 +154,16 @@ def test_greedy_takes_the_likeliest(make, score, params):
         np.testing.assert_array_equal(response.sampling_logprobs, 0)
 
 
-@pytest.mark.parametrize("rule", [{"temperature": 1.3}, {"top_k": 12, "top_p": 0.9}], ids=str)
-def test_sampled_frequencies_are_the_distribution(make, score, params, rule):
+@pytest.mark.parametrize("options", [{"temperature": 1.3}, {"top_k": 12, "top_p": 0.9}], ids=str)
+def test_sampled_frequencies_are_the_distribution(make, score, params, options):
     """First tokens of 8,000 rollouts against the exact distribution: chi-square, fixed seed."""
     n = 8_000
-    responses = make(64)([PROMPTS[0]], [range(n)], budgets=[[1] * n], **rule)
-    logits = full_logits(score, params, PROMPTS[0])[-1] / rule.get("temperature", 1)
+    responses = make(64)([PROMPTS[0]], [range(n)], budgets=[[1] * n], **options)
+    logits = full_logits(score, params, PROMPTS[0])[-1] / options.get("temperature", 1)
     p = np.exp(log_softmax(logits))
-    likeliest = np.argsort(-p)[: rule.get("top_k", V)]
+    likeliest = np.argsort(-p)[: options.get("top_k", V)]
     before = np.cumsum(p[likeliest]) - p[likeliest]
-    kept = likeliest[before < rule.get("top_p", 1.0) * p[likeliest].sum()]
+    kept = likeliest[before < options.get("top_p", 1.0) * p[likeliest].sum()]
     counts = np.bincount([r.tokens[0] for r in responses], minlength=V)
     assert counts[kept].sum() == n
     often = kept[p[kept] * n >= 5]
@@ -226,9 +228,11 @@ def test_ended_rollouts_are_handed_out_while_others_go_on(make, monkeypatch):
     monkeypatch.setitem(engine._decode, length, counted(decode, calls, "decode"))
     monkeypatch.setattr(jax, "device_get", counted(jax.device_get, calls, "fetch"))
     ids = [[0, 1, 2], [3, 4, 5]]
-    rule, key = sampling.rule(V, stop=()), jax.random.key(0)
+    sampling_params, key = sampling.params(V, stop=()), jax.random.key(0)
     budgets = [[3, 9, 5], [4, 4, 4]]
-    for batch in engine(sample.params, PROMPTS[:2], ids, key=key, rule=rule, budgets=budgets):
+    for batch in engine(
+        sample.params, PROMPTS[:2], ids, key=key, sampling_params=sampling_params, budgets=budgets
+    ):
         calls.append("ended")
         assert batch.responses
     assert calls.count("prefill") == 2
@@ -257,13 +261,13 @@ def test_nothing_is_traced_after_the_warm_up(make):
     sample = make()
     sample()
     with jax.no_tracing(True):
-        for rule in (
+        for options in (
             {"temperature": 0.6, "top_k": 20, "top_p": 0.95},
             {"temperature": 0.0},
             {"min_p": 0.1, "forbidden": (7, 8)},
             {"stop": (1, 2, 3)},
         ):
-            sample(**rule)
+            sample(**options)
         sample(PROMPTS[:1], IDS[:1], budgets=[[1, 2, 3, 4]])
 
 
@@ -271,8 +275,8 @@ def test_a_cache_of_any_length_gives_the_same(make, rollouts, monkeypatch):
     """It grows with the longest rollout in the making and shrinks when that has ended, be it
     shorter than the longest prompt.
     """
-    monkeypatch.setattr(engine_lib, "STEPS", 2)
-    sample = make(4, lengths=(4, 8, 16, 24, 32))
+    monkeypatch.setattr(engine_lib, "STEPS_PER_CHUNK", 2)
+    sample = make(4, cache_lengths=(4, 8, 16, 24, 32))
     used = []
     for length, decode in list(sample.engine._decode.items()):
         monkeypatch.setitem(sample.engine._decode, length, counted(decode, used, length))
@@ -283,10 +287,12 @@ def test_a_cache_of_any_length_gives_the_same(make, rollouts, monkeypatch):
 
 def test_the_lengths_of_the_cache():
     shape = EngineShape(8, 8, 1024, 8192)
-    assert engine_lib.views(shape) == [128, 192, 320, 576, 1152, 2304, 4608, 9216]
-    double = engine_lib.views(shape._replace(response_tokens=2 * 9216 - 1024))
-    assert double[:-1] == engine_lib.views(shape)  # what is read of it does not grow
-    assert engine_lib.views(EngineShape(8, 8, 16, 88)) == [104]
+    assert engine_lib.default_cache_lengths(shape) == [128, 192, 320, 576, 1152, 2304, 4608, 9216]
+    double = engine_lib.default_cache_lengths(shape._replace(response_tokens=2 * 9216 - 1024))
+    assert double[:-1] == engine_lib.default_cache_lengths(
+        shape
+    )  # what is read of it does not grow
+    assert engine_lib.default_cache_lengths(EngineShape(8, 8, 16, 88)) == [104]
 
 
 @pytest.mark.parametrize(
@@ -312,12 +318,12 @@ def test_an_engine_has_no_slots_that_nothing_fills(slots, group_size, rollouts, 
 @pytest.mark.parametrize("mesh_shape", [(1, 1, 1), (2, 2, 2)])
 def test_the_cache_is_updated_in_place(make, mesh_shape):
     """The decode program holds no copy of a layer's keys or values, and gives back its buffers."""
-    (length,) = (engine := make(8, mesh_shape, budget=112).engine).lengths
+    (length,) = (engine := make(8, mesh_shape, budget=112).engine).cache_lengths
     program, leaves = engine._decode[length], jax.tree.leaves(engine._state[length].cache)
     shape = leaves[0].sharding.shard_shape(leaves[0].shape)
     text = program.as_text()
     copies = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", text)
-    assert np.prod(shape) > 8 * engine_lib.STEPS  # larger than what it draws
+    assert np.prod(shape) > 8 * engine_lib.STEPS_PER_CHUNK  # larger than what it draws
     assert not [c for c in copies if np.prod([int(d) for d in c.split(",")]) >= np.prod(shape)]
     memory = program.memory_analysis()
     cache_bytes = sum(4 * np.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
@@ -337,10 +343,10 @@ def test_idle_slots_and_left_padding_write_nowhere(model, params):
     rows = slots.empty_rows(6)._replace(
         token=jnp.array(last), position=jnp.array(position), budget=jnp.full(6, 1)
     )
-    rule = sampling.rule(V, stop=())
+    sampling_params = sampling.params(V, stop=())
     decode = jax.jit(
         lambda state: slots.decode(
-            model.policy, params, state, jax.random.key(0), rule, jnp.int32(9), steps=4
+            model.policy, params, state, jax.random.key(0), sampling_params, jnp.int32(9), steps=4
         )
     )
     after, chunk = decode(slots.Slots(rows, cache))
@@ -372,10 +378,16 @@ def test_polling_ends_the_sampling(make):
         if error := next(polls):
             raise error
 
-    rule, key = sampling.rule(V, stop=()), jax.random.key(0)
+    sampling_params, key = sampling.params(V, stop=()), jax.random.key(0)
     budgets = [[1] * 4] * len(PROMPTS)
     batches = sample.engine(
-        sample.params, PROMPTS, IDS, key=key, rule=rule, budgets=budgets, poll=poll
+        sample.params,
+        PROMPTS,
+        IDS,
+        key=key,
+        sampling_params=sampling_params,
+        budgets=budgets,
+        poll=poll,
     )
     handed_out = [next(batches), next(batches)]
     assert [len(batch.responses) for batch in handed_out] == [2, 2]
@@ -385,8 +397,8 @@ def test_polling_ends_the_sampling(make):
 
 def test_a_resized_cache_is_not_there_twice(make, monkeypatch):
     """A leaf is let go when its new form is made, before the next one is resized."""
-    engine = make(4, lengths=(8, 16, 24, 32)).engine
-    state, length = engine._start(), engine.lengths[0]
+    engine = make(4, cache_lengths=(8, 16, 24, 32)).engine
+    state, length = engine._start(), engine.cache_lengths[0]
     leaves, alive = jax.tree.leaves(state.cache), []
     for pair, program in list(engine._resize.items()):
 
@@ -403,29 +415,33 @@ def test_a_resized_cache_is_not_there_twice(make, monkeypatch):
 
 def test_any_kind_of_key_will_do(make):
     """The numbers are threefry's; a key of another kind makes one."""
-    sample, rule = make(), sampling.rule(V, stop=(EOS,))
+    sample, sampling_params = make(), sampling.params(V, stop=(EOS,))
     seen = []
     for seed in (0, 0, 1):
         key = jax.random.key(seed, impl="rbg")
-        ended = sample.engine(sample.params, PROMPTS, IDS, key=key, rule=rule)
+        ended = sample.engine(sample.params, PROMPTS, IDS, key=key, sampling_params=sampling_params)
         seen.append(by_id([r for batch in ended for r in batch.responses]))
     assert_same(seen[0], seen[1])
     assert any(len(a.tokens) != len(seen[2][i].tokens) for i, a in seen[0].items())
 
 
-def test_a_rule_of_another_vocabulary_is_refused(make):
+def test_sampling_params_of_another_vocabulary_are_refused(make):
     sample = make()
     ended = sample.engine(
-        sample.params, [], [], key=jax.random.key(0), rule=sampling.rule(7, stop=())
+        sample.params, [], [], key=jax.random.key(0), sampling_params=sampling.params(7, stop=())
     )
-    with pytest.raises(ValueError, match="the rule is of 7 words; the model has 32"):
+    with pytest.raises(
+        ValueError, match="sampling_params are for a vocabulary of 7 tokens; the model has 32"
+    ):
         next(ended)
 
 
 @pytest.mark.parametrize("lengths", [(16, 8, 32), (16, 16, 32), (8, 30)])
 def test_lengths_have_to_ascend_to_what_may_be_asked_for(make, lengths):
-    with pytest.raises(ValueError, match=r"lengths are .* expected them to ascend to 31 or more"):
-        make(2, lengths=lengths)
+    with pytest.raises(
+        ValueError, match=r"cache_lengths are .* expected them to ascend to 31 or more"
+    ):
+        make(2, cache_lengths=lengths)
 
 
 PROCESS = """
@@ -438,18 +454,21 @@ from opsd_jax.rollout import sampling
 from opsd_jax.rollout.engine import Engine, EngineShape
 from opsd_jax.parallel.mesh import abstract_of
 
-model = decoder.from_config(config_lib.decoder())
+model = decoder.from_config(tiny_config.decoder())
 mesh = mesh_lib.make_mesh((2, 2, 2))
 shapes = jax.eval_shape(model.init, jax.random.key(0))
 shardings = mesh_lib.tree_shardings(mesh, model.rules, shapes)
 params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
 layout = decode_layout(model, abstract_of(params, shardings), mesh)
-engine = Engine(model, layout.abstract, layout.mesh, EngineShape(8, 4, 8, 40), lengths=(16, 48))
+shape = EngineShape(8, 4, 8, 40)
+engine = Engine(model, layout.abstract, layout.mesh, shape, cache_lengths=(16, 48))
 prompts = [[1 + i, 2, 3][: 1 + i % 3] for i in range(12)]
 ids = [[2 * i, 2 * i + 1] for i in range(12)]
-rule = sampling.rule(32, stop=(2,), temperature=0.9)
+options = {
+    "key": jax.random.key(3), "sampling_params": sampling.params(32, stop=(2,), temperature=0.9)
+}
 made = []
-for ended in engine(layout.convert(params), prompts, ids, key=jax.random.key(3), rule=rule):
+for ended in engine(layout.convert(params), prompts, ids, **options):
     made += [
         [r.prompt, r.member, r.stop, r.tokens.tolist(), r.model_logprobs.tolist()]
         for r in ended.responses
@@ -497,10 +516,14 @@ def test_every_token_is_fed_once():
     policy = Policy(Counter.forward, Counter.unembed, Counter.init_cache)
     mesh = mesh_lib.make_mesh((1, 1, 1), jax.devices()[:1])
     engine = Engine(Model(policy, lambda key: {}, (), 64), {}, mesh, EngineShape(2, 2, 8, 6))
-    rule, key = sampling.rule(64, stop=()), jax.random.key(0)
+    sampling_params, key = sampling.params(64, stop=()), jax.random.key(0)
     ids = [[0, 1], [2], [3]]
     prompts = [[7, 7, 7], [5], [1, 2, 3, 4, 5, 6, 7, 8]]
-    ended = [r for e in engine({}, prompts, ids, key=key, rule=rule) for r in e.responses]
+    ended = [
+        r
+        for e in engine({}, prompts, ids, key=key, sampling_params=sampling_params)
+        for r in e.responses
+    ]
     assert len(ended) == 4
     for r in ended:
         n = len(prompts[r.prompt])
@@ -522,8 +545,8 @@ def test_weights_are_cast_once_and_norms_are_not(config):
         leaves = jax.tree_util.tree_leaves_with_path(decoded)
         dtypes.append({mesh_lib.path_name(path): leaf.dtype.name for path, leaf in leaves})
         engine = Engine(one, layout.abstract, mesh, EngineShape(8, 8, 8, BUDGET))
-        rule, key = sampling.rule(V, stop=(EOS,)), jax.random.key(0)
-        ended = engine(decoded, PROMPTS, IDS, key=key, rule=rule)
+        sampling_params, key = sampling.params(V, stop=(EOS,)), jax.random.key(0)
+        ended = engine(decoded, PROMPTS, IDS, key=key, sampling_params=sampling_params)
         rollouts.append(by_id([r for batch in ended for r in batch.responses]))
     for name, dtype in dtypes[0].items():
         assert dtype == ("float32" if "norm" in name else "bfloat16")

@@ -13,7 +13,7 @@ from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.rollout import sampling
 
 V = 40
-RULES = [
+OPTIONS = [
     {},
     {"top_k": 5},
     {"top_p": 0.8},
@@ -56,37 +56,37 @@ def logits():
 draw = jax.jit(sampling.draw)
 
 
-def draws(logits, n, seed=1, stop=(), **rule):
+def draws(logits, n, seed=1, stop=(), **options):
     keys = jax.random.split(jax.random.key(seed), n)
-    rule = sampling.rule(len(logits), stop=stop, **rule)
-    return jax.device_get(draw(jnp.tile(logits, (n, 1)), keys, rule))
+    sampling_params = sampling.params(len(logits), stop=stop, **options)
+    return jax.device_get(draw(jnp.tile(logits, (n, 1)), keys, sampling_params))
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
-def test_what_is_drawn_is_the_distribution(logits, temperature, rule):
+def test_what_is_drawn_is_the_distribution(logits, temperature, options):
     """20,000 draws: no other word, every log-probability right, chi-square with a fixed seed."""
     n = 20_000
-    drawn = draws(logits, n, temperature=temperature, **rule)
-    expected = distribution(logits, temperature, **rule)
-    assert set(drawn.word.tolist()) <= expected.keys()
-    right = np.log([expected[word] for word in drawn.word.tolist()])
+    drawn = draws(logits, n, temperature=temperature, **options)
+    expected = distribution(logits, temperature, **options)
+    assert set(drawn.token.tolist()) <= expected.keys()
+    right = np.log([expected[word] for word in drawn.token.tolist()])
     np.testing.assert_allclose(drawn.sampling_logprob, right, atol=2e-6, rtol=2e-6)
-    untouched = log_softmax(logits.astype(np.float64))[drawn.word]
+    untouched = log_softmax(logits.astype(np.float64))[drawn.token]
     np.testing.assert_allclose(drawn.model_logprob, untouched, atol=2e-6, rtol=2e-6)
     often = [word for word, share in expected.items() if share * n >= 5]
     if len(often) > 1:
-        among = np.isin(drawn.word, often)
-        observed = [np.sum(drawn.word == word) for word in often]
+        among = np.isin(drawn.token, often)
+        observed = [np.sum(drawn.token == word) for word in often]
         shares = np.array([expected[word] for word in often])
         assert stats.chisquare(observed, shares / shares.sum() * among.sum()).pvalue > 1e-3
 
 
-def test_another_rule_is_no_other_program(logits):
+def test_changed_sampling_parameters_do_not_recompile(logits):
     draws(logits, 8)
     with jax.no_tracing(True):
-        for rule in RULES:
-            draws(logits, 8, temperature=0.5, stop=(1, 2), **rule)
+        for options in OPTIONS:
+            draws(logits, 8, temperature=0.5, stop=(1, 2), **options)
         draws(logits, 8, temperature=0.0)
 
 
@@ -96,25 +96,25 @@ def test_blocks_of_any_size(size):
     n, logits = 20_000, np.random.default_rng(size).normal(0, 1.5, size).astype(np.float32)
     drawn = draws(logits, n)
     p = np.exp(log_softmax(logits.astype(np.float64)))
-    observed = np.bincount(drawn.word, minlength=size)
+    observed = np.bincount(drawn.token, minlength=size)
     order = np.argsort(p)  # words in groups of at least 10 expected draws
     group = np.minimum((np.cumsum(p[order]) * n // 10).astype(int), n // 10 - 1)
     groups = lambda x: np.array([s for s in np.bincount(group, x[order])])
     kept = groups(p) > 0
     assert stats.chisquare(groups(observed)[kept], groups(p)[kept] * n).pvalue > 1e-3
-    right = log_softmax(logits.astype(np.float64))[drawn.word]
+    right = log_softmax(logits.astype(np.float64))[drawn.token]
     np.testing.assert_allclose(drawn.model_logprob, right, atol=5e-6)
 
 
 def test_of_equal_words_the_first_are_kept():
     equal = np.zeros(6, np.float32)
     drawn = draws(equal, 64, top_k=2)
-    assert set(drawn.word.tolist()) == {0, 1}
+    assert set(drawn.token.tolist()) == {0, 1}
     np.testing.assert_allclose(drawn.sampling_logprob, np.log(0.5), rtol=1e-6)
     np.testing.assert_allclose(drawn.model_logprob, np.log(1 / 6), rtol=1e-6)
-    assert set(draws(equal, 64, top_p=0.5).word.tolist()) == {0, 1, 2}
+    assert set(draws(equal, 64, top_p=0.5).token.tolist()) == {0, 1, 2}
     some = np.array([1, 0, 0, 0, -3, 0], np.float32)
-    assert set(draws(some, 256, top_k=3).word.tolist()) == {0, 1, 2}
+    assert set(draws(some, 256, top_k=3).token.tolist()) == {0, 1, 2}
 
 
 def test_a_word_s_probability_decides_whatever_the_scale():
@@ -122,44 +122,44 @@ def test_a_word_s_probability_decides_whatever_the_scale():
     for scale, shift in itertools.product((1e-6, 1.0, 1e3), (-1e4, 0.0, 1e4)):
         logits = (np.random.default_rng(1).normal(0, scale, 64) + shift).astype(np.float32)
         logits[5:9] = -np.inf
-        for rule in ({}, {"top_k": 4}, {"top_p": 0.5}, {"temperature": 0.0}):
-            drawn = draws(logits, 200, **rule)
-            assert not set(drawn.word.tolist()) & {5, 6, 7, 8}
+        for options in ({}, {"top_k": 4}, {"top_p": 0.5}, {"temperature": 0.0}):
+            drawn = draws(logits, 200, **options)
+            assert not set(drawn.token.tolist()) & {5, 6, 7, 8}
             assert np.isfinite(drawn.model_logprob).all()
             assert np.isfinite(drawn.sampling_logprob).all()
 
 
-def test_greedy_takes_the_likeliest_under_any_rule(logits):
+def test_greedy_takes_the_likeliest_under_any_options(logits):
     best = int(logits.argmax())
-    for rule in ({}, {"top_k": 5}, {"top_p": 0.5}, {"forbidden": (best,)}):
-        drawn = draws(logits, 4, temperature=0.0, **rule)
-        allowed = np.where(np.isin(np.arange(V), rule.get("forbidden", ())), -np.inf, logits)
-        np.testing.assert_array_equal(drawn.word, allowed.argmax())
+    for options in ({}, {"top_k": 5}, {"top_p": 0.5}, {"forbidden": (best,)}):
+        drawn = draws(logits, 4, temperature=0.0, **options)
+        allowed = np.where(np.isin(np.arange(V), options.get("forbidden", ())), -np.inf, logits)
+        np.testing.assert_array_equal(drawn.token, allowed.argmax())
         np.testing.assert_array_equal(drawn.sampling_logprob, 0)
         right = log_softmax(logits.astype(np.float64))[allowed.argmax()]
         np.testing.assert_allclose(drawn.model_logprob, right, atol=1e-6)
     equal = draws(np.zeros(256, np.float32), 2, temperature=0.0)
-    np.testing.assert_array_equal(equal.word, 0)
+    np.testing.assert_array_equal(equal.token, 0)
 
 
-@pytest.mark.parametrize("rule", [{}, {"temperature": 0.7, "top_k": 9, "top_p": 0.9}], ids=str)
-def test_a_vocabulary_on_several_devices(rule):
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 9, "top_p": 0.9}], ids=str)
+def test_a_vocabulary_on_several_devices(options):
     """Rows over four devices and words over two: the same words as on one."""
     logits = np.random.default_rng(3).normal(0, 2, (8, 256)).astype(np.float32)
     keys = jax.random.split(jax.random.key(4), 8)
-    rule = sampling.rule(256, stop=(), **rule)
-    one = draw(logits, keys, rule)
+    sampling_params = sampling.params(256, stop=(), **options)
+    one = draw(logits, keys, sampling_params)
     mesh = mesh_lib.make_mesh((2, 2, 2))
     spec = jax.sharding.PartitionSpec(mesh_lib.ROWS, "tensor")
     split = jax.device_put(logits, jax.sharding.NamedSharding(mesh, spec))
-    several = draw(split, jax.device_put(keys, mesh_lib.rows(mesh)), rule)
-    np.testing.assert_array_equal(one.word, several.word)
+    several = draw(split, jax.device_put(keys, mesh_lib.rows(mesh)), sampling_params)
+    np.testing.assert_array_equal(one.token, several.token)
     for a, b in zip(one[1:], several[1:], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("rule", "message"),
+    ("options", "message"),
     [
         ({"temperature": -1.0}, "temperature is -1.0; expected 0"),
         ({"temperature": float("nan")}, "temperature is nan"),
@@ -171,6 +171,6 @@ def test_a_vocabulary_on_several_devices(rule):
         ({"forbidden": range(V)}, "forbidden has every word"),
     ],
 )
-def test_what_is_out_of_bounds_is_named(rule, message):
+def test_what_is_out_of_bounds_is_named(options, message):
     with pytest.raises(ValueError, match=message):
-        sampling.rule(V, **{"stop": (), **rule})
+        sampling.params(V, **{"stop": (), **options})

@@ -6,12 +6,12 @@ import json
 import jax
 import numpy as np
 import pytest
+import tiny_config
 import tiny_tokenizer
 from paths import CONFIGS, SHARED
 
-from opsd_jax import config as config_lib
 from opsd_jax.cli import main
-from opsd_jax.config import loading as config_files
+from opsd_jax.config import loading
 from opsd_jax.models import decoder
 from opsd_jax.run import pipeline
 from opsd_jax.stages import teacher as teacher_lib
@@ -50,7 +50,7 @@ def files(tmp_path_factory):
     ]
     (root / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     texts = [text for row in rows for text in row.values()]
-    sizes = config_lib.decoder(
+    sizes = tiny_config.decoder(
         vocab_size=640,  # more than the tokenizer's
         hidden_size=32,
         intermediate_size=48,
@@ -189,7 +189,7 @@ def test_each_context_in_turn(files, tmp_path, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("algorithm", "teacher"), [*(("opsd", kind) for kind in teacher_lib.KINDS), ("rlvr", "")]
+    ("algorithm", "teacher"), [*(("opsd", kind) for kind in teacher_lib.TEACHERS), ("rlvr", "")]
 )
 def test_the_loss_falls_on_a_fixed_batch(files, tmp_path, algorithm, teacher):
     """Batch, loss and teacher as a run makes them; thirty updates on the one batch."""
@@ -197,7 +197,7 @@ def test_the_loss_falls_on_a_fixed_batch(files, tmp_path, algorithm, teacher):
     if algorithm == "opsd":
         changes = {"opsd.teacher.kind": teacher, "opsd.gate": "all", "opsd.teacher.rate": "0.1"}
     path = CONFIGS / f"{algorithm}_hf.py"
-    run = pipeline.Run(config_files.load(path, overrides(files, algorithm, **changes)), tmp_path)
+    run = pipeline.assemble(loading.load(path, overrides(files, algorithm, **changes)), tmp_path)
     with run.pool:
         stage, params = run.stage(algorithm), run.parameters.of("")
         (batch,), *_ = stage.batches(0, params)

@@ -19,7 +19,7 @@ from paths import SUPPORT
 from opsd_jax import config as config_lib
 from opsd_jax.cli import main
 from opsd_jax.config import checks as validation
-from opsd_jax.config import loading as config_files
+from opsd_jax.config import loading
 from opsd_jax.data.arithmetic import informed_prompt
 from opsd_jax.losses import reverse_kl
 from opsd_jax.run import pipeline
@@ -267,7 +267,7 @@ def test_a_checkpoint_of_another_run_is_refused(config, stopped):
     """Put there by hand: a directory's own config is compared before."""
     other = config.copy_and_resolve_references()
     other.sft.optimizer.learning_rate, other.seed = 0.1, 5
-    (stopped / "config.json").write_text(config_files.to_json(other))
+    (stopped / "config.json").write_text(loading.to_json(other))
     with pytest.raises(RecordError, match=r"sft/checkpoints/6 is a checkpoint of another run") as e:
         pipeline.run(other, stopped)
     assert "seed: 0 there, 5 now" in str(e.value)
@@ -295,16 +295,16 @@ def test_a_disk_that_takes_no_more_is_named_and_nothing_is_damaged(
     """Files may not grow beyond `room` bytes: the first records do, or the first checkpoint."""
     workdir = tmp_path / "run"
     workdir.mkdir()
-    (workdir / "config.json").write_text(config_files.to_json(config))
+    (workdir / "config.json").write_text(loading.to_json(config))
     script = f"""
 import pathlib, resource, sys
 sys.path.insert(0, {str(SUPPORT)!r})
-from opsd_jax.config import loading as config_files
+from opsd_jax.config import loading
 from opsd_jax.cli import main
 from opsd_jax.run import pipeline
 from opsd_jax.run import workdir as workdir_lib
 config = workdir_lib.config_of(pathlib.Path({str(workdir)!r}))
-config_files.load = lambda *_: config
+loading.load = lambda *_: config
 resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, resource.RLIM_INFINITY))
 sys.exit(main.main(["train", "--config", "-", "--workdir", {str(workdir)!r}]))
 """
@@ -373,7 +373,7 @@ def test_damaged_records_are_named(config, undisturbed, tmp_path):
         if path.is_file():
             path.write_bytes(b"")
     with pytest.raises(RecordError, match=r"rlvr/params cannot be restored.*delete that directory"):
-        pipeline.Run(config, workdir).parameters.of("rlvr")
+        pipeline.assemble(config, workdir).parameters.of("rlvr")
     (workdir / "opsd" / "evaluation.json").write_text("{")
     with pytest.raises(RecordError, match=r"opsd/evaluation.json is damaged"):
         pipeline.write_report(config, workdir)
@@ -383,7 +383,7 @@ def test_damaged_records_are_named(config, undisturbed, tmp_path):
 
 
 def test_a_run_of_another_version_is_named(config, tmp_path):
-    flat = config_files.flatten(config)
+    flat = loading.flatten(config)
     for field in ("decode_mesh", "rlvr.slots"):
         del flat[field]
     (tmp_path / "config.json").write_text(json.dumps(flat))
@@ -440,8 +440,8 @@ def test_nothing_active_is_counted_and_leaves_the_model_alone(config, undisturbe
     assert [row["empty"] for row in rows] == [float(n == 0) for n in active]
     assert 0 in active
     if not any(active):
-        start = pipeline.Run(idle, tmp_path).parameters.fresh()
-        end = pipeline.Run(idle, tmp_path).parameters.of("opsd")
+        start = pipeline.assemble(idle, tmp_path).parameters.initial()
+        end = pipeline.assemble(idle, tmp_path).parameters.of("opsd")
         for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(end), strict=True):
             np.testing.assert_array_equal(a, b)
 
@@ -520,7 +520,7 @@ def test_kill_nine_at_random_moments(config, tmp_path):
     """A process of its own, killed five times wherever it is, ends as one that was left alone."""
     (tmp_path / "tiny.py").write_text(
         "from opsd_jax import config_files\n"
-        f"def get_config():\n    return config_files.from_flat({config_files.flatten(config)!r})\n"
+        f"def get_config():\n    return loading.from_flat({loading.flatten(config)!r})\n"
     )
 
     def start(workdir):

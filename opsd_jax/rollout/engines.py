@@ -1,0 +1,70 @@
+"""The rollout engines of a run, one for each shape."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.policy import Model
+from opsd_jax.rollout.engine import Engine, EngineShape, shape_for
+from opsd_jax.rollout.layout import Layout
+
+KEPT = 8  # engines
+
+
+class Engines:
+    """Compiles engines of one model when they are first requested, and keeps the last ones used."""
+
+    def __init__(self, model: Model, layout: Layout | Callable[[], Layout], pad_id: int):
+        """Compiles nothing.
+
+        Args:
+          model: the model.
+          layout: the parameters' layout for decoding, or a function that returns it. The function
+            is called at the first request of an engine.
+          pad_id: the token id of padding.
+        """
+        self._model, self._given_layout, self._pad_id = model, layout, pad_id
+        self._engine = functools.lru_cache(maxsize=KEPT)(self._compile)
+
+    def __call__(
+        self,
+        *,
+        slots: int,
+        group_size: int,
+        rollouts: int,
+        prompt_tokens: int,
+        response_tokens: int,
+    ) -> Engine:
+        """Returns an engine of the shape that `shape_for` chooses, compiled at its first request.
+
+        Args:
+          slots: maximum number of decoding slots.
+          group_size: rollouts per prompt.
+          rollouts: rollouts per call of the engine.
+          prompt_tokens: maximum length of a prompt, in tokens.
+          response_tokens: maximum length of a response, in tokens.
+        """
+        return self._engine(
+            shape_for(
+                slots=slots,
+                group_size=group_size,
+                rollouts=rollouts,
+                prompt_tokens=prompt_tokens,
+                response_tokens=response_tokens,
+                shards=mesh_lib.row_shards(self._layout.mesh),
+            )
+        )
+
+    @functools.cached_property
+    def _layout(self) -> Layout:
+        """The parameters' layout for decoding."""
+        return (
+            self._given_layout if isinstance(self._given_layout, Layout) else self._given_layout()
+        )
+
+    def _compile(self, shape: EngineShape) -> Engine:
+        """Compiles an engine of this shape."""
+        layout = self._layout
+        return Engine(self._model, layout.abstract, layout.mesh, shape, pad_id=self._pad_id)

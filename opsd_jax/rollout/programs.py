@@ -1,0 +1,233 @@
+"""The compiled programs of a rollout engine: one set of fixed shapes, compiled ahead of time."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from opsd_jax.parallel import aot
+from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.parallel.program import ProgramKey, ProgramKind
+from opsd_jax.policy import Cache, Model, Params
+from opsd_jax.rollout import sampling, slots
+from opsd_jax.rollout.slots import Rows, Slots
+
+STEPS_PER_CHUNK = 64  # decoding steps between two fetches by the host
+# Rollouts per insertion. Every device receives the prompt caches of all of them, so few.
+ROLLOUTS_PER_INSERT = 4
+# The one PRNG whose numbers depend on a row's own key alone when each row has a key.
+PRNG = "threefry2x32"
+
+
+class EngineShape(NamedTuple):
+    """The sizes that the programs of an engine are compiled for.
+
+    Attributes:
+      slots: S, number of decoding slots: rollouts that are sampled at the same time.
+      prompts: n, prompts per prefill.
+      prompt_tokens: P, maximum length of a prompt, in tokens.
+      response_tokens: L, maximum length of a response, in tokens.
+    """
+
+    slots: int
+    prompts: int
+    prompt_tokens: int
+    response_tokens: int
+
+
+class Programs:
+    """The compiled programs of an engine.
+
+    Attributes:
+      prepare: `params -> params`, from the parameters in the layout for decoding to those that
+        `prefill` and `decode` take. Call it once per batch of rollouts.
+      start: `() -> Slots`. Empty slots whose cache has the shortest length.
+      prefill: `(params, tokens_nxP, positions_nxP) -> Cache`, as `slots.prefill`.
+      insert: for each cache length, `(state, prefilled, source_m, slot_m, rows) -> Slots`, as
+        `slots.insert`. Donates the state.
+      decode: for each cache length, `(params, state, key_data, sampling_params, stop_after) ->
+        (Slots, Chunk)`, as `slots.decode`. Donates the state.
+      replicated: the sharding of arguments that every device holds whole: the key and the sampling
+        parameters.
+      steps_per_chunk: maximum number of steps of `decode`.
+      cache_bytes: bytes per device of the slots' cache at its longest.
+      prefill_cache_bytes: bytes per device of the cache of one prefill.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        abstract_params: Params,
+        mesh: jax.sharding.Mesh,
+        shape: EngineShape,
+        cache_lengths: Sequence[int],
+    ):
+        """Compiles all programs.
+
+        Args:
+          model: the model.
+          abstract_params: the parameters' shapes and shardings in the layout for decoding.
+          mesh: the mesh of that layout.
+          shape: the sizes.
+          cache_lengths: the lengths that the slots' cache can take, in tokens, ascending.
+        """
+        self._model, self._mesh, self._shape = model, mesh, shape
+        self._rows, self.replicated = mesh_lib.rows(mesh), mesh_lib.replicated(mesh)
+        self._axes = slots.length_axes(model.policy)
+        self._states = {length: self._abstract_state(length) for length in cache_lengths}
+        self._prefilled = self._abstract_cache(shape.prompts, shape.prompt_tokens)
+        self.steps_per_chunk = STEPS_PER_CHUNK
+        self.cache_bytes = mesh_lib.shard_bytes(self._states[cache_lengths[-1]].cache)
+        self.prefill_cache_bytes = mesh_lib.shard_bytes(self._prefilled)
+        with jax.set_mesh(mesh):
+            self.prepare, abstract_params = self._compile_prepare(abstract_params)
+            self.start = self._compile_start(cache_lengths[0])
+            self.prefill = self._compile_prefill(abstract_params)
+            self.insert = {n: self._compile_insert(n) for n in cache_lengths}
+            self.decode = {n: self._compile_decode(n, abstract_params) for n in cache_lengths}
+            self._resize = self._compile_resize()
+
+    def resize(self, state: Slots, old: int, new: int) -> Slots:
+        """Returns the state with its cache resized from length `old` to length `new`.
+
+        Resizes one leaf at a time and deletes its old form, so that the device never holds a
+        second copy of more than one leaf.
+        """
+        old_leaves, tree = jax.tree.flatten(self._states[old].cache)
+        new_leaves = jax.tree.leaves(self._states[new].cache)
+        leaves = jax.tree.leaves(state.cache)
+        for i, pair in enumerate(zip(old_leaves, new_leaves, strict=True)):
+            if pair in self._resize:
+                leaf = leaves[i]
+                leaves[i] = self._resize[pair](leaf)
+                leaf.delete()
+        return state._replace(cache=jax.tree.unflatten(tree, leaves))
+
+    def _abstract_cache(self, batch: int, length: int) -> Cache:
+        """Returns the shapes and shardings of a cache."""
+        shapes = jax.eval_shape(lambda: self._model.policy.init_cache(batch, length))
+        rules = self._model.cache_rules
+        return mesh_lib.abstract_of(
+            shapes, mesh_lib.tree_shardings(self._mesh, rules, shapes, "cache")
+        )
+
+    def _abstract_state(self, length: int) -> Slots:
+        """Returns the shapes and shardings of all slots with a cache of this length."""
+        S = self._shape.slots
+        rows = jax.eval_shape(lambda: slots.empty_rows(S))
+        rows = mesh_lib.abstract_of(rows, jax.tree.map(lambda _: self._rows, rows))
+        return Slots(rows, self._abstract_cache(S, length))
+
+    def _abstract_arguments(self, *arguments: Any) -> Any:
+        """Returns the shapes of arguments that every device holds whole."""
+        return mesh_lib.abstract_of(arguments, jax.tree.map(lambda _: self.replicated, arguments))
+
+    def _compile_prepare(
+        self, abstract_params: Params
+    ) -> tuple[Callable[[Params], Params], Params]:
+        """Compiles `Model.unrolled` for CPUs; other devices use the parameters as they are.
+
+        Returns:
+          `(prepare, abstract_params)`: a function from the parameters in the layout for decoding to
+          those that `prefill` and `decode` take, and the shapes of the latter.
+        """
+        unrolled = self._model.unrolled
+        if unrolled is None or self._mesh.devices.flat[0].platform != "cpu":
+            return (lambda params: params), abstract_params
+        program = jax.jit(unrolled).lower(abstract_params).compile()
+        shapes = jax.eval_shape(unrolled, abstract_params)
+        return program, mesh_lib.abstract_of(shapes, program.output_shardings)
+
+    def _compile_start(self, length: int) -> Callable[[], Slots]:
+        """Compiles `start`."""
+
+        def start():
+            S = self._shape.slots
+            return Slots(slots.empty_rows(S), self._model.policy.init_cache(S, length))
+
+        return _compile(ProgramKey(ProgramKind.START), start, out=_shardings(self._states[length]))
+
+    def _compile_prefill(self, abstract_params: Params) -> Callable[..., Cache]:
+        """Compiles `prefill`, which shards its prompts by row."""
+
+        def prefill(params, *prompts):
+            sharded = [jax.lax.with_sharding_constraint(x, self._rows) for x in prompts]
+            return slots.prefill(self._model.policy, params, *sharded)
+
+        prompts = np.zeros((self._shape.prompts, self._shape.prompt_tokens), np.int32)
+        return _compile(
+            ProgramKey(ProgramKind.PREFILL),
+            prefill,
+            abstract_params,
+            *self._abstract_arguments(prompts, prompts),
+            out=_shardings(self._prefilled),
+        )
+
+    def _compile_insert(self, length: int) -> Callable[..., Slots]:
+        """Compiles `insert` for one cache length."""
+        state, values = self._states[length], np.zeros(ROLLOUTS_PER_INSERT, np.int32)
+        return _compile(
+            ProgramKey(ProgramKind.INSERT, length),
+            functools.partial(slots.insert, self._axes),
+            state,
+            self._prefilled,
+            *self._abstract_arguments(values, values, Rows(*(values,) * len(Rows._fields))),
+            out=_shardings(state),
+            donate=0,
+        )
+
+    def _compile_decode(
+        self, length: int, abstract_params: Params
+    ) -> Callable[..., tuple[Slots, slots.Chunk]]:
+        """Compiles `decode` for one cache length."""
+        policy, steps = self._model.policy, self.steps_per_chunk
+
+        def decode(params, state, key_data, sampling_params, stop_after):
+            key = jax.random.wrap_key_data(key_data, impl=PRNG)
+            return slots.decode(
+                policy, params, state, key, sampling_params, stop_after, steps=steps
+            )
+
+        state = self._states[length]
+        key_data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=PRNG)))
+        sampling_params = sampling.params(self._model.vocab_size, stop=())
+        return _compile(
+            ProgramKey(ProgramKind.DECODE, length),
+            decode,
+            abstract_params,
+            state,
+            *self._abstract_arguments(key_data, sampling_params, np.int32(0)),
+            out=(_shardings(state), self.replicated),
+            donate=1,
+        )
+
+    def _compile_resize(self) -> dict[Any, Callable[[jax.Array], jax.Array]]:
+        """Compiles a program for each pair of forms that a leaf of the cache can take."""
+        programs: dict[Any, Callable[[jax.Array], jax.Array]] = {}
+        for states in itertools.permutations(self._states.values(), 2):
+            old, new = (jax.tree.leaves(state.cache) for state in states)
+            for leaf, goal, axis in zip(old, new, jax.tree.leaves(self._axes), strict=True):
+                if axis >= 0 and (leaf, goal) not in programs:
+                    resize = functools.partial(slots.resize, axis=axis, size=goal.shape[axis])
+                    programs[leaf, goal] = _compile(
+                        ProgramKey(ProgramKind.RESIZE), resize, leaf, out=goal.sharding
+                    )
+        return programs
+
+
+def _compile(
+    key: ProgramKey, function: Callable, *arguments: Any, out: Any, donate: Any = ()
+) -> Any:
+    """Compiles a function for abstract arguments, with these output shardings and donations."""
+    jitted = jax.jit(function, donate_argnums=donate, out_shardings=out)
+    return aot.compiled(key, jitted.lower(*arguments))
+
+
+def _shardings(tree: Any) -> Any:
+    """Returns the sharding of each leaf."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
