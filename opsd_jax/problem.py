@@ -1,4 +1,4 @@
-"""A problem, as text. Imports nothing heavy: a verifier's worker, too, meets one."""
+"""A problem as text. This module imports nothing heavy, because verifier workers import it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ class Problem(NamedTuple):
 
     Attributes:
       id: unique in the data of a run.
-      question: what the student sees.
-      solution: a worked solution, the teacher's privileged context; "" where there is none.
-      answer: what the verifier compares with.
-      source: the part of the data that it comes from, which may have a verifier of its own.
-      extra: what else its row holds and the config asks for, by name: test cases, say.
+      question: text of the question, from which the prompts are made.
+      solution: a worked solution; "" if there is none.
+      answer: the right answer, which the verifier compares with a response's answer.
+      source: name of the data source, which selects the verifier.
+      extra: column -> value of the further columns that the source's `extra` lists, such as test
+        cases.
     """
 
     id: int | str
@@ -27,4 +28,4 @@ class Problem(NamedTuple):
 
 
 class DataError(ValueError):
-    """A row of the data that cannot be used; says which and why."""
+    """Data that cannot be used. The message names the place, what was found and the fix."""

@@ -69,13 +69,12 @@ def rows(
             raise
         reason = f"{type(error).__name__}: {error}"
         raise DataError(
-            f"config.{field}.path is {path!r}, which cannot be read ({reason}); expected an "
-            "undamaged file or folder."
+            f"config.{field}.path is {path!r}, which cannot be read: {reason}."
         ) from error
 
 
-# Exceptions that damaged files cause. gzip: zlib.error and EOFError. Parquet, Arrow, state.json, and
-# values without a Python type: the others.
+# Exceptions that damaged files cause: zlib.error and EOFError come from gzip, the others from
+# Parquet, Arrow and state.json, and from values without a Python type.
 _DAMAGED = (
     OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, NotImplementedError,
     OverflowError, RecursionError,
@@ -110,8 +109,8 @@ def _files(path: pathlib.Path, split: str, field: str) -> list[pathlib.Path]:
         return choose({"": [path]})
     if not path.is_dir():
         raise DataError(
-            f"config.{field}.path is {str(path)!r}, which does not exist; expected a file or "
-            "folder. A relative path starts at the current directory."
+            f"config.{field}.path is {str(path)!r}; there is no such file or folder. A relative "
+            "path starts at the current directory."
         )
     if (path / "dataset_dict.json").exists():
         splits = json.loads((path / "dataset_dict.json").read_bytes())["splits"]
