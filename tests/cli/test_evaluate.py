@@ -296,7 +296,7 @@ def test_an_extraction_that_raises_costs_its_answer_alone(task):
     def fail(problem, response):
         raise ValueError(response)
 
-    own = task._replace(verify=at_once(task.verify.ask, fail))
+    own = task._replace(verify=at_once(task.verify.prepare, fail))
     rollouts = Rollouts(
         problems=[task.heldout[0]],
         responses=[np.array([5, 2], np.int32)],
