@@ -23,6 +23,7 @@ from opsd_jax import config as config_lib
 from opsd_jax.config import checks as validation
 from opsd_jax.evaluation import benchmarks, summary
 from opsd_jax.evaluation import records as evaluate
+from opsd_jax.options import section
 from opsd_jax.parallel import hosts
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.problem import Problem
@@ -138,7 +139,7 @@ def _config(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
         sources = dict(benchmarks.source(text) for text in arguments.benchmark)
         if len(sources) < len(arguments.benchmark):
             raise config_lib.ConfigError("--benchmark: a name comes twice; expected each once.")
-        config.data.heldout = ConfigDict(sources)
+        config.data.heldout = ConfigDict({name: section(s) for name, s in sources.items()})
         config.evaluation.update(
             PAPER | {"problems": 0, "slots": 8 * mesh_lib.row_shards(meshes(config)[1])}
         )
