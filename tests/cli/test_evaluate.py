@@ -321,7 +321,10 @@ def test_other_settings_are_refused(whole, command):
     code, errors = command("--out", whole, "--temperature", 0.5, "--samples", 4)
     assert code == 2
     assert "holds an evaluation with other settings:" in errors
-    assert "  samples: 2 there, 4 now\n  temperature: 1.0 there, 0.5 now" in errors
+    expected = (
+        "  samples: 2 in the directory, 4 now\n  temperature: 1.0 in the directory, 0.5 now\n"
+    )
+    assert expected in errors
 
 
 def test_other_weights_are_refused_and_another_place_is_not(tmp_path):
@@ -337,7 +340,7 @@ def test_other_weights_are_refused_and_another_place_is_not(tmp_path):
     out, there = tmp_path / "out", {"model": "a", "weights": a}
     evaluate.check_settings(out, there)
     evaluate.check_settings(out, {"model": "b", "weights": b})
-    with pytest.raises(config_lib.ConfigError, match=f"weights: '{a}' there, '{c}' now"):
+    with pytest.raises(config_lib.ConfigError, match=f"weights: '{a}' in the directory, '{c}' now"):
         evaluate.check_settings(out, {"model": "a", "weights": c})
 
 
