@@ -27,7 +27,7 @@ from opsd_jax.training.checkpoint import Checkpoints
 
 @pytest.fixture(scope="module")
 def storage():
-    """The fake buckets, and the environment variables that make this and other processes use them."""
+    """The fake buckets, and the environment variables that make processes use them."""
     port = free_port()
     with pytest.MonkeyPatch.context() as patch, fake_gcs.serve(port) as server:
         environment = fake_gcs.environment(port)
