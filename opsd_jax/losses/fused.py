@@ -259,6 +259,7 @@ def _prepare(
         raise ValueError(
             f"chunk is {chunk!r}; expected a number of tokens, or None or 0 for the default."
         )
+    # In a shard_map that checks replication, the type of an array has the axes that it varies over.
     if getattr(getattr(jax.typeof(student.hidden), "mat", None), "varying", ()):
         raise ValueError(
             "student is a Head inside a shard_map that checks replication; expected the argument "
