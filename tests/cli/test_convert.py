@@ -13,6 +13,7 @@ import tiny_config
 from opsd_jax import config as config_lib
 from opsd_jax.cli import main
 from opsd_jax.config import loading
+from opsd_jax.config.run_options import parse_run
 from opsd_jax.models import safetensors
 from opsd_jax.run import pipeline
 from opsd_jax.run.parameters import Parameters
@@ -64,7 +65,7 @@ def finished(config, tmp_path):
     workdir = tmp_path / "run"
     (workdir / "sft").mkdir(parents=True)
     (workdir / "config.json").write_text(loading.to_json(config))
-    params = Parameters(config, workdir).initial()
+    params = Parameters(parse_run(config), workdir).initial()
     checkpoint.save_params(workdir / "sft" / "params", jax.tree.map(lambda x: x + 1, params))
     return workdir
 
@@ -189,7 +190,7 @@ def test_weights_that_are_gone_when_they_are_read_are_an_error_of_the_config(
     config = config.copy_and_resolve_references()
     config.unlock()
     config.model = config_lib.pretrained(source)
-    this = pipeline.assemble(config, tmp_path)
+    this = pipeline.assemble(parse_run(config), tmp_path)
     (source / "model.safetensors").unlink()
     with pytest.raises(config_lib.ConfigError, match=r"config\.model: .*model\.safetensors cannot"):
         this.parameters.initial()

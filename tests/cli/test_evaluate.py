@@ -18,6 +18,7 @@ from opsd_jax import config as config_lib
 from opsd_jax.cli import evaluate as benchmark
 from opsd_jax.cli import main
 from opsd_jax.config import loading
+from opsd_jax.config.run_options import parse_run
 from opsd_jax.data import sources
 from opsd_jax.evaluation import benchmarks
 from opsd_jax.evaluation import records as evaluate
@@ -180,7 +181,7 @@ def test_an_evaluation_within_a_run_goes_on_too(config, tmp_path, monkeypatch):
     with run.unlocked():
         run.stages = ()
         run.evaluation.problems = 20  # of which eight are in the making at once
-    pipeline.run(run, tmp_path / "whole")
+    pipeline.run(parse_run(run), tmp_path / "whole")
     append, written = evaluate.append, []
 
     def mortal(file, made):
@@ -191,9 +192,9 @@ def test_an_evaluation_within_a_run_goes_on_too(config, tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluate, "append", mortal)
     with pytest.raises(Crash):
-        pipeline.run(run, tmp_path / "killed")
+        pipeline.run(parse_run(run), tmp_path / "killed")
     before = sorted(written)
-    pipeline.run(run, tmp_path / "killed")
+    pipeline.run(parse_run(run), tmp_path / "killed")
     whole, killed = (tmp_path / name / "untrained" for name in ("whole", "killed"))
     records = [json.loads(line) for line in (whole / "responses.jsonl").open()]
     in_order = [record["problem"] for record in records[::2]]

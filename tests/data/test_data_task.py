@@ -16,8 +16,8 @@ from paths import ROOT
 
 from opsd_jax import config as config_lib
 from opsd_jax.cli import main
-from opsd_jax.config import checks as validation
 from opsd_jax.config import loading
+from opsd_jax.config.run_options import parse_run
 from opsd_jax.data import arithmetic, load, text
 from opsd_jax.data.contexts import Context
 from opsd_jax.data.duplicates import normalise, without_duplicates
@@ -211,7 +211,7 @@ def config(config, tmp_path, monkeypatch):
         config.opsd.update({"teacher_prompt_tokens": 20, "teacher_buckets": ()})
         config.evaluation.update({"problems": 2, "slots": 4, "samples": 2})
         config.evaluation.update({"prompt_tokens": 8, "response_tokens": 12})
-    validation.validate(config)
+    parse_run(config)
     return config.lock()
 
 
@@ -315,7 +315,7 @@ def test_what_does_not_fit_fails_before_compiling(config, tmp_path, field, value
     loading.override(config, field, value)
     message = message.replace("(", r"\(").replace("{", r"\{")
     with pytest.raises((config_lib.ConfigError, DataError), match=f"(?s){message}"):
-        pipeline.assemble(config, tmp_path)
+        pipeline.assemble(parse_run(config), tmp_path)
 
 
 def test_of_many_problems_the_longest_are_looked_at(config, tmp_path, monkeypatch, capsys):
@@ -328,15 +328,15 @@ def test_of_many_problems_the_longest_are_looked_at(config, tmp_path, monkeypatc
         config.data.train = {"sums": config_lib.source(write(tmp_path / "many.jsonl", rows))}
     message = "rlvr.prompt_tokens is 8; expected at least 13, which problem sums/2 has"
     with pytest.raises(config_lib.ConfigError, match=message):
-        pipeline.assemble(config, tmp_path)
+        pipeline.assemble(parse_run(config), tmp_path)
     config.rlvr.prompt_tokens = config.opsd.prompt_tokens = 13
-    pipeline.assemble(config, tmp_path)
+    pipeline.assemble(parse_run(config), tmp_path)
     cut = "opsd: of 3 problems looked at, 3 have a solution, and 1 of these lose a part of it to"
     assert cut in capsys.readouterr().err
 
 
 def test_a_demonstration_that_is_too_long_is_named(config, tmp_path):
-    task = pipeline.assemble(config, tmp_path).task
+    task = pipeline.assemble(parse_run(config), tmp_path).task
     section = config.sft.copy_and_resolve_references()
     section.buckets = (16,)
     stage = sft.stage(section, task, None, seed=0)
@@ -354,7 +354,7 @@ def test_without_data_there_is_no_task(config, tmp_path):
     with untaught.unlocked():
         untaught.data.train = {}
     with pytest.raises(config_lib.ConfigError, match=r"config.data.train is empty; expected sour"):
-        pipeline.assemble(untaught, pathlib.Path())
+        pipeline.assemble(parse_run(untaught), pathlib.Path())
     empty.data.train.copy = config.data.heldout.tests
     with pytest.raises(DataError, match=r"train.copy: no problem is left: 2 rows, 2 also in tests"):
         text.task(empty.data)
@@ -364,7 +364,7 @@ def test_without_data_there_is_no_task(config, tmp_path):
     with pytest.raises(
         config_lib.ConfigError, match=r"config.task is '.*arithmetic:task': it reads"
     ):
-        pipeline.assemble(config, tmp_path)
+        pipeline.assemble(parse_run(config), tmp_path)
 
 
 def test_infinite_bounds_are_kept_as_strict_json(tmp_path):
@@ -373,7 +373,7 @@ def test_infinite_bounds_are_kept_as_strict_json(tmp_path):
     config.lock()
     loading.override(config, "data.train.a.difficulty.high", "inf")
     assert config.data.train.a.difficulty.high == float("inf")
-    validation.validate(config)
+    parse_run(config)
     text = loading.to_json(config)
     assert "Infinity" not in text
     saved = loading.from_flat(json.loads(text))
@@ -419,7 +419,7 @@ def test_a_run_goes_on_with_the_data_that_it_began_with(config, tmp_path):
 def test_a_run_on_files(config, tmp_path):
     """SFT, RLVR, OPSD, the report; and the config that it leaves is the one that it had."""
     workdir = tmp_path / "run"
-    pipeline.run(config, workdir)
+    pipeline.run(parse_run(config), workdir)
     assert main.main(["report", "--workdir", str(workdir)]) == 0
     report = json.loads((workdir / "report" / "report.json").read_text())
     assert [stage["name"] for stage in report["stages"]] == ["sft", "rlvr", "opsd"]

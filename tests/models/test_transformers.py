@@ -14,6 +14,7 @@ from conftest import random_tokens
 from opsd_jax import config as config_lib
 from opsd_jax import policy
 from opsd_jax.cli import main
+from opsd_jax.config.run_options import parse_run
 from opsd_jax.models import decoder, pretrained, safetensors
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel.mesh import abstract_of
@@ -225,11 +226,11 @@ def test_a_decoder_with_random_weights_loads_in_transformers(changes, tmp_path):
 def test_the_result_of_a_run_loads_in_transformers(config, tmp_path):
     run = config.copy_and_resolve_references()
     run.stages = ("sft",)
-    pipeline.run(run, tmp_path / "run")
+    pipeline.run(parse_run(run), tmp_path / "run")
     out = tmp_path / "out"
     assert main.main(["convert", "--workdir", str(tmp_path / "run"), "--out", str(out)]) == 0
     hf = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
-    this = Parameters(run, tmp_path / "run")
+    this = Parameters(parse_run(run), tmp_path / "run")
     tokens, positions = np.array(random_tokens(8, (2, 40))), padded_positions("whole")
     logits = logits_of(this.model, this.of("sft"), tokens, positions)
     np.testing.assert_allclose(logits, hf_logits(hf, tokens, positions), atol=1e-4, rtol=1e-4)

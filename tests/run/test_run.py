@@ -18,9 +18,10 @@ from paths import SUPPORT
 
 from opsd_jax import config as config_lib
 from opsd_jax.cli import main
-from opsd_jax.config import checks as validation
 from opsd_jax.config import loading
+from opsd_jax.config.run_options import parse_run
 from opsd_jax.data.arithmetic import informed_prompt
+from opsd_jax.evaluation.evaluator import Evaluator
 from opsd_jax.losses import reverse_kl
 from opsd_jax.run import pipeline
 from opsd_jax.run import workdir as workdir_lib
@@ -33,8 +34,8 @@ TIMES = {"seconds", "verifier_wait_seconds"}
 
 
 def run(config, workdir):
-    pipeline.run(config, workdir)
-    return pipeline.write_report(config, workdir)
+    pipeline.run(parse_run(config), workdir)
+    return pipeline.write_report(parse_run(config), workdir)
 
 
 def outcome(workdir, stages=("sft", "rlvr", "opsd")):
@@ -144,14 +145,14 @@ def test_a_run_that_crashes_before_any_step_resumes_exactly(
 ):
     """It crashes once before each step of each stage, and once in each evaluation."""
     pending = [(s, i) for s in config.stages for i in [*range(config[s].steps), "evaluation"]]
-    make_stage, evaluate = pipeline.Run.stage, pipeline.Run.evaluate
+    make_stage, evaluate = pipeline.make_stage, Evaluator.__call__
 
     def crash_at(point):
         if pending and pending[0] == point:
             raise Crash(pending.pop(0))
 
-    def crashing_stage(self, name, poll):
-        stage = make_stage(self, name, poll)
+    def crashing_stage(this, name, poll):
+        stage = make_stage(this, name, poll)
 
         def batches(step, params):
             crash_at((name, step))
@@ -163,8 +164,8 @@ def test_a_run_that_crashes_before_any_step_resumes_exactly(
         crash_at((name, "evaluation"))
         return evaluate(self, name, *arguments, **options)
 
-    monkeypatch.setattr(pipeline.Run, "stage", crashing_stage)
-    monkeypatch.setattr(pipeline.Run, "evaluate", crashing_evaluate)
+    monkeypatch.setattr(pipeline, "make_stage", crashing_stage)
+    monkeypatch.setattr(Evaluator, "__call__", crashing_evaluate)
     crashes = 0
     while pending:
         with pytest.raises(Crash):
@@ -180,10 +181,10 @@ def test_a_signal_saves_a_checkpoint_and_the_run_resumes(
     config, undisturbed, tmp_path, monkeypatch, stage, saved
 ):
     """A signal before the rollouts of a step ends the sampling early."""
-    signalled, make_stage = stage, pipeline.Run.stage
+    signalled, make_stage = stage, pipeline.make_stage
 
-    def signalled_stage(self, name, poll):
-        stage = make_stage(self, name, poll)
+    def signalled_stage(this, name, poll):
+        stage = make_stage(this, name, poll)
 
         def batches(step, params):
             if (name, step) == (signalled, 1):
@@ -192,7 +193,7 @@ def test_a_signal_saves_a_checkpoint_and_the_run_resumes(
 
         return stage._replace(batches=batches)
 
-    monkeypatch.setattr(pipeline.Run, "stage", signalled_stage)
+    monkeypatch.setattr(pipeline, "make_stage", signalled_stage)
     with pytest.raises(Interrupted) as stop:
         run(config, tmp_path)
     assert stop.value.exit_code == 143
@@ -240,7 +241,7 @@ def test_a_damaged_stage_result_can_be_deleted_and_is_made_again(config, undistu
     shutil.rmtree(workdir / "opsd")
     halve_files(workdir / "rlvr" / "params")
     with pytest.raises(RecordError, match=f"{workdir}/rlvr/params cannot be restored.*made again"):
-        pipeline.run(config, workdir)
+        pipeline.run(parse_run(config), workdir)
     shutil.rmtree(workdir / "rlvr" / "params")
     run(config, workdir)
     assert_same(outcome(workdir), outcome(undisturbed))
@@ -258,7 +259,7 @@ def test_if_every_checkpoint_is_damaged_none_is_moved(config, stopped):
         halve_files(stopped / "sft" / "checkpoints" / step)
     message = f"{stopped}/sft/checkpoints/6 cannot be restored.*delete that directory"
     with pytest.raises(RecordError, match=message):
-        pipeline.run(config, stopped)
+        pipeline.run(parse_run(config), stopped)
     assert (stopped / "sft" / "checkpoints" / "6").is_dir()
 
 
@@ -268,7 +269,7 @@ def test_a_checkpoint_of_another_run_is_an_error(config, stopped):
     other.sft.optimizer.learning_rate, other.seed = 0.1, 5
     (stopped / "config.json").write_text(loading.to_json(other))
     with pytest.raises(RecordError, match=r"sft/checkpoints/6 is a checkpoint of another run") as e:
-        pipeline.run(other, stopped)
+        pipeline.run(parse_run(other), stopped)
     assert "seed: 0 there, 5 now" in str(e.value)
     assert "sft.optimizer.learning_rate: 0.003 there, 0.1 now" in str(e.value)
     assert (stopped / "sft" / "checkpoints" / "6").is_dir()
@@ -280,7 +281,7 @@ def test_which_checkpoints_are_kept(config, tmp_path):
     short.sft.update({"steps": 8, "checkpoint_every": 1})
     short.stages = ("sft",)
     short.checkpoints.update({"last": 1, "period": 3, "best": "-loss"})
-    pipeline.run(short, tmp_path)
+    pipeline.run(parse_run(short), tmp_path)
     kept = {int(p.name) for p in (tmp_path / "sft" / "checkpoints").iterdir()}
     losses = [row["loss"] for row in metrics_lib.read(tmp_path / "sft")]
     assert kept == {8, 3, 6, 1 + int(np.argmin(losses))}
@@ -370,10 +371,10 @@ def test_damaged_records_are_named(config, undisturbed, tmp_path):
         if path.is_file():
             path.write_bytes(b"")
     with pytest.raises(RecordError, match=r"rlvr/params cannot be restored.*delete that directory"):
-        pipeline.assemble(config, workdir).parameters.of("rlvr")
+        pipeline.assemble(parse_run(config), workdir).parameters.of("rlvr")
     (workdir / "opsd" / "evaluation.json").write_text("{")
     with pytest.raises(RecordError, match=r"opsd/evaluation.json is damaged"):
-        pipeline.write_report(config, workdir)
+        pipeline.write_report(parse_run(config), workdir)
     (workdir / "config.json").write_text("{")
     with pytest.raises(RecordError, match=r"config.json is damaged"):
         workdir_lib.config_of(workdir)
@@ -439,8 +440,8 @@ def test_steps_without_active_rows_are_counted_and_change_nothing(config, undist
     assert [row["empty"] for row in rows] == [float(n == 0) for n in active]
     assert 0 in active
     if not any(active):
-        start = pipeline.assemble(idle, tmp_path).parameters.initial()
-        end = pipeline.assemble(idle, tmp_path).parameters.of("opsd")
+        start = pipeline.assemble(parse_run(idle), tmp_path).parameters.initial()
+        end = pipeline.assemble(parse_run(idle), tmp_path).parameters.of("opsd")
         for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(end), strict=True):
             np.testing.assert_array_equal(a, b)
 
@@ -476,7 +477,7 @@ def tiny(config):
         tiny.opsd.update({"teacher_prompt_tokens": 5, "teacher_buckets": ()})
         tiny.evaluation.update({"prompt_tokens": 3, "response_tokens": 12})
         tiny.evaluation.update({"problems": 200, "samples": 4, "slots": 400})
-    validation.validate(tiny)
+    parse_run(tiny)
     return tiny
 
 
