@@ -15,13 +15,11 @@ import tiny_tokenizer
 from paths import SHARED
 
 from opsd_jax import config as config_lib
-from opsd_jax.cli import evaluate as benchmark
-from opsd_jax.cli import main
+from opsd_jax.cli import evaluate, main
 from opsd_jax.config import loading
 from opsd_jax.config.run_options import parse_run
 from opsd_jax.data import sources
-from opsd_jax.evaluation import benchmarks
-from opsd_jax.evaluation import records as evaluate
+from opsd_jax.evaluation import benchmarks, records
 from opsd_jax.problem import DataError
 from opsd_jax.rollout.collect import Collector, Rollouts
 from opsd_jax.run import pipeline
@@ -135,11 +133,11 @@ def test_after_a_kill_it_goes_on_to_the_same_files(whole, command, tmp_path, mon
     """Killed within the writing of a problem's records; the torn line is dropped, and what stands
     before it, in the order in which problems ended, is not sampled again.
     """
-    append, written = evaluate.append, []
+    append, written = records.append, []
 
     def mortal(file, made):
         if len(written) == done:
-            torn = evaluate.to_lines(made)
+            torn = records.to_lines(made)
             file.write(torn[: torn.index("\n") + 20])
             raise Crash
         written.append(problem_of(made))
@@ -182,7 +180,7 @@ def test_an_evaluation_within_a_run_goes_on_too(config, tmp_path, monkeypatch):
         run.stages = ()
         run.evaluation.problems = 20  # of which eight are in the making at once
     pipeline.run(parse_run(run), tmp_path / "whole")
-    append, written = evaluate.append, []
+    append, written = records.append, []
 
     def mortal(file, made):
         append(file, made)
@@ -211,7 +209,7 @@ def test_an_evaluation_within_a_run_goes_on_too(config, tmp_path, monkeypatch):
 
 
 def test_a_signal_ends_it_before_the_next_chunk(whole, command, tmp_path, monkeypatch):
-    append, check, written, looks = evaluate.append, StopSignal.check, [], []
+    append, check, written, looks = records.append, StopSignal.check, [], []
 
     def signalled(file, made):
         append(file, made)
@@ -261,8 +259,8 @@ def test_a_signal_loses_no_problem_that_was_sampled(whole, command, tmp_path, mo
 
 
 def test_an_evaluation_of_before_min_p_has_none():
-    assert not evaluate.differences({"top_k": 1}, {"top_k": 1, "min_p": 0.0})
-    assert evaluate.differences({}, {"min_p": 0.1}) == [("min_p", 0.0, 0.1)]
+    assert not records.differences({"top_k": 1}, {"top_k": 1, "min_p": 0.0})
+    assert records.differences({}, {"min_p": 0.1}) == [("min_p", 0.0, 0.1)]
 
 
 @pytest.mark.parametrize(
@@ -306,7 +304,7 @@ def test_an_extraction_that_raises_costs_its_answer_alone(task):
         truncated=np.array([False]),
         replies=[Verdict(False, "mismatch")],
     )
-    (record,) = evaluate.records(rollouts, own, 1)
+    (record,) = records.records(rollouts, own, 1)
     assert record["extracted"] is None
     assert record["verdict"] == "mismatch"
 
@@ -336,13 +334,13 @@ def test_other_weights_are_refused_and_another_place_is_not(tmp_path):
     with (tmp_path / "c" / "model.safetensors").open("r+b") as file:
         file.seek(5 * 10**5)
         file.write(b"y" * 10)
-    a, b, c = (evaluate.fingerprint(tmp_path / name) for name in "abc")
+    a, b, c = (records.fingerprint(tmp_path / name) for name in "abc")
     assert a == b != c
     out, there = tmp_path / "out", {"model": "a", "weights": a}
-    evaluate.check_settings(out, there)
-    evaluate.check_settings(out, {"model": "b", "weights": b})
+    records.check_settings(out, there)
+    records.check_settings(out, {"model": "b", "weights": b})
     with pytest.raises(config_lib.ConfigError, match=f"weights: '{a}' in the directory, '{c}' now"):
-        evaluate.check_settings(out, {"model": "a", "weights": c})
+        records.check_settings(out, {"model": "a", "weights": c})
 
 
 def test_a_mesh_that_begins_with_a_minus():
@@ -359,7 +357,7 @@ def test_comparing(whole, command, workdir):
     change = json.loads((directory / "comparison.json").read_text())
     assert change == figures["comparison"]
     assert change["settings"] == [["top_k", 0, 5], ["min_p", 0.0, 0.1]]
-    records = (evaluate.read(side)[0] for side in (whole, directory))
+    records = (records.read(side)[0] for side in (whole, directory))
     lengths = [sum(r["length"] for r in side) for side in records]
     assert change["d_length_percent"] == pytest.approx(100 * (lengths[1] / lengths[0] - 1))
     assert change["d_length_percent_low"] <= change["d_length_percent"]
@@ -427,7 +425,7 @@ def test_what_a_run_had_of_tpus_is_as_the_machine_has_it(tmp_path):
     config.model.update({"cache": "paged", "attention": "splash"})
     (tmp_path / "config.json").write_text(loading.to_json(config))
     arguments = main.parser().parse_args(["evaluate", "--workdir", str(tmp_path)])
-    _, evaluated = benchmark._config(arguments)
+    _, evaluated = evaluate.config_of(arguments)
     assert (evaluated.model.cache, evaluated.model.attention) == ("auto", "auto")
 
 

@@ -200,15 +200,17 @@ def test_the_loss_falls_on_a_fixed_batch(files, tmp_path, algorithm, teacher):
     path = CONFIGS / f"{algorithm}_hf.py"
     run = pipeline.assemble(loading.load(path, overrides(files, algorithm, **changes)), tmp_path)
     with run.pool:
-        stage, params = run.stage(algorithm), run.parameters.of("")
+        stage, params = pipeline.make_stage(run, algorithm), run.parameters.of("")
         (batch,), *_ = stage.batches(0, params)
-    optimizer = make_optimizer(run.config[algorithm].optimizer, 100)
-    abstract = abstract_state(run.parameters.abstract, optimizer, stage.teacher, run.mesh)
-    step = compile_train_step(stage, optimizer, abstract, run.mesh)
+    optimizer = make_optimizer(run.config.sections[algorithm].optimizer, 100)
+    abstract = abstract_state(
+        run.parameters.abstract, optimizer, stage.teacher, run.parameters.mesh
+    )
+    step = compile_train_step(stage, optimizer, abstract, run.parameters.mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     init = lambda p: init_state(p, optimizer, stage.teacher)
     state = jax.jit(init, out_shardings=shardings)(params)
-    losses, where = [], batch_shardings(batch, run.mesh)
+    losses, where = [], batch_shardings(batch, run.parameters.mesh)
     for _ in range(30):
         state, metrics = step(state, jax.device_put(batch, where))
         losses.append(float(metrics["loss"][0] / metrics["loss"][1]))

@@ -26,13 +26,13 @@ def test_nothing_compiles_after_the_first_steps(config, tmp_path):
     jax.monitoring.register_event_duration_secs_listener(count)
     try:
         with this.pool, StopSignal() as stop:
-            stage = this.stage("opsd")
+            stage = pipeline.make_stage(this, "opsd")
             run_stage(
                 stage,
-                make_optimizer(section.opsd.optimizer, 10),
+                make_optimizer(this.config.sections["opsd"].optimizer, 10),
                 lambda: this.parameters.of(""),
                 abstract_params=this.parameters.abstract,
-                mesh=this.mesh,
+                mesh=this.parameters.mesh,
                 directory=tmp_path / "opsd",
                 options=LoopOptions(checkpoint_every=100, max_nonfinite=10),
                 stop=stop,
