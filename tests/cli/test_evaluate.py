@@ -19,7 +19,8 @@ from opsd_jax.cli import evaluate, main
 from opsd_jax.config import loading
 from opsd_jax.config.run_options import parse_run
 from opsd_jax.data import sources
-from opsd_jax.evaluation import benchmarks, records
+from opsd_jax.evaluation import benchmarks
+from opsd_jax.evaluation import records as records_lib
 from opsd_jax.problem import DataError
 from opsd_jax.rollout.collect import Collector, Rollouts
 from opsd_jax.run import pipeline
@@ -133,7 +134,7 @@ def test_after_a_kill_it_goes_on_to_the_same_files(whole, command, tmp_path, mon
     """Killed within the writing of a problem's records; the torn line is dropped, and what stands
     before it, in the order in which problems ended, is not sampled again.
     """
-    append, written = records.append, []
+    append, written = records_lib.append, []
 
     def mortal(file, made):
         if len(written) == done:
@@ -143,7 +144,7 @@ def test_after_a_kill_it_goes_on_to_the_same_files(whole, command, tmp_path, mon
         written.append(problem_of(made))
         append(file, made)
 
-    monkeypatch.setattr(evaluate, "append", mortal)
+    monkeypatch.setattr(records_lib, "append", mortal)
     with pytest.raises(Crash):
         command("--out", tmp_path)
     assert len(written) == done
@@ -163,13 +164,13 @@ def test_killed_before_the_records_are_put_in_order(whole, command, tmp_path, mo
         raise Crash
 
     with monkeypatch.context() as patched:
-        patched.setattr(evaluate, "rewrite", mortal)
+        patched.setattr(records_lib, "rewrite", mortal)
         with pytest.raises(Crash):
             command("--out", tmp_path)
     there, expected = ((d / "responses.jsonl").read_text() for d in (tmp_path, whole))
     assert sorted(there.splitlines()) == sorted(expected.splitlines())
     assert there != expected
-    monkeypatch.setattr(evaluate, "append", None)
+    monkeypatch.setattr(records_lib, "append", None)
     assert command("--out", tmp_path)[0] == 0
     assert_same(tmp_path, whole, FILES)
 
@@ -180,7 +181,7 @@ def test_an_evaluation_within_a_run_goes_on_too(config, tmp_path, monkeypatch):
         run.stages = ()
         run.evaluation.problems = 20  # of which eight are in the making at once
     pipeline.run(parse_run(run), tmp_path / "whole")
-    append, written = records.append, []
+    append, written = records_lib.append, []
 
     def mortal(file, made):
         append(file, made)
@@ -188,7 +189,7 @@ def test_an_evaluation_within_a_run_goes_on_too(config, tmp_path, monkeypatch):
         if len(written) == 7:
             raise Crash
 
-    monkeypatch.setattr(evaluate, "append", mortal)
+    monkeypatch.setattr(records_lib, "append", mortal)
     with pytest.raises(Crash):
         pipeline.run(parse_run(run), tmp_path / "killed")
     before = sorted(written)
@@ -209,7 +210,7 @@ def test_an_evaluation_within_a_run_goes_on_too(config, tmp_path, monkeypatch):
 
 
 def test_a_signal_ends_it_before_the_next_chunk(whole, command, tmp_path, monkeypatch):
-    append, check, written, looks = records.append, StopSignal.check, [], []
+    append, check, written, looks = records_lib.append, StopSignal.check, [], []
 
     def signalled(file, made):
         append(file, made)
@@ -221,7 +222,7 @@ def test_a_signal_ends_it_before_the_next_chunk(whole, command, tmp_path, monkey
         looks.append(len(written))
         check(stop)
 
-    monkeypatch.setattr(evaluate, "append", signalled)
+    monkeypatch.setattr(records_lib, "append", signalled)
     monkeypatch.setattr(StopSignal, "check", look)
     code, errors = command("--out", tmp_path)
     assert code == 143
@@ -259,8 +260,8 @@ def test_a_signal_loses_no_problem_that_was_sampled(whole, command, tmp_path, mo
 
 
 def test_an_evaluation_of_before_min_p_has_none():
-    assert not records.differences({"top_k": 1}, {"top_k": 1, "min_p": 0.0})
-    assert records.differences({}, {"min_p": 0.1}) == [("min_p", 0.0, 0.1)]
+    assert not records_lib.differences({"top_k": 1}, {"top_k": 1, "min_p": 0.0})
+    assert records_lib.differences({}, {"min_p": 0.1}) == [("min_p", 0.0, 0.1)]
 
 
 @pytest.mark.parametrize(
@@ -304,13 +305,13 @@ def test_an_extraction_that_raises_costs_its_answer_alone(task):
         truncated=np.array([False]),
         replies=[Verdict(False, "mismatch")],
     )
-    (record,) = records.records(rollouts, own, 1)
+    (record,) = records_lib.records(rollouts, own, 1)
     assert record["extracted"] is None
     assert record["verdict"] == "mismatch"
 
 
 def test_a_finished_one_is_not_done_again(whole, command, monkeypatch):
-    monkeypatch.setattr(evaluate, "append", None)
+    monkeypatch.setattr(records_lib, "append", None)
     code, figures = command("--out", whole)
     assert code == 0
     assert figures["directory"] == str(whole)
@@ -334,13 +335,13 @@ def test_other_weights_are_refused_and_another_place_is_not(tmp_path):
     with (tmp_path / "c" / "model.safetensors").open("r+b") as file:
         file.seek(5 * 10**5)
         file.write(b"y" * 10)
-    a, b, c = (records.fingerprint(tmp_path / name) for name in "abc")
+    a, b, c = (records_lib.fingerprint(tmp_path / name) for name in "abc")
     assert a == b != c
     out, there = tmp_path / "out", {"model": "a", "weights": a}
-    records.check_settings(out, there)
-    records.check_settings(out, {"model": "b", "weights": b})
+    records_lib.check_settings(out, there)
+    records_lib.check_settings(out, {"model": "b", "weights": b})
     with pytest.raises(config_lib.ConfigError, match=f"weights: '{a}' in the directory, '{c}' now"):
-        records.check_settings(out, {"model": "a", "weights": c})
+        records_lib.check_settings(out, {"model": "a", "weights": c})
 
 
 def test_a_mesh_that_begins_with_a_minus():
@@ -357,7 +358,7 @@ def test_comparing(whole, command, workdir):
     change = json.loads((directory / "comparison.json").read_text())
     assert change == figures["comparison"]
     assert change["settings"] == [["top_k", 0, 5], ["min_p", 0.0, 0.1]]
-    records = (records.read(side)[0] for side in (whole, directory))
+    records = (records_lib.read(side)[0] for side in (whole, directory))
     lengths = [sum(r["length"] for r in side) for side in records]
     assert change["d_length_percent"] == pytest.approx(100 * (lengths[1] / lengths[0] - 1))
     assert change["d_length_percent_low"] <= change["d_length_percent"]
@@ -371,7 +372,7 @@ def test_comparing(whole, command, workdir):
 def test_a_comparison_with_other_problems_is_refused_before_anything_is_sampled(
     whole, command, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(evaluate, "append", None)
+    monkeypatch.setattr(records_lib, "append", None)
     code, errors = command("--problems", 5, "--compare", whole)
     assert code == 2
     assert "of other problems: it has 9, this one has 5, and 5 are in both" in errors
