@@ -181,7 +181,7 @@ def from_flat(flat: Mapping[str, Any]) -> ConfigDict:
 
 
 def missing_fields(config: ConfigDict) -> list[str]:
-    """The fields that a saved config of an earlier version lacks; those of its model are not looked at."""
+    """The fields that the config of an earlier version lacks, except those of its model."""
     stages = [name for name in config.stages if "algorithm" in config.get(name, {})]
     known = [field for field in describe(RunOptions) if field.name != "sections"]
     for name in stages:

@@ -138,7 +138,7 @@ def test_after_a_kill_it_goes_on_to_the_same_files(whole, command, tmp_path, mon
 
     def mortal(file, made):
         if len(written) == done:
-            torn = records.to_lines(made)
+            torn = records_lib.to_lines(made)
             file.write(torn[: torn.index("\n") + 20])
             raise Crash
         written.append(problem_of(made))
