@@ -120,6 +120,7 @@ def same(directory: pathlib.Path) -> bool:
 
 
 def main() -> None:
+    """Runs all cases and prints one line of JSON for each, and one with the totals."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument(

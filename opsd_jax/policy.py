@@ -83,8 +83,9 @@ class Model(NamedTuple):
         `rules`. Every decoding step reads all weights, so sharding them over "fsdp", which gathers
         them at every step, is slow. None keeps the sharding of training.
       decode_params: `(params) -> params`, a pure function that prepares parameters for sampling and
-        for a frozen teacher, for example casts them to the data type of the matmuls. The result
-        keeps the names and shapes, and `policy` takes it in place of the original.
+        for the copies that a teacher keeps, for example casts them to the data type of the matmuls.
+        The result has the same names and shapes, and `policy` takes it in place of the original. A
+        parameter that it returns unchanged isn't copied.
       unrolled: `(params) -> params`, an optional form of the parameters for decoding on CPUs, which
         `policy.forward` must accept as well. The engine applies it after `decode_params`, once per
         call. XLA:CPU copies the weights of a layer out of a stacked array at every decoding step;

@@ -93,6 +93,7 @@ class DecoderConfig:
     cache: str = "dense"
 
     def __post_init__(self):
+        """Checks the fields and replaces "auto"."""
         for name, choices in (("remat", REMAT), ("attention", ATTENTION), ("cache", CACHE)):
             if getattr(self, name) not in choices:
                 raise ConfigError(
@@ -223,7 +224,7 @@ def _unexpected(field: str, value: Any, expected: str) -> ValueError:
 
 
 def _only(value: Any) -> str:
-    """What to expect from a field of which the decoder supports one value."""
+    """The expectation, for an error message, of a field with a single supported value."""
     return f"{json.dumps(value)}, the only value that the decoder supports"
 
 

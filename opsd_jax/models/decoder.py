@@ -81,7 +81,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 def write(
     cache: LayerCache, k_BxTxKxC: jax.Array, v_BxTxKxC: jax.Array, positions_BxT: jax.Array
 ) -> LayerCache:
-    """The cache of a layer, with new keys and values stored at their positions.
+    """Stores keys and values at their positions in the cache of a layer; returns the new cache.
 
     Keys and values of padding, at position -1, are dropped.
     """
@@ -335,7 +335,7 @@ def config_of(options: DecoderOptions | Mapping[str, Any]) -> DecoderConfig:
 
 
 def model(config: DecoderConfig) -> policy_lib.Model:
-    """The decoder of these sizes as a `Model`, with random initial parameters."""
+    """Builds the `Model` of a decoder. Its initial parameters are random."""
     stacked, init = policy_lib.from_nnx(lambda rngs: Decoder(config, rngs=rngs))
     is_unrolled = lambda leaf: isinstance(leaf, tuple)
 

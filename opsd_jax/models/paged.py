@@ -66,7 +66,7 @@ def write(
     v_BxTxKxC: jax.Array,
     positions_BxT: jax.Array,
 ) -> dict[str, jax.Array]:
-    """The cache of a layer, with new keys and values stored at their positions.
+    """Stores keys and values at their positions in the cache of a layer; returns the new cache.
 
     Keys and values of padding, at position -1, are dropped.
     """

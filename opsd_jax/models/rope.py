@@ -51,6 +51,7 @@ class RopeScaling:
     )
 
     def __post_init__(self):
+        """Raises ConfigError if a field is out of bounds."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if expected := field.metadata["bounds"].expected(value):

@@ -278,7 +278,7 @@ def _read(array: jax.Array, layout: TensorLayout, stored: StoredTensor) -> jax.A
 def save(
     params: Params, directory: pathlib.Path, codes: Mapping[str, str], files: Mapping[str, Any]
 ) -> None:
-    """Writes a Hugging Face directory. If this fails, the directory does not exist.
+    """Writes a Hugging Face directory, completely or not at all.
 
     Args:
       params: The parameters of a decoder.

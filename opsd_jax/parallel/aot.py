@@ -1,13 +1,15 @@
 """Ahead-of-time compilation: the one place where the programs of a run are compiled.
 
-The engine, the train step and the layouts lower each of their programs once, when they are created,
-and pass it to `compiled`. This has two effects:
+The rollout engine, the train step and the other parts of a run don't leave compilation to the first
+call of a jitted function. They lower each of their programs when they are created, and pass it to
+`compiled`. There are two reasons:
 
-1. Every program of a run is compiled before the first step, for shapes that the config fixes. A
-   later recompilation is impossible, because a compiled program refuses other shapes.
-2. `opsd-jax plan` runs the same code for a TPU that is not attached, on a machine that has only a
-   CPU. Within `planning`, `compiled` passes each program to the plan instead, which compiles it for
-   the TPU and reads its memory, operations and collectives. Whatever a run compiles is in the plan.
+1. Compilation happens once, at a known time. A compiled program refuses arguments of other shapes,
+   so a change of shape is an error and never a silent recompilation in the middle of a run.
+2. `opsd-jax plan` can run the same code for a TPU that is not attached, on a machine with only a
+   CPU. Within `planning`, `compiled` passes each program to the plan, which compiles it for the TPU
+   and reads off its memory, operations and collectives. The plan therefore contains what a run
+   compiles.
 
 A program that is compiled in any other way is missing from the plan.
 """
@@ -45,7 +47,7 @@ def compiled(key: ProgramKey, lowered: jax.stages.Lowered) -> Any:
 
 @contextlib.contextmanager
 def planning(compile: Compile) -> Iterator[None]:
-    """A context in which programs are compiled for inspection only, as for TPUs.
+    """A context in which programs are compiled for TPUs and inspected, but never executed.
 
     In this context, `on_tpu` is True, so models choose their TPU kernels, and `compiled` calls the
     given function. The devices of the mesh are those of a topology
@@ -62,7 +64,7 @@ def planning(compile: Compile) -> Iterator[None]:
 
 
 def is_planned() -> bool:
-    """Whether programs are compiled for inspection only; see `planning`."""
+    """Whether programs are compiled for a plan and never executed; see `planning`."""
     return _compile.get() is not None
 
 

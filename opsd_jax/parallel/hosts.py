@@ -91,9 +91,10 @@ def is_first() -> bool:
 
 
 def is_loss(error: BaseException | None) -> bool:
-    """Whether an error, or one of its causes, is a collective that failed because a host is lost.
+    """Whether an error, or one that caused it, means that another host is lost.
 
-    If a collective hangs instead, JAX ends the process after HEARTBEAT_SECONDS.
+    It does if a collective failed because a peer is gone. If the collective hangs instead, JAX ends
+    the process after HEARTBEAT_SECONDS.
     """
     while error is not None and count() > 1:
         if isinstance(error, jax.errors.JaxRuntimeError) and any(s in str(error) for s in LOSS):

@@ -190,7 +190,7 @@ def abstract_of(tree: Any, shardings: Any) -> Any:
 
 
 def placed(tree: Any, shardings: Any) -> Any:
-    """Moves host arrays that are equal on all hosts to devices.
+    """Creates sharded arrays from NumPy arrays that are equal on all hosts.
 
     Unlike `jax.device_put`, this does not communicate in order to check that the arrays are equal.
 
