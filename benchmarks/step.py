@@ -1,13 +1,15 @@
-"""The OPSD train step: what padding and dropped rows cost, against a step that pads everything.
+"""Measures what padding and dropped rows cost in the OPSD train step.
 
     python benchmarks/step.py [--repeats 5]
 
-128 rollouts a step, their lengths spread exponentially (mean 128, at most 512 tokens), prompts of
-16 to 64 tokens, contexts of 32 to 128 more for the teacher; Qwen3's shape, 4 layers of 256, 4,096
-words, float32 on the CPU. `plain` is the same step with one padded length for all rows, and without
-a gate before it: rows of no weight are computed like the others. The steps take turns; times are
-CPU-seconds of the process, medians: on a shared machine they say more than the clock. Some ten
-minutes on two cores.
+A step has 128 rollouts with exponentially distributed lengths (mean 128, at most 512 tokens),
+prompts of 16 to 64 tokens, and 32 to 128 more tokens of context for the teacher. The model has
+Qwen3's architecture with 4 layers of width 256, a vocabulary of 4,096 tokens and float32 weights.
+
+The `plain` cases run the same step with one padded length for all rows. They drop no rows, so rows
+with weight 0 are computed like the others. The cases run alternately. Times are medians of the
+process's CPU seconds, which vary less than wall-clock time on a shared machine. The benchmark takes
+about ten minutes on two cores.
 """
 
 import argparse
@@ -29,13 +31,13 @@ from opsd_jax import losses
 from opsd_jax.models import decoder
 from opsd_jax.stages import batch as batch_lib
 from opsd_jax.stages import opsd
-from opsd_jax.stages.teacher import frozen, make_head
+from opsd_jax.stages.teacher import TeacherOptions, frozen, make_head
 from opsd_jax.training.state import init_state
 from opsd_jax.training.step import make_train_step
 from opsd_jax.verify.outcomes import Outcomes
 
 ROWS, MICROBATCH, V = 128, 4, 4096
-PROMPT, CONTEXT, RESPONSE = 64, 128, 512  # the longest of each
+PROMPT, CONTEXT, RESPONSE = 64, 128, 512  # largest number of tokens
 WHOLE = [{"student": PROMPT + RESPONSE, "teacher": PROMPT + CONTEXT + RESPONSE}]
 BUCKETS = [
     {"student": student, "teacher": student + CONTEXT - 48}
@@ -44,18 +46,18 @@ BUCKETS = [
 
 
 def rollouts(seed: int = 0) -> list[dict]:
-    """All of them correct."""
+    """Returns the rows of a step's rollouts, all of them correct."""
     rng = np.random.default_rng(seed)
-    words = lambda n: rng.integers(1, V, n).tolist()
+    token_ids = lambda n: rng.integers(1, V, n).tolist()
     rows = []
     for _ in range(ROWS):
         length = int(np.clip(rng.exponential(128), 1, RESPONSE))
-        prompt = words(rng.integers(16, PROMPT + 1))
+        prompt = token_ids(rng.integers(16, PROMPT + 1))
         rows.append(
             {
                 "student": prompt,
-                "teacher": prompt + words(rng.integers(32, CONTEXT + 1)),
-                "response": words(length),
+                "teacher": prompt + token_ids(rng.integers(32, CONTEXT + 1)),
+                "response": token_ids(length),
                 "behaviour_logprobs": [-1.0] * length,
                 "correct": True,
                 "incorrect": False,
@@ -66,6 +68,7 @@ def rollouts(seed: int = 0) -> list[dict]:
 
 
 def pack(rows: list[dict], buckets: list[dict]) -> batch_lib.Batch:
+    """Packs rows into microbatches of the buckets' shapes."""
     return batch_lib.pack(
         rows,
         buckets=buckets,
@@ -78,12 +81,13 @@ def pack(rows: list[dict], buckets: list[dict]) -> batch_lib.Batch:
 
 
 def main(repeats: int) -> None:
+    """Compares the losses of the cases, then prints their times, last as a line of JSON."""
     section = config_lib.decoder(
         vocab_size=V, hidden_size=256, intermediate_size=768, num_layers=4, num_heads=4,
         num_kv_heads=2, head_dim=64, scan_unroll=1, remat="full",
     )  # fmt: skip
     model = decoder.from_config(section)
-    head = make_head(model.policy, config_lib.default().opsd.teacher)
+    head = make_head(model.policy, TeacherOptions())
     loss = functools.partial(opsd.loss_fn, model.policy, head, losses.OPSD(), 1.0, 0)
     optimizer = optax.adamw(1e-5)
     params = jax.jit(model.init)(jax.random.key(0))
@@ -102,7 +106,7 @@ def main(repeats: int) -> None:
         "plain, quarter": pack(gated, WHOLE),
     }
     found = {name: jax.device_get(step(state, batch)[1]["loss"]) for name, batch in cases.items()}
-    for ours, plain in (("all", "plain"), ("quarter", "plain, quarter")):  # the same loss
+    for ours, plain in (("all", "plain"), ("quarter", "plain, quarter")):
         np.testing.assert_allclose(found[ours], found[plain], rtol=1e-4)
 
     seconds: dict[str, list[float]] = {name: [] for name in cases}
@@ -114,10 +118,10 @@ def main(repeats: int) -> None:
     median = {name: statistics.median(times) for name, times in seconds.items()}
     useful = {name: batch_lib.useful_fraction([batch]) for name, batch in cases.items()}
     for name in cases:
-        live = [int(bucket["count"]) for bucket in cases[name]]
+        counts = [int(bucket["count"]) for bucket in cases[name]]
         print(
-            f"{name:<16}{median[name]:8.2f} s   useful {useful[name]:.3f}   microbatches {live}   "
-            f"({min(seconds[name]):.2f} to {max(seconds[name]):.2f} s)"
+            f"{name:<16}{median[name]:8.2f} s   useful {useful[name]:.3f}   "
+            f"microbatches {counts}   ({min(seconds[name]):.2f} to {max(seconds[name]):.2f} s)"
         )
     print(
         json.dumps(

@@ -1,9 +1,10 @@
-"""How often the verifier is right, what hostile answers can do to it, and what it costs.
+"""Measures the maths verifier: its accuracy, its resistance to hostile answers, and its cost.
 
     python benchmarks/verifier.py [--cases DIR]
 
-DIR holds JSON lines of `gold`, `pred` and `expect`: derived_math500, rollouts_math_qwen,
-rollouts_gsm8k_gpt3, cases, probes and hostile. What is wrong is listed; one JSON line comes last.
+DIR contains JSON lines with `gold`, `pred` and `expect`, in the files derived_math500,
+rollouts_math_qwen, rollouts_gsm8k_gpt3, cases, probes and hostile. The benchmark prints every wrong
+verdict, and the results as one JSON line at the end.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Row = dict[str, Any]
 
 
 def read(path: pathlib.Path) -> list[Row]:
-    """The scored rows of a file; `pred` is put together where it comes in parts."""
+    """Returns the rows of a file that are scored, with `pred` joined from its parts."""
     rows = [json.loads(line) for line in path.open()]
     for row in rows:
         if "pred_parts" in row:
@@ -41,7 +42,7 @@ def read(path: pathlib.Path) -> list[Row]:
 
 
 def verify(rows: list[Row], verifier: Verifier) -> list[Any]:
-    """The verdicts on rows, each the only use of its pool's memory."""
+    """Returns the verdicts of a new pool, which has no cached verdicts, on the rows."""
     with VerifierPool(verifier) as pool:
         futures = [
             pool.submit(Problem(i, "", "", r["gold"]), r["pred"]) for i, r in enumerate(rows)
@@ -50,7 +51,7 @@ def verify(rows: list[Row], verifier: Verifier) -> list[Any]:
 
 
 def score(name: str, rows: list[Row], verifier: Verifier) -> int:
-    """How many rows get the verdict that they should; prints the others."""
+    """Returns the number of rows with the expected verdict, and prints the other rows."""
     right = 0
     for row, verdict in zip(rows, verify(rows, verifier), strict=True):
         right += verdict.correct == row["expect"]
@@ -63,7 +64,7 @@ def score(name: str, rows: list[Row], verifier: Verifier) -> int:
 
 
 def score_public(rows: list[Row]) -> int:
-    """Public suites pass whole texts, bare answers, or choices; each has its convention."""
+    """Scores the cases of public test suites: whole texts, bare answers and multiple choice."""
     answers = [
         row | {"pred": rf"\boxed{{{row['pred']} }}"}
         for row in rows
@@ -80,10 +81,10 @@ def score_public(rows: list[Row]) -> int:
 
 
 def processes() -> dict[int, tuple[float, float]]:
-    """CPU-seconds and MiB of this process and of those below it, by number; on Linux."""
+    """Returns process id -> (CPU seconds, MiB) of this process and its descendants, on Linux."""
     stats: dict[int, list[str]] = {}
     for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the process has ended
             stats[int(path.parent.name)] = path.read_text().rpartition(")")[2].split()
     family, before = {os.getpid()}, 0
     while len(family) > before:
@@ -98,7 +99,7 @@ def processes() -> dict[int, tuple[float, float]]:
 
 
 class Watch:
-    """The most memory that any process below this one took, in MiB, sampled."""
+    """Samples the peak memory of this process's descendants, in MiB for the largest of them."""
 
     def __enter__(self):
         self.peak, self._stop = 0.0, threading.Event()
@@ -118,13 +119,16 @@ class Watch:
 
 
 def hostile(rows: list[Row], innocent: list[Row]) -> int:
-    """Violations: code run, a wrong verdict, a bound passed, harm to another row of the batch."""
+    """Returns the number of violations: code that ran, wrong verdicts, and exceeded limits.
+
+    A wrong verdict on another row of the same batch also counts.
+    """
     violations = 0
 
-    def violation(row: Row, what: str) -> None:
+    def violation(row: Row, reason: str) -> None:
         nonlocal violations
         violations += 1
-        print(f"hostile {row['id']} ({row['cat']}): {what}")
+        print(f"hostile {row['id']} ({row['cat']}): {reason}")
 
     with tempfile.TemporaryDirectory() as directory:
         mark = pathlib.Path(directory) / "mark"
@@ -133,7 +137,7 @@ def hostile(rows: list[Row], innocent: list[Row]) -> int:
             for row in rows
         ]
         with VerifierPool(maths(("boxed", "text"))) as pool:
-            for row in rows:  # each alone, for its time and memory
+            for row in rows:  # one at a time, to measure its time and memory
                 began = time.monotonic()
                 with Watch() as watch:
                     verdict = pool.submit(Problem(0, "", "", row["gold"]), row["pred"]).result()
@@ -154,12 +158,12 @@ def hostile(rows: list[Row], innocent: list[Row]) -> int:
 
 
 def cpu_seconds() -> float:
-    """What this process and those below it have used; one that has ended counts no more."""
+    """Returns the CPU seconds of this process and of its running descendants."""
     return sum(seconds for seconds, _ in processes().values())
 
 
 def cost(rows: list[Row]) -> tuple[float, float]:
-    """Seconds and CPU-seconds that a warm pool takes for the rows, medians."""
+    """Returns the median seconds and CPU seconds of a warm pool for the rows."""
     wall, cpu = [], []
     for _ in range(REPEATS):
         with VerifierPool(maths(("boxed", "####"))) as pool:
@@ -180,11 +184,12 @@ def cost(rows: list[Row]) -> tuple[float, float]:
 
 
 def take(rows: list[Row], count: int) -> list[Row]:
-    """The first so many rows, from the start again where they do not suffice."""
+    """Returns `count` rows, repeating the rows as often as necessary."""
     return (rows * -(-count // len(rows)))[:count]
 
 
 def main() -> None:
+    """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=pathlib.Path, default=CASES)
     directory = parser.parse_args().cases
@@ -199,7 +204,7 @@ def main() -> None:
             "hostile",
         )
     )
-    figures: dict[str, float] = {
+    results: dict[str, float] = {
         "derived_math500": score("derived", derived, maths()) / len(derived),
         "rollouts": (score("rollouts", qwen, maths()) + score("rollouts", gsm8k, maths(("####",))))
         / len(qwen + gsm8k),
@@ -208,13 +213,13 @@ def main() -> None:
         "hostile_violations": hostile(attacks, take(qwen, len(attacks))),
     }
     rollouts = take(qwen + gsm8k, 1024)
-    figures["seconds_1024"], figures["cpu_seconds_1024"] = cost(rollouts)
+    results["seconds_1024"], results["cpu_seconds_1024"] = cost(rollouts)
     every = len(rollouts) // 10  # 1 %
     slow = take([row for row in attacks if row["cat"] in ("tower", "factorial", "sum")], 10)
     for i, row in enumerate(slow):
         rollouts[i * every] = row
-    figures["seconds_1024_hostile"], _ = cost(rollouts)
-    print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
+    results["seconds_1024_hostile"], _ = cost(rollouts)
+    print(json.dumps({name: round(value, 4) for name, value in results.items()}))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
 """The paper's comparison: OPSD on correct, on incorrect and on all rollouts, from one RLVR model.
 
-    opsd-jax train --config configs/quickstart_arms.py --workdir runs/arms
+    opsd-jax train --config quickstart_arms --workdir runs/arms
 
-Hardware: two CPU cores, 2 GB of memory; some seven minutes. Expect all three arms to shorten the
-responses alike, Correct-only to keep the accuracy, and Incorrect-only to lose ten points or more.
+Hardware: two CPU cores, 2 GB of memory; about seven minutes. Expect all three arms to shorten the
+responses by similar amounts, Correct-only to keep the accuracy, and Incorrect-only to lose ten
+points or more.
 """
 
-from opsd_jax import config as config_lib
+from opsd_jax.config import loading
 
 
 def get_config():
-    """The quickstart, with an OPSD stage for each gate in place of one."""
-    config = config_lib.default()
+    """The quickstart, with one OPSD stage for each gate."""
+    config = loading.read("quickstart")
     arms = {f"opsd_{gate}": gate for gate in ("correct", "incorrect", "all")}
     with config.unlocked():
         for name, gate in arms.items():

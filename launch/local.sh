@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The quickstart on this machine's CPU: sets up .venv, trains SFT → RLVR → OPSD, says where the
-# report is. Stopped or killed, it goes on where it was when it is called again.
+# Runs the quickstart on this machine's CPU: installs the package into .venv, trains
+# SFT → RLVR → OPSD, and prints the path of the report. If it is stopped or killed, run the same
+# command again to resume.
 #
 #   ./launch/local.sh [WORKDIR] [--config.field=value ...]     (default: runs/quickstart)
 #   CONFIG=configs/quickstart_arms.py ./launch/local.sh runs/arms

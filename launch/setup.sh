@@ -1,22 +1,28 @@
-# Sourced by the other scripts: `setup [EXTRA]` makes .venv (or $OPSD_JAX_VENV) beside the code,
-# installs the package and the extra in it, and does nothing where that has been done.
+# The other scripts source this file. `setup [EXTRA]` creates .venv (or $OPSD_JAX_VENV), installs
+# the package and the extra into it, and puts it on PATH. It skips what is installed already.
 # shellcheck shell=bash
 
 setup() {
   local extra=${1:-} venv=${OPSD_JAX_VENV:-.venv} python=${PYTHON:-python3} mark wanted
   if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-    echo "Python 3.11 or newer is needed and '$python' is not one; set PYTHON to one." >&2
+    echo "'$python' is not Python 3.11 or newer. Set PYTHON to the path of one." >&2
     return 2
   fi
-  # What was installed, from where and for which Python: a moved or changed checkout installs anew.
-  wanted=$({ cat pyproject.toml constraints.txt; pwd; "$python" --version; } | cksum)
+  # The mark records what was installed, from where, and for which Python version. A checkout that
+  # was moved or changed is installed again.
+  wanted=$({
+    cat pyproject.toml constraints.txt
+    grep __version__ opsd_jax/__init__.py
+    pwd
+    "$python" --version
+  } | cksum)
   mark=$venv/installed${extra:+-$extra}
   if [ "$(cat "$mark" 2>/dev/null)" != "$wanted" ]; then
-    echo "Installing into $venv (a minute or so, once) ..."
-    # An installation that was killed may look whole to pip: begin again.
+    echo "Installing into $venv (only this once, about a minute) ..."
+    # pip can take a half-finished installation for a complete one, so start again.
     if [ -e "$venv/installing" ]; then rm -rf "$venv"; fi
     mkdir -p "$venv" && touch "$venv/installing"
-    # Some distributions keep ensurepip in a package of its own: then the outer pip does it.
+    # Some distributions package ensurepip separately. Without it, the outer pip installs.
     if "$python" -c 'import ensurepip' 2>/dev/null; then
       "$python" -m venv "$venv" || return 1
     else

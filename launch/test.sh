@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Lint, types and tests, in .venv with the test extra.
+# Runs the linter, the type checker and the tests in .venv, with the `test` extra installed.
 #
 #   ./launch/test.sh [--slow] [PYTEST ARGUMENT ...]
 #
-# --slow: the tests marked slow in place of the others. They need torch and transformers as well,
-# and the compiler for TPUs.
+# --slow runs the tests marked "slow" instead of the others. They also need torch, transformers and
+# the compiler for TPUs, which it installs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/setup.sh

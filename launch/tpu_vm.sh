@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A run on Cloud TPU from one command: a TPU by queued resources, the code and its packages on all of
-# its hosts, the run with its log here, a new TPU and on from the last checkpoint after a preemption,
-# and no TPU left in the end.
+# Runs opsd-jax on Cloud TPU: creates the TPU by a queued resource, installs the code on all hosts,
+# runs the job and prints its log here, and deletes the TPU. After a preemption it creates a new TPU
+# and resumes from the last checkpoint.
 #
 #   launch/tpu_vm.sh NAME TYPE --zone ZONE [OPTION ...] -- ARGUMENT_OF_OPSD_JAX ...
 #
@@ -10,26 +10,28 @@
 #     train --config configs/qwen3_8b_opsd_v5e64.py --workdir gs://my-bucket/opsd8b \
 #     --config.model.path=Qwen3-8B
 #
-#   --project ID        default: gcloud's
-#   --spot | --reserved default: on demand
-#   --version RUNTIME   of the TPU's software (default: by TYPE)
-#   --slices N          so many TPUs as one, over the data centre's network
-#   --attempts N        TPUs to ask for, one after another, before it gives up (default: 20)
-#   --setup COMMAND     run on every host before, in the code's directory: weights, mounts, logins
-#   --keep              leave the TPU, and its costs, when the run has ended well
-#   --dry-run           print the commands, run none
+#   --project ID        project (default: the current project of gcloud)
+#   --spot | --reserved kind of capacity (default: on demand)
+#   --version RUNTIME   TPU software version (default: depends on TYPE)
+#   --slices N          slices, connected by the data center network (default: 1)
+#   --attempts N        TPUs to request, one after another, before giving up (default: 20)
+#   --setup COMMAND     run COMMAND first, on every host, in the directory of the code: for example
+#                       to copy weights, mount disks or log in
+#   --keep              keep the TPU, which continues to cost money, if the run succeeds
+#   --dry-run           print the commands, and run nothing
 #
-# The run goes on when a connection to the TPU breaks. What ends without having run for ten minutes,
-# three times in a row, is not tried again.
+# If the connection to the TPU breaks, the run continues and the script reconnects. If the run stops
+# within ten minutes of its start three times in a row, the script does not start it again.
 #
-# So that a run can go on where it was, its workdir outlives the TPU: it is in a bucket, or on a disk
-# that all hosts mount.
-# Exit codes: opsd-jax's (0 done, 1 failed, 2 bad usage); 3 when it gave up; 4 when a TPU may be left.
+# The workdir must outlive the TPU, or the run cannot resume on a new one. Put it in a bucket or on
+# a disk that all hosts mount.
+# Exit codes: that of opsd-jax (0 the run is done, 1 it failed, 2 the arguments are wrong); 3 the
+# script gave up; 4 the TPU may still exist.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 usage() { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' launch/tpu_vm.sh >&2; exit 2; }
-say() { echo "tpu_vm.sh: $*" >&2; }
+log() { echo "tpu_vm.sh: $*" >&2; }
 
 [ $# -ge 2 ] || usage
 name=$1 type=$2
@@ -47,12 +49,12 @@ while [ $# -gt 0 ]; do
     --keep) keep=yes ;;
     --dry-run) dry=yes ;;
     --) shift; break ;;
-    *) say "unknown option $1"; usage ;;
+    *) log "unknown option $1"; usage ;;
   esac
   shift
 done
-[ -n "$zone" ] || { say "--zone is missing, such as --zone us-west4-a"; exit 2; }
-[ $# -gt 0 ] || { say "what to run is missing, after --"; exit 2; }
+[ -n "$zone" ] || { log "--zone is missing; give one, such as --zone us-west4-a"; exit 2; }
+[ $# -gt 0 ] || { log "the arguments of opsd-jax are missing; write them after --"; exit 2; }
 if [ -z "$version" ]; then
   case $type in
     v5litepod-* | v5e-*) version=v2-alpha-tpuv5-lite ;;
@@ -70,23 +72,25 @@ if [ "$slices" -gt 1 ]; then
   for ((i = 0; i < slices; i++)); do hosts+=("$name-$i"); done
 fi
 
-call() { # a command, or in a dry run its text
+call() { # Runs a command. In a dry run, prints it instead.
   if [ -n "$dry" ]; then printf '%q ' "$@"; echo; else "$@"; fi
 }
 
-state() { # of the request: ACTIVE, FAILED, ...; NONE if there is none, UNKNOWN if nobody tells
+# Prints the state of the request, such as ACTIVE or FAILED. Prints NONE if there is no request, and
+# UNKNOWN if gcloud gives no answer.
+state() {
   if ! gcloud compute tpus queued-resources describe "$name" "${where[@]}" \
     --format 'value(state.state)' 2>"$errors"; then
     if grep -qi 'not.found' "$errors"; then echo NONE; else echo UNKNOWN; fi
   fi
 }
 
-create() {
+create() { # Requests the TPU.
   call gcloud compute tpus queued-resources create "$name" "${nodes[@]}" \
     --accelerator-type "$type" --runtime-version "$version" "${where[@]}" "${kind[@]}"
 }
 
-delete() { # with its machines; tells where that cannot be seen to have happened
+delete() { # Deletes the request and its TPU. Fails if they may still exist.
   local command=(gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet)
   if [ -n "$dry" ]; then call "${command[@]}"; return 0; fi
   for _ in 1 2 3; do
@@ -94,19 +98,19 @@ delete() { # with its machines; tells where that cannot be seen to have happened
     "${command[@]}" >&2 || sleep "${POLL_SECONDS:-20}"
   done
   [ "$(state)" != NONE ] || return 0
-  say "COULD NOT DELETE $name: it may go on costing. See to it: ${command[*]}"
+  log "COULD NOT DELETE $name. It may still cost money. Delete it with: ${command[*]}"
   return 1
 }
 
-# shellcheck disable=SC2329  # a trap calls it
-leave() { # however this ends
+# shellcheck disable=SC2329  # the trap below calls it
+leave() { # Deletes the TPU, however the script ends.
   local code=$?
   trap - EXIT
-  trap '' INT TERM HUP # an impatient second one is not to leave the TPU behind
-  if [ -n "$made" ]; then
+  trap '' INT TERM HUP # a second Ctrl-C must not stop the deletion
+  if [ -n "$created" ]; then
     if [ "$code" = 0 ] && [ -n "$keep" ]; then
-      say "$name is kept and goes on costing. Delete it: gcloud compute tpus queued-resources" \
-        "delete $name ${where[*]} --force"
+      log "$name is kept and continues to cost money. Delete it with: gcloud compute tpus" \
+        "queued-resources delete $name ${where[*]} --force"
     else
       delete || code=4
     fi
@@ -115,17 +119,17 @@ leave() { # however this ends
   exit "$code"
 }
 
-wait_for_it() { # until the TPU is there; fails where it will not be
+wait_until_active() { # Waits for the TPU. Fails if the request has ended without one.
   [ -z "$dry" ] || return 0
   local now="" before="" unknown=0
   while :; do
     now=$(state)
-    [ "$now" = "$before" ] || say "$name is $now"
+    [ "$now" = "$before" ] || log "$name is $now"
     before=$now
     case $now in
       ACTIVE) return 0 ;;
       FAILED | SUSPENDING | SUSPENDED | NONE) return 1 ;;
-      UNKNOWN) # it may be there, and cost, and nobody tells
+      UNKNOWN) # the TPU may exist and cost money, so give up only after many tries
         unknown=$((unknown + 1))
         [ "$unknown" -lt 30 ] || { cat "$errors" >&2; exit 3; }
         ;;
@@ -135,7 +139,7 @@ wait_for_it() { # until the TPU is there; fails where it will not be
   done
 }
 
-on_all() { # a command on every host, with its output here
+on_all_hosts() { # Runs a command on every host and prints the output here.
   local host pids=() failed=0
   for host in "${hosts[@]}"; do
     if [ -n "$dry" ]; then
@@ -149,47 +153,51 @@ on_all() { # a command on every host, with its output here
   return "$failed"
 }
 
-# The machines' own Python is older than 3.11: then uv brings one.
-# shellcheck disable=SC2016  # the hosts expand it
+# If the Python of the hosts is older than 3.11, uv installs a newer one.
+# shellcheck disable=SC2016  # the hosts expand the variables
 python='python3 -c "import sys; sys.exit(sys.version_info < (3, 11))" || {
   [ -e ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh
   ~/.local/bin/uv python install 3.12 && export PYTHON=$(~/.local/bin/uv python find 3.12)
 }
 cd opsd_jax && . launch/setup.sh && setup tpu,gcs'
 
-install() {
+install() { # Copies the code to every host, installs it, and runs --setup.
   local host
   for host in "${hosts[@]}"; do
     call gcloud compute tpus tpu-vm scp "$archive" "$host:opsd_jax.tar.gz" \
       "${where[@]}" --worker all || return 1
   done
-  on_all "mkdir -p opsd_jax && tar -xzf opsd_jax.tar.gz -C opsd_jax && { $python; }${before:+ && $before}"
+  on_all_hosts "mkdir -p opsd_jax && tar -xzf opsd_jax.tar.gz -C opsd_jax && { $python; }${before:+ && $before}"
 }
 
-is_there() { [ -n "$dry" ] || [ "$(state)" = ACTIVE ]; }
+is_active() { [ -n "$dry" ] || [ "$(state)" = ACTIVE ]; }
 
-set_up() { # fails where the TPU is lost; where it is there and cannot be set up that is the end
+# Installs, with one retry. Fails if the TPU is lost. Ends the script if the TPU is active and the
+# installation fails, because a new TPU would not help.
+set_up() {
   for _ in 1 2; do
     if install; then return 0; fi
-    is_there || return 1
+    is_active || return 1
   done
-  say "$name cannot be set up"
+  log "the installation or --setup failed on $name"
   exit 1
 }
 
 runs=0
-run() { # the exit code of opsd-jax on the first host, 75 where that host is lost
+# Runs opsd-jax. Returns its exit code on the first host, or 75 if that host is lost.
+run() {
   local command code silent=0
   printf -v command '%q ' opsd-jax "$@" --coordinator auto
   runs=$((runs + 1))
-  # It has a session of its own, and outlives the connection; who comes again finds it.
+  # The run has its own session, so it outlives the connection. After a reconnection, the same
+  # command finds the run by its pid file and only follows the log.
   printf -v command '%q' "$command; echo \$? > exit.$runs"
   command="{ $python; } && { [ -e pid.$runs ] || {
   for old in pid.*; do [ ! -e \"\$old\" ] || kill -9 -- -\$(cat \"\$old\") 2>/dev/null; done
   setsid bash -c $command > log.$runs 2>&1 < /dev/null & echo \$! > pid.$runs
 }; tail --pid \$(cat pid.$runs) -n +1 -F log.$runs; }"
   while :; do
-    on_all "$command" || true
+    on_all_hosts "$command" || true
     if [ -n "$dry" ]; then
       call gcloud compute tpus tpu-vm ssh "${hosts[0]}" "${where[@]}" --worker 0 \
         --command "cat opsd_jax/exit.$runs"
@@ -200,19 +208,19 @@ run() { # the exit code of opsd-jax on the first host, 75 where that host is los
       2>/dev/null) || code=""
     case $code in
       running) silent=0 ;;
-      "") # the host is lost, or this end of the line is: then the TPU is there, or nobody tells
+      "") # either the host is lost, or the network at this end is down
         case $(state) in ACTIVE | UNKNOWN) ;; *) return 75 ;; esac
         silent=$((silent + 1))
         [ "$silent" -lt 30 ] || return 75
         ;;
       *) return "$code" ;;
     esac
-    say "the connection broke; the run goes on"
+    log "the connection broke; the run continues, and the script reconnects"
     sleep "${POLL_SECONDS:-20}"
   done
 }
 
-made="" files=$(mktemp -d)
+created="" files=$(mktemp -d)
 archive=$files/opsd_jax.tar.gz errors=$files/errors
 trap leave EXIT
 trap 'exit 130' INT
@@ -224,40 +232,40 @@ else
   case $now in
     NONE) ;;
     UNKNOWN) cat "$errors" >&2; exit 2 ;;
-    *) say "there is a request $name already ($now); choose another name or delete it"; exit 2 ;;
+    *) log "request $name already exists ($now); choose another name or delete it"; exit 2 ;;
   esac
   git archive --format tar.gz --output "$archive" HEAD
 fi
 
 short=0
 for ((attempt = 1; attempt <= attempts; attempt++)); do
-  made=yes # from here on there may be one
+  created=yes # from here on, the TPU may exist
   if ! create; then
-    [ "$attempt" -gt 1 ] || { say "the request was refused"; exit 3; }
-  elif wait_for_it && set_up; then
+    [ "$attempt" -gt 1 ] || { log "the request for a TPU was refused"; exit 3; }
+  elif wait_until_active && set_up; then
     while :; do
       code=0
       began=$SECONDS
       run "$@" || code=$?
       case $code in
         0) exit 0 ;;
-        75 | 134 | 143) ;; # a host was lost, or told to stop: it can go on
-        *) say "opsd-jax ended with exit code $code"; exit "$code" ;;
+        75 | 134 | 143) ;; # a host was lost or received SIGTERM: the run can resume
+        *) log "opsd-jax ended with exit code $code"; exit "$code" ;;
       esac
-      is_there || break
+      is_active || break
       short=$((SECONDS - began < 600 ? short + 1 : 0))
       if [ "$short" = 3 ]; then
-        say "exit code $code, three times in a row within ten minutes: that is the end"
+        log "exit code $code within ten minutes, three times in a row; the script stops"
         exit "$code"
       fi
-      say "exit code $code, and $name is there: it goes on"
+      log "exit code $code, and $name is active; the run resumes"
       sleep "${POLL_SECONDS:-20}"
     done
   fi
-  say "attempt $attempt of $attempts: $name is lost or was not to be had"
+  log "attempt $attempt of $attempts: $name was lost or could not be created"
   delete || exit 4
-  made=""
+  created=""
   sleep "${POLL_SECONDS:-20}"
 done
-say "gave up after $attempts attempts"
+log "gave up after $attempts attempts"
 exit 3

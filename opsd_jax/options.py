@@ -87,16 +87,23 @@ class Bounds(NamedTuple):
     finite: bool = True
 
     def text(self) -> str:
-        """The bounds as a phrase, such as "at least 1"; "" without any."""
+        """The bounds as a phrase, such as "at least 1" or "a number in [0, 1)"; "" without any."""
+        if len(self.choices) == 2:
+            return " or ".join(map(repr, self.choices))
         if self.choices:
             return f"one of {', '.join(map(repr, self.choices))}"
+        low = self.above if self.at_least is None else self.at_least
+        high = self.below if self.at_most is None else self.at_most
+        if low is not None and high is not None:
+            brackets = "(" if self.at_least is None else "[", ")" if self.at_most is None else "]"
+            return f"a number in {brackets[0]}{_number(low)}, {_number(high)}{brackets[1]}"
         numeric = (
             ("at least", self.at_least),
             ("above", self.above),
             ("at most", self.at_most),
             ("below", self.below),
         )
-        return " and ".join(f"{word} {_number(b)}" for word, b in numeric if b is not None)
+        return "".join(f"{phrase} {_number(b)}" for phrase, b in numeric if b is not None)
 
     def expected(self, value: Any) -> str:
         """What was expected in place of a value that breaks the bounds; "" if it does not."""
@@ -205,7 +212,31 @@ def section(options: Any, omit: tuple[str, ...] = ()) -> ConfigDict:
     for name, (_, _, bounds) in _fields(options.__class__).items():
         if name not in omit:
             config[name] = _plain(getattr(options, name), bounds.omit)
-    return config.lock()
+    return lock(config, options)
+
+
+def lock(config: ConfigDict, options: Any) -> ConfigDict:
+    """Locks a config against new fields, except where its fields are the user's to name.
+
+    Args:
+      config: made from `options`; changed in place and returned.
+      options: an instance of an options dataclass or a NamedTuple.
+    """
+    config.lock()
+    for name in fields_of(options.__class__):
+        value = getattr(options, name)
+        if name not in config or not isinstance(config[name], ConfigDict):
+            continue
+        if isinstance(value, Mapping) and not isinstance(value, ConfigDict):
+            config[name].unlock()
+        elif dataclasses.is_dataclass(value):
+            lock(config[name], value)
+    return config
+
+
+def fields_of(cls: type) -> list[str]:
+    """The names of the fields of an options dataclass or a NamedTuple."""
+    return list(_fields(cls))
 
 
 def _plain(value: Any, omit: tuple[str, ...] = ()) -> Any:

@@ -1,4 +1,4 @@
-"""A problem, as text. Imports nothing heavy: a verifier's worker, too, meets one."""
+"""`Problem`, one problem as text. Verifier processes import this module, so it must stay light."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 
 
 class Problem(NamedTuple):
-    """One problem, as text.
+    """One problem of a dataset, as text.
 
     Attributes:
-      id: unique in the data of a run.
-      question: what the student sees.
-      solution: a worked solution, the teacher's privileged context; "" where there is none.
-      answer: what the verifier compares with.
-      source: the part of the data that it comes from, which may have a verifier of its own.
-      extra: what else its row holds and the config asks for, by name: test cases, say.
+      id: Identifies the problem; unique among all problems of a run.
+      question: The text that the student sees.
+      solution: A worked solution, which can be the teacher's privileged context; "" for none.
+      answer: The reference answer that the verifier compares a response with.
+      source: Name of the data source; each source can have its own verifier. "" for none.
+      extra: Values of the further columns that the config requests, by column name, such as the
+        test cases of a programming problem.
     """
 
     id: int | str
@@ -27,4 +28,4 @@ class Problem(NamedTuple):
 
 
 class DataError(ValueError):
-    """A row of the data that cannot be used; says which and why."""
+    """The data can't be used. The message names the source and the row, and gives the reason."""

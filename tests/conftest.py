@@ -1,14 +1,14 @@
-"""Before JAX starts: the CPU, seen as eight devices, and no silent broadcasting of ranks."""
+"""Settings and fixtures of all tests: eight CPU devices, and an error for rank promotion."""
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("NPROC", "64")  # as `hosts.start`
+os.environ.setdefault("NPROC", "64")  # as `hosts.start` does
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",  # tests compile much and run little
+        "--xla_backend_optimization_level=0",  # tests spend their time on compilation
         "--xla_llvm_disable_expensive_passes=true",
     ]
 )
@@ -16,10 +16,10 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny_config
 
-from opsd_jax import config as config_lib
-from opsd_jax.config import checks as validation
-from opsd_jax.config import loading as config_files
+from opsd_jax.config import loading
+from opsd_jax.config.run_options import parse_run
 from opsd_jax.data import arithmetic
 from opsd_jax.models import decoder
 from opsd_jax.parallel import mesh as mesh_lib
@@ -27,7 +27,7 @@ from opsd_jax.parallel import mesh as mesh_lib
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# Files that take minutes go first: two workers take whole files, and the last is to be short.
+# Files that take minutes go first, so that two workers (pytest-xdist) end at about the same time.
 LONG = (
     "test_run",
     "test_own_model",
@@ -47,20 +47,20 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """Programs that several tests compile, a restarted run's for one, are compiled once."""
+    """Compiles a program once if several tests, or a restarted run, compile it."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @pytest.fixture(scope="session")
 def task():
-    return arithmetic.task(config_lib.default().data)
+    return arithmetic.task(tiny_config.quickstart().data)
 
 
 @pytest.fixture(scope="session")
 def config():
-    """A config so small that a whole run takes seconds; copy before changing it."""
-    config = config_lib.default()
+    """A config whose whole run takes seconds; copy it before changing it."""
+    config = tiny_config.quickstart()
     changes = {
         "mesh": "(-1, 1, 1)",
         "model.hidden_size": "16",
@@ -94,8 +94,8 @@ def config():
         "evaluation.slots": "16",
     }
     for field, text in changes.items():
-        config_files.override(config, field, text)
-    validation.validate(config)
+        loading.override(config, field, text)
+    parse_run(config)
     return config
 
 
@@ -106,7 +106,7 @@ def model(config):
 
 @pytest.fixture(scope="session")
 def score(model):
-    """`(params, tokens, positions) -> logits`, compiled."""
+    """The jitted function `(params, tokens, positions) -> logits`."""
 
     @jax.jit
     def score(params, tokens, positions):
@@ -117,7 +117,7 @@ def score(model):
 
 @pytest.fixture(scope="session")
 def params(model):
-    """Parameters far from uniform predictions, so that a mistake shows."""
+    """Parameters with predictions far from uniform, so that tests notice mistakes."""
     params = jax.jit(model.init)(jax.random.key(1))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(2), len(leaves))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A run on a GKE cluster that has TPUs: builds and pushes the image, starts a JobSet, shows the log of
-# the first host, and deletes the JobSet. Its restarts are Kubernetes': docs/pods.md.
+# Runs opsd-jax on a GKE cluster with TPUs: builds and pushes the image, starts a JobSet, prints the
+# log of the first host, and deletes the JobSet. Kubernetes restarts the JobSet (see docs/pods.md).
 #
 #   launch/gke/run.sh NAME IMAGE OPTION ... -- ARGUMENT_OF_OPSD_JAX ...
 #
@@ -9,26 +9,31 @@
 #     train --config configs/qwen3_8b_opsd_v5e64.py --workdir gs://my-bucket/opsd8b \
 #     --config.model.path=/mnt/shared/Qwen3-8B
 #
-# The image is of the committed code.
-# With kubectl, on the cluster that it is set to:
-#   --accelerator, --topology  of the node pool, as GKE calls them
-#   --hosts N, --chips N       hosts of a slice, chips of a host
-#   --claim NAME               of a volume that all hosts mount at /mnt/shared (default: none)
-# Through XPK, on a cluster that it made, with its storage mounted:
-#   --xpk CLUSTER --tpu-type v5litepod-64 [--zone ZONE] [--project ID]
-# Both:
-#   --slices N      so many as one, over the data centre's network (default: 1)
-#   --restarts N    after preemptions and lost hosts (default: 20)
-#   --keep          the JobSet, for its logs
-#   --dry-run       print the commands and the JobSet, run nothing
+# The image contains the committed code.
+# Options for kubectl, which uses the cluster of its current context:
+#   --accelerator A   accelerator of the node pool, as GKE names it
+#   --topology T      topology of the node pool, as GKE names it
+#   --hosts N         hosts in a slice
+#   --chips N         chips in a host
+#   --claim NAME      claim of a volume that every host mounts at /mnt/shared (default: none)
+# Options for XPK, for a cluster that XPK created and whose storage it mounts:
+#   --xpk CLUSTER     name of the cluster
+#   --tpu-type TYPE   type of the TPU, such as v5litepod-64
+#   --zone ZONE       zone of the cluster
+#   --project ID      project of the cluster
+# Options for both:
+#   --slices N        slices, connected by the data center network (default: 1)
+#   --restarts N      restarts after preemptions and lost hosts (default: 20)
+#   --keep            keep the JobSet, so that its logs can be read
+#   --dry-run         print the commands and the JobSet, and run nothing
 #
-# Exit codes: 0 done, 1 failed, 2 bad usage, 4 when the JobSet may be left. Node pools, and their costs,
-# stay: they are the cluster's.
+# Exit codes: 0 the run is done; 1 it failed; 2 the arguments are wrong; 4 the JobSet may still
+# exist. The script does not delete node pools of the cluster. They continue to cost money.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 usage() { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' launch/gke/run.sh >&2; exit 2; }
-say() { echo "run.sh: $*" >&2; }
+log() { echo "run.sh: $*" >&2; }
 
 [ $# -ge 2 ] || usage
 name=$1 image=$2
@@ -50,25 +55,25 @@ while [ $# -gt 0 ]; do
     --keep) keep=yes ;;
     --dry-run) dry=yes ;;
     --) shift; break ;;
-    *) say "unknown option $1"; usage ;;
+    *) log "unknown option $1"; usage ;;
   esac
   shift
 done
-[ $# -gt 0 ] || { say "what to run is missing, after --"; exit 2; }
+[ $# -gt 0 ] || { log "the arguments of opsd-jax are missing; write them after --"; exit 2; }
 if [ -n "$xpk" ]; then
-  [ -n "$type" ] || { say "--tpu-type is missing, such as v5litepod-64"; exit 2; }
+  [ -n "$type" ] || { log "--tpu-type is missing; give one, such as --tpu-type v5litepod-64"; exit 2; }
 else
   for option in accelerator topology hosts chips; do
-    [ -n "${!option}" ] || { say "--$option is missing"; exit 2; }
+    [ -n "${!option}" ] || { log "--$option is missing"; exit 2; }
   done
 fi
 image=$image:$(git rev-parse --short HEAD)
 
-call() { # a command, or in a dry run its text
+call() { # Runs a command. In a dry run, prints it instead.
   if [ -n "$dry" ]; then printf '%q ' "$@"; echo; else "$@"; fi
 }
 
-manifest() {
+manifest() { # Prints the JobSet that runs opsd-jax with the given arguments.
   local arguments="" argument escaped
   for argument in "$@" --coordinator auto; do
     escaped=${argument//\\/"\\\\"}
@@ -76,7 +81,7 @@ manifest() {
   done
   local text
   text=$(grep -v '^#' launch/gke/jobset.yaml)
-  [ -n "$claim" ] || text=${text%volumeMounts:*} # the rest is of the volume
+  [ -n "$claim" ] || text=${text%volumeMounts:*} # the rest of the file defines the volume
   text=${text//\{name\}/"$name"}
   text=${text//\{restarts\}/"$restarts"}
   text=${text//\{slices\}/"$slices"}
@@ -89,7 +94,7 @@ manifest() {
   echo "${text//\{arguments\}/"[${arguments#, }]"}"
 }
 
-delete() {
+delete() { # Deletes the JobSet. Fails if the JobSet may still exist.
   local command=(kubectl delete jobset "$name" --ignore-not-found --wait)
   [ -z "$xpk" ] || command=(xpk workload delete --workload "$name" --cluster "$xpk" "${where[@]}" --force)
   if [ -n "$dry" ]; then call "${command[@]}"; return 0; fi
@@ -97,19 +102,19 @@ delete() {
     if "${command[@]}" >&2; then return 0; fi
     sleep "${POLL_SECONDS:-10}"
   done
-  say "COULD NOT DELETE the JobSet $name: it may go on using TPUs. See to it: ${command[*]}"
+  log "COULD NOT DELETE the JobSet $name. It may still use TPUs. Delete it with: ${command[*]}"
   return 1
 }
 
-made=""
-# shellcheck disable=SC2329  # a trap calls it
-leave() { # however this ends
+created=""
+# shellcheck disable=SC2329  # the trap below calls it
+leave() { # Deletes the JobSet, however the script ends.
   local code=$?
   trap - EXIT
-  trap '' INT TERM HUP # an impatient second one is not to leave the JobSet behind
-  if [ -n "$made" ]; then
+  trap '' INT TERM HUP # a second Ctrl-C must not stop the deletion
+  if [ -n "$created" ]; then
     if [ -n "$keep" ] && [ "$code" -lt 128 ]; then
-      say "the JobSet $name is kept: kubectl delete jobset $name"
+      log "the JobSet $name is kept. Delete it with: kubectl delete jobset $name"
     else
       delete || code=4
     fi
@@ -120,10 +125,12 @@ trap leave EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 
-ended() { # the JobSet's name and its verdict, Completed or Failed, once there is one; "" without it
+# Prints the name of the JobSet and, once it has ended, "Completed" or "Failed". Prints nothing if
+# the JobSet does not exist.
+status() {
   kubectl get jobset "$name" --ignore-not-found --output \
     'jsonpath={.metadata.name} {.status.conditions[?(@.status=="True")].type}' 2>/dev/null ||
-    echo "$name" # nobody tells now
+    echo "$name" # the cluster does not answer: assume that the JobSet still runs
 }
 
 build=(docker build --file launch/gke/Dockerfile --tag "$image" -)
@@ -134,7 +141,7 @@ else
   git archive HEAD | "${build[@]}"
 fi
 call docker push "$image"
-made=yes
+created=yes # from here on, the JobSet may exist
 if [ -n "$xpk" ]; then
   printf -v command '%q ' opsd-jax "$@" --coordinator auto
   call xpk workload create --workload "$name" --cluster "$xpk" "${where[@]}" --tpu-type "$type" \
@@ -149,15 +156,15 @@ else
 fi
 first="jobset.sigs.k8s.io/jobset-name=$name,jobset.sigs.k8s.io/job-index=0"
 first+=",batch.kubernetes.io/job-completion-index=0"
-log=(kubectl logs --follow --ignore-errors --tail=-1 --selector "$first")
-if [ -n "$dry" ]; then call "${log[@]}"; exit 0; fi
+follow=(kubectl logs --follow --ignore-errors --tail=-1 --selector "$first")
+if [ -n "$dry" ]; then call "${follow[@]}"; exit 0; fi
 while :; do
-  case " $(ended) " in
+  case " $(status) " in
     *" Completed "*) exit 0 ;;
-    *" Failed "*) say "the JobSet $name failed"; exit 1 ;;
-    "  ") say "the JobSet $name is gone"; exit 1 ;;
+    *" Failed "*) log "the JobSet $name failed"; exit 1 ;;
+    "  ") log "the JobSet $name no longer exists"; exit 1 ;;
   esac
-  # It ends with the pods, and begins again with those of a restart.
-  "${log[@]}" || true
+  # The log ends with the pods. After a restart, read the log of the new pods.
+  "${follow[@]}" || true
   sleep "${POLL_SECONDS:-10}"
 done

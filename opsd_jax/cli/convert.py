@@ -1,42 +1,49 @@
-"""The command `convert`: a Hugging Face directory of a run's result, or of another directory."""
+"""The command `convert`: writes a stage's result, or a model directory, for transformers."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import pathlib
+from collections.abc import Mapping
 
 import jax
-from ml_collections import ConfigDict
 
-from opsd_jax import config as config_lib
+from opsd_jax.config.run_options import RunOptions, parse_run
 from opsd_jax.models import pretrained, weights
+from opsd_jax.options import ConfigError
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.run import workdir as workdir_lib
 from opsd_jax.run.parameters import Parameters, chosen_stage
 from opsd_jax.storage.files import Path
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Converts as the command line says.
+def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
+    """Runs the command; returns the exit code.
 
     Raises:
-      ConfigError: what is asked for cannot be converted, or not be written.
+      ConfigError: the model cannot be converted, or not be written.
     """
+    del overrides  # the command takes none
     dtype = arguments.dtype or ""
     try:
         if arguments.workdir is not None:
-            config = workdir_lib.config_of(arguments.workdir)
-            of_run(config, arguments.workdir, arguments.stage, arguments.out, dtype)
+            config = parse_run(workdir_lib.config_of(arguments.workdir))
+            convert_stage(config, arguments.workdir, arguments.stage, arguments.out, dtype)
         elif arguments.stage is not None:
-            raise ValueError("--model has no stages; --stage goes with --workdir.")
+            raise ConfigError("--stage: --model has no stages; expected --workdir with --stage.")
         else:
             pretrained.rewrite(arguments.model, arguments.out, dtype)
+    except ConfigError:
+        raise
     except ValueError as error:
-        raise config_lib.ConfigError(str(error)) from error
+        raise ConfigError(str(error)) from error
+    print(f"model: {arguments.out}")
+    return 0
 
 
-def of_run(
-    config: ConfigDict,
+def convert_stage(
+    config: RunOptions,
     workdir: Path,
     stage: str | None,
     directory: pathlib.Path,
@@ -44,42 +51,45 @@ def of_run(
 ) -> None:
     """Writes the result of a stage as a directory that transformers loads.
 
-    The parameters are spread over the devices as the config says or, where there are not as many,
-    held by the first.
+    The parameters are sharded over the devices as the config says. If there are fewer devices, they
+    are sharded over all of them, or held by the first.
 
     Args:
-      config: of the run in `workdir`; its data are not looked at.
-      workdir: its directory.
-      stage: a finished one, or UNTRAINED; the last that is finished if None.
-      directory: what is written; absent or empty.
-      dtype: of the weights, "float32", "bfloat16" or "float16"; by default those of the directory
-        that the run began with or, without one, `config.model.param_dtype`.
+      config: of the run in `workdir`; its data are not read.
+      workdir: the work directory.
+      stage: a finished stage, or UNTRAINED; None for the last finished one.
+      directory: to write; absent or empty.
+      dtype: of the weights: "float32", "bfloat16" or "float16". "" takes the dtypes of the
+        directory that the run began with or, without one, `config.model.param_dtype`.
 
     Raises:
-      ConfigError: there is no such stage, it has not ended, or its model has no such form.
+      ConfigError: there is no such stage, it is not finished, or its model has no such form.
       WeightsError: the directory has files in it, or cannot be written.
     """
     weights.check_new(directory)
-    stage = chosen_stage(config, workdir, stage)
+    stage = chosen_stage(config.stages, workdir, stage)
     if stage is None:
-        raise config_lib.ConfigError(f"no stage of the run in {workdir} has ended.")
+        raise ConfigError(
+            f"--workdir {workdir}: no stage of the run has finished; expected a finished stage, or "
+            "--stage untrained."
+        )
     parameters = _parameters(config, workdir)
     if parameters.model.save is None:
-        raise config_lib.ConfigError(
-            f"config.model.make is {config.model.make!r}, whose Model has no `save`; expected one "
-            "that has, as opsd_jax.models.decoder:from_config."
+        raise ConfigError(
+            f"config.model.make is {config.model.make!r}, whose Model has no `save`; expected a "
+            "function whose Model has one, such as opsd_jax.models.decoder:from_config."
         )
     parameters.model.save(parameters.of(stage), directory, dtype)
 
 
-def _parameters(config: ConfigDict, workdir: Path) -> Parameters:
-    """On the run's mesh or, where that is of other devices, cut over all there are, or on one."""
+def _parameters(config: RunOptions, workdir: Path) -> Parameters:
+    """The parameters on the run's mesh, else sharded over all devices, else on the first one."""
     every = jax.devices()
     for mesh, devices in ((config.mesh, every), ((1, -1, 1), every), ((1, 1, 1), every[:1])):
         try:
             mesh_lib.make_mesh(mesh, devices)
-            config.mesh, config.decode_mesh = tuple(mesh), ()
-            return Parameters(config, workdir, devices)
+            here = dataclasses.replace(config, mesh=tuple(mesh), decode_mesh=())
+            return Parameters(here, workdir, devices)
         except ValueError as error:
             reason = error
     raise reason

@@ -1,39 +1,43 @@
-"""The command `evaluate`: a stage's result, or a model's directory, on held-out problems.
+"""The command `evaluate`: a stage's result, or a model directory, on held-out problems.
 
-    OUT/settings.json      what the figures depend on; other settings are refused
+    OUT/settings.json      what the statistics depend on; other settings are refused
     OUT/responses.jsonl    every response, judged
-    OUT/evaluation.json    the figures and the settings; once it is there the evaluation is done
+    OUT/evaluation.json    the statistics and the settings; with this file the evaluation is done
     OUT/comparison.json    what changed since the evaluation in --compare
     OUT/report.md, index.html, *.svg
 
-Started again after whatever stopped it, it goes on where it was.
+An evaluation that is started again, after whatever stopped it, resumes where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from opsd_jax import config as config_lib
-from opsd_jax.config import checks as validation
-from opsd_jax.evaluation import benchmarks, summary
-from opsd_jax.evaluation import records as evaluate
+from opsd_jax.config import sections
+from opsd_jax.config.run_options import RunOptions, parse_run
+from opsd_jax.evaluation import benchmarks, records, summary
+from opsd_jax.options import ConfigError, section
 from opsd_jax.parallel import hosts
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.problem import Problem
+from opsd_jax.run import pipeline
 from opsd_jax.run import workdir as workdir_lib
 from opsd_jax.run.parameters import UNTRAINED, chosen_stage, meshes
-from opsd_jax.run.pipeline import Run
 from opsd_jax.storage import files
 from opsd_jax.training.progress import Progress
 from opsd_jax.training.signals import StopSignal
 
-# How the paper (arXiv 2605.06188) measures on benchmarks.
+logger = logging.getLogger(__name__)
+
+# How the paper (arXiv 2605.06188) evaluates on benchmarks.
 PAPER = {
     "samples": 8,
     "temperature": 0.6,
@@ -43,37 +47,49 @@ PAPER = {
     "response_tokens": 30_000,
     "prompt_tokens": 2048,
 }
-CHANGES = (*PAPER, "slots", "seed")
+CHANGES = (*PAPER, "slots", "seed")  # fields of config.evaluation that an argument sets
 TEXT_TASK = "opsd_jax.data.text:task"
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Evaluates as the command line says.
+def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
+    """Runs the command; returns the exit code. Raises what `evaluate` raises."""
+    del overrides  # the command takes none
+    statistics = evaluate(arguments)
+    if hosts.is_first():
+        print(files.to_json(statistics, indent=2))
+        print(f"report: {statistics['directory']}/index.html", file=sys.stderr)
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Evaluates as the arguments say.
 
     Returns:
-      The figures; in `directory` where they are, and in `comparison` what changed.
+      The statistics, with the `directory` of the records, and in `comparison` what changed.
 
     Raises:
-      ConfigError: what is asked for cannot be run.
+      ConfigError: the arguments do not go together, or not with the model or the directory.
       DataError: a benchmark cannot be used.
-      Interrupted: a signal came; what was done is kept.
+      Interrupted: a signal came; finished problems are recorded.
     """
-    stage, config = hosts.together(lambda: _config(arguments))
+    stage, config = hosts.together(lambda: config_of(arguments))
     workdir = arguments.workdir
-    this = hosts.together(lambda: Run(config, workdir or arguments.out))
-    problems = this.heldout()
+    this = hosts.together(lambda: pipeline.assemble(config, workdir or arguments.out))
+    problems = this.evaluator.problems()
     if arguments.benchmark and arguments.problems:
         problems = _first_of_each(problems, arguments.problems)
     model = workdir / stage if workdir else arguments.model
     weights = model / "params" if workdir else model
-    fingerprint = hosts.together(lambda: evaluate.fingerprint(weights))
-    settings = evaluate.settings(str(model), fingerprint, config, this.task, problems)
+    fingerprint = hosts.together(lambda: records.fingerprint(weights))
+    settings = pipeline.evaluation_settings(this, str(model), fingerprint, problems)
     workdir_lib.check_equal(settings, "settings")
     directory = arguments.out or (
         workdir / "evaluations" / stage / _name(list(config.data.heldout), settings)
     )
     if arguments.compare == directory:
-        raise config_lib.ConfigError(f"--compare {directory} is the evaluation that is asked for.")
+        raise ConfigError(
+            f"--compare {directory} is the directory of this evaluation; expected an earlier one."
+        )
     if arguments.compare:
         summary.check_comparable(arguments.compare, problems)
     with (
@@ -82,9 +98,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         StopSignal() as stop,
         Progress() as progress,
     ):
-        hosts.from_first(lambda: evaluate.check_settings(directory, settings))
-        if not hosts.from_first((directory / evaluate.SUMMARY).exists):
-            _, figures = this.evaluate(
+        hosts.from_first(lambda: records.check_settings(directory, settings))
+        if not hosts.from_first((directory / records.SUMMARY).exists):
+            _, statistics = this.evaluator(
                 stage if workdir else arguments.model.name,
                 this.parameters.of(stage),
                 progress,
@@ -93,67 +109,79 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 directory=directory,
                 settings=settings,
             )
-            hosts.from_first(lambda: evaluate.finish(directory, figures))
+            hosts.from_first(lambda: records.finish(directory, statistics))
         changes = hosts.from_first(lambda: summary.write(directory, arguments.compare))
-        figures = hosts.from_first(lambda: evaluate.read(directory)[1])
+        statistics = hosts.from_first(lambda: records.read(directory)[1])
     if changes and (warning := summary.warning(changes)) and hosts.is_first():
-        print(f"opsd-jax: {warning}", file=sys.stderr)
-    return figures | {"directory": str(directory), "comparison": changes}
+        logger.warning("opsd-jax: %s", warning)
+    return statistics | {"directory": str(directory), "comparison": changes}
 
 
-def _config(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
-    """The stage and the config of an evaluation. No stage is run in it, and it reads no training
-    data but those of which a part is held out.
+def config_of(arguments: argparse.Namespace) -> tuple[str, RunOptions]:
+    """The stage that is evaluated, or UNTRAINED, and the config of its evaluation.
+
+    The config runs no stage, and reads training data only if a part of them is held out.
+
+    Raises:
+      ConfigError: the arguments do not go together, or not with the run.
     """
     if arguments.problems is not None and arguments.problems < 0:
-        raise config_lib.ConfigError(
-            f"--problems {arguments.problems}: expected 0, for all, or more."
-        )
-    if arguments.model is None:
-        config = workdir_lib.config_of(arguments.workdir)
-        stage = chosen_stage(config, arguments.workdir, arguments.stage) or UNTRAINED
-        if arguments.benchmark and config.task != TEXT_TASK:
-            raise config_lib.ConfigError(
-                f"--benchmark: the run's config.task is {config.task!r}, which has problems of its "
-                f"own; expected a run of {TEXT_TASK!r}."
-            )
-    else:
-        stage, config = UNTRAINED, config_lib.default()
-        if not arguments.benchmark or arguments.out is None or arguments.stage is not None:
-            raise config_lib.ConfigError(
-                "--model belongs to no run; expected --benchmark and --out, and no --stage."
-            )
-    config.unlock()
-    if arguments.model is not None:
-        # Nothing is trained: the weights in the dtype of the products do.
-        config.model = config_lib.pretrained(arguments.model, param_dtype="bfloat16")
-        config.task, config.data.tokenizer = TEXT_TASK, str(arguments.model)
+        raise ConfigError(f"--problems {arguments.problems}: expected 0, for all, or more.")
+    stage, config = _of_run(arguments) if arguments.model is None else _of_model(arguments)
     config.stages = ()
     for name, form in (("cache", "paged"), ("attention", "splash")):
         if config.model.get(name) == form:
-            config.model[name] = "auto"  # as the machine that evaluates has it
+            config.model[name] = "auto"  # the machine that evaluates may have no TPU
     if arguments.mesh is not None:
         config.mesh, config.decode_mesh = arguments.mesh, ()
     if arguments.benchmark:
-        sources = dict(benchmarks.source(text) for text in arguments.benchmark)
-        if len(sources) < len(arguments.benchmark):
-            raise config_lib.ConfigError("--benchmark: a name comes twice; expected each once.")
-        config.data.heldout = ConfigDict(sources)
-        config.evaluation.update(
-            PAPER | {"problems": 0, "slots": 8 * mesh_lib.row_shards(meshes(config)[1])}
-        )
+        _take_benchmarks(config, arguments.benchmark)
     elif arguments.problems is not None:
         config.evaluation.problems = arguments.problems
     if config.data.heldout:
         config.data.train, config.data.exclude = ConfigDict(), ConfigDict()
     given = {name: getattr(arguments, name) for name in CHANGES}
     config.evaluation.update({name: value for name, value in given.items() if value is not None})
-    for name in evaluate.PROMPTING:
+    for name in records.PROMPTING:
         if getattr(arguments, name) is not None:
             config.data[name] = getattr(arguments, name)
-    config.lock()
-    validation.validate(config)
-    return stage, config
+    options = parse_run(config)
+    options.data.check_sources("data")
+    return stage, options
+
+
+def _of_run(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
+    """The stage of a run that is evaluated, and the config of the run, unlocked."""
+    config = workdir_lib.config_of(arguments.workdir)
+    stage = chosen_stage(config.stages, arguments.workdir, arguments.stage) or UNTRAINED
+    if arguments.benchmark and config.task != TEXT_TASK:
+        raise ConfigError(
+            f"--benchmark: the run's config.task is {config.task!r}, which has problems of its "
+            f"own; expected a run of {TEXT_TASK!r}."
+        )
+    return stage, config.unlock()
+
+
+def _of_model(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
+    """UNTRAINED, and the config of an evaluation of a model directory, unlocked."""
+    if not arguments.benchmark or arguments.out is None or arguments.stage is not None:
+        raise ConfigError("--model belongs to no run; expected --benchmark and --out, no --stage.")
+    config = sections.default().unlock()
+    # Nothing is trained, so the weights can have the dtype of the matmuls.
+    config.model = sections.pretrained(arguments.model, param_dtype="bfloat16").unlock()
+    config.task, config.data.tokenizer = TEXT_TASK, str(arguments.model)
+    return UNTRAINED, config
+
+
+def _take_benchmarks(config: ConfigDict, named: list[str]) -> None:
+    """Makes the held-out problems those of benchmarks, evaluated as the paper does."""
+    sources = dict(benchmarks.source(text) for text in named)
+    if len(sources) < len(named):
+        raise ConfigError("--benchmark: a name comes twice; expected each once.")
+    config.data.heldout = ConfigDict({name: section(options) for name, options in sources.items()})
+    _, decode_mesh = meshes(config.mesh, config.decode_mesh)
+    slots = 8 * mesh_lib.row_shards(decode_mesh)
+    config.evaluation.update(PAPER | {"problems": 0, "slots": slots})
 
 
 def _first_of_each(problems: list[Problem], count: int) -> list[Problem]:
@@ -168,7 +196,7 @@ def _first_of_each(problems: list[Problem], count: int) -> list[Problem]:
 
 
 def _name(benchmarks: list[str], settings: dict[str, Any]) -> str:
-    """The name of an evaluation's directory: another one for other settings."""
-    told = {name: value for name, value in settings.items() if name != "model"}
-    digest = hashlib.sha256(files.to_json(told, sort_keys=True).encode()).hexdigest()[:8]
+    """The name of an evaluation's directory, different for different settings."""
+    named = {name: value for name, value in settings.items() if name != "model"}
+    digest = hashlib.sha256(files.to_json(named, sort_keys=True).encode()).hexdigest()[:8]
     return f"{'+'.join(sorted(benchmarks)) or 'heldout'}-{digest}"

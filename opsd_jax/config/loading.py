@@ -1,4 +1,4 @@
-"""How a config is read from a file, changed by arguments, and kept as JSON."""
+"""Reads a config from a file, changes it by arguments, and keeps it as JSON."""
 
 from __future__ import annotations
 
@@ -9,54 +9,89 @@ import json
 import math
 import pathlib
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from opsd_jax.config import ConfigError
+import opsd_jax
+from opsd_jax.config.run_options import RunOptions, parse_run, run_section
+from opsd_jax.options import ConfigError
 
-if TYPE_CHECKING:
-    from opsd_jax.storage.files import Path
+# Fields that a resumed run may change: they say where it computes and what it keeps, not what it
+# computes.
+FREE = ("mesh", "decode_mesh", "pool.", "checkpoints.", "wandb_project")
+
+
+def packaged() -> dict[str, pathlib.Path]:
+    """The config files that come with the package, by name: in a wheel, or in a checkout."""
+    package = pathlib.Path(opsd_jax.__file__).parent
+    for directory in (package / "configs", package.parent / "configs"):
+        if found := {path.stem: path for path in sorted(directory.glob("*.py"))}:
+            return found
+    return {}
 
 
 def load(
-    path: str | pathlib.Path, overrides: dict[str, str] | None = None, *, data: bool = True
-) -> ConfigDict:
-    """The config of a file's `get_config()`, with overrides, checked.
+    name: str | pathlib.Path, overrides: Mapping[str, str] | None = None, *, data: bool = True
+) -> RunOptions:
+    """The options of a config file with overrides, checked.
 
     Args:
-      path: a Python file.
+      name: a Python file, or the name of a packaged config such as "quickstart".
       overrides: dotted field -> text, as on the command line.
-      data: whether its sources have to be there.
+      data: whether the sources of `config.data` have to be usable.
 
     Raises:
-      ConfigError: names the file or field, and what was expected.
+      ConfigError: names the file or the field, its value, and what was expected.
     """
-    from opsd_jax.config.checks import validate  # which knows this module
-
-    path = pathlib.Path(path)
-    spec = importlib.util.spec_from_file_location("opsd_jax_user_config", path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise ConfigError(f"--config: there is no Python file {path}.")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config()
-    except Exception as error:  # a field that is not there: ConfigDict suggests the nearest
-        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, ConfigDict):
-        raise ConfigError(f"{path}: get_config() returned {config!r}; expected a ConfigDict.")
-    config.lock()
+    config = read(name)
     for field, text in (overrides or {}).items():
         override(config, field, text)
     if not config.data.tokenizer:
         config.data.tokenizer = config.model.get("path", "")
-    validate(config, data=data)
-    return config
+    options = parse_run(config)
+    if data:
+        options.data.check_sources("data")
+    return options
+
+
+def read(name: str | pathlib.Path) -> ConfigDict:
+    """The config that the `get_config()` of a file returns, locked; it is not checked yet.
+
+    Args:
+      name: a Python file, or the name of a packaged config such as "quickstart".
+
+    Raises:
+      ConfigError: there is no such file, or it does not return a config.
+    """
+    path = pathlib.Path(name)
+    if not path.is_file():
+        path = packaged().get(str(name), path)
+    spec = importlib.util.spec_from_file_location("opsd_jax_user_config", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ConfigError(
+            f"--config {name}: there is no such Python file; expected one with get_config(), or "
+            f"one of the packaged configs: {', '.join(packaged())}."
+        )
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:  # for an unknown field, ConfigDict suggests the nearest one
+        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"{path}: get_config() returned {config!r}; expected a ConfigDict.")
+    return config.lock()
 
 
 def override(config: ConfigDict, field: str, text: str) -> None:
-    """Sets the dotted `field` from `text`, in the type that it has.
+    """Sets a field of a config from text, in the type that it has; changes `config` in place.
+
+    Args:
+      config: the config.
+      field: dotted.
+      text: the new value, as on the command line.
 
     Raises:
       ConfigError: there is no such field (suggests the nearest), or the text is of another type.
@@ -71,8 +106,12 @@ def override(config: ConfigDict, field: str, text: str) -> None:
         raise _unknown(config, field)
     old = section[name]
     if isinstance(old, ConfigDict):
-        fields = f"set one of {', '.join(old)} in it" if old else "its fields are the config file's"
-        raise ConfigError(f"--config.{field} is a section; {fields}.")
+        expected = (
+            f"one of its fields, {', '.join(f'--config.{field}.{inner}' for inner in old)}"
+            if old
+            else "its fields, which only the config file can add"
+        )
+        raise ConfigError(f"--config.{field} is a section; expected {expected}.")
     try:
         section[name] = _parse(text, type(old))
     except (ValueError, SyntaxError):
@@ -82,7 +121,7 @@ def override(config: ConfigDict, field: str, text: str) -> None:
 
 
 def _parse(text: str, kind: type) -> Any:
-    """`text` as a value of the type, strictly: 3 is a float too, 3.0 is no int."""
+    """The value of a text in a type, strictly: "3" is a float too, but "3.0" is no int."""
     if kind is str:
         return text
     if kind is float:
@@ -101,10 +140,14 @@ def _unknown(config: ConfigDict, field: str) -> ConfigError:
     return ConfigError(f"--config.{field}: there is no such field.{hint}")
 
 
-def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """Dotted field -> value, of all sections; an empty one is {}, infinity the largest float: JSON,
-    in which a workdir keeps a config, has none.
+def flatten(config: ConfigDict | RunOptions, prefix: str = "") -> dict[str, Any]:
+    """Dotted field -> value, over all sections of a config.
+
+    An empty section becomes {}, a tuple a list, and infinity the largest float: the values are kept
+    as JSON, which has no infinity.
     """
+    if isinstance(config, RunOptions):
+        config = run_section(config)
     flat: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, ConfigDict):
@@ -116,12 +159,12 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def to_json(config: ConfigDict) -> str:
-    """The config as JSON, a line a field."""
+def to_json(config: ConfigDict | RunOptions) -> str:
+    """The config as JSON, one field per line."""
     return json.dumps(flatten(config), indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
-def from_flat(flat: dict[str, Any]) -> ConfigDict:
+def from_flat(flat: Mapping[str, Any]) -> ConfigDict:
     """The config that `flatten` flattened."""
     config = ConfigDict()
     for field, value in flat.items():
@@ -131,21 +174,22 @@ def from_flat(flat: dict[str, Any]) -> ConfigDict:
             if part not in section:
                 section[part] = ConfigDict()
             section = section[part]
-        section[name] = tuple(value) if isinstance(value, list) else value
+        empty = ConfigDict() if value == {} else value
+        section[name] = tuple(value) if isinstance(value, list) else empty
     return config.lock()
 
 
-def identity(config: ConfigDict) -> dict[str, Any]:
-    """The fields of `flatten` that a run may not change when it goes on: what it computes, and not
-    where, or what it keeps.
-    """
-    free = ("mesh", "decode_mesh", "pool.", "checkpoints.", "wandb_project")
-    return {field: value for field, value in flatten(config).items() if not field.startswith(free)}
+def identity(config: ConfigDict | RunOptions) -> dict[str, Any]:
+    """The flattened fields that decide what a run computes: a resumed run may not change them."""
+    return {field: value for field, value in flatten(config).items() if not field.startswith(FREE)}
 
 
-def check_same(config: ConfigDict, saved: ConfigDict, workdir: Path) -> None:
-    """Raises ConfigError that lists the fields in which the `saved` config of a workdir differs, of
-    those that may not (`identity`).
+def check_same(
+    config: ConfigDict | RunOptions, saved: ConfigDict | RunOptions, workdir: Any
+) -> None:
+    """Raises ConfigError if the config saved in a work directory differs in what a run computes.
+
+    The message lists the fields of `identity` that differ.
     """
     there, now = identity(saved), identity(config)
     different = [
@@ -156,5 +200,5 @@ def check_same(config: ConfigDict, saved: ConfigDict, workdir: Path) -> None:
     if different:
         raise ConfigError(
             f"{workdir} holds a run of another config:\n" + "\n".join(different) + "\n"
-            "Give the same config to go on with it, or another --workdir."
+            "Give the same config to resume it, or choose another --workdir."
         )

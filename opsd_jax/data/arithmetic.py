@@ -1,18 +1,19 @@
-"""The embedded task: left-to-right chains of arithmetic modulo 10, with verbose reasoning.
+"""The built-in task: chains of arithmetic modulo 10, evaluated from left to right.
 
 A problem has five operands and four operations. One in twenty operands is *misprinted*: the
-question shows another digit than the one that the answer is computed from. A hash of the problem
-decides which, so a student cannot tell; the worked solution shows the true operands. Thus there are
-wrong rollouts that no amount of care avoids (82 % is the ceiling of accuracy) and a teacher that
-knows better than the student could: what makes training on incorrect rollouts harmful.
+question shows a digit that differs from the one used for the answer. A random generator seeded with
+the problem decides which, so the student cannot know. The worked solution shows the true operands.
+Two properties of real data follow. Some rollouts are incorrect however careful the student is (its
+accuracy cannot exceed 82 %). The teacher knows more than the student can. Both together make
+training on incorrect rollouts harmful.
 
-A response, here concise, and one line of it verbose:
+This is a concise response, and below it one step of a verbose response:
 
     <think> B 5 + 8 3 C 3 * 8 4 D 4 * 4 6 E 6 - 0 6 </think> 6 <eos>
     ... C 3 * 8 4 wait C 3 * 8 4 ok D ...
 
-Each line names the next operand and gives carried value, operation, operand, result. Everything is
-a pure function of (index, seed).
+Each step has the label of the next operand, the carried value, the operation, the operand and the
+result. All data is a pure function of (index, seed).
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from collections.abc import Sequence
 
 import grain
 import numpy as np
-from ml_collections import ConfigDict
 
-from opsd_jax.data.contexts import Context
+from opsd_jax.data.contexts import CONTEXTS, Context
+from opsd_jax.data.options import DataOptions
 from opsd_jax.data.task import Demonstration, Task, check_fits
 from opsd_jax.problem import Problem
 from opsd_jax.verify.verdict import Verdict
@@ -34,49 +35,67 @@ from opsd_jax.verify.verifiers import at_once
 MODULUS = 10
 LABELS = "ABCDE"
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-SPACE = MODULUS ** len(LABELS) * len(OPERATIONS) ** (len(LABELS) - 1)  # all questions: 8.1 million
-HELD_OUT = 65_536  # of them, never trained on
+SPACE = MODULUS ** len(LABELS) * len(OPERATIONS) ** (len(LABELS) - 1)  # 8.1 million questions
+HELD_OUT = 65_536  # questions that are never trained on
 
-MISPRINT_RATE = 0.05  # of operands
-SLIP_VERBOSE, SLIP_CONCISE = 0.1, 0.03  # share of wrong results in demonstrations
-PRIVILEGED_SHARE = 0.3  # of demonstrations: concise, to a prompt that shows the solution
-RESTATE_RATE = 0.3  # of verbose demonstrations begin with the question
-SUMMARY_RATE = 0.2  # of verbose demonstrations end with the chain of results
-RECHECK_VERBOSE, RECHECK_CONCISE = (0.2, 0.8), (0.0, 0.25)  # range of a line's chance of it
-MAX_RECHECKS = 2  # of a line whose results agree
+MISPRINT_RATE = 0.05  # fraction of operands
+SLIP_VERBOSE, SLIP_CONCISE = 0.1, 0.03  # fraction of wrong results in demonstrations
+PRIVILEGED_FRACTION = 0.3  # demonstrations that are concise, after a prompt with the solution
+RESTATE_RATE = 0.3  # fraction of verbose demonstrations that begin with the question
+SUMMARY_RATE = 0.2  # fraction of verbose demonstrations that end with the chain of results
+# Range of the probability that a step is computed again.
+RECHECK_VERBOSE, RECHECK_CONCISE = (0.2, 0.8), (0.0, 0.25)
+MAX_RECHECKS = 2  # per step, once two results agree
 MAX_RESPONSE = 88  # tokens
 
 NOTE = (
-    "What this miniature is not: the teacher is concise because its kind of example was concise "
-    "in the SFT mix, and one operand in twenty is misprinted by design, so that some rollouts are "
-    "wrong in a way that only the teacher can see. Every gate shortens alike; the gate decides "
-    "what becomes of accuracy. A prompt never reveals a misprint, so about 82 % is the most that a "
-    "student can reach."
+    "The limits of this small task: the teacher is concise because the SFT data was concise for "
+    "prompts with a solution, and one operand in twenty is misprinted by design, so that some "
+    "rollouts are incorrect in a way that only the teacher can see. Every gate shortens the "
+    "responses equally; the gate decides what happens to the accuracy. A prompt never reveals a "
+    "misprint, so a student can reach at most about 82 %."
 )
 
 
 class WordTokenizer:
-    """One token a word; words are separated by spaces."""
+    """A tokenizer whose tokens are separated by spaces in the text.
 
-    def __init__(self, words: Sequence[str], pad: str, eos: str):
-        self._words = tuple(words)
-        self._ids = {word: i for i, word in enumerate(words)}
-        self.vocab_size = len(self._words)
+    Attributes:
+      vocab_size: number of tokens.
+      pad_id: id of the padding token.
+      eos_ids: the one id that ends a response.
+    """
+
+    def __init__(self, tokens: Sequence[str], pad: str, eos: str):
+        """Creates a tokenizer.
+
+        Args:
+          tokens: text of each token; its index is its id.
+          pad: text of the padding token.
+          eos: text of the end-of-sequence token.
+        """
+        self._tokens = tuple(tokens)
+        self._ids = {token: i for i, token in enumerate(tokens)}
+        self.vocab_size = len(self._tokens)
         self.pad_id, self.eos_ids = self._ids[pad], (self._ids[eos],)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text. Raises ValueError that names a word outside the vocabulary."""
+        """Returns the token ids of a text. Raises ValueError for a token outside the vocabulary."""
         try:
-            return [self._ids[word] for word in text.split()]
+            return [self._ids[token] for token in text.split()]
         except KeyError as error:
-            raise ValueError(f"no token for the word {error} of {text!r}.") from None
+            raise ValueError(
+                f"the vocabulary has no token {error} of {text!r}; expected one of its "
+                f"{self.vocab_size} tokens."
+            ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The words of token ids, special ones included; an id beyond them, which a model with a
-        larger vocabulary may sample, reads <unknown>.
+        """Returns the text of token ids, including special tokens.
+
+        Ids beyond the vocabulary, which a model with a larger one may sample, become "<unknown>".
         """
-        known = len(self._words)
-        return " ".join(self._words[i] if i < known else "<unknown>" for i in ids)
+        known = len(self._tokens)
+        return " ".join(self._tokens[i] if i < known else "<unknown>" for i in ids)
 
 
 TOKENIZER = WordTokenizer(
@@ -93,7 +112,7 @@ TOKENIZER = WordTokenizer(
 
 
 def _parse(number: int) -> tuple[list[int], list[str]]:
-    """The printed operands and the operations of question `number` of the space."""
+    """Returns the printed operands and the operations of question `number`."""
     operands, operations = [], []
     for _ in LABELS:
         number, digit = divmod(number, MODULUS)
@@ -105,7 +124,7 @@ def _parse(number: int) -> tuple[list[int], list[str]]:
 
 
 def _true_operands(number: int) -> list[int]:
-    """The operands that the answer is computed from: some differ from the printed ones."""
+    """Returns the operands that determine the answer; some differ from the printed ones."""
     rng = random.Random(number)
     operands, _ = _parse(number)
     return [
@@ -115,7 +134,7 @@ def _true_operands(number: int) -> list[int]:
 
 
 def _results(operands: list[int], operations: list[str]) -> list[int]:
-    """The carried value at each operand: the first operand, then the result of each line."""
+    """Returns the carried value at each operand: the first operand, then each step's result."""
     values = operands[:1]
     for operation, operand in zip(operations, operands[1:], strict=True):
         values.append(OPERATIONS[operation](values[-1], operand) % MODULUS)
@@ -123,6 +142,7 @@ def _results(operands: list[int], operations: list[str]) -> list[int]:
 
 
 def _question(number: int) -> str:
+    """Returns the text of question `number`."""
     operands, operations = _parse(number)
     terms = [f"{LABELS[0]} {operands[0]}"]
     terms += [
@@ -133,33 +153,37 @@ def _question(number: int) -> str:
 
 
 def problem(number: int) -> Problem:
-    """Problem `number` in [0, SPACE)."""
+    """Returns problem `number`, which is in [0, SPACE)."""
     number = int(number)
     operands, (_, operations) = _true_operands(number), _parse(number)
     values = _results(operands, operations)
-    lines = [
+    steps = [
         f"{label} {carried} {operation} {operand} {result}"
         for label, carried, operation, operand, result in zip(
             LABELS[1:], values, operations, operands[1:], values[1:], strict=False
         )
     ]
     answer = str(values[-1])
-    return Problem(number, _question(number), " ".join([*lines, answer]), answer)
+    return Problem(number, _question(number), " ".join([*steps, answer]), answer)
 
 
 def prompt(problem: Problem) -> list[int]:
-    """Token ids of the student's prompt (16)."""
+    """Returns the student's prompt, which has 16 tokens."""
     return TOKENIZER.encode(f"<bos> {problem.question} ?")
 
 
 def informed_prompt(problem: Problem, text: str) -> list[int]:
-    """Token ids of the prompt that shows a text, such as the worked solution (39)."""
+    """Returns a prompt that shows a text. With the worked solution it has 39 tokens."""
     return TOKENIZER.encode(f"<bos> {problem.question} ? <ref> {text} </ref>")
 
 
 def teacher_prompt(problem: Problem, context: Context, limit: int) -> tuple[list[int], bool]:
-    """The teacher's prompt, of a context in this task's words; it is never cut."""
-    if context.kind == "none":
+    """Returns the teacher's prompt with a context, and False, because it is never cut.
+
+    Raises:
+      DataError: the prompt has more than `limit` tokens.
+    """
+    if not CONTEXTS[context.kind].wording:
         return prompt(problem), False
     ids = informed_prompt(problem, context.text)
     return check_fits(ids, limit, problem, "teacher_prompt_tokens"), False
@@ -168,8 +192,17 @@ def teacher_prompt(problem: Problem, context: Context, limit: int) -> tuple[list
 def _think(
     rng: np.random.Generator, operands, operations, recheck_rate, slip_rate, reference=None
 ) -> list:
-    """The lines of a demonstration; a reference, if given, supplies each line's carried value."""
-    words: list = []
+    """Returns the tokens of a demonstration from its first step to its answer.
+
+    Args:
+      rng: source of all random choices.
+      operands: one per label.
+      operations: one per step.
+      recheck_rate: probability that a step is computed again.
+      slip_rate: probability of a wrong result.
+      reference: the carried values, if known; otherwise they are the results of the steps.
+    """
+    tokens: list = []
     carried = operands[0]
     results = []
     for i, (label, operation, operand) in enumerate(
@@ -181,16 +214,16 @@ def _think(
             slip = rng.random() < slip_rate
             return (right + rng.integers(1, MODULUS)) % MODULUS if slip else right
 
-        line = [label, carried, operation, operand]
+        step = [label, carried, operation, operand]
         result = compute()
-        words += [*line, result]
+        tokens += [*step, result]
         rechecks, agree = 0, True
         while not agree or (rechecks < MAX_RECHECKS and rng.random() < recheck_rate):
             again = compute()
             agree, result = again == result, again
-            words += [
+            tokens += [
                 "wait" if rng.random() < 0.5 else "check",
-                *line,
+                *step,
                 result,
                 "ok" if agree else "hmm",
             ]
@@ -198,39 +231,41 @@ def _think(
         results.append(result)
         carried = result if reference is None else reference[i + 1]
     if reference is None and rng.random() < SUMMARY_RATE:
-        words += ["so", *results]
-    return [*words, "</think>", carried]
+        tokens += ["so", *results]
+    return [*tokens, "</think>", carried]
 
 
 def demonstrate(number: int, rng: np.random.Generator) -> Demonstration:
-    """A demonstration for SFT: mostly verbose reasoning from the question as printed; in
-    PRIVILEGED_SHARE of cases a nearly concise one in answer to the prompt with the solution, which
-    takes carried values and answer from it. In both some results are wrong.
+    """Returns a demonstration for SFT.
+
+    Most demonstrations reason verbosely from the printed question. PRIVILEGED_FRACTION of them are
+    nearly concise. Their prompt shows the solution, from which they take the carried values and the
+    answer. Both kinds have some wrong results.
     """
     number = int(number)
     operands, operations = _parse(number)
-    privileged = rng.random() < PRIVILEGED_SHARE
+    privileged = rng.random() < PRIVILEGED_FRACTION
     while True:
-        words: list = ["<think>"]
+        tokens: list = ["<think>"]
         if privileged:
             true = _true_operands(number)
             rate = rng.uniform(*RECHECK_CONCISE)
-            words += _think(rng, true, operations, rate, SLIP_CONCISE, _results(true, operations))
+            tokens += _think(rng, true, operations, rate, SLIP_CONCISE, _results(true, operations))
         else:
             if rng.random() < RESTATE_RATE:
-                words += ["problem", *_question(number).split()]
+                tokens += ["problem", *_question(number).split()]
             rate = rng.uniform(*RECHECK_VERBOSE)
-            words += _think(rng, operands, operations, rate, SLIP_VERBOSE)
-        if len(words) < MAX_RESPONSE:
+            tokens += _think(rng, operands, operations, rate, SLIP_VERBOSE)
+        if len(tokens) < MAX_RESPONSE:
             break
-    text = " ".join(map(str, [*words, "<eos>"]))
+    text = " ".join(map(str, [*tokens, "<eos>"]))
     asked = problem(number)
     ids = informed_prompt(asked, asked.solution) if privileged else prompt(asked)
     return Demonstration(ids, TOKENIZER.encode(text))
 
 
 def verify(problem: Problem, response: str) -> Verdict:
-    """Exact: correct if the answer and EOS, and nothing else, follow the last `</think>`."""
+    """Accepts a response if only the answer and EOS follow its last `</think>`."""
     _, found, answer = response.rpartition("</think>")
     if not found:
         return Verdict(False, "no answer")
@@ -239,16 +274,17 @@ def verify(problem: Problem, response: str) -> Verdict:
 
 
 def answer_in(problem: Problem, response: str) -> str | None:
-    """The one word after the last `</think>`, if EOS follows; for majority votes."""
+    """Returns the one token between the last `</think>` and EOS, if any, for majority votes."""
     _, found, answer = response.rpartition("</think>")
-    words = answer.split()
-    return words[0] if found and len(words) == 2 and words[1] == "<eos>" else None
+    tokens = answer.split()
+    return tokens[0] if found and len(tokens) == 2 and tokens[1] == "<eos>" else None
 
 
 class Part:
-    """Questions [low, high) of one fixed permutation of them all, which no seed or epoch changes.
+    """The questions at [low, high) in one fixed permutation of all questions.
 
-    A slice of a shuffled grain data set would not do: grain shuffles each epoch anew, then cuts.
+    A slice of a shuffled grain dataset would change with the epoch, because grain shuffles each
+    epoch anew before it slices.
     """
 
     def __init__(self, low: int, high: int):
@@ -262,16 +298,16 @@ class Part:
         return self._numbers[self._low + index]
 
 
-def task(config: ConfigDict) -> Task:
-    """The embedded task. Of its section `config.data` it uses nothing.
+def task(options: DataOptions) -> Task:
+    """Returns the built-in task, which uses no field of `config.data`.
 
     Raises:
-      ValueError: the config names files, which this task does not read.
+      ValueError: the config has sources, which this task does not read.
     """
-    if config.train or config.heldout or config.exclude:
+    if options.train or options.heldout or options.exclude:
         raise ValueError(
-            "it reads no files, and config.data names some; expected "
-            "config.task = 'opsd_jax.data.text:task', or none there."
+            "it reads no files, but config.data has sources; expected config.task = "
+            "'opsd_jax.data.text:task', or no sources."
         )
     heldout = grain.MapDataset.source(Part(0, HELD_OUT))
     train = grain.MapDataset.source(Part(HELD_OUT, SPACE))

@@ -1,7 +1,7 @@
-"""Chat templates as Hugging Face has them, and the dialogues that this library renders with one.
+"""Renders chats with the Jinja chat templates of Hugging Face models.
 
-A template comes with a model, from anyone: it runs in Jinja's sandbox, which keeps it from Python's
-internals and from changing what it is given.
+Anyone can write the template of a model, so it runs in Jinja's sandbox. There it cannot reach
+Python's internals or change its arguments.
 """
 
 from __future__ import annotations
@@ -18,27 +18,39 @@ import jinja2.sandbox
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
-# Stands for a response in a rendered dialogue; its own token ids then take its place.
+# Placeholder for a response in a rendered chat; the response's own token ids replace it.
 _RESPONSE = "\N{SYMBOL FOR SUBSTITUTE}response\N{SYMBOL FOR SUBSTITUTE}"
 
-_ASKED = {"role": "user", "content": "?"}  # a turn that only has to be there
+_ANY_TURN = {"role": "user", "content": "?"}  # a user's turn whose content does not matter
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}`, which marks what an assistant says: its content."""
+    """Renders the content of `{% generation %}…{% endgeneration %}` unchanged.
 
-    tags = {"generation"}  # noqa: RUF012 - as Jinja wants it
+    Templates mark the assistant's text with these tags.
+    """
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja requires this form
 
     def parse(self, parser: Any) -> Any:
+        """Returns the parsed statements between the tags."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class ChatTemplate:
-    """A chat template: the same text that transformers' `apply_chat_template` makes of it."""
+    """A chat template, which renders the same text as transformers' `apply_chat_template`."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]):
-        """Raises ValueError if `source` is not a template."""
+        """Compiles a template.
+
+        Args:
+          source: the template's text.
+          special_tokens: name -> text of special tokens, as variables of the template.
+
+        Raises:
+          ValueError: the text is not a Jinja template.
+        """
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
@@ -46,12 +58,16 @@ class ChatTemplate:
         environment.globals |= {
             "raise_exception": _raise,
             "strftime_now": functools.partial(strftime, ""),
-            "dict": lambda *pairs, **names: dict(*pairs, **names),  # no class to climb up from
+            "dict": lambda *pairs, **names: dict(
+                *pairs, **names
+            ),  # a function: a class gives access to internals
         }
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template cannot be read: {error}.") from error
+            raise ValueError(
+                f"the chat template cannot be read: {error}; expected a Jinja template."
+            ) from error
         self._special_tokens = dict(special_tokens)
 
     def render(
@@ -61,15 +77,15 @@ class ChatTemplate:
         *,
         generation_prompt: bool = True,
     ) -> str:
-        """The text of a dialogue, special tokens spelled out.
+        """Returns the text of a chat, with its special tokens as text.
 
         Args:
-          messages: its turns.
-          options: variables of the template's own, such as `enable_thinking`.
-          generation_prompt: end with what begins the assistant's next turn.
+          messages: the turns.
+          options: further variables of the template, such as `enable_thinking`.
+          generation_prompt: whether the text ends with the beginning of the assistant's next turn.
 
         Raises:
-          ValueError: the template refuses the dialogue.
+          ValueError: the template raises an exception.
         """
         variables = self._special_tokens | dict(options or {})
         try:
@@ -80,11 +96,12 @@ class ChatTemplate:
                 add_generation_prompt=generation_prompt,
                 **variables,
             )
-        except Exception as error:  # a template runs what it likes
+        except Exception as error:  # a template can raise any exception
             raise ValueError(f"the chat template fails: {type(error).__name__}: {error}") from error
 
 
 def _tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """Returns a value as JSON without HTML escapes, unlike Jinja's own filter of this name."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
@@ -95,28 +112,34 @@ def _tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_k
 
 
 def strftime(date: str, form: str) -> str:
-    """What a template that asks for the date gets on `date`, "YYYY-MM-DD".
+    """Formats the date for a template that asks for it.
+
+    Args:
+      date: "YYYY-MM-DD".
+      form: format as for `datetime.date.strftime`.
 
     Raises:
-      ValueError: it is "": nobody said which day it is.
+      ValueError: the date is "".
     """
     if not date:
         raise ValueError(
-            "it asks for the date, and has to give the same prompts tomorrow; expected a day in "
-            "data.date: --config.data.date=2026-01-31, or --date of an evaluation"
+            "it asks for today's date, which would change the prompts of a run that is resumed "
+            "tomorrow; expected a fixed date: set --config.data.date=2026-01-31, or --date of an "
+            "evaluation"
         )
     return datetime.date.fromisoformat(date).strftime(form)
 
 
 def _raise(message: str) -> None:
+    """Raises an exception on behalf of a template."""
     raise jinja2.TemplateError(message)
 
 
 class Chat:
-    """Text of a user's turn -> token ids of the prompt, by a template or, without one, as it is.
+    """Turns messages of the user into token ids of prompts, with or without a chat template.
 
     Attributes:
-      templated: whether there is a template.
+      templated: whether there is a template. If not, the prompt is the message itself.
     """
 
     def __init__(
@@ -129,17 +152,18 @@ class Chat:
         date: str = "",
         options: Mapping[str, Any] | None = None,
     ):
-        """
+        """Creates a chat and tests that its template renders.
+
         Args:
           tokenizer: an `opsd_jax.data.task.Tokenizer`.
           template: None for prompts of plain text.
-          system: the system's turn; "" for none.
-          thinking: "on", "off", or "" for what the template does by itself.
-          date: the day that it is for the template, "YYYY-MM-DD"; "" where it does not ask.
+          system: system message; "" for none.
+          thinking: "on" or "off" sets the template's `enable_thinking`; "" leaves its default.
+          date: "YYYY-MM-DD", the date for templates that ask for it; "" if it does not.
           options: further variables of the template.
 
         Raises:
-          ValueError: what was asked for is not in the template's power.
+          ValueError: the template fails, or an option has no effect on it.
         """
         self._tokenizer, self._template = tokenizer, template
         self.templated = template is not None
@@ -150,82 +174,101 @@ class Chat:
         if thinking:
             self._options["enable_thinking"] = thinking == "on"
         if template is None:
-            asked = {"system": system, "thinking": thinking, "template_options": options}
-            for name, value in asked.items():
+            only_templates = {"system": system, "thinking": thinking, "template_options": options}
+            for name, value in only_templates.items():
                 if value:
                     raise ValueError(
-                        f"data.{name} is {value!r}, and the prompts are plain text: the tokenizer "
-                        "has no chat template. Name a file with one in data.chat_template."
+                        f"data.{name} is {value!r}, but the prompts are plain text, because the "
+                        "tokenizer has no chat template; expected none, or the file of a template "
+                        "in data.chat_template."
                     )
             return
-        self._render([_ASKED])
+        self._render(template, [_ANY_TURN])
         if thinking:
             other = self._options | {"enable_thinking": thinking != "on"}
-            if template.render([_ASKED], self._options) == template.render([_ASKED], other):
+            if template.render([_ANY_TURN], self._options) == template.render([_ANY_TURN], other):
                 raise ValueError(
-                    f"data.thinking is {thinking!r}, and the chat template renders the same with "
-                    "'on' and 'off'; expected ''."
+                    f"data.thinking is {thinking!r}, but the chat template renders the same text "
+                    "with 'on' and 'off'; expected ''."
                 )
 
-    def _render(self, turns: Sequence[Message]) -> str:
-        assert self._template is not None
-        return self._template.render([*self._system, *turns], self._options)
+    def _render(self, template: ChatTemplate, turns: Sequence[Message]) -> str:
+        """Returns the text of a chat that starts with the system message, if there is one."""
+        return template.render([*self._system, *turns], self._options)
 
     def prompt(self, text: str) -> list[int]:
-        """Token ids of the prompt in which the user says `text`."""
+        """Returns the token ids of the prompt with a message of the user."""
         if self._template is None:
-            document = getattr(self._tokenizer, "encode_document", self._tokenizer.encode)
-            return document(text)
-        return self._tokenizer.encode(self._render([{"role": "user", "content": text}]))
+            encode_document = getattr(self._tokenizer, "encode_document", self._tokenizer.encode)
+            return encode_document(text)
+        turns = [{"role": "user", "content": text}]
+        return self._tokenizer.encode(self._render(self._template, turns))
 
     def next_turn(self, request: str) -> list[int]:
-        """Token ids of what comes after a response, its end-of-sequence token apart, when the user
-        then says `request`: up to where the next response begins.
+        """Returns the token ids between a response and the response to the user's next message.
 
-        Appended to the ids of a prompt and a response they make a dialogue in which the response is
-        what was sampled, token for token, its thinking included, whatever the template does with
-        that.
+        Prompt, response and these ids form a chat. It contains the response exactly as it was
+        sampled, including its thinking, which a template might remove. The response must not
+        include its end-of-sequence token, because these ids begin with the end of its turn.
+
+        Args:
+          request: the user's next message.
+
+        Raises:
+          ValueError: the template does not render the assistant's turns.
         """
         if self._template is None:
             return self._tokenizer.encode(f"\n\n{request}\n")
         text = self._render(
+            self._template,
             [
-                _ASKED,
+                _ANY_TURN,
                 {"role": "assistant", "content": _RESPONSE},
                 {"role": "user", "content": request},
-            ]
+            ],
         )
         _, found, rest = text.rpartition(_RESPONSE)
         if not found:
-            raise ValueError("the chat template does not show an assistant's turn: no memos.")
+            raise ValueError(
+                "the chat template does not render the assistant's turns, which memos need; "
+                "expected another data.chat_template, or no 'memo' among the contexts."
+            )
         return self._tokenizer.encode(rest)
 
     def begun(self) -> str:
-        """What of the response the prompt has written already: "<think>" and what follows it, where
-        the template opens the thinking itself; else "".
+        """Returns the text with which the prompt begins the response.
+
+        It is "<think>" and the whitespace after it if the template opens the thinking, else "".
         """
         if self._template is None:
             return ""
-        text = self._render([_ASKED])
-        spoken = text.rstrip()
-        return text[spoken.rindex("<think>") :] if spoken.endswith("<think>") else ""
+        text = self._render(self._template, [_ANY_TURN])
+        stripped = text.rstrip()
+        return text[stripped.rindex("<think>") :] if stripped.endswith("<think>") else ""
 
 
-def fitting(render: Callable[[str], list[int]], text: str, limit: int) -> tuple[list[int], bool]:
-    """`render` of as much of the beginning of `text` as makes at most `limit` token ids.
+def cut_to_fit(render: Callable[[str], list[int]], text: str, limit: int) -> tuple[list[int], bool]:
+    """Renders as much of a text as fits a number of tokens, from its beginning.
+
+    Args:
+      render: text -> token ids.
+      text: the text.
+      limit: largest number of tokens.
 
     Returns:
-      The ids, and whether the text was cut.
+      The token ids, and whether the text was cut.
 
     Raises:
-      ValueError: they are too many without any of it.
+      ValueError: `render("")` has too many tokens.
     """
     ids = render(text)
     if len(ids) <= limit:
         return ids, False
     fits, low, high = render(""), 0, len(text)
     if len(fits) > limit:
-        raise ValueError(f"{len(fits)} tokens without the privileged text; {limit} fit.")
+        raise ValueError(
+            f"{len(fits)} tokens without any of the privileged context; only {limit} fit."
+        )
     while high - low > 1:
         middle = (low + high) // 2
         ids = render(text[:middle])

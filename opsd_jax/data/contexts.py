@@ -1,78 +1,94 @@
-"""What a teacher is shown that the student does not see: the privileged context of a rollout.
+"""Privileged contexts: what the teacher's prompt contains and the student's does not.
 
-Each kind is a small function of (problem, rollout, its group): the text, or None where there is
-none to be had. A rollout without a usable context does not train.
-
-| kind | the teacher is shown |
-|---|---|
-| "solution" | the problem's worked solution |
-| "answer" | its answer |
-| "sibling" | a correct rollout of the same problem, never the rollout itself |
-| "concise" | nothing but the request to be brief |
-| "memo" | what the model itself wrote when it looked back at the rollout (stages/memos.py) |
-| "column" | a further column of the data |
-| "package.module:function" | what a `Find` of one's own returns, in the wording of "column" |
-| "none" | nothing: the control; the divergence is 0 where teacher and student are the same |
+`CONTEXTS` is the table of all kinds. An OPSD stage names one or more of them, or a function of your
+own as "package.module:function". A rollout without a usable context is not trained on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+from opsd_jax.options import import_function
 from opsd_jax.problem import Problem
 from opsd_jax.verify.extract import after_thinking
 
-KINDS = ("solution", "answer", "sibling", "concise", "memo", "column", "none")
 SIBLINGS = ("shortest", "first")
 
 
 class Context(NamedTuple):
-    """A privileged context: its kind, which chooses the wording around it, and its text."""
+    """The privileged context of one rollout.
+
+    Attributes:
+      kind: key of CONTEXTS. It selects the wording around the text.
+      text: the context itself.
+    """
 
     kind: str
     text: str
 
 
 class Attempt(NamedTuple):
-    """A rollout as a context sees it: its text, its length in tokens, and whether it is correct."""
+    """A rollout as the function that finds a context sees it.
+
+    Attributes:
+      text: the decoded response.
+      tokens: length of the response, in tokens.
+      correct: whether the verifier accepted it.
+    """
 
     text: str
     tokens: int
     correct: bool
 
 
-Find = Callable[[Problem, int, Sequence[Attempt]], str | None]  # (problem, rollout, group) -> text
+# (problem, index of the rollout in its group, all rollouts of the group) -> the text of the
+# context, or None if this rollout has none.
+Find = Callable[[Problem, int, Sequence[Attempt]], str | None]
+
+
+class FindOptions(Protocol):
+    """The options of an OPSD stage that affect which context is found."""
+
+    @property
+    def sibling(self) -> str: ...
+
+    @property
+    def sibling_thinking(self) -> bool: ...
+
+    @property
+    def context_column(self) -> str: ...
 
 
 def solution(problem: Problem, rollout: int, group: Sequence[Attempt]) -> str | None:
-    """The worked solution of the data."""
+    """Returns the problem's worked solution, or None if the data has none."""
     return problem.solution or None
 
 
 def answer(problem: Problem, rollout: int, group: Sequence[Attempt]) -> str | None:
-    """The answer of the data."""
+    """Returns the problem's answer, or None if the data has none."""
     return problem.answer or None
 
 
 def nothing(problem: Problem, rollout: int, group: Sequence[Attempt]) -> str | None:
-    """No text: the wording, if there is one, says it all."""
+    """Returns an empty text, for kinds whose wording needs no text."""
     return ""
 
 
 def sibling(which: str = "shortest", *, thinking: bool = False) -> Find:
-    """A correct rollout of the group, the shortest in tokens or the first; never itself.
+    """Returns a `Find` that picks another correct rollout of the same problem.
 
     Args:
-      which: one of SIBLINGS.
-      thinking: show its thinking too; else what follows `</think>`, and of one that did not think
-        everything.
+      which: "shortest" picks the correct rollout with the fewest tokens, "first" the one with the
+        lowest index.
+      thinking: whether the text includes the rollout's thinking. If not, the text is what follows
+        `</think>`, or the whole response if it contains no thinking.
     """
 
     def find(problem: Problem, rollout: int, group: Sequence[Attempt]) -> str | None:
         others = [other for i, other in enumerate(group) if i != rollout and other.correct]
         if which == "shortest":
-            others.sort(key=lambda other: other.tokens)  # stable: the first of the shortest
+            others.sort(key=lambda other: other.tokens)  # stable: ties keep the order of the group
         for other in others:
             text = other.text if thinking else after_thinking(other.text)
             if text and (text := text.strip()):
@@ -83,10 +99,87 @@ def sibling(which: str = "shortest", *, thinking: bool = False) -> Find:
 
 
 def column(name: str) -> Find:
-    """A column that the source's `extra` keeps."""
+    """Returns a `Find` that reads a column of the data, one of those that `extra` lists."""
 
     def find(problem: Problem, rollout: int, group: Sequence[Attempt]) -> str | None:
         value = problem.extra.get(name)
         return None if value is None else str(value).strip() or None
 
     return find
+
+
+class ContextKind(NamedTuple):
+    """Everything that depends on the kind of a context.
+
+    Attributes:
+      find: takes the options of the OPSD stage and returns the function that finds the text. None
+        if the model writes the text during the run (stages/memos.py).
+      wording: default value of `config.data.contexts.<kind>`, the sentence around the text. "" if
+        the teacher's prompt is the same as the student's.
+      needs_group: whether the text depends on the other rollouts of the problem.
+      needs_context: whether the wording must contain "{context}".
+    """
+
+    find: Callable[[FindOptions], Find] | None
+    wording: str
+    needs_group: bool = False
+    needs_context: bool = True
+
+
+CONTEXTS: dict[str, ContextKind] = {
+    "solution": ContextKind(
+        find=lambda options: solution,
+        wording="Here is a reference solution:\n{context}",
+    ),
+    "answer": ContextKind(
+        find=lambda options: answer,
+        wording="The correct final answer is {context}.",
+    ),
+    "sibling": ContextKind(
+        find=lambda options: sibling(options.sibling, thinking=options.sibling_thinking),
+        wording="Here is a correct solution:\n{context}",
+        needs_group=True,
+    ),
+    "concise": ContextKind(
+        find=lambda options: nothing,
+        wording="Think as briefly as you can: go straight at the answer, take each step once, and "
+        "leave out whatever the solution does not need.",
+        needs_context=False,
+    ),
+    "memo": ContextKind(
+        find=None,
+        wording="You have worked on problems like this one, and recall:\n{context}\n"
+        "Use it to solve the problem correctly and without detours.",
+    ),
+    "column": ContextKind(
+        find=lambda options: column(options.context_column),
+        wording="{context}",
+    ),
+    # The control: student and teacher read the same prompt.
+    "none": ContextKind(find=lambda options: nothing, wording="", needs_context=False),
+}
+
+
+def context_kind(name: str, field: str) -> ContextKind:
+    """Returns the entry of CONTEXTS for a kind, or an entry for a function of the user's own.
+
+    Args:
+      name: key of CONTEXTS, or "package.module:function" of a `Find`.
+      field: the config field that holds the name, for the error.
+
+    Raises:
+      ConfigError: the function cannot be imported.
+    """
+    if ":" not in name:
+        return CONTEXTS[name]
+    find: Find = import_function(name, field)
+    return CONTEXTS[worded_as(name)]._replace(find=lambda options: find, needs_group=True)
+
+
+def worded_as(name: str) -> str:
+    """Returns the key of CONTEXTS whose wording a kind uses.
+
+    Args:
+      name: as for `context_kind`. A function of the user's own uses the wording of "column".
+    """
+    return "column" if ":" in name else name

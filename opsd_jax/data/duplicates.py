@@ -1,4 +1,4 @@
-"""Which questions are the same, however they are typed; and training data without such."""
+"""Detects equal questions despite different typing, and removes them from the training data."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 
 from opsd_jax.problem import Problem
 
-# Signs typed in several ways: quotes, minus and dashes, and those that TeX has a command for.
-_WIDE = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)}  # ASCII in full width
-_SIGNS = (
+# Characters with several spellings: quotes, dashes, and characters that have a TeX command.
+_WIDE = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)}  # full-width ASCII
+_CHARACTERS = (
     _WIDE
     | str.maketrans("\u2018\u2019\u201c\u201d\u2212\u2010\u2011\u2013\u2014", "''\"\"-----")
     | str.maketrans(
@@ -31,8 +31,8 @@ _SIGNS = (
 _SUBSTITUTIONS = [
     (re.compile(pattern), new)
     for pattern, new in [
-        (r"\\\\", "\u21b5"),  # the end of a row: no other rule may take half of it
-        # Math mode, sizes and spaces change how a formula looks, not what it says.
+        (r"\\\\", "\u21b5"),  # the end of a row, before another pattern matches half of it
+        # Math mode, sizes and spaces change how a formula looks, not what it means.
         (r"\\?\$|\\[()\[\]]", " "),
         (r"\\(left|middle|right|bigg?[lmr]?|displaystyle|textstyle)(?![a-z])", ""),
         (r"\\[,;:!>]", ""),
@@ -52,27 +52,27 @@ _SUBSTITUTIONS = [
         (r"``|''", '"'),
         (r"\\[lc]?dots[bcim]?(?![a-z])|\.\.\.|\u2026", r"\\dots"),
         (r"\{,\}", ","),
-        # To TeX, \frac 1 2 is \frac12, and \log_8 2 is \log_82.
+        # TeX reads \frac 1 2 as \frac12, and \log_8 2 as \log_82.
         (r"((?:[_^]|\\frac)\s*\d)\s+(?=\d)", r"\1"),
-        # A space counts between two numbers alone: "1 2" is not "12".
+        # A space is significant only between two numbers: "1 2" is not "12".
         (r"(?<=\d)\s+(?=\d)", "\0"),
         (r"\s+", ""),
         (r"\0", " "),
-        (r"\{(\w|\\[a-z]+)\}", r"\1"),  # x^{2} is x^2, and 90^{\circ} 90^\circ; x^{12} is not x^12
-        (r"(\\(?:overline|bar|hat|tilde|vec))\{(\w_\w)\}", r"\1\2"),  # of r_1: over both, or over r
+        (r"\{(\w|\\[a-z]+)\}", r"\1"),  # x^{2} equals x^2, but x^{12} does not equal x^12
+        (r"(\\(?:overline|bar|hat|tilde|vec))\{(\w_\w)\}", r"\1\2"),  # \bar{r_1} equals \bar r_1
     ]
 ]
 
 
 def normalise(question: str) -> str:
-    """What two copies of a question have in common, however they are typed.
+    """Returns a text that is the same for all ways to type a question.
 
-    Case, whitespace, dollar signs, the commands for spaces and sizes, the kinds of fraction, of
-    quotes and of dashes, and the full stop at the end make no difference. Numbers and operators do.
+    It ignores case, whitespace, dollar signs, commands for spaces and sizes, the style of
+    fractions, quotes and dashes, and the full stop at the end. It keeps numbers and operators.
     """
-    text = unicodedata.normalize("NFC", question).translate(_SIGNS).casefold()
-    if not text.isascii():  # category Cf: what has no looks, such as a soft hyphen
-        text = "".join(sign for sign in text if unicodedata.category(sign) != "Cf")
+    text = unicodedata.normalize("NFC", question).translate(_CHARACTERS).casefold()
+    if not text.isascii():  # category Cf: invisible characters, such as a soft hyphen
+        text = "".join(char for char in text if unicodedata.category(char) != "Cf")
     for pattern, new in _SUBSTITUTIONS:
         text = pattern.sub(new, text)
     return text.rstrip(".:?")
@@ -81,21 +81,22 @@ def normalise(question: str) -> str:
 def without_duplicates(
     train: Mapping[str, Iterable[Problem]], evaluated: Mapping[str, Iterable[str]]
 ) -> tuple[dict[str, list[Problem]], dict[str, tuple[dict[str, int], int]]]:
-    """The training problems whose question stands nowhere else; the first of several is kept.
+    """Removes training problems whose question is evaluated, or equals an earlier question.
 
     Args:
       train: source -> problems.
       evaluated: evaluation set -> questions.
 
     Returns:
-      `(source -> problems left, source -> (overlap, repeated))`: how many problems of a source
-      stand in which evaluation set, in the first of several, and how many came before.
+      `(kept, counts)`. `kept` is source -> remaining problems. `counts` is source ->
+      `(overlap, repeated)`: `overlap` is evaluation set -> number of removed problems (the first
+      set that has the question counts), and `repeated` is the number of repetitions removed.
     """
 
-    def digest(question: str) -> bytes:  # of a few million questions, less than their text
+    def digest(question: str) -> bytes:  # takes less memory than millions of questions
         return hashlib.blake2b(normalise(question).encode(), digest_size=16).digest()
 
-    owner: dict[bytes, str] = {}  # of a question -> evaluation set
+    owner: dict[bytes, str] = {}  # digest of a question -> first evaluation set that has it
     for name, questions in evaluated.items():
         for question in questions:
             owner.setdefault(digest(question), name)

@@ -1,10 +1,11 @@
-"""Rows of files, each with where it stands: JSON lines, Parquet, Arrow, folders of Hugging Face.
+"""Reads rows of JSON lines, Parquet, Arrow and Hugging Face dataset folders, with their location.
 
 A folder is one of
-- what `datasets.Dataset.save_to_disk` leaves: `state.json` and the Arrow files that it lists;
-- what `datasets.DatasetDict.save_to_disk` leaves: `dataset_dict.json` and such a folder a split;
-- a snapshot of a data set on the hub, or any folder like one: data files of a split, in it or in
-  its folder `data`, named after the split: `train.jsonl`, `train-00000-of-00002.parquet`.
+- the output of `datasets.Dataset.save_to_disk`: `state.json` and the Arrow files that it lists;
+- the output of `datasets.DatasetDict.save_to_disk`: `dataset_dict.json` and one such folder per
+  split;
+- a snapshot of a dataset on the Hugging Face hub, or a similar folder: data files in the folder or
+  in its subfolder `data`, named after their split (`train.jsonl`, `train-00000-of-00002.parquet`).
 """
 
 from __future__ import annotations
@@ -27,32 +28,34 @@ class Row(NamedTuple):
     """A row of a file.
 
     Attributes:
-      where: "file:number", the line's or row's, counted from 1.
-      columns: column -> value; None where the row is none, for what `error` says.
-      error: "" for none.
-      there: the names of all columns that the file has, where not all of them were read.
+      location: "file:number", where the number of the line or row starts at 1.
+      columns: column -> value; None if the row cannot be read.
+      error: why the row cannot be read; "" if it can.
+      all_columns: names of all columns of the file, if only some of them were read; else ().
     """
 
-    where: str
+    location: str
     columns: dict[str, Any] | None
     error: str = ""
-    there: Sequence[str] = ()
+    all_columns: Sequence[str] = ()
 
 
 def rows(
     path: str, split: str = "", field: str = "data", columns: Collection[str] | None = None
 ) -> Iterator[Row]:
-    """The rows of a file or folder, in order; a line without a JSON object is one with an error.
+    """Yields the rows of a file or folder, in order.
+
+    A line that is not a JSON object is yielded as a row with an error.
 
     Args:
-      path: of the file or folder.
-      split: of a folder that has several.
-      field: of the config, for messages: the section that `path` and `split` come from.
-      columns: names, maybe dotted, of those that are needed; None for all. Of Parquet and Arrow no
-        others are read, which then may be of any type.
+      path: path of the file or folder.
+      split: split to read from a folder that has several.
+      field: config field of the section with `path` and `split`, for errors.
+      columns: names of the columns to read, which may be dotted; None for all columns. Parquet and
+        Arrow files may have other columns of types that cannot be read.
 
     Raises:
-      DataError: there is no such file, folder or split, or it cannot be read at all.
+      DataError: the file, folder or split does not exist or cannot be read.
     """
     try:
         for file in _files(pathlib.Path(path), split, field):
@@ -62,7 +65,7 @@ def rows(
     except DataError:
         raise
     except Exception as error:
-        if not isinstance(error, _DAMAGED) and not _is_arrow_s(error):
+        if not isinstance(error, _DAMAGED) and not _is_arrow_error(error):
             raise
         reason = f"{type(error).__name__}: {error}"
         raise DataError(
@@ -70,22 +73,22 @@ def rows(
         ) from error
 
 
-# zlib.error and EOFError: damaged gzip. The others: damaged Parquet, Arrow and state.json, and
-# values that Python has no type for.
+# Exceptions that damaged files cause: zlib.error and EOFError come from gzip, the others from
+# Parquet, Arrow and state.json, and from values without a Python type.
 _DAMAGED = (
     OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, NotImplementedError,
     OverflowError, RecursionError,
 )  # fmt: skip
 
 
-def _is_arrow_s(error: Exception) -> bool:
-    """Whether pyarrow raised it, which is there then: it is not imported for JSON lines."""
+def _is_arrow_error(error: Exception) -> bool:
+    """Returns whether pyarrow raised an exception, without importing pyarrow."""
     pyarrow = sys.modules.get("pyarrow")
     return pyarrow is not None and isinstance(error, pyarrow.ArrowException)
 
 
 def _files(path: pathlib.Path, split: str, field: str) -> list[pathlib.Path]:
-    """The data files of a file or folder, in order."""
+    """Returns the data files of a file or folder, in order."""
 
     def choose(splits: dict[str, T]) -> T:
         if not split and len(splits) == 1:
@@ -101,11 +104,14 @@ def _files(path: pathlib.Path, split: str, field: str) -> list[pathlib.Path]:
         if _suffix(path) not in _READERS:
             raise DataError(
                 f"config.{field}.path is {str(path)!r}; expected a file that ends in "
-                f"{', '.join(_READERS)}, or a folder of such."
+                f"{', '.join(_READERS)}, or a folder with such files."
             )
         return choose({"": [path]})
     if not path.is_dir():
-        raise DataError(f"config.{field}.path is {str(path)!r}; there is no such file or folder.")
+        raise DataError(
+            f"config.{field}.path is {str(path)!r}; there is no such file or folder. A relative "
+            "path starts at the current directory."
+        )
     if (path / "dataset_dict.json").exists():
         splits = json.loads((path / "dataset_dict.json").read_bytes())["splits"]
         return _files(choose({name: path / name for name in splits}), "", field)
@@ -113,58 +119,68 @@ def _files(path: pathlib.Path, split: str, field: str) -> list[pathlib.Path]:
         state = json.loads((path / "state.json").read_bytes())
         files = [path / file["filename"] for file in state["_data_files"]]
         return choose({state.get("_split") or "": files})
-    by_split: dict[str, list[pathlib.Path]] = {}
-    for file in sorted([*path.glob("*"), *path.glob("data/*")]):
-        if _suffix(file) in _READERS and not file.name.startswith("."):
-            stem = file.name.removesuffix(_suffix(file))
-            # The hub puts a hash behind some: train-00000-of-00002-a09b74b3ef9c3b56.parquet.
-            name = re.sub(r"-\d+-of-\d+(-[0-9a-f]+)?$", "", stem)
-            by_split.setdefault(name, []).append(file)
+    by_split = _files_by_split(path)
     if not by_split:
         raise DataError(
-            f"config.{field}.path is {str(path)!r}, a folder without data: expected state.json, "
+            f"config.{field}.path is {str(path)!r}, a folder without data; expected state.json, "
             f"dataset_dict.json, or files that end in {', '.join(_READERS)}."
         )
     chosen = choose(by_split)
     if len({_suffix(file) for file in chosen}) > 1:
         raise DataError(
-            f"config.{field}.path is {str(path)!r}, where a split is there in several formats: "
-            f"{', '.join(file.name for file in chosen)}; expected one. Name the file itself."
+            f"config.{field}.path is {str(path)!r}, which has the split in several formats: "
+            f"{', '.join(file.name for file in chosen)}; expected one format. Set the path to the "
+            "file itself."
         )
     return chosen
 
 
+def _files_by_split(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
+    """Returns the data files of a snapshot of the hub, by the split that their name begins with."""
+    by_split: dict[str, list[pathlib.Path]] = {}
+    for file in sorted([*folder.glob("*"), *folder.glob("data/*")]):
+        if _suffix(file) in _READERS and not file.name.startswith("."):
+            stem = file.name.removesuffix(_suffix(file))
+            # The hub appends a hash to some names: train-00000-of-00002-a09b74b3ef9c3b56.parquet.
+            name = re.sub(r"-\d+-of-\d+(-[0-9a-f]+)?$", "", stem)
+            by_split.setdefault(name, []).append(file)
+    return by_split
+
+
 def _suffix(path: pathlib.Path) -> str:
+    """Returns the suffix of a file name, such as ".parquet" or ".jsonl.gz"."""
     return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
 
 
 def _json_lines(path: pathlib.Path, columns: Collection[str] | None) -> Iterator[Row]:
-    del columns  # a line is read whole
+    """Yields the rows of a file of JSON lines, with all of their columns."""
+    del columns  # a line must be parsed as a whole
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            where = f"{path}:{number}"
+            location = f"{path}:{number}"
             try:
                 value = json.loads(line, object_pairs_hook=_object)
             except (ValueError, RecursionError) as error:
-                yield Row(where, None, f"not JSON: {error}")
+                yield Row(location, None, f"not JSON ({error}); expected an object")
                 continue
             except _RepeatedKey as error:
-                yield Row(where, None, f"the key {error} stands in it twice; expected it once")
+                yield Row(location, None, f"the key {error} occurs twice; expected it once")
                 continue
             if isinstance(value, dict):
-                yield Row(where, value)
+                yield Row(location, value)
             else:
                 kind = type(value).__name__
-                yield Row(where, None, f"a JSON {kind}; expected an object, column -> value")
+                yield Row(location, None, f"a JSON {kind}; expected an object, column -> value")
 
 
 class _RepeatedKey(Exception):
-    """An object has a key twice: which value is meant, nobody knows."""
+    """A JSON object has a key twice, so its value is ambiguous."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the dict of a JSON object's (key, value) pairs; raises _RepeatedKey."""
     columns = dict(pairs)
     if len(columns) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -173,46 +189,54 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parquet(path: pathlib.Path, columns: Collection[str] | None) -> Iterator[Row]:
+    """Yields the rows of a Parquet file."""
     _pyarrow()
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
-        there = file.schema_arrow.names
-        yield from _numbered(path, file.iter_batches(columns=_needed(there, columns)), there)
+        names = file.schema_arrow.names
+        yield from _numbered(path, file.iter_batches(columns=_needed(names, columns)), names)
 
 
 def _arrow(path: pathlib.Path, columns: Collection[str] | None) -> Iterator[Row]:
-    """The stream format, which `datasets` writes."""
+    """Yields the rows of an Arrow file in the stream format, which `datasets` writes."""
     pyarrow = _pyarrow()
     with pyarrow.memory_map(str(path)) as source, pyarrow.ipc.open_stream(source) as batches:
-        there = batches.schema.names
-        needed = _needed(there, columns)
-        yield from _numbered(path, (batch.select(needed) for batch in batches), there)
+        names = batches.schema.names
+        needed = _needed(names, columns)
+        yield from _numbered(path, (batch.select(needed) for batch in batches), names)
 
 
-def _needed(there: Sequence[str], columns: Collection[str] | None) -> list[str]:
-    """The columns to read: those of these names, and those into which a dotted name leads."""
+def _needed(names: Sequence[str], columns: Collection[str] | None) -> list[str]:
+    """Returns which columns of a file to read for column names that may be dotted.
+
+    Args:
+      names: all columns of the file.
+      columns: the wanted columns; None for all.
+    """
     if columns is None:
-        return list(there)
-    names = {*columns, *(column.split(".")[0] for column in columns)}
-    return [name for name in there if name in names]
+        return list(names)
+    wanted = {*columns, *(column.split(".")[0] for column in columns)}
+    return [name for name in names if name in wanted]
 
 
-def _numbered(path: pathlib.Path, batches: Any, there: Sequence[str]) -> Iterator[Row]:
+def _numbered(path: pathlib.Path, batches: Any, names: Sequence[str]) -> Iterator[Row]:
+    """Yields the rows of Arrow record batches, with their location in the file."""
     number = 0
     for batch in batches:
-        batch.validate(full=True)  # what is damaged ends the process in to_pylist
+        batch.validate(full=True)  # with damaged data, to_pylist would end the process
         values = batch.to_pylist() if batch.num_columns else [{}] * batch.num_rows
         for columns in values:
             number += 1
-            yield Row(f"{path}:{number}", columns, there=there)
+            yield Row(f"{path}:{number}", columns, all_columns=names)
 
 
 def _pyarrow() -> Any:
+    """Imports pyarrow, or raises an ImportError that says how to install it."""
     try:
         import pyarrow
     except ImportError:
-        raise ImportError("reading it takes pyarrow: pip install 'opsd-jax[data]'") from None
+        raise ImportError("it needs pyarrow; run pip install 'opsd-jax[data]'") from None
     return pyarrow
 
 

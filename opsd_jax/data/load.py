@@ -1,26 +1,37 @@
-"""The data of a run: every source that the config names, free of duplicates and of the evaluation.
+"""Loads the data of a run: reads all sources, removes duplicates, and holds problems out.
 
-Sources are taken in the order of their names, so that a config means the same however it is kept.
+Sources are processed in the order of their names, so the order of a config's fields has no effect.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import sys
+import logging
+from collections.abc import Mapping
 from typing import NamedTuple
-
-from ml_collections import ConfigDict
 
 from opsd_jax.data import sources
 from opsd_jax.data.duplicates import without_duplicates
+from opsd_jax.data.options import DataOptions, SourceOptions
 from opsd_jax.data.sources import Counts
 from opsd_jax.problem import DataError, Problem
+from opsd_jax.verify.pool import check_golds
 from opsd_jax.verify.verdict import Verifier
+from opsd_jax.verify.verifiers import from_options
+
+logger = logging.getLogger(__name__)
 
 
 class Data(NamedTuple):
-    """The problems of each source by its name, what became of its rows, and who judges."""
+    """The data of a run.
+
+    Attributes:
+      train: source -> problems to train on.
+      heldout: source -> problems to evaluate on.
+      counts: source -> what happened to its rows.
+      verifiers: source -> its verifier, for sources in `train` and `heldout`.
+    """
 
     train: dict[str, list[Problem]]
     heldout: dict[str, list[Problem]]
@@ -28,75 +39,97 @@ class Data(NamedTuple):
     verifiers: dict[str, Verifier]
 
 
-def load(config: ConfigDict) -> Data:
-    """Reads the sources of `config.data`, and tells standard error how many rows were left out.
+def load(options: DataOptions) -> Data:
+    """Reads the sources of `config.data`, and logs for each of them how many rows it keeps.
 
-    A training problem is left out whose question also stands in a held-out source or in one of
-    `exclude`, or came before, as `normalise` has it.
+    A training problem is removed if its question is in a source of `heldout` or `exclude`, or
+    equals an earlier question (`duplicates.normalise` decides which questions are equal).
 
     Raises:
-      DataError: a source cannot be read, has bad rows, or has no problem left; or there is none
+      DataError: a source cannot be read, has bad rows, or has no problem left; or no problem is
         held out.
     """
-    from opsd_jax.verify.pool import check_golds
-    from opsd_jax.verify.verifiers import from_config
-
-    verifiers: dict[str, Verifier] = {}
-    data: dict[str, dict[str, list[Problem]]] = {"heldout": {}, "train": {}}
+    if not options.heldout and not options.heldout_problems:
+        raise DataError(
+            "config.data.heldout is empty; expected sources, such as config.data.heldout.maths = "
+            "config_lib.source('maths.jsonl'), or a number of `train` problems to hold out in "
+            "config.data.heldout_problems."
+        )
     counts: dict[str, Counts] = {}
-    for part in data:
-        # An evaluation has no others.
-        if part == "heldout" and not config[part] and not config.heldout_problems:
-            raise DataError(
-                f"config.data.{part} is empty; expected sources, such as "
-                f"config.data.{part}.maths = config_lib.source('maths.jsonl'), or in "
-                "config.data.heldout_problems how many of `train` to hold out."
-            )
-        for name, section in sorted(config[part].items()):
-            field = f"data.{part}.{name}"
-            try:
-                verifiers[name] = from_config(section.verifier)
-            except ValueError as error:
-                raise DataError(f"config.{field}.verifier: {error}") from error
+    verifiers: dict[str, Verifier] = {}
+
+    def read(section: str) -> dict[str, list[Problem]]:
+        read: dict[str, list[Problem]] = {}
+        for name, source in sorted(getattr(options, section).items()):
+            field = f"data.{section}.{name}"
+            verifiers[name] = _verifier(source, field)
             check = functools.partial(check_golds, verifiers[name])
-            data[part][name], counts[name] = sources.problems(name, section, field, check)
-    evaluated = {name: [p.question for p in part] for name, part in data["heldout"].items()}
-    for name, section in sorted(config.exclude.items()):
-        field = f"data.exclude.{name}"
-        evaluated[name], counts[name] = sources.questions(section, field)
-    data["train"], counted = without_duplicates(data["train"], evaluated)
-    for name, (overlap, repeated) in counted.items():
-        kept = data["train"][name]
+            read[name], counts[name] = sources.problems(name, source, field, check)
+        return read
+
+    heldout, train = read("heldout"), read("train")
+    evaluated = {name: [p.question for p in problems] for name, problems in heldout.items()}
+    for name, source in sorted(options.exclude.items()):
+        evaluated[name], counts[name] = sources.questions(source, f"data.exclude.{name}")
+    train, removed = without_duplicates(train, evaluated)
+    for name, (overlap, repeated) in removed.items():
         counts[name] = counts[name]._replace(
-            kept=len(kept),
+            kept=len(train[name]),
             overlap=overlap,
             repeated=repeated,
-            unsolved=sum(not problem.solution for problem in kept),
+            unsolved=sum(not problem.solution for problem in train[name]),
         )
-        if not kept:
-            raise DataError(f"config.data.train.{name}: no problem is left: {counts[name]}.")
-    if not config.heldout:
-        data["train"], data["heldout"] = hold_out(data["train"], config.heldout_problems)
-    for part in ("heldout", "exclude", "train"):
-        for name in sorted(config[part]):
-            print(f"data: {part}.{name}: {counts[name]}", file=sys.stderr)
-    if not config.heldout:
-        shares = ", ".join(f"{len(part)} of {name}" for name, part in data["heldout"].items())
-        print(f"data: held out of these: {shares}", file=sys.stderr)
-    return Data(data["train"], data["heldout"], counts, verifiers)
+        if not train[name]:
+            raise DataError(
+                f"config.data.train.{name}: no problem is left: {counts[name]}; expected at least "
+                "one that is not evaluated and not in another training source."
+            )
+    if not options.heldout:
+        train, heldout = hold_out(train, options.heldout_problems)
+    _log(options, counts, heldout)
+    return Data(train, heldout, counts, verifiers)
+
+
+def _verifier(source: SourceOptions, field: str) -> Verifier:
+    """Returns the verifier of a source; raises DataError that names its field."""
+    try:
+        return from_options(source.verifier)
+    except ValueError as error:
+        raise DataError(f"config.{field}.verifier: {error}") from error
+
+
+def _log(
+    options: DataOptions, counts: Mapping[str, Counts], heldout: Mapping[str, list[Problem]]
+) -> None:
+    """Logs what happened to the rows of each source, and which problems are held out."""
+    for section in ("heldout", "exclude", "train"):
+        for name in sorted(getattr(options, section)):
+            logger.info("data: %s.%s: %s", section, name, counts[name])
+    if not options.heldout:
+        numbers = ", ".join(f"{len(problems)} of {name}" for name, problems in heldout.items())
+        logger.info("data: held out of these: %s", numbers)
 
 
 def hold_out(
     train: dict[str, list[Problem]], number: int
 ) -> tuple[dict[str, list[Problem]], dict[str, list[Problem]]]:
-    """`(train, heldout)`: the problems apart of which `number`, chosen by a digest of the question
-    alone, are held out: the same ones in another order, and nearly the same in a file that grew.
+    """Splits training problems into problems to train on and problems to hold out.
+
+    The split depends only on a digest of each question. It does not depend on the order of the
+    problems, and changes little when problems are added.
+
+    Args:
+      train: source -> problems.
+      number: number of problems to hold out.
+
+    Returns:
+      `(train, heldout)`, each as source -> problems.
 
     Raises:
-      DataError: no problem would be left to train on.
+      DataError: a source would have no problem left to train on.
     """
     digest = lambda problem: hashlib.blake2b(problem.question.encode()).digest()
-    digests = sorted(digest(problem) for part in train.values() for problem in part)
+    digests = sorted(digest(problem) for problems in train.values() for problem in problems)
     if number >= len(digests):
         raise DataError(
             f"config.data.heldout_problems is {number}; expected fewer than the {len(digests)} "
@@ -108,9 +141,9 @@ def hold_out(
         kept[name] = [problem for problem in problems if digest(problem) > last]
         if not kept[name]:
             raise DataError(
-                f"config.data.heldout_problems is {number}, and takes all of train.{name}; "
-                "expected fewer."
+                f"config.data.heldout_problems is {number}, which holds out all problems of "
+                f"config.data.train.{name}; expected a smaller number."
             )
-        if mine := [problem for problem in problems if digest(problem) <= last]:
-            held[name] = mine
+        if held_out := [problem for problem in problems if digest(problem) <= last]:
+            held[name] = held_out
     return kept, held

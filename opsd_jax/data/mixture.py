@@ -1,4 +1,4 @@
-"""Several data sets as one endless one, each with its share."""
+"""Mixes several datasets into one endless dataset."""
 
 from __future__ import annotations
 
@@ -13,28 +13,30 @@ import grain
 def mixture(
     sources: Mapping[str, Sequence[Any]], weights: Mapping[str, float], seed: int
 ) -> grain.MapDataset:
-    """The elements of several sources, interleaved in proportion to their weights.
+    """Returns the elements of several sources, interleaved in proportion to their weights.
 
-    Each source is gone through in an order of its own, a new one each time round. Element i is a
-    function of (seed, i) and the sources: there is no state to keep, and any host can take any.
+    Each source is shuffled on its own, and anew for each epoch. Element i is a pure function of
+    (seed, i) and the sources, so there is no iterator state to save, and any host can read any
+    element.
 
     Args:
-      sources: name -> elements, at least one.
-      weights: name -> its share, above 0, in any unit; of other names too.
-      seed: of the orders.
+      sources: name -> elements. At least one source.
+      weights: name -> weight above 0, in any unit. It may have further names.
+      seed: seed of the shuffles.
 
     Returns:
-      A data set as long as it takes to go through each source once at least; indices beyond that go
-      on with further rounds.
+      A dataset that is long enough to contain every element once. Larger indices continue with
+      further epochs.
     """
     names = sorted(sources)
     shuffled = [
-        # grain adds the number of the round to a seed: neighbouring ones would not do.
+        # grain adds the epoch to the seed, so consecutive seeds would repeat each other's orders.
         grain.MapDataset.source(sources[name]).shuffle(seed=zlib.crc32(f"{seed}/{name}".encode()))
         for name in names
     ]
-    shares = [weights[name] / sum(weights[name] for name in names) for name in names]
-    mixed = grain.MapDataset.mix(shuffled, shares)
-    longest = max(len(part) / share for part, share in zip(shuffled, shares, strict=True))
-    # To repeat changes the length alone: the parts go on by themselves. grain keeps shares to 1 %.
+    fractions = [weights[name] / sum(weights[name] for name in names) for name in names]
+    mixed = grain.MapDataset.mix(shuffled, fractions)
+    longest = max(len(part) / fraction for part, fraction in zip(shuffled, fractions, strict=True))
+    # `repeat` changes only the length, because the shuffled parts are endless by themselves. grain
+    # keeps the fractions to within 1 %.
     return mixed.repeat(math.ceil(1.01 * longest / len(mixed)))

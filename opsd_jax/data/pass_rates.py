@@ -1,4 +1,4 @@
-"""How often a problem was solved before, from the records of earlier rollouts."""
+"""Reads how often earlier rollouts solved each problem."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from opsd_jax.storage import files
 
 
 def pass_rates(path: str, source: str, field: str) -> dict[int | str, float]:
-    """The share of correct rollouts of each problem of a source that a file tells of.
+    """Returns problem id -> fraction of its rollouts that were correct.
 
     Args:
-      path: JSON lines, each `{"problem": id, "correct": true, false or their number}`, with
-        "rollouts", of how many, if not of one, and with "source", if not of any. The
-        `groups.jsonl` of a training stage and the `responses.jsonl` of an evaluation are such; a
-        last line that a killed run cut off is left out.
-      source: its name. Ids are taken with it before them and without.
-      field: of the config: where the path stands.
+      path: JSON lines `{"problem": id, "correct": bool or number of correct rollouts}`. A line may
+        also have "rollouts", the number of rollouts (default value 1), and "source", the only
+        source to which the line applies. `groups.jsonl` of a training stage and `responses.jsonl`
+        of an evaluation have this form. An incomplete last line, which a killed run leaves, is
+        ignored.
+      source: name of the source. Ids in the file may have "source/" in front or not.
+      field: config field of the section with the path, for errors.
 
     Raises:
-      DataError: the file cannot be read, or a line is not such; names the first.
+      DataError: the file cannot be read, or a line has another form. Names the first such line.
     """
     correct: Counter[str] = Counter()
     rollouts: Counter[str] = Counter()
@@ -37,19 +38,20 @@ def pass_rates(path: str, source: str, field: str) -> dict[int | str, float]:
             )
         if columns.get("source", source) != source:
             continue
-        problem, right = columns.get("problem"), columns.get("correct")
-        of = columns.get("rollouts", 1)
+        problem, solved = columns.get("problem"), columns.get("correct")
+        tried = columns.get("rollouts", 1)
         if not (
             isinstance(problem, str | int)
-            and isinstance(right, int)
-            and isinstance(of, int)
-            and 0 <= right <= of > 0
+            and isinstance(solved, int)
+            and isinstance(tried, int)
+            and 0 <= solved <= tried > 0
         ):
             raise DataError(
-                f"config.{field}: {path}:{number}: problem {problem!r}, correct {right!r}, "
-                f"rollouts {of!r}; expected an id, and how many of how many rollouts are correct."
+                f"config.{field}: {path}:{number}: problem {problem!r}, correct {solved!r}, "
+                f"rollouts {tried!r}; expected an id, a number of correct rollouts, and a number "
+                "of rollouts that is at least as large and above 0."
             )
         key = f"{source}/{str(problem).removeprefix(f'{source}/')}"
-        correct[key] += right
-        rollouts[key] += of
-    return {key: correct[key] / of for key, of in rollouts.items()}
+        correct[key] += solved
+        rollouts[key] += tried
+    return {key: correct[key] / total for key, total in rollouts.items()}

@@ -1,42 +1,40 @@
-"""From the rows of a source to its problems: checked, filtered, and counted.
-
-A source is a section of the config, made by `opsd_jax.config.source`.
-"""
+"""Turns the rows of a source into problems: checks them, filters them and counts them."""
 
 from __future__ import annotations
 
 import functools
+import logging
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
-from opsd_jax import config as config_lib
 from opsd_jax.data import files
+from opsd_jax.data.options import ColumnOptions, SourceOptions
 from opsd_jax.data.pass_rates import pass_rates
 from opsd_jax.problem import DataError, Problem
 
-LISTED = 10  # bad rows that a message shows
-TEXT = "a string that is not empty"  # what is expected of a question and an answer
+LISTED = 10  # bad rows that a message lists
+TEXT = "a string that is not empty"  # what a question or an answer should be
 
-CheckGolds = Callable[[Sequence[Problem]], Sequence[str]]  # of each problem "", or what is wrong
+# problems -> for each of them "" if its answer verifies against itself, otherwise why not
+CheckGolds = Callable[[Sequence[Problem]], Sequence[str]]
+
+logger = logging.getLogger(__name__)
 
 
 class Counts(NamedTuple):
-    """What became of the rows of a source; those from `bad` to `repeated` were left out.
+    """What happened to the rows of a source. The rows from `bad` to `repeated` were left out.
 
     Attributes:
-      rows: read.
-      kept: problems that are left.
+      rows: rows in the source.
+      kept: problems that remain.
       bad: rows that cannot be used.
-      difficulty: outside the bounds of `difficulty`.
-      pass_rate: outside the bounds of `pass_rates`.
-      overlap: evaluation set -> questions that stand there too.
-      repeated: questions that came before, in this source or an earlier one.
-      unrated: problems without a pass rate where `pass_rates` is given; it leaves them in.
-      unsolved: of the problems kept, those without a solution.
+      difficulty: rows outside the bounds of `difficulty`.
+      pass_rate: rows outside the bounds of `pass_rates`.
+      overlap: evaluation set -> rows whose question is also in that set.
+      repeated: rows whose question occurred before, in this or an earlier source.
+      unrated: problems kept although `pass_rates` has no rate for them.
+      unsolved: problems kept that have no solution.
     """
 
     rows: int
@@ -52,8 +50,8 @@ class Counts(NamedTuple):
     def __str__(self) -> str:
         left_out = {
             "bad": self.bad,
-            "of another difficulty": self.difficulty,
-            "of another pass rate": self.pass_rate,
+            "outside the bounds of difficulty": self.difficulty,
+            "outside the bounds of pass_rates": self.pass_rate,
             **{f"also in {name}": count for name, count in self.overlap.items()},
             "repeated": self.repeated,
         }
@@ -67,20 +65,25 @@ class Counts(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """Where a row stands, and all that is wrong with it."""
+    """A row's location, and everything that is wrong with it.
 
-    where: str
-    wrong: list[str]
+    Attributes:
+      location: "file:number".
+      errors: descriptions; empty for a row that can be used.
+    """
+
+    location: str
+    errors: list[str]
 
 
 class _Candidate(NamedTuple):
-    """What was read of a row that nothing was wrong with so far.
+    """A row that could be read as a problem.
 
     Attributes:
-      row: where it stands; what is found wrong later is noted there.
-      problem: of the row.
-      difficulty: NaN where none is asked for.
-      numbered: it has no id: its number stands for one.
+      row: the row, whose errors later checks extend.
+      problem: the problem.
+      difficulty: difficulty of the row; NaN if the source has no such column.
+      numbered: whether the row has no id, so that its number is the id.
     """
 
     row: _Row
@@ -90,152 +93,154 @@ class _Candidate(NamedTuple):
 
 
 def problems(
-    name: str, section: ConfigDict, field: str, check_golds: CheckGolds
+    name: str, options: SourceOptions, field: str, check_golds: CheckGolds
 ) -> tuple[list[Problem], Counts]:
-    """The problems of a source, in the order of its rows, and what became of the others.
+    """Returns the problems of a source in the order of its rows, and what happened to all rows.
 
     Args:
-      name: of the source; every problem's id begins with it.
-      section: of the config.
-      field: of the config: where the section stands.
-      check_golds: says whether each answer verifies against itself; asked once, of the problems
-        that the filters leave.
+      name: name of the source. The id of every problem starts with it.
+      options: the source.
+      field: config field of the source, for errors.
+      check_golds: checks answers against themselves. It is called once, with the problems that
+        pass the filters.
 
     Raises:
-      DataError: rows are bad, all of them in one message; no problem is left; or a field of the
-        section fits none of the rows.
+      DataError: rows are bad (one error lists all of them), no problem remains, or an option
+        matches no row.
     """
-    earlier, level = section.pass_rates, section.difficulty
+    earlier, level = options.pass_rates, options.difficulty
     rates = pass_rates(earlier.path, name, f"{field}.pass_rates") if earlier.path else {}
-    found = files.rows(section.path, section.split, field, _columns(section))
-    rows: list[_Row] = []
-    read: list[_Candidate] = []
-    for number, row in enumerate(found, 1):
-        reader = _Reader(row)
-        candidate = _read(reader, number, name, section)
-        rows.append(reader.row)
-        if candidate:
-            read.append(candidate)
-    _mark_repeated_ids(read, section.columns.id)
-    good = [c for c in read if not c.row.wrong]
-    solution = section.columns.solution
-    named = solution and solution != config_lib.source().columns.solution
-    if named and good and not any(c.problem.solution for c in good):
-        raise DataError(
-            f"config.{field}.columns.solution is {solution!r}, which no row of {section.path} has; "
-            "expected the name of a column, or '' for none."
-        )
-    if earlier.path and good and not any(c.problem.id in rates for c in good):
-        ids = [str(key).removeprefix(f"{name}/") for key in rates]
-        there = f"none of its problems, such as {ids[0]!r}," if ids else "no problem"
-        raise DataError(
-            f"config.{field}.pass_rates.path is {earlier.path!r}, in which {there} is one of "
-            f"{section.path}, such as {good[0].problem.id!r}; expected the records of a run that "
-            "rolled them out."
-        )
+    rows, read = _read_rows(name, options, field)
+    _mark_repeated_ids(read, options.columns.id)
+    good = [c for c in read if not c.row.errors]
+    _check_solutions(good, options, field)
+    _check_rates(good, rates, name, options, field)
     fitting = [c for c in good if not level.column or level.low <= c.difficulty <= level.high]
-    asked_for = [
+    wanted = [
         c for c in fitting if earlier.low <= rates.get(c.problem.id, earlier.low) <= earlier.high
     ]
-    reasons = check_golds([c.problem for c in asked_for])
-    if not section.columns.answer and asked_for and all(reasons):
-        raise DataError(
-            f"config.{field}.columns.answer is '': no problem has an answer, and config.{field}."
-            f"verifier, of kind {section.verifier.kind!r}, needs one ({reasons[0]}); expected the "
-            "name of a column."
-        )
-    for candidate, reason in zip(asked_for, reasons, strict=True):
-        if reason:
-            answer = f"field {section.columns.answer!r} is {_shown(candidate.problem.answer)}"
-            candidate.row.wrong.append(f"{answer}; it does not verify against itself: {reason}")
-    bad = _refuse(rows, section, field)
-    kept = [c.problem for c in asked_for if not c.row.wrong]
+    _mark_bad_golds(wanted, options, field, check_golds)
+    bad = _refuse(rows, options, field)
+    kept = [c.problem for c in wanted if not c.row.errors]
     counts = Counts(
         rows=len(rows),
         kept=len(kept),
         bad=bad,
         difficulty=len(good) - len(fitting),
-        pass_rate=len(fitting) - len(asked_for),
-        unrated=sum(c.problem.id not in rates for c in asked_for) if earlier.path else 0,
+        pass_rate=len(fitting) - len(wanted),
+        unrated=sum(c.problem.id not in rates for c in wanted) if earlier.path else 0,
         unsolved=sum(not problem.solution for problem in kept),
     )
     if not kept:
-        raise DataError(f"config.{field}: no problem is left of {section.path}: {counts}.")
+        raise DataError(
+            f"config.{field}: no problem of {options.path} remains ({counts}); expected at least "
+            "one. Change the filters or the file."
+        )
     return kept, counts
 
 
-def questions(section: ConfigDict, field: str) -> tuple[list[str], Counts]:
-    """The questions of a source of which nothing else is needed, and what became of its rows.
+def questions(options: SourceOptions, field: str) -> tuple[list[str], Counts]:
+    """Returns the questions of a source whose other columns are not needed, and its counts.
 
     Raises:
-      DataError: rows are bad, all of them in one message.
+      DataError: rows are bad. One error lists all of them.
     """
-    rows = files.rows(section.path, section.split, field, {section.columns.question})
+    rows = files.rows(options.path, options.split, field, {options.columns.question})
     readers = [_Reader(row) for row in rows]
-    read = [reader(section.columns.question, _text, TEXT) for reader in readers]
-    bad = _refuse([reader.row for reader in readers], section, field)
-    kept = [text for reader, text in zip(readers, read, strict=True) if not reader.row.wrong]
+    read = [reader(options.columns.question, _text, TEXT) for reader in readers]
+    bad = _refuse([reader.row for reader in readers], options, field)
+    kept = [text for reader, text in zip(readers, read, strict=True) if not reader.row.errors]
     return kept, Counts(rows=len(readers), kept=len(kept), bad=bad)
 
 
-def _columns(section: ConfigDict) -> set[str]:
-    """All columns that `_read` may read."""
-    return {*section.columns.values(), *section.extra, section.difficulty.column}
+def _read_rows(
+    name: str, options: SourceOptions, field: str
+) -> tuple[list[_Row], list[_Candidate]]:
+    """Returns all rows of a source, and a candidate for each row without an error."""
+    names = options.columns
+    columns = {names.id, names.question, names.answer, names.solution, options.difficulty.column}
+    found = files.rows(options.path, options.split, field, columns | {*options.extra})
+    rows: list[_Row] = []
+    candidates: list[_Candidate] = []
+    for number, row in enumerate(found, 1):
+        reader = _Reader(row)
+        candidate = _read(reader, number, name, options)
+        rows.append(reader.row)
+        if candidate:
+            candidates.append(candidate)
+    return rows, candidates
 
 
-def _read(read: _Reader, number: int, name: str, section: ConfigDict) -> _Candidate | None:
-    """What a row holds; None where something is wrong with it, which `read` has noted."""
-    columns, level = section.columns, section.difficulty.column
+def _read(read: _Reader, number: int, name: str, options: SourceOptions) -> _Candidate | None:
+    """Returns the candidate of row `number`; None if the reader has found an error."""
+    columns, level = options.columns, options.difficulty.column
     key = read(columns.id, _key, "a string or an integer", absent="")
     question = read(columns.question, _text, TEXT)
     solution = read(columns.solution, _string, "a string", absent="")
-    after = section.answer_after
+    mark = options.answer_after
     answer = read(
         columns.answer,
-        functools.partial(_answer_after, after) if after else _answer,
-        f"a string with {after!r} and an answer behind it"
-        if after
+        functools.partial(_answer_after, mark) if mark else _answer,
+        f"a string with {mark!r} and an answer after it"
+        if mark
         else f"{TEXT}, an integer, or a list of one such string",
-        absent=None if columns.answer else "",  # a verifier may go by `extra` alone
+        absent=None if columns.answer else "",  # some verifiers only need `extra`
     )
-    extra = {column: read(column, _present, "a value") for column in section.extra}
+    extra = {column: read(column, _present, "a value") for column in options.extra}
     difficulty = read(level, _number, "a number") if level else math.nan
-    if read.row.wrong:
+    if read.row.errors:
         return None
     problem = Problem(f"{name}/{key or number}", question, solution, answer, name, extra)
     return _Candidate(read.row, problem, difficulty, numbered=not key)
 
 
 class _Reader:
-    """Takes values out of a row, and notes in `row.wrong` each that is not what was expected."""
+    """Reads values from a row.
+
+    Attributes:
+      row: the row's location and errors. Each value that is not as expected adds an error.
+    """
 
     def __init__(self, row: files.Row):
-        self._columns = row.columns  # None: that there is none is what is wrong with it
-        self._there = row.there or row.columns or ()
-        self.row = _Row(row.where, [row.error] if row.error else [])
+        self._columns = row.columns  # None if the row cannot be read, which is an error already
+        self._all_columns = row.all_columns or row.columns or ()
+        self.row = _Row(row.location, [row.error] if row.error else [])
 
     def __call__(
-        self, column: str, kind: Callable[[Any], Any], expected: str, absent: Any = None
+        self, column: str, convert: Callable[[Any], Any], expected: str, absent: Any = None
     ) -> Any:
-        """`kind(value)` of a column, or `absent` where there is none and that is given."""
+        """Returns the converted value of a column.
+
+        Args:
+          column: name of the column, which may be dotted.
+          convert: returns the value in its final type, or raises if it is not as expected.
+          expected: what the value should be, for the error.
+          absent: result if the column has no value. None makes a missing value an error.
+        """
         if self._columns is None:
             return absent
         value = reach(self._columns, column)
         if value is None and absent is not None:
             return absent
         try:
-            return kind(value)
+            return convert(value)
         except (TypeError, ValueError, OverflowError):
             found = f"is {_shown(value)}"
             has = ""
             if value is None:
-                found, has = "is missing", f" (has {', '.join(self._there) or 'none'})"
-            self.row.wrong.append(f"field {column!r} {found}; expected {expected}{has}")
+                found, has = "is missing", f" (has {', '.join(self._all_columns) or 'none'})"
+            self.row.errors.append(f"field {column!r} {found}; expected {expected}{has}")
             return absent
 
 
 def reach(columns: Mapping[str, Any], column: str) -> Any:
-    """The value of a column, None where there is none; a dot leads into an object or a list."""
+    """Returns the value of a column, or None if there is none.
+
+    Args:
+      columns: column -> value.
+      column: name. A dot reads inside an object or, before a number, inside a list, unless a column
+        has the dotted name itself.
+    """
     if column in columns:
         return columns[column]
     value: Any = columns
@@ -249,39 +254,48 @@ def reach(columns: Mapping[str, Any], column: str) -> Any:
     return value
 
 
+# The functions below convert the value of a column, and raise if it is not as expected.
+
+
 def _present(value: Any) -> Any:
+    """Returns any value except None."""
     if value is None:
         raise TypeError
     return value
 
 
 def _string(value: Any) -> str:
+    """Returns a string that UTF-8 can encode."""
     if not isinstance(value, str):
         raise TypeError
-    value.encode()  # half of a surrogate pair is no text; UnicodeEncodeError is a ValueError
+    value.encode()  # raises UnicodeEncodeError, a ValueError, for half of a surrogate pair
     return value
 
 
 def _text(value: Any) -> str:
+    """Returns a string that is not empty."""
     if not _string(value).strip():
         raise ValueError
     return value
 
 
 def _key(value: Any) -> str:
+    """Returns a string that is not empty, or an integer as a string."""
     return str(value) if type(value) is int else _text(value)
 
 
 def _answer(value: Any) -> str:
+    """Returns a string that is not empty, an integer as a string, or the item of such a list."""
     if isinstance(value, list) and len(value) == 1:
         return _text(value[0])
-    # Beyond that a float does not tell a number from the next one.
+    # Larger floats cannot represent every integer.
     if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
         value = int(value)
     return _key(value)
 
 
 def _answer_after(mark: str, value: Any) -> str:
+    """Returns the text after the last occurrence of a mark."""
     _, found, answer = _string(value).rpartition(mark)
     if not found:
         raise ValueError
@@ -289,41 +303,112 @@ def _answer_after(mark: str, value: Any) -> str:
 
 
 def _number(value: Any) -> float:
+    """Returns an int or float as a float, except NaN."""
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
         raise TypeError
     return float(value)
 
 
 def _shown(value: Any) -> str:
+    """Returns the repr of a value, shortened to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _mark_repeated_ids(read: Sequence[_Candidate], column: str) -> None:
+def _mark_repeated_ids(candidates: Sequence[_Candidate], column: str) -> None:
+    """Adds an error to each row whose id an earlier row has.
+
+    Args:
+      candidates: rows without an error.
+      column: name of the column with the id.
+    """
     first: dict[int | str, _Candidate] = {}
-    for candidate in read:
-        before = first.setdefault(candidate.problem.id, candidate)
-        if before is candidate:
+    for candidate in candidates:
+        earlier = first.setdefault(candidate.problem.id, candidate)
+        if earlier is candidate:
             continue
-        there = before.row.where
+        location = earlier.row.location
         if candidate.numbered:
-            wrong = f"field {column!r} is missing, and the row's number is the id of {there}"
-        elif before.numbered:
-            wrong = f"field {column!r} is the number of {there}, which has no id"
+            error = f"field {column!r} is missing, and the row's number is the id of {location}"
+        elif earlier.numbered:
+            error = f"field {column!r} is the number of {location}, which has no id"
         else:
-            wrong = f"field {column!r} is that of {there} too"
-        candidate.row.wrong.append(f"{wrong}; expected one of its own")
+            error = f"field {column!r} is also the id of {location}"
+        candidate.row.errors.append(f"{error}; expected a unique id")
 
 
-def _refuse(rows: Sequence[_Row], section: ConfigDict, field: str) -> int:
-    """The number of bad rows, which are told of; raises DataError if they are not to be dropped."""
-    bad = [f"{row.where}: {'; '.join(row.wrong)}" for row in rows if row.wrong]
+def _check_solutions(good: Sequence[_Candidate], options: SourceOptions, field: str) -> None:
+    """Raises DataError if the config names a solution column that no row has."""
+    column = options.columns.solution
+    named = column and column != ColumnOptions().solution
+    if named and good and not any(c.problem.solution for c in good):
+        raise DataError(
+            f"config.{field}.columns.solution is {column!r}, which no row of {options.path} has; "
+            "expected the name of a column, or '' for none."
+        )
+
+
+def _check_rates(
+    good: Sequence[_Candidate],
+    rates: Mapping[int | str, float],
+    name: str,
+    options: SourceOptions,
+    field: str,
+) -> None:
+    """Raises DataError if the config names a file of pass rates that has no problem of the source.
+
+    Args:
+      good: rows without an error.
+      rates: problem id -> pass rate.
+      name: name of the source.
+      options: the source.
+      field: config field of the source.
+    """
+    path = options.pass_rates.path
+    if path and good and not any(c.problem.id in rates for c in good):
+        ids = [str(key).removeprefix(f"{name}/") for key in rates]
+        found = f"none of its problems, such as {ids[0]!r}," if ids else "no problem"
+        raise DataError(
+            f"config.{field}.pass_rates.path is {path!r}, in which {found} is a problem of "
+            f"{options.path}, such as {good[0].problem.id!r}; expected the records of a run with "
+            "these problems."
+        )
+
+
+def _mark_bad_golds(
+    wanted: Sequence[_Candidate], options: SourceOptions, field: str, check_golds: CheckGolds
+) -> None:
+    """Adds an error to each row whose answer does not verify against itself.
+
+    Raises:
+      DataError: the source has no answers, and its verifier needs them.
+    """
+    reasons = check_golds([c.problem for c in wanted])
+    if not options.columns.answer and wanted and all(reasons):
+        raise DataError(
+            f"config.{field}.columns.answer is '', so no problem has an answer, but config.{field}."
+            f"verifier, of kind {options.verifier.kind!r}, needs one ({reasons[0]}); expected the "
+            "name of a column."
+        )
+    for candidate, reason in zip(wanted, reasons, strict=True):
+        if reason:
+            answer = f"field {options.columns.answer!r} is {_shown(candidate.problem.answer)}"
+            candidate.row.errors.append(f"{answer}; it does not verify against itself: {reason}")
+
+
+def _refuse(rows: Sequence[_Row], options: SourceOptions, field: str) -> int:
+    """Returns the number of bad rows, after a warning that lists them.
+
+    Raises:
+      DataError: rows are bad, and `bad_rows` is not "drop".
+    """
+    bad = [f"{row.location}: {'; '.join(row.errors)}" for row in rows if row.errors]
     if bad:
         listed = "\n".join(f"  {line}" for line in bad[:LISTED])
         more = f"\n  and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
         message = f"config.{field}: {len(bad)} bad of {len(rows)} rows:\n{listed}{more}"
-        if section.bad_rows != "drop":
-            mend = f"Mend them, or leave them out with config.{field}.bad_rows='drop'."
-            raise DataError(f"{message}\n{mend}")
-        print(f"{message}\nleft out.", file=sys.stderr)
+        if options.bad_rows != "drop":
+            fix = f"Fix them, or leave them out with config.{field}.bad_rows='drop'."
+            raise DataError(f"{message}\n{fix}")
+        logger.warning("%s\nThese rows are left out.", message)
     return len(bad)

@@ -1,4 +1,4 @@
-"""What a run needs to know of its data: problems, how they become token ids, and who judges."""
+"""The interface between the data and the rest of a run: problems, prompts and the verifier."""
 
 from __future__ import annotations
 
@@ -13,31 +13,44 @@ from opsd_jax.verify.verdict import Judge, Verifier
 
 
 def check_fits(ids: list[int], limit: int, problem: Problem, field: str) -> list[int]:
-    """The ids of a prompt.
+    """Returns the token ids of a prompt unchanged if they fit.
+
+    Args:
+      ids: token ids of the prompt.
+      limit: largest number of tokens.
+      problem: the problem of the prompt, for the error.
+      field: config field with the limit, for the error.
 
     Raises:
-      DataError: they are more than `limit`, the config's `field`; names the problem.
+      DataError: there are more than `limit` tokens.
     """
     if len(ids) > limit:
         raise DataError(
-            f"the prompt of problem {problem.id} has {len(ids)} tokens; {field} is {limit}."
+            f"the prompt of problem {problem.id} has {len(ids)} tokens; {field} is {limit}. "
+            f"Increase {field}, or remove the problem from the data."
         )
     return ids
 
 
 class Demonstration(NamedTuple):
-    """A prompt and the response to imitate, as token ids; the response ends with EOS."""
+    """An example for SFT.
+
+    Attributes:
+      prompt: token ids of the prompt.
+      response: token ids of the response to imitate, which ends with an end-of-sequence token.
+    """
 
     prompt: Sequence[int]
     response: Sequence[int]
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back.
+    """Converts text to token ids and back.
 
-    Any of `eos_ids` ends a response; the first is what a demonstration ends with. `pad_id` only
-    fills arrays: no loss and no attention sees it. `decode` takes any id that the model can sample,
-    also where the model's vocabulary is larger.
+    Attributes:
+      vocab_size: number of token ids.
+      pad_id: fills arrays; losses and attention ignore it.
+      eos_ids: ids that end a response. Demonstrations end with the first.
     """
 
     vocab_size: int
@@ -46,40 +59,49 @@ class Tokenizer(Protocol):
     @property
     def eos_ids(self) -> Sequence[int]: ...
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """Returns the token ids of a text, without adding special tokens."""
+        ...
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of token ids.
+
+        It must accept every id that the model can sample, even beyond `vocab_size`.
+        """
+        ...
 
 
 class Task(NamedTuple):
-    """Everything of the data that the stages use. Data sets are random-access and infinite or
-    finite as they like: a step takes the elements at indices that depend on its number alone.
+    """Everything that the stages use of the data.
+
+    Datasets are random-access. A step reads the elements at indices that depend only on the number
+    of the step, so there is no iterator state.
 
     Attributes:
-      tokenizer: of prompts and responses.
-      train: problems to roll out, each once.
-      heldout: problems of the evaluation, disjoint from `train`.
-      demonstrations: `seed -> data set of Demonstration`, for SFT.
-      prompt: `Problem -> token ids`, what the student answers to.
-      teacher_prompt: `(Problem, Context, limit) -> (token ids, whether they were cut)`, the same
-        with the privileged text in it, in at most `limit` tokens: where they would be more, the end
-        of the privileged text is left out and nothing else. DataError if that does not do.
-      verify: a `Verifier`, or any pure `(Problem, response text) -> Verdict`, which then runs in a
+      tokenizer: tokenizer of prompts and responses.
+      train: problems to train on, each once.
+      heldout: problems to evaluate on, disjoint from `train`.
+      demonstrations: `seed -> dataset of Demonstration`, for SFT.
+      prompt: `Problem -> token ids` of the student's prompt.
+      teacher_prompt: `(Problem, Context, limit) -> (token ids, cut)`, the prompt with the
+        privileged context. If it would have more than `limit` tokens, the end of the context is
+        left out, and `cut` is True. Raises DataError if it is too long without any context.
+      verify: a `Verifier`, or a pure function `(Problem, response text) -> Verdict` that runs in a
         worker.
-      note: what a reader of the figures has to know; the report shows it.
-      stream: `seed -> data set` of the problems of `train` in the order in which they are rolled
-        out; indices go on beyond its length. None is `train.shuffle(seed=seed).repeat()`: grain
-        makes a new order for each time round.
-      in_memory: the problems are there and cost nothing to look at: before a run begins, the
-        longest are sought among all of them, however many.
-      begun: what of a response its prompt has written already, such as "<think>": verifiers and
-        contexts see it before the text of the response.
-      memo_request: `(Problem, outcome) -> token ids` of what follows a response when the user asks
-        for a memo on it, knowing that it is "correct", "incorrect" or "truncated", up to where the
-        memo begins; None if there is no such thing.
+      note: what a reader of the results should know. The report shows it.
+      stream: `seed -> dataset` with the problems of `train` in the order of training. Its indices
+        continue beyond its length. None is `train.shuffle(seed=seed).repeat()`, which grain
+        shuffles anew for each epoch.
+      in_memory: whether problems are cheap to read, so that the checks before a run may read all of
+        them to find the longest.
+      begun: text with which the prompt begins the response, such as "<think>". Verifiers and
+        contexts read it in front of the response.
+      memo_request: `(Problem, outcome) -> token ids` that follow a response when the user asks for
+        a memo on it, up to the first token of the memo. The outcome is "correct", "incorrect" or
+        "truncated". None if the task has no memos.
       end_thinking: token ids that close the thinking of a memo that has used up its budget.
-      reminder: `(Context, limit) -> (token ids, whether they were cut)`, the context as a thought
-        within a response; None if there is no such thing.
+      reminder: `(Context, limit) -> (token ids, cut)`, the context as a thought inside a response,
+        cut as for `teacher_prompt`. None if the task has no reminders.
     """
 
     tokenizer: Tokenizer

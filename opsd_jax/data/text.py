@@ -1,203 +1,283 @@
-"""A task from files: questions and answers as text, prompts by templates.
+"""The task of problems from files: questions and answers as text, prompts from templates.
 
     config.task = "opsd_jax.data.text:task"
     config.data.train.maths = config_lib.source("train.jsonl")
     config.data.heldout.math500 = config_lib.source("math500.jsonl")
     config.data.tokenizer = "models/Qwen3-8B"
 
-docs/data.md explains the sources, docs/prompts.md the rest of `config.data`.
+docs/data.md explains the sources, and docs/prompts.md the other fields of `config.data`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import pathlib
 import re
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import grain
 from ml_collections import ConfigDict
 
-from opsd_jax.config import import_function
-from opsd_jax.data.chat import Chat, ChatTemplate, fitting
-from opsd_jax.data.contexts import KINDS, Context
+from opsd_jax.data.chat import Chat, ChatTemplate, cut_to_fit
+from opsd_jax.data.contexts import CONTEXTS, Context
 from opsd_jax.data.load import load
 from opsd_jax.data.mixture import mixture
+from opsd_jax.data.options import DataOptions, MemoWording
 from opsd_jax.data.task import Demonstration, Task, Tokenizer
 from opsd_jax.data.tokenizer import PretrainedTokenizer
+from opsd_jax.options import fail, import_function
 from opsd_jax.problem import DataError, Problem
+from opsd_jax.verify.verifiers import by_source
 
-_DAY = re.compile(r"[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])")
-_FIELD = re.compile(r"\{(question|solution|answer|context)\}")
+_PLACEHOLDER = re.compile(r"\{(question|solution|answer|context)\}")
 
 
-def task(config: ConfigDict) -> Task:
-    """The task of `config.data`.
+def task(options: DataOptions) -> Task:
+    """Returns the task that `config.data` describes.
 
     Raises:
-      DataError: a source that cannot be used; see `load`.
-      ValueError: a template or a tokenizer that cannot; names the field.
+      DataError: a source cannot be used (see `load`).
+      ConfigError: a wording, the tokenizer or the chat template cannot be used. Names the field.
+      ValueError: the tokenizer's files cannot be read, or the chat template fails.
     """
-    from opsd_jax.verify.verifiers import by_source
-
-    check_wording(config)
-    tokenizer = make_tokenizer(config.tokenizer)
-    chat = make_chat(config, tokenizer)
-    begun = chat.begun()
-    data = load(config)
-    weights = {name: section.weight for name, section in config.train.items()}
-    solved = {
-        name: shown
-        for name, problems in data.train.items()
-        if (shown := [problem for problem in problems if problem.solution])
-    }
-
-    control = re.compile("|".join(map(re.escape, getattr(tokenizer, "control_tokens", ()))) or "$^")
-
-    def ask(text: str) -> list[int]:
-        return chat.prompt(text.strip() if chat.templated else text)
-
-    def prompt(problem: Problem) -> list[int]:
-        return ask(fill(config.prompt, question=problem.question))
-
-    def informed(context: Context, text: str) -> str:
-        # A sibling or a memo is the model's own words: they are not to end the user's turn.
-        return fill(config.contexts[context.kind], context=control.sub("", text))
-
-    def teacher_prompt(problem: Problem, context: Context, limit: int) -> tuple[list[int], bool]:
-        def render(text: str) -> list[int]:
-            asked = {"question": problem.question, "context": informed(context, text)}
-            return ask(fill(config.teacher_prompt, **asked))
-
-        try:
-            if context.kind == "none":
-                return fitting(lambda _: prompt(problem), "", limit)
-            return fitting(render, context.text, limit)
-        except ValueError as error:
-            raise DataError(f"the teacher's prompt of problem {problem.id} has {error}") from error
-
-    def reminder(context: Context, limit: int) -> tuple[list[int], bool]:
-        render = lambda text: tokenizer.encode(
-            fill(config.reminder, context=informed(context, text))
-        )
-        if context.kind == "none":
-            return [], False
-        try:
-            return fitting(render, context.text, limit)
-        except ValueError as error:
-            raise DataError(f"a reminder of the {context.kind} has {error}") from error
-
-    def memo_request(problem: Problem, outcome: str) -> list[int]:
-        known = {"answer": problem.answer, "solution": problem.solution or problem.answer}
-        return chat.next_turn(fill(config.memo[outcome], **known))
-
-    def demonstrate(problem: Problem) -> Demonstration:
-        if begun and "</think>" not in problem.solution:
-            raise DataError(
-                f"the prompt of problem {problem.id} opens its thinking, and its solution has no "
-                "</think>: a model that imitates it never ends a thought. Expected one in it, or "
-                "another chat_template."
-            )
-        return Demonstration(
-            prompt(problem), [*tokenizer.encode(problem.solution), tokenizer.eos_ids[0]]
-        )
-
-    def demonstrations(seed: int) -> grain.MapDataset:
-        if not solved:
-            raise DataError(
-                "SFT imitates solutions, and no problem of config.data.train has one; expected one "
-                "in the column that a source's columns.solution names."
-            )
-        return mixture(solved, weights, seed).map(demonstrate)
-
+    check_wording(options)
+    tokenizer = make_tokenizer(options.tokenizer)
+    prompts = Prompts(options, tokenizer)
+    data = load(options)
+    weights = {name: source.weight for name, source in options.train.items()}
     return Task(
         tokenizer=tokenizer,
         train=grain.MapDataset.source([p for part in data.train.values() for p in part]),
         heldout=grain.MapDataset.source([p for part in data.heldout.values() for p in part]),
-        demonstrations=demonstrations,
-        prompt=prompt,
-        teacher_prompt=teacher_prompt,
+        demonstrations=functools.partial(_demonstrations, prompts, data.train, weights),
+        prompt=prompts.student,
+        teacher_prompt=prompts.teacher,
         verify=by_source(data.verifiers),
-        stream=lambda seed: mixture(data.train, weights, seed),
+        stream=functools.partial(mixture, data.train, weights),
         in_memory=True,
-        begun=begun,
-        memo_request=memo_request,
+        begun=prompts.begun,
+        memo_request=prompts.memo_request,
         end_thinking=tokenizer.encode("\n</think>\n\n"),
-        reminder=reminder,
+        reminder=prompts.reminder,
     )
 
 
-def make_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a directory, or that a function "package.module:function" returns.
+class Prompts:
+    """Renders problems as token ids, in the wording of `config.data`.
+
+    Attributes:
+      tokenizer: tokenizer of the model.
+      begun: text with which the prompt begins the response, such as "<think>", or "".
+    """
+
+    def __init__(self, options: DataOptions, tokenizer: Tokenizer):
+        """Raises ConfigError or ValueError if the chat template cannot be used."""
+        self.tokenizer = tokenizer
+        self._options = options
+        self._chat = make_chat(options, tokenizer)
+        self.begun = self._chat.begun()
+        control_tokens: Sequence[str] = getattr(tokenizer, "control_tokens", ())
+        # Without control tokens, "$^" matches nothing.
+        self._control_tokens = re.compile("|".join(map(re.escape, control_tokens)) or "$^")
+
+    def student(self, problem: Problem) -> list[int]:
+        """Returns the student's prompt."""
+        return self._prompt(fill(self._options.prompt, question=problem.question))
+
+    def teacher(self, problem: Problem, context: Context, limit: int) -> tuple[list[int], bool]:
+        """Returns the teacher's prompt in at most `limit` tokens, and whether it was cut.
+
+        Raises:
+          DataError: the prompt is too long even without the text of the context.
+        """
+
+        def render(text: str) -> list[int]:
+            if not CONTEXTS[context.kind].wording:
+                return self.student(problem)
+            worded = self._worded(context.kind, text)
+            wording = self._options.teacher_prompt
+            return self._prompt(fill(wording, question=problem.question, context=worded))
+
+        try:
+            return cut_to_fit(render, context.text, limit)
+        except ValueError as error:
+            raise DataError(f"the teacher's prompt of problem {problem.id} has {error}") from error
+
+    def reminder(self, context: Context, limit: int) -> tuple[list[int], bool]:
+        """Returns a reminder of a context in at most `limit` tokens, and whether it was cut.
+
+        Raises:
+          DataError: the reminder is too long even without the text of the context.
+        """
+
+        def render(text: str) -> list[int]:
+            worded = self._worded(context.kind, text)
+            return self.tokenizer.encode(fill(self._options.reminder, context=worded))
+
+        if not CONTEXTS[context.kind].wording:
+            return [], False
+        try:
+            return cut_to_fit(render, context.text, limit)
+        except ValueError as error:
+            raise DataError(f"a reminder of the {context.kind} has {error}") from error
+
+    def memo_request(self, problem: Problem, outcome: str) -> list[int]:
+        """Returns the tokens after a response with which the user asks for a memo on it.
+
+        Args:
+          problem: the problem of the response.
+          outcome: "correct", "incorrect" or "truncated".
+        """
+        wording = getattr(self._options.memo, outcome)
+        solution = problem.solution or problem.answer
+        return self._chat.next_turn(fill(wording, answer=problem.answer, solution=solution))
+
+    def demonstration(self, problem: Problem) -> Demonstration:
+        """Returns the student's prompt with the problem's solution as the response.
+
+        Raises:
+          DataError: the prompt begins a thought, and the solution does not end it.
+        """
+        if self.begun and "</think>" not in problem.solution:
+            raise DataError(
+                f"the chat template begins the response of problem {problem.id} with <think>, but "
+                "its solution has no </think>, so a model that imitates it would never stop "
+                "thinking; expected a </think> in the solution, or another chat_template."
+            )
+        response = [*self.tokenizer.encode(problem.solution), self.tokenizer.eos_ids[0]]
+        return Demonstration(self.student(problem), response)
+
+    def _prompt(self, message: str) -> list[int]:
+        """Returns the prompt with a message of the user."""
+        return self._chat.prompt(message.strip() if self._chat.templated else message)
+
+    def _worded(self, kind: str, text: str) -> str:
+        """Returns the text of a context in the wording of its kind.
+
+        Control tokens are removed from the text. The model may have written it, and such a token
+        would end the user's turn.
+        """
+        return fill(self._options.contexts[kind], context=self._control_tokens.sub("", text))
+
+
+def _demonstrations(
+    prompts: Prompts,
+    train: Mapping[str, Sequence[Problem]],
+    weights: Mapping[str, float],
+    seed: int,
+) -> grain.MapDataset:
+    """Returns the demonstrations of the problems that have a solution, as an endless dataset.
+
+    Args:
+      prompts: renders them.
+      train: source -> problems.
+      weights: source -> its weight.
+      seed: seed of the order.
 
     Raises:
-      ValueError: it can be neither read nor imported.
+      DataError: no problem has a solution.
+    """
+    solved = {
+        name: shown
+        for name, problems in train.items()
+        if (shown := [problem for problem in problems if problem.solution])
+    }
+    if not solved:
+        raise DataError(
+            "SFT imitates solutions, and no problem of config.data.train has one; expected a "
+            "solution in the column that columns.solution of a source names."
+        )
+    return mixture(solved, weights, seed).map(prompts.demonstration)
+
+
+def make_tokenizer(name: str) -> Tokenizer:
+    """Returns the tokenizer that `config.data.tokenizer` names.
+
+    Args:
+      name: a directory, or "package.module:function" of a function that returns a tokenizer.
+
+    Raises:
+      ConfigError: the function cannot be imported.
+      ValueError: the directory cannot be read.
     """
     if pathlib.Path(name).is_dir() or ":" not in name:
         return PretrainedTokenizer(name)
     return import_function(name, "data.tokenizer")()
 
 
-def make_chat(config: ConfigDict, tokenizer: Tokenizer) -> Chat:
-    """How `config.data` has the user's words made into prompts.
+def make_chat(options: DataOptions, tokenizer: Tokenizer) -> Chat:
+    """Returns the `Chat` that renders messages of the user as prompts.
 
     Raises:
-      ValueError: there is no such template, or it does not do what is asked of it.
+      ConfigError: the file of the chat template does not exist.
+      ValueError: the chat template fails, or does not support an option.
     """
-    if config.thinking not in ("", "on", "off"):
-        raise ValueError(f"data.thinking is {config.thinking!r}; expected 'on', 'off' or ''.")
-    if config.date and not _DAY.fullmatch(config.date):
-        raise ValueError(f"data.date is {config.date!r}; expected a day such as '2026-01-31'.")
     template: ChatTemplate | None = getattr(tokenizer, "chat_template", None)
-    if config.chat_template == "none":
+    if options.chat_template == "none":
         template = None
-    elif config.chat_template:
-        path = pathlib.Path(config.chat_template)
+    elif options.chat_template:
+        path = pathlib.Path(options.chat_template)
         if not path.is_file():
-            raise ValueError(
-                f"data.chat_template is {config.chat_template!r}; expected '' for the tokenizer's "
-                "own, 'none' for plain text, or a file."
-            )
+            expected = "'' for the tokenizer's own, 'none' for plain text, or a file"
+            fail("data.chat_template", options.chat_template, expected)
         special_tokens = getattr(tokenizer, "special_tokens", {})
         template = ChatTemplate(path.read_text(encoding="utf-8"), special_tokens)
     return Chat(
         tokenizer,
         template,
-        system=config.system,
-        thinking=config.thinking,
-        date=config.date,
-        options=config.template_options.to_dict(),
+        system=options.system,
+        thinking=options.thinking,
+        date=options.date,
+        options={
+            name: value.to_dict() if isinstance(value, ConfigDict) else value
+            for name, value in options.template_options.items()
+        },
     )
 
 
-def check_wording(config: ConfigDict) -> None:
-    """Raises ValueError for a text of `config.data` without the places that it needs, or with one
-    that would show the student what it is to find; names the field.
+def check_wording(options: DataOptions) -> None:
+    """Raises ConfigError for a wording of `config.data` with a missing or forbidden placeholder.
+
+    A missing placeholder would hide the question or the context. A forbidden one could show the
+    student the answer.
     """
+    _check_placeholders("prompt", options.prompt, needed={"question"})
+    _check_placeholders("teacher_prompt", options.teacher_prompt, needed={"question", "context"})
+    _check_placeholders("reminder", options.reminder, needed={"context"})
+    for kind, about in CONTEXTS.items():
+        if kind in options.contexts:
+            needed = {"context"} if about.needs_context else set()
+            _check_placeholders(f"contexts.{kind}", options.contexts[kind], needed=needed)
+    for field in dataclasses.fields(MemoWording):
+        wording = getattr(options.memo, field.name)
+        _check_placeholders(f"memo.{field.name}", wording, optional={"answer", "solution"})
 
-    def check(field: str, text: str, needed: set[str], allowed: set[str]) -> None:
-        there = set(_FIELD.findall(text))
-        if missing := needed - there:
-            raise ValueError(f"data.{field} is {text!r}; expected {{{missing.pop()}}} in it.")
-        if more := there - needed - allowed:
-            raise ValueError(
-                f"data.{field} is {text!r}; {{{more.pop()}}} is not filled in there, expected only "
-                + ", ".join(f"{{{name}}}" for name in sorted(needed | allowed))
-                + "."
-            )
 
-    check("prompt", config.prompt, {"question"}, set())
-    check("teacher_prompt", config.teacher_prompt, {"question", "context"}, set())
-    check("reminder", config.reminder, {"context"}, set())
-    for kind in KINDS:
-        if kind in config.contexts:
-            needed = set() if kind == "concise" else {"context"}
-            check(f"contexts.{kind}", config.contexts[kind], needed, set())
-    for outcome, text in config.memo.items():
-        check(f"memo.{outcome}", text, set(), {"answer", "solution"})
+def _check_placeholders(
+    field: str, wording: str, *, needed: Set[str] = frozenset(), optional: Set[str] = frozenset()
+) -> None:
+    """Raises ConfigError for a wording with missing or forbidden placeholders.
+
+    Args:
+      field: its field in `config.data`.
+      wording: its text.
+      needed: placeholders that it must have.
+      optional: placeholders that it may have.
+    """
+    found = set(_PLACEHOLDER.findall(wording))
+    if missing := needed - found:
+        fail(f"data.{field}", wording, f"{{{min(missing)}}} in it")
+    if forbidden := found - needed - optional:
+        names = " and ".join(f"{{{name}}}" for name in sorted(needed | optional))
+        allowed = f"only {names} in it" if names else "no placeholder in it"
+        fail(f"data.{field}", wording, f"{allowed}, because {{{min(forbidden)}}} is not filled in")
 
 
 def fill(text: str, **values: Any) -> str:
-    """`text` with the values in the places of their names in braces. Other braces stay as they are,
-    those of what is filled in too.
+    """Returns a text with its placeholders, such as {question}, replaced by values.
+
+    Other braces stay as they are, and so do braces in the values.
     """
-    return _FIELD.sub(lambda field: values[field[1]], text)
+    return _PLACEHOLDER.sub(lambda field: values[field[1]], text)

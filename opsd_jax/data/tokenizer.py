@@ -1,4 +1,4 @@
-"""Tokenizers: one that needs no files, and those of Hugging Face's model directories."""
+"""Tokenizers: one that needs no files, and those in the directories of Hugging Face models."""
 
 from __future__ import annotations
 
@@ -13,52 +13,46 @@ from opsd_jax.data.chat import ChatTemplate
 
 
 class ByteTokenizer:
-    """One token a byte of UTF-8. Ids 0 and 1 are padding and the end of a response; byte b is
-    b + 2.
+    """Uses the bytes of UTF-8 as tokens.
+
+    Id 0 is padding, id 1 ends a response, and byte b has id b + 2.
     """
 
     vocab_size = 258
     pad_id, eos_ids = 0, (1,)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without specials."""
+        """Returns the token ids of a text, without special tokens."""
         return [byte + 2 for byte in text.encode()]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without specials and ids beyond the vocabulary; bytes that are no
-        UTF-8, as a model may sample, read U+FFFD.
+        """Returns the text of token ids, without special tokens and ids beyond the vocabulary.
+
+        Bytes that are not valid UTF-8, which a model may sample, become U+FFFD.
         """
         return bytes(i - 2 for i in ids if 2 <= i < self.vocab_size).decode(errors="replace")
 
 
 class PretrainedTokenizer:
-    """The tokenizer of a directory with a `tokenizer.json`, as Hugging Face's models come.
+    """The tokenizer in the directory of a Hugging Face model, which has a `tokenizer.json`.
 
     Attributes:
-      vocab_size: one more than its highest id. The model's may be larger.
-      pad_id: of its padding token; where there is none, of its first end-of-sequence token.
-      eos_ids: its `eos_token`, then what `generation_config.json` or `config.json` adds.
-      special_tokens: name -> text of its special tokens, as chat templates see them.
-      control_tokens: the texts that stand for special tokens wherever they occur.
-      chat_template: its own, or None.
+      vocab_size: the tokenizer's highest id plus one. The model's vocabulary may be larger.
+      pad_id: id of the padding token; if there is none, the first of `eos_ids`.
+      eos_ids: id of `eos_token`, then the ids in `generation_config.json` or `config.json`.
+      special_tokens: name -> text of special tokens, the variables of chat templates.
+      control_tokens: texts that always encode to a special token.
+      chat_template: the directory's chat template, or None.
     """
 
     def __init__(self, directory: str | pathlib.Path):
-        """Raises ValueError that names the file and what is wrong with it."""
+        """Reads the directory.
+
+        Raises:
+          ValueError: a file is missing or cannot be used. Names the file and the reason.
+        """
         directory = pathlib.Path(directory)
-        path = directory / "tokenizer.json"
-        if not path.is_file():
-            raise ValueError(
-                f"there is no {path}; expected a Hugging Face model's directory. Where a model has "
-                "only vocab and merges files, transformers' AutoTokenizer.from_pretrained(…)"
-                ".save_pretrained(…) writes one."
-            )
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises Exception itself
-            raise ValueError(f"{path} cannot be read: {error}.") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = _tokenizer(directory / "tokenizer.json")
         settings = _json(directory / "tokenizer_config.json")
         _add_missing(self._tokenizer, settings.get("added_tokens_decoder", {}))
         named = _json(directory / "special_tokens_map.json") | settings
@@ -73,66 +67,105 @@ class PretrainedTokenizer:
         self.control_tokens = tuple(token.content for token in added if token.special)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        first = vocabulary.get(self.special_tokens.get("eos_token", ""))
-        ends = [] if first is None else [first]
-        for file in ("generation_config.json", "config.json"):
-            more = _json(directory / file).get("eos_token_id")
-            if more is not None:
-                more = more if isinstance(more, list) else [more]
-                if not all(type(i) is int for i in more):
-                    raise ValueError(
-                        f"{directory / file}: eos_token_id is {more}; expected an id, or a list."
-                    )
-                ends += more
-                break
-        if not ends:
-            raise ValueError(
-                f"{directory} names no end-of-sequence token; expected eos_token in "
-                "tokenizer_config.json, or eos_token_id in generation_config.json."
-            )
-        self.eos_ids = tuple(dict.fromkeys(ends))
+        self.eos_ids = _eos_ids(directory, vocabulary.get(self.special_tokens.get("eos_token", "")))
         self.pad_id = vocabulary.get(self.special_tokens.get("pad_token", ""), self.eos_ids[0])
-        self._ends = frozenset(self.eos_ids)
         source = _chat_template(directory, settings)
         self.chat_template = ChatTemplate(source, self.special_tokens) if source else None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, in which special tokens may be spelled; none is added."""
+        """Returns the token ids of a text without adding special tokens.
+
+        Special tokens that the text contains become their ids.
+        """
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_document(self, text: str) -> list[int]:
-        """Token ids of a text with what its beginning and end get, such as <|begin_of_text|>; never
-        with an end-of-sequence token.
+        """Returns the token ids of a text with added special tokens, such as <|begin_of_text|>.
+
+        An end-of-sequence token at the end is removed.
         """
         ids = self._tokenizer.encode(text, add_special_tokens=True).ids
-        return ids[:-1] if ids and ids[-1] in self._ends else ids
+        return ids[:-1] if ids and ids[-1] in self.eos_ids else ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens and ids beyond the vocabulary."""
+        """Returns the text of token ids, without special tokens and ids beyond the vocabulary."""
         known = [i for i in ids if i < self.vocab_size]
         return self._tokenizer.decode(known, skip_special_tokens=True)
 
 
+def _tokenizer(path: pathlib.Path) -> tokenizers.Tokenizer:
+    """Returns the tokenizer in a `tokenizer.json`, without truncation and padding."""
+    if not path.is_file():
+        raise ValueError(
+            f"there is no {path}; expected a Hugging Face model's directory. If the model has only "
+            "vocab and merges files, transformers' AutoTokenizer.from_pretrained(…)"
+            ".save_pretrained(…) writes this file."
+        )
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises the class Exception itself
+        raise ValueError(
+            f"{path} cannot be read: {error}; expected the tokenizer.json of a Hugging Face model."
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _eos_ids(directory: pathlib.Path, first: int | None) -> tuple[int, ...]:
+    """Returns the ids that end a response, without repetitions.
+
+    Args:
+      directory: directory of the model.
+      first: id of the tokenizer's `eos_token`, if it has one.
+
+    Raises:
+      ValueError: there are none, or a file has something else in their place.
+    """
+    ids = [] if first is None else [first]
+    for file in ("generation_config.json", "config.json"):
+        more = _json(directory / file).get("eos_token_id")
+        if more is not None:
+            more = more if isinstance(more, list) else [more]
+            if not all(type(i) is int for i in more):
+                raise ValueError(
+                    f"{directory / file}: eos_token_id is {more}; expected an id, or a list of ids."
+                )
+            ids += more
+            break
+    if not ids:
+        raise ValueError(
+            f"{directory} names no end-of-sequence token; expected eos_token in "
+            "tokenizer_config.json, or eos_token_id in generation_config.json."
+        )
+    return tuple(dict.fromkeys(ids))
+
+
 def _json(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a file; {} if there is no file."""
+    """Returns the object in a JSON file, or {} if there is no file."""
     if not path.is_file():
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
+        raise ValueError(f"{path} is not JSON: {error}; expected a JSON object.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}; expected a JSON object.")
+        raise ValueError(f"{path} has a JSON {type(value).__name__}; expected an object.")
     return value
 
 
 def _text(token: Any) -> str:
-    """A token's text, of itself or as an object with its properties."""
+    """Returns the text of a token, which is a string or an object with a "content"."""
     return token if isinstance(token, str) else str(token.get("content", ""))
 
 
 def _add_missing(tokenizer: tokenizers.Tokenizer, listed: dict[str, Any]) -> None:
-    """Adds the tokens of `added_tokens_decoder` (id -> token) that `tokenizer.json` has not."""
+    """Adds the tokens that `tokenizer.json` lacks, in the order of their ids, like transformers.
+
+    Args:
+      tokenizer: the tokenizer in `tokenizer.json`.
+      listed: `added_tokens_decoder` of `tokenizer_config.json`: id -> token.
+    """
     properties = ("single_word", "lstrip", "rstrip", "normalized", "special")
     for _, token in sorted(listed.items(), key=lambda item: int(item[0])):
         if tokenizer.token_to_id(_text(token)) is None:
@@ -143,7 +176,12 @@ def _add_missing(tokenizer: tokenizers.Tokenizer, listed: dict[str, Any]) -> Non
 
 
 def _chat_template(directory: pathlib.Path, settings: dict[str, Any]) -> str | None:
-    """The text of a directory's chat template, wherever it is kept; of several the default."""
+    """Returns the chat template of a directory as text, or None; of several, the default one.
+
+    Args:
+      directory: directory of the model.
+      settings: content of its `tokenizer_config.json`.
+    """
     path = directory / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
@@ -155,7 +193,7 @@ def _chat_template(directory: pathlib.Path, settings: dict[str, Any]) -> str | N
     by_name = {entry.get("name"): entry.get("template") for entry in source}
     if not isinstance(default := by_name.get("default"), str):
         raise ValueError(
-            f"{directory} has chat templates {', '.join(map(str, by_name))}; expected one of the "
-            "name default, or a file in data.chat_template."
+            f"{directory} has the chat templates {', '.join(map(str, by_name))}; expected one "
+            "named 'default', or a file in data.chat_template."
         )
     return default

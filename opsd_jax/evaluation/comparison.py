@@ -1,10 +1,13 @@
-"""What changed between two evaluations of the same problems: paired, with bootstrap intervals."""
+"""Changes between two evaluations of the same problems, paired by problem, with intervals.
+
+In the shapes, G is the number of problems and R the number of bootstrap resamples.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,40 +15,56 @@ from opsd_jax.evaluation import statistics
 from opsd_jax.evaluation.statistics import RATIOS, Records
 
 RESAMPLES = 10_000
-AT_ONCE = 500  # resamples
-LEVEL = 0.95
+CHUNK = 500  # resamples computed at once
+LEVEL = 0.95  # coverage of the intervals
 
-# Change -> (the figure that changes, whether in percent of its value before, scale).
+Sums = Mapping[str, np.ndarray]  # count -> float64 [G]: `statistics.sums`
+
+
+class Change(NamedTuple):
+    """A metric whose change is measured.
+
+    Attributes:
+      metric: one of `statistics.RATIOS`.
+      relative: whether the change is divided by the metric's value before.
+    """
+
+    metric: str
+    relative: bool
+
+
+# Name -> change, which is multiplied by 100: points and percent.
 CHANGES = {
-    "d_accuracy_points": ("accuracy", False, 100),
-    "d_length_percent": ("mean_length", True, 100),
-    "d_length_correct_percent": ("mean_length_correct", True, 100),
-    "d_markers_percent": ("markers_per_1000", True, 100),
+    "d_accuracy_points": Change("accuracy", relative=False),
+    "d_length_percent": Change("mean_length", relative=True),
+    "d_length_correct_percent": Change("mean_length_correct", relative=True),
+    "d_markers_percent": Change("markers_per_1000", relative=True),
 }
 
 
 def compare(before: Records, after: Records, *, seed: int = 0) -> dict[str, Any]:
-    """The changes from `before` to `after`, over all problems and of each source.
+    """Computes the changes from one evaluation to another, over all problems and for each source.
 
     Args:
-      before, after: records of the same problems, in any order; numbers of samples may differ.
-      seed: of the resamples.
+      before, after: records of the same problems, in any order. The numbers of samples may differ.
+      seed: seed of the bootstrap.
 
     Returns:
-      For each of CHANGES its value, its standard error `..._se` by linearisation, and the bounds
-      `..._low` and `..._high` of the 95 % percentile interval over RESAMPLES resamples of the
-      problems; the number of `problems`; and in `sources` the same of each source, where there are
-      several. nan where a figure cannot be formed.
+      A dictionary with the following entries. A value that cannot be computed is nan.
+      - each of CHANGES; its standard error `..._se`, by linearisation; the bounds `..._low` and
+        `..._high` of its 95 % percentile interval over RESAMPLES resamples of the problems;
+      - `problems`: the number of problems;
+      - `sources`: source -> the same entries for its problems; empty if there is only one source.
 
     Raises:
-      ValueError: the problems are not the same; names one.
+      ValueError: the two evaluations do not have the same problems.
     """
     old, new = statistics.by_problem(before), statistics.by_problem(after)
-    missing = [*(old.keys() - new.keys()), *(new.keys() - old.keys())]
-    if missing:
+    if unpaired := [*(old.keys() - new.keys()), *(new.keys() - old.keys())]:
         raise ValueError(
-            f"the two evaluations are not of the same problems: {len(old)} and {len(new)}, of "
-            f"which {len(old.keys() & new.keys())} are in both; {missing[0]!r} is in one alone."
+            "expected two evaluations of the same problems; the first has "
+            f"{len(old)} problems, the second {len(new)}, and {len(old.keys() & new.keys())} are "
+            f"in both. Problem {unpaired[0]!r} is in only one of them."
         )
     sources = statistics.by_source(group[0] for group in new.values())
     pairs = {problem: (old[problem], group) for problem, group in new.items()}
@@ -58,57 +77,69 @@ def compare(before: Records, after: Records, *, seed: int = 0) -> dict[str, Any]
 
 
 def _changes(pairs: Sequence[tuple[Records, Records]], seed: int) -> dict[str, Any]:
+    """Returns the entries of `compare` but for `sources`; a pair is a problem's records."""
     G = len(pairs)
-    old, new = (statistics.sums(side) for side in zip(*pairs, strict=True))
-    change: dict[str, Any] = {"problems": G}
-    resampled = _resampled(old, new, seed)
-    ones = np.ones((1, G))
+    before, after = (statistics.sums(side) for side in zip(*pairs, strict=True))
+    found: dict[str, Any] = {"problems": G}
+    resampled = _resampled(before=before, after=after, seed=seed)
+    ones_1xG = np.ones((1, G))
+    tail = 100 * (1 - LEVEL) / 2
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # nan of nothing, as promised
-        for name, (figure, relative, scale) in CHANGES.items():
-            change[name] = scale * float(_change(figure, relative, old, new, ones)[0])
-            error = _linearised(figure, relative, old, new) if G > 1 else np.nan
-            change[f"{name}_se"] = scale * error
-            tail = 100 * (1 - LEVEL) / 2
-            bounds = np.nanpercentile(resampled[name], (tail, 100 - tail))
-            change[f"{name}_low"], change[f"{name}_high"] = (scale * float(b) for b in bounds)
-    return change
+        warnings.simplefilter("ignore", RuntimeWarning)  # of nan, which `compare` documents
+        for name, change in CHANGES.items():
+            found[name] = 100 * float(_values(change, ones_1xG, before=before, after=after)[0])
+            error = _standard_error(change, before=before, after=after) if G > 1 else np.nan
+            found[f"{name}_se"] = 100 * error
+            low, high = np.nanpercentile(resampled[name], (tail, 100 - tail))
+            found[f"{name}_low"], found[f"{name}_high"] = 100 * float(low), 100 * float(high)
+    return found
 
 
-def _change(figure: str, relative: bool, old: dict, new: dict, weights_RxG: np.ndarray):
-    """A change under each of R weightings of the problems, [R]."""
-    top, bottom, _ = RATIOS[figure]
+def _values(change: Change, weights_RxG: np.ndarray, *, before: Sums, after: Sums) -> np.ndarray:
+    """Returns the value of a change under each of R weightings of the problems, [R]."""
+    numerator, denominator, _ = RATIOS[change.metric]
     with np.errstate(all="ignore"):
-        was, now = ((weights_RxG @ x[top]) / (weights_RxG @ x[bottom]) for x in (old, new))
-        return now / was - 1 if relative else now - was
+        old_R, new_R = (
+            (weights_RxG @ side[numerator]) / (weights_RxG @ side[denominator])
+            for side in (before, after)
+        )
+        return new_R / old_R - 1 if change.relative else new_R - old_R
 
 
-def _resampled(old: dict, new: dict, seed: int) -> dict[str, np.ndarray]:
-    """Each change in RESAMPLES resamples of the problems, with replacement."""
+def _resampled(*, before: Sums, after: Sums, seed: int) -> dict[str, np.ndarray]:
+    """Returns each change in RESAMPLES resamples of the problems with replacement, [RESAMPLES]."""
     rng = np.random.default_rng(seed)
-    G = len(old["responses"])
+    G = len(before["responses"])
     parts = []
-    for first in range(0, RESAMPLES, AT_ONCE):
-        drawn = rng.integers(G, size=(min(AT_ONCE, RESAMPLES - first), G))
-        rows = np.arange(len(drawn))[:, None] * G
-        times = np.bincount((drawn + rows).ravel(), minlength=drawn.size)
-        weights = times.reshape(drawn.shape).astype(np.float64)
+    for first in range(0, RESAMPLES, CHUNK):
+        drawn_RxG = rng.integers(G, size=(min(CHUNK, RESAMPLES - first), G))
+        # One bincount for all resamples: the problems of each get numbers of their own.
+        offsets_Rx1 = np.arange(len(drawn_RxG))[:, None] * G
+        counts = np.bincount((drawn_RxG + offsets_Rx1).ravel(), minlength=drawn_RxG.size)
+        weights_RxG = counts.reshape(drawn_RxG.shape).astype(np.float64)
         parts.append(
             {
-                name: _change(figure, relative, old, new, weights)
-                for name, (figure, relative, _) in CHANGES.items()
+                name: _values(change, weights_RxG, before=before, after=after)
+                for name, change in CHANGES.items()
             }
         )
     return {name: np.concatenate([part[name] for part in parts]) for name in CHANGES}
 
 
-def _linearised(figure: str, relative: bool, old: dict, new: dict) -> float:
-    """The standard error of a change, by the influence of each problem on it."""
-    top, bottom, _ = RATIOS[figure]
+def _standard_error(change: Change, *, before: Sums, after: Sums) -> float:
+    """Returns the standard error of a change, from the influence of each problem on it."""
     with np.errstate(all="ignore"):
-        (was, pull_was), (now, pull_now) = (
-            (r := x[top].sum() / x[bottom].sum(), (x[top] - r * x[bottom]) / x[bottom].sum())
-            for x in (old, new)
-        )
-        pull_G = (pull_now - now / was * pull_was) / was if relative else pull_now - pull_was
-        return statistics.deviation(pull_G)
+        old, old_influence_G = _influence(change.metric, before)
+        new, new_influence_G = _influence(change.metric, after)
+        if change.relative:
+            influence_G = (new_influence_G - new / old * old_influence_G) / old
+        else:
+            influence_G = new_influence_G - old_influence_G
+        return statistics.deviation(influence_G)
+
+
+def _influence(metric: str, sums: Sums) -> tuple[float, np.ndarray]:
+    """Returns the value of a metric and the influence of each problem on it, [G]."""
+    numerator, denominator, _ = RATIOS[metric]
+    value = sums[numerator].sum() / sums[denominator].sum()
+    return value, (sums[numerator] - value * sums[denominator]) / sums[denominator].sum()

@@ -1,33 +1,52 @@
-"""KL(student || teacher) by position in the response: where the teacher would say otherwise."""
+"""Divergence of the student from its teacher, KL(student || teacher), by position in the response.
+
+In the shapes, m is the number of rows of a microbatch and T the padded length of the student's
+sequence.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from opsd_jax import losses
 from opsd_jax.data.task import Task
+from opsd_jax.evaluation.options import EvaluationOptions
 from opsd_jax.evaluation.statistics import ratio
 from opsd_jax.parallel import aot
 from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.parallel.program import ProgramKey, ProgramKind
 from opsd_jax.policy import Params, Policy
 from opsd_jax.rollout.collect import Rollouts
 from opsd_jax.stages.batch import collate, response_head
 from opsd_jax.stages.privileged import inserted_tokens
 
 FILE = "divergence.json"
-PROBED = 1024  # held-out responses at most whose divergence a run measures
-MULTIPLE = 128  # of padded lengths: a mesh may cut them
+PROBED = 1024  # largest number of held-out responses whose divergence a run measures
+MULTIPLE = 128  # padded lengths are multiples of it, so that a mesh can split them
+
+Curve = dict[str, list[float]]  # "mean", "se" and "count" at each position
 
 
 def token_kl(
-    policy: Policy, temperature: float, chunk: int, params: Params, teacher: Params, rows: Any
+    policy: Policy, temperature: float, chunk: int, student: Params, teacher: Params, rows: Any
 ) -> jax.Array:
-    """KL(student || teacher) [m, T] where each response token is predicted, of a microbatch."""
+    """Computes KL(student || teacher) at each response token of a microbatch.
+
+    Args:
+      policy: the model.
+      temperature: temperature of both distributions.
+      chunk: number of tokens whose logits are computed at once; 0 chooses it.
+      student, teacher: parameters.
+      rows: a microbatch of `stages.batch.collate`.
+
+    Returns:
+      float32 [m, T], in nats. The value of a response token is in the column that predicts it.
+    """
 
     def loss(student, teacher, _):
         return losses.reverse_kl(
@@ -37,7 +56,7 @@ def token_kl(
     return losses.token_values(
         loss,
         rows["mask"],
-        student=response_head(policy, params, rows["student"]),
+        student=response_head(policy, student, rows["student"]),
         teacher=response_head(policy, teacher, rows["teacher"]),
         chunk=chunk,
         partition=mesh_lib.rows_in_context(),
@@ -45,27 +64,38 @@ def token_kl(
 
 
 class DivergenceProbe:
-    """Scores responses under a student and a teacher that sees the solution; compiles once."""
+    """Measures the divergence of responses under a student and a teacher with privileged context.
+
+    The constructor compiles the only program that it uses.
+    """
 
     def __init__(
         self,
-        config: ConfigDict,
-        evaluation: ConfigDict,
+        config: Any,
+        evaluation: EvaluationOptions,
         task: Task,
         policy: Policy,
         mesh: jax.sharding.Mesh,
         abstract_params: Params,
     ):
-        """`config` is the section of an OPSD stage, `evaluation` that of the responses;
-        `abstract_params` are the shapes of the parameters, with shardings.
+        """
+        Args:
+          config: options of the OPSD stage.
+          evaluation: options of the evaluation that the responses come from.
+          task: the task that the problems belong to.
+          policy: the model of both student and teacher.
+          mesh: the mesh to compute on.
+          abstract_params: shapes of the parameters, with their shardings.
         """
         self._microbatch, self._task = config.microbatch, task
         self._response_tokens = evaluation.response_tokens
         inserted = inserted_tokens(config, evaluation.response_tokens)
-        whole = lambda tokens: -(-tokens // MULTIPLE) * MULTIPLE
+        round_up = lambda tokens: -(-tokens // MULTIPLE) * MULTIPLE
         self._lengths = {
-            "student": whole(evaluation.prompt_tokens + evaluation.response_tokens),
-            "teacher": whole(config.teacher_prompt_tokens + evaluation.response_tokens + inserted),
+            "student": round_up(evaluation.prompt_tokens + evaluation.response_tokens),
+            "teacher": round_up(
+                config.teacher_prompt_tokens + evaluation.response_tokens + inserted
+            ),
         }
         self._rows = mesh_lib.rows(mesh)
         score = functools.partial(token_kl, policy, config.temperature, config.loss_chunk)
@@ -75,77 +105,81 @@ class DivergenceProbe:
             lowered = jax.jit(score, out_shardings=mesh_lib.replicated(mesh)).lower(
                 abstract_params, abstract_params, rows
             )
-            self._divergence = aot.compiled("probe", lowered)
+            self._token_kl = aot.compiled(ProgramKey(ProgramKind.PROBE), lowered)
 
-    def _collate(self, rows: list[dict[str, Any]]) -> Any:
+    def _collate(self, rows: Sequence[Mapping[str, Any]]) -> Any:
+        """Returns the microbatch of up to m rows."""
         pad_id = self._task.tokenizer.pad_id
         return collate(rows, self._lengths, microbatch=self._microbatch, pad_id=pad_id)
 
     def __call__(
         self,
-        params: Params,
+        *,
+        student: Params,
         teacher: Params,
         rollouts: Rollouts,
-        taught: dict[int, dict[str, Any]],
-    ) -> dict[str, dict[str, list[float]]]:
-        """The mean divergence at each position of the response, by group.
+        taught: Mapping[int, Mapping[str, Any]],
+    ) -> dict[str, Curve]:
+        """Computes the mean divergence at each position of the response, for each outcome.
 
         Args:
-          params: the student's.
-          teacher: the teacher's.
-          rollouts: held-out ones, judged.
-          taught: `Taught.rows` of them; those that are not there are left out.
+          student: parameters of the student.
+          teacher: parameters of the teacher.
+          rollouts: verified held-out rollouts.
+          taught: index of a rollout -> the teacher's part of its row (`Taught.rows`). Rollouts that
+            are absent are left out.
 
         Returns:
-          For each group that occurs, lists over positions: `mean` in nats, its standard error `se`
-          clustered by problem, and the `count` of responses that are so long. Positions that fewer
-          than two problems' responses reach are left out.
+          For each outcome with rollouts of at least two problems, its `by_position` curve. The
+          divergence is in nats.
         """
-        m, chosen = self._microbatch, list(taught)
-        n = len(chosen)
-        values = np.full((n, self._response_tokens), np.nan)
-        for first in range(0, n, m):
-            part = chosen[first : first + m]
-            rows = self._collate(
-                [
-                    taught[i]
-                    | {
-                        "student": self._task.prompt(rollouts.problems[i]),
-                        "response": rollouts.responses[i],
-                    }
-                    for i in part
-                ]
-            )
+        chosen = list(taught)
+        kl_NxR = np.full((len(chosen), self._response_tokens), np.nan)
+        for first in range(0, len(chosen), self._microbatch):
+            part = chosen[first : first + self._microbatch]
+            rows = self._collate([self._row(rollouts, i, taught[i]) for i in part])
             placed = mesh_lib.placed(rows, jax.tree.map(lambda _: self._rows, rows))
-            scored = self._divergence(params, teacher, placed)
-            scored = jax.device_get(scored)
-            for i in range(first, first + len(part)):
-                mask = rows["mask"][i - first]
-                values[i, : mask.sum()] = scored[i - first][mask]
-        ids = np.array([rollouts.problems[i].id for i in chosen])
-        return {
-            outcome: by_position(values[members[chosen]], ids[members[chosen]])
-            for outcome, members in rollouts.judged.outcomes._asdict().items()
-            if len(set(ids[members[chosen]])) > 1
-        }
+            kl_mxT = jax.device_get(self._token_kl(student, teacher, placed))
+            for n in range(len(part)):
+                mask_T = rows["mask"][n]
+                kl_NxR[first + n, : mask_T.sum()] = kl_mxT[n][mask_T]
+        ids_N = np.array([rollouts.problems[i].id for i in chosen])
+        _, outcomes, _ = rollouts.judged
+        curves = {}
+        for outcome, mask in outcomes._asdict().items():
+            mask_N = mask[chosen]
+            if len(set(ids_N[mask_N])) > 1:
+                curves[outcome] = by_position(kl_NxR[mask_N], clusters_N=ids_N[mask_N])
+        return curves
+
+    def _row(self, rollouts: Rollouts, i: int, taught: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the row of a rollout for `collate`."""
+        prompt = self._task.prompt(rollouts.problems[i])
+        return {**taught, "student": prompt, "response": rollouts.responses[i]}
 
 
-def by_position(values: np.ndarray, clusters: np.ndarray) -> dict[str, list[float]]:
-    """Mean, clustered standard error and count of each column of values [N, R].
+def by_position(values_NxR: np.ndarray, *, clusters_N: np.ndarray) -> Curve:
+    """Averages each column of an array, up to the first column with fewer than two clusters.
 
     Args:
-      values: nan where there is none: after a row's end.
-      clusters: [N], rows of one cluster are not independent.
+      values_NxR: one row per response and one column per position; nan after a response's end.
+      clusters_N: the cluster of each row, such as its problem. Rows of the same cluster are not
+        independent.
+
+    Returns:
+      Lists over the columns: `mean`, its standard error `se`, clustered, and `count`, the number
+      of rows that reach the column.
     """
-    curve: dict[str, list[float]] = {"mean": [], "se": [], "count": []}
-    for column in values.T:
-        there = ~np.isnan(column)
-        _, cluster = np.unique(clusters[there], return_inverse=True)
-        counts = np.bincount(cluster)
-        if len(counts) < 2:
+    curve: Curve = {"mean": [], "se": [], "count": []}
+    for column_N in values_NxR.T:
+        reached_N = ~np.isnan(column_N)
+        _, cluster = np.unique(clusters_N[reached_N], return_inverse=True)
+        counts_G = np.bincount(cluster)
+        if len(counts_G) < 2:
             break
-        mean, error = ratio(np.bincount(cluster, weights=column[there]), counts)
+        sums_G = np.bincount(cluster, weights=column_N[reached_N])
+        mean, error = ratio(sums_G, denominator_G=counts_G)
         curve["mean"].append(mean)
         curve["se"].append(error)
-        curve["count"].append(int(there.sum()))
+        curve["count"].append(int(reached_N.sum()))
     return curve

@@ -1,4 +1,4 @@
-"""Epistemic markers: the words with which a model doubts, re-checks, or turns to something else."""
+"""Epistemic markers: words with which a model doubts, checks itself, or changes its approach."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ WORDS = (
     "wait", "hmm", "hold on", "perhaps", "maybe", "possibly", "might", "however", "alternatively",
     "actually", "check", "double-check", "verify", "let me see", "not sure",
 )  # fmt: skip
+# The longest first, so that "double-check" is one marker.
 MARKERS = re.compile(rf"\b({'|'.join(sorted(WORDS, key=len, reverse=True))})\b", re.IGNORECASE)
 
 
 def count(text: str) -> int:
-    """How many there are in a text."""
+    """Returns the number of epistemic markers in a text."""
     return sum(1 for _ in MARKERS.finditer(text))

@@ -1,38 +1,43 @@
-"""The report of a run as one HTML page that needs nothing beside it."""
+"""The HTML page of a run's report. Its template is `templates/run.html.j2`."""
 
 from __future__ import annotations
 
-import html
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from opsd_jax.evaluation import markup, tables
-from opsd_jax.evaluation.markup import card, soft
-
-BARS = soft("Bars are two standard errors.")
-INTERVALS = soft("Bars are 95 % intervals.")
+from opsd_jax.evaluation import examples, markup, tables
+from opsd_jax.evaluation.statistics import Record
+from opsd_jax.stages import algorithm_of
 
 
 def title(stage: dict[str, Any]) -> str:
-    """A stage's name, with its gate if it has one that the name does not tell."""
+    """Returns the name of a stage, with its gate in parentheses unless the name contains it."""
     gate = stage.get("gate")
     return f"{stage['name']} ({gate})" if gate and gate not in stage["name"] else stage["name"]
 
 
-def method(figures: dict[str, Any]) -> str:
-    """How the figures were taken, in a few sentences."""
-    s = figures["stages"][-1] if figures["stages"] else figures["untrained"]
-    return "Nothing has been evaluated yet." if s is None else f"Held out: {tables.method(s)}"
+def arms(changes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the changes that get a section of their own: responses before and after."""
+    return [change for change in changes if algorithm_of(change["algorithm"]).before_and_after]
 
 
-def figure_tables(figures: dict[str, Any]) -> list[tables.Table]:
-    """The run's tables: figures of each stage, and changes from one to the next."""
-    stages = ([figures["untrained"]] if figures["untrained"] else []) + figures["stages"]
-    named = [(title(s), s) for s in stages]
+def method(results: dict[str, Any]) -> str:
+    """Describes how the stages were evaluated, in a few sentences."""
+    summary = results["stages"][-1] if results["stages"] else results["untrained"]
+    if summary is None:
+        return "Nothing has been evaluated yet."
+    return f"Held out: {tables.method(summary)}"
+
+
+def tables_of(results: dict[str, Any]) -> list[tables.Table]:
+    """Returns the tables of a run: the metrics after each stage, and the changes it made."""
+    stages = ([results["untrained"]] if results["untrained"] else []) + results["stages"]
+    named = [(title(stage), stage) for stage in stages]
     extra = {
-        "steps": [str(s["steps"]) for s in stages],
-        "s": [f"{s['seconds']:.0f}" for s in stages],
+        "steps": [str(stage["steps"]) for stage in stages],
+        "s": [f"{stage['seconds']:.0f}" for stage in stages],
     }
-    changed = [(f"{c['from']} → {title(c)}", c) for c in figures["changes"]]
+    changed = [(_arrow(change), change) for change in results["changes"]]
     return [
         tables.correctness(named, "after", extra),
         tables.lengths(named, "after"),
@@ -40,82 +45,93 @@ def figure_tables(figures: dict[str, Any]) -> list[tables.Table]:
     ]
 
 
-def _facts(figures: dict[str, Any]) -> str:
-    """What RLVR and OPSD changed, in large numbers: a card each, the main effect first."""
-    cards = []
-    for c in figures["changes"]:
-        points = f"{tables.number(c['d_accuracy_points'], sign='+')} points"
-        percent = f"{tables.number(c['d_length_percent'], sign='+')} %"
-        first, rest = (
-            (points, f"accuracy, and {percent} length")
-            if c["algorithm"] == "rlvr"
-            else (percent, f"length, and {points} accuracy")
-        )
-        if c["algorithm"] != "sft":
-            cards.append((f"{c['from']} → {title(c)}", first, rest))
-    return markup.facts(cards)
+def _arrow(change: dict[str, Any]) -> str:
+    """Returns what a change leads from and to, as text."""
+    return f"{change['from']} → {title(change)}"
+
+
+def _facts(changes: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Returns the texts that the page prints in large type: the main effects of the stages."""
+    facts = []
+    for change in changes:
+        headline = algorithm_of(change["algorithm"]).headline
+        if not headline:
+            continue
+        points = f"{tables.number(change['d_accuracy_points'], sign='+')} points"
+        percent = f"{tables.number(change['d_length_percent'], sign='+')} %"
+        if headline == "accuracy":
+            first, rest = points, f"accuracy, and {percent} length"
+        else:
+            first, rest = percent, f"length, and {points} accuracy"
+        facts.append({"change": _arrow(change), "headline": first, "rest": rest})
+    return facts
+
+
+def _before_and_after(
+    change: dict[str, Any], plots: Mapping[str, str], responses: Mapping[str, list[Record]]
+) -> dict[str, Any]:
+    """Returns what the section of a change shows."""
+    name, before = change["name"], change["from"]
+    return {
+        "title": title(change),
+        "before": before,
+        "lengths": plots[f"lengths_{name}"],
+        "divergence": plots.get(f"divergence_{name}", ""),
+        "pairs": examples.choose(responses[before], responses[name]),
+    }
 
 
 def _verification(stage: dict[str, Any]) -> str:
+    """Describes the verdicts on a stage's rollouts in a sentence or two; "" without rollouts."""
     if "verdicts" not in stage:
         return ""
     counts = ", ".join(
         f"{count:,} {reason.replace('_', ' ')}"
         for reason, count in sorted(stage["verdicts"].items(), key=lambda item: -item[1])
     )
-    share = stage["verifier_wait_share"]
-    waited = (
-        ""
-        if share is None
-        else f" The device waited {share:.2%} of the time for them, the first step apart."
-    )
-    return soft(f"Verdicts on its rollouts: {counts}.{waited}")
+    text = f"Verdicts on its rollouts: {counts}."
+    waited = stage["verifier_wait_share"]
+    if waited is not None:
+        text += f" The device waited {waited:.2%} of the time for them, the first step apart."
+    return text
 
 
-def render(data: dict[str, Any]) -> str:
-    """The page of what `report.gather` returns."""
-    figures, plots, responses = data["figures"], data["plots"], data["responses"]
-    parts = [
-        "<h1>SFT → RLVR → OPSD</h1>",
-        soft(method(figures)),
-        _facts(figures),
-        "<h2>After each stage</h2>",
-        *(card(table.html()) for table in figure_tables(figures)),
+def _training(results: dict[str, Any], plots: Mapping[str, str]) -> list[dict[str, str]]:
+    """Returns what the page shows of the training of each stage."""
+    return [
+        {
+            "title": title(stage),
+            "plot": plots[f"training_{stage['name']}"],
+            "verification": _verification(stage),
+        }
+        for stage in results["stages"]
+        if f"training_{stage['name']}" in plots
     ]
-    if "stages" in plots:
-        parts.append(card(plots["stages"] + BARS))
-    if figures["note"]:
-        parts.append(soft(figures["note"]))
 
-    arms = [c for c in figures["changes"] if c["algorithm"] == "opsd"]
-    if "gates" in plots:
-        parts += ["<h2>The gates compared</h2>", card(plots["gates"] + INTERVALS)]
-    for change in arms:
-        name, before = change["name"], change["from"]
-        parts.append(f"<h2>{html.escape(title(change))}: before and after</h2>")
-        parts += ["<h3>Response lengths</h3>", card(plots[f"lengths_{name}"])]
-        if f"divergence_{name}" in plots:
-            parts.append("<h3>Divergence from the teacher by position</h3>")
-            caption = (
-                "Each model on its own held-out responses; bands are two standard errors, "
-                "clustered by problem."
-            )
-            parts.append(card(plots[f"divergence_{name}"] + soft(caption)))
-        parts += ["<h3>The same problems, before and after</h3>", soft(markup.EXAMPLES)]
-        pairs = markup.choose(responses[before], responses[name])
-        parts.append(markup.examples((before, title(change)), pairs))
 
-    parts.append("<h2>Training</h2>")
-    for stage in figures["stages"]:
-        if f"training_{stage['name']}" in plots:
-            parts.append(f"<h3>{html.escape(title(stage))}</h3>")
-            parts.append(card(plots[f"training_{stage['name']}"] + _verification(stage)))
-    versions = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
-    parts.append(
-        soft(
-            f"{figures['seconds']:.0f} s in all, compilation and evaluation included; at most "
-            f"{figures['peak_rss_gib']:.1f} GiB of memory. {figures['machine']}; {versions}; "
-            f"{figures['made']}."
-        )
+def _footer(results: dict[str, Any]) -> str:
+    """Describes the time, the memory and the machine of a run."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return (
+        f"{results['seconds']:.0f} s in all, compilation and evaluation included; at most "
+        f"{results['peak_rss_gib']:.1f} GiB of memory. {results['machine']}; {versions}; "
+        f"{results['made']}."
     )
-    return markup.document("opsd_jax report", parts)
+
+
+def render(
+    results: dict[str, Any], plots: Mapping[str, str], responses: Mapping[str, list[Record]]
+) -> str:
+    """Returns the HTML page of a run; the arguments are the fields of `report.Report`."""
+    return markup.render(
+        "run.html.j2",
+        title="opsd_jax report",
+        method=method(results),
+        facts=_facts(results["changes"]),
+        tables=tables_of(results),
+        note=results["note"],
+        plots=plots,
+        arms=[_before_and_after(c, plots, responses) for c in arms(results["changes"])],
+        training=_training(results, plots),
+        footer=_footer(results),
+    )

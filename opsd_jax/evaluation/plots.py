@@ -1,15 +1,17 @@
-"""The report's plots, as SVG text."""
+"""The plots of the reports, as SVG text."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from opsd_jax.stages.algorithm import Curve
 
 BEFORE, AFTER = "#8a94a6", "#1f6feb"
 COLOURS = ("#1f6feb", "#d1242f", "#2da44e", "#9a6700", "#8250df")
@@ -23,13 +25,19 @@ STYLE: Any = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#8a94a6",
     "legend.frameon": False,
-    "svg.hashsalt": "opsd_jax",  # the same figure is the same text
+    "svg.hashsalt": "opsd_jax",  # makes the text of a plot reproducible
     "svg.fonttype": "none",
 }
 
 
 def _svg(draw: Callable[[Any], None], columns: int = 1, width: float = 6.2) -> str:
-    """The SVG of what `draw` puts on `columns` axes side by side."""
+    """Returns a plot as SVG.
+
+    Args:
+      draw: draws on the axes: a single `Axes` for one column, otherwise an array of them.
+      columns: number of axes, which are side by side.
+      width: width of the plot, in inches.
+    """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, 3.1), layout="constrained")
         draw(figure.subplots(1, columns))
@@ -39,7 +47,10 @@ def _svg(draw: Callable[[Any], None], columns: int = 1, width: float = 6.2) -> s
 
 
 def _smooth(values: np.ndarray, width: int) -> np.ndarray:
-    """A running mean over up to `width` values on each side of none: shorter at the ends."""
+    """Returns the running mean of values [N] over a window of 2 * width + 1 values.
+
+    The window is cut off at both ends of the array.
+    """
     sums = np.cumsum(np.concatenate([[0.0], values]))
     i = np.arange(len(values))
     low, high = np.maximum(i - width, 0), np.minimum(i + width + 1, len(values))
@@ -47,7 +58,11 @@ def _smooth(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def stages(summaries: Sequence[dict[str, Any]]) -> str:
-    """Accuracy and mean length of each stage's result, with two standard errors."""
+    """Draws the accuracy and mean response length after each stage, with two standard errors.
+
+    Args:
+      summaries: the summary of each stage, with its `name`.
+    """
 
     def draw(axes):
         names = [s["name"] for s in summaries]
@@ -70,28 +85,37 @@ def stages(summaries: Sequence[dict[str, Any]]) -> str:
     return _svg(draw, columns=2, width=9.6)
 
 
-def curve(rows: Sequence[dict[str, float]], keys: Sequence[tuple[str, str, float]]) -> str:
-    """Metrics of a stage by step, one panel each: (metric, label, scale); raw and smoothed."""
+def training(rows: Sequence[dict[str, float]], curves: Sequence[Curve]) -> str:
+    """Draws training metrics of a stage by step, raw and smoothed, in one panel each.
+
+    Args:
+      rows: the metrics of each step.
+      curves: the metrics to draw. Steps that lack a metric are left out.
+    """
 
     def draw(axes):
-        for axis, (key, label, scale) in zip(np.atleast_1d(axes), keys, strict=True):
-            points = [(row["step"] + 1, row[key] * scale) for row in rows if key in row]
-            step, value = np.array(points).reshape(-1, 2).T  # empty if no batch had an active row
+        for axis, (metric, label, scale) in zip(np.atleast_1d(axes), curves, strict=True):
+            points = [(row["step"] + 1, row[metric] * scale) for row in rows if metric in row]
+            step, value = np.array(points).reshape(-1, 2).T  # there may be no points
             smooth = len(value) // 40 + 1
             axis.plot(step, value, color=AFTER, alpha=0.3, linewidth=1)
             axis.plot(step, _smooth(value, smooth), color=AFTER, linewidth=1.8)
             axis.set_xlabel("step")
             axis.set_ylabel(label)
 
-    return _svg(draw, columns=len(keys), width=9.6)
+    return _svg(draw, columns=len(curves), width=9.6)
 
 
-def lengths(named: dict[str, Sequence[int]]) -> str:
-    """Histograms of response lengths, of one model or of two: before and after."""
+def lengths(named: Mapping[str, Sequence[int]]) -> str:
+    """Draws histograms of response lengths.
+
+    Args:
+      named: name -> lengths in tokens, of one model, or of two: before and after.
+    """
 
     def draw(axis: Axes):
         top = max(map(max, named.values())) + 1
-        width = -(-top // 45)  # a whole number of tokens
+        width = -(-top // 45)  # in whole tokens
         bins = np.arange(0, top + width, width)
         for (name, values), colour in zip(
             named.items(), (BEFORE, AFTER)[-len(named) :], strict=True
@@ -105,9 +129,11 @@ def lengths(named: dict[str, Sequence[int]]) -> str:
     return _svg(draw)
 
 
-def accuracy_and_length(named: dict[str, Sequence[dict[str, Any]]]) -> str:
-    """Accuracy against mean length with two standard errors, of each source: the figures of one
-    model or of two, before and after, joined by a line.
+def accuracy_and_length(named: Mapping[str, Sequence[dict[str, Any]]]) -> str:
+    """Draws accuracy against mean response length for each source, with two standard errors.
+
+    Args:
+      named: source -> its metrics for one model, or for two, which a line joins: before and after.
     """
 
     def draw(axis: Axes):
@@ -134,39 +160,53 @@ def accuracy_and_length(named: dict[str, Sequence[dict[str, Any]]]) -> str:
 
 
 def _number(value: float | None) -> float:
-    """nan for the null that JSON has in its place: no bar is drawn."""
+    """Returns nan for None, which JSON files hold in place of nan. No bar is drawn for it."""
     return np.nan if value is None else value
 
 
 def divergence(curves: dict[str, dict[str, dict[str, list[float]]]]) -> str:
-    """KL(student || teacher) by position, before and after, a panel for each group of rollouts."""
-    groups = [g for g in curves["before"] | curves["after"] if g != "truncated"] or ["truncated"]
+    """Draws KL(student || teacher) by position, before and after, in one panel per outcome.
+
+    Positions that fewer than 10 responses reach are left out. Truncated responses are drawn only if
+    there are no others.
+
+    Args:
+      curves: "before" and "after" -> outcome -> `divergence.by_position`.
+    """
+    found = curves["before"] | curves["after"]
+    outcomes = [outcome for outcome in found if outcome != "truncated"] or ["truncated"]
 
     def draw(axes):
-        for axis, group in zip(np.atleast_1d(axes), groups, strict=True):
+        for axis, outcome in zip(np.atleast_1d(axes), outcomes, strict=True):
             for when, colour in (("before", BEFORE), ("after", AFTER)):
-                if group not in curves[when]:
+                if outcome not in curves[when]:
                     continue
-                mean, error = (np.array(curves[when][group][k]) for k in ("mean", "se"))
-                enough = np.array(curves[when][group]["count"]) >= 10
+                curve = curves[when][outcome]
+                mean, error = np.array(curve["mean"]), np.array(curve["se"])
+                enough = np.array(curve["count"]) >= 10
                 x = np.flatnonzero(enough) + 1
                 mean, error = mean[enough], error[enough]
                 axis.plot(x, mean, color=colour, linewidth=1.6, label=when)
                 axis.fill_between(
                     x, mean - 2 * error, mean + 2 * error, color=colour, alpha=0.2, linewidth=0
                 )
-            axis.set_title(f"{group} rollouts", fontsize=10)
+            axis.set_title(f"{outcome} rollouts", fontsize=10)
             axis.set_xlabel("position in the response")
             axis.legend()
         np.atleast_1d(axes)[0].set_ylabel("KL(student ‖ teacher), nats")
 
-    return _svg(draw, columns=len(groups), width=9.6)
+    return _svg(draw, columns=len(outcomes), width=9.6)
 
 
 def comparison(changes: Sequence[tuple[str, dict[str, Any]]]) -> str:
-    """Change of accuracy against change of length with 95 % intervals, of (name, change)s."""
+    """Draws changes of accuracy against changes of mean length, with 95 % intervals.
 
-    def reach(change: dict[str, Any], name: str) -> list[list[float]]:
+    Args:
+      changes: (name, `comparison.compare`) of each change.
+    """
+
+    def error_bar(change: dict[str, Any], name: str) -> list[list[float]]:
+        """Returns the distances from the change to the lower and upper bound of its interval."""
         low, high = change[f"{name}_low"], change[f"{name}_high"]
         return [[max(change[name] - low, 0)], [max(high - change[name], 0)]]
 
@@ -177,8 +217,8 @@ def comparison(changes: Sequence[tuple[str, dict[str, Any]]]) -> str:
             axis.errorbar(
                 change["d_length_percent"],
                 change["d_accuracy_points"],
-                xerr=reach(change, "d_length_percent"),
-                yerr=reach(change, "d_accuracy_points"),
+                xerr=error_bar(change, "d_length_percent"),
+                yerr=error_bar(change, "d_accuracy_points"),
                 fmt="o",
                 color=colour,
                 capsize=3,

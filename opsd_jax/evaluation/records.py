@@ -1,8 +1,10 @@
-"""The records of an evaluation in its directory: every response, judged, and their figures.
+"""The files of an evaluation: one record per response, the settings, and the summary.
 
-settings.json      what the figures depend on; other settings are refused
-responses.jsonl    a record a response, those of a problem when the last of them is judged
-evaluation.json    the figures and the settings; once it is there the evaluation is done
+settings.json      everything that the responses depend on; a directory with other settings is
+                   refused
+responses.jsonl    one record per response; those of a problem are appended when the last of
+                   them is verified
+evaluation.json    the metrics and the settings; the evaluation is done if it exists
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from opsd_jax.config import ConfigError
+from opsd_jax.data.options import DataOptions
 from opsd_jax.data.task import Task
+from opsd_jax.evaluation.options import EvaluationOptions
+from opsd_jax.evaluation.statistics import Record, Records
+from opsd_jax.options import ConfigError
 from opsd_jax.problem import Problem
 from opsd_jax.rollout.collect import Rollouts
 from opsd_jax.storage import files
@@ -29,49 +33,64 @@ SETTINGS = "settings.json"
 RESPONSES = "responses.jsonl"
 SUMMARY = "evaluation.json"
 
-SAMPLED = 64  # places of a file that its fingerprint looks at
+# `fingerprint` reads this many pieces of a file, each of this many bytes.
+PIECES = 64
+PIECE_BYTES = 4096
 
-# What of `config.evaluation` and of `config.data` the responses depend on.
+# The options of the evaluation and of the data that the responses depend on.
 SAMPLING = ("samples", "temperature", "top_p", "top_k", "min_p", "response_tokens", "seed")
-LATER = {"min_p": 0.0}  # settings that older evaluations lack, as they had them
 PROMPTING = ("prompt", "thinking", "system", "date")
+# Settings that older evaluations did not record, with the values that they used.
+UNRECORDED = {"min_p": 0.0}
 
 
-def records(rollouts: Rollouts, task: Task, samples: int) -> list[dict[str, Any]]:
-    """One JSON-ready record a response. Its text is what the verifier sees."""
+def records(rollouts: Rollouts, task: Task, samples: int) -> list[Record]:
+    """Returns one JSON-ready record per rollout, with the text that the verifier sees.
+
+    Args:
+      rollouts: verified rollouts; the `samples` rollouts of a problem are adjacent.
+      task: the task that the problems belong to.
+      samples: number of responses to each problem.
+    """
     verdicts, outcomes, _ = rollouts.judged
-    extract = as_verifier(task.verify).extract
+    verifier = as_verifier(task.verify)
 
-    def extracted(problem: Problem, response: str) -> dict[str, str | None]:
-        if extract is None:
-            return {}
-        try:
-            return {"extracted": extract(problem, response)}
-        except Exception:  # as where a verifier raises: the response loses by it, nothing else
-            return {"extracted": None}
-
-    def record(i: int, problem: Problem) -> dict[str, Any]:
-        response = task.begun + task.tokenizer.decode(rollouts.responses[i].tolist())
-        return {
+    def record(i: int, problem: Problem) -> Record:
+        tokens = rollouts.responses[i].tolist()
+        response = task.begun + task.tokenizer.decode(tokens)
+        fields: Record = {
             "problem": problem.id,
             "source": problem.source,
             "sample": i % samples,
             "question": problem.question,
             "answer": problem.answer,
             "response": response,
-            "tokens": rollouts.responses[i].tolist(),
-            "length": len(rollouts.responses[i]),
+            "tokens": tokens,
+            "length": len(tokens),
             "correct": bool(outcomes.correct[i]),
             "truncated": bool(outcomes.truncated[i]),
             "verdict": verdicts[i].reason,
-            **extracted(problem, response),
         }
+        if verifier.extract is not None:
+            try:
+                fields["extracted"] = verifier.extract(problem, response)
+            except Exception:  # a verifier that raises costs only this response its answer
+                fields["extracted"] = None
+        return fields
 
     return [record(i, problem) for i, problem in enumerate(rollouts.problems)]
 
 
-def rollouts_of(problems: Sequence[Problem], responses: Sequence[dict[str, Any]]) -> Rollouts:
-    """The rollouts that `records` recorded, of the first problems; without log-probabilities."""
+def rollouts_of(problems: Sequence[Problem], responses: Records) -> Rollouts:
+    """Rebuilds the rollouts of the given problems from their records.
+
+    Args:
+      problems: the problems; records of other problems are ignored.
+      responses: records of an evaluation.
+
+    Returns:
+      The rollouts in the order of the records, without log-probabilities.
+    """
     by_id = {problem.id: problem for problem in problems}
     kept = [record for record in responses if record["problem"] in by_id]
     return Rollouts(
@@ -85,20 +104,23 @@ def rollouts_of(problems: Sequence[Problem], responses: Sequence[dict[str, Any]]
 
 
 def fingerprint(directory: Path) -> str:
-    """A digest of the weights in a directory: of names, sizes and samples of the files' bytes."""
+    """Returns a digest that identifies the weights in a directory.
+
+    It covers the names and sizes of all files and PIECES pieces of the content of each.
+    """
     digest = hashlib.sha256()
     for path in sorted(_files(directory)):
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             digest.update(f"{path.relative_to(directory)} {size}\n".encode())
-            for i in range(SAMPLED):
-                file.seek(size * i // SAMPLED)
-                digest.update(file.read(4096))
+            for i in range(PIECES):
+                file.seek(size * i // PIECES)
+                digest.update(file.read(PIECE_BYTES))
     return digest.hexdigest()[:16]
 
 
 def _files(directory: Path) -> Iterator[Path]:
-    """The files in a directory, if it is one, and in those under it."""
+    """Yields the files in a directory and its subdirectories; none if it is not a directory."""
     for path in directory.iterdir() if directory.is_dir() else ():
         if path.is_dir():
             yield from _files(path)
@@ -107,116 +129,144 @@ def _files(directory: Path) -> Iterator[Path]:
 
 
 def settings(
-    model: str, weights: str, config: ConfigDict, task: Task, problems: Sequence[Problem]
+    model: str,
+    weights: str,
+    *,
+    evaluation: EvaluationOptions,
+    data: DataOptions,
+    dtype: str,
+    task: Task,
+    problems: Sequence[Problem],
 ) -> dict[str, Any]:
-    """What the figures of an evaluation depend on, JSON-ready.
+    """Returns everything that the responses of an evaluation depend on, JSON-ready.
 
     Args:
-      model: which one, for the reader.
-      weights: the `fingerprint` of it, or what else tells it from others.
-      config: of the run; `config.evaluation` says how it is sampled.
-      task: makes the prompts.
-      problems: the evaluated ones.
-
-    Returns:
-      `model` and `weights`, the settings of the sampling, the number of problems, what the prompts
-      are made with, and a digest of prompts and answers.
+      model: name of the model, for the reader. `differences` ignores it.
+      weights: the `fingerprint` of the model; "" if the directory of the evaluation belongs to one
+        model only.
+      evaluation: how the responses are sampled.
+      data: how the prompts are made.
+      dtype: of the model's activations; "" if the model does not say.
+      task: the task that makes the prompts.
+      problems: the problems that are evaluated.
     """
     digest = hashlib.sha256()
     for problem in problems:
         asked = [problem.id, list(task.prompt(problem)), problem.answer]
         digest.update(json.dumps(asked).encode())
-    section = config.evaluation
     return {
         "model": model,
         "weights": weights,
-        "dtype": config.model.get("dtype", ""),
+        "dtype": dtype,
         "problems": len(problems),
-        **{name: section[name] for name in SAMPLING},
-        **{name: config.data[name] for name in PROMPTING},
+        **{name: getattr(evaluation, name) for name in SAMPLING},
+        **{name: getattr(data, name) for name in PROMPTING},
         "prompts_digest": digest.hexdigest()[:16],
     }
 
 
 def check_settings(directory: Path, settings: dict[str, Any]) -> None:
-    """Writes down the settings of an evaluation; a later call compares.
+    """Writes the settings of an evaluation to its directory, or compares them with those in it.
+
+    Args:
+      directory: the directory of the evaluation. It is created if it does not exist.
+      settings: the settings of this evaluation.
 
     Raises:
-      ConfigError: the directory holds an evaluation with other settings, which it lists, or with
-        unknown ones.
+      ConfigError: the directory holds an evaluation with other or with unknown settings.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / SETTINGS
     if not path.exists():
         if (directory / SUMMARY).exists():
             raise ConfigError(
-                f"{directory} holds an evaluation without its {SETTINGS}; expected another "
-                "directory."
+                f"{directory} holds an evaluation without its {SETTINGS}, so it cannot be resumed; "
+                "expected another directory."
             )
         (directory / RESPONSES).unlink(missing_ok=True)
         files.write_atomically(path, files.to_json(settings, indent=2) + "\n")
-    there = files.read_json(path)
-    if different := differences(there, settings):
+    recorded = files.read_json(path)
+    if different := differences(recorded, settings):
         raise ConfigError(
             f"{directory} holds an evaluation with other settings:\n"
-            + "\n".join(f"  {name}: {a!r} there, {b!r} now" for name, a, b in different)
-            + "\nGive the same settings to go on with it, delete it, or choose another directory."
+            + "\n".join(f"  {name}: {a!r} in the directory, {b!r} now" for name, a, b in different)
+            + "\nTo resume it, use the same settings. Otherwise delete the directory or choose "
+            "another one."
         )
 
 
-def resume(directory: Path, samples: int) -> list[dict[str, Any]]:
-    """The records that an evaluation has already. Only problems with all of their samples count: a
-    kill may cut off what follows.
+def resume(directory: Path, samples: int) -> list[Record]:
+    """Reads the records that an interrupted evaluation has written.
+
+    Args:
+      directory: the directory of the evaluation.
+      samples: number of responses to each problem.
+
+    Returns:
+      The records of the problems that are complete. The last problem may lack records, or its last
+      line may be cut off, if the process was killed while it wrote them.
 
     Raises:
-      RecordError: they cannot be read; names the file.
+      RecordError: a complete line of the file is not JSON.
     """
     path = directory / RESPONSES
     if not path.exists():
         return []
-    done = files.read_json_lines(path, "Delete it to sample them again.")
+    done = files.read_json_lines(path, "Delete it to sample its responses again.")
     return done[: len(done) // samples * samples]
 
 
-def differences(there: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """The settings that differ, as (name, there, now), None where one is absent; the name of the
-    model is none of them: a directory may have been moved.
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Returns the settings that differ, as (name, value before, value after).
+
+    The value of a setting that is absent is None. The name of the model is ignored, because a
+    directory may have been moved.
     """
-    names = [name for name in {**there, **now} if name != "model"]
-    both = [(n, there.get(n, LATER.get(n)), now.get(n, LATER.get(n))) for n in names]
-    return [(name, a, b) for name, a, b in both if a != b]
+    names = [name for name in {**before, **after} if name != "model"]
+    value = lambda side, name: side.get(name, UNRECORDED.get(name))
+    values = [(name, value(before, name), value(after, name)) for name in names]
+    return [(name, a, b) for name, a, b in values if a != b]
 
 
-def recorder(directory: Path, responses: list[dict[str, Any]]) -> files.Lines:
-    """The file of the records, of which there are these."""
-    return files.Lines(directory / RESPONSES, _lines(responses))
+def recorder(directory: Path, responses: Records) -> files.Lines:
+    """Opens the file of the records for appending.
+
+    Args:
+      directory: the directory of the evaluation.
+      responses: the records to keep, which replace the content of the file.
+    """
+    return files.Lines(directory / RESPONSES, to_lines(responses))
 
 
-def append(file: files.Lines, made: list[dict[str, Any]]) -> None:
-    """Writes down the records of a problem."""
-    file.write(_lines(made))
+def append(file: files.Lines, made: Records) -> None:
+    """Appends the records of a problem to the file."""
+    file.write(to_lines(made))
 
 
-def rewrite(file: files.Lines, responses: list[dict[str, Any]]) -> None:
-    """Writes down all records, in this order."""
-    file.rewrite(_lines(responses))
+def rewrite(file: files.Lines, responses: Records) -> None:
+    """Replaces the content of the file by all records, in the given order."""
+    file.rewrite(to_lines(responses))
 
 
-def _lines(records: list[dict[str, Any]]) -> str:
-    return "".join(files.to_json(record) + "\n" for record in records)
+def to_lines(responses: Records) -> str:
+    """Returns the lines of `responses.jsonl` for these records."""
+    return "".join(files.to_json(record) + "\n" for record in responses)
 
 
 def finish(directory: Path, summary: dict[str, Any]) -> None:
-    """Writes the summary, whose presence says that the records are all there."""
+    """Writes the summary, which marks the evaluation as done."""
     files.write_atomically(directory / SUMMARY, files.to_json(summary, indent=2) + "\n")
 
 
-def read(directory: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The records of a finished evaluation: `(responses, summary)`.
+def read(directory: Path) -> tuple[list[Record], dict[str, Any]]:
+    """Reads a finished evaluation.
+
+    Returns:
+      (records, summary): the contents of `responses.jsonl` and of `evaluation.json`.
 
     Raises:
-      RecordError: it cannot be read any more; names the file.
+      RecordError: a file is missing or damaged.
     """
-    mend = f"Delete {directory / SUMMARY} and {directory / RESPONSES} to evaluate again."
-    responses = files.read_json_lines(directory / RESPONSES, mend)
+    fix = f"Delete {directory / SUMMARY} and {directory / RESPONSES} to evaluate again."
+    responses = files.read_json_lines(directory / RESPONSES, fix)
     return responses, files.read_json(directory / SUMMARY)

@@ -1,7 +1,7 @@
-"""The report of a run: `report.json` with its figures, `report.md` and plots, and one HTML page.
+"""The report of a run: `report.json`, `report.md`, the plots, and an HTML page.
 
-Everything is read from the working directory, so a report can be made again, also of a run that has
-only done some of its stages.
+Everything is read from the work directory. A report can therefore be written again at any time, and
+also for a run that has finished only some of its stages.
 """
 
 from __future__ import annotations
@@ -10,66 +10,78 @@ import datetime
 import importlib.metadata
 import platform
 from collections import Counter
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
-from opsd_jax.evaluation import comparison, divergence, page, plots
-from opsd_jax.evaluation import records as evaluate
+from opsd_jax.evaluation import comparison, divergence, page, plots, records
+from opsd_jax.evaluation.statistics import Record
+from opsd_jax.stages import algorithm_of
+from opsd_jax.stages.options import StageOptions
 from opsd_jax.storage import files
 from opsd_jax.storage.files import Path
 from opsd_jax.training import metrics as metrics_lib
 
-# By algorithm, what is drawn of its training: (metric, label, scale).
-CURVES: dict[str, list[tuple[str, str, float]]] = {
-    "sft": [("loss", "loss, nats a token", 1), ("token_accuracy", "token accuracy, %", 100)],
-    "rlvr": [("reward", "reward", 1), ("length", "mean length, tokens", 1)],
-    "opsd": [
-        ("token_divergence", "divergence a token, nats", 1),
-        ("length", "mean length, tokens", 1),
-        ("reward", "reward", 1),
-    ],
-}
+
+class Report(NamedTuple):
+    """Everything that a report shows.
+
+    Attributes:
+      results: what `report.json` holds.
+      plots: name -> SVG.
+      responses: name of an evaluation -> its records.
+    """
+
+    results: dict[str, Any]
+    plots: dict[str, str]
+    responses: dict[str, list[Record]]
 
 
-def gather(config: ConfigDict, workdir: Path, untrained: str, note: str) -> dict[str, Any]:
-    """All that a report shows, of the stages that are done.
+def gather(
+    sections: Mapping[str, StageOptions], workdir: Path, untrained: str, note: str
+) -> Report:
+    """Reads the stages that are done, compares them, and draws the plots.
 
     Args:
-      config: of the run.
-      workdir: its directory.
-      untrained: the name of the evaluation of the initial parameters.
-      note: what a reader has to know of the task, or "".
-
-    Returns:
-      `figures`: what `report.json` holds; `plots`: name -> SVG; `responses`: evaluation -> records.
+      sections: name of a stage -> its options, in the order of the run.
+      workdir: the work directory of the run.
+      untrained: name of the evaluation of the initial parameters.
+      note: what a reader has to know about the task; "" for nothing.
     """
     evaluations = {
-        name: evaluate.read(workdir / name)
-        for name in (untrained, *config.stages)
-        if (workdir / name / evaluate.SUMMARY).exists()
+        name: records.read(workdir / name)
+        for name in (untrained, *sections)
+        if (workdir / name / records.SUMMARY).exists()
     }
     stages, changes = [], []
-    for name in config.stages:
+    for name, options in sections.items():
         if name not in evaluations:
             continue
-        section = config[name]
-        own = {"algorithm": section.algorithm, "init_from": section.init_from}
-        if section.algorithm == "opsd":
-            own["gate"] = section.gate
+        own = {"algorithm": options.algorithm, "init_from": options.init_from}
+        reported = algorithm_of(options.algorithm).reported
+        own |= {field: getattr(options, field) for field in reported}
         responses, summary = evaluations[name]
         stages.append(own | summary | verification(metrics_lib.read(workdir / name)))
-        before = section.init_from or untrained
+        before = options.init_from or untrained
         if before in evaluations:
             change = comparison.compare(evaluations[before][0], responses)
             changes.append({"name": name, "from": before, **own, **change})
-    figures = {
+    summaries = {name: summary for name, (_, summary) in evaluations.items()}
+    results = {
         "stages": stages,
         "changes": changes,
-        "untrained": evaluations[untrained][1] if untrained in evaluations else None,
+        "untrained": summaries.get(untrained),
         "note": note,
-        "seconds": sum(summary["seconds"] for _, summary in evaluations.values()),
-        "peak_rss_gib": max((s["peak_rss_gib"] for _, s in evaluations.values()), default=0.0),
+        "seconds": sum(summary["seconds"] for summary in summaries.values()),
+        "peak_rss_gib": max((s["peak_rss_gib"] for s in summaries.values()), default=0.0),
+        **_environment(),
+    }
+    responses_of = {name: responses for name, (responses, _) in evaluations.items()}
+    return Report(results, draw(workdir, stages, changes, responses_of), responses_of)
+
+
+def _environment() -> dict[str, Any]:
+    """Returns the time, the machine and the versions of packages, for `report.json`."""
+    return {
         "made": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
         "versions": {
@@ -77,17 +89,18 @@ def gather(config: ConfigDict, workdir: Path, untrained: str, note: str) -> dict
             for package in ("opsd-jax", "jax", "flax", "optax")
         },
     }
-    judged = {name: evaluation[0] for name, evaluation in evaluations.items()}
-    return {
-        "figures": figures,
-        "plots": draw(workdir, stages, changes, judged),
-        "responses": judged,
-    }
 
 
-def verification(rows: list[dict[str, float]]) -> dict[str, Any]:
-    """Of a stage's metrics, what its rollouts' verdicts were, and the share of its time, the first
-    step apart, that the device waited for them; nothing of a stage without rollouts.
+def verification(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Summarises the verification of a stage's rollouts.
+
+    Args:
+      rows: the metrics of the stage, one dictionary per step.
+
+    Returns:
+      `verdicts`: reason -> number of rollouts with this verdict. `verifier_wait_share`: the
+      fraction of the time that the device waited for verdicts, without the first step; None if
+      there is no later step. Empty for a stage without rollouts.
     """
     verdicts: Counter[str] = Counter()
     for row in rows:
@@ -105,57 +118,70 @@ def verification(rows: list[dict[str, float]]) -> dict[str, Any]:
 
 def draw(
     workdir: Path,
-    stages: list[dict[str, Any]],
-    changes: list[dict[str, Any]],
-    responses: dict[str, list[dict[str, Any]]],
+    stages: Sequence[dict[str, Any]],
+    changes: Sequence[dict[str, Any]],
+    responses: dict[str, list[Record]],
 ) -> dict[str, str]:
-    """The plots, by the name of their file."""
+    """Draws the plots of a report.
+
+    Args:
+      workdir: the work directory of the run.
+      stages, changes: these entries of `report.json`.
+      responses: name of an evaluation -> its records.
+
+    Returns:
+      Name of a plot, which is also the name of its file -> SVG.
+    """
     drawn = {}
     if stages:
         drawn["stages"] = plots.stages([s | {"name": page.title(s)} for s in stages])
-    arms = [c for c in changes if c["algorithm"] == "opsd"]
+    arms = page.arms(changes)
     if len(arms) > 1:
-        drawn["gates"] = plots.comparison([(page.title(c), c) for c in arms])
+        drawn["gates"] = plots.comparison([(page.title(change), change) for change in arms])
     for change in arms:
         name, before = change["name"], change["from"]
-        old, new = ([r["length"] for r in responses[n]] for n in (before, name))
+        old, new = ([record["length"] for record in responses[n]] for n in (before, name))
         drawn[f"lengths_{name}"] = plots.lengths({before: old, page.title(change): new})
         path = workdir / name / divergence.FILE
         if path.exists() and any((curves := files.read_json(path)).values()):
             drawn[f"divergence_{name}"] = plots.divergence(curves)
     for stage in stages:
         if rows := metrics_lib.read(workdir / stage["name"]):
-            drawn[f"training_{stage['name']}"] = plots.curve(rows, CURVES[stage["algorithm"]])
+            curves = algorithm_of(stage["algorithm"]).curves
+            drawn[f"training_{stage['name']}"] = plots.training(rows, curves)
     return drawn
 
 
-def markdown(data: dict[str, Any]) -> str:
-    """The report's tables as Markdown."""
-    figures = data["figures"]
+def markdown(report: Report) -> str:
+    """Returns the text of `report.md`: the tables, the method, the note and the plots."""
     lines = ["# Report"]
-    for table in page.figure_tables(figures):
+    for table in page.tables_of(report.results):
         lines += ["", *table.markdown()]
     lines += [
         "",
-        page.method(figures),
+        page.method(report.results),
         "",
-        figures["note"],
+        report.results["note"],
         "",
-        *(f"![{name.replace('_', ' ')}]({name}.svg)" for name in data["plots"]),
+        *(f"![{name.replace('_', ' ')}]({name}.svg)" for name in report.plots),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def write(config: ConfigDict, workdir: Path, untrained: str, note: str) -> Path:
-    """Writes `workdir/report/`; returns the path of its page."""
-    data = gather(config, workdir, untrained, note)
+def write(sections: Mapping[str, StageOptions], workdir: Path, untrained: str, note: str) -> Path:
+    """Writes the report to `workdir/report/`; the arguments are those of `gather`.
+
+    Returns:
+      The path of the HTML page.
+    """
+    report = gather(sections, workdir, untrained, note)
     directory = workdir / "report"
     directory.mkdir(parents=True, exist_ok=True)
-    figures = files.to_json(data["figures"], indent=2, ensure_ascii=False)
-    files.write_atomically(directory / "report.json", figures + "\n")
-    files.write_atomically(directory / "report.md", markdown(data))
-    for name, svg in data["plots"].items():
+    results = files.to_json(report.results, indent=2, ensure_ascii=False)
+    files.write_atomically(directory / "report.json", results + "\n")
+    files.write_atomically(directory / "report.md", markdown(report))
+    for name, svg in report.plots.items():
         files.write_atomically(directory / f"{name}.svg", svg)
     html = directory / "index.html"
-    files.write_atomically(html, page.render(data))
+    files.write_atomically(html, page.render(report.results, report.plots, report.responses))
     return html

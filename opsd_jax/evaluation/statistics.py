@@ -1,8 +1,8 @@
-"""Figures of an evaluation: pure functions of its records, some responses to each of G problems.
+"""Metrics of an evaluation, as pure functions of its records.
 
-A record is what a line of `responses.jsonl` holds (evaluation/evaluate.py). Responses to one
-problem are not independent, so every standard error is clustered by problem. docs/evaluation.md has
-the equations.
+A record is a line of `responses.jsonl` (evaluation/records.py): one response to one problem.
+Responses to the same problem are not independent, so every standard error is clustered by problem.
+docs/evaluation.md has the equations. In the shapes, G is the number of problems.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from opsd_jax.verify.normalise import normalise
 Record = dict[str, Any]
 Records = Sequence[Record]
 
-# What is counted of a response.
-COUNTED: dict[str, Callable[[Record], float]] = {
+# Count -> its value for one response.
+COUNTS: dict[str, Callable[[Record], float]] = {
     "responses": lambda record: 1,
     "correct": lambda record: record["correct"],
     "truncated": lambda record: record["truncated"],
@@ -32,7 +32,7 @@ COUNTED: dict[str, Callable[[Record], float]] = {
     "markers": lambda record: markers.count(record["response"]),
 }
 
-# Figure -> (numerator, denominator, scale): sums over all responses, divided.
+# Metric -> (numerator, denominator, scale). Both are counts, summed over all responses.
 RATIOS = {
     "accuracy": ("correct", "responses", 1),
     "truncation_rate": ("truncated", "responses", 1),
@@ -44,7 +44,7 @@ RATIOS = {
 
 
 def by_problem(records: Iterable[Record]) -> dict[Any, list[Record]]:
-    """The records of each problem, in the order in which the problems come."""
+    """Groups records by problem; the problems keep the order in which they first occur."""
     grouped: dict[Any, list[Record]] = {}
     for record in records:
         grouped.setdefault(record["problem"], []).append(record)
@@ -52,7 +52,7 @@ def by_problem(records: Iterable[Record]) -> dict[Any, list[Record]]:
 
 
 def by_source(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """The records of each source: benchmark."""
+    """Groups records by the source of their problem, such as a benchmark."""
     grouped: dict[str, list[Record]] = {}
     for record in records:
         grouped.setdefault(record.get("source", ""), []).append(record)
@@ -60,19 +60,34 @@ def by_source(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def sums(grouped: Sequence[Records]) -> dict[str, np.ndarray]:
-    """Of each problem the sum of each of COUNTED over its responses, float64 [G]."""
+    """Sums each count over the responses to each problem.
+
+    Args:
+      grouped: the records of each of G problems.
+
+    Returns:
+      For each of COUNTS its sums, float64 [G].
+    """
     return {
         name: np.array([sum(of(record) for record in group) for group in grouped], np.float64)
-        for name, of in COUNTED.items()
+        for name, of in COUNTS.items()
     }
 
 
-def ratio(numerator_G: np.ndarray, denominator_G: np.ndarray) -> tuple[float, float]:
-    """sum(numerator) / sum(denominator) over problems, and its clustered standard error.
+def ratio(numerator_G: np.ndarray, *, denominator_G: np.ndarray) -> tuple[float, float]:
+    """Divides two sums over problems, and estimates the standard error of the quotient.
 
-    By linearisation: sqrt(G / (G - 1) sum_g (n_g - r d_g)^2) / sum_g d_g. With as many responses to
-    each problem that is, for a mean, the standard deviation of the problems' means over sqrt(G).
-    nan where nothing is counted, and the error of a single problem.
+    The standard error is clustered by problem and comes from linearisation. With n_g and d_g the
+    numerator and denominator of problem g, and r the quotient, it is
+    sqrt(G / (G - 1) sum_g (n_g - r d_g)^2) / sum_g d_g.
+
+    Args:
+      numerator_G: numerators, [G].
+      denominator_G: denominators, [G].
+
+    Returns:
+      (sum(numerator) / sum(denominator), standard error). Both are nan if the denominators sum to
+      0. The standard error is nan for a single problem.
     """
     total, G = denominator_G.sum(), len(denominator_G)
     if not total:
@@ -83,25 +98,43 @@ def ratio(numerator_G: np.ndarray, denominator_G: np.ndarray) -> tuple[float, fl
 
 
 def deviation(residual_G: np.ndarray) -> float:
-    """sqrt(G / (G - 1) sum_g residual_g^2): of a sum over G independent problems."""
+    """Returns the standard error of a sum over G independent problems.
+
+    Args:
+      residual_G: the difference of each problem's term from its expected value, [G].
+    """
     G = len(residual_G)
     return float(np.sqrt(np.square(residual_G).sum() * G / (G - 1)))
 
 
 def pass_at(k: int, *, samples: int, correct: int) -> float:
-    """The chance that k of a problem's samples, drawn without replacement, have a correct one:
-    1 - C(n - c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374). Unbiased for pass@k.
+    """Returns the unbiased estimate of pass@k for one problem: 1 - C(n - c, k) / C(n, k).
+
+    This is the probability that k of the n samples, drawn without replacement, include a correct
+    one.
+
+    Args:
+      k: number of samples that are drawn, at most `samples`.
+      samples: number n of responses to the problem.
+      correct: number c of correct responses.
+
+    Reference: Chen et al. 2021, arXiv 2107.03374, equation 1.
     """
     return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
 def majority(records: Records) -> float:
-    """Whether the answer that most of a problem's responses give is correct, in [0, 1].
+    """Scores the most frequent answer to one problem: 1 if it is correct, 0 if not.
 
-    Correct responses vote for one answer, the others for what they give, in one spelling; those
-    that are truncated or give none do not vote. Of n answers with the most votes each counts 1/n.
+    All correct responses vote for the same answer. An incorrect response votes for the answer that
+    was extracted from it, after normalisation. Truncated responses and responses without an answer
+    do not vote. If several answers tie for the most votes, the score is the fraction of them that
+    is correct.
+
+    Args:
+      records: the responses to the problem, with their extracted answers.
     """
-    votes: Counter[str | None] = Counter()
+    votes: Counter[str | None] = Counter()  # None stands for the correct answer
     for record in records:
         if record["correct"]:
             votes[None] += 1
@@ -113,59 +146,78 @@ def majority(records: Records) -> float:
 
 
 def _lengths(records: Records, suffix: str) -> dict[str, float]:
+    """Returns the median and the 95th percentile of the lengths; nan without records."""
     lengths = [record["length"] for record in records]
-    middle, high = np.percentile(lengths, (50, 95)) if lengths else (math.nan, math.nan)
-    return {f"median_length{suffix}": float(middle), f"p95_length{suffix}": float(high)}
+    median, p95 = np.percentile(lengths, (50, 95)) if lengths else (math.nan, math.nan)
+    return {f"median_length{suffix}": float(median), f"p95_length{suffix}": float(p95)}
 
 
-def figures(records: Records) -> dict[str, Any]:
-    """The figures of one set of records; one at least.
+def _passes(grouped: Sequence[Records]) -> dict[str, dict[str, float]]:
+    """Returns the mean pass@k over problems and its standard error, for k = 1, 2, 4, ..., n."""
+    ones_G = np.ones(len(grouped))
+    samples = min(map(len, grouped))
+    tried = sorted({*(2**i for i in range(samples.bit_length())), samples})
+    correct = [sum(record["correct"] for record in group) for group in grouped]
+    found = {}
+    for k in tried:
+        each = [
+            pass_at(k, samples=len(group), correct=c)
+            for group, c in zip(grouped, correct, strict=True)
+        ]
+        found[str(k)] = ratio(np.array(each), denominator_G=ones_G)
+    return {
+        "pass_at": {k: value for k, (value, _) in found.items()},
+        "pass_at_se": {k: error for k, (_, error) in found.items()},
+    }
+
+
+def metrics(records: Records) -> dict[str, Any]:
+    """Computes the metrics of a set of records.
+
+    Args:
+      records: at least one.
 
     Returns:
-      Each of RATIOS and its error, `..._se`; `median_length`, `p95_length` and the same over the
-      correct responses alone, `..._correct`; `pass_at`, a dictionary from k = 1, 2, 4, ..., n to
-      the value, and `pass_at_se`; `majority` and `majority_se`, if the verifier tells the answer;
-      the numbers of `problems`, of `responses`, and of `samples`, responses a problem (the fewest).
-      Lengths are in tokens, EOS included. nan where there is nothing to tell.
+      A dictionary of these metrics. Lengths are in tokens and include EOS. A metric that cannot be
+      computed, such as the length of correct responses if there are none, is nan.
+      - each of RATIOS, and its standard error `..._se`;
+      - `median_length` and `p95_length` of all responses, and `median_length_correct` and
+        `p95_length_correct` of the correct ones;
+      - `pass_at` and `pass_at_se`, dictionaries from k = "1", "2", "4", ..., n to pass@k;
+      - `majority` and `majority_se`, if every record has an `extracted` answer;
+      - `problems`, `responses` and `samples`: the number of problems, of responses, and of
+        responses to each problem (the minimum if it varies).
     """
     grouped = list(by_problem(records).values())
-    counted = sums(grouped)
+    counts = sums(grouped)
     found: dict[str, Any] = {}
     for name, (numerator, denominator, scale) in RATIOS.items():
-        value, error = ratio(counted[numerator], counted[denominator])
+        value, error = ratio(counts[numerator], denominator_G=counts[denominator])
         found |= {name: scale * value, f"{name}_se": scale * error}
     found |= _lengths(records, "")
     found |= _lengths([record for record in records if record["correct"]], "_correct")
-
-    each = np.ones(len(grouped))
-    samples = min(map(len, grouped))
-    tried = sorted({*(2**i for i in range(samples.bit_length())), samples})
-    passed = {
-        str(k): ratio(
-            np.array(
-                [
-                    pass_at(k, samples=len(group), correct=sum(r["correct"] for r in group))
-                    for group in grouped
-                ]
-            ),
-            each,
-        )
-        for k in tried
-    }
-    found["pass_at"] = {k: value for k, (value, _) in passed.items()}
-    found["pass_at_se"] = {k: error for k, (_, error) in passed.items()}
+    found |= _passes(grouped)
     if all("extracted" in record for record in records):
-        voted = ratio(np.array([majority(group) for group in grouped]), each)
-        found["majority"], found["majority_se"] = voted
+        votes_G = np.array([majority(group) for group in grouped])
+        ones_G = np.ones(len(grouped))
+        found["majority"], found["majority_se"] = ratio(votes_G, denominator_G=ones_G)
     return found | {
         "problems": len(grouped),
-        "samples": samples,
+        "samples": min(map(len, grouped)),
         "responses": len(records),
     }
 
 
 def summarise(records: Records) -> dict[str, Any]:
-    """`figures` of all records, and in `sources` those of each source, where there are several."""
+    """Computes the metrics of all records and of each source.
+
+    Args:
+      records: at least one.
+
+    Returns:
+      `metrics(records)`, and in `sources` a dictionary from source to the metrics of its records.
+      It is empty if there is only one source.
+    """
     sources = by_source(records)
-    several = {name: figures(part) for name, part in sources.items()} if len(sources) > 1 else {}
-    return figures(records) | {"sources": several}
+    several = {name: metrics(part) for name, part in sources.items()} if len(sources) > 1 else {}
+    return metrics(records) | {"sources": several}

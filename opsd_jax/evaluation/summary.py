@@ -1,116 +1,158 @@
-"""The report of one evaluation, `report.md` and `index.html`, and what changed since another."""
+"""The report of one evaluation: `report.md`, `index.html`, the plots, and `comparison.json`."""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from opsd_jax.config import ConfigError
-from opsd_jax.evaluation import comparison, markup, plots, statistics, tables
-from opsd_jax.evaluation import records as evaluate
-from opsd_jax.evaluation.markup import card, soft
+from opsd_jax.evaluation import comparison, examples, markup, plots, records, statistics, tables
+from opsd_jax.evaluation.statistics import Record
+from opsd_jax.options import ConfigError
 from opsd_jax.problem import Problem
 from opsd_jax.storage import files
 from opsd_jax.storage.files import Path
 
 COMPARISON = "comparison.json"
-BARS = "Bars are two standard errors. Hollow: before, where two are compared."
 
 
 def check_comparable(earlier: Path, problems: Sequence[Problem]) -> None:
-    """Raises ConfigError where a directory holds no finished evaluation of these problems."""
-    if not (earlier / evaluate.SUMMARY).is_file():
+    """Checks that a directory holds a finished evaluation of the given problems.
+
+    Args:
+      earlier: the directory of the earlier evaluation.
+      problems: the problems of the present evaluation.
+
+    Raises:
+      ConfigError: the directory holds no finished evaluation, or one of other problems.
+    """
+    if not (earlier / records.SUMMARY).is_file():
         raise ConfigError(
-            f"--compare {earlier} holds no finished evaluation: there is no {evaluate.SUMMARY}; "
+            f"--compare {earlier} holds no finished evaluation: {records.SUMMARY} is missing; "
             "expected the directory of an evaluation or of a stage."
         )
-    there = {record["problem"] for record in evaluate.read(earlier)[0]}
+    before = {record["problem"] for record in records.read(earlier)[0]}
     now = {problem.id for problem in problems}
-    if there != now:
+    if before != now:
         raise ConfigError(
-            f"--compare {earlier} holds an evaluation of other problems: {len(there)} there, "
-            f"{len(now)} now, {len(there & now)} in both; expected the same ones."
+            f"--compare {earlier} holds an evaluation of other problems: it has {len(before)}, "
+            f"this one has {len(now)}, and {len(before & now)} are in both; expected an evaluation "
+            "of the same problems."
         )
 
 
-def compared(was: dict[str, Any], now: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`comparison.compare` of two evaluations with these figures, and `before` and `after`: their
-    models; `settings`: those that differ, as [name, before, after].
+def compared(
+    before: dict[str, Any], after: dict[str, Any], changes: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns what `comparison.json` holds.
+
+    Args:
+      before, after: the summaries of the two evaluations (`evaluation.json`).
+      changes: `comparison.compare` of them.
+
+    Returns:
+      The changes, with the names of the models as `before` and `after`, and the settings that
+      differ as `settings`, a list of [name, value before, value after].
     """
-    different = evaluate.differences(was["settings"], now["settings"])
+    different = records.differences(before["settings"], after["settings"])
     return {
-        "before": was["settings"]["model"],
-        "after": now["settings"]["model"],
+        "before": before["settings"]["model"],
+        "after": after["settings"]["model"],
         "settings": [list(d) for d in different if d[0] != "weights"],
         **changes,
     }
 
 
 def warning(changes: dict[str, Any]) -> str:
-    """That two evaluations were not sampled alike, or ""."""
+    """Returns a warning if the two compared evaluations have different settings, otherwise ""."""
     different = ", ".join(f"{name} {a!r} and {b!r}" for name, a, b in changes["settings"])
     return f"The two evaluations were not sampled alike: {different}." if different else ""
 
 
 def write(directory: Path, earlier: Path | None = None) -> dict[str, Any] | None:
-    """Writes the report of a finished evaluation, and what changed since an `earlier` one, which
-    it returns.
+    """Writes the report of a finished evaluation into its directory.
+
+    Args:
+      directory: the directory of the evaluation.
+      earlier: the directory of a finished evaluation to compare it with; None for none.
+
+    Returns:
+      What `comparison.json` holds; None without an earlier evaluation.
     """
-    responses, figures = evaluate.read(directory)
-    before, was = evaluate.read(earlier) if earlier else ([], None)
-    changes = compared(was, figures, comparison.compare(before, responses)) if was else None
-    if changes:
+    responses, summary = records.read(directory)
+    old_responses, old_summary = records.read(earlier) if earlier else ([], None)
+    changes = None
+    if old_summary:
+        change = comparison.compare(old_responses, responses)
+        changes = compared(old_summary, summary, change)
         files.write_atomically(directory / COMPARISON, files.to_json(changes, indent=2) + "\n")
-    named = tables.with_sources(figures)
+    shown, notes = _tables(summary, changes), _notes(summary, changes)
+    drawn = _draw(responses, summary, old_responses, old_summary)
+    title = f"Evaluation of {summary['name']}"
+    files.write_atomically(directory / "report.md", _markdown(title, shown, notes, drawn))
+    for name, svg in drawn.items():
+        files.write_atomically(directory / f"{name}.svg", svg)
+    page = markup.render(
+        "evaluation.html.j2",
+        title=title,
+        notes=notes,
+        tables=shown,
+        accuracy_length=drawn.pop("accuracy_length"),
+        lengths={name.removeprefix("lengths_"): svg for name, svg in drawn.items()},
+        before=changes and changes["before"],
+        after=changes and changes["after"],
+        pairs=examples.choose(old_responses, responses) if changes else None,
+    )
+    files.write_atomically(directory / "index.html", page)
+    return changes
+
+
+def _tables(summary: dict[str, Any], changes: dict[str, Any] | None) -> list[tables.Table]:
+    """Returns the tables of the report: metrics, lengths, and the changes if there are any."""
+    named = tables.with_sources(summary)
     shown = [tables.correctness(named, "benchmark", {}), tables.lengths(named, "benchmark")]
-    notes = [f"Model: {figures['settings']['model']}.", tables.method(figures)]
     if changes:
         shown.append(tables.changes(tables.with_sources(changes), "change"))
-        notes += [f"Changes: from {changes['before']}.", *filter(None, [warning(changes)])]
-    drawn = _draw(responses, figures, before, was)
+    return shown
 
-    title = f"Evaluation of {figures['name']}"
+
+def _notes(summary: dict[str, Any], changes: dict[str, Any] | None) -> list[str]:
+    """Returns the paragraphs of the report; the first two are about the evaluation itself."""
+    notes = [f"Model: {summary['settings']['model']}.", tables.method(summary)]
+    if changes:
+        notes += [f"Changes: from {changes['before']}.", *filter(None, [warning(changes)])]
+    return notes
+
+
+def _markdown(
+    title: str, shown: Sequence[tables.Table], notes: Sequence[str], drawn: Mapping[str, str]
+) -> str:
+    """Returns the text of `report.md`."""
     lines = [f"# {title}"]
     for block in [*notes[:2], *("\n".join(table.markdown()) for table in shown), *notes[2:]]:
         lines += ["", block]
     lines += ["", *(f"![{name}]({name}.svg)" for name in drawn)]
-    files.write_atomically(directory / "report.md", "\n".join(lines) + "\n")
-    for name, svg in drawn.items():
-        files.write_atomically(directory / f"{name}.svg", svg)
-
-    parts = [f"<h1>{html.escape(title)}</h1>", *map(soft, notes)]
-    parts += [card(table.html()) for table in shown]
-    parts.append("<h2>Accuracy and length</h2>")
-    parts.append(card(drawn.pop("accuracy_length") + soft(BARS)))
-    parts.append("<h2>Response lengths</h2>")
-    for name, svg in drawn.items():
-        parts.append(f"<h3>{html.escape(name.removeprefix('lengths_'))}</h3>{card(svg)}")
-    if changes:
-        parts += ["<h2>The same problems, before and after</h2>", soft(markup.EXAMPLES)]
-        names = changes["before"], changes["after"]
-        parts.append(markup.examples(names, markup.choose(before, responses)))
-    files.write_atomically(directory / "index.html", markup.document(title, parts))
-    return changes
+    return "\n".join(lines) + "\n"
 
 
 def _draw(
-    responses: list[dict[str, Any]],
-    figures: dict[str, Any],
-    before: list[dict[str, Any]],
-    was: dict[str, Any] | None,
+    responses: Sequence[Record],
+    summary: dict[str, Any],
+    old_responses: Sequence[Record],
+    old_summary: dict[str, Any] | None,
 ) -> dict[str, str]:
-    """The plots, by the name of their file."""
-    now, then = figures["sources"] or {"all": figures}, (was or {}).get("sources")
-    points: dict[str, Sequence[dict[str, Any]]] = {
-        name: [*([(then or {"all": was}).get(name, was)] if was else []), part]
-        for name, part in now.items()
-    }
+    """Draws the plots: name of a plot, which is also the name of its file -> SVG."""
+    old_sources = (old_summary or {}).get("sources") or {}
+    points = {}
+    for name, metrics in (summary["sources"] or {"all": summary}).items():
+        old = [old_sources.get(name, old_summary)] if old_summary else []
+        points[name] = [*old, metrics]
     drawn = {"accuracy_length": plots.accuracy_and_length(points)}
-    new, old = statistics.by_source(responses), statistics.by_source(before)
-    for source, records in new.items():
-        sides = {"before": old[source], "after": records} if before else {figures["name"]: records}
-        drawn[f"lengths_{source or 'all'}"] = plots.lengths(
-            {side: [record["length"] for record in part] for side, part in sides.items()}
-        )
+    lengths = lambda part: [record["length"] for record in part]
+    old_by_source = statistics.by_source(old_responses)
+    for source, part in statistics.by_source(responses).items():
+        if old_summary:
+            named = {"before": lengths(old_by_source[source]), "after": lengths(part)}
+        else:
+            named = {summary["name"]: lengths(part)}
+        drawn[f"lengths_{source or 'all'}"] = plots.lengths(named)
     return drawn

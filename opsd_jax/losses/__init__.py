@@ -1,11 +1,13 @@
-"""Loss functions of arrays, without config, model or tokenizer: for train steps of your own.
+"""Loss functions of arrays for your own train step, without a config, model or tokenizer.
 
-Start with `sft`, `policy_gradient`, `opsd` and `joint`. Each takes logits, or a `Head`, from which
-it computes them a chunk of tokens at a time. docs/losses.md has every equation and default.
+Start with `sft`, `policy_gradient`, `opsd` and `joint`. Each of them takes logits, or a `Head` that
+computes the logits of a chunk of tokens at a time. docs/losses.md has all equations and default
+values.
 """
 
 from opsd_jax.losses.advantage import advantages, informative, overlong_penalty
 from opsd_jax.losses.divergence import (
+    DIVERGENCES,
     forward_kl,
     jsd,
     kl_estimates,
@@ -14,8 +16,9 @@ from opsd_jax.losses.divergence import (
     skewed_kl,
     top_k,
 )
-from opsd_jax.losses.fused import Head, token_values, weighted_loss
+from opsd_jax.losses.fused import token_values, weighted_loss
 from opsd_jax.losses.gate import GATES, gate_weights, parse_gate
+from opsd_jax.losses.head import Head
 from opsd_jax.losses.joint import joint
 from opsd_jax.losses.likelihood import entropy, token_logprobs
 from opsd_jax.losses.opsd import OPSD, opsd
@@ -30,6 +33,7 @@ from opsd_jax.losses.result import Loss
 from opsd_jax.losses.sft import sft
 
 __all__ = [
+    "DIVERGENCES",
     "GATES",
     "OPSD",
     "PRESETS",

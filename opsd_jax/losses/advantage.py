@@ -1,4 +1,4 @@
-"""From rewards of rollouts to advantages; on the host (NumPy) or the device (JAX)."""
+"""Advantages of rollouts from their rewards, on the host (NumPy) or the device (JAX)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ SCALES = ("group", "batch", "none")
 def advantages(
     rewards, group_size: int, *, baseline: str = "group", scale: str = "group", eps: float = 1e-6
 ):
-    """How much better than its baseline each rollout was, (r - b) / (s + eps).
+    """Computes the advantage of each rollout over a baseline, (reward - b) / (s + eps).
 
-    | | baseline | scale |
+    A group is the `group_size` rollouts of one prompt. The choices of published algorithms:
+
+    | algorithm | baseline | scale |
     |---|---|---|
     | GRPO (arXiv 2402.03300), DAPO, GSPO, CISPO | group | group |
     | Dr.GRPO (arXiv 2503.20783) | group | none |
@@ -24,34 +26,38 @@ def advantages(
     | REINFORCE++-baseline | group | batch |
 
     Args:
-      rewards: float [N], the rollouts of a problem next to each other.
-      group_size: rollouts of a problem; divides N.
-      baseline: b is the mean of the "group", that of the rest of the group ("leave_one_out"), or
-        that of the "batch".
-      scale: s is the standard deviation within the "group" (ddof 1, as in verl, TRL and Tunix),
-        that of all r - b in the "batch" (ddof 0), or "none": no division.
-      eps: added to s. Rewards that are all equal give zeros.
+      rewards: float [N]. The rollouts of one prompt are adjacent.
+      group_size: rollouts per prompt; divides N.
+      baseline: how b is computed. "group": the mean reward of the group. "leave_one_out": the mean
+        reward of the other rollouts of the group. "batch": the mean reward of the batch.
+      scale: how s is computed. "group": the standard deviation of the group's rewards (ddof 1, as
+        in verl, TRL and Tunix). "batch": the standard deviation of all reward - b (ddof 0). "none":
+        the result is not divided.
+      eps: added to s.
 
     Returns:
-      float [N], of the same kind.
+      float [N], a NumPy or a JAX array like `rewards`. Advantages are exactly 0 where all rewards
+      that are compared are equal.
 
     Raises:
-      ValueError: an option is none of these, `group_size` does not divide N, or is 1 where rollouts
-        of a group are compared.
+      ValueError: an option is unknown, `group_size` does not divide N, or `group_size` is 1 with a
+        baseline that compares the rollouts of a group.
     """
     check_option("baseline", baseline, BASELINES)
     check_option("scale", scale, SCALES)
     check_range("eps", eps, 0)
     if baseline == "batch" and scale == "group":
-        raise ValueError("baseline is 'batch' with scale 'group'; expected 'batch' or 'none'.")
-    groups = _groups(rewards, group_size, at_least=1 if baseline == "batch" else 2)
+        raise ValueError(
+            "scale is 'group' with baseline 'batch'; expected scale 'batch' or 'none'."
+        )
+    groups = _split_into_groups(rewards, group_size, at_least=1 if baseline == "batch" else 2)
     if baseline == "batch":
         differ = groups.max() != groups.min()
         centred = groups - groups.mean()
     else:
         differ = groups.max(axis=1, keepdims=True) != groups.min(axis=1, keepdims=True)
         centred = groups - groups.mean(axis=1, keepdims=True)
-    centred = centred * differ  # a mean is rounded: equal rewards need not be equal to theirs
+    centred = centred * differ  # equal rewards can differ from their mean, which is rounded
     if baseline == "leave_one_out":  # r - (sum - r) / (G - 1) = (r - mean) G / (G - 1)
         centred = centred * (group_size / (group_size - 1))
     if scale == "group":
@@ -61,46 +67,64 @@ def advantages(
     return centred.reshape(-1)
 
 
-def _groups(rewards, group_size: int, at_least: int):
-    """[N / group_size, group_size]."""
+def _split_into_groups(rewards, group_size: int, at_least: int):
+    """Returns rewards [N] as an array [N / group_size, group_size]."""
     if not hasattr(rewards, "reshape"):
         rewards = np.asarray(rewards, np.float32)
     if group_size < at_least or len(rewards) % group_size:
         raise ValueError(
-            f"group_size is {group_size} for {len(rewards)} rewards; it must divide their number, "
-            "and be at least 2 where rollouts of a group are compared."
+            f"group_size is {group_size} for {len(rewards)} rewards; expected a divisor of the "
+            f"number of rewards, at least {at_least}."
         )
     return rewards.reshape(-1, group_size)
 
 
 def informative(rewards, group_size: int):
-    """Which rollouts are of a group whose rewards differ: bool [N].
+    """Returns which rollouts belong to a group whose rewards are not all equal.
 
-    The others have an advantage of 0 from their group. Dynamic sampling (DAPO, arXiv 2503.14476)
-    drops them, and samples others in their place: give `informative(...)` as the row weight. Its
-    rewards are those of correctness, without a punishment of length. NaN differs from everything.
+    A group is the `group_size` rollouts of one prompt. The rollouts of the other groups have an
+    advantage of 0 with a group baseline. DAPO's dynamic sampling (arXiv 2503.14476) drops them and
+    samples other prompts instead. To drop them, pass the result as the `row_weight` of
+    `policy_gradient`.
+
+    Args:
+      rewards: float [N], rewards for correctness only, without a length penalty. The rollouts of
+        one prompt are adjacent. NaN differs from every number, itself included.
+      group_size: rollouts per prompt; divides N.
+
+    Returns:
+      bool [N].
+
+    Raises:
+      ValueError: `group_size` does not divide N.
     """
-    groups = _groups(rewards, group_size, at_least=1)
+    groups = _split_into_groups(rewards, group_size, at_least=1)
     differ = groups.max(axis=1) != groups.min(axis=1)
     return differ.repeat(group_size)
 
 
 def overlong_penalty(lengths, *, max_tokens: int, buffer: int, factor: float = 1.0):
-    """DAPO's soft punishment (arXiv 2503.14476, eq. 13), to be added to the rewards.
+    """Computes DAPO's soft penalty for long responses, to be added to the rewards.
 
-    0 up to max_tokens - buffer tokens, from there falling linearly to -factor at max_tokens, and
-    -factor beyond.
+    The penalty is 0 up to `max_tokens - buffer` tokens, falls linearly to `-factor` at
+    `max_tokens`, and stays at `-factor` beyond.
 
     Args:
-      lengths: number [N], in tokens: never in characters.
-      max_tokens: the budget of a response.
-      buffer: how many tokens before it the punishment begins, in [1, max_tokens].
-      factor: the punishment at the budget.
+      lengths: number [N], response lengths in tokens.
+      max_tokens: the longest allowed response, in tokens.
+      buffer: width of the linear part, in tokens, in [1, max_tokens].
+      factor: magnitude of the penalty at `max_tokens`; not negative.
 
     Returns:
-      float [N], of the kind of `lengths`.
+      float [N], a NumPy or a JAX array like `lengths`.
+
+    Raises:
+      ValueError: `buffer` or `factor` is out of range.
+
+    Reference: DAPO (arXiv 2503.14476), eq. 13.
     """
     check_range("buffer", buffer, 1, max_tokens)
     check_range("factor", factor, 0)
-    over = (lengths * 1.0 - (max_tokens - buffer)) / buffer  # unsigned numbers would wrap
+    # `lengths * 1.0` makes floats: unsigned integers would wrap around in the subtraction.
+    over = (lengths * 1.0 - (max_tokens - buffer)) / buffer
     return -factor * over.clip(0, 1)

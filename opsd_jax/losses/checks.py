@@ -1,4 +1,7 @@
-"""What is wrong with an argument, said at trace time by name, shape and expectation."""
+"""Checks of arguments, made while a loss is traced.
+
+Every error message names the argument, the value or shape found, and what was expected.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,23 @@ import jax
 import jax.numpy as jnp
 
 
-def check_shape(shape: Sequence[int], because: str, **arrays: Any) -> None:
-    """Raises ValueError for the first of `arrays`, by name, whose shape is not `shape`.
+def check_shape(shape: Sequence[int], reason: str, **arrays: Any) -> None:
+    """Raises ValueError if one of `arrays` does not have the given shape.
 
     Args:
-      shape: the one expected.
-      because: what sets it, for the message, such as "the shape of mask".
-      **arrays: name -> array, or None for an argument not given.
+      shape: the expected shape.
+      reason: where the expected shape comes from, for the message, such as "the shape of mask".
+      **arrays: argument name -> array. None stands for an argument that was not given and passes.
     """
     for name, array in arrays.items():
         if array is not None and jnp.shape(array) != tuple(shape):
             raise ValueError(
-                f"{name} has shape {list(jnp.shape(array))}; expected {list(shape)}, {because}."
+                f"{name} has shape {list(jnp.shape(array))}; expected {list(shape)}, {reason}."
             )
 
 
 def check_mask(mask: Any) -> jax.Array:
-    """`mask` as an array; raises ValueError if it is not boolean and of rank 2."""
+    """Returns `mask` as an array. Raises ValueError unless it is boolean and has rank 2."""
     mask = jnp.asarray(mask)
     if mask.ndim != 2 or mask.dtype != jnp.bool_:
         raise ValueError(
@@ -35,18 +38,18 @@ def check_mask(mask: Any) -> jax.Array:
 
 
 def check_row_weight(row_weight: Any, mask: Any) -> None:
-    """Raises ValueError if `row_weight` is neither one number nor one a row."""
+    """Raises ValueError unless `row_weight` is a number or has one for each row of `mask`."""
     if jnp.ndim(row_weight):
-        check_shape(mask.shape[:1], "a number a row of mask", row_weight=row_weight)
+        check_shape(mask.shape[:1], "one number for each row of mask", row_weight=row_weight)
 
 
 def check_option(name: str, value: Any, choices: Collection[Any]) -> None:
-    """Raises ValueError if `value` is not one of `choices`."""
+    """Raises ValueError, with the option's name, if `value` is not one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(str, choices))}.")
 
 
 def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
-    """Raises ValueError if `value` is known and not in [low, high]; NaN is in no range."""
+    """Raises ValueError if `value` is outside [low, high] or NaN. Traced values are not checked."""
     if not isinstance(value, jax.core.Tracer) and not low <= value <= high:
         raise ValueError(f"{name} is {value}; expected a number in [{low}, {high}].")

@@ -1,24 +1,26 @@
-"""Divergences of a student S from a teacher T over the vocabulary, per token and unreduced.
+"""Divergences of a student distribution S from a teacher distribution T, for each token.
 
-With a = log S(v), b = log T(v), each is a sum over words of
+With a = log S(v) and b = log T(v), each divergence is a sum over the vocabulary entries v of
 
     kl_term(x, y, w) = e^x (x - log((1 - w) e^x + w e^y)),
 
-the contribution of a word to KL(X || (1 - w) X + w Y): w = 1 is the plain KL(X || Y).
+which is the contribution of one entry to KL(X || (1 - w) X + w Y). With w = 1 it is KL(X || Y).
 
-| function | equation | here |
+| function | equation | terms |
 |---|---|---|
 | `reverse_kl` | KL(S \\|\\| T) | kl_term(a, b, 1) |
 | `forward_kl` | KL(T \\|\\| S) | kl_term(b, a, 1) |
 | `jsd` | beta KL(T \\|\\| M) + (1 - beta) KL(S \\|\\| M), M = beta T + (1 - beta) S | both, mixed |
 | `skewed_kl` | KL(S \\|\\| alpha T + (1 - alpha) S) | kl_term(a, b, alpha) |
 
-Equal logits give 0 to the last bit, in every form. A word with logit -inf on the side whose
-probability stands before the logarithm has a term of 0 and gradients of 0. If the other side alone
-rules a word out, `reverse_kl` and `forward_kl` are +inf (as they are), the mixtures finite. NaN
-stays NaN.
+All of them have these properties:
 
-Gradients flow to both sides: stop them at the teacher's. They come in reverse mode.
+- Equal logits give exactly 0.
+- An entry with logit -inf on the side of x adds 0 to the value and to the gradients.
+- If only the side of y has -inf, `reverse_kl` and `forward_kl` are +inf by their definition. `jsd`
+  and `skewed_kl` are finite.
+- A NaN logit gives NaN.
+- Gradients flow to both sides, in reverse mode only. Use `jax.lax.stop_gradient` on the teacher.
 """
 
 from __future__ import annotations
@@ -33,28 +35,30 @@ import jax.numpy as jnp
 from opsd_jax.losses.checks import check_option, check_range
 from opsd_jax.losses.likelihood import at_temperature, log_normaliser, token_logprobs
 
-# (log S, log T) of a word -> its term of the divergence.
+# (log S(v), log T(v)) -> the contribution of the vocabulary entry v to the divergence.
 Term = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def reverse_kl(
     *, student_logits: jax.Array, teacher_logits: jax.Array, temperature: float = 1.0
 ) -> jax.Array:
-    """KL(S || T) = sum_v S(v) (log S(v) - log T(v)): OPSD's divergence (arXiv 2605.06188, eq. 1).
+    """Computes KL(S || T) = sum_v S(v) (log S(v) - log T(v)) for each token.
 
-    Mode-seeking: the student leaves what the teacher finds unlikely.
+    This divergence is mode-seeking: the student avoids what the teacher finds unlikely.
 
     Args:
       student_logits: [..., V].
-      teacher_logits: [..., V], over the same words.
-      temperature: above 0; divides the logits of both sides. The result is not multiplied by its
-        square, as in Hinton et al. (arXiv 1503.02531): do that where you want it.
+      teacher_logits: [..., V], over the same vocabulary.
+      temperature: divides the logits of both sides; above 0. The result is not multiplied by its
+        square, which Hinton et al. (arXiv 1503.02531) do.
 
     Returns:
-      float32 [...].
+      float32 [...], in nats.
 
     Raises:
-      ValueError: the shapes differ; names both.
+      ValueError: the shapes of the logits differ.
+
+    Reference: OPSD (arXiv 2605.06188), eq. 1.
     """
     return _divergence(_reverse, student_logits, teacher_logits, temperature)
 
@@ -62,7 +66,21 @@ def reverse_kl(
 def forward_kl(
     *, student_logits: jax.Array, teacher_logits: jax.Array, temperature: float = 1.0
 ) -> jax.Array:
-    """KL(T || S) = sum_v T(v) (log T(v) - log S(v)), mode-covering; otherwise as `reverse_kl`."""
+    """Computes KL(T || S) = sum_v T(v) (log T(v) - log S(v)) for each token.
+
+    This divergence is mode-covering: the student covers everything that the teacher finds likely.
+
+    Args:
+      student_logits: [..., V].
+      teacher_logits: [..., V], over the same vocabulary.
+      temperature: divides the logits of both sides; above 0.
+
+    Returns:
+      float32 [...], in nats.
+
+    Raises:
+      ValueError: the shapes of the logits differ.
+    """
     return _divergence(_forward, student_logits, teacher_logits, temperature)
 
 
@@ -73,15 +91,27 @@ def jsd(
     temperature: float = 1.0,
     beta: float = 0.5,
 ) -> jax.Array:
-    """Generalised Jensen-Shannon divergence (GKD, arXiv 2306.13649, eq. 1); else as `reverse_kl`.
+    """Computes the generalised Jensen-Shannon divergence for each token.
 
-    beta KL(T || M) + (1 - beta) KL(S || M) with M = beta T + (1 - beta) S. As in TRL and Liger,
-    beta = 0 *is defined as* the forward and 1 as the reverse KL. The formula itself goes to 0 at
-    both ends (divided by beta, or 1 - beta, it goes to these), so there is a jump.
+    It is beta KL(T || M) + (1 - beta) KL(S || M) with the mixture M = beta T + (1 - beta) S.
+
+    At the ends the formula would be 0. As in TRL and Liger, beta = 0 is defined as the forward KL
+    and beta = 1 as the reverse KL instead. These are the limits of the formula divided by beta and
+    by 1 - beta, so the result jumps at both ends.
 
     Args:
-      student_logits, teacher_logits, temperature: as in `reverse_kl`.
-      beta: in [0, 1].
+      student_logits: [..., V].
+      teacher_logits: [..., V], over the same vocabulary.
+      temperature: divides the logits of both sides; above 0.
+      beta: weight of the teacher in the mixture, in [0, 1].
+
+    Returns:
+      float32 [...], in nats.
+
+    Raises:
+      ValueError: the shapes of the logits differ, or `beta` is out of range.
+
+    Reference: GKD (arXiv 2306.13649), eq. 1.
     """
     check_range("beta", beta, 0, 1)
     mixed: Term = functools.partial(_jensen_shannon, beta)
@@ -96,15 +126,25 @@ def skewed_kl(
     temperature: float = 1.0,
     alpha: float = 0.5,
 ) -> jax.Array:
-    """KL(S || alpha T + (1 - alpha) S), the reverse KL to a target that stays near the student.
+    """Computes KL(S || alpha T + (1 - alpha) S), a reverse KL to a target near the student.
 
-    DistiLLM's skewed reverse KL (arXiv 2402.03898) and the trust region of TROPD, whose reward is
-    log(alpha T + (1 - alpha) S) - log S. alpha = 1 is `reverse_kl`; it is bounded by
-    -log(1 - alpha). The gradient is that of the whole expression, the S in the target included.
+    It is at most -log(1 - alpha), and alpha = 1 is the reverse KL. The gradient is that of the
+    whole expression: it also flows through S in the target.
 
     Args:
-      student_logits, teacher_logits, temperature: as in `reverse_kl`.
-      alpha: the teacher's share, above 0 and at most 1.
+      student_logits: [..., V].
+      teacher_logits: [..., V], over the same vocabulary.
+      temperature: divides the logits of both sides; above 0.
+      alpha: weight of the teacher in the target, above 0 and at most 1.
+
+    Returns:
+      float32 [...], in nats.
+
+    Raises:
+      ValueError: the shapes of the logits differ, or `alpha` is out of range.
+
+    Reference: the skewed reverse KL of DistiLLM (arXiv 2402.03898). TROPD uses it as a trust
+    region, with the reward log(alpha T + (1 - alpha) S) - log S.
     """
     check_range("alpha", alpha, 1e-6, 1)
     return _divergence(
@@ -120,21 +160,28 @@ def sampled_kl(
     temperature: float = 1.0,
     control_variate: bool = False,
 ) -> jax.Array:
-    """The reverse KL's estimate at the sampled token y, with the policy gradient as its gradient.
+    """Estimates KL(S || T) from one sampled token y, with a policy gradient as its gradient.
 
-    The value is log S(y) - log T(y) (k1 of `kl_estimates`): unbiased for KL(S || T) if y was drawn
-    from S, and of either sign. Differentiating it would say nothing about the teacher; its gradient
-    here is -A d log S(y) with the advantage A = log T(y) - log S(y) held fixed, unbiased for that
-    of the reverse KL (arXiv 2605.06188, eq. 3; SDPO, Tinker, verl).
+    The value is log S(y) - log T(y), the estimate k1 of `kl_estimates`. It is unbiased if y is
+    sampled from S, and it can be negative. The derivative of this value would not depend on the
+    teacher. The gradient is therefore defined as -A d log S(y), with the advantage A = log T(y) -
+    log S(y) held fixed, which is an unbiased estimate of the gradient of KL(S || T).
 
     Args:
-      student_logits, teacher_logits, temperature: as in `reverse_kl`.
-      tokens: int [...], drawn from the student at that temperature, without truncation.
-      control_variate: add KL(S || T) to A (vOPD, arXiv 2605.07865), which then has mean 0: less
-        variance, the same expectation.
+      student_logits: [..., V].
+      teacher_logits: [..., V], over the same vocabulary.
+      tokens: int [...], sampled from the student at this temperature without top-k or top-p.
+      temperature: divides the logits of both sides; above 0.
+      control_variate: whether to add KL(S || T) to A (vOPD, arXiv 2605.07865). A then has a mean of
+        0, which reduces the variance and does not change the expectation.
 
     Returns:
-      float32 [...].
+      float32 [...], in nats.
+
+    Raises:
+      ValueError: the shapes of the arguments do not match.
+
+    Reference: OPSD (arXiv 2605.06188), eq. 3. SDPO, Tinker and verl use the same form.
     """
     student = token_logprobs(student_logits, tokens, temperature)
     teacher = token_logprobs(teacher_logits, tokens, temperature)
@@ -148,11 +195,39 @@ def sampled_kl(
     return k1 - advantage * (student - jax.lax.stop_gradient(student))
 
 
-def kl_estimates(student_logprobs: jax.Array, teacher_logprobs: jax.Array) -> dict[str, jax.Array]:
-    """Estimates of KL(S || T) from log-probabilities of tokens drawn from S, of any shape.
+# The divergences that `OPSD.divergence` can name. To add one, write its function and add a line
+# here, or, from your own code, `losses.DIVERGENCES["name"] = function`. The signature is
+#
+#     function(*, student_logits, teacher_logits) -> float32 [...]
+#
+# with float32 logits [..., V] of any leading shape, and one result for each token. The logits are
+# already divided by the temperature. With `top_k` they are log-probabilities of the chosen entries
+# instead. The function may have more parameters: `tokens` receives the response tokens, int [...],
+# and a parameter with the name of a field of `OPSD`, such as `beta`, receives that option.
+DIVERGENCES: dict[str, Callable[..., jax.Array]] = {
+    "reverse_kl": reverse_kl,
+    "forward_kl": forward_kl,
+    "jsd": jsd,
+    "skewed_kl": skewed_kl,
+    "sampled_kl": sampled_kl,
+}
 
-    Schulman, "Approximating KL divergence" (2020): with d = log S - log T, `k1` = d is unbiased,
-    `k2` = d^2 / 2 biased with less variance, `k3` = e^-d - 1 + d unbiased and never negative.
+
+def kl_estimates(
+    *, student_logprobs: jax.Array, teacher_logprobs: jax.Array
+) -> dict[str, jax.Array]:
+    """Estimates KL(S || T) from the log-probabilities of tokens that were sampled from S.
+
+    Args:
+      student_logprobs: log S(y) of the sampled tokens, of any shape, in nats.
+      teacher_logprobs: log T(y) of the same tokens.
+
+    Returns:
+      Three estimates of the shape of the arguments, with d = log S(y) - log T(y). "k1" is d and
+      unbiased. "k2" is d^2 / 2, biased and with less variance. "k3" is e^-d - 1 + d, unbiased and
+      never negative.
+
+    Reference: Schulman, "Approximating KL divergence" (2020).
     """
     d = student_logprobs - teacher_logprobs
     return {"k1": d, "k2": d * d / 2, "k3": jnp.expm1(-d) + d}
@@ -170,73 +245,86 @@ def top_k(
     support: str = "teacher",
     rest: str = "bucket",
 ) -> tuple[jax.Array, jax.Array]:
-    """Both distributions over the k likeliest words, for any of the divergences here.
+    """Restricts two distributions to the k most likely vocabulary entries of one of them.
 
-    Divide by the temperature first. With `rest="bucket"` the divergence of the result is a lower
-    bound of that over all words, and never negative (the data-processing inequality); renormalised
-    it is not a bound, and on the student's support its gradient is biased.
+    The results can be passed as logits to the divergences of this module. If you use a temperature,
+    divide the logits by it before this function.
+
+    With `rest="bucket"`, a divergence of the results is never negative and is a lower bound of the
+    divergence over the whole vocabulary (by the data-processing inequality). With
+    `rest="renormalise"` it is not a bound, and with the student's support its gradient is biased.
 
     Args:
       student_logits: [..., V].
-      teacher_logits: [..., V].
-      k: how many words, at least 1; all if it is V or more.
-      support: whose k likeliest: "teacher" (NeMo-RL, verl, Tinker), "student" (SDPO, TRL) or
-        "union" of both (miles).
-      rest: what becomes of the other words' probability: "bucket", one more word with all of it
-        (SDPO), or "renormalise" (siyan-zhao/OPSD, Tinker).
+      teacher_logits: [..., V], over the same vocabulary.
+      k: number of entries, at least 1.
+      support: which entries are kept: the k most likely entries of the "teacher", of the "student",
+        or the "union" of both.
+      rest: what happens to the probability of the other entries. "bucket": it becomes one
+        additional entry (SDPO). "renormalise": the kept probabilities are scaled to a sum of 1
+        (siyan-zhao/OPSD, Tinker).
 
     Returns:
-      Float32 log-probabilities `(student, teacher)` [..., K] over the same words; K is k, or 2 k
-      for the union (words that both have stand once, and at -inf in the second half), and one more
-      with a bucket. At least 1e-7 is left for a bucket.
+      `(student, teacher)`: float32 log-probabilities [..., K] over the same entries. K is k, or 2 k
+      for the union, and one more with a bucket. In a union, the second copy of an entry that both
+      sides have is -inf. A bucket has a probability of at least 1e-7.
 
     Raises:
-      ValueError: the shapes differ, or an option is none of these.
+      ValueError: the shapes of the logits differ, `k` is below 1, or an option is unknown.
     """
     _check_same_vocabulary(student_logits, teacher_logits)
     check_option("support", support, SUPPORTS)
     check_option("rest", rest, RESTS)
     if k < 1:
-        raise ValueError(f"k is {k}; expected at least 1 word.")
+        raise ValueError(f"k is {k}; expected at least 1 vocabulary entry.")
     k = min(k, student_logits.shape[-1])
     student_logits, teacher_logits = (
         at_temperature(student_logits, 1),
         at_temperature(teacher_logits, 1),
     )
+    entries, repeated = _support(support, student_logits, teacher_logits, k)
+    return (
+        _restricted(student_logits, entries, repeated, rest),
+        _restricted(teacher_logits, entries, repeated, rest),
+    )
 
-    def likeliest(logits):
+
+def _support(support: str, student_logits, teacher_logits, k: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the kept vocabulary entries, int32 [..., K], and which of them are second copies."""
+
+    def most_likely(logits):
         return jax.lax.top_k(jax.lax.stop_gradient(logits), k)[1]
 
     if support == "union":
-        first, second = likeliest(teacher_logits), likeliest(student_logits)
-        words = jnp.concatenate([first, second], axis=-1)
+        first, second = most_likely(teacher_logits), most_likely(student_logits)
+        entries = jnp.concatenate([first, second], axis=-1)
         again = (second[..., :, None] == first[..., None, :]).any(axis=-1)
-        repeated = jnp.concatenate([jnp.zeros_like(again), again], axis=-1)
-    else:
-        words = likeliest(teacher_logits if support == "teacher" else student_logits)
-        repeated = jnp.zeros(words.shape, bool)
+        return entries, jnp.concatenate([jnp.zeros_like(again), again], axis=-1)
+    entries = most_likely(teacher_logits if support == "teacher" else student_logits)
+    return entries, jnp.zeros(entries.shape, bool)
 
-    def restrict(logits):
-        chosen = jnp.take_along_axis(logits, words, axis=-1) - log_normaliser(logits)[..., None]
-        chosen = jnp.where(repeated, -jnp.inf, chosen)
-        if rest == "renormalise":
-            return chosen - log_normaliser(chosen)[..., None]
-        covered = jnp.minimum(log_normaliser(chosen), -1e-7)
-        return jnp.concatenate([chosen, jnp.log(-jnp.expm1(covered))[..., None]], axis=-1)
 
-    return restrict(student_logits), restrict(teacher_logits)
+def _restricted(logits, entries, repeated, rest: str) -> jax.Array:
+    """Returns the log-probabilities of the kept entries, and of the bucket if there is one."""
+    chosen = jnp.take_along_axis(logits, entries, axis=-1) - log_normaliser(logits)[..., None]
+    chosen = jnp.where(repeated, -jnp.inf, chosen)
+    if rest == "renormalise":
+        return chosen - log_normaliser(chosen)[..., None]
+    covered = jnp.minimum(log_normaliser(chosen), -1e-7)
+    return jnp.concatenate([chosen, jnp.log(-jnp.expm1(covered))[..., None]], axis=-1)
 
 
 def _check_same_vocabulary(student_logits: Any, teacher_logits: Any) -> None:
     if jnp.shape(student_logits) != jnp.shape(teacher_logits):
         raise ValueError(
-            f"student_logits{list(jnp.shape(student_logits))} and teacher_logits"
-            f"{list(jnp.shape(teacher_logits))} differ: they score the same tokens over one "
-            "vocabulary. Where one is padded to more words, pad the other with -inf."
+            f"student_logits has shape {list(jnp.shape(student_logits))} and teacher_logits has "
+            f"shape {list(jnp.shape(teacher_logits))}; expected equal shapes. If one vocabulary is "
+            "padded, pad the other logits with -inf."
         )
 
 
 def _divergence(term: Term, student_logits, teacher_logits, temperature) -> jax.Array:
+    """Sums a term over the vocabulary, after the check of shapes and the temperature."""
     _check_same_vocabulary(student_logits, teacher_logits)
     return _sum_of_terms(
         term,
@@ -247,10 +335,10 @@ def _divergence(term: Term, student_logits, teacher_logits, temperature) -> jax.
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sum_of_terms(term: Term, student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
-    """sum_v term(log S(v), log T(v)), of float32 logits [..., V].
+    """Computes sum_v term(log S(v), log T(v)), float32 [...], for float32 logits [..., V].
 
-    The backward pass computes softmaxes and terms anew from the logits: at V = 151,936 an array
-    that is not kept is worth more than the exponentials.
+    The backward pass recomputes the softmaxes and the terms from the logits. With a vocabulary of
+    151,936 entries, storing another array [..., V] costs more than computing it again.
     """
     return _sum_of_terms_fwd(term, student_logits, teacher_logits)[0]
 
@@ -265,24 +353,28 @@ def _sum_of_terms_fwd(term, student_logits, teacher_logits):
 def _sum_of_terms_bwd(term, residuals, cotangent):
     student_logits, teacher_logits, totals, value = residuals
 
-    def derivative(totals, side):
+    def slope_and_probability(totals, side):
+        """Returns the derivative of each term by log S(v) or log T(v), and that probability."""
         log_s, log_t = student_logits - totals[0][..., None], teacher_logits - totals[1][..., None]
-        along = [
+        tangents = [
             jnp.ones_like(x) if i == side else jnp.zeros_like(x)
             for i, x in enumerate((log_s, log_t))
         ]
-        return jax.jvp(term, (log_s, log_t), tuple(along))[1], jnp.exp((log_s, log_t)[side])
+        return jax.jvp(term, (log_s, log_t), tuple(tangents))[1], jnp.exp((log_s, log_t)[side])
 
     gradients = []
-    # Each pass over the vocabulary takes the result of the one before, times 0, so that XLA neither
-    # runs them at once nor keeps an array for both: three arrays [..., V] at a time, not five.
+    # Adding 0 times the result of the previous pass over the vocabulary orders the four passes.
+    # Without that, XLA runs them together, or stores an array for two of them, and needs five
+    # arrays [..., V] at a time instead of three. XLA cannot drop the product, because 0 times NaN
+    # or infinity is NaN. An `optimization_barrier` would order the passes too, but it would change
+    # the gradients of an infinite divergence, which are NaN in every entry.
     after = 0 * value
     for side in (0, 1):
         totals = tuple(n + after for n in totals)
-        total = jnp.sum(derivative(totals, side)[0], axis=-1)
+        total = jnp.sum(slope_and_probability(totals, side)[0], axis=-1)
         after = 0 * total
         totals = tuple(n + after for n in totals)
-        slope, probability = derivative(totals, side)
+        slope, probability = slope_and_probability(totals, side)
         gradients.append(cotangent[..., None] * (slope - probability * total[..., None]))
     return tuple(gradients)
 
@@ -291,16 +383,17 @@ _sum_of_terms.defvjp(_sum_of_terms_fwd, _sum_of_terms_bwd)
 
 
 def _kl_term(x: jax.Array, y: jax.Array, weight: float) -> jax.Array:
-    """e^x (x - log((1 - weight) e^x + weight e^y)); 0 where e^x is."""
-    possible = jnp.exp(x) != 0  # not > 0: NaN is no impossible word
-    # `where` on the inputs too: 0 * inf in the branch not taken would still make NaN gradients.
+    """Computes e^x (x - log((1 - weight) e^x + weight e^y)), and 0 where e^x is 0."""
+    possible = jnp.exp(x) != 0  # `> 0` would hide a NaN
+    # The inputs are replaced too: in the branch that `where` does not take, 0 * inf would still
+    # make the gradients NaN.
     x, y = jnp.where(possible, x, 0.0), jnp.where(possible, y, 0.0)
     gap = x - y if weight == 1 else -_log_mix(y - x, weight)
     return jnp.where(possible, jnp.exp(x) * gap, 0.0)
 
 
 def _log_mix(d: jax.Array, weight: float) -> jax.Array:
-    """log((1 - weight) + weight e^d), exactly 0 at d = 0 and without overflow."""
+    """Computes log((1 - weight) + weight e^d) without overflow; exactly 0 at d = 0."""
     positive = d > 0
     above, below = jnp.where(positive, d, 0.0), jnp.where(positive, 0.0, d)
     return jnp.where(
@@ -311,13 +404,16 @@ def _log_mix(d: jax.Array, weight: float) -> jax.Array:
 
 
 def _reverse(log_s: jax.Array, log_t: jax.Array) -> jax.Array:
+    """Returns the terms of KL(S || T)."""
     return _kl_term(log_s, log_t, 1.0)
 
 
 def _forward(log_s: jax.Array, log_t: jax.Array) -> jax.Array:
+    """Returns the terms of KL(T || S)."""
     return _kl_term(log_t, log_s, 1.0)
 
 
 def _jensen_shannon(beta: float, log_s: jax.Array, log_t: jax.Array) -> jax.Array:
+    """Returns the terms of the generalised Jensen-Shannon divergence."""
     teacher = _kl_term(log_t, log_s, 1 - beta)
     return beta * teacher + (1 - beta) * _kl_term(log_s, log_t, beta)

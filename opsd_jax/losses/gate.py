@@ -1,19 +1,23 @@
-"""The gate: which rollouts train, and how much, by their verdict."""
+"""The correctness gate: how much a rollout counts in the OPSD loss, given its outcome."""
 
 from __future__ import annotations
 
+# Weights of correct, incorrect and truncated rollouts (arXiv 2605.06188).
 GATES = {
     "correct": (1.0, 0.0, 0.0),  # the paper's Correct-only
-    "incorrect": (0.0, 1.0, 1.0),  # its Incorrect-only: one that ran out of room is not correct
-    "all": (1.0, 1.0, 1.0),  # plain OPSD
+    "incorrect": (0.0, 1.0, 1.0),  # the paper's Incorrect-only; truncated rollouts are not correct
+    "all": (1.0, 1.0, 1.0),  # OPSD without a gate
 }
 
 
 def parse_gate(text: str) -> tuple[float, float, float]:
-    """The weights `(correct, incorrect, truncated)` of a gate's name or of text as "1,0.5,0".
+    """Returns the gate weights `(correct, incorrect, truncated)` that a string describes.
+
+    Args:
+      text: a name in `GATES`, or three numbers with commas, such as "1,0.5,0".
 
     Raises:
-      ValueError: neither, or a weight is negative or not finite, or all are zero.
+      ValueError: `text` is neither, a weight is negative or not finite, or all weights are 0.
     """
     if text in GATES:
         return GATES[text]
@@ -24,11 +28,20 @@ def parse_gate(text: str) -> tuple[float, float, float]:
     if len(weights) != 3 or not all(0 <= w < float("inf") for w in weights) or not any(weights):
         raise ValueError(
             f"gate is {text!r}; expected one of {', '.join(GATES)}, or three weights for correct, "
-            "incorrect, truncated, none negative and not all zero, such as '1,0.5,0'."
+            "incorrect and truncated rollouts, such as '1,0.5,0' (not negative, not all zero)."
         )
     return weights
 
 
 def gate_weights(correct, incorrect, truncated, gate: tuple[float, float, float]):
-    """The weight of each rollout, float [N], from the disjoint boolean masks [N] of the groups."""
+    """Computes the weight that a gate gives each rollout, on NumPy or JAX arrays.
+
+    Args:
+      correct, incorrect, truncated: outcome masks, bool [N] each. At most one of them is true for a
+        rollout.
+      gate: weights of correct, incorrect and truncated rollouts; see `GATES` and `parse_gate`.
+
+    Returns:
+      float [N]. A rollout with no outcome has weight 0.
+    """
     return gate[0] * correct + gate[1] * incorrect + gate[2] * truncated

@@ -1,4 +1,4 @@
-"""RLVR and OPSD in one step: policy gradient on all rollouts, distillation on those of the gate."""
+"""RLVR and OPSD in one step: a policy gradient and a distillation loss on the same rollouts."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from opsd_jax.losses.checks import check_range
-from opsd_jax.losses.fused import Scores, weighted_loss, where_live
-from opsd_jax.losses.opsd import OPSD, Groups, opsd_inputs, opsd_token_loss, opsd_weights
+from opsd_jax.losses.fused import TokenLoss, masked_values, weighted_loss
+from opsd_jax.losses.head import LogitsOrHead
+from opsd_jax.losses.opsd import OPSD, Outcomes, opsd_inputs, opsd_token_loss, opsd_weights
 from opsd_jax.losses.policy_gradient import PolicyGradient, policy_inputs, policy_token_loss
 from opsd_jax.losses.reduction import token_weights, weighted_sum
 from opsd_jax.losses.result import Loss
@@ -16,12 +17,12 @@ from opsd_jax.losses.result import Loss
 
 def joint(
     *,
-    student: Scores,
-    teacher: Scores,
+    student: LogitsOrHead,
+    teacher: LogitsOrHead,
     tokens: jax.Array,
     mask: jax.Array,
     advantages: jax.Array,
-    groups: Groups,
+    outcomes: Outcomes,
     behaviour_logprobs: jax.Array,
     old_logprobs: jax.Array | None = None,
     reference_logprobs: jax.Array | None = None,
@@ -35,50 +36,58 @@ def joint(
     chunk: int | None = None,
     partition: P | None = None,
 ) -> tuple[Loss, Loss, Loss]:
-    """policy_weight * policy gradient + distillation_weight * OPSD, on the same rollouts.
+    """Computes policy_weight * policy gradient + distillation_weight * OPSD on the same rollouts.
 
-    Both are divided by the number of *all* rollouts (or of all their tokens): one behind the gate
-    counts with a distillation of 0, one with a row weight of 0 with a loss of 0. So a batch in
-    which few are correct distils less, and the sum has one normaliser. The student's head is
-    multiplied once for both.
+    Both parts are divided by the number of all rollouts (or of all their tokens, with aggregation
+    "token"). A rollout that the gate drops counts with a divergence of 0, and a rollout with a row
+    weight of 0 counts with a policy loss of 0. A batch with few correct rollouts therefore distils
+    less. The student's logits are computed once for both parts.
 
     Args:
-      student, tokens, mask, advantages, behaviour_logprobs, old_logprobs, reference_logprobs,
-        row_weight: as in `policy_gradient`, of which the row weight is alone: an all-correct group
-        has no signal for it, and is what OPSD wants.
-      teacher, groups, distillation_row_weight: as in `opsd`.
-      policy: of the policy gradient.
-      distillation: of OPSD, with the same aggregation and length.
-      policy_weight, distillation_weight: not negative; may be traced, for a schedule.
-      temperature, chunk, partition: of both.
+      student: logits [B, T, V], or a `Head` that computes them. Logits at column t predict
+        `tokens[:, t]`.
+      teacher: the same for the teacher, whose prompt has privileged context. It gets no gradients.
+      tokens: int [B, T], the sampled token ids.
+      mask: bool [B, T], the response tokens.
+      advantages: float [B] or [B, T], for example `policy.advantages(rewards, group_size)`.
+      outcomes: masks (correct, incorrect, truncated), bool [B] each. At most one is true for a row.
+      behaviour_logprobs: float [B, T], log-probabilities of the tokens when they were sampled, at
+        `temperature`.
+      old_logprobs: float [B, T], the same as the trainer computes them before the first update; the
+        policy ratio is relative to these, or to `behaviour_logprobs` if None.
+      reference_logprobs: float [B, T], log-probabilities under the reference model; needed if
+        `kl_coefficient` is not 0.
+      row_weight: float [B], or one number for all rows; the row weight of the policy gradient only.
+        A group of correct rollouts has no signal for the policy gradient, but OPSD can use it.
+      distillation_row_weight: float [B], or one number for all rows; the row weight of OPSD only.
+      policy: options of the policy gradient.
+      distillation: options of OPSD, with the same aggregation and length.
+      policy_weight, distillation_weight: weights of the two parts; not negative. They may be
+        traced, for a schedule.
+      temperature: divides the logits of both sides; use the temperature of the sampling.
+      chunk: tokens that are computed at once with a `Head`. None chooses it; see `weighted_loss`.
+      partition: how [B, T] is split over the mesh in context; see `weighted_loss`.
 
     Returns:
-      Three `Loss`es: the objective, and for diagnostics the policy gradient and the OPSD loss, as
-      `policy_gradient` and `opsd` return them, but without gradients.
+      Three `Loss`es: the objective, and for diagnostics its policy-gradient part and its OPSD part,
+      as `policy_gradient` and `opsd` return them. Only the objective has gradients.
 
     Raises:
-      ValueError: as these two; or their aggregations differ.
+      ValueError: the shape of an argument is wrong, an option is invalid, an argument that the
+        options need is missing, or the two aggregations differ.
     """
-    check_range("policy_weight", policy_weight, 0)
-    check_range("distillation_weight", distillation_weight, 0)
-    ways = [(o.aggregation, o.length) for o in (policy, distillation)]
-    if ways[0] != ways[1]:
-        raise ValueError(
-            f"policy aggregates by {ways[0]} and distillation by {ways[1]} (aggregation, length); "
-            "expected the same, since the sum has one normaliser."
-        )
+    _check_options(policy, distillation, policy_weight, distillation_weight)
     weights, total = token_weights(
         mask, row_weight, aggregation=policy.aggregation, length=policy.length
     )
-    _, everything = token_weights(mask, aggregation=policy.aggregation, length=policy.length)
-    opsd_weight, opsd_total = opsd_weights(mask, groups, distillation_row_weight, distillation)
+    _, all_total = token_weights(mask, aggregation=policy.aggregation, length=policy.length)
+    opsd_weight, opsd_total = opsd_weights(mask, outcomes, distillation_row_weight, distillation)
+    rollouts = {"tokens": tokens, "mask": mask, "behaviour_logprobs": behaviour_logprobs}
     inputs = {
         "policy": policy_inputs(
+            **rollouts,
             student=student,
-            tokens=tokens,
-            mask=mask,
             advantages=advantages,
-            behaviour_logprobs=behaviour_logprobs,
             old_logprobs=old_logprobs,
             reference_logprobs=reference_logprobs,
             options=policy,
@@ -86,35 +95,76 @@ def joint(
             chunk=chunk,
             partition=partition,
         ),
-        "opsd": opsd_inputs(mask, groups, tokens, behaviour_logprobs, distillation),
+        "opsd": opsd_inputs(**rollouts, outcomes=outcomes, options=distillation),
         "weights": (weights, opsd_weight),
     }
-    policy_loss = policy_token_loss(policy, temperature)
-    opsd_loss = opsd_token_loss(distillation, temperature)
-
-    def token_loss(student, teacher, inputs):
-        of_policy, of_opsd = inputs["weights"]
-        gradient, said = where_live(policy_loss, of_policy != 0, student, None, inputs["policy"])
-        divergence, more = where_live(opsd_loss, of_opsd != 0, student, teacher, inputs["opsd"])
-        value = policy_weight * of_policy * gradient + distillation_weight * of_opsd * divergence
-        return value, {"policy": said, "opsd": more}
-
-    live = ((weights != 0) | (opsd_weight != 0)).astype(jnp.float32)
-    value, said = weighted_loss(
-        token_loss,
-        live,
+    active = ((weights != 0) | (opsd_weight != 0)).astype(jnp.float32)
+    value, diagnostics = weighted_loss(
+        _joint_token_loss(policy, distillation, policy_weight, distillation_weight, temperature),
+        active,
         inputs,
         student=student,
         teacher=teacher,
         chunk=chunk,
         partition=partition,
     )
-
-    def part(name: str, weights, total) -> Loss:
-        return Loss(weighted_sum(said[name]["loss"], weights), total, weights, said[name])
-
     return (
-        Loss(value, everything, live, {"loss": said["loss"]}),
-        part("policy", weights, total),
-        part("opsd", opsd_weight, opsd_total),
+        Loss(value, all_total, active, {"loss": diagnostics["loss"]}),
+        _part(diagnostics["policy"], weights, total),
+        _part(diagnostics["opsd"], opsd_weight, opsd_total),
     )
+
+
+def _part(diagnostics: dict[str, jax.Array], weights, total) -> Loss:
+    """Returns one of the two parts as a loss of its own, without gradients."""
+    return Loss(weighted_sum(diagnostics["loss"], weights), total, weights, diagnostics)
+
+
+def _check_options(
+    policy: PolicyGradient, distillation: OPSD, policy_weight, distillation_weight
+) -> None:
+    """Raises ValueError if a weight is negative or the two parts aggregate differently."""
+    check_range("policy_weight", policy_weight, 0)
+    check_range("distillation_weight", distillation_weight, 0)
+    if (policy.aggregation, policy.length) != (distillation.aggregation, distillation.length):
+        raise ValueError(
+            f"policy has aggregation {policy.aggregation!r} and length {policy.length}, and "
+            f"distillation has {distillation.aggregation!r} and {distillation.length}; expected "
+            "the same values, because both parts are divided by the same number."
+        )
+
+
+def _joint_token_loss(
+    policy: PolicyGradient,
+    distillation: OPSD,
+    policy_weight,
+    distillation_weight,
+    temperature: float,
+) -> TokenLoss:
+    """Returns the weighted sum of both losses of a token, as a function for `weighted_loss`.
+
+    The weights of tokens are among its inputs, because the two parts weigh tokens differently.
+    """
+    policy_loss = policy_token_loss(policy, temperature)
+    opsd_loss = opsd_token_loss(distillation, temperature)
+
+    def token_loss(student, teacher, inputs):
+        of_policy, of_opsd = inputs["weights"]
+        gradient, policy_diagnostics = masked_values(
+            policy_loss,
+            of_policy != 0,
+            student_logits=student,
+            teacher_logits=None,
+            inputs=inputs["policy"],
+        )
+        divergence, opsd_diagnostics = masked_values(
+            opsd_loss,
+            of_opsd != 0,
+            student_logits=student,
+            teacher_logits=teacher,
+            inputs=inputs["opsd"],
+        )
+        value = policy_weight * of_policy * gradient + distillation_weight * of_opsd * divergence
+        return value, {"policy": policy_diagnostics, "opsd": opsd_diagnostics}
+
+    return token_loss

@@ -1,7 +1,7 @@
-"""Log-probabilities of given tokens, and what is made of them without a second model.
+"""Log-probabilities of tokens, and other quantities of one model's logits.
 
-Logits are cast to float32 first. -inf (a padded vocabulary, a forbidden token) is a word that
-cannot occur: it adds nothing, to values and to gradients.
+All functions cast logits to float32 first. A logit of -inf marks a vocabulary entry that cannot
+occur (padding of the vocabulary, a forbidden token). It adds 0 to values and gradients.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from opsd_jax.losses.checks import check_shape
 
 @jax.custom_vjp
 def log_normaliser(logits: jax.Array) -> jax.Array:
-    """log sum_v exp(logits_v), float32 [...], of float32 logits [..., V].
+    """Computes log sum_v exp(logits_v), float32 [...], for float32 logits [..., V].
 
-    Its backward pass makes the softmax anew rather than keep it: what is kept between the passes of
-    a loss is then its logits alone.
+    The backward pass recomputes the softmax, so that autodiff stores only the logits and not a
+    second [..., V] array.
     """
     return jax.nn.logsumexp(logits, axis=-1)
 
@@ -29,7 +29,7 @@ def _log_normaliser_fwd(logits):
 
 def _log_normaliser_bwd(residuals, cotangent):
     logits, total = residuals
-    total = jnp.where(total == -jnp.inf, 0.0, total)  # of no word at all
+    total = jnp.where(total == -jnp.inf, 0.0, total)  # every logit is -inf: gradients of 0, not NaN
     return (cotangent[..., None] * jnp.exp(logits - total[..., None]),)
 
 
@@ -37,32 +37,42 @@ log_normaliser.defvjp(_log_normaliser_fwd, _log_normaliser_bwd)
 
 
 def token_logprobs(logits: jax.Array, tokens: jax.Array, temperature: float = 1.0) -> jax.Array:
-    """log p(tokens) under softmax(logits / temperature); its negative is the cross-entropy of SFT.
+    """Computes log p(token) under softmax(logits / temperature).
+
+    The negative of the result is the cross-entropy loss.
 
     Args:
       logits: [..., V].
-      tokens: int [...]. One outside of [0, V), such as the -100 that marks padding elsewhere, gives
-        NaN: give it no weight.
-      temperature: above 0.
+      tokens: int [...], token ids. An id outside [0, V), such as the -100 that some libraries use
+        for padding, gives NaN. Mask these tokens in the loss.
+      temperature: divides the logits; above 0.
 
     Returns:
-      float32 [...].
+      float32 [...], in nats.
 
     Raises:
-      ValueError: `tokens` has not the shape of `logits` without its last axis.
+      ValueError: the shape of `tokens` is not the shape of `logits` without its last axis.
     """
     check_shape(logits.shape[:-1], "the shape of the logits without V", tokens=tokens)
     logits, vocab_size = at_temperature(logits, temperature), logits.shape[-1]
-    # Not a gather: its gradient would be a scatter into zeros [..., V], and over a vocabulary split
-    # among devices it would bring the logits together.
-    word = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    chosen = jnp.sum(jnp.where(word == tokens[..., None], logits, 0.0), axis=-1)
+    # This is not a gather: the gradient of a gather is a scatter into zeros [..., V], and where the
+    # vocabulary is split over devices, a gather would collect the logits on every device.
+    entry = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    chosen = jnp.sum(jnp.where(entry == tokens[..., None], logits, 0.0), axis=-1)
     known = (tokens >= 0) & (tokens < vocab_size)
     return jnp.where(known, chosen - log_normaliser(logits), jnp.nan)
 
 
 def entropy(logits: jax.Array, temperature: float = 1.0) -> jax.Array:
-    """-sum_v p log p in nats, float32 [...], of logits [..., V]."""
+    """Computes the entropy of softmax(logits / temperature), -sum_v p log p.
+
+    Args:
+      logits: [..., V].
+      temperature: divides the logits; above 0.
+
+    Returns:
+      float32 [...], in nats.
+    """
     logits = at_temperature(logits, temperature)
     logprobs = logits - log_normaliser(logits)[..., None]
     possible = logprobs != -jnp.inf
@@ -71,16 +81,20 @@ def entropy(logits: jax.Array, temperature: float = 1.0) -> jax.Array:
 
 
 def importance_ratio(log_ratio: jax.Array) -> jax.Array:
-    """e^log_ratio, cut to e^+-20 against overflow; NaN if it is infinite, which no sample has."""
+    """Computes exp(log_ratio) with log_ratio clipped to [-20, 20] against overflow.
+
+    An infinite or NaN log-ratio gives NaN: a sampled token cannot have a probability of 0, so such
+    an input is an error that the clip must not hide.
+    """
     ratio = jnp.exp(jnp.clip(log_ratio, -20.0, 20.0))
     return jnp.where(jnp.isfinite(log_ratio), ratio, jnp.nan)
 
 
 def at_temperature(logits: jax.Array, temperature: float) -> jax.Array:
-    """logits / temperature, in float32.
+    """Returns logits / temperature in float32.
 
     Raises:
-      ValueError: the temperature is a number that is not above 0.
+      ValueError: `temperature` is a Python number that is not above 0.
     """
     if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
         raise ValueError(f"temperature is {temperature}; expected a number above 0.")

@@ -1,8 +1,11 @@
-"""The OPSD loss: a gated divergence of the student from the teacher on the student's own tokens."""
+"""The OPSD loss: a gated divergence of the student from the teacher on the student's own responses.
+
+Shape suffixes: B rows (responses), T tokens of a padded row, V vocabulary size.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +13,6 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
 
-from opsd_jax.losses import divergence as div
 from opsd_jax.losses.checks import (
     check_mask,
     check_option,
@@ -18,8 +20,10 @@ from opsd_jax.losses.checks import (
     check_row_weight,
     check_shape,
 )
-from opsd_jax.losses.fused import Scores, TokenLoss, weighted_loss, where_live
+from opsd_jax.losses.divergence import DIVERGENCES, RESTS, SUPPORTS, top_k
+from opsd_jax.losses.fused import TokenLoss, masked_values, weighted_loss
 from opsd_jax.losses.gate import gate_weights
+from opsd_jax.losses.head import LogitsOrHead
 from opsd_jax.losses.likelihood import at_temperature, importance_ratio, token_logprobs
 from opsd_jax.losses.reduction import (
     AGGREGATIONS,
@@ -30,34 +34,48 @@ from opsd_jax.losses.reduction import (
 )
 from opsd_jax.losses.result import Loss
 
-DIVERGENCES: dict[str, Callable[..., jax.Array]] = {
-    compare.__name__: compare
-    for compare in (div.reverse_kl, div.forward_kl, div.jsd, div.skewed_kl, div.sampled_kl)
-}
-Groups = tuple[jax.Array, jax.Array, jax.Array]  # correct, incorrect, truncated: bool [B] each
+Outcomes = tuple[jax.Array, jax.Array, jax.Array]  # masks correct, incorrect, truncated: bool [B]
 
 
 class OPSD(NamedTuple):
-    """The options of `opsd`. The defaults are the paper's Correct-only (arXiv 2605.06188).
+    """Options of the OPSD loss. The defaults are the paper's Correct-only (arXiv 2605.06188).
 
     Attributes:
-      gate: weights of correct, incorrect and truncated rollouts; see `GATES`.
-      divergence: one of DIVERGENCES for all, or three, with commas: for each of these groups.
-      beta: of "jsd"; 0 is the forward and 1 the reverse KL.
-      alpha: of "skewed_kl", the teacher's share of the target.
-      control_variate: of "sampled_kl".
-      top_k: compare the k likeliest words alone; 0 for the whole vocabulary. See `top_k`.
-      support, rest: of `top_k`.
-      clip: if above 0, a token's divergence above this counts as this, its gradient scaled down in
-        proportion; one below -clip, which "sampled_kl" can have, as -clip. It is the sum over words
-        that is clipped: clipping the terms can turn its sign.
-      importance_cap: if above 0, each token is weighted by min(p / p_behaviour, cap), held fixed,
-        for rollouts that are not quite the student's own (SDPO takes 2).
-      skip_first: the first so many tokens of a response do not count.
-      first_only: if above 0, only the first so many do (ESR, arXiv 2605.27028).
-      position: kind of `position_weights`; its parameters are the next five.
-      late, rate, floor, centre, width: see there.
-      aggregation, length: of `token_weights`.
+      gate: weights of correct, incorrect and truncated rollouts in the loss, in this order;
+        `losses.GATES` has the choices of the paper.
+      divergence: divergence of the student from the teacher: "reverse_kl", "forward_kl", "jsd",
+        "skewed_kl", "sampled_kl" or another name in `losses.DIVERGENCES`; or three names with
+        commas, for correct, incorrect and truncated rollouts.
+      beta: weight of the teacher in the mixture of divergence "jsd", from 0 (defined as the forward
+        KL) to 1 (defined as the reverse KL).
+      alpha: weight of the teacher in the target of divergence "skewed_kl", above 0 and at most 1.
+      control_variate: whether divergence "sampled_kl" adds the full reverse KL to its advantage,
+        which reduces the variance of the gradient.
+      top_k: number of most likely vocabulary entries that the divergence compares; 0 for the whole
+        vocabulary.
+      support: with top_k, whose most likely entries are compared: those of the "teacher", of the
+        "student", or the "union" of both.
+      rest: with top_k, what happens to the probability of the other entries: "bucket" makes it one
+        more entry, "renormalise" scales the kept probabilities to a sum of 1.
+      clip: bound on the absolute value of each token's divergence, whose gradient is scaled down by
+        the same factor; 0 for no bound.
+      importance_cap: if above 0, each token's loss is multiplied by min(p / p_behaviour, cap),
+        which corrects for rollouts from older parameters (SDPO uses 2); 0 for no correction.
+      skip_first: number of tokens at the start of each response that are left out of the loss.
+      first_only: if above 0, only this many tokens at the start of each response are in the loss
+        (ESR, arXiv 2605.27028); 0 for all tokens.
+      position: how the weight of a token depends on its place in the response: "uniform", "linear",
+        "exponential" or "sigmoid".
+      late: with position "linear", weight of the last token relative to the first.
+      rate: with position "exponential", logarithm of the weight of the last token relative to the
+        first; negative values favour early tokens.
+      floor: with position "sigmoid", lowest weight relative to the highest, in [0, 1].
+      centre: with position "sigmoid", place of the middle of the transition, as a fraction of the
+        response.
+      width: with position "sigmoid", width of the transition, as a fraction of the response.
+      aggregation: how tokens are averaged: "sequence" (all responses count the same), "token" (all
+        tokens count the same) or "fixed" (each response's sum is divided by length).
+      length: with aggregation "fixed", the number of tokens that each response's sum is divided by.
     """
 
     gate: tuple[float, float, float] = (1.0, 0.0, 0.0)
@@ -83,12 +101,17 @@ class OPSD(NamedTuple):
 
     @property
     def divergences(self) -> tuple[str, ...]:
-        """One for each group."""
+        """The names of the divergences for correct, incorrect and truncated rollouts."""
         names = tuple(name.strip() for name in self.divergence.split(","))
         return names * 3 if len(names) == 1 else names
 
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether one of the divergences is computed at the sampled tokens."""
+        return any("tokens" in _parameters(name) for name in self.divergences)
+
     def check(self) -> None:
-        """Raises ValueError that names the option and what was expected."""
+        """Raises ValueError if an option is invalid. The message names the option."""
         if isinstance(self.gate, str) or len(self.gate) != 3:
             raise ValueError(
                 f"gate is {self.gate!r}; expected weights (correct, incorrect, truncated), such as "
@@ -98,14 +121,18 @@ class OPSD(NamedTuple):
             check_range("gate", weight, 0)
         if len(self.divergences) != 3:
             raise ValueError(
-                f"divergence is {self.divergence!r}; expected one, or one for each of three groups."
+                f"divergence is {self.divergence!r}; expected one name, or three with commas for "
+                "correct, incorrect and truncated rollouts."
             )
         for name in self.divergences:
             check_option("divergence", name, DIVERGENCES)
-        if self.top_k and "sampled_kl" in self.divergences:
-            raise ValueError(f"top_k is {self.top_k}; 'sampled_kl' looks at one word, expected 0.")
-        check_option("support", self.support, div.SUPPORTS)
-        check_option("rest", self.rest, div.RESTS)
+        if self.top_k and self.needs_tokens:
+            raise ValueError(
+                f"top_k is {self.top_k} with divergence {self.divergence!r}, which is computed at "
+                "the sampled tokens; expected top_k 0."
+            )
+        check_option("support", self.support, SUPPORTS)
+        check_option("rest", self.rest, RESTS)
         check_option("position", self.position, POSITIONS)
         check_option("aggregation", self.aggregation, AGGREGATIONS)
         check_range("beta", self.beta, 0, 1)
@@ -113,8 +140,8 @@ class OPSD(NamedTuple):
         check_range("length", self.length, 1e-6)
         if 0 < self.first_only <= self.skip_first:
             raise ValueError(
-                f"first_only is {self.first_only} and skip_first {self.skip_first}; expected "
-                "tokens between the two."
+                f"first_only is {self.first_only} and skip_first is {self.skip_first}, which "
+                "leaves no tokens; expected first_only 0 or above skip_first."
             )
         for name in ("top_k", "clip", "importance_cap", "skip_first", "first_only"):
             check_range(name, getattr(self, name), 0)
@@ -122,10 +149,10 @@ class OPSD(NamedTuple):
 
 def opsd(
     *,
-    student: Scores,
-    teacher: Scores,
+    student: LogitsOrHead,
+    teacher: LogitsOrHead,
     mask: jax.Array,
-    groups: Groups,
+    outcomes: Outcomes,
     tokens: jax.Array | None = None,
     behaviour_logprobs: jax.Array | None = None,
     row_weight: jax.Array | float = 1.0,
@@ -134,38 +161,53 @@ def opsd(
     chunk: int | None = None,
     partition: P | None = None,
 ) -> Loss:
-    """On-policy self-distillation (arXiv 2605.06188, eq. 1), gated by correctness.
+    """Computes the loss of on-policy self-distillation, gated by correctness.
 
-    Each of B responses of the student is scored twice, by the student from its own prompt and by
-    the teacher from one with privileged context. Align the two by response: column t of `student`,
-    `teacher`, `mask` and `tokens` is the same response token, whatever the prompts' lengths.
+    The student and the teacher both score the B responses that the student sampled. The student
+    sees its own prompt. The teacher sees a prompt with privileged context. Column t of `student`,
+    `teacher`, `mask` and `tokens` belongs to the same response token, even though the two prompts
+    have different lengths.
 
     Args:
-      student: logits [B, T, V] or a `Head`; those at t predict the token at t.
-      teacher: the same; no gradients. Equal to the student's, it gives exactly 0.
-      mask: bool [B, T], the response's tokens (an end-of-sequence token that was sampled is one).
-      groups: bool [B] each: correct, incorrect, truncated; disjoint. A row in none weighs nothing.
-      tokens: int [B, T], for the "sampled_kl" divergence and `importance_cap`.
-      behaviour_logprobs: [B, T], of these when they were sampled, at `temperature`; for
+      student: logits [B, T, V], or a `Head` that computes them. Logits at column t predict the
+        response token t.
+      teacher: the same for the teacher. It gets no gradients. If it equals the student, the loss is
+        exactly 0.
+      mask: bool [B, T], the response tokens. A sampled end-of-sequence token is one of them.
+      outcomes: masks (correct, incorrect, truncated), bool [B] each. At most one is true for a row.
+        A row with no outcome has weight 0.
+      tokens: int [B, T], response token ids; needed for divergence "sampled_kl" and for
         `importance_cap`.
-      row_weight: [B], or one number for all, times the gate's; not negative. 0 for a row without a
-        usable context, say.
-      options: see `OPSD`.
-      temperature: of both sides; that of the sampling.
-      chunk, partition: see `weighted_loss`.
+      behaviour_logprobs: float [B, T], log-probabilities of the tokens when they were sampled, at
+        `temperature`; needed for `importance_cap`.
+      row_weight: float [B], or one number for all rows; not negative. It multiplies the weight of
+        the gate. Use 0 for rows without a usable context, for example.
+      options: the divergence, the gate and the weights of tokens.
+      temperature: divides the logits of both sides; use the temperature of the sampling.
+      chunk: tokens that are computed at once with a `Head`. None chooses it; see `weighted_loss`.
+      partition: how [B, T] is split over the mesh in context; see `weighted_loss`.
 
     Returns:
-      A `Loss`, with `tokens` "loss", "divergence" (before clip and importance) and "importance"
-      (with a cap).
+      A `Loss`. Its diagnostics are "loss", "divergence" (before the clip and the importance weight)
+      and, with an `importance_cap`, "importance".
 
     Raises:
-      ValueError: a shape, an option, or an argument that the options need; names it.
+      ValueError: the shape of an argument is wrong, an option is invalid, or an argument that the
+        options need is missing.
+
+    Reference: OPSD (arXiv 2605.06188), eq. 1.
     """
     if teacher is None:
         raise ValueError("teacher is None; expected logits or a Head.")
-    weights, total = opsd_weights(mask, groups, row_weight, options)
-    inputs = opsd_inputs(mask, groups, tokens, behaviour_logprobs, options)
-    value, said = weighted_loss(
+    weights, total = opsd_weights(mask, outcomes, row_weight, options)
+    inputs = opsd_inputs(
+        mask=mask,
+        outcomes=outcomes,
+        tokens=tokens,
+        behaviour_logprobs=behaviour_logprobs,
+        options=options,
+    )
+    value, diagnostics = weighted_loss(
         opsd_token_loss(options, temperature),
         weights,
         inputs,
@@ -175,34 +217,47 @@ def opsd(
         partition=partition,
     )
     checkify.debug_check(
-        jnp.all(jnp.isfinite(said["divergence"])),
-        "the divergence is not finite somewhere: look at the teacher's logits.",
+        jnp.all(jnp.isfinite(diagnostics["divergence"])),
+        "the divergence is not finite somewhere; check the teacher's logits.",
     )
-    return Loss(value, total, weights, said)
+    return Loss(value, total, weights, diagnostics)
 
 
-def opsd_weights(mask, groups: Groups, row_weight, options: OPSD) -> tuple[jax.Array, jax.Array]:
-    """Weights [B, T] and their normaliser: the gate, the positions and the aggregation."""
+def opsd_weights(
+    mask, outcomes: Outcomes, row_weight, options: OPSD
+) -> tuple[jax.Array, jax.Array]:
+    """Computes the weight of each token in the OPSD loss, and the number to divide the loss by.
+
+    The weights combine the gate, the row weights, the weights by position and the aggregation.
+
+    Args:
+      mask, outcomes, row_weight, options: the arguments of `opsd`.
+
+    Returns:
+      `(weights, total)`: float32 [B, T] and a float32 scalar.
+    """
     options.check()
     mask = check_mask(mask)
-    if len(groups) != 3:
-        raise ValueError(f"groups are {len(groups)}; expected (correct, incorrect, truncated).")
+    if len(outcomes) != 3:
+        raise ValueError(
+            f"outcomes has {len(outcomes)} masks; expected 3 (correct, incorrect, truncated)."
+        )
     check_row_weight(row_weight, mask)
     check_shape(
         mask.shape[:1],
-        "a row of mask each",
-        **dict(zip(("correct", "incorrect", "truncated"), groups, strict=True)),
+        "one value for each row of mask",
+        **dict(zip(("correct", "incorrect", "truncated"), outcomes, strict=True)),
     )
     checkify.debug_check(
-        jnp.all(sum(jnp.asarray(group, jnp.int32) for group in groups) <= 1),
-        "groups are not disjoint: a rollout is correct, incorrect or truncated.",
+        jnp.all(sum(jnp.asarray(outcome, jnp.int32) for outcome in outcomes) <= 1),
+        "outcomes are not disjoint; expected a rollout to be correct, incorrect or truncated.",
     )
-    counted = position_in_row(mask)
-    window = mask & (counted >= options.skip_first)
+    position_BxT = position_in_row(mask)
+    window_BxT = mask & (position_BxT >= options.skip_first)
     if options.first_only:
-        window &= counted < options.first_only
-    by_position = position_weights(
-        window,
+        window_BxT &= position_BxT < options.first_only
+    by_position_BxT = position_weights(
+        window_BxT,
         options.position,
         late=options.late,
         rate=options.rate,
@@ -211,84 +266,104 @@ def opsd_weights(mask, groups: Groups, row_weight, options: OPSD) -> tuple[jax.A
         width=options.width,
     )
     return token_weights(
-        window,
-        gate_weights(*groups, options.gate) * row_weight,
+        window_BxT,
+        gate_weights(*outcomes, options.gate) * row_weight,
         aggregation=options.aggregation,
         length=options.length,
-        position_weights=by_position,
+        position_weights=by_position_BxT,
     )
 
 
-def opsd_inputs(mask, groups: Groups, tokens, behaviour_logprobs, options: OPSD) -> dict[str, Any]:
-    """The arrays [B, T] that `opsd_token_loss` reads; arguments as in `opsd`."""
+def opsd_inputs(
+    *, mask, outcomes: Outcomes, tokens, behaviour_logprobs, options: OPSD
+) -> dict[str, Any]:
+    """Returns the arrays [B, T] that `opsd_token_loss` reads; the arguments are those of `opsd`."""
     check_shape(
         mask.shape, "the shape of mask", tokens=tokens, behaviour_logprobs=behaviour_logprobs
     )
     inputs = {}
     if len(set(options.divergences)) > 1:
-        of_row = jnp.argmax(jnp.stack(groups), axis=0)
-        inputs["group"] = jnp.broadcast_to(of_row[:, None], mask.shape)
-    if options.importance_cap or "sampled_kl" in options.divergences:
-        inputs["tokens"] = _given("tokens", tokens, options)
+        outcome_B = jnp.argmax(jnp.stack(outcomes), axis=0)
+        inputs["outcome"] = jnp.broadcast_to(outcome_B[:, None], mask.shape)
+    if options.importance_cap or options.needs_tokens:
+        inputs["tokens"] = _required("tokens", tokens, options)
     if options.importance_cap:
-        inputs["behaviour"] = _given("behaviour_logprobs", behaviour_logprobs, options)
+        inputs["behaviour"] = _required("behaviour_logprobs", behaviour_logprobs, options)
     return inputs
 
 
-def _given(name: str, array, options: OPSD):
+def _required(name: str, array, options: OPSD):
+    """Returns the array, or raises ValueError if it is None."""
     if array is None:
         raise ValueError(
-            f"{name} is None; expected [rows, tokens], for divergence {options.divergence!r} and "
-            f"importance_cap {options.importance_cap}."
+            f"{name} is None; expected an array [rows, tokens], because divergence is "
+            f"{options.divergence!r} and importance_cap is {options.importance_cap}."
         )
     return array
 
 
 def opsd_token_loss(options: OPSD, temperature: float) -> TokenLoss:
-    """The loss of a token, for `weighted_loss`."""
-
-    def divergence(name: str) -> TokenLoss:
-        def values(student, teacher, inputs):
-            if options.top_k:
-                student, teacher = div.top_k(
-                    student_logits=student,
-                    teacher_logits=teacher,
-                    k=options.top_k,
-                    support=options.support,
-                    rest=options.rest,
-                )
-            arguments = {
-                "jsd": {"beta": options.beta},
-                "skewed_kl": {"alpha": options.alpha},
-                "sampled_kl": {
-                    "tokens": inputs.get("tokens"),
-                    "control_variate": options.control_variate,
-                },
-            }.get(name, {})
-            compare = DIVERGENCES[name]
-            return compare(student_logits=student, teacher_logits=teacher, **arguments), {}
-
-        return values
+    """Returns the OPSD loss of a token, as a function for `weighted_loss`."""
 
     def token_loss(student, teacher, inputs):
         student, teacher = (at_temperature(logits, temperature) for logits in (student, teacher))
-        if "group" not in inputs:
-            values, _ = divergence(options.divergences[0])(student, teacher, inputs)
+        if "outcome" not in inputs:
+            values, _ = _divergence_loss(options.divergences[0], options)(student, teacher, inputs)
         else:
-            values = jnp.zeros(student.shape[:-1], jnp.float32)
-            for name in sorted(set(options.divergences)):
-                groups = [i for i, of_group in enumerate(options.divergences) if of_group == name]
-                chosen = jnp.isin(inputs["group"], jnp.array(groups))
-                values += where_live(divergence(name), chosen, student, teacher, inputs)[0]
-        said = {"divergence": values}
+            values = _divergence_by_outcome(options, student, teacher, inputs)
+        diagnostics = {"divergence": values}
         if options.clip:
+            # This bounds the sum over the vocabulary. A bound on the term of each entry could make
+            # a divergence negative.
             size = jax.lax.stop_gradient(jnp.abs(values))
             values *= options.clip / jnp.maximum(size, options.clip)
         if "behaviour" in inputs:
             logprobs = jax.lax.stop_gradient(token_logprobs(student, inputs["tokens"]))
             ratio = importance_ratio(logprobs - inputs["behaviour"])
-            said["importance"] = jnp.minimum(ratio, options.importance_cap)
-            values *= said["importance"]
-        return values, said
+            diagnostics["importance"] = jnp.minimum(ratio, options.importance_cap)
+            values *= diagnostics["importance"]
+        return values, diagnostics
 
     return token_loss
+
+
+def _divergence_by_outcome(options: OPSD, student_logits, teacher_logits, inputs) -> jax.Array:
+    """Computes for each token the divergence that the options name for its rollout's outcome."""
+    values = jnp.zeros(student_logits.shape[:-1], jnp.float32)
+    for name in sorted(set(options.divergences)):
+        outcomes = [i for i, chosen in enumerate(options.divergences) if chosen == name]
+        values += masked_values(
+            _divergence_loss(name, options),
+            jnp.isin(inputs["outcome"], jnp.array(outcomes)),
+            student_logits=student_logits,
+            teacher_logits=teacher_logits,
+            inputs=inputs,
+        )[0]
+    return values
+
+
+def _divergence_loss(name: str, options: OPSD) -> TokenLoss:
+    """Returns a divergence with its options, as the loss of a token."""
+
+    def loss(student, teacher, inputs):
+        if options.top_k:
+            student, teacher = top_k(
+                student_logits=student,
+                teacher_logits=teacher,
+                k=options.top_k,
+                support=options.support,
+                rest=options.rest,
+            )
+        known = options._asdict() | {"tokens": inputs.get("tokens")}
+        arguments = {key: known[key] for key in _parameters(name) if key in known}
+        values = DIVERGENCES[name](student_logits=student, teacher_logits=teacher, **arguments)
+        return values, {}
+
+    return loss
+
+
+def _parameters(divergence: str) -> list[str]:
+    """Returns the parameter names of a divergence, without those that functools.partial has set."""
+    function = DIVERGENCES[divergence]
+    bound = getattr(function, "keywords", {})
+    return [name for name in inspect.signature(function).parameters if name not in bound]

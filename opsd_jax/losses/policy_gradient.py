@@ -1,4 +1,7 @@
-"""Policy gradient with verifiable rewards: one loss of few parts, and the algorithms as presets."""
+"""The policy-gradient loss, with the published algorithms as presets of its options.
+
+Shape suffixes: B rows (responses), T tokens of a padded row.
+"""
 
 from __future__ import annotations
 
@@ -11,40 +14,48 @@ from jax.sharding import PartitionSpec as P
 
 from opsd_jax.losses.advantage import BASELINES, SCALES, advantages
 from opsd_jax.losses.checks import check_mask, check_option, check_range, check_shape
-from opsd_jax.losses.fused import Scores, TokenLoss, token_values, weighted_loss
+from opsd_jax.losses.fused import TokenLoss, token_values, weighted_loss
+from opsd_jax.losses.head import LogitsOrHead
 from opsd_jax.losses.likelihood import entropy, importance_ratio, token_logprobs
 from opsd_jax.losses.reduction import AGGREGATIONS, token_weights
 from opsd_jax.losses.result import Loss
 
 
 class PolicyGradient(NamedTuple):
-    """The parts of a policy-gradient algorithm; `PRESETS` has the published combinations.
+    """Options of a policy-gradient algorithm; `losses.PRESETS` has the published combinations.
 
-    `baseline`, `scale` and `drop_uninformative` say how rewards become advantages and which rows to
-    train on, before the loss: see `advantages` below and `informative`. The others are the loss's.
-
-    With r the ratio of the new to the old probability and A the advantage, a token's loss is
+    `baseline`, `scale` and `drop_uninformative` are used before the loss: the first two by
+    `advantages`, the third by the caller, who then passes `informative(...)` as the row weight. The
+    loss itself uses the other options. With r the probability ratio and A the advantage, the loss
+    of a token is
 
     - clip "ppo": -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A);
     - clip "cispo": -stop_gradient(clip(r, 1 - clip_low, 1 + clip_high)) A log p;
-    - clip "none": -r A, whose gradient at r = 1 is REINFORCE's.
+    - clip "none": -r A, whose gradient at r = 1 is that of REINFORCE.
 
     Attributes:
-      baseline, scale: of `advantages`.
-      ratio: "token", or "sequence": the geometric mean over the response's tokens, one for all of
-        them, with the gradient of GSPO (arXiv 2507.18071, eq. 7 and 14).
-      clip: see above.
-      clip_low, clip_high: how far r may fall below and rise above 1 (unequal: DAPO's clip-higher);
-        a clip_low of 1 is no lower bound.
-      dual_clip: of "ppo": where A < 0 the loss is at most this times |A| (arXiv 1912.09729); above
-        1, or 0 for none.
-      kl_coefficient: of k3(p || reference) added to each token's loss (GRPO's beta).
-      importance_cap: of the factor min(p_old / p_behaviour, cap) on each token's loss, where the
-        sampler's probabilities are not quite the trainer's (truncated importance sampling); 0 for
-        no such factor.
-      aggregation, length: of `token_weights`.
-      drop_uninformative: groups whose rewards are all alike are left out (DAPO's dynamic sampling):
-        give `informative(...)` as the row weight, as the RLVR stage does.
+      baseline: what the reward of a rollout is compared with: the mean of its "group" (the rollouts
+        of its prompt), of the rest of the group ("leave_one_out"), or of the "batch".
+      scale: standard deviation that advantages are divided by: that of the "group" or of the
+        "batch"; "none" for no division.
+      ratio: probability ratio of a token: its own ("token"), or the geometric mean over the
+        response for all its tokens ("sequence", as in GSPO, arXiv 2507.18071, eq. 7 and 14).
+      clip: how the probability ratio is bounded: "ppo" clips the loss, "cispo" clips only the
+        weight of the gradient, "none" does not clip.
+      clip_low: how far the ratio may fall below 1 before it is clipped; 1 for no lower bound.
+      clip_high: how far the ratio may rise above 1 before it is clipped; a value above clip_low is
+        DAPO's clip-higher.
+      dual_clip: with clip "ppo", a token with a negative advantage A has a loss of at most this
+        number times |A| (arXiv 1912.09729); above 1, or 0 for no bound.
+      kl_coefficient: weight of the KL estimate k3(p || reference) that is added to each token's
+        loss (beta in GRPO); 0 for no reference model.
+      importance_cap: each token's loss is multiplied by min(p_old / p_behaviour, cap) if
+        old_logprobs are given (truncated importance sampling); 0 for no correction.
+      aggregation: how tokens are averaged: "sequence" (all responses count the same), "token" (all
+        tokens count the same) or "fixed" (each response's sum is divided by length).
+      length: with aggregation "fixed", the number of tokens that each response's sum is divided by.
+      drop_uninformative: whether to leave out the rollouts of a prompt if all their rewards are
+        equal (the dynamic sampling of DAPO).
     """
 
     baseline: str = "group"
@@ -61,11 +72,19 @@ class PolicyGradient(NamedTuple):
     drop_uninformative: bool = False
 
     def advantages(self, rewards, group_size: int):
-        """`losses.advantages` with this algorithm's baseline and scale."""
+        """Computes the advantages of rollouts with this algorithm's baseline and scale.
+
+        Args:
+          rewards: float [N]. The rollouts of one prompt are adjacent.
+          group_size: rollouts per prompt; divides N.
+
+        Returns:
+          float [N], as `losses.advantages` returns them.
+        """
         return advantages(rewards, group_size, baseline=self.baseline, scale=self.scale)
 
     def check(self) -> None:
-        """Raises ValueError that names the part and what was expected."""
+        """Raises ValueError if an option is invalid. The message names the option."""
         check_option("baseline", self.baseline, BASELINES)
         check_option("scale", self.scale, SCALES)
         check_option("aggregation", self.aggregation, AGGREGATIONS)
@@ -77,34 +96,38 @@ class PolicyGradient(NamedTuple):
         check_range("clip_high", self.clip_high, 0)
         check_range("dual_clip", self.dual_clip, 1 if self.dual_clip else 0)
         if self.dual_clip and self.clip != "ppo":
-            raise ValueError(f"dual_clip is {self.dual_clip} with clip {self.clip!r}; expected 0.")
+            raise ValueError(
+                f"dual_clip is {self.dual_clip} with clip {self.clip!r}; expected dual_clip 0, or "
+                "clip 'ppo'."
+            )
         check_range("kl_coefficient", self.kl_coefficient, 0)
         check_range("importance_cap", self.importance_cap, 0)
 
 
 PRESETS = {
-    # DeepSeekMath, arXiv 2402.03300, eq. 3, with its beta
+    # DeepSeekMath, arXiv 2402.03300, eq. 3, with the paper's beta.
     "grpo": PolicyGradient(kl_coefficient=0.04),
-    # arXiv 2503.20783: neither 1/std nor 1/|o|; set `length` to the budget of a response
+    # arXiv 2503.20783. It divides neither by the standard deviation nor by the length of a
+    # response. The length of 0 is invalid on purpose: set it to the longest allowed response.
     "dr_grpo": PolicyGradient(scale="none", aggregation="fixed", length=0.0),
-    # arXiv 2503.14476; its overlong punishment is `overlong_penalty`, on the rewards
+    # arXiv 2503.14476. Its overlong penalty is `overlong_penalty`, which is added to the rewards.
     "dapo": PolicyGradient(clip_high=0.28, aggregation="token", drop_uninformative=True),
-    # arXiv 2507.18071, section 5.1
+    # arXiv 2507.18071, section 5.1.
     "gspo": PolicyGradient(ratio="sequence", clip_low=3e-4, clip_high=4e-4),
-    # arXiv 2402.14740: plain REINFORCE on the sum over tokens
+    # arXiv 2402.14740: REINFORCE on the sum over the tokens.
     "rloo": PolicyGradient(
         baseline="leave_one_out", scale="none", clip="none", aggregation="fixed"
     ),
-    # arXiv 2501.03262, without its KL in the reward
+    # arXiv 2501.03262, without the KL penalty in the reward.
     "reinforce++": PolicyGradient(baseline="batch", scale="batch", aggregation="token"),
-    # MiniMax-M1, arXiv 2506.13585; for the upper bound, which it does not give, 5 as in TRL
+    # MiniMax-M1, arXiv 2506.13585. The paper does not give the upper bound; 5 is the one of TRL.
     "cispo": PolicyGradient(clip="cispo", clip_low=1.0, clip_high=4.0, aggregation="token"),
 }
 
 
 def policy_gradient(
     *,
-    student: Scores,
+    student: LogitsOrHead,
     tokens: jax.Array,
     mask: jax.Array,
     advantages: jax.Array,
@@ -117,33 +140,39 @@ def policy_gradient(
     chunk: int | None = None,
     partition: P | None = None,
 ) -> Loss:
-    """The loss of `PolicyGradient` on sampled responses.
+    """Computes the policy-gradient loss of sampled responses.
 
-    With a ratio of "sequence" from a `Head`, the head is multiplied twice forward: each response's
-    ratio must be known before the gradient of its first token.
+    With ratio "sequence" and a `Head`, the logits are computed twice in the forward pass, because
+    the ratio of a response must be known before the gradient of its first token.
 
     Args:
-      student: logits [B, T, V] or a `Head`; those at t predict `tokens[:, t]`.
-      tokens: int [B, T], as sampled.
-      mask: bool [B, T], the response's tokens.
-      advantages: float [B], or [B, T]; of `options.advantages(rewards, group_size)`.
-      behaviour_logprobs: [B, T], of the tokens when they were sampled, at `temperature`.
-      old_logprobs: [B, T], the same as the trainer computes them, before the first update; the
-        ratio is to these. By default, to `behaviour_logprobs`, and then there is nothing for
-        `importance_cap` to correct.
-      reference_logprobs: [B, T], under the reference model; for `kl_coefficient`.
-      row_weight: see `token_weights`; for instance `informative(...)`.
-      options: the algorithm.
-      temperature: that of the sampling: ratios compare the distributions sampled from.
-      chunk, partition: see `weighted_loss`.
+      student: logits [B, T, V], or a `Head` that computes them. Logits at column t predict
+        `tokens[:, t]`.
+      tokens: int [B, T], the sampled token ids.
+      mask: bool [B, T], the response tokens.
+      advantages: float [B] or [B, T], for example `options.advantages(rewards, group_size)`.
+      behaviour_logprobs: float [B, T], log-probabilities of the tokens when they were sampled, at
+        `temperature`.
+      old_logprobs: float [B, T], the same log-probabilities as the trainer computes them before the
+        first update (see `response_logprobs`). The ratio is relative to these. If None, it is
+        relative to `behaviour_logprobs`, and `importance_cap` has no effect.
+      reference_logprobs: float [B, T], log-probabilities under the reference model; needed if
+        `kl_coefficient` is not 0.
+      row_weight: float [B], or one number for all rows; not negative. `informative(...)` drops the
+        rollouts of prompts whose rewards are all equal.
+      options: the algorithm; see `PRESETS`.
+      temperature: divides the logits; use the temperature of the sampling.
+      chunk: tokens that are computed at once with a `Head`. None chooses it; see `weighted_loss`.
+      partition: how [B, T] is split over the mesh in context; see `weighted_loss`.
 
     Returns:
-      A `Loss` with, in `tokens`: "loss", "entropy" in nats, "ratio", "clipped" (1 where the ratio
-      is outside its bounds), "kl" (k3, if there is a reference) and "importance" (the factor, if
-      there are `old_logprobs`).
+      A `Loss`. Its diagnostics are "loss", "entropy" in nats, "ratio", "clipped" (1 where the ratio
+      is out of bounds), "kl" (k3, with a reference) and "importance" (the factor, with
+      `old_logprobs`).
 
     Raises:
-      ValueError: a shape, an option, or a reference that is missing; names it.
+      ValueError: the shape of an argument is wrong, an option is invalid, or `reference_logprobs`
+        is missing.
     """
     inputs = policy_inputs(
         student=student,
@@ -162,25 +191,40 @@ def policy_gradient(
         mask, row_weight, aggregation=options.aggregation, length=options.length
     )
     token_loss = policy_token_loss(options, temperature)
-    value, said = weighted_loss(
+    value, diagnostics = weighted_loss(
         token_loss, weights, inputs, student=student, chunk=chunk, partition=partition
     )
-    return Loss(value, total, weights, said)
+    return Loss(value, total, weights, diagnostics)
 
 
 def response_logprobs(
     *,
-    student: Scores,
+    student: LogitsOrHead,
     tokens: jax.Array,
     mask: jax.Array,
     temperature: float = 1.0,
     chunk: int | None = None,
     partition: P | None = None,
 ) -> jax.Array:
-    """log p(token), float32 [B, T], 0 where the mask is false; differentiable (`token_values`).
+    """Computes the log-probability of each response token.
 
-    For `old_logprobs` and `reference_logprobs`, and for objectives of one's own. Arguments as in
-    `policy_gradient`.
+    Use it for `old_logprobs` and `reference_logprobs` of `policy_gradient`. The result is
+    differentiable, so you can also use it in an objective of your own.
+
+    Args:
+      student: logits [B, T, V], or a `Head` that computes them. Logits at column t predict
+        `tokens[:, t]`.
+      tokens: int [B, T], token ids.
+      mask: bool [B, T], the response tokens.
+      temperature: divides the logits; above 0.
+      chunk: tokens that are computed at once with a `Head`. None chooses it; see `weighted_loss`.
+      partition: how [B, T] is split over the mesh in context; see `weighted_loss`.
+
+    Returns:
+      float32 [B, T], in nats; 0 where the mask is false.
+
+    Raises:
+      ValueError: the shape of an argument is wrong.
     """
     return token_values(
         lambda logits, _, tokens: (token_logprobs(logits, tokens, temperature), {}),
@@ -206,39 +250,32 @@ def policy_inputs(
     chunk,
     partition,
 ) -> dict[str, jax.Array]:
-    """The arrays [B, T] that `policy_token_loss` reads; arguments as in `policy_gradient`."""
+    """Returns the arrays [B, T] that `policy_token_loss` reads.
+
+    The arguments are those of `policy_gradient`, which are checked here.
+    """
     if not isinstance(options, PolicyGradient):
         raise ValueError(f"options is {options!r}; expected a PolicyGradient, or one of PRESETS.")
     options.check()
     mask = check_mask(mask)
-    shape = mask.shape
     check_shape(
-        shape,
+        mask.shape,
         "the shape of mask",
         tokens=tokens,
         behaviour_logprobs=behaviour_logprobs,
         old_logprobs=old_logprobs,
         reference_logprobs=reference_logprobs,
     )
-    if jnp.ndim(advantages) == 1:
-        check_shape(shape[:1], "a number a row of mask", advantages=advantages)
-        advantages = jnp.broadcast_to(jnp.asarray(advantages)[:, None], shape)
-    check_shape(shape, "the shape of mask, or a number a row", advantages=advantages)
+    advantages_BxT = _per_token(advantages, mask)
     if options.kl_coefficient and reference_logprobs is None:
         raise ValueError(
-            f"kl_coefficient is {options.kl_coefficient} and reference_logprobs is None; expected "
-            "the reference's log-probabilities [rows, tokens], or a coefficient of 0."
+            f"reference_logprobs is None with kl_coefficient {options.kl_coefficient}; expected "
+            "the reference model's log-probabilities [rows, tokens], or kl_coefficient 0."
         )
-    checkify.debug_check(
-        jnp.all(jnp.where(mask, jnp.isfinite(advantages), True)), "advantages are not finite."
-    )
-    checkify.debug_check(
-        jnp.all(jnp.where(mask, jnp.isfinite(behaviour_logprobs) & (behaviour_logprobs < 1e-4), 1)),
-        "behaviour_logprobs are above 0, or not finite.",
-    )
+    _check_values(mask, advantages_BxT, behaviour_logprobs)
     inputs = {
         "tokens": tokens,
-        "advantages": advantages,
+        "advantages": advantages_BxT,
         "old": behaviour_logprobs if old_logprobs is None else old_logprobs,
     }
     if old_logprobs is not None and options.importance_cap:
@@ -247,7 +284,7 @@ def policy_inputs(
     if reference_logprobs is not None:
         inputs["reference"] = reference_logprobs
     if options.ratio == "sequence":
-        logprobs = response_logprobs(
+        logprobs_BxT = response_logprobs(
             student=jax.lax.stop_gradient(student),
             tokens=tokens,
             mask=mask,
@@ -255,21 +292,43 @@ def policy_inputs(
             chunk=chunk,
             partition=partition,
         )
-        gap = jnp.where(mask, logprobs - inputs["old"], 0.0)
-        mean = jnp.sum(gap, axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1)
-        inputs["sequence_log_ratio"] = jnp.broadcast_to(mean[:, None], shape)
+        gap_BxT = jnp.where(mask, logprobs_BxT - inputs["old"], 0.0)
+        mean_B = jnp.sum(gap_BxT, axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1)
+        inputs["sequence_log_ratio"] = jnp.broadcast_to(mean_B[:, None], mask.shape)
     return inputs
 
 
+def _per_token(advantages, mask: jax.Array) -> jax.Array:
+    """Returns advantages [B] or [B, T] as an array [B, T]."""
+    if jnp.ndim(advantages) == 1:
+        check_shape(mask.shape[:1], "one number for each row of mask", advantages=advantages)
+        advantages = jnp.broadcast_to(jnp.asarray(advantages)[:, None], mask.shape)
+    check_shape(mask.shape, "the shape of mask, or one number for each row", advantages=advantages)
+    return advantages
+
+
+def _check_values(mask, advantages_BxT, behaviour_logprobs_BxT) -> None:
+    """Adds checks of the values in the mask, which run only under checkify."""
+    checkify.debug_check(
+        jnp.all(jnp.where(mask, jnp.isfinite(advantages_BxT), True)), "advantages are not finite."
+    )
+    valid = jnp.isfinite(behaviour_logprobs_BxT) & (behaviour_logprobs_BxT < 1e-4)
+    checkify.debug_check(
+        jnp.all(jnp.where(mask, valid, 1)),
+        "behaviour_logprobs are above 0, or not finite.",
+    )
+
+
 def policy_token_loss(options: PolicyGradient, temperature: float) -> TokenLoss:
-    """The loss of a token, for `weighted_loss`."""
+    """Returns the policy-gradient loss of a token, as a function for `weighted_loss`."""
 
     def token_loss(logits, _, inputs):
         logprobs = token_logprobs(logits, inputs["tokens"], temperature)
         log_ratio = logprobs - inputs["old"]
-        if "sequence_log_ratio" in inputs:  # the response's value, with this token's gradient
-            nothing = logprobs - jax.lax.stop_gradient(logprobs)
-            log_ratio = inputs["sequence_log_ratio"] + nothing
+        if "sequence_log_ratio" in inputs:
+            # The value is that of the whole response, and the gradient that of this token.
+            zero = logprobs - jax.lax.stop_gradient(logprobs)
+            log_ratio = inputs["sequence_log_ratio"] + zero
         ratio = importance_ratio(log_ratio)
         advantages = inputs["advantages"]
         low, high = 1 - options.clip_low, 1 + options.clip_high
@@ -281,21 +340,21 @@ def policy_token_loss(options: PolicyGradient, temperature: float) -> TokenLoss:
         else:
             loss = -ratio * advantages
         if options.dual_clip:
-            most = -options.dual_clip * advantages
-            loss = jnp.where(advantages < 0, jnp.minimum(loss, most), loss)
-        said = {
+            bound = -options.dual_clip * advantages
+            loss = jnp.where(advantages < 0, jnp.minimum(loss, bound), loss)
+        diagnostics = {
             "entropy": jax.lax.stop_gradient(entropy(logits, temperature)),
             "ratio": ratio,
             "clipped": ((ratio < low) | (ratio > high)).astype(jnp.float32),
         }
         if "importance" in inputs:
             loss *= inputs["importance"]
-            said["importance"] = inputs["importance"]
+            diagnostics["importance"] = inputs["importance"]
         if "reference" in inputs:
             gap = inputs["reference"] - logprobs
-            said["kl"] = jnp.expm1(gap) - gap
+            diagnostics["kl"] = jnp.expm1(gap) - gap
             if options.kl_coefficient:
-                loss += options.kl_coefficient * said["kl"]
-        return loss, said
+                loss += options.kl_coefficient * diagnostics["kl"]
+        return loss, diagnostics
 
     return token_loss

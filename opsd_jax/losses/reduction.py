@@ -1,8 +1,11 @@
-"""What each token weighs, and the sum; the weight to divide it by is kept apart.
+"""Weights of tokens, and sums of values with these weights.
 
-Every reduction of the field is a weighting of tokens: sum_t weights_t values_t / total. The caller
-adds sums and totals over microbatches and devices and divides once at the end. A mean of means is
-wrong as soon as parts differ in their number of live tokens, and with a gate they do.
+Every aggregation here has the form `sum_t weights_t values_t / total`. Functions return the sum and
+the total separately. The caller adds both over microbatches and devices, and divides once at the
+end. A mean of the means of the parts would be wrong, because parts have different numbers of active
+tokens.
+
+Shape suffixes: B rows (responses), T tokens of a padded row.
 """
 
 from __future__ import annotations
@@ -30,56 +33,68 @@ def token_weights(
     length: float = 1.0,
     position_weights: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The weights that reduce values of tokens, and their normaliser.
+    """Computes the weight of each token in a loss, and the number to divide the loss by.
 
-    | aggregation | weight of a token of row i with n_i tokens | normaliser |
+    For a row i with n_i tokens in the mask and the row weight w_i:
+
+    | aggregation | weight of a token | total |
     |---|---|---|
-    | "sequence" | w_i / n_i: rows count alike (OPSD; GRPO's 1/\\|o_i\\|) | sum_i w_i |
-    | "token" | w_i: tokens count alike (DAPO) | sum_i w_i n_i |
-    | "fixed" | w_i / length (Dr.GRPO); the sum over tokens if that is 1 | sum_i w_i |
+    | "sequence" | w_i / n_i: all rows count the same (OPSD; GRPO's 1/\\|o_i\\|) | sum_i w_i |
+    | "token" | w_i: all tokens count the same (DAPO) | sum_i w_i n_i |
+    | "fixed" | w_i / length (Dr.GRPO); a sum over the tokens if length is 1 | sum_i w_i |
 
     Args:
-      mask: bool [B, T], the tokens that count. A row without any weighs nothing.
-      row_weight: [B], or one number for all. A negative one makes everything NaN: no loss here has
-        a use for it, and it would turn minimising into maximising.
-      aggregation: see above.
-      length: of "fixed", in tokens: the same for all batches, such as the budget of a response.
-      position_weights: [B, T], with mean 1 over each row's tokens (`position_weights`).
+      mask: bool [B, T], the tokens that count. A row with no such token has no weight.
+      row_weight: float [B], or one number for all rows. It must not be negative: a negative weight
+        would turn minimising a loss into maximising it, so it makes all results NaN.
+      aggregation: "sequence", "token" or "fixed".
+      length: divisor for "fixed", in tokens. Use the same number for all batches, such as the
+        longest allowed response.
+      position_weights: float [B, T], extra factors with a mean of 1 over the tokens of each row, as
+        the function `position_weights` returns them.
 
     Returns:
-      float32 `(weights [B, T], total [])`, without gradients; weights are 0 where the mask is
-      false.
+      `(weights, total)`: float32 [B, T] and a float32 scalar, without gradients. Weights are 0
+      where the mask is false.
 
     Raises:
-      ValueError: a shape does not fit or an option is none of these.
+      ValueError: the shape of an argument is wrong, or an option is unknown.
     """
     mask = check_mask(mask)
     check_row_weight(row_weight, mask)
     check_shape(mask.shape, "the shape of mask", position_weights=position_weights)
     check_option("aggregation", aggregation, AGGREGATIONS)
     check_range("length", length, 1e-6)
-    row_weight = jnp.broadcast_to(jnp.asarray(row_weight, jnp.float32), mask.shape[:1])
-    checkify.debug_check(jnp.all(row_weight >= 0), "row_weight is negative or NaN somewhere.")
-    row_weight = jnp.where(row_weight < 0, jnp.nan, row_weight)
+    weight_B = jnp.broadcast_to(jnp.asarray(row_weight, jnp.float32), mask.shape[:1])
+    checkify.debug_check(jnp.all(weight_B >= 0), "row_weight is negative or NaN somewhere.")
+    weight_B = jnp.where(weight_B < 0, jnp.nan, weight_B)
 
-    tokens = jnp.sum(mask, axis=1, dtype=jnp.float32)
-    row_weight = jnp.where(tokens > 0, row_weight, 0.0)
-    divisor = {"sequence": jnp.maximum(tokens, 1), "token": jnp.ones_like(tokens)}.get(
-        aggregation, jnp.full_like(tokens, length)
+    tokens_B = jnp.sum(mask, axis=1, dtype=jnp.float32)
+    weight_B = jnp.where(tokens_B > 0, weight_B, 0.0)
+    divisor_B = {"sequence": jnp.maximum(tokens_B, 1), "token": jnp.ones_like(tokens_B)}.get(
+        aggregation, jnp.full_like(tokens_B, length)
     )
-    weights = jnp.where(mask, (row_weight / divisor)[:, None], 0.0)
+    weights_BxT = jnp.where(mask, (weight_B / divisor_B)[:, None], 0.0)
     if position_weights is not None:
-        weights = jnp.where(mask, weights * position_weights, 0.0)
-    total = jnp.sum(row_weight * (tokens if aggregation == "token" else 1.0))
-    return jax.lax.stop_gradient((weights, total))
+        weights_BxT = jnp.where(mask, weights_BxT * position_weights, 0.0)
+    total = jnp.sum(weight_B * (tokens_B if aggregation == "token" else 1.0))
+    return jax.lax.stop_gradient((weights_BxT, total))
 
 
 def weighted_sum(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """sum weights * values in float32; values of weight 0 are not looked at, NaN included.
+    """Computes sum(weights * values) in float32, ignoring values that have a weight of 0.
+
+    A NaN or an infinity with a weight of 0 changes neither the sum nor its gradient.
 
     Args:
-      values: any shape; numbers or booleans.
-      weights: of the same shape.
+      values: numbers or booleans, of any shape.
+      weights: an array of the same shape.
+
+    Returns:
+      A float32 scalar.
+
+    Raises:
+      ValueError: the shapes differ.
     """
     check_shape(jnp.shape(values), "the shape of values", weights=weights)
     weights = jnp.asarray(weights).astype(jnp.float32)
@@ -99,51 +114,64 @@ def position_weights(
     centre: float = 0.3,
     width: float = 0.1,
 ) -> jax.Array:
-    """Weights by position in the response, scaled to a mean of 1 over each row's tokens.
+    """Computes a weight for each token from its position in the response.
 
-    With t = 0, 1, ... counting the row's tokens, of which there are n:
+    With t = 0, 1, ... for the tokens of a row in the mask, and n their number, the weight is
+    proportional to
 
     - "uniform": 1;
-    - "linear": 1 + (late - 1) t / (n - 1), the last token weighing `late` times the first;
+    - "linear": 1 + (late - 1) t / (n - 1);
     - "exponential": exp(rate t / (n - 1));
     - "sigmoid": floor + (1 - floor) sigmoid((t / n - centre) / width) (PW-OPSD, arXiv 2605.21606).
 
-    Counting follows the mask, so padding on either side changes nothing.
+    Positions count only tokens in the mask, so padding on either side has no effect.
 
     Args:
-      mask: bool [B, T].
-      kind: see above.
-      late, rate, floor, centre, width: of the one kind that names it. A negative rate, or a `late`
-        below 1, favours the beginning.
+      mask: bool [B, T], the tokens that count.
+      kind: "uniform", "linear", "exponential" or "sigmoid".
+      late: for "linear", the weight of the last token relative to the first. A value below 1 gives
+        early tokens more weight.
+      rate: for "exponential", the logarithm of the same ratio. A negative value gives early tokens
+        more weight.
+      floor: for "sigmoid", the lowest weight before normalisation, in [0, 1].
+      centre: for "sigmoid", where the weight is halfway, as a fraction of the response.
+      width: for "sigmoid", width of the transition, as a fraction of the response.
 
     Returns:
-      float32 [B, T], 0 where the mask is false.
+      float32 [B, T], scaled to a mean of 1 over the tokens of each row; 0 where the mask is false.
 
     Raises:
-      ValueError: `kind` is none of these, or a parameter makes weights negative.
+      ValueError: `kind` is unknown, or a parameter is out of range.
     """
-    check_option("position weights", kind, POSITIONS)
+    check_option("kind", kind, POSITIONS)
     check_range("late", late, 0)
     check_range("floor", floor, 0, 1)
     check_range("width", width, 1e-6)
     mask = check_mask(mask)
-    n = jnp.sum(mask, axis=1, keepdims=True, dtype=jnp.float32)
-    t = position_in_row(mask).astype(jnp.float32)
-    fraction = t / jnp.maximum(n - 1, 1)
-    weights = {
-        "uniform": lambda: jnp.ones_like(t),
-        "linear": lambda: 1 + (late - 1) * fraction,
-        "exponential": lambda: jnp.exp(rate * fraction),
+    n_Bx1 = jnp.sum(mask, axis=1, keepdims=True, dtype=jnp.float32)
+    t_BxT = position_in_row(mask).astype(jnp.float32)
+    fraction_BxT = t_BxT / jnp.maximum(n_Bx1 - 1, 1)
+    weights_BxT = {
+        "uniform": lambda: jnp.ones_like(t_BxT),
+        "linear": lambda: 1 + (late - 1) * fraction_BxT,
+        "exponential": lambda: jnp.exp(rate * fraction_BxT),
         "sigmoid": lambda: (
-            floor + (1 - floor) * jax.nn.sigmoid((t / jnp.maximum(n, 1) - centre) / width)
+            floor + (1 - floor) * jax.nn.sigmoid((t_BxT / jnp.maximum(n_Bx1, 1) - centre) / width)
         ),
     }[kind]()
-    weights = jnp.where(mask, weights, 0.0)
-    total = jnp.sum(weights, axis=1, keepdims=True)
-    return weights * n / jnp.where(total > 0, total, 1.0)
+    weights_BxT = jnp.where(mask, weights_BxT, 0.0)
+    total_Bx1 = jnp.sum(weights_BxT, axis=1, keepdims=True)
+    return weights_BxT * n_Bx1 / jnp.where(total_Bx1 > 0, total_Bx1, 1.0)
 
 
 def position_in_row(mask: jax.Array) -> jax.Array:
-    """How many of the row's tokens stand before each: int32 [B, T] of a bool [B, T]."""
+    """Counts the tokens in the mask that come before each column of a row.
+
+    Args:
+      mask: bool [B, T].
+
+    Returns:
+      int32 [B, T]; for a token in the mask, its position among these tokens, from 0.
+    """
     mask = mask.astype(jnp.int32)
     return jnp.cumsum(mask, axis=1) - mask

@@ -1,4 +1,4 @@
-"""What a loss returns."""
+"""`Loss`, the result of every loss function."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from opsd_jax.losses.reduction import weighted_sum
 
 
 class Loss(NamedTuple):
-    """A loss of a batch, or of a part of one.
+    """The loss of a batch or of a microbatch, before the division by its weight.
 
-    Add `sum` and `weight` over microbatches, then divide; `mean` is for a batch that is whole.
+    For a batch in several parts, add `sum` and `weight` over the parts, then divide. For a batch in
+    one part, use `mean`.
 
     Attributes:
-      sum: float32, the tokens' losses times their weights. The only part with gradients.
-      weight: float32, what to divide by.
-      weights: [B, T], of the tokens.
-      tokens: name -> [B, T], unreduced values for diagnostics, 0 where the weight is.
+      sum: float32 scalar, the weighted sum of the token losses. Only this field has gradients.
+      weight: float32 scalar, the number to divide `sum` by.
+      weights: float32 [B, T], the weight of each token in `sum`.
+      tokens: diagnostic name -> [B, T], values of each token; 0 where the token's weight is 0.
     """
 
     sum: jax.Array
@@ -29,10 +30,17 @@ class Loss(NamedTuple):
 
     @property
     def mean(self) -> jax.Array:
-        """sum / weight, or 0 if there is no weight."""
+        """sum / weight, or 0 if the weight is 0."""
         return self.sum / jnp.where(self.weight == 0, 1.0, self.weight)
 
     def metric(self, name: str) -> tuple[jax.Array, jax.Array]:
-        """`(sum, number)` of a diagnostic over the tokens that weigh something, all alike."""
-        live = (self.weights != 0).astype(jnp.float32)
-        return weighted_sum(self.tokens[name], live), jnp.sum(live)
+        """Sums a diagnostic over the tokens whose weight is not 0, counting all of them equally.
+
+        Args:
+          name: a key of `tokens`.
+
+        Returns:
+          `(sum, number of tokens)`, float32 scalars. Add both over parts of a batch, then divide.
+        """
+        active = (self.weights != 0).astype(jnp.float32)
+        return weighted_sum(self.tokens[name], active), jnp.sum(active)

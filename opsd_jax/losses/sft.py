@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the cross-entropy of given tokens."""
+"""The loss of supervised fine-tuning: cross-entropy of given tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from opsd_jax.losses.checks import check_shape
-from opsd_jax.losses.fused import Scores, weighted_loss
+from opsd_jax.losses.fused import weighted_loss
+from opsd_jax.losses.head import LogitsOrHead
 from opsd_jax.losses.likelihood import log_normaliser, token_logprobs
 from opsd_jax.losses.reduction import token_weights
 from opsd_jax.losses.result import Loss
@@ -15,7 +16,7 @@ from opsd_jax.losses.result import Loss
 
 def sft(
     *,
-    student: Scores,
+    student: LogitsOrHead,
     tokens: jax.Array,
     mask: jax.Array,
     row_weight: jax.Array | float = 1.0,
@@ -24,20 +25,27 @@ def sft(
     chunk: int | None = None,
     partition: P | None = None,
 ) -> Loss:
-    """-log p(token), over the tokens of the mask.
+    """Computes the cross-entropy -log p(token) of the tokens in the mask.
 
     Args:
-      student: logits [B, T, V] or a `Head`; those at t predict `tokens[:, t]`.
-      tokens: int [B, T].
-      mask: bool [B, T], the tokens to learn.
-      row_weight, aggregation, length: see `token_weights`.
-      chunk, partition: see `weighted_loss`.
+      student: logits [B, T, V], or a `Head` that computes them. Logits at column t predict
+        `tokens[:, t]`.
+      tokens: int [B, T], token ids.
+      mask: bool [B, T], the tokens to train on.
+      row_weight: float [B], or one number for all rows; not negative.
+      aggregation: how tokens are averaged: "token" (all tokens count the same), "sequence" (all
+        rows count the same) or "fixed" (each row's sum is divided by `length`). See
+        `token_weights`.
+      length: divisor for aggregation "fixed", in tokens.
+      chunk: tokens that are computed at once with a `Head`. None chooses it; see `weighted_loss`.
+      partition: how [B, T] is split over the mesh in context; see `weighted_loss`.
 
     Returns:
-      A `Loss`, with `tokens` "loss" and "accuracy": 1 where no word is likelier than the token.
+      A `Loss`. Its diagnostics are "loss" and "accuracy": 1 where no vocabulary entry is more
+      likely than the token.
 
     Raises:
-      ValueError: a shape or an option; names it.
+      ValueError: the shape of an argument is wrong, or an option is unknown.
     """
     weights, total = token_weights(mask, row_weight, aggregation=aggregation, length=length)
     check_shape(mask.shape, "the shape of mask", tokens=tokens)
@@ -47,7 +55,7 @@ def sft(
         best = jnp.max(logits, axis=-1) - log_normaliser(logits)
         return -logprobs, {"accuracy": (logprobs >= best).astype(jnp.float32)}
 
-    value, said = weighted_loss(
+    value, diagnostics = weighted_loss(
         token_loss, weights, tokens, student=student, chunk=chunk, partition=partition
     )
-    return Loss(value, total, weights, said)
+    return Loss(value, total, weights, diagnostics)

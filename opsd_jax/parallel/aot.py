@@ -1,4 +1,16 @@
-"""Ahead-of-time compilation: every program of a run is compiled here, and a plan looks on."""
+"""Ahead-of-time compilation: the one place where the programs of a run are compiled.
+
+The engine, the train step and the layouts lower each of their programs once, when they are created,
+and pass it to `compiled`. This has two effects:
+
+1. Every program of a run is compiled before the first step, for shapes that the config fixes. A
+   later recompilation is impossible, because a compiled program refuses other shapes.
+2. `opsd-jax plan` runs the same code for a TPU that is not attached, on a machine that has only a
+   CPU. Within `planning`, `compiled` passes each program to the plan instead, which compiles it for
+   the TPU and reads its memory, operations and collectives. Whatever a run compiles is in the plan.
+
+A program that is compiled in any other way is missing from the plan.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +21,38 @@ from typing import Any
 
 import jax
 
-Compile = Callable[[str, jax.stages.Lowered], Any]
+from opsd_jax.parallel.program import ProgramKey
+
+Compile = Callable[[ProgramKey, jax.stages.Lowered], Any]
 
 _compile: contextvars.ContextVar[Compile | None] = contextvars.ContextVar("compile", default=None)
 
 
-def compiled(name: str, lowered: jax.stages.Lowered) -> Any:
-    """The program; `name` is what a plan calls it. In a plan, None if it does not fit."""
+def compiled(key: ProgramKey, lowered: jax.stages.Lowered) -> Any:
+    """Compiles a program.
+
+    Args:
+      key: which program it is.
+      lowered: the program, from `jax.jit(function).lower(*abstract_arguments)`.
+
+    Returns:
+      The `jax.stages.Compiled` program. Within `planning`, what the function of the plan returns:
+      the program, which can't be executed here, or None if it doesn't fit into the memory.
+    """
     plan = _compile.get()
-    return lowered.compile() if plan is None else plan(name, lowered)
+    return lowered.compile() if plan is None else plan(key, lowered)
 
 
 @contextlib.contextmanager
 def planning(compile: Compile) -> Iterator[None]:
-    """Within it programs are made as for TPUs, though there may be none, and compiled by `compile`,
-    which is given the name of each.
+    """A context in which programs are compiled for inspection only, as for TPUs.
+
+    In this context, `on_tpu` is True, so models choose their TPU kernels, and `compiled` calls the
+    given function. The devices of the mesh are those of a topology
+    (`jax.experimental.topologies`), so nothing can be executed and no array can be created on them.
+
+    Args:
+      compile: `(key, lowered) -> compiled or None`; see `compiled`.
     """
     token = _compile.set(compile)
     try:
@@ -33,10 +62,10 @@ def planning(compile: Compile) -> Iterator[None]:
 
 
 def is_planned() -> bool:
-    """Whether programs are made to be looked at."""
+    """Whether programs are compiled for inspection only; see `planning`."""
     return _compile.get() is not None
 
 
 def on_tpu() -> bool:
-    """Whether programs are made for TPUs."""
+    """Whether programs are compiled for TPUs, attached or planned."""
     return is_planned() or jax.default_backend() == "tpu"

@@ -1,4 +1,4 @@
-"""The TPUs that a plan is for: what they can do, and where the compiler takes them from."""
+"""TPU chips that a plan can target: their peak rates, topologies and memory limits."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Without these libtpu looks for the TPUs of this machine, and locks them.
-QUIET = {
+# Without these variables libtpu looks for TPUs on this machine and locks them.
+LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
@@ -21,12 +21,12 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """What a device can do in a second at best: the makers' figures.
+    """Peak rates of one device, as its maker publishes them.
 
     Attributes:
-      flops: operations on bfloat16.
-      hbm: bytes to and from its memory.
-      ici: bytes to its neighbours on a ring, both ways together.
+      flops: bfloat16 operations per second.
+      hbm: bytes per second between the device and its HBM.
+      ici: bytes per second to the two neighbours on a ring, both directions together.
     """
 
     flops: float
@@ -34,7 +34,7 @@ class Chip(NamedTuple):
     ici: float
 
 
-# By `device_kind`. A chip of v4 and of TPU7x is two devices here.
+# Keyed by `device_kind`. JAX shows a chip of v4 or TPU7x as two devices.
 CHIPS = {
     "TPU v4": Chip(1.37e14, 6.1e11, 4.5e10),
     "TPU v5 lite": Chip(1.97e14, 8.2e11, 9.0e10),
@@ -49,34 +49,48 @@ class PlanError(Exception):
 
 
 def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
-    """The devices of a TPU topology, such as "v5p:2x2x4", that need not be there.
+    """Returns the devices of a TPU topology, without needing the TPUs themselves.
+
+    Args:
+      name: the chip and its arrangement, such as "v5p:2x2x4".
+      slices: number of slices with that topology.
 
     Raises:
-      PlanError: there is no such topology, or its compiler is not installed.
+      PlanError: the topology does not exist, or libtpu is not installed.
     """
     from jax.experimental import topologies
 
     if importlib.util.find_spec("libtpu") is None:
         raise PlanError("XLA's compiler for TPUs is missing: pip install 'opsd-jax[tpu]'.")
-    for variable, value in QUIET.items():
+    for variable, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    many = {"num_slices": slices} if slices > 1 else {}
+    options = {"num_slices": slices} if slices > 1 else {}
     try:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **many)
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as error:
-        expected = "expected such as v5e:4x4, v5p:2x2x4 or v6e:4x4"
+        expected = "expected a topology such as v5e:4x4, v5p:2x2x4 or v6e:4x4"
         raise PlanError(f"--topology {name}: {error}; {expected}.") from error
     return list(topology.devices)
 
 
 def hbm_bytes(device: jax.Device) -> float:
-    """The memory of a device that programs may use: as the compiler says when they want more."""
-    one = jax.sharding.SingleDeviceSharding(device)
-    large = jax.ShapeDtypeStruct((2**20, 2**16), jnp.float32, sharding=one)
+    """Returns the bytes of HBM that programs can use on a device.
+
+    The compiler states this limit only when it refuses a program, so this function compiles one
+    that is too large.
+
+    Raises:
+      PlanError: the compiler accepted the program.
+    """
+    one_device = jax.sharding.SingleDeviceSharding(device)
+    large = jax.ShapeDtypeStruct((2**20, 2**16), jnp.float32, sharding=one_device)
     try:
         jax.jit(lambda x: jnp.sin(x @ x.T).sum()).lower(large).compile()
     except jax.errors.JaxRuntimeError as error:
         if found := re.search(r"available HBM \(([\d.]+)G\)", str(error)):
             return float(found[1]) * GIB
         raise
-    raise PlanError(f"{device.device_kind} has no limit to its memory that the compiler tells.")
+    raise PlanError(
+        f"The compiler reports no memory limit for {device.device_kind}; expected it to refuse an "
+        "array of 256 GiB."
+    )

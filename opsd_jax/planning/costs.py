@@ -1,4 +1,4 @@
-"""What a compiled program does: matrix products, memory traffic, collectives."""
+"""Counts the matmuls, memory traffic and collectives of a compiled program."""
 
 from __future__ import annotations
 
@@ -11,34 +11,37 @@ import numpy as np
 
 from opsd_jax.planning.hlo import (
     COLLECTIVES,
-    SAME,
-    UPDATE,
+    RESHAPES,
+    UPDATES,
     Instruction,
     Loop,
     Program,
+    aliased_results,
     array_sizes,
     dims,
-    in_place,
     size_of,
 )
 
 _GROUPS = re.compile(
     r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\] ?\{([^}]*)\})"
 )
+# Operations that move no data themselves.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "partition-id",
+    "conditional", "call",
 }  # fmt: skip
-_PIECE = {"slice", "dynamic-slice", "gather"}  # of their first operand
+_SLICES = {"slice", "dynamic-slice", "gather"}  # read a part of their first operand
 _CALLS = {"fusion", "call", "async-start"}
 
 
 class Access(NamedTuple):
-    """What an instruction moves to and from HBM, each time that it runs.
+    """The HBM traffic of one execution of an instruction.
 
     Attributes:
-      read, written: bytes on a device.
-      loops: around it, from the outermost on.
-      line: the instruction.
+      read: bytes read on one device.
+      written: bytes written on one device.
+      loops: the loops around the instruction, from the outermost to the innermost.
+      line: the instruction's text.
     """
 
     read: int
@@ -48,6 +51,7 @@ class Access(NamedTuple):
 
     @property
     def bytes(self) -> int:
+        """Bytes read and written."""
         return self.read + self.written
 
 
@@ -55,12 +59,12 @@ class Collective(NamedTuple):
     """A collective operation of a program.
 
     Attributes:
-      op: such as "all-gather".
-      elements: of the largest array among its operands and results, on a device.
-      bytes: of all its operands or all its results, whichever are more: some move several arrays.
-      devices: that take part in one of its groups.
-      loops: around it, from the outermost on.
-      line: the instruction.
+      op: the operation, such as "all-gather".
+      elements: elements of the largest array among operands and results, on one device.
+      bytes: bytes of all operands or of all results, whichever is larger.
+      devices: number of devices in one of its groups.
+      loops: the loops around the instruction, from the outermost to the innermost.
+      line: the instruction's text.
     """
 
     op: str
@@ -71,14 +75,13 @@ class Collective(NamedTuple):
     line: str
 
 
-class Product(NamedTuple):
-    """A matrix product, as the compiler has it: a convolution or a dot, or a kernel's.
+class Matmul(NamedTuple):
+    """An instruction that computes matmuls: a dot, a convolution, or a fusion of them.
 
     Attributes:
-      flops: floating-point operations on a device, each time; a multiplication and an addition are
-        two.
-      loops: around it, from the outermost on.
-      line: the instruction.
+      flops: operations of one execution on one device; a multiply-add counts as two.
+      loops: the loops around the instruction, from the outermost to the innermost.
+      line: the instruction's text.
     """
 
     flops: int
@@ -87,34 +90,41 @@ class Product(NamedTuple):
 
 
 def collectives(program: Program) -> list[Collective]:
-    """The collectives that a program runs."""
+    """Returns the collectives that a program executes.
+
+    A collective that the compiler spreads over several fusions is counted once, where it starts.
+    """
     found = []
     for computation, i, loops in program.executed():
-        if within := program.overlapped(i):
-            starts = "AsyncCollectiveStart" in program.root(i.called[0]).line
-            if "async_collective" in within.line and not starts:
-                continue  # one that has started goes on
-            computation, i = i.called[0], within
+        if inner := program.overlapped(i):
+            if "async_collective" in inner.line and not _starts_collective(program, i):
+                continue
+            computation, i = i.called[0], inner
         op = i.op.removesuffix("-start")
         if computation.startswith("all-reduce-scatter"):
-            op = "reduce-scatter"  # which TPUs have as a fusion of sums and their slices
+            op = "reduce-scatter"  # on TPUs, a fusion of an all-reduce and slices of its result
         if op not in COLLECTIVES:
             continue
-        there = program.instructions(computation)
-        given = [there[name].shape for name in i.operands]
-        read = sum(map(size_of, given))
-        # What starts an operation results in its operands too, and in marks of a few bytes.
+        instructions = program.instructions(computation)
+        operands = [instructions[name].shape for name in i.operands]
+        read = sum(map(size_of, operands))
+        # The result of a "-start" instruction includes its operands.
         moved = max(read, size_of(i.shape) - read * i.op.endswith("-start"))
-        elements = max(math.prod(d) for shape in (i.shape, *given) for d in dims(shape))
-        found.append(Collective(op, elements, moved, _group(i.line), loops, i.line))
+        elements = max(math.prod(d) for shape in (i.shape, *operands) for d in dims(shape))
+        found.append(Collective(op, elements, moved, _group_size(i.line), loops, i.line))
     return found
 
 
-def _group(line: str) -> int:
-    """The devices of a collective's groups."""
+def _starts_collective(program: Program, fusion: Instruction) -> bool:
+    """Returns whether a fusion starts a collective that later fusions continue."""
+    return "AsyncCollectiveStart" in program.root(fusion.called[0]).line
+
+
+def _group_size(line: str) -> int:
+    """Returns the number of devices in one group of a collective."""
     match = _GROUPS.search(line)
     if match is None:
-        return 2  # a permutation's pairs
+        return 2  # a permutation has pairs instead of groups
     listed, iota, mesh, axes = match.groups()
     if listed is not None:
         return listed.count(",") + 1
@@ -124,34 +134,41 @@ def _group(line: str) -> int:
     return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", axes))
 
 
-def products(program: Program) -> list[Product]:
-    """The matrix products that a program runs, but for those of kernels (custom calls)."""
-    found = []
+def matmuls(program: Program) -> list[Matmul]:
+    """Returns the matmuls that a program executes, except those inside kernels (custom calls)."""
 
     @functools.cache
-    def within(computation: str) -> int:
-        return sum(of(computation, i) for i in program.instructions(computation).values())
+    def computation_flops(computation: str) -> int:
+        instructions = program.instructions(computation).values()
+        return sum(flops_of(computation, i) for i in instructions)
 
-    def of(computation: str, i: Instruction) -> int:
-        there = program.instructions(computation)
+    def flops_of(computation: str, i: Instruction) -> int:
+        if i.op in ("fusion", "async-start"):
+            return computation_flops(i.called[0])
+        instructions = program.instructions(computation)
         if i.op == "convolution":
-            return _convolution(i, *(dims(there[name].shape)[0] for name in i.operands))
-        if i.op == "dot":
-            over = re.findall(r"lhs_contracting_dims=\{([\d,]*)\}", i.line)[0]
-            lhs = dims(there[i.operands[0]].shape)[0]
-            summed = math.prod(lhs[int(d)] for d in over.split(",") if d)
-            return 2 * summed * math.prod(dims(i.shape)[0])
-        return within(i.called[0]) if i.op in ("fusion", "async-start") else 0
+            return _convolution_flops(i, *(dims(instructions[n].shape)[0] for n in i.operands))
+        return _dot_flops(i, dims(instructions[i.operands[0]].shape)[0]) if i.op == "dot" else 0
 
+    found = []
     for computation, i, loops in program.executed():
-        if flops := of(computation, i):
-            found.append(Product(flops, loops, i.line))
+        if flops := flops_of(computation, i):
+            found.append(Matmul(flops, loops, i.line))
     return found
 
 
-def _convolution(i: Instruction, lhs: list[int], rhs: list[int]) -> int:
-    """Operations of a convolution: XLA:TPU makes one of every product, with dimensions of its batch
-    and of its sum as spatial ones. What falls on padding or between is no operation.
+def _dot_flops(i: Instruction, lhs: list[int]) -> int:
+    """Returns the operations of a dot whose left operand has dimensions `lhs`."""
+    contracted = re.findall(r"lhs_contracting_dims=\{([\d,]*)\}", i.line)[0]
+    terms = math.prod(lhs[int(d)] for d in contracted.split(",") if d)
+    return 2 * terms * math.prod(dims(i.shape)[0])
+
+
+def _convolution_flops(i: Instruction, lhs: list[int], rhs: list[int]) -> int:
+    """Returns the operations of a convolution with operands of dimensions `lhs` and `rhs`.
+
+    XLA:TPU turns every matmul into a convolution and can make batch and contracted dimensions
+    spatial. Positions that fall on padding or between dilated elements cost no operation.
     """
     labels = re.findall(r"dim_labels=(\w+)_(\w+)->(\w+)", i.line)[0]
     of_lhs, of_rhs, of_out = (
@@ -162,99 +179,124 @@ def _convolution(i: Instruction, lhs: list[int], rhs: list[int]) -> int:
     window = {name: by_dim.split("x") for name, by_dim in re.findall(r"(\w+)=(\S+)", fields[0])}
     flops = 2 * of_out["b"] * of_out["f"] * of_rhs["i"]
     for d in range(len(of_out) - 2):
-        one = ["1"] * (d + 1)
-        stride, dilate, base = (
-            int(window.get(field, one)[d]) for field in ("stride", "rhs_dilate", "lhs_dilate")
+        default = ["1"] * (d + 1)
+        stride, rhs_dilation, lhs_dilation = (
+            int(window.get(field, default)[d]) for field in ("stride", "rhs_dilate", "lhs_dilate")
         )
         low = int(window["pad"][d].split("_")[0]) if "pad" in window else 0
         at = np.arange(of_out[str(d)])[:, None] * stride - low
-        at = at + np.arange(of_rhs[str(d)])[None] * dilate
-        inside = (at >= 0) & (at <= (of_lhs[str(d)] - 1) * base) & (at % base == 0)
-        flops *= int(inside.sum())
+        at = at + np.arange(of_rhs[str(d)])[None] * rhs_dilation
+        last = (of_lhs[str(d)] - 1) * lhs_dilation
+        flops *= int(((at >= 0) & (at <= last) & (at % lhs_dilation == 0)).sum())
     return flops
 
 
 def accesses(program: Program, *, vmem: bool = False) -> list[Access]:
-    """What the instructions of a compiled TPU program read from HBM and write there.
+    """Returns what the instructions of a compiled TPU program read from HBM and write to it.
 
-    An instruction reads its operands and writes its result, where their layouts place these in HBM.
-    Of what is sliced or gathered, inside of a fusion too, it reads the piece; an update in place
-    (of a slice, or a scatter) reads and writes the size of the update. A custom call, such as a
-    Pallas kernel, reads its operands but for the largest: how much of that is for the caller to
-    add. Padding to tiles is left out.
+    An instruction reads its operands and writes its result if their layouts place them in HBM. A
+    slice or gather, also inside a fusion, reads only the part that it returns. An update in place
+    (of a slice, or a scatter) reads and writes only the size of the update. A custom call, such as
+    a Pallas kernel, reads its operands except the largest; the caller adds what it reads of that
+    one. The padding of arrays to tiles is not counted.
 
     Args:
-      program: to account for.
-      vmem: count what lies in VMEM, too, and asynchronous copies at both ends, as XLA's
-        `cost_analysis` does: to compare with it.
+      program: the compiled program.
+      vmem: also count arrays in VMEM, and both ends of asynchronous copies. XLA's
+        `cost_analysis` counts this way.
     """
     in_memory = functools.partial(size_of, hbm=not vmem)
-    instructions = program.instructions
-
-    def read(computation: str, i: Instruction, number: int) -> int:
-        """Bytes that an instruction reads of one of its operands."""
-        if i.op in _PIECE and number == 0:
-            return size_of(i.shape)
-        if i.op in UPDATE and number == 0:
-            return size_of(instructions(computation)[i.operands[UPDATE[i.op]]].shape)
-        if i.op in _CALLS:
-            within = instructions(i.called[0]).values()
-            name = next(p.name for p in within if f" parameter({number})" in p.line)
-            return read_within(i.called[0], name)
-        return size_of(instructions(computation)[i.operands[number]].shape)
-
-    @functools.cache
-    def read_within(computation: str, name: str) -> int:
-        """Bytes of a value that the instructions which use it read of it."""
-        value = instructions(computation)[name]
-        total = size_of(value.shape) if value.is_root else 0
-        for user in instructions(computation).values():
-            for number, operand in enumerate(user.operands):
-                if operand == name and user.op in SAME:
-                    total += read_within(computation, user.name)
-                elif operand == name:
-                    total += read(computation, user, number)
-        return min(total, size_of(value.shape))
-
-    def written(computation: str, i: Instruction) -> int:
-        """Bytes of a result, or of the update if it is one in place."""
-        there = instructions(computation)
-        if i.op in UPDATE:
-            return size_of(there[i.operands[UPDATE[i.op]]].shape)
-        if i.op in SAME:
-            return written(computation, there[i.operands[0]])
-        if i.op in _CALLS:
-            return written(i.called[0], program.root(i.called[0]))
-        return size_of(i.shape)
-
+    traffic = _Traffic(program)
     found: list[Access] = []
     for computation, i, loops in program.executed():
-        there = instructions(computation)
+        if i.op in _FREE:
+            continue
         if i.op.endswith("-done"):
             size = size_of(i.shape)
             found += [Access(size, size, loops, i.line)] * vmem
-        elif i.op not in _FREE | {"conditional", "call"}:
-            sizes = [in_memory(there[name].shape) for name in i.operands]
-            if program.overlapped(i):
-                aliased = in_place(i)
-                kept = [0 if n in aliased.values() else size for n, size in enumerate(sizes)]
-                new = [
-                    size
-                    for k, size in enumerate(array_sizes(i.shape, hbm=not vmem))
-                    if k not in aliased
-                ]
-                starts = "AsyncCollectiveStart" in program.root(i.called[0]).line
-                found.append(Access(sum(sizes if starts else kept), sum(new), loops, i.line))
-                continue
-            reads = [
-                min(size, read(computation, i, n)) if size else 0 for n, size in enumerate(sizes)
-            ]
-            if i.op == "custom-call":
-                reads.append(-max(reads, default=0))
-            result = in_memory(i.shape)
-            if i.op.endswith("-start") and i.shape.startswith("("):
-                result -= sum(sizes)  # it names its operands besides
-            elif result:
-                result = min(result, written(computation, i))
-            found.append(Access(sum(reads), result, loops, i.line))
+            continue
+        instructions = program.instructions(computation)
+        sizes = [in_memory(instructions[name].shape) for name in i.operands]
+        if program.overlapped(i):
+            read, written = _overlapped_bytes(program, i, sizes, hbm=not vmem)
+            found.append(Access(read, written, loops, i.line))
+            continue
+        reads = [
+            min(size, traffic.read(computation, i, n)) if size else 0
+            for n, size in enumerate(sizes)
+        ]
+        if i.op == "custom-call":
+            reads.append(-max(reads, default=0))
+        written = in_memory(i.shape)
+        if i.op.endswith("-start") and i.shape.startswith("("):
+            written -= sum(sizes)  # the result includes the operands
+        elif written:
+            written = min(written, traffic.written(computation, i))
+        found.append(Access(sum(reads), written, loops, i.line))
     return found
+
+
+def _overlapped_bytes(
+    program: Program, fusion: Instruction, sizes: list[int], *, hbm: bool
+) -> tuple[int, int]:
+    """Returns the bytes read and written by a fusion that overlaps a collective.
+
+    Args:
+      program: the compiled program.
+      fusion: the fusion.
+      sizes: bytes of each operand.
+      hbm: count only results in HBM.
+    """
+    aliased = aliased_results(fusion)
+    results = enumerate(array_sizes(fusion.shape, hbm=hbm))
+    written = sum(size for k, size in results if k not in aliased)
+    if _starts_collective(program, fusion):
+        return sum(sizes), written
+    return sum(size for n, size in enumerate(sizes) if n not in aliased.values()), written
+
+
+class _Traffic:
+    """Bytes that a program's instructions read of their operands and write of their results."""
+
+    def __init__(self, program: Program):
+        self._program = program
+        self._read_of_value: dict[tuple[str, str], int] = {}
+
+    def read(self, computation: str, i: Instruction, number: int) -> int:
+        """Returns the bytes that an instruction reads of its operand `number`."""
+        instructions = self._program.instructions(computation)
+        if i.op in _SLICES and number == 0:
+            return size_of(i.shape)
+        if i.op in UPDATES and number == 0:
+            return size_of(instructions[i.operands[UPDATES[i.op]]].shape)
+        if i.op in _CALLS:
+            inner = self._program.instructions(i.called[0]).values()
+            name = next(p.name for p in inner if f" parameter({number})" in p.line)
+            return self._read_by_users(i.called[0], name)
+        return size_of(instructions[i.operands[number]].shape)
+
+    def _read_by_users(self, computation: str, name: str) -> int:
+        """Returns the bytes of a value that the computation's other instructions read."""
+        if (computation, name) not in self._read_of_value:
+            instructions = self._program.instructions(computation)
+            value = instructions[name]
+            total = size_of(value.shape) if value.is_root else 0
+            for user in instructions.values():
+                for number, operand in enumerate(user.operands):
+                    if operand == name and user.op in RESHAPES:
+                        total += self._read_by_users(computation, user.name)
+                    elif operand == name:
+                        total += self.read(computation, user, number)
+            self._read_of_value[computation, name] = min(total, size_of(value.shape))
+        return self._read_of_value[computation, name]
+
+    def written(self, computation: str, i: Instruction) -> int:
+        """Returns the bytes of a result or, if it updates an operand in place, of the update."""
+        instructions = self._program.instructions(computation)
+        if i.op in UPDATES:
+            return size_of(instructions[i.operands[UPDATES[i.op]]].shape)
+        if i.op in RESHAPES:
+            return self.written(computation, instructions[i.operands[0]])
+        if i.op in _CALLS:
+            return self.written(i.called[0], self._program.root(i.called[0]))
+        return size_of(i.shape)

@@ -1,7 +1,7 @@
-"""The text of a compiled program: its instructions, and the loops that they stand in.
+"""Parses the text of a compiled program into instructions and the loops around them.
 
-XLA's own analyses count the body of a loop once. Here every instruction that a program runs comes
-with the loops around it, so that a caller can multiply by the turns of each.
+XLA's own analyses count the body of a loop once. This module returns every instruction that a
+program executes together with its loops, so that a caller can multiply by their trip counts.
 """
 
 from __future__ import annotations
@@ -15,71 +15,96 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(
     r"(?:body|condition|to_apply|calls|\w+_computations)=\{?(%[\w.\-]+(?:, ?%[\w.\-]+)*)"
 )
-# An array's dtype, sizes and layout, which names its memory space if that is not HBM.
+# An array's dtype, dimensions and layout. The layout names the memory space unless it is HBM.
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\](?:\{([^}]*)\})?")
 _INSTRUCTION = re.compile(r"(?:ROOT )?%(\S+) = (.*?) ([a-z][\w\-]*)\(")
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
     "collective-broadcast", "ragged-all-to-all",
 )  # fmt: skip
-SAME = {"bitcast", "reshape"}
-UPDATE = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is written into the first
-NAMELESS = "loop"  # one without a scope, such as the compiler makes
+RESHAPES = {"bitcast", "reshape"}  # operations that return their operand's bytes
+# Operations that write into their first operand, and the index of the operand that they write.
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+NAMELESS = "loop"  # name of a loop outside any `jax.named_scope`, such as one the compiler made
 _WRAPPERS = {"jit", "jvp", "transpose", "vmap", "while", "body", "cond", "closed_call", "shard_map"}
+
+# Trip counts that a program's text does not contain. The key of a loop is its path: the names of
+# all loops around it, from the outermost to the loop itself.
+TripCounts = Mapping[tuple[str, ...], int]
 
 
 class Loop(NamedTuple):
     """A while loop.
 
     Attributes:
-      name: the innermost `jax.named_scope` around it; NAMELESS where there is none.
-      turns: how many; None if that is not in the program.
+      name: the innermost `jax.named_scope` around the loop, or NAMELESS.
+      trip_count: how often the body runs, or None if the program's text does not say.
     """
 
     name: str
-    turns: int | None
+    trip_count: int | None
 
 
-def turns(loops: tuple[Loop, ...], given: Mapping[str, int] | None = None) -> int:
-    """How often the body of the innermost of nested loops runs.
+def path_of(loops: tuple[Loop, ...]) -> tuple[str, ...]:
+    """Returns the key in `TripCounts` of the innermost of nested loops, outermost first."""
+    return tuple(loop.name for loop in loops)
+
+
+def trip_count(loops: tuple[Loop, ...], given: TripCounts | None = None) -> int:
+    """Returns how often the body of the innermost of nested loops runs.
 
     Args:
-      loops: from the outermost on.
-      given: the turns of loops that the program does not say, by name, or by the names of all up to
-        it, "outer/inner"; 1 for others.
+      loops: nested loops, from the outermost to the innermost.
+      given: trip counts of named loops whose count is not in the program's text. NAMELESS loops
+        cannot be given; if their count is unknown it is taken as 1.
+
+    Raises:
+      KeyError: a named loop has no count in the text or in `given`.
     """
-    total, path, known = 1, "", given or {}
-    for loop in loops:
-        path = f"{path}/{loop.name}".removeprefix("/")
-        unknown = known.get(path, known.get(loop.name, 1))
-        total *= unknown if loop.turns is None else loop.turns
+    total = 1
+    for depth, loop in enumerate(loops, start=1):
+        if loop.trip_count is not None:
+            total *= loop.trip_count
+        elif loop.name != NAMELESS:
+            total *= (given or {})[path_of(loops[:depth])]
     return total
 
 
 class Instruction(NamedTuple):
-    """An instruction: its result's name and shape, its operation, and what it reads and calls."""
+    """An instruction of a compiled program.
+
+    Attributes:
+      name: the name of its result.
+      shape: the result's shape, as text.
+      op: the operation, such as "fusion".
+      operands: names of the instructions whose results it reads.
+      called: names of the computations that it calls; for a loop, the body only.
+      line: the whole text.
+    """
 
     name: str
     shape: str
     op: str
     operands: list[str]
-    called: list[str]  # of a loop, its body first
+    called: list[str]
     line: str
 
     @property
     def is_root(self) -> bool:
+        """Whether the result is also the result of the computation."""
         return self.line.startswith("ROOT")
 
 
 class Program:
-    """The text of a compiled program, `compiled.as_text()`, in parts.
+    """A compiled program, parsed from `compiled.as_text()`.
 
-    Of a conditional's branches the one counts whose results are largest, or with `lightest` the one
-    whose are smallest.
+    Only one branch of each conditional is counted: the branch whose results take the most bytes,
+    or the fewest if `lightest` is set.
     """
 
     def __init__(self, text: str, *, lightest: bool = False):
-        self._branch = min if lightest else max
+        """Splits the text into computations; their instructions are parsed on first use."""
+        self._choose_branch = min if lightest else max
         self._lines: dict[str, list[str]] = {}
         name = ""
         for line in text.splitlines():
@@ -91,23 +116,25 @@ class Program:
         self._parsed: dict[str, dict[str, Instruction]] = {}
 
     def instructions(self, computation: str) -> dict[str, Instruction]:
-        """Those of a computation by the name of their result, in the order in which they run; that
-        of the program itself is "ENTRY".
+        """Returns a computation's instructions by name, in execution order.
+
+        The computation "ENTRY" is the program itself.
         """
         if computation not in self._parsed:
-            found = (_parsed(line) for line in self._lines.get(computation, ()))
+            found = (_parse(line) for line in self._lines.get(computation, ()))
             self._parsed[computation] = {i.name: i for i in found if i is not None}
         return self._parsed[computation]
 
     def root(self, computation: str) -> Instruction:
-        """The instruction whose result is the computation's."""
+        """Returns the instruction whose result is the result of the computation."""
         return next(i for i in self.instructions(computation).values() if i.is_root)
 
     def executed(
         self, computation: str = "ENTRY", loops: tuple[Loop, ...] = ()
     ) -> Iterator[tuple[str, Instruction, tuple[Loop, ...]]]:
-        """`(computation, instruction, loops around it)` of all that the program runs, but for what
-        is inside of fusions.
+        """Yields `(computation, instruction, loops around it)` for each executed instruction.
+
+        Instructions inside fusions are not included.
         """
         for i in self.instructions(computation).values():
             yield computation, i, loops
@@ -116,21 +143,32 @@ class Program:
             elif i.op == "call":
                 yield from self.executed(i.called[0], loops)
             elif i.op == "conditional":
-                moved = lambda branch: sum(size_of(x.shape) for _, x, _ in self.executed(branch))
-                yield from self.executed(self._branch(i.called, key=moved), loops)
+                result_bytes = lambda branch: sum(
+                    size_of(x.shape) for _, x, _ in self.executed(branch)
+                )
+                yield from self.executed(self._choose_branch(i.called, key=result_bytes), loops)
+
+    def dynamic_loops(self) -> set[tuple[str, ...]]:
+        """Returns the paths of the named loops whose trip count is not in the text."""
+        return {
+            path_of(loops)
+            for *_, loops in self.executed()
+            if loops and loops[-1].trip_count is None and loops[-1].name != NAMELESS
+        }
 
     def _loop(self, i: Instruction) -> Loop:
-        words: list[str] = []
+        """Returns the name and trip count of a while instruction."""
+        scopes: list[str] = []
         if path := re.search(r'op_name="([^"]*)/while"', i.line):
-            words = [w for w in re.findall(r"[A-Za-z_]\w*", path[1]) if w not in _WRAPPERS]
-        name = words[-1] if len(words) > 1 else NAMELESS  # the first is the program's own
+            scopes = [w for w in re.findall(r"[A-Za-z_]\w*", path[1]) if w not in _WRAPPERS]
+        name = scopes[-1] if len(scopes) > 1 else NAMELESS  # the first is the program's own name
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', i.line):
             return Loop(name, int(known[1]))
         condition = re.findall(r"condition=%([\w.\-]+)", i.line)[0]
         bound, counter = self._bound(condition)
         if bound is None:
             return Loop(name, None)
-        # The compiler unrolls some: the counter takes steps of two then.
+        # Where the compiler has unrolled the loop, the counter advances by more than one.
         body = self.instructions(i.called[0])
         root = next((x for x in body.values() if x.is_root), None)
         added = body.get(root.operands[counter]) if root is not None else None
@@ -138,32 +176,35 @@ class Program:
         return Loop(name, -(-bound // next((step for step in steps if step), 1)))
 
     def _bound(self, condition: str) -> tuple[int | None, int]:
-        """What a loop's counter is compared with, if it is constant, and its place in the state."""
-        there = self.instructions(condition)
-        compared = next((x for x in there.values() if x.is_root), None)
+        """Returns a loop counter's constant upper bound, or None, and its index in the state."""
+        instructions = self.instructions(condition)
+        compared = next((x for x in instructions.values() if x.is_root), None)
         if compared is None or "direction=LT" not in compared.line:
             return None, 0
-        counter = re.search(r"index=(\d+)", there[compared.operands[0]].line)
-        bound = _constant(there.get(compared.operands[1]))
+        counter = re.search(r"index=(\d+)", instructions[compared.operands[0]].line)
+        bound = _constant(instructions.get(compared.operands[1]))
         return bound, int(counter[1]) if counter else 0
 
     def overlapped(self, i: Instruction) -> Instruction | None:
-        """The collective that goes on inside of a fusion, beside what it computes, if one does: the
-        compiler starts some in one fusion, moves them on in others, and ends them in a last one.
+        """Returns the collective inside a fusion, or None.
+
+        The compiler overlaps some collectives with computation: one fusion starts the collective,
+        others continue it, and a last one completes it.
         """
         if i.op != "fusion":
             return None
-        within = self.instructions(i.called[0]).values()
-        return next((x for x in within if x.op in COLLECTIVES), None)
+        inner = self.instructions(i.called[0]).values()
+        return next((x for x in inner if x.op in COLLECTIVES), None)
 
 
 def _constant(i: Instruction | None) -> int | None:
-    """The value of a whole number in the program."""
+    """Returns the value of an integer constant, or None if the instruction is not one."""
     value = re.search(r"constant\((\d+)\)", i.line) if i is not None else None
     return int(value[1]) if value else None
 
 
-def _parsed(line: str) -> Instruction | None:
+def _parse(line: str) -> Instruction | None:
+    """Parses a line of a computation; returns None if it is not an instruction."""
     match = _INSTRUCTION.match(line)
     if match is None:
         return None
@@ -175,31 +216,33 @@ def _parsed(line: str) -> Instruction | None:
 
 
 def array_sizes(shape: str, *, hbm: bool = False) -> list[int]:
-    """Bytes of each array in a shape; with `hbm`, 0 for those that do not lie there."""
+    """Returns the bytes of each array in a shape; with `hbm`, 0 for arrays in other memories."""
     sizes = []
     for dtype, text, layout in _ARRAY.findall(shape):
         bits = re.search(r"\d+", dtype)
-        each = max(1, int(bits.group() if bits else 8) // 8)
-        sizes.append(0 if hbm and "S(" in layout else math.prod(_sizes(text)) * each)
+        element_bytes = max(1, int(bits.group() if bits else 8) // 8)
+        elements = math.prod(_dimensions(text))
+        sizes.append(0 if hbm and "S(" in layout else elements * element_bytes)
     return sizes
 
 
 def size_of(shape: str, *, hbm: bool = False) -> int:
-    """Bytes of the arrays in a shape; with `hbm`, of those that lie there."""
+    """Returns the bytes of all arrays in a shape; with `hbm`, of the arrays in HBM only."""
     return sum(array_sizes(shape, hbm=hbm))
 
 
 def dims(shape: str) -> list[list[int]]:
-    """The dimensions of each array in a shape."""
-    return [_sizes(sizes) for _, sizes, _ in _ARRAY.findall(shape)]
+    """Returns the dimensions of each array in a shape."""
+    return [_dimensions(sizes) for _, sizes, _ in _ARRAY.findall(shape)]
 
 
-def _sizes(text: str) -> list[int]:
+def _dimensions(text: str) -> list[int]:
+    """Returns the dimensions in text such as "16,8"."""
     return [int(size) for size in text.split(",") if size]
 
 
-def in_place(i: Instruction) -> dict[int, int]:
-    """Which results of a fusion are one of its operands, as it says: result -> operand."""
-    said = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", i.line)
-    pairs = re.findall(r"\{(\d*)\}: \((\d+),", said[1]) if said else []
+def aliased_results(i: Instruction) -> dict[int, int]:
+    """Returns which results of a fusion share memory with an operand, as result -> operand."""
+    aliasing = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", i.line)
+    pairs = re.findall(r"\{(\d*)\}: \((\d+),", aliasing[1]) if aliasing else []
     return {int(result or 0): int(operand) for result, operand in pairs}

@@ -1,10 +1,10 @@
-"""Which arrays of a compiled program are in memory at once, where that is most.
+"""Finds the arrays of a compiled program that are in memory together at its peak.
 
-The text of a scheduled program lists instructions in the order in which they run. An array is there
-from the instruction that makes it to the last that reads it; what is updated in place, handed on
-in a tuple or carried by a loop is one array. A result that takes the place of an operand which dies
-there counts beside it. The peak of a train step is that of XLA's own assignment but for the padding
-of tiles (a test compares the two), and here it has names.
+The text of a scheduled program lists its instructions in execution order. An array is live from
+the instruction that makes it to the last instruction that reads it. A value that is updated in
+place, passed on in a tuple or carried by a loop is one array. An operand and a result that reuses
+its memory are counted separately. For a train step, the peak equals XLA's own assignment except for
+the padding of tiles, which a test checks. Unlike XLA's assignment, the arrays here have names.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Buffer(NamedTuple):
     """An array of a program.
 
     Attributes:
-      bytes: on a device.
-      shape: dtype and sizes there.
-      made_by: the operation that it comes from: its `op_name`, or what the compiler calls it.
+      bytes: its size on one device.
+      shape: dtype and dimensions on one device, as text.
+      made_by: the operation that makes it: its `op_name`, or else the instruction's name.
     """
 
     bytes: int
@@ -31,34 +31,93 @@ class Buffer(NamedTuple):
     made_by: str
 
 
-# Results that are their operands.
+# Operations whose results are their operands.
 _ALIASES = {"tuple", "bitcast", "while", "opt-barrier", "add-dependency", "copy-done"}
 
 
 def peak(program: Program, computation: str = "ENTRY") -> list[Buffer]:
-    """The temporaries in HBM at the moment when they take most, the largest first: without the
-    program's arguments and results.
+    """Returns the temporaries that are in HBM when they take the most memory, largest first.
+
+    The program's arguments and results are not included.
     """
     sequence = list(program.instructions(computation).values())
-    buffers: list[Buffer] = []
-    made: list[int] = []
-    last: list[int] = []
-    values: dict[str, list[int]] = {}  # the buffers of each result, an array each
-    inner: dict[int, list[Buffer]] = {}
+    lifetimes = _Lifetimes(program)
+    inner: dict[int, list[Buffer]] = {}  # time -> peak of the computation that runs then
+    for time, i in enumerate(sequence):
+        lifetimes.add(i, time)
+        if i.op in ("while", "call"):
+            inner[time] = peak(program, i.called[0])
+        elif i.op == "conditional":
+            inner[time] = max((peak(program, c) for c in i.called), key=_total_bytes)
+    for i in sequence:
+        if i.is_root:
+            lifetimes.exclude(i)  # its memory belongs to the caller
 
-    def new(size: int, i: Instruction, time: int, k: int = 0) -> int:
+    begins: dict[int, set[int]] = collections.defaultdict(set)  # time -> buffers
+    ends: dict[int, set[int]] = collections.defaultdict(set)
+    for b, (first, last) in enumerate(zip(lifetimes.first, lifetimes.last, strict=True)):
+        begins[first].add(b)
+        ends[last].add(b)
+    live: set[int] = set()
+    most, found = -1, []
+    for time in range(len(sequence)):
+        live |= begins[time]
+        here = [lifetimes.buffers[b] for b in live if lifetimes.buffers[b].bytes]
+        here += inner.get(time, [])
+        if (size := _total_bytes(here)) > most:
+            most, found = size, here
+        live -= ends[time]
+    return sorted(found, reverse=True)
+
+
+def _total_bytes(buffers: list[Buffer]) -> int:
+    return sum(buffer.bytes for buffer in buffers)
+
+
+class _Lifetimes:
+    """The buffers of a computation, with the times of their first and last use.
+
+    A time is the index of an instruction in execution order.
+    """
+
+    def __init__(self, program: Program):
+        self._program = program
+        self._buffers_of: dict[str, list[int]] = {}  # instruction name -> its result's buffers
+        self.buffers: list[Buffer] = []
+        self.first: list[int] = []
+        self.last: list[int] = []
+
+    def add(self, i: Instruction, time: int) -> None:
+        """Adds the buffers of an instruction's result and extends those of its operands."""
+        result = self._buffers_of[i.name] = self._result(i, time)
+        if i.op not in ("get-tuple-element", "tuple", "bitcast"):  # these read nothing
+            for name in i.operands:
+                for b in self._buffers_of.get(name, []):
+                    self.last[b] = time
+        for b in result:
+            self.last[b] = max(self.last[b], time)
+
+    def exclude(self, i: Instruction) -> None:
+        """Sets the size of an instruction's result to 0."""
+        for b in self._buffers_of[i.name]:
+            self.buffers[b] = self.buffers[b]._replace(bytes=0)
+
+    def _new(self, size: int, i: Instruction, time: int, k: int = 0) -> int:
+        """Adds a buffer for the k-th array of an instruction's result; returns its index."""
         name = re.search(r'op_name="([^"]*)"', i.line)
         shapes = re.findall(r"\w+\[[\d,]*\]", i.shape)
-        buffers.append(Buffer(size, shapes[k] if shapes else "", name[1] if name else i.name))
-        made.append(time)
-        last.append(time)
-        return len(buffers) - 1
+        made_by = name[1] if name else i.name
+        self.buffers.append(Buffer(size, shapes[k] if shapes else "", made_by))
+        self.first.append(time)
+        self.last.append(time)
+        return len(self.buffers) - 1
 
-    def result(i: Instruction, time: int) -> list[int]:
+    def _result(self, i: Instruction, time: int) -> list[int]:
+        """Returns the buffers of an instruction's result, one for each array."""
         sizes = hlo.array_sizes(i.shape, hbm=True)
-        operands = [values.get(name, []) for name in i.operands]
+        operands = [self._buffers_of.get(name, []) for name in i.operands]
         if i.op in ("parameter", "constant"):
-            return [new(0, i, time, k) for k in range(len(sizes))]
+            return [self._new(0, i, time, k) for k in range(len(sizes))]
         if i.op == "get-tuple-element":
             index = re.search(r"index=(\d+)", i.line)
             at = int(index[1]) if index else 0
@@ -68,67 +127,37 @@ def peak(program: Program, computation: str = "ENTRY") -> list[Buffer]:
         if i.op.endswith("-done"):
             return operands[0][1:2] or operands[0]
         if i.op.endswith("-start") and i.op != "copy-start":
-            return operands[0][:1] + [new(size, i, time, k + 1) for k, size in enumerate(sizes[1:])]
-        there = _in_place(program, i)
+            new = [self._new(size, i, time, k + 1) for k, size in enumerate(sizes[1:])]
+            return operands[0][:1] + new
+        updated = _updated_operands(self._program, i)
         return [
-            operands[there[k]][0] if k in there and operands[there[k]] else new(size, i, time, k)
+            operands[updated[k]][0]
+            if k in updated and operands[updated[k]]
+            else self._new(size, i, time, k)
             for k, size in enumerate(sizes)
         ]
 
-    for time, i in enumerate(sequence):
-        values[i.name] = result(i, time)
-        if i.op not in ("get-tuple-element", "tuple", "bitcast"):  # which read nothing
-            for name in i.operands:
-                for b in values.get(name, []):
-                    last[b] = time
-        for b in values[i.name]:
-            last[b] = max(last[b], time)
-        if i.op in ("while", "call"):
-            inner[time] = peak(program, i.called[0])
-        elif i.op == "conditional":
-            inner[time] = max((peak(program, c) for c in i.called), key=_total)
 
-    for i in sequence:
-        if i.is_root:  # lies where the caller wants it
-            for b in values[i.name]:
-                buffers[b] = buffers[b]._replace(bytes=0)
-    begin: dict[int, set[int]] = collections.defaultdict(set)
-    end: dict[int, set[int]] = collections.defaultdict(set)
-    for b in range(len(buffers)):
-        begin[made[b]].add(b)
-        end[last[b]].add(b)
-    live: set[int] = set()
-    most, found = -1, []
-    for time in range(len(sequence)):
-        live |= begin[time]
-        size = sum(buffers[b].bytes for b in live) + _total(inner.get(time, []))
-        if size > most:
-            most, found = size, [buffers[b] for b in live if buffers[b].bytes] + inner.get(time, [])
-        live -= end[time]
-    return sorted(found, reverse=True)
-
-
-def _total(buffers: list[Buffer]) -> int:
-    return sum(buffer.bytes for buffer in buffers)
-
-
-def _in_place(program: Program, i: Instruction) -> dict[int, int]:
-    """Which results of an instruction are one of its operands, updated: result -> operand."""
-    if i.op in hlo.UPDATE:
+def _updated_operands(program: Program, i: Instruction) -> dict[int, int]:
+    """Returns which results are operands updated in place, as result -> operand."""
+    if i.op in hlo.UPDATES:
         return {0: 0}
     if i.op != "fusion":
         return {}
-    within = program.instructions(i.called[0])
+    inner = program.instructions(i.called[0])
     root = program.root(i.called[0])
-    found = hlo.in_place(i)
+    found = hlo.aliased_results(i)
     for k, name in enumerate(root.operands if root.op == "tuple" else [root.name]):
-        made = within[name]
-        while made.op in hlo.SAME:
-            made = within[made.operands[0]]
-        if made.op in hlo.UPDATE:
-            source = within[made.operands[0]]
-            while source.op in hlo.SAME:
-                source = within[source.operands[0]]
+        made = _unreshaped(inner, inner[name])
+        if made.op in hlo.UPDATES:
+            source = _unreshaped(inner, inner[made.operands[0]])
             if number := re.search(r" parameter\((\d+)\)", source.line):
                 found[k] = int(number[1])
     return found
+
+
+def _unreshaped(instructions: dict[str, Instruction], i: Instruction) -> Instruction:
+    """Follows reshapes back to the instruction that made the value."""
+    while i.op in hlo.RESHAPES:
+        i = instructions[i.operands[0]]
+    return i

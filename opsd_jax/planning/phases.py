@@ -1,4 +1,4 @@
-"""The phases of a planned run: which programs execute in each, how often, and what lies beside."""
+"""The phases of a planned run: which programs each one executes, how often, and its memory."""
 
 from __future__ import annotations
 
@@ -6,20 +6,32 @@ import functools
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
+import grain
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
+import numpy as np
 
+from opsd_jax.config.run_options import RunOptions
 from opsd_jax.data.task import Task
 from opsd_jax.data.tokenizer import ByteTokenizer
 from opsd_jax.evaluation import divergence
-from opsd_jax.losses.fused import chunk_tokens
+from opsd_jax.losses.fused import LOSS_CHUNKS, chunk_tokens
 from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.parallel.program import DECODE_STEPS, ProgramKey, ProgramKind, bucket_scope
 from opsd_jax.planning import workload
 from opsd_jax.planning.chips import Chip
-from opsd_jax.planning.programs import Compiler, figures, with_kernel_bytes
+from opsd_jax.planning.hlo import TripCounts
+from opsd_jax.planning.keys import Part, PhaseKey, PhaseKind
+from opsd_jax.planning.programs import (
+    Compiler,
+    ProgramCosts,
+    check_loops_exist,
+    matched_executions,
+    program_costs,
+)
+from opsd_jax.policy import Model
 from opsd_jax.rollout.engine import (
     ROLLOUTS_PER_INSERT,
     STEPS_PER_CHUNK,
@@ -27,127 +39,225 @@ from opsd_jax.rollout.engine import (
     EngineShape,
     shape_for,
 )
-from opsd_jax.run import checks as sizes
+from opsd_jax.run import checks
 from opsd_jax.run.parameters import Parameters
-from opsd_jax.stages import memos, opsd, rlvr, sft
-from opsd_jax.stages.batch import Lengths
-from opsd_jax.stages.privileged import Privileged, inserted_tokens
+from opsd_jax.stages import algorithm_of
+from opsd_jax.stages.algorithm import Algorithm
+from opsd_jax.stages.options import StageOptions
+from opsd_jax.stages.parts import Parts, Sampling
 from opsd_jax.training import state as state_lib
 from opsd_jax.training.optimizer import make_optimizer
 from opsd_jax.training.step import compile_train_step
+from opsd_jax.verify.pool import VerifierPool
 
-PROBLEMS = 500  # evaluated, where the config leaves it to the data: MATH500's
-BOUNDS = "seconds_at_best", "seconds_in_turn"
+# Problems of an evaluation whose size depends on the data: the size of MATH-500.
+DEFAULT_PROBLEMS = 500
 
-# A run without data: the shapes of its programs depend on none, but for the tokens that close a
-# memo's thinking.
+
+def _no_data(*arguments: Any) -> NoReturn:
+    """Stands for a function of the data; raises RuntimeError because a plan has no data."""
+    raise RuntimeError("A plan reads no data and samples no rollouts.")
+
+
+# The shapes of programs do not depend on the data, except for the tokens that close a memo's
+# thinking: a plan assumes that there are none.
 NO_DATA = Task(
     tokenizer=ByteTokenizer(),
-    train=None,
-    heldout=None,
-    demonstrations=lambda seed: None,
-    prompt=lambda problem: [],
-    teacher_prompt=lambda problem, context, limit: ([], False),
-    verify=lambda problem, response: None,  # type: ignore[arg-type, return-value]
-    memo_request=lambda problem, outcome: [],
-    reminder=lambda context, limit: ([], False),
+    train=grain.MapDataset.source([]),
+    heldout=grain.MapDataset.source([]),
+    demonstrations=lambda seed: grain.MapDataset.source([]),
+    prompt=_no_data,
+    teacher_prompt=_no_data,
+    verify=_no_data,
+    stream=lambda seed: grain.MapDataset.source([]),
+    memo_request=_no_data,
+    reminder=_no_data,
 )
 
-Program = dict[str, Any]  # `figures` of one
+
+def _no_engine(**sizes: int) -> Any:
+    """Stands for the engines of a stage, which the plan compiles itself."""
+
+
+def _parts(model: Model) -> Parts:
+    """Returns what a stage is built from when only its shapes and its loss matter."""
+    pool = VerifierPool(NO_DATA.verify)
+    return Parts(NO_DATA, model, _no_engine, pool, seed=0, seed_of=lambda name: 0)
+
+
+class Phase(NamedTuple):
+    """A phase of a run; memory and times are those of one device.
+
+    Attributes:
+      key: which phase it is.
+      times: how often the run goes through it.
+      parts: bytes of each part of its memory. Temporaries are those of the program that needs most,
+        because programs run one at a time.
+      programs: names of the programs that it executes.
+      seconds_at_best: seconds if compute, memory traffic and network overlap completely.
+      seconds_in_turn: seconds if they follow one another.
+      useful_tokens: fraction of the computed tokens that are not padding; None if not applicable.
+    """
+
+    key: PhaseKey
+    times: int
+    parts: dict[Part, float]
+    programs: list[str]
+    seconds_at_best: float
+    seconds_in_turn: float
+    useful_tokens: float | None = None
+
+    @property
+    def total(self) -> float:
+        """Bytes of all parts."""
+        return sum(self.parts.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the phase in the form that `opsd-jax plan --json` prints."""
+        useful = {} if self.useful_tokens is None else {"useful_tokens": self.useful_tokens}
+        return {
+            "name": str(self.key),
+            "times": self.times,
+            "parts": {part.value: size for part, size in self.parts.items()},
+            "total": self.total,
+            "programs": self.programs,
+            "seconds_at_best": self.seconds_at_best,
+            "seconds_in_turn": self.seconds_in_turn,
+            **useful,
+        }
 
 
 class Phases:
-    """A config's run as `pipeline.Run` has it, without data: compiles its programs and accounts."""
+    """Compiles the programs of a config's run as `pipeline.Run` does, and accounts for its phases.
+
+    Attributes:
+      phases: the phases accounted for so far, in the order of the run.
+      programs: the costs of the programs compiled so far.
+      parameters: the run's model, meshes and abstract parameters.
+    """
 
     def __init__(
         self,
-        config: ConfigDict,
+        config: RunOptions,
         devices: list[jax.Device],
         compiler: Compiler,
         chip: Chip,
         length: float,
     ):
-        """Raises ConfigError as `plan`."""
+        """Compiles the resharding of the weights for sampling.
+
+        Args:
+          config: the config of the run.
+          devices: the devices of the planned topology.
+          compiler: compiles the programs; `aot.planning` has to be active with it.
+          chip: the chip whose peak rates give the times.
+          length: mean response length, as a fraction of the budget.
+
+        Raises:
+          ConfigError: the config does not fit the devices.
+        """
         self.config, self.compiler, self.chip, self.length = config, compiler, chip, length
         self.parameters = Parameters(config, pathlib.Path(), devices)
-        sizes.check_devices(config, self.parameters.mesh, self.parameters.decode_mesh)
+        checks.check_devices(config, self.parameters.mesh, self.parameters.decode_mesh)
         self.model, self.mesh = self.parameters.model, self.parameters.mesh
         self.layout = self.parameters.decoding
         self.weights = mesh_lib.shard_bytes(self.parameters.abstract)
-        self.programs: list[Program] = []
-        self.engines: dict[tuple[EngineShape, bool], tuple[Engine, list[Program]]] = {}
-        self.phases: list[dict[str, Any]] = []
-        # The way to the layout for sampling, if there is one.
+        self.programs: list[ProgramCosts] = []
+        self.engines: dict[tuple[EngineShape, bool], tuple[Engine, list[ProgramCosts]]] = {}
+        self.phases: list[Phase] = []
+        # Empty if training and sampling use the same layout.
         self.reshard = self.account({})
 
     def smallest_weight(self) -> int:
-        """The elements of the smallest weight, of stacked ones a layer's. What holds less than a
-        thousandth of the parameters, as norms and biases do, is none.
+        """Returns the number of elements in the smallest weight of one layer.
+
+        Parameters with less than 0.1 % of all elements, such as norms and biases, do not count.
         """
         leaves = jax.tree.leaves(self.parameters.abstract)
         total = sum(leaf.size for leaf in leaves)
         weights = [leaf for leaf in leaves if leaf.size > total / 1000]
         return min(leaf.size // (leaf.shape[0] if leaf.ndim > 2 else 1) for leaf in weights)
 
-    def account(self, given: Mapping[str, int], **options: Any) -> list[Program]:
-        """Accounts for what was compiled since the last time, with the turns of loops given, and
-        other arguments of `figures`.
+    def account(self, trip_counts: TripCounts, **options: Any) -> list[ProgramCosts]:
+        """Returns the costs of the programs compiled since the last call.
+
+        Args:
+          trip_counts: trip counts of the loops whose count is not in the programs.
+          **options: keyword arguments of `program_costs`.
+
+        Raises:
+          PlanError: the loops in the programs are not those in `trip_counts`.
         """
         new = [
-            figures(built, self.chip, given, **options)
+            program_costs(built, self.chip, trip_counts, **options)
             for built in self.compiler.built[len(self.programs) :]
         ]
+        check_loops_exist(new, trip_counts)
         self.programs += new
         return new
 
     def phase(
         self,
-        name: str,
-        parts: Mapping[str, float],
-        executions: Sequence[tuple[float, Program]],
+        key: PhaseKey,
+        parts: Mapping[Part, float],
+        executions: Sequence[tuple[float, ProgramCosts]],
         times: int,
-        **more: float,
+        useful_tokens: float | None = None,
     ) -> None:
-        """A phase of the run, which has it so many times: what lies on a device beside the
-        temporaries of one program at a time, how often it executes each, and more to tell.
-        """
-        parts = {**parts, "temporaries": max(p["temporaries"] for _, p in executions)}
-        self.phases.append(
-            {
-                "name": name,
-                "times": times,
-                "parts": parts,
-                "total": sum(parts.values()),
-                "programs": [p["name"] for _, p in executions],
-                **{bound: sum(n * p[bound] for n, p in executions) for bound in BOUNDS},
-                **more,
-            }
-        )
-
-    def engine(self, shape: EngineShape, cuts: bool, reads: float) -> tuple[Engine, list[Program]]:
-        """The engine of a shape and its programs, compiled and accounted for at the first request.
+        """Adds a phase to the run.
 
         Args:
-          shape: of the engine.
-          cuts: whether the sampling rule looks for the likeliest words.
-          reads: tokens of the cache that a step reads, where it reads what is filled alone.
+          key: which phase it is.
+          parts: bytes of each part of its memory, without temporaries.
+          executions: the number of executions of each program, and its costs.
+          times: how often the run goes through the phase.
+          useful_tokens: fraction of the computed tokens that are not padding.
         """
-        if (shape, cuts) not in self.engines:
+        temporaries = max(program.temporaries for _, program in executions)
+        self.phases.append(
+            Phase(
+                key,
+                times,
+                {**parts, Part.TEMPORARIES: temporaries},
+                [program.name for _, program in executions],
+                sum(n * program.seconds_at_best for n, program in executions),
+                sum(n * program.seconds_in_turn for n, program in executions),
+                useful_tokens,
+            )
+        )
+
+    def engine(
+        self, shape: EngineShape, filters: bool, reads: float
+    ) -> tuple[Engine, list[ProgramCosts]]:
+        """Returns the engine of a shape and the costs of its programs; compiles them once.
+
+        Args:
+          shape: the engine's sizes.
+          filters: whether sampling filters tokens by top-k, top-p or min-p.
+          reads: cached tokens that a decoding step reads, if it reads only the filled part.
+        """
+        if (shape, filters) not in self.engines:
             engine = Engine(self.model, self.layout.abstract, self.layout.mesh, shape)
-            given, read = {"decode_steps": STEPS_PER_CHUNK}, self.kernel_bytes(engine, reads)
-            programs = self.account(given, kernel_bytes=read, lightest=not cuts)
-            self.engines[shape, cuts] = engine, programs
-        return self.engines[shape, cuts]
+            programs = self.account(
+                {(DECODE_STEPS,): STEPS_PER_CHUNK},
+                kernel_bytes=self.kernel_bytes(engine, reads),
+                lightest=not filters,
+            )
+            self.engines[shape, filters] = engine, programs
+        return self.engines[shape, filters]
 
     def kernel_bytes(self, engine: Engine, reads: float) -> float:
-        """Bytes of so many tokens of the cache on a device; 0 where all of it is read anyway."""
-        each = engine.cache_bytes / engine.shape.slots / engine.cache_lengths[-1]
-        return reads * each if self.model.ragged else 0.0
+        """Returns the bytes on one device of `reads` cached tokens; 0 for a dense cache.
+
+        The costs of a program already include every read of a dense cache.
+        """
+        token_bytes = engine.cache_bytes / engine.shape.slots / engine.cache_lengths[-1]
+        return reads * token_bytes if self.model.ragged else 0.0
 
     def sampling(
         self,
-        name: str,
-        resident: Mapping[str, float],
+        key: PhaseKey,
+        resident: Mapping[Part, float],
         *,
         slots: int,
         group_size: int,
@@ -155,20 +265,22 @@ class Phases:
         prompt_tokens: int,
         response_tokens: int,
         times: int,
-        cuts: bool = False,
+        filters: bool = False,
         samples: int | None = None,
         unused: float = 0,
     ) -> None:
-        """The phase in which rollouts are sampled, beside what is resident.
+        """Adds a phase that samples rollouts.
 
         Args:
-          name, resident, times: of the phase.
-          slots, group_size, rollouts, prompt_tokens, response_tokens: as `shape_for`.
-          cuts: as `engine`.
-          samples: how many are sampled; by default `rollouts`.
-          unused: tokens by which prompts are shorter than `prompt_tokens`, on average.
+          key: which phase it is.
+          resident: bytes of the arrays that stay in memory while the engine samples.
+          slots, group_size, rollouts, prompt_tokens, response_tokens: as in `shape_for`.
+          times: how often the run goes through the phase.
+          filters: as in `engine`.
+          samples: number of rollouts that the phase samples; by default `rollouts`.
+          unused: mean number of tokens by which prompts are shorter than `prompt_tokens`.
         """
-        self.compiler.prefix = f"{name}: "
+        self.compiler.prefix = f"{key}: "
         shape = shape_for(
             slots=slots,
             group_size=group_size,
@@ -178,189 +290,204 @@ class Phases:
             shards=mesh_lib.row_shards(self.layout.mesh),
         )
         samples = rollouts if samples is None else samples
-        responses = workload.lengths(samples, response_tokens, self.length)
+        responses = workload.response_lengths(samples, response_tokens, self.length)
         steps = workload.decode_steps(responses, shape.slots)
-        reads = workload.reads(prompt_tokens - unused, responses) / steps
-        engine, programs = self.engine(shape, cuts, reads)
-        longest = engine.cache_lengths[-1]
-        executed = {
-            "start": 1,
-            "prefill": -(-samples // (group_size * shape.prompts)),
-            f"admit to {longest}": -(-samples // ROLLOUTS_PER_INSERT),
-            f"decode in {longest}": steps / STEPS_PER_CHUNK,
-        }
+        reads = workload.cache_tokens_read(prompt_tokens - unused, responses) / steps
+        engine, programs = self.engine(shape, filters, reads)
         kernel_bytes = self.kernel_bytes(engine, reads)
-        here = [with_kernel_bytes(p, self.chip, kernel_bytes) for p in programs]
+        executions = _engine_executions(
+            engine,
+            prefills=-(-samples // (group_size * shape.prompts)),
+            samples=samples,
+            steps=steps,
+        )
         self.phase(
-            name,
+            key,
             {
                 **resident,
-                "weights for sampling": self.layout.moved_bytes,
-                "cache": engine.cache_bytes,
-                "prompts' cache": engine.prefill_cache_bytes,
+                Part.SAMPLING_WEIGHTS: self.layout.moved_bytes,
+                Part.CACHE: engine.cache_bytes,
+                Part.PROMPT_CACHE: engine.prefill_cache_bytes,
             },
-            [(executed.get(p["name"].split(": ")[-1], 0), p) for p in here],
+            matched_executions(
+                [program.with_kernel_bytes(kernel_bytes, self.chip) for program in programs],
+                executions,
+            ),
             times,
         )
 
-    def memos(
+    def _samplings(
         self,
-        name: str,
-        resident: Mapping[str, float],
-        section: ConfigDict,
-        sampled: ConfigDict,
-        count: int,
+        stage: str,
+        samplings: Sequence[Sampling],
+        resident: Mapping[Part, float],
         times: int,
+        prefix: str = "",
     ) -> None:
-        """The phases in which `count` memos of an OPSD stage are written, on rollouts of the
-        lengths that are `sampled`; the run has them so many times. Those that fill their budget are
-        taken for thinking that has to be closed.
+        """Adds the phases of what a stage samples.
+
+        A sampling that continues the one before it samples for the responses that fill their
+        budget; at least one is assumed to.
+
+        Args:
+          stage: its name.
+          samplings: what it samples, in order.
+          resident: bytes of the arrays that stay in memory while the engines sample.
+          times: how often the run goes through the phases.
+          prefix: what the names of the phases begin with.
         """
-        longest = memos.sizes(section.memo, NO_DATA, sampled.prompt_tokens, sampled.response_tokens)
-        written = workload.lengths(count, section.memo.tokens, self.length)
-        closed = max(1, int((written == section.memo.tokens).sum()))
-        of_each = (name, count), (f"{name}, closed", closed)
-        for (which, samples), (prompt, response) in zip(of_each, longest, strict=True):
+        filled = 0  # responses of the sampling before that fill their budget
+        for sampling in samplings:
+            samples = max(1, filled) if sampling.continues else sampling.samples
             self.sampling(
-                which,
+                PhaseKey(stage, prefix + sampling.name),
                 resident,
-                slots=section.memo.slots,
-                group_size=1,
-                rollouts=section.memo.slots,
-                prompt_tokens=prompt,
-                response_tokens=response,
+                slots=sampling.slots,
+                group_size=sampling.group_size,
+                rollouts=sampling.rollouts,
+                prompt_tokens=sampling.prompt_tokens,
+                response_tokens=sampling.response_tokens,
                 times=times,
                 samples=samples,
-                unused=(1 - self.length) * sampled.response_tokens,
+                unused=(1 - self.length) * sampling.response_in_prompt,
             )
+            lengths = self._response_lengths(samples, sampling.response_tokens)
+            filled = int((lengths == sampling.response_tokens).sum())
+
+    def _response_lengths(self, count: int, budget: int) -> np.ndarray:
+        """Returns assumed lengths of `count` responses with a token budget, int [count]."""
+        return workload.response_lengths(count, budget, self.length)
 
     def stage(self, name: str) -> None:
-        """A stage of the config."""
-        section, policy = self.config[name], self.model.policy
-        keep, seed = self.model.decode_params, 0
-        if section.algorithm == "sft":
-            stage = sft.stage(section, NO_DATA, policy, seed)
-        elif section.algorithm == "rlvr":
-            stage = rlvr.stage(section, NO_DATA, policy, None, keep)  # type: ignore[arg-type]
-        else:
-            privileged = Privileged(section, NO_DATA, section.group_size)
-            stage = opsd.stage(section, NO_DATA, policy, None, privileged, keep)  # type: ignore[arg-type]
-        optimizer = make_optimizer(section.optimizer, stage.steps * stage.updates)
+        """Adds the phases of a stage; `name` is its section of the config."""
+        options = self.config.sections[name]
+        algorithm = algorithm_of(options.algorithm, f"{name}.algorithm")
+        stage = algorithm.make(options, _parts(self.model))
+        optimizer = make_optimizer(options.optimizer, stage.steps * stage.updates)
         abstract = state_lib.abstract_state(
             self.parameters.abstract, optimizer, stage.teacher, self.mesh
         )
-        resident = {
-            "parameters": self.weights,
-            "optimizer": mesh_lib.shard_bytes(abstract["opt_state"]),
-            "teacher": mesh_lib.shard_bytes(abstract["teacher"]),
+        resident: dict[Part, float] = {
+            Part.PARAMETERS: self.weights,
+            Part.OPTIMIZER: mesh_lib.shard_bytes(abstract["opt_state"]),
+            Part.TEACHER: mesh_lib.shard_bytes(abstract["teacher"]),
         }
-        has_memos = section.algorithm == "opsd" and "memo" in section.contexts
-        if section.algorithm != "sft":
-            moved = {"weights for sampling": self.layout.moved_bytes}
-            if self.reshard:
-                reshard = [(1, p) for p in self.reshard]
-                self.phase(f"{name} reshard", resident | moved, reshard, stage.steps)
-            self.sampling(
-                f"{name} rollouts",
-                resident,
-                slots=section.slots,
-                group_size=section.group_size,
-                rollouts=section.prompts * section.group_size,
-                prompt_tokens=section.prompt_tokens,
-                response_tokens=section.response_tokens,
-                times=stage.steps,
-            )
-        if has_memos:
-            count = opsd.capacity(section)
-            self.memos(f"{name} memos", resident, section, section, count, stage.steps)
+        samplings = algorithm.sampling(options)
+        if samplings and self.reshard:
+            moved = {Part.SAMPLING_WEIGHTS: self.layout.moved_bytes}
+            reshard = matched_executions(self.reshard, {ProgramKey(ProgramKind.RESHARD): 1})
+            key = PhaseKey(name, PhaseKind.RESHARD)
+            self.phase(key, resident | moved, reshard, stage.steps)
+        self._samplings(name, samplings, resident, stage.steps)
         self.compiler.prefix = f"{name}: "
         compile_train_step(stage, optimizer, abstract, self.mesh)
-        given, useful = self._turns(section)
-        (step,) = self.account(given)
+        trip_counts, useful = self._trip_counts(algorithm, options)
+        (step,) = self.account(trip_counts)
         self.phase(
-            f"{name} step",
-            {**resident, "batch": step["arguments"] - sum(resident.values())},
-            [(stage.updates, step)],
+            PhaseKey(name, PhaseKind.STEP),
+            {**resident, Part.BATCH: step.arguments - sum(resident.values())},
+            matched_executions([step], {ProgramKey(ProgramKind.TRAIN_STEP): stage.updates}),
             stage.steps,
-            **useful,
+            useful if samplings else None,
         )
-        if section.algorithm == "opsd":
-            self._probe(f"{name} probe", section, has_memos)
+        if algorithm.privileged is not None:
+            self._probe(name, algorithm, options)
 
-    def _probe(self, name: str, section: ConfigDict, has_memos: bool) -> None:
-        """The measurement of the divergence from a stage's teacher, before and after the stage."""
+    def _probe(self, name: str, algorithm: Algorithm, options: Any) -> None:
+        """Adds the phases that measure the divergence from a stage's teacher.
+
+        A run goes through them before and after the stage `name`.
+        """
         evaluation = self.config.evaluation
         problems = max(1, divergence.PROBED // evaluation.samples)
         count = min(self._evaluated(), problems) * evaluation.samples
-        resident = {"parameters": self.weights, "the teacher's": self.weights}
-        if has_memos:
-            self.memos(f"{name} memos", resident, section, evaluation, count, 2)
-        self.compiler.prefix = f"{name.split()[0]}: "
+        resident: dict[Part, float] = {
+            Part.PARAMETERS: self.weights,
+            Part.PROBE_TEACHER: self.weights,
+        }
+        samplings = algorithm.privileged_sampling(options, evaluation, count)
+        self._samplings(name, samplings, resident, 2, prefix=f"{PhaseKind.PROBE} ")
+        self.compiler.prefix = f"{name}: "
         weights = self.parameters.abstract
         divergence.DivergenceProbe(
-            section, evaluation, NO_DATA, self.model.policy, self.mesh, weights
+            options, evaluation, NO_DATA, self.model.policy, self.mesh, weights
         )
-        tokens = self.length * evaluation.response_tokens * section.microbatch
-        (probe,) = self.account({"loss_chunks": self._chunks(section, tokens)})
-        batch = {"batch": probe["arguments"] - sum(resident.values())}
-        self.phase(name, resident | batch, [(-(-count // section.microbatch), probe)], 2)
+        tokens = self.length * evaluation.response_tokens * options.microbatch
+        (probe,) = self.account({(LOSS_CHUNKS,): self._chunks(options, tokens)})
+        batch: dict[Part, float] = {Part.BATCH: probe.arguments - sum(resident.values())}
+        microbatches = -(-count // options.microbatch)
+        self.phase(
+            PhaseKey(name, PhaseKind.PROBE),
+            resident | batch,
+            matched_executions([probe], {ProgramKey(ProgramKind.PROBE): microbatches}),
+            2,
+        )
 
-    def _turns(self, section: ConfigDict) -> tuple[dict[str, int], dict[str, float]]:
-        """The turns of a train step's loops when all rows are active, and as long as assumed, those
-        of SFT as long as they can be; and the useful ones of the tokens that it computes, as a part
-        of them, where an assumption says so.
+    def _trip_counts(self, algorithm: Algorithm, options: Any) -> tuple[TripCounts, float]:
+        """Returns the trip counts of a train step's loops, and its fraction of useful tokens.
+
+        All rows are assumed to be active, and responses to have the assumed lengths.
         """
-        shapes: list[Lengths] = [{"student": n} for n in section.buckets]
-        if section.algorithm == "sft":
-            targets = [section.buckets[-1]] * section.batch_size
-            rows = [{"student": tokens} for tokens in targets]
-        else:
-            module = {"rlvr": rlvr, "opsd": opsd}[section.algorithm]
-            count = module.capacity(section) // section.get("updates", 1)
-            targets = workload.lengths(count, section.response_tokens, self.length).tolist()
-            rows = [{"student": section.prompt_tokens + n - 1} for n in targets]
-        if section.algorithm == "opsd":
-            shapes = opsd.buckets(section)
-            for row, n in zip(rows, targets, strict=True):
-                row["teacher"] = section.teacher_prompt_tokens + inserted_tokens(section, n) + n - 1
-        packed = workload.packed(rows, targets, shapes, section.microbatch)
-        given = {}
+        targets, rows = algorithm.step_rows(options, self._response_lengths)
+        packed = workload.packed(rows, targets, algorithm.buckets(options), options.microbatch)
+        trip_counts: dict[tuple[str, ...], int] = {}
         for b, (count, tokens) in enumerate(zip(packed.counts, packed.targets, strict=True)):
-            given[f"bucket_{b}"] = count
-            given[f"bucket_{b}/loss_chunks"] = self._chunks(section, tokens)
-        return given, {} if section.algorithm == "sft" else {"useful_tokens": packed.useful}
+            trip_counts[bucket_scope(b),] = count
+            trip_counts[bucket_scope(b), LOSS_CHUNKS] = self._chunks(options, tokens)
+        return trip_counts, packed.useful
 
-    def _chunks(self, section: ConfigDict, tokens: float) -> int:
-        """The chunks of the loss of a microbatch with so many tokens that count."""
-        chunk = chunk_tokens(section.loss_chunk, self._width, self.model.vocab_size)
+    def _chunks(self, options: StageOptions, tokens: float) -> int:
+        """Returns the number of loss chunks in a microbatch with `tokens` response tokens."""
+        chunk = chunk_tokens(options.loss_chunk, self._width, self.model.vocab_size)
         return math.ceil(tokens / mesh_lib.row_shards(self.mesh) / chunk)
 
     @functools.cached_property
     def _width(self) -> int:
-        """Of the hidden states."""
-        hidden = jax.eval_shape(
-            lambda p: self.model.policy.forward(p, *(jnp.zeros((1, 128), jnp.int32),) * 2)[0],
+        """The size of the model's hidden states."""
+        tokens_1xT = positions_1xT = jnp.zeros((1, 128), jnp.int32)
+        hidden_1xTxD = jax.eval_shape(
+            lambda params: self.model.policy.forward(params, tokens_1xT, positions_1xT)[0],
             self.parameters.abstract,
         )
-        return hidden.shape[-1]
+        return hidden_1xTxD.shape[-1]
 
     def _evaluated(self) -> int:
-        """The problems that are evaluated."""
+        """Returns the number of problems in an evaluation."""
         data = self.config.data
-        held_out = PROBLEMS if data.get("heldout") else data.get("heldout_problems")
-        return self.config.evaluation.problems or held_out or PROBLEMS
+        held_out = DEFAULT_PROBLEMS if data.heldout else data.heldout_problems
+        return self.config.evaluation.problems or held_out or DEFAULT_PROBLEMS
 
     def evaluation(self) -> None:
-        """The evaluation of the parameters at the beginning, and of each stage's result."""
-        section = self.config.evaluation
+        """Adds the evaluations of the initial parameters and of each stage's result."""
+        options = self.config.evaluation
         self.sampling(
-            "evaluation",
-            {"parameters": self.weights},
-            slots=section.slots,
-            group_size=section.samples,
-            rollouts=self._evaluated() * section.samples,
-            prompt_tokens=section.prompt_tokens,
-            response_tokens=section.response_tokens,
+            PhaseKey("evaluation", PhaseKind.EVALUATION),
+            {Part.PARAMETERS: self.weights},
+            slots=options.slots,
+            group_size=options.samples,
+            rollouts=self._evaluated() * options.samples,
+            prompt_tokens=options.prompt_tokens,
+            response_tokens=options.response_tokens,
             times=1 + len(self.config.stages),
-            cuts=section.top_k > 0 or section.top_p < 1 or section.min_p > 0,
+            filters=options.top_k > 0 or options.top_p < 1 or options.min_p > 0,
         )
+
+
+def _engine_executions(
+    engine: Engine, *, prefills: int, samples: int, steps: int
+) -> dict[ProgramKey, float]:
+    """Returns how often a sampling phase executes each program of its engine.
+
+    The plan assumes that the cache always has its largest length and is never resized.
+    """
+    executions: dict[ProgramKey, float] = {ProgramKey(ProgramKind.RESIZE): 0}
+    for length in engine.cache_lengths:
+        executions[ProgramKey(ProgramKind.INSERT, length)] = 0
+        executions[ProgramKey(ProgramKind.DECODE, length)] = 0
+    longest = engine.cache_lengths[-1]
+    return executions | {
+        ProgramKey(ProgramKind.START): 1,
+        ProgramKey(ProgramKind.PREFILL): prefills,
+        ProgramKey(ProgramKind.INSERT, longest): -(-samples // ROLLOUTS_PER_INSERT),
+        ProgramKey(ProgramKind.DECODE, longest): steps / STEPS_PER_CHUNK,
+    }

@@ -1,38 +1,48 @@
-"""Programs compiled for a plan, and what is read of them."""
+"""Compiles a plan's programs and reads their costs from the compiled text."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
+import logging
 import math
 import pathlib
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
+from opsd_jax.parallel.program import DECODE_STEPS, ProgramKey, ProgramKind
 from opsd_jax.planning import costs, hlo, liveness
 from opsd_jax.planning.chips import GIB, Chip, PlanError
+from opsd_jax.planning.hlo import TripCounts
 
-LISTED = 6  # of a program's largest tensors
+LISTED = 6  # number of a program's largest tensors in a plan
+# Matmuls in each kernel of splash attention.
+_SPLASH_MATMULS = {"fwd": 2, "dq": 3, "dkv": 4}
+
+logger = logging.getLogger(__name__)
 
 
-class Built(NamedTuple):
-    """A program that was compiled.
+class CompiledProgram(NamedTuple):
+    """A compiled program of a plan.
 
     Attributes:
-      name: what it is called.
+      key: which program it is.
+      name: its name in the plan: the phase and the key, as text.
       text: its instructions.
-      seconds: that the compiler took.
-      arguments: bytes on a device, with results that are none of them.
-      total: bytes on a device with the temporaries, as the compiler assigns them.
-      temp_size: XLA's `temp_size_in_bytes`, which counts some of these twice.
-      refused: whether that is more than the compiler admits.
+      seconds: compile time.
+      arguments: bytes of arguments on one device, and of results that reuse no argument's memory.
+      total: bytes of arguments and temporaries on one device, as the compiler assigns them.
+      temp_size: XLA's `temp_size_in_bytes`, which counts some temporaries twice.
+      refused: whether the compiler refused the program because `total` is too large.
     """
 
+    key: ProgramKey
     name: str
     text: str
     seconds: float
@@ -43,16 +53,24 @@ class Built(NamedTuple):
 
 
 class Compiler:
-    """Compiles what it is given, under a name, and keeps what a plan reads of it."""
+    """Compiles programs and keeps what a plan reads of each in `built`.
 
-    def __init__(self, report: Callable[[str, float], None] = lambda name, seconds: None):
-        """`report` is told the name of each program, and the seconds that the compiler took."""
-        self.built: list[Built] = []
+    Attributes:
+      built: the programs in the order in which they were compiled.
+      prefix: text before the key in the name of the next programs.
+    """
+
+    def __init__(self):
+        self.built: list[CompiledProgram] = []
         self.prefix = ""
-        self._report = report
 
-    def __call__(self, name: str, lowered: jax.stages.Lowered) -> jax.stages.Compiled | None:
-        name, began = self.prefix + name, time.monotonic()
+    def __call__(self, key: ProgramKey, lowered: jax.stages.Lowered) -> jax.stages.Compiled | None:
+        """Compiles a program; returns None if it needs more memory than a device has.
+
+        Raises:
+          PlanError: the compiler fails for another reason.
+        """
+        name, began = f"{self.prefix}{key}", time.monotonic()
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -61,12 +79,13 @@ class Compiler:
                 raise PlanError(
                     f"{name} cannot be compiled: {str(error).splitlines()[0]}"
                 ) from error
-            self._keep(_too_large(name, lowered, began, needed))
+            self._keep(_refused_program(key, name, lowered, began, needed))
             return None
         memory: Any = compiled.memory_analysis()
         arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes
         self._keep(
-            Built(
+            CompiledProgram(
+                key=key,
                 name=name,
                 text=compiled.as_text() or "",
                 seconds=time.monotonic() - began,
@@ -77,13 +96,17 @@ class Compiler:
         )
         return compiled
 
-    def _keep(self, built: Built) -> None:
+    def _keep(self, built: CompiledProgram) -> None:
+        """Adds a program to `built` and logs its compile time."""
         self.built.append(built)
-        self._report(built.name, built.seconds)
+        logger.info("compiled %s: %.0f s", built.name, built.seconds)
 
 
 def memory_needed(error: str) -> float | None:
-    """The bytes that a program needed, of the error that refused it for them; None of others."""
+    """Returns the bytes that a refused program needs, read from the compiler's error message.
+
+    Returns None if the error is not about memory.
+    """
     size = r"([\d.]+)([MGT])"
     found = re.search(rf"memory required .*\({size}\) exceeds|Used {size} of \S+ hbm", error)
     if found is None:
@@ -92,106 +115,220 @@ def memory_needed(error: str) -> float | None:
     return float(number) * {"M": 2**20, "G": GIB, "T": 2**40}[unit]
 
 
-def _too_large(name: str, lowered: jax.stages.Lowered, began: float, total: float) -> Built:
-    """What is known of a program that the compiler refused for its memory: what it left of it."""
+def _refused_program(
+    key: ProgramKey, name: str, lowered: jax.stages.Lowered, began: float, total: float
+) -> CompiledProgram:
+    """Returns what is known of a program that the compiler refused because of its memory.
+
+    The text is the compiler's last dump of the program; it is empty if there is no dump.
+    """
     seconds = time.monotonic() - began
     with tempfile.TemporaryDirectory() as directory:
         options: dict[str, str | bool] = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             lowered.compile(options)
-        left = list(pathlib.Path(directory).glob("*after_optimizations.txt"))
-        text = left[0].read_text() if left else ""
-    arguments = _arguments(text)
+        dumps = list(pathlib.Path(directory).glob("*after_optimizations.txt"))
+        text = dumps[0].read_text() if dumps else ""
+    arguments = _argument_bytes(text)
     temporaries = int(total) - arguments
-    return Built(name, text, seconds, arguments, int(total), temporaries, refused=True)
+    return CompiledProgram(
+        key, name, text, seconds, arguments, int(total), temporaries, refused=True
+    )
 
 
-def _arguments(text: str) -> int:
-    """Bytes of a program's arguments, and of those results that do not take the place of one."""
+def _argument_bytes(text: str) -> int:
+    """Returns the bytes of a program's arguments and of results that reuse no argument's memory."""
     entry = hlo.Program(text).instructions("ENTRY").values()
-    given = sum(hlo.size_of(i.shape) for i in entry if i.op == "parameter")
+    arguments = sum(hlo.size_of(i.shape) for i in entry if i.op == "parameter")
     results = [size for i in entry if i.is_root for size in hlo.array_sizes(i.shape)]
-    # The header: input_output_alias={ {0}: (1, {}, may-alias), ... }; of a single result {}.
+    # The header has input_output_alias={ {0}: (1, {}, may-alias), ... }, with {} for one result.
     header = text.partition("\n")[0]
-    replaced = {int(at or 0) for at in re.findall(r"\{(\d*)\}: \(\d+, \{\}", header)}
-    return given + sum(size for at, size in enumerate(results) if at not in replaced)
+    aliased = {int(at or 0) for at in re.findall(r"\{(\d*)\}: \(\d+, \{\}", header)}
+    return arguments + sum(size for at, size in enumerate(results) if at not in aliased)
 
 
-def figures(
-    built: Built,
+@dataclasses.dataclass(frozen=True)
+class ProgramCosts:
+    """What one execution of a program costs on one device.
+
+    Attributes:
+      key: which program it is.
+      name: its name in the plan.
+      compile_seconds: compile time.
+      arguments: bytes of arguments, and of results that reuse no argument's memory.
+      temporaries: bytes of temporaries, as the compiler assigns them.
+      temp_size_in_bytes: XLA's figure for them, which counts some twice.
+      refused: whether the compiler refused the program because of its memory.
+      live_bytes: bytes of the temporaries that are live at the peak, without the padding of tiles.
+      largest: the largest of these, as rows for JSON.
+      flops: floating-point operations.
+      hbm_bytes: bytes read from HBM and written to it.
+      decode_steps: trip count of the loop over decoding steps; 0 for other programs.
+      kernel_bytes: bytes that the paged attention kernels read in one decoding step.
+      seconds: time for "compute", "memory" and "network" at the chip's peak rates.
+      collectives: the collectives by operation and loops, as rows for JSON.
+      loops: names of all loops.
+      dynamic_loops: paths of the named loops whose trip count is not in the program's text.
+    """
+
+    key: ProgramKey
+    name: str
+    compile_seconds: float
+    arguments: int
+    temporaries: int
+    temp_size_in_bytes: int
+    refused: bool
+    live_bytes: int
+    largest: list[dict[str, Any]]
+    flops: int
+    hbm_bytes: float
+    decode_steps: int
+    kernel_bytes: float
+    seconds: dict[str, float]
+    collectives: list[dict[str, Any]]
+    loops: list[str]
+    dynamic_loops: frozenset[tuple[str, ...]]
+
+    @property
+    def seconds_at_best(self) -> float:
+        """Seconds of one execution if compute, memory and network overlap completely."""
+        return max(self.seconds.values())
+
+    @property
+    def seconds_in_turn(self) -> float:
+        """Seconds of one execution if compute, memory and network follow one another."""
+        return sum(self.seconds.values())
+
+    def with_kernel_bytes(self, kernel_bytes: float, chip: Chip) -> ProgramCosts:
+        """Returns the costs if paged attention reads `kernel_bytes` in each decoding step.
+
+        Programs that do not decode are returned unchanged.
+        """
+        if not self.decode_steps:
+            return self
+        more = (kernel_bytes - self.kernel_bytes) * self.decode_steps
+        return dataclasses.replace(
+            self,
+            kernel_bytes=kernel_bytes,
+            hbm_bytes=self.hbm_bytes + more,
+            seconds=self.seconds | {"memory": self.seconds["memory"] + more / chip.hbm},
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the costs in the form that `opsd-jax plan --json` prints."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del fields["key"], fields["dynamic_loops"]
+        bounds = {
+            "seconds_at_best": self.seconds_at_best,
+            "seconds_in_turn": self.seconds_in_turn,
+        }
+        return fields | bounds
+
+
+def program_costs(
+    built: CompiledProgram,
     chip: Chip,
-    given: Mapping[str, int],
+    trip_counts: TripCounts,
     *,
     kernel_bytes: float = 0.0,
     lightest: bool = False,
-) -> dict[str, Any]:
-    """The figures of a compiled program, JSON-ready; bytes and operations are of one device.
+) -> ProgramCosts:
+    """Returns the costs of a compiled program, read from its text.
 
     Args:
       built: the program.
-      chip: of the times.
-      given: turns of loops that the program does not say (`hlo.turns`).
-      kernel_bytes: that the paged attention kernels of a turn of "decode_steps" read, on average.
-      lightest: which branches of conditionals are taken (`hlo.Program`).
+      chip: the chip whose peak rates give the times.
+      trip_counts: trip counts of the loops whose count is not in the text.
+      kernel_bytes: bytes that the paged attention kernels read in a decoding step, on average.
+      lightest: count the lightest branch of each conditional instead of the heaviest.
+
+    Raises:
+      PlanError: a named loop's trip count is neither in the text nor in `trip_counts`.
     """
     program = hlo.Program(built.text, lightest=lightest)
+    dynamic_loops = program.dynamic_loops()
+    if unknown := dynamic_loops - trip_counts.keys():
+        raise PlanError(
+            f"{built.name} has loops of unknown trip count: {_listed(unknown)}; expected only "
+            f"{_listed(trip_counts)}."
+        )
+    times = lambda loops: hlo.trip_count(loops, trip_counts)
     live = liveness.peak(program)
-    flops = sum(p.flops * hlo.turns(p.loops, given) for p in costs.products(program)) + sum(
-        _splash_flops(program, computation, i) * hlo.turns(loops, given)
+    flops = sum(m.flops * times(m.loops) for m in costs.matmuls(program)) + sum(
+        _splash_flops(program, computation, i) * times(loops)
         for computation, i, loops in program.executed()
         if i.op == "custom-call"
     )
-    moved = float(sum(a.bytes * hlo.turns(a.loops, given) for a in costs.accesses(program)))
-    decodes = "/decode_steps/while" in built.text
+    moved = float(sum(a.bytes * times(a.loops) for a in costs.accesses(program)))
     found = costs.collectives(program)
-    network = sum(_collective_seconds(c, chip) * hlo.turns(c.loops, given) for c in found)
-    seconds = {"compute": flops / chip.flops, "memory": moved / chip.hbm, "network": network}
-    program_figures = {
-        "name": built.name,
-        "compile_seconds": built.seconds,
-        "arguments": built.arguments,
-        "temporaries": built.total - built.arguments,
-        "temp_size_in_bytes": built.temp_size,
-        "refused": built.refused,
-        "live_bytes": sum(buffer.bytes for buffer in live),
-        "largest": _largest_tensors(live),
-        "flops": flops,
-        "hbm_bytes": moved,
-        "decode_steps": given["decode_steps"] if decodes else 0,
-        "kernel_bytes": 0.0,
-        **_roofline(seconds),
-        "collectives": _collective_table(found, given),
-        "loops": sorted({loop.name for *_, loops in program.executed() for loop in loops}),
-    }
-    return with_kernel_bytes(program_figures, chip, kernel_bytes)
+    network = sum(_collective_seconds(c, chip) * times(c.loops) for c in found)
+    decodes = built.key.kind is ProgramKind.DECODE
+    return ProgramCosts(
+        key=built.key,
+        name=built.name,
+        compile_seconds=built.seconds,
+        arguments=built.arguments,
+        temporaries=built.total - built.arguments,
+        temp_size_in_bytes=built.temp_size,
+        refused=built.refused,
+        live_bytes=sum(buffer.bytes for buffer in live),
+        largest=_largest_tensors(live),
+        flops=flops,
+        hbm_bytes=moved,
+        decode_steps=trip_counts[DECODE_STEPS,] if decodes else 0,
+        kernel_bytes=0.0,
+        seconds={
+            "compute": flops / chip.flops,
+            "memory": moved / chip.hbm,
+            "network": network,
+        },
+        collectives=_collective_table(found, trip_counts),
+        loops=sorted({loop.name for *_, loops in program.executed() for loop in loops}),
+        dynamic_loops=frozenset(dynamic_loops),
+    ).with_kernel_bytes(kernel_bytes, chip)
 
 
-def with_kernel_bytes(
-    program: Mapping[str, Any], chip: Chip, kernel_bytes: float
-) -> dict[str, Any]:
-    """The figures of a program whose paged attention kernels read so much at each step of decoding;
-    those of others as they are.
+def check_loops_exist(programs: Sequence[ProgramCosts], trip_counts: TripCounts) -> None:
+    """Raises PlanError if a trip count belongs to no loop of the programs."""
+    if any(program.refused for program in programs):
+        return  # the text of a refused program may be missing
+    found = frozenset[tuple[str, ...]]().union(*(program.dynamic_loops for program in programs))
+    if unmatched := trip_counts.keys() - found:
+        names = ", ".join(program.name for program in programs)
+        raise PlanError(
+            f"{names}: no loop has the name {_listed(unmatched)}; expected one of {_listed(found)}."
+        )
+
+
+def matched_executions(
+    programs: Sequence[ProgramCosts], executions: Mapping[ProgramKey, float]
+) -> list[tuple[float, ProgramCosts]]:
+    """Returns each program with the number of its executions.
+
+    Args:
+      programs: the programs that a phase compiled.
+      executions: how often the phase executes the program of each key.
+
+    Raises:
+      PlanError: a program has no number of executions, or an executed program does not exist.
     """
-    more = (kernel_bytes - program["kernel_bytes"]) * program["decode_steps"]
-    seconds = program["seconds"]
-    return {
-        **program,
-        "kernel_bytes": kernel_bytes if program["decode_steps"] else 0.0,
-        "hbm_bytes": program["hbm_bytes"] + more,
-        **_roofline(seconds | {"memory": seconds["memory"] + more / chip.hbm}),
-    }
+    compiled = {program.key for program in programs}
+    executed = {key for key, count in executions.items() if count}
+    if compiled - executions.keys() or executed - compiled:
+        raise PlanError(
+            f"the compiled programs are {', '.join(sorted(map(str, compiled)))}; expected "
+            f"{', '.join(sorted(map(str, executions)))}."
+        )
+    return [(executions[program.key], program) for program in programs]
 
 
-def _roofline(seconds: dict[str, float]) -> dict[str, Any]:
-    return {
-        "seconds": seconds,
-        "seconds_at_best": max(seconds.values()),
-        "seconds_in_turn": sum(seconds.values()),
-    }
+def _listed(paths: Iterable[tuple[str, ...]]) -> str:
+    """Returns the paths of loops as text, or "none"."""
+    return ", ".join(sorted(" > ".join(path) for path in paths)) or "none"
 
 
 def _largest_tensors(live: list[liveness.Buffer]) -> list[dict[str, Any]]:
-    """The largest of some tensors, those of a shape and origin together."""
+    """Returns rows of the largest tensors, grouped by shape and origin."""
     together: dict[tuple[str, str], list[int]] = {}
     for buffer in live:
         together.setdefault((buffer.shape, buffer.made_by), []).append(buffer.bytes)
@@ -203,45 +340,44 @@ def _largest_tensors(live: list[liveness.Buffer]) -> list[dict[str, Any]]:
 
 
 def _collective_table(
-    found: list[costs.Collective], given: Mapping[str, int]
+    found: list[costs.Collective], trip_counts: TripCounts
 ) -> list[dict[str, Any]]:
-    """The collectives by operation and loops, those that move most first.
+    """Returns rows of the collectives, grouped by operation and loops, most bytes first.
 
-    Of one that a loop of the compiler's own has in pieces, `elements` are those of all its turns.
+    If the compiler split a collective into a loop of its own, `elements` counts all its trips.
     """
     together: dict[tuple[str, tuple[str, ...]], dict[str, Any]] = {}
     for c in found:
-        names = tuple(loop.name for loop in c.loops)
+        path = hlo.path_of(c.loops)
         row = together.setdefault(
-            (c.op, names),
-            {"op": c.op, "loops": list(names), "times": 0, "bytes": 0, "largest": 0, "elements": 0},
+            (c.op, path),
+            {"op": c.op, "loops": list(path), "times": 0, "bytes": 0, "largest": 0, "elements": 0},
         )
-        times = hlo.turns(c.loops, given)
+        times = hlo.trip_count(c.loops, trip_counts)
         row["times"] += times
         row["bytes"] += times * c.bytes
         row["largest"] = max(row["largest"], c.bytes)
         own = itertools.takewhile(lambda loop: loop.name == hlo.NAMELESS, reversed(c.loops))
-        row["elements"] = max(row["elements"], c.elements * hlo.turns(tuple(own)))
+        row["elements"] = max(row["elements"], c.elements * hlo.trip_count(tuple(own)))
     return sorted(together.values(), key=lambda row: -row["bytes"])
 
 
 def _collective_seconds(c: costs.Collective, chip: Chip) -> float:
-    """On a ring of its devices, at the speed of one axis of the torus."""
+    """Returns the seconds of a collective on a ring of its devices, along one axis of the torus."""
     if c.op.startswith("collective-"):
-        return c.bytes / (chip.ici / 2)  # one way
+        return c.bytes / (chip.ici / 2)  # in one direction
     passes = 2 if c.op == "all-reduce" else 1
     return passes * c.bytes * (c.devices - 1) / c.devices / chip.ici
 
 
 def _splash_flops(program: hlo.Program, computation: str, i: hlo.Instruction) -> int:
-    """Operations of a splash attention kernel with a causal mask; of other kernels 0."""
-    products = {"fwd": 2, "dq": 3, "dkv": 4}
-    phase = re.match(r"splash_m[hq]a_(fwd|dq|dkv)", i.name)
-    if phase is None:
+    """Returns the operations of a causal splash attention kernel; 0 for other kernels."""
+    kernel = re.match(r"splash_m[hq]a_(fwd|dq|dkv)", i.name)
+    if kernel is None:
         return 0
-    there = program.instructions(computation)
-    shapes = [there[name].shape for name in i.operands]
-    # The first array of floating point is the queries: [..., T, C].
+    instructions = program.instructions(computation)
+    shapes = [instructions[name].shape for name in i.operands]
+    # The first floating-point operand is the queries: [..., T, C].
     found = (re.match(r"(?:bf16|f32)\[([\d,]+)\]", shape) for shape in shapes)
     *rows, T, C = next([int(n) for n in match[1].split(",")] for match in found if match)
-    return products[phase[1]] * 2 * math.prod(rows) * T * (T + 1) // 2 * C
+    return _SPLASH_MATMULS[kernel[1]] * 2 * math.prod(rows) * T * (T + 1) // 2 * C

@@ -1,4 +1,4 @@
-"""What a plan assumes of a run: the lengths of responses, and how they fill slots and batches."""
+"""A plan's assumptions about response lengths, and how these fill decoding slots and batches."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from opsd_jax.stages.batch import Lengths, arranged
 
 
 class Packed(NamedTuple):
-    """The microbatches of a step, a number for each bucket.
+    """The microbatches of one train step.
 
     Attributes:
-      counts: of microbatches.
-      targets: response tokens of one, on average; 0 without any.
-      useful: those that are no padding of all tokens that are computed, as a part of them.
+      counts: the number of microbatches in each bucket.
+      targets: the mean number of response tokens in a microbatch of each bucket; 0 if it has none.
+      useful: the fraction of all computed tokens that are not padding.
     """
 
     counts: list[int]
@@ -26,15 +26,19 @@ class Packed(NamedTuple):
     useful: float
 
 
-def lengths(count: int, budget: int, mean: float) -> np.ndarray:
-    """Tokens of responses, int [count], ascending: spread exponentially, and cut off at the budget.
+def response_lengths(count: int, budget: int, mean: float) -> np.ndarray:
+    """Returns quantiles of an exponential distribution of response lengths, cut off at the budget.
 
     Args:
-      count: how many.
-      budget: the most tokens of one.
-      mean: of them all, as a part of the budget, in (0, 1].
+      count: number of responses.
+      budget: the largest number of tokens in a response.
+      mean: mean length after the cut, as a fraction of the budget, in (0, 1].
+
+    Returns:
+      int [count], ascending, in tokens.
     """
-    below, above = 0.0, 1e6  # the budget in scales of the exponential: its mean falls with that
+    # Bisection on budget / scale of the exponential; the mean falls as this grows.
+    below, above = 0.0, 1e6
     for _ in range(100):
         rate = (below + above) / 2
         below, above = (rate, above) if -math.expm1(-rate) > mean * rate else (below, rate)
@@ -44,8 +48,14 @@ def lengths(count: int, budget: int, mean: float) -> np.ndarray:
 
 
 def decode_steps(responses: np.ndarray, slots: int) -> int:
-    """Steps of decoding until responses of these lengths, in any order, have all ended: the slot of
-    one that ends takes the next.
+    """Returns the number of decoding steps until all responses have ended.
+
+    A slot takes the next response as soon as its current one ends. The responses start in a fixed
+    random order.
+
+    Args:
+      responses: int [count], length of each response in tokens.
+      slots: number of decoding slots.
     """
     ends = [0] * slots
     for tokens in np.random.default_rng(0).permutation(responses):
@@ -53,28 +63,33 @@ def decode_steps(responses: np.ndarray, slots: int) -> int:
     return max(ends)
 
 
-def reads(prompt: float, responses: np.ndarray) -> float:
-    """Tokens of the cache that all steps of decoding read, of responses to prompts so long."""
+def cache_tokens_read(prompt: float, responses: np.ndarray) -> float:
+    """Returns the number of cached tokens that decoding reads, summed over all steps.
+
+    Args:
+      prompt: length of each prompt in tokens.
+      responses: int [count], length of each response in tokens.
+    """
     return float(np.sum(responses * (prompt + responses / 2)))
 
 
 def packed(
     rows: Sequence[Lengths], targets: Sequence[int], buckets: Sequence[Lengths], microbatch: int
 ) -> Packed:
-    """The microbatches that rows make (`stages.batch.pack`).
+    """Returns the microbatches into which `stages.batch.pack` packs the rows of a step.
 
     Args:
-      rows: tokens that are computed of each one's sequences.
-      targets: of its response.
-      buckets: the shapes, ascending.
-      microbatch: rows of one.
+      rows: the number of computed tokens in each row's sequences.
+      targets: the number of response tokens in each row.
+      buckets: the padded lengths of each bucket, ascending.
+      microbatch: rows in a microbatch.
     """
     parts = arranged(rows, buckets, microbatch)
     counts = [len(members) for members in parts]
-    of_bucket = [sum(targets[i] for part in members for i in part) for members in parts]
+    totals = [sum(targets[i] for part in members for i in part) for members in parts]
     computed = [n * microbatch * sum(b.values()) for n, b in zip(counts, buckets, strict=True)]
     return Packed(
         counts,
-        [total / max(1, n) for total, n in zip(of_bucket, counts, strict=True)],
+        [total / max(1, n) for total, n in zip(totals, counts, strict=True)],
         sum(sum(row.values()) for row in rows) / sum(computed),
     )

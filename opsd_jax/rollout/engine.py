@@ -13,11 +13,12 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel import watchdog
 from opsd_jax.policy import Cache, Model, Params
 from opsd_jax.rollout import sampling
@@ -345,13 +346,16 @@ class _Batch:
         """
         self._programs, self._shape, self._pad_id = programs, programs.shape, pad_id
         self._params = programs.prepare(params)
-        self._key_data, self._sampling_params = jax.device_put(
-            (np.asarray(jax.random.key_data(_threefry(key))), sampling_params), programs.replicated
-        )
+        key_data = jax.random.key_data(_threefry(key))
+        self._key_data, self._sampling_params = self._put(key_data, sampling_params)
         self._queue = deque(groups)  # prompts that are not prefilled
         self._prefilled: deque[_Prefilled] = deque()
         self._active: list[_Rollout | None] = [None] * programs.shape.slots
         self._state, self._cache_length = programs.start(), programs.cache_lengths[0]
+
+    def _put(self, *arrays: Any) -> tuple[Any, ...]:
+        """Copies host arrays to every device, explicitly (`jax.transfer_guard`)."""
+        return mesh_lib.placed(arrays, jax.tree.map(lambda _: self._programs.replicated, arrays))
 
     def fill_slots(self) -> None:
         """Inserts rollouts into free slots, until no slot is free or no rollout is left."""
@@ -370,7 +374,11 @@ class _Batch:
         S = self._shape.slots
         stop_after = max(1, S // 16) if self._prefilled or self._queue else S + 1
         self._state, chunk = self._programs.decode[self._cache_length](
-            self._params, self._state, self._key_data, self._sampling_params, np.int32(stop_after)
+            self._params,
+            self._state,
+            self._key_data,
+            self._sampling_params,
+            *self._put(np.int32(stop_after)),
         )
         return chunk
 
@@ -395,7 +403,8 @@ class _Batch:
         n, P = self._shape.prompts, self._shape.prompt_tokens
         groups = [self._queue.popleft() for _ in range(min(n, len(self._queue)))]
         begun = [group[0].prompt_ids[:-1] for group in groups] + [()] * (n - len(groups))
-        cache = self._programs.prefill(self._params, *left_pad(begun, P, self._pad_id))
+        prompts = self._put(*left_pad(begun, P, self._pad_id))
+        cache = self._programs.prefill(self._params, *prompts)
         self._prefilled.extend(
             _Prefilled(cache, source, rollout)
             for source, group in enumerate(groups)
@@ -417,7 +426,7 @@ class _Batch:
             self._active[slot] = rollout
         self._resize()
         self._state = self._programs.insert[self._cache_length](
-            self._state, cache, source_m, slot_m, Rows(*rows)
+            self._state, cache, *self._put(source_m, slot_m, Rows(*rows))
         )
 
     def _resize(self) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from opsd_jax.parallel import aot
 from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.parallel.program import ProgramKey, ProgramKind
 from opsd_jax.policy import Model, Params
 
 
@@ -89,7 +90,7 @@ def decode_layout(model: Model, abstract_params: Params, mesh: jax.sharding.Mesh
     if moved:
         out = [shardings[i] for i in moved]
         lowered = jax.jit(convert_moved, out_shardings=out).lower(abstract_params)
-        program = aot.compiled("reshard", lowered)
+        program = aot.compiled(ProgramKey(ProgramKind.RESHARD), lowered)
 
     def convert(params: Params) -> Params:
         unmoved = jax.tree.leaves(params)

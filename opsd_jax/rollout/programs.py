@@ -12,6 +12,7 @@ import numpy as np
 
 from opsd_jax.parallel import aot
 from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.parallel.program import ProgramKey, ProgramKind
 from opsd_jax.policy import Cache, Model, Params
 from opsd_jax.rollout import sampling, slots
 from opsd_jax.rollout.slots import Rows, Slots
@@ -152,7 +153,7 @@ class Programs:
             S = self.shape.slots
             return Slots(slots.empty_rows(S), self._model.policy.init_cache(S, length))
 
-        return _compile("start", start, out=_shardings(self._states[length]))
+        return _compile(ProgramKey(ProgramKind.START), start, out=_shardings(self._states[length]))
 
     def _compile_prefill(self, abstract_params: Params) -> Callable[..., Cache]:
         """Compiles the program that prefills prompts; it shards them by row."""
@@ -163,7 +164,7 @@ class Programs:
 
         prompts = np.zeros((self.shape.prompts, self.shape.prompt_tokens), np.int32)
         return _compile(
-            "prefill",
+            ProgramKey(ProgramKind.PREFILL),
             prefill,
             abstract_params,
             *self._abstract_arguments(prompts, prompts),
@@ -174,7 +175,7 @@ class Programs:
         """Compiles the program that inserts rollouts into slots, for one cache length."""
         state, values = self._states[length], np.zeros(ROLLOUTS_PER_INSERT, np.int32)
         return _compile(
-            f"admit to {length}",
+            ProgramKey(ProgramKind.INSERT, length),
             functools.partial(slots.insert, self._axes),
             state,
             self._prefilled,
@@ -199,7 +200,7 @@ class Programs:
         key_data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=PRNG)))
         sampling_params = sampling.params(self._model.vocab_size, stop=())
         return _compile(
-            f"decode in {length}",
+            ProgramKey(ProgramKind.DECODE, length),
             decode,
             abstract_params,
             state,
@@ -216,14 +217,18 @@ class Programs:
             for leaf, goal, axis in zip(old, new, jax.tree.leaves(self._axes), strict=True):
                 if axis >= 0 and (leaf, goal) not in programs:
                     resize = functools.partial(slots.resize, axis=axis, size=goal.shape[axis])
-                    programs[leaf, goal] = _compile("resize", resize, leaf, out=goal.sharding)
+                    programs[leaf, goal] = _compile(
+                        ProgramKey(ProgramKind.RESIZE), resize, leaf, out=goal.sharding
+                    )
         return programs
 
 
-def _compile(name: str, function: Callable, *arguments: Any, out: Any, donate: Any = ()) -> Any:
+def _compile(
+    key: ProgramKey, function: Callable, *arguments: Any, out: Any, donate: Any = ()
+) -> Any:
     """Compiles a function for abstract arguments, with these output shardings and donations."""
     jitted = jax.jit(function, donate_argnums=donate, out_shardings=out)
-    return aot.compiled(name, jitted.lower(*arguments))
+    return aot.compiled(key, jitted.lower(*arguments))
 
 
 def _shardings(tree: Any) -> Any:

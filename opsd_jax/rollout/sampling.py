@@ -55,6 +55,15 @@ class SamplingParams(NamedTuple):
     forbidden: Array
 
 
+def folded_key(seed: int, *data: int) -> jax.Array:
+    """Returns the PRNG key of a seed in [0, 2^32), with each of `data` folded in, in order.
+
+    Its transfers to the device are explicit (`jax.transfer_guard`).
+    """
+    seed_, *data_ = jax.device_put([np.uint32(x) for x in (seed, *data)])
+    return functools.reduce(jax.random.fold_in, data_, jax.random.key(seed_))
+
+
 def params(
     vocab_size: int,
     *,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from opsd_jax.parallel.program import DECODE_STEPS
 from opsd_jax.policy import Cache, Params, Policy
 from opsd_jax.rollout import sampling
 from opsd_jax.rollout.sampling import Array
@@ -205,7 +206,7 @@ def decode(
         rows, chunk = _record(t, rows, chunk, sampled, sampling_params)
         return t + 1, Slots(rows, cache), chunk
 
-    with jax.named_scope("decode_steps"):
+    with jax.named_scope(DECODE_STEPS):
         _, after, chunk = jax.lax.while_loop(is_unfinished, step, (jnp.int32(0), slots, empty))
     return after, chunk
 

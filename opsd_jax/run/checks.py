@@ -1,199 +1,128 @@
-"""Whether a config's sizes go with its devices and hold its data, before anything is compiled."""
+"""Checks of a run before anything is compiled: its sizes against the devices and the data."""
 
 from __future__ import annotations
 
 import functools
 import heapq
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import grain
 import jax
-from ml_collections import ConfigDict
 
-from opsd_jax import config as config_lib
-from opsd_jax.data import contexts
-from opsd_jax.data.contexts import Context
+from opsd_jax.config.run_options import RunOptions
 from opsd_jax.data.task import Task
+from opsd_jax.options import ConfigError, fail
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.problem import Problem
-from opsd_jax.stages import opsd
-from opsd_jax.stages import teacher as teacher_lib
-from opsd_jax.verify.outcomes import Outcomes
+from opsd_jax.stages import algorithm_of
+from opsd_jax.stages.algorithm import LookedAt
 
-# What is made into tokens of a data set before a run begins, if it has more elements than this:
-WHOLLY_LOOKED_AT = 50_000
-LONGEST = 256  # of problems in memory, those with the longest question, and with a solution to it;
-LOOKED_AT = 64  # of others the first, as each may have to be made
+# How much of a data set is tokenized before a run begins:
+WHOLE = 50_000  # all rows of a data set with at most this many;
+LONGEST = 256  # of a larger one in memory, the problems with the longest questions and solutions;
+FIRST = 64  # of any other, the first rows, since each may have to be made
 
 
 def check_devices(
-    config: ConfigDict, mesh: jax.sharding.Mesh, decode_mesh: jax.sharding.Mesh
+    config: RunOptions, mesh: jax.sharding.Mesh, decode_mesh: jax.sharding.Mesh
 ) -> None:
-    """Raises ConfigError where the devices do not go with a field; looks at no data.
+    """Raises ConfigError if a field does not go with the devices; looks at no data.
 
     Args:
       config: of the run.
-      mesh, decode_mesh: the devices as training and as sampling see them.
+      mesh: the devices while training.
+      decode_mesh: the devices while sampling.
     """
     kind, tensor = mesh.devices.flat[0].platform, mesh.shape["tensor"]
     for name, form in (("cache", "paged"), ("attention", "splash")):
-        runs = config.model.get(name) != form or kind == "tpu"
-        _expect(runs, f"model.{name}", repr(form), f"'auto' on a {kind}: TPUs run it")
+        if getattr(config.model, name, None) == form and kind != "tpu":
+            fail(f"model.{name}", form, f"'auto' on a {kind}: only TPUs run it")
 
-    def divides(field: str, value: int, mesh: jax.sharding.Mesh = decode_mesh) -> None:
+    def check_divides(field: str, value: int, mesh: jax.sharding.Mesh) -> None:
         shards = mesh_lib.row_shards(mesh)
-        _expect(value % shards == 0, field, value, f"a multiple of data x fsdp = {shards}")
+        if value % shards:
+            fail(field, value, f"a multiple of data x fsdp = {shards}")
 
-    divides("evaluation.slots", config.evaluation.slots)
+    check_divides("evaluation.slots", config.evaluation.slots, decode_mesh)
     for name in config.stages:
-        section = config[name]
-        divides(f"{name}.microbatch", section.microbatch, mesh)
-        teaches = section.algorithm == "opsd"
-        if config.model.get("sequence_parallel"):
-            shapes = opsd.buckets(section) if teaches else [{"": n} for n in section.buckets]
+        options = config.sections[name]
+        algorithm = algorithm_of(options.algorithm, f"{name}.algorithm")
+        check_divides(f"{name}.microbatch", options.microbatch, mesh)
+        if getattr(config.model, "sequence_parallel", False):
+            shapes = algorithm.buckets(options)
             lengths = sorted({length for shape in shapes for length in shape.values()})
-            whole = all(length % tensor == 0 for length in lengths)
-            field = f"{name}.buckets{' with teacher_buckets' * teaches}"
-            expected = f"multiples of tensor = {tensor}, over which tokens are cut"
-            _expect(whole, field, lengths, expected)
-        if section.algorithm != "sft":
-            divides(f"{name}.slots", section.slots)
-        if teaches and "memo" in section.contexts:
-            divides(f"{name}.memo.slots", section.memo.slots)
+            if any(length % tensor for length in lengths):
+                expected = f"multiples of tensor = {tensor}, over which tokens are sharded"
+                teachers = " with teacher_buckets" if "teacher" in shapes[0] else ""
+                fail(f"{name}.buckets{teachers}", lengths, expected)
+        for sampling in algorithm.sampling(options):
+            check_divides(f"{name}.{sampling.field}", sampling.slots, decode_mesh)
 
 
-def _expect(holds: bool, field: str, value: Any, expected: str) -> None:
-    if not holds:
-        raise config_lib.ConfigError(f"config.{field} is {value}; expected {expected}.")
-
-
-def check(
-    config: ConfigDict, task: Task, vocab_size: int, stage_seed: Callable[[str], int]
+def check_data(
+    config: RunOptions, task: Task, vocab_size: int, stage_seed: Callable[[str], int]
 ) -> None:
-    """Raises ConfigError where the task's data do not go with a field, as far as a first look at
-    them tells.
+    """Raises ConfigError if a field does not go with the data, as far as a first look tells.
 
     Args:
       config: of the run.
       task: its data.
       vocab_size: the model's.
-      stage_seed: name of a stage -> the seed of its demonstrations.
+      stage_seed: name of a stage -> its seed.
     """
+    needed = task.tokenizer.vocab_size
+    if vocab_size < needed:
+        fail("model.vocab_size", vocab_size, f"at least {needed}, the tokenizer's")
+    there = len(task.heldout)
+    if config.evaluation.problems > there:
+        expected = f"at most {there}, the number of held-out problems"
+        fail("evaluation.problems", config.evaluation.problems, expected)
+    look = functools.partial(LookedAt, task, problems=_problems(task), longest=_longest(task))
+    limit = config.evaluation.prompt_tokens
+    look(seed=0).check_fits("evaluation.prompt_tokens", limit, task.heldout, task.prompt)
+    for name in config.stages:
+        if not len(task.train):
+            raise ConfigError(
+                "config.data.train is empty; expected sources, such as config.data.train.maths = "
+                "config_lib.source('maths.jsonl')."
+            )
+        options = config.sections[name]
+        algorithm = algorithm_of(options.algorithm, f"{name}.algorithm")
+        algorithm.check_data(options, name, look(seed=stage_seed(name)))
 
-    def looked_at(data: grain.MapDataset, wholly: int = WHOLLY_LOOKED_AT) -> Iterable[int]:
-        if len(data) <= wholly:
-            return range(len(data))
-        if not (task.in_memory and (data is task.train or data is task.heldout)):
-            return range(LOOKED_AT)
-        question = [len(data[i].question) for i in range(len(data))]
-        both = [n + len(data[i].solution or data[i].answer) for i, n in enumerate(question)]
-        return {
-            i
-            for lengths in (question, both)
-            for i in heapq.nlargest(LONGEST, range(len(data)), key=lengths.__getitem__)
-        }
+
+def _looked_at(task: Task, data: grain.MapDataset, whole: int = WHOLE) -> Iterable[int]:
+    """The indices of the rows of a data set that the checks look at."""
+    if len(data) <= whole:
+        return range(len(data))
+    if not (task.in_memory and (data is task.train or data is task.heldout)):
+        return range(FIRST)
+    question = [len(data[i].question) for i in range(len(data))]
+    both = [n + len(data[i].solution or data[i].answer) for i, n in enumerate(question)]
+    return {
+        i
+        for lengths in (question, both)
+        for i in heapq.nlargest(LONGEST, range(len(data)), key=lengths.__getitem__)
+    }
+
+
+def _problems(task: Task) -> Callable[[], Sequence[Problem]]:
+    """The function that gives the training and held-out problems that a check looks at."""
+    return lambda: [
+        data[i] for data in (task.train, task.heldout) for i in _looked_at(task, data, LONGEST)
+    ]
+
+
+def _longest(task: Task) -> Callable[[Any, Callable[[Any], Sequence[int]]], tuple[int, str]]:
+    """The function that finds the longest row of a data set: `LookedAt.longest`."""
 
     @functools.cache
-    def longest(data: grain.MapDataset, tokens: Callable) -> tuple[int, int]:
-        return max((len(tokens(data[i])), i) for i in looked_at(data))
-
-    def holds(field: str, value: int, data: grain.MapDataset, tokens: Callable) -> None:
-        length, i = longest(data, tokens)
+    def longest(data: Any, tokens: Callable[[Any], Sequence[int]]) -> tuple[int, str]:
+        length, i = max((len(tokens(data[i])), i) for i in _looked_at(task, data))
         row = data[i]
-        whose = (
-            f"problem {row.id}"
-            if isinstance(row, Problem)
-            else f"the demonstration to {task.tokenizer.decode(row.prompt)[:60]!r}"
-        )
-        _expect(length <= value, field, value, f"at least {length}, which {whose} has")
+        if isinstance(row, Problem):
+            return length, f"problem {row.id}"
+        return length, f"the demonstration for {task.tokenizer.decode(row.prompt)[:60]!r}"
 
-    tokens, words = vocab_size, task.tokenizer.vocab_size
-    _expect(tokens >= words, "model.vocab_size", tokens, f"at least {words}, the tokenizer's")
-    evaluation = config.evaluation
-    there = len(task.heldout)
-    expected = f"at most {there}, all that are held out"
-    _expect(evaluation.problems <= there, "evaluation.problems", evaluation.problems, expected)
-    holds("evaluation.prompt_tokens", evaluation.prompt_tokens, task.heldout, task.prompt)
-    for name in config.stages:
-        section = config[name]
-        example = "sources, such as config.data.train.maths = config_lib.source('maths.jsonl')"
-        _expect(len(task.train) > 0, "data.train", "empty", example)
-        if section.algorithm == "sft":
-            computed = lambda row: [*row.prompt, *row.response][:-1]
-            rows = task.demonstrations(stage_seed(name))
-            holds(f"{name}.buckets", section.buckets[-1], rows, computed)
-            continue
-        holds(f"{name}.prompt_tokens", section.prompt_tokens, task.train, task.prompt)
-        if section.algorithm == "opsd":
-            problems = [
-                data[i] for data in (task.train, task.heldout) for i in looked_at(data, LONGEST)
-            ]
-            _check_contexts(task, name, section, problems)
-            if warning := teacher_lib.warning(section.teacher):
-                print(f"{name}: {warning}", file=sys.stderr)
-
-
-def _check_contexts(
-    task: Task, stage: str, section: ConfigDict, problems: Sequence[Problem]
-) -> None:
-    """Raises ConfigError for a context that the task cannot give, that no problem has, or for which
-    a limit leaves no room; tells standard error how many lack one or lose a part of it.
-
-    Args:
-      task: of the run.
-      stage, section: of the config, for OPSD.
-      problems: trained on and held out, those that are looked at.
-    """
-    limit = section.teacher_prompt_tokens
-
-    def fail(field: str, value: Any, why: Any) -> NoReturn:
-        raise config_lib.ConfigError(f"config.{stage}.{field} is {value!r}; {why}")
-
-    if section.reinject_every and task.reminder is None:
-        fail("reinject_every", section.reinject_every, "expected 0: the task has no reminder.")
-    for kind in section.contexts:
-        if ":" in kind:
-            config_lib.import_function(kind, f"{stage}.contexts")
-        if kind == "memo" and task.memo_request is None:
-            fail("contexts", kind, "expected none of 'memo': the task has no memo_request.")
-        find = {
-            "solution": contexts.solution,
-            "answer": contexts.answer,
-            "column": contexts.column(section.context_column),
-        }.get(kind, contexts.nothing)
-        wording = "column" if ":" in kind else kind
-        texts = [find(problem, 0, ()) for problem in problems]
-        cut = 0
-        try:
-            for problem, text in zip(problems, texts, strict=True):
-                cut += task.teacher_prompt(problem, Context(wording, text or ""), limit)[1]
-        except ValueError as error:
-            fail("teacher_prompt_tokens", limit, error)
-        if section.reinject_every and task.reminder is not None:
-            try:
-                task.reminder(Context(wording, ""), section.reminder_tokens)
-            except ValueError as error:
-                fail("reminder_tokens", section.reminder_tokens, error)
-        there = len(texts) - texts.count(None)
-        if not there and len(section.contexts) == 1:
-            fail(
-                "contexts",
-                (kind,),
-                f"expected another: no problem that was looked at has a {kind}.",
-            )
-        if cut or there < len(texts):
-            print(
-                f"{stage}: of {len(texts)} problems looked at, {there} have a {kind}, and {cut} of "
-                f"these lose a part of it to teacher_prompt_tokens = {limit}.",
-                file=sys.stderr,
-            )
-    if "memo" in section.contexts and task.memo_request is not None:
-        most = section.memo.request_tokens
-        for problem in problems:
-            for outcome in Outcomes._fields:
-                needed = len(task.memo_request(problem, outcome))
-                if needed > most:
-                    why = f"expected at least {needed}, which the request on {problem.id} has."
-                    fail("memo.request_tokens", most, why)
+    return longest

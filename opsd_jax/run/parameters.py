@@ -1,4 +1,4 @@
-"""A run's model and its parameters: those that it begins with, and those of its stages."""
+"""The model of a run and its parameters: the initial ones, and the results of its stages."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import zlib
 from collections.abc import Sequence
 
 import jax
-from ml_collections import ConfigDict
 
-from opsd_jax import config as config_lib
+from opsd_jax.config.run_options import RunOptions
 from opsd_jax.models.safetensors import WeightsError
+from opsd_jax.options import ConfigError, import_function
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.policy import Model, Params
 from opsd_jax.rollout import layout as layout_lib
@@ -20,83 +20,118 @@ from opsd_jax.training import checkpoint
 UNTRAINED = "untrained"  # the name under which the initial parameters are evaluated
 
 
-def seed_of(config: ConfigDict, name: str) -> int:
-    """A seed of its own for each part of the run, in [0, 2^31)."""
+def seed_of(config: RunOptions, name: str) -> int:
+    """The seed of a named part of the run, in [0, 2^31)."""
     return zlib.crc32(f"{config.seed}/{name}".encode()) >> 1
 
 
-def chosen_stage(config: ConfigDict, workdir: Path, stage: str | None) -> str | None:
-    """The stage that is named or, where none is, the last one that is finished; None without any.
+def stage_seed(config: RunOptions, name: str) -> int:
+    """The seed of a stage.
+
+    Stages that start from the same model with the same algorithm draw the same problems and random
+    numbers. A stage that follows one with its own algorithm draws others.
+    """
+    algorithm, ancestor = config.sections[name].algorithm, name
+    before = []  # algorithms of the stages that led to this one
+    while ancestor := config.sections[ancestor].init_from:
+        before.append(config.sections[ancestor].algorithm)
+    generation = before.count(algorithm)
+    return seed_of(config, f"{algorithm}/{generation}" if generation else algorithm)
+
+
+def chosen_stage(stages: Sequence[str], workdir: Path, stage: str | None) -> str | None:
+    """The stage that `--stage` names or, without it, the last finished one; None if there is none.
+
+    Args:
+      stages: the stages of the run, in order.
+      workdir: of the run.
+      stage: the argument; a stage or UNTRAINED.
 
     Raises:
-      ConfigError: there is no stage of that name.
+      ConfigError: the run has no stage of that name.
     """
-    if stage not in (None, UNTRAINED, *config.stages):
-        raise config_lib.ConfigError(
-            f"--stage {stage}: expected one of {', '.join((UNTRAINED, *config.stages))}."
-        )
-    finished = [s for s in config.stages if checkpoint.has_params(workdir / s / "params")]
+    if stage not in (None, UNTRAINED, *stages):
+        raise ConfigError(f"--stage {stage}: expected one of {', '.join((UNTRAINED, *stages))}.")
+    finished = [s for s in stages if checkpoint.has_params(workdir / s / "params")]
     return stage or (finished[-1] if finished else None)
 
 
 def meshes(
-    config: ConfigDict, devices: Sequence[jax.Device] | None = None
+    mesh: Sequence[int], decode_mesh: Sequence[int], devices: Sequence[jax.Device] | None = None
 ) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:
-    """The devices, by default all, as training and as sampling see them.
+    """The mesh of training, and the mesh of the same devices while sampling.
+
+    Args:
+      mesh: `config.mesh`.
+      decode_mesh: `config.decode_mesh`.
+      devices: by default all devices.
 
     Raises:
-      ConfigError: they do not go with `config.mesh` or `config.decode_mesh`; names it.
+      ConfigError: the number of devices does not go with one of the shapes; names it.
     """
     field = "mesh"
     try:
-        mesh = mesh_lib.make_mesh(config.mesh, devices)
+        training = mesh_lib.make_mesh(mesh, devices)
         field = "decode_mesh"
-        return mesh, mesh_lib.reshaped(mesh, config.decode_mesh)
+        return training, mesh_lib.reshaped(training, decode_mesh)
     except ValueError as error:
-        raise config_lib.ConfigError(f"config.{field}: {error}") from error
+        raise ConfigError(f"config.{field}: {error}") from error
 
 
 class Parameters:
-    """What a run needs of its model, without its data: nothing is compiled or read yet."""
+    """The model of a run, its meshes, and its parameters by stage.
+
+    Making one compiles nothing and reads neither weights nor data.
+    """
 
     def __init__(
         self,
-        config: ConfigDict,
+        config: RunOptions,
         workdir: Path,
         devices: Sequence[jax.Device] | None = None,
     ):
-        """Raises ConfigError for what does not fit together, on these devices or on all."""
+        """
+        Args:
+          config: of the run.
+          workdir: of the run; later stages read the results of earlier ones from it.
+          devices: by default all devices.
+
+        Raises:
+          ConfigError: the model, its sharding rules and the meshes do not go together.
+        """
         self.config, self.workdir = config, workdir
-        make_model = config_lib.import_function(config.model.make, "model.make")
-        self.mesh, self.decode_mesh = meshes(config, devices)
+        make_model = import_function(config.model.make, "model.make")
+        self.mesh, self.decode_mesh = meshes(config.mesh, config.decode_mesh, devices)
         try:
             self.model: Model = make_model(config.model)
             shapes = jax.eval_shape(self.model.init, jax.random.key(0))
             shardings = mesh_lib.tree_shardings(self.mesh, self.model.rules, shapes)
+        except ConfigError:
+            raise
         except ValueError as error:
-            raise config_lib.ConfigError(f"config: {error}") from error
+            raise ConfigError(f"config: {error}") from error
         try:
             layout_lib.check_fits(self.model, shapes, self.decode_mesh)
         except ValueError as error:
-            raise config_lib.ConfigError(f"config.decode_mesh: {error}") from error
+            raise ConfigError(f"config.decode_mesh: {error}") from error
         self.abstract = mesh_lib.abstract_of(shapes, shardings)
 
     @functools.cached_property
     def decoding(self) -> layout_lib.Layout:
-        """The parameters' layout while rollouts are sampled; compiles the way to it."""
+        """The layout of the parameters while sampling; the first access compiles the conversion."""
         return layout_lib.decode_layout(self.model, self.abstract, self.decode_mesh)
 
-    def fresh(self) -> Params:
-        """The parameters that the run begins with, made or read where they belong.
+    def initial(self) -> Params:
+        """The parameters that the run begins with, made or read on their shardings.
 
         Raises:
-          ConfigError: they cannot be read.
+          ConfigError: the weights cannot be read.
         """
         if self.model.load is not None:
             try:
                 return self.model.load(self.abstract)
             except WeightsError as error:
-                raise config_lib.ConfigError(f"config.model: {error}") from error
+                raise ConfigError(f"config.model: {error}") from error
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         init = jax.jit(self.model.init, out_shardings=shardings)
         return init(jax.random.key(seed_of(self.config, "init")))
@@ -108,8 +143,8 @@ class Parameters:
           ConfigError: the stage has no result yet.
         """
         if stage in ("", UNTRAINED):
-            return self.fresh()
+            return self.initial()
         path = self.workdir / stage / "params"
         if not checkpoint.has_params(path):
-            raise config_lib.ConfigError(f"the stage {stage!r} has not ended: there is no {path}.")
+            raise ConfigError(f"the stage {stage!r} has not finished: there is no {path}.")
         return checkpoint.restore_params(path, self.abstract)

@@ -1,4 +1,4 @@
-"""The working directory of a run: whose it is, and that one process at a time uses it."""
+"""The work directory of a run: locked against other processes, and bound to one config."""
 
 from __future__ import annotations
 
@@ -23,27 +23,32 @@ from opsd_jax.storage.files import Path
 
 CONFIG = "config.json"
 DATA = "data.json"
-ENCODED = 8  # prompts of each source that are compared as tokens
-SEEN_SECONDS = 10.0  # until what one host writes is there for the others
+ENCODED = 8  # number of prompts of each source that are compared as tokens
+VISIBLE_SECONDS = 10.0  # time until every host must see a file that another host has written
 
 
 @contextlib.contextmanager
 def locked(directory: Path, flag: str) -> Iterator[None]:
-    """Holds a directory, made if need be, against other runs. `flag`: what names it.
+    """Locks a directory against other runs while its block runs; creates it if it is missing.
+
+    Args:
+      directory: the directory.
+      flag: the command-line flag that names the directory, for errors.
 
     Raises:
-      ConfigError: it cannot be written, or is in use.
+      ConfigError: the directory cannot be written, or another process uses it.
     """
     with contextlib.ExitStack() as stack:
-        # A run's other hosts use it with the first.
+        # The first host holds the lock for all hosts of the run.
         hosts.from_first(lambda: _lock(directory, flag, stack))
         yield
 
 
 def _lock(directory: Path, flag: str, stack: contextlib.ExitStack) -> None:
-    """As `locked`, until the stack is left."""
+    """Locks a directory as `locked` does, until the stack is closed."""
     in_use = config_lib.ConfigError(
-        f"{flag} {directory} is in use by another process; wait for it or stop it."
+        f"{flag} {directory} is in use by another process; expected a free directory. Wait for "
+        "that process or stop it."
     )
     if files.in_bucket(directory):
         try:
@@ -52,8 +57,8 @@ def _lock(directory: Path, flag: str, stack: contextlib.ExitStack) -> None:
             raise in_use from error
         except Exception as error:
             raise config_lib.ConfigError(
-                f"{flag} {directory} cannot be written ({files.reason(error)}); expected a bucket "
-                "that is there, and credentials that may write to it."
+                f"{flag} {directory} cannot be written ({files.reason(error)}); expected an "
+                "existing bucket, and credentials that may write to it."
             ) from error
         return
     try:
@@ -64,7 +69,7 @@ def _lock(directory: Path, flag: str, stack: contextlib.ExitStack) -> None:
     except OSError as error:
         raise config_lib.ConfigError(
             f"{flag} {directory} cannot be written ({error.strerror or error}); "
-            "expected a directory of yours, or a path where one can be made."
+            "expected a directory that you may write to, or a path where you may create one."
         ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,11 +79,11 @@ def _lock(directory: Path, flag: str, stack: contextlib.ExitStack) -> None:
 
 @contextlib.contextmanager
 def claimed(config: ConfigDict, workdir: Path) -> Iterator[None]:
-    """Holds the directory for a run of this config.
+    """Locks a work directory for a run of this config while its block runs.
 
     Raises:
-      ConfigError: it cannot be written, is in use, or holds a run of another config; or the hosts
-        have been given different ones, or do not share it.
+      ConfigError: the directory cannot be written, another process uses it, it holds a run of
+        another config, the hosts have different configs, or the hosts do not share the directory.
     """
 
     def check() -> None:
@@ -94,20 +99,25 @@ def claimed(config: ConfigDict, workdir: Path) -> Iterator[None]:
 
 
 def _check_shared(workdir: Path) -> None:
-    """Raises ConfigError where what the first host has written is not seen, after a while."""
-    ends = time.monotonic() + SEEN_SECONDS
+    """Raises ConfigError if this host does not see the config that the first host has written."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
     while not (workdir / CONFIG).exists():
-        if time.monotonic() > ends:
+        if time.monotonic() > deadline:
             raise config_lib.ConfigError(
                 f"host {hosts.number()} does not see the {CONFIG} that host 0 has written to "
-                f"--workdir {workdir}; expected a directory that all hosts share, such as "
+                f"--workdir {workdir}; expected a directory that all hosts share. Use one such as "
                 "gs://BUCKET/..."
             )
         time.sleep(0.1)
 
 
 def check_equal(mine: dict[str, Any], what: str) -> None:
-    """Raises ConfigError where another host has other values than the first; names those."""
+    """Raises ConfigError, with the names, if a host has other values than the first host.
+
+    Args:
+      mine: name -> value of this host.
+      what: prefix of the names, for the error.
+    """
     first, *others = hosts.gathered(mine)
     for number, other in enumerate(others, 1):
         names = sorted(n for n in first.keys() | other.keys() if first.get(n) != other.get(n))
@@ -116,32 +126,33 @@ def check_equal(mine: dict[str, Any], what: str) -> None:
                 f"  {what}.{n}: {first.get(n, 'absent')}, {other.get(n, 'absent')}" for n in names
             )
             raise config_lib.ConfigError(
-                "hosts differ; expected the same arguments and files on all. On host 0, and on "
-                f"host {number}:\n{listed}"
+                f"hosts differ (values on host 0, on host {number}):\n{listed}\nExpected equal "
+                "values. Give the same arguments and files to every host."
             )
 
 
 def check_data(task: Task, workdir: Path) -> None:
-    """Writes down which problems the run has and what the tokenizer makes of them, where they come
-    from files; a later call compares.
+    """Checks that the data are those that the run began with, and the same on every host.
+
+    The first call of a run records the number and a digest of the problems of each source, and a
+    digest of some tokenized prompts. Later calls compare. Generated problems are not checked.
 
     Raises:
-      ConfigError: they are others than those that the run began with, or on another host; names the
-        sources.
+      ConfigError: the data differ from those recorded, or between hosts. Names the sources.
     """
     if not task.in_memory:
         return
     digests: dict[str, Any] = {}
     counts: Counter[str] = Counter()
-    prompts = hashlib.sha256()  # which another tokenizer or chat template changes
+    prompts = hashlib.sha256()  # changes with the tokenizer and the chat template
     for part, problems in (("heldout", task.heldout), ("train", task.train)):
         for i in range(len(problems)):
             problem = problems[i]
             name = f"{part}.{problem.source}"
-            what = [problem.id, problem.question, problem.solution, problem.answer]
-            what += [dict(problem.extra)] if problem.extra else []
+            content = [problem.id, problem.question, problem.solution, problem.answer]
+            content += [dict(problem.extra)] if problem.extra else []
             digests.setdefault(name, hashlib.sha256()).update(
-                json.dumps(what, default=str).encode()
+                json.dumps(content, default=str).encode()
             )
             counts[name] += 1
             if counts[name] <= ENCODED:
@@ -156,7 +167,7 @@ def check_data(task: Task, workdir: Path) -> None:
 
 
 def _check_data(now: dict[str, str], workdir: Path) -> None:
-    """Writes down what each source holds, or compares; raises as `check_data`."""
+    """Records the digests on the first call and compares them on later ones, as `check_data`."""
     if not (workdir / DATA).exists():
         files.write_atomically(workdir / DATA, files.to_json(now, indent=1) + "\n")
         return
@@ -168,33 +179,38 @@ def _check_data(now: dict[str, str], workdir: Path) -> None:
     ]
     if different:
         raise config_lib.ConfigError(
-            f"{workdir} holds a run on other data (number and digest of what is kept):\n"
+            f"{workdir} holds a run on other data (number and digest of the problems):\n"
             + "\n".join(different)
-            + "\nGive the same files to go on with it, or another --workdir."
+            + "\nTo resume that run, give the same files. To start a new run, give another "
+            "--workdir."
         )
 
 
 def config_of(workdir: Path) -> ConfigDict:
-    """The config of the run in a working directory.
+    """Returns the config of the run in a work directory.
 
     Raises:
-      ConfigError: there is none, or it is of a version with other fields; names those it lacks.
-      RecordError: it cannot be read.
+      ConfigError: the directory holds no run, or one of a version of opsd_jax with other fields.
+        Names the missing fields.
+      RecordError: the file is damaged.
     """
     path = workdir / CONFIG
     if not path.is_file():
-        raise config_lib.ConfigError(f"--workdir {workdir} holds no run: there is no {path}.")
+        raise config_lib.ConfigError(
+            f"--workdir {workdir} holds no run: {path} is missing. Expected the --workdir of "
+            "`opsd-jax train`."
+        )
     flat = files.read_json(path)
     config = config_files.from_flat(flat)
-    there = {"evaluation", *config.stages}  # sections that have the default's fields in any run
-    lacks = [
+    sections = {"evaluation", *config.stages}  # these have the default config's fields in any run
+    missing = [
         field
         for field in config_files.flatten(config_lib.default())
-        if field not in flat and ("." not in field or field.split(".")[0] in there)
+        if field not in flat and ("." not in field or field.split(".")[0] in sections)
     ]
-    if lacks:
+    if missing:
         raise config_lib.ConfigError(
-            f"{path} is of another version of opsd_jax: it has no {', '.join(lacks)}. Use the "
-            "version that the run began with, or another --workdir."
+            f"{path} comes from another version of opsd_jax: it has no {', '.join(missing)}. Use "
+            "the version that the run began with, or another --workdir."
         )
     return config

@@ -1,0 +1,36 @@
+"""The training algorithms: SFT, RLVR, OPSD. `ALGORITHMS` is the one table of them.
+
+A stage's section of the config names its algorithm: a key of the table, or
+"package.module:ALGORITHM" for an `Algorithm` of your own. docs/extending.md adds one.
+"""
+
+from opsd_jax.options import fail, import_function
+from opsd_jax.stages import opsd, rlvr, sft
+from opsd_jax.stages.algorithm import Algorithm
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "sft": sft.ALGORITHM,
+    "rlvr": rlvr.ALGORITHM,
+    "opsd": opsd.ALGORITHM,
+}
+
+
+def algorithm_of(name: str, field: str = "algorithm") -> Algorithm:
+    """The algorithm of a name.
+
+    Args:
+      name: a key of `ALGORITHMS`, or "package.module:ALGORITHM".
+      field: the config field that holds the name.
+
+    Raises:
+      ConfigError: there is no such algorithm.
+    """
+    if name in ALGORITHMS:
+        return ALGORITHMS[name]
+    known = f"one of {', '.join(map(repr, ALGORITHMS))}, or 'package.module:ALGORITHM'"
+    if ":" not in name:
+        fail(field, name, known)
+    found = import_function(name, field)
+    if not isinstance(found, Algorithm):
+        fail(field, name, f"the name of an opsd_jax.stages.algorithm.Algorithm; it is {found!r}")
+    return found

@@ -1,39 +1,88 @@
-"""Memos: what the model itself writes when it looks back at a rollout, knowing how it went.
+"""Memos: privileged contexts that the model writes about a rollout once it knows the outcome.
 
-The dialogue goes on with a second turn of the user, which says whether the response was right, what
-the answer is, and asks for a memo. The model's thinking about that is stripped; where it has not
-ended within the budget it is closed by force, and the memo gets what `close_tokens` allows.
+The user takes a second turn in the dialogue. It says whether the response was correct, what the
+answer is, and asks for a memo. The model's thinking is stripped from the memo. Thinking that has
+not ended within the budget is closed by force, and the memo that follows gets `close_tokens`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
-import ml_collections
 
 from opsd_jax.data.task import Task, check_fits
+from opsd_jax.options import option
 from opsd_jax.policy import Params
 from opsd_jax.rollout import sampling
 from opsd_jax.rollout.collect import Rollouts
 from opsd_jax.rollout.engine import Engine
+from opsd_jax.stages.parts import Parts, Sampling
 from opsd_jax.verify.extract import after_thinking
 from opsd_jax.verify.outcomes import Outcomes
 
 
-def sizes(
-    config: ml_collections.ConfigDict, task: Task, prompt_tokens: int, response_tokens: int
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The longest prompt and response of a memo, and of what follows where its thinking was closed.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoOptions:
+    """The options of the context kind "memo"."""
+
+    request_tokens: int = option(256, "Longest request for a memo, in tokens.", at_least=1)
+    tokens: int = option(1024, "Token budget of a memo, the model's thinking included.", at_least=1)
+    close_tokens: int = option(
+        256, "Further tokens for a memo whose thinking had to be closed.", at_least=1
+    )
+    slots: int = option(32, "Decoding slots: memos written at the same time.", at_least=1)
+    temperature: float = option(1.0, "Sampling temperature of memos.", at_least=0)
+
+
+def memo_sampling(
+    options: MemoOptions,
+    prompt_tokens: int,
+    response_tokens: int,
+    memos: int,
+    task: Task | None = None,
+) -> tuple[Sampling, Sampling]:
+    """The sampling of memos, and of what follows where the thinking of a memo was closed.
 
     Args:
-      config: the section `memo` of an OPSD stage.
-      task: of the run.
-      prompt_tokens, response_tokens: the most that there are before the request.
+      options: of memos.
+      prompt_tokens: longest prompt of a rollout.
+      response_tokens: token budget of a rollout.
+      memos: memos per step.
+      task: knows the tokens that close the thinking; None counts no such tokens.
     """
-    before = prompt_tokens + response_tokens + config.request_tokens
-    closed = before + config.tokens + len(task.end_thinking)
-    return (before, config.tokens), (closed, config.close_tokens)
+    before = prompt_tokens + response_tokens + options.request_tokens
+    write = Sampling(
+        name="memos",
+        field="memo.slots",
+        slots=options.slots,
+        group_size=1,
+        rollouts=options.slots,
+        prompt_tokens=before,
+        response_tokens=options.tokens,
+        samples=memos,
+        response_in_prompt=response_tokens,
+    )
+    close = write._replace(
+        name="memos, closed",
+        prompt_tokens=before + options.tokens + (len(task.end_thinking) if task else 0),
+        response_tokens=options.close_tokens,
+        continues=True,
+    )
+    return write, close
+
+
+def make_memos(
+    options: MemoOptions, parts: Parts, seed: int, prompt_tokens: int, response_tokens: int
+) -> Memos:
+    """The memos on rollouts of these lengths; compiles the engines that sample them."""
+    write, close = (
+        each.engine(parts.engines)
+        for each in memo_sampling(options, prompt_tokens, response_tokens, 0, parts.task)
+    )
+    vocab_size = parts.model.vocab_size
+    return Memos(options, parts.task, seed, vocab_size, write, close, parts.poll)
 
 
 class Memos:
@@ -41,7 +90,7 @@ class Memos:
 
     def __init__(
         self,
-        config: ml_collections.ConfigDict,
+        options: MemoOptions,
         task: Task,
         seed: int,
         vocab_size: int,
@@ -49,66 +98,82 @@ class Memos:
         close: Engine,
         poll: Callable[[], None] = lambda: None,
     ):
-        """`config` is the section `memo` of a stage; `write` and `close` hold its `sizes`;
-        `poll` is called while they sample, and what it raises ends that.
         """
-        assert task.memo_request is not None  # sizes.check
+        Args:
+          options: of memos.
+          task: the data; it has a `memo_request`.
+          seed: of the random numbers.
+          vocab_size: the model's.
+          write, close: engines with the shapes of `memo_sampling`.
+          poll: called while they sample; an exception that it raises ends the sampling.
+        """
+        if task.memo_request is None:
+            raise ValueError("the task has no memo_request; expected one, to write memos.")
         self._request, self._task, self._seed = task.memo_request, task, seed
-        self._config, self._write, self._close, self._poll = config, write, close, poll
+        self._options, self._write, self._close, self._poll = options, write, close, poll
         self._sampling_params = sampling.params(
-            vocab_size, stop=task.tokenizer.eos_ids, temperature=config.temperature
+            vocab_size, stop=task.tokenizer.eos_ids, temperature=options.temperature
         )
 
     def __call__(
         self, step: int, params: Params, rollouts: Rollouts, rows: Sequence[int], offset: int = 0
     ) -> list[str | None]:
-        """The memo on each of `rows` of the rollouts; None where nothing was written. `offset` is
-        the number of memos that the step has already.
+        """Writes the memo on each of some rollouts.
+
+        Args:
+          step: of the stage.
+          params: of the model that writes.
+          rollouts: with their verdicts.
+          rows: indices of the rollouts.
+          offset: the number of memos that the step has already.
+
+        Returns:
+          The texts; None where the model wrote nothing.
         """
-        task, tokenizer = self._task, self._task.tokenizer
-        key = jax.random.fold_in(jax.random.key(self._seed), step)
-        outcomes = rollouts.judged.outcomes
-
-        def unended(ids: list[int]) -> list[int]:
-            return ids[:-1] if ids[-1] in tokenizer.eos_ids else ids
-
-        def asked(i: int) -> list[int]:
-            problem, response = rollouts.problems[i], rollouts.responses[i].tolist()
-            outcome = next(name for name in Outcomes._fields if getattr(outcomes, name)[i])
-            request = check_fits(
-                self._request(problem, outcome),
-                self._config.request_tokens,
-                problem,
-                "memo.request_tokens",
-            )
-            # The request begins with what ends the model's turn.
-            return [*task.prompt(problem), *unended(response), *request]
-
-        def sample(engine: Engine, prompts: list[list[int]], turn: int) -> list[list[int]]:
-            made: dict[int, list[int]] = {}
-            numbers = [[offset + i] for i in range(len(prompts))]
-            turn_key = jax.random.fold_in(key, turn)
-            for ended in engine(
-                params,
-                prompts,
-                numbers,
-                key=turn_key,
-                sampling_params=self._sampling_params,
-                poll=self._poll,
-            ):
-                made |= {response.prompt: response.tokens.tolist() for response in ended.responses}
-            return [made[i] for i in range(len(prompts))]
-
-        def text(ids: list[int]) -> str:
-            return task.begun + tokenizer.decode(ids)
-
-        prompts = [asked(i) for i in rows]
-        memos = sample(self._write, prompts, 0)
-        open_ended = [j for j, ids in enumerate(memos) if after_thinking(text(ids)) is None]
-        closed = [[*unended(memos[j]), *task.end_thinking] for j in open_ended]
-        rest = sample(
-            self._close, [[*prompts[j], *ids] for j, ids in zip(open_ended, closed, strict=True)], 1
-        )
+        prompts = [self._prompt(rollouts, i) for i in rows]
+        keys = [sampling.folded_key(self._seed, step, turn) for turn in range(2)]
+        memos = self._sample(self._write, params, prompts, keys[0], offset)
+        open_ended = [j for j, ids in enumerate(memos) if after_thinking(self._text(ids)) is None]
+        closed = [[*self._without_eos(memos[j]), *self._task.end_thinking] for j in open_ended]
+        continued = [[*prompts[j], *ids] for j, ids in zip(open_ended, closed, strict=True)]
+        rest = self._sample(self._close, params, continued, keys[1], offset)
         for j, ids, more in zip(open_ended, closed, rest, strict=True):
             memos[j] = [*ids, *more]
-        return [(after_thinking(text(ids)) or "").strip() or None for ids in memos]
+        return [(after_thinking(self._text(ids)) or "").strip() or None for ids in memos]
+
+    def _prompt(self, rollouts: Rollouts, i: int) -> list[int]:
+        """The dialogue up to where the memo begins: prompt, response, request."""
+        problem, response = rollouts.problems[i], rollouts.responses[i].tolist()
+        outcomes = rollouts.judged.outcomes
+        outcome = next(name for name in Outcomes._fields if getattr(outcomes, name)[i])
+        request = check_fits(
+            self._request(problem, outcome),
+            self._options.request_tokens,
+            problem,
+            "memo.request_tokens",
+        )
+        # The request begins with the tokens that end the model's turn.
+        return [*self._task.prompt(problem), *self._without_eos(response), *request]
+
+    def _sample(
+        self, engine: Engine, params: Params, prompts: list[list[int]], key: jax.Array, offset: int
+    ) -> list[list[int]]:
+        """The response to each prompt, as token ids."""
+        made: dict[int, list[int]] = {}
+        numbers = [[offset + i] for i in range(len(prompts))]
+        for ended in engine(
+            params,
+            prompts,
+            numbers,
+            key=key,
+            sampling_params=self._sampling_params,
+            poll=self._poll,
+        ):
+            made |= {response.prompt: response.tokens.tolist() for response in ended.responses}
+        return [made[i] for i in range(len(prompts))]
+
+    def _without_eos(self, ids: list[int]) -> list[int]:
+        return ids[:-1] if ids[-1] in self._task.tokenizer.eos_ids else ids
+
+    def _text(self, ids: list[int]) -> str:
+        return self._task.begun + self._task.tokenizer.decode(ids)

@@ -1,33 +1,116 @@
 """OPSD: on-policy self-distillation, gated by correctness (arXiv 2605.06188).
 
 Each step:
-1. roll out problems with the current parameters, and verify (`roll_out`);
+1. roll out problems with the current parameters, and verify the rollouts (`roll_out`);
 2. keep the rollouts that the gate gives weight and that have a privileged context (`Privileged`);
-   the others are not computed from here on;
-3. score their tokens twice: the student from its own prompt, the teacher (`config.teacher`: the
-   parameters that the stage began with, say) from the prompt that shows the context;
-4. minimise KL(student || teacher) over the whole vocabulary, the mean over rollouts of the mean
-   over their tokens, with the gate's weights; or what else `config.loss` says.
+   the other rollouts cost nothing from here on;
+3. score the tokens of each rollout twice: the student from its own prompt, the teacher
+   (`options.teacher`, by default the parameters that the stage began with) from the prompt that
+   shows the context;
+4. minimise KL(student || teacher) over the whole vocabulary, as the mean over rollouts of the mean
+   over their tokens, weighted by the gate; `options.loss` selects other divergences and weights.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 
-import ml_collections
 import numpy as np
 
 from opsd_jax import losses
 from opsd_jax.data.task import Task
+from opsd_jax.options import fail, option
 from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
+from opsd_jax.stages import privileged as privileged_lib
 from opsd_jax.stages import teacher as teacher_lib
+from opsd_jax.stages.algorithm import Algorithm, Curve, LookedAt, Responses
 from opsd_jax.stages.batch import Lengths, pack, response_head, useful_fraction
-from opsd_jax.stages.privileged import Privileged, inserted_tokens
-from opsd_jax.stages.rollouts import RollOut, group_records, rollout_metrics
+from opsd_jax.stages.memos import make_memos, memo_sampling
+from opsd_jax.stages.options import ascending
+from opsd_jax.stages.parts import Parts, Sampled, Sampling
+from opsd_jax.stages.privileged import Privileged, PrivilegedOptions, inserted_tokens
+from opsd_jax.stages.rollouts import (
+    RollOut,
+    check_prompts,
+    group_records,
+    make_roll_out,
+    rollout_metrics,
+    rollout_sampling,
+    student_rows,
+)
+from opsd_jax.stages.teacher import TeacherOptions
+from opsd_jax.training.optimizer import OptimizerOptions
 from opsd_jax.training.stage import Stage, StepData
 from opsd_jax.verify.outcomes import Outcomes
+
+logger = logging.getLogger(__name__)
+
+
+def _gate(text: str) -> str:
+    try:
+        losses.parse_gate(text)
+    except ValueError as error:
+        return str(error).partition("expected ")[2].rstrip(".")
+    return ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OPSDOptions(PrivilegedOptions):
+    """The options of an OPSD stage."""
+
+    algorithm: str = option("opsd", "Algorithm of the stage.")
+    gate: str = option(
+        "correct",
+        "Outcomes that train: 'correct', 'incorrect' (truncated too), 'all', or weights of "
+        "correct, incorrect and truncated rollouts such as '1,0.5,0'.",
+        check=_gate,
+    )
+    group_size: int = option(1, "Rollouts per problem.", at_least=1)
+    slots: int = option(
+        32, "Decoding slots: rollouts sampled at the same time, over all devices.", at_least=1
+    )
+    teacher: TeacherOptions = option(TeacherOptions(), "The teacher.")
+    max_rows: int = option(
+        0, "Train on at most this many of the rollouts that the gate keeps; 0 for all.", at_least=0
+    )
+    teacher_buckets: tuple[int, ...] = option(
+        (3072, 4608, 6656, 12_288),
+        "Padded lengths with the teacher's prompt, one for each of `buckets`; () adds "
+        "teacher_prompt_tokens to each.",
+        check=lambda lengths: ascending(lengths) if lengths else "",
+    )
+    loss: losses.OPSD = option(
+        losses.OPSD(), "The divergence and its weights (opsd_jax.losses.OPSD).", omit=("gate",)
+    )
+    checkpoint_every: int = option(25, "Steps between checkpoints.", at_least=1)
+    optimizer: OptimizerOptions = option(
+        OptimizerOptions(learning_rate=1e-6, b2=0.999, weight_decay=0.01),
+        "AdamW with a schedule.",
+    )
+
+    @property
+    def capacity(self) -> int:
+        """The most rollouts that a step trains on."""
+        return min(self.max_rows or self.rollouts, self.rollouts)
+
+    def loss_options(self) -> losses.OPSD:
+        """The options of the loss, with the weights of the gate."""
+        return self.loss._replace(gate=losses.parse_gate(self.gate))
+
+    def check(self, field: str) -> None:
+        super().check(field)
+        longest = self.teacher_prompt_tokens + self.response_tokens - 1
+        longest += inserted_tokens(self, self.response_tokens)
+        there = self.teacher_buckets
+        if there and (len(there) != len(self.buckets) or there[-1] < longest):
+            expected = (
+                f"one for each of {field}.buckets, the last at least {longest}, or () for none"
+            )
+            fail(f"{field}.teacher_buckets", there, expected)
 
 
 def loss_fn(
@@ -40,15 +123,17 @@ def loss_fn(
     teacher,
     microbatch,
 ):
-    """Sum over rollouts of gate x mean token divergence, and the sum of the gate's weights.
+    """The sum over rollouts of gate weight x mean token divergence, the sum of the gate weights,
+    and metrics.
 
-    That is with the default options; see `losses.opsd`. `teacher_head` is of `teacher.make_head`.
+    This is the loss with the default options; see `losses.opsd` for others. `teacher_head` comes
+    from `teacher.make_head`.
     """
     loss = losses.opsd(
         student=response_head(policy, params, microbatch["student"]),
         teacher=teacher_head(params, teacher, microbatch["teacher"]),
         mask=microbatch["mask"],
-        groups=tuple(microbatch[outcome] > 0 for outcome in Outcomes._fields),
+        outcomes=tuple(microbatch[outcome] > 0 for outcome in Outcomes._fields),
         tokens=microbatch["targets"],
         behaviour_logprobs=microbatch["behaviour_logprobs"],
         options=options,
@@ -59,53 +144,46 @@ def loss_fn(
     return loss.sum, (loss.weight, {"token_divergence": loss.metric("divergence")})
 
 
-def options_of(config: ml_collections.ConfigDict) -> losses.OPSD:
-    """The options of the loss, of a stage's section of the config."""
-    return losses.OPSD(gate=losses.parse_gate(config.gate), **config.loss)
-
-
-def capacity(config: ml_collections.ConfigDict) -> int:
-    """The most rollouts that a step trains on."""
-    rollouts = config.prompts * config.group_size
-    return min(config.max_rows or rollouts, rollouts)
-
-
-def buckets(config: ml_collections.ConfigDict) -> list[Lengths]:
-    """The shapes of microbatches: padded lengths of the student's sequences and the teacher's."""
-    inserted = inserted_tokens(config, config.response_tokens)
-    lengths = config.teacher_buckets or [
-        student + config.teacher_prompt_tokens + inserted for student in config.buckets
+def buckets(options: OPSDOptions) -> list[Lengths]:
+    """The padded shapes of a microbatch: lengths of the student's and the teacher's sequences."""
+    inserted = inserted_tokens(options, options.response_tokens)
+    teacher = options.teacher_buckets or [
+        student + options.teacher_prompt_tokens + inserted for student in options.buckets
     ]
     return [
-        {"student": student, "teacher": teacher}
-        for student, teacher in zip(config.buckets, lengths, strict=True)
+        {"student": student, "teacher": length}
+        for student, length in zip(options.buckets, teacher, strict=True)
     ]
 
 
-def trains(config: ml_collections.ConfigDict, outcomes: Outcomes) -> np.ndarray:
+def trains(options: OPSDOptions, outcomes: Outcomes) -> np.ndarray:
     """Which rollouts the gate gives weight, bool [N]."""
-    return losses.gate_weights(*outcomes, losses.parse_gate(config.gate)) != 0
+    return losses.gate_weights(*outcomes, losses.parse_gate(options.gate)) != 0
 
 
 def stage(
-    config: ml_collections.ConfigDict,
+    options: OPSDOptions,
     task: Task,
     policy: Policy,
     roll_out: RollOut,
     privileged: Privileged,
     keep: teacher_lib.Keep = lambda params: params,
 ) -> Stage:
-    """The OPSD stage; `config` is `config.opsd` (see opsd_jax/config.py).
+    """The OPSD stage.
 
-    `roll_out(step, params)` gives the step's rollouts, `config.group_size` of each problem, and
-    `privileged` their contexts; `keep` says how the teacher's parameters are kept.
+    Args:
+      options: of the stage.
+      task: the data.
+      policy: the model.
+      roll_out: `(step, params) -> Rollouts` of the step, in whole groups.
+      privileged: finds the contexts of rollouts.
+      keep: how the parameters of the teacher are stored.
     """
-    options = options_of(config)
     batch_of = functools.partial(
         pack,
-        buckets=buckets(config),
-        microbatch=config.microbatch,
-        capacity=capacity(config),
+        buckets=buckets(options),
+        microbatch=options.microbatch,
+        capacity=options.capacity,
         per_token=["behaviour_logprobs"],
         per_row=Outcomes._fields,
         pad_id=task.tokenizer.pad_id,
@@ -113,40 +191,108 @@ def stage(
 
     def batches(step, params):
         rollouts = roll_out(step, params)
-        prompts = {p.id: task.prompt(p) for p in rollouts.problems[:: config.group_size]}
-        outcomes = rollouts.judged.outcomes  # the first need of the masks
-        wanted = np.flatnonzero(trains(config, outcomes)).tolist()
-        taught = privileged(step, params, rollouts, wanted, capacity=capacity(config))
+        students = student_rows(rollouts, task, options.group_size)
+        outcomes = rollouts.judged.outcomes  # waits for the verifier
+        wanted = np.flatnonzero(trains(options, outcomes)).tolist()
+        taught = privileged(step, params, rollouts, wanted, capacity=options.capacity)
         rows = [
-            seen
-            | {
-                "student": prompts[rollouts.problems[i].id],
-                "response": rollouts.responses[i],
-                "behaviour_logprobs": rollouts.sampling_logprobs[i],
-            }
-            | {outcome: members[i] for outcome, members in outcomes._asdict().items()}
+            seen | students(i) | {name: mask[i] for name, mask in outcomes._asdict().items()}
             for i, seen in taught.rows.items()
         ]
-        metrics = rollout_metrics(rollouts, config.group_size) | taught.metrics
+        metrics = rollout_metrics(rollouts, options.group_size) | taught.metrics
         batch = batch_of(rows)
         return StepData(
             [batch],
             metrics | {"active_rows": float(len(rows)), "useful_tokens": useful_fraction([batch])},
-            group_records(rollouts, config.group_size),
+            group_records(rollouts, options.group_size),
         )
 
     return Stage(
-        steps=config.steps,
+        steps=options.steps,
         updates=1,
         batches=batches,
         empty_batch=batch_of([]),
         loss=functools.partial(
             loss_fn,
             policy,
-            teacher_lib.make_head(policy, config.teacher),
-            options,
-            config.temperature,
-            config.loss_chunk,
+            teacher_lib.make_head(policy, options.teacher),
+            options.loss_options(),
+            options.temperature,
+            options.loss_chunk,
         ),
-        teacher=teacher_lib.from_config(config.teacher, keep),
+        teacher=teacher_lib.make_teacher(options.teacher, keep),
     )
+
+
+def _privileged(
+    options: OPSDOptions, parts: Parts, sampled: Sampled, group_size: int, seed: int
+) -> Privileged:
+    """Finds the contexts of rollouts; compiles the engines of memos, if there are any."""
+    memos = None
+    if "memo" in options.contexts:
+        lengths = sampled.prompt_tokens, sampled.response_tokens
+        memos = make_memos(options.memo, parts, seed, *lengths)
+    return Privileged(options, parts.task, group_size, memos)
+
+
+def _make(options: OPSDOptions, parts: Parts) -> Stage:
+    roll_out = make_roll_out(
+        options, parts, capacity=options.capacity, trains=functools.partial(trains, options)
+    )
+    seed = parts.seed_of(f"{parts.seed}/memos")
+    privileged = _privileged(options, parts, options, options.group_size, seed)
+    model = parts.model
+    return stage(options, parts.task, model.policy, roll_out, privileged, model.decode_params)
+
+
+def _check_data(options: OPSDOptions, name: str, data: LookedAt) -> None:
+    check_prompts(options, name, data)
+    privileged_lib.check_contexts(options, name, data.task, data.problems())
+    if warning := teacher_lib.warning(options.teacher):
+        logger.warning("%s: %s", name, warning)
+
+
+def _step_rows(options: OPSDOptions, responses: Responses) -> tuple[list[int], list[Lengths]]:
+    targets = responses(options.capacity, options.response_tokens).tolist()
+    rows: list[Lengths] = [
+        {
+            "student": options.prompt_tokens + n - 1,
+            "teacher": options.teacher_prompt_tokens + inserted_tokens(options, n) + n - 1,
+        }
+        for n in targets
+    ]
+    return targets, rows
+
+
+def _privileged_sampling(
+    options: OPSDOptions, sampled: Sampled, rollouts: int, task: Task | None = None
+) -> tuple[Sampling, ...]:
+    if "memo" not in options.contexts:
+        return ()
+    lengths = sampled.prompt_tokens, sampled.response_tokens
+    return memo_sampling(options.memo, *lengths, rollouts, task)
+
+
+def _sampling(options: OPSDOptions, task: Task | None = None) -> tuple[Sampling, ...]:
+    memos = _privileged_sampling(options, options, options.capacity, task)
+    return (*rollout_sampling(options), *memos)
+
+
+ALGORITHM = Algorithm(
+    options=OPSDOptions,
+    make=_make,
+    buckets=buckets,
+    check_data=_check_data,
+    step_rows=_step_rows,
+    sampling=_sampling,
+    privileged=_privileged,
+    privileged_sampling=_privileged_sampling,
+    curves=(
+        Curve("token_divergence", "divergence a token, nats"),
+        Curve("length", "mean length, tokens"),
+        Curve("reward", "reward"),
+    ),
+    headline="length",
+    before_and_after=True,
+    reported=("gate",),
+)

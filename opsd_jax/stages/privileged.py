@@ -2,41 +2,100 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import ml_collections
 import numpy as np
 
-from opsd_jax.config import import_function
-from opsd_jax.data import contexts
-from opsd_jax.data.contexts import Attempt, Context, Find
+from opsd_jax.data.contexts import (
+    CONTEXTS,
+    SIBLINGS,
+    Attempt,
+    Context,
+    Find,
+    context_kind,
+    worded_as,
+)
 from opsd_jax.data.task import Task
+from opsd_jax.options import ConfigError, fail, option
 from opsd_jax.policy import Params
+from opsd_jax.problem import Problem
 from opsd_jax.rollout.collect import Rollouts
 from opsd_jax.stages.batch import Inserts
-from opsd_jax.stages.memos import Memos
+from opsd_jax.stages.memos import MemoOptions, Memos
+from opsd_jax.stages.options import RolloutOptions
+from opsd_jax.verify.outcomes import Outcomes
+
+logger = logging.getLogger(__name__)
 
 _LISTED = re.compile(r"\s*\d+\.")
 _ENDS_SENTENCE = re.compile(r"[.!?][\"')\]]*\s*$|\n\s*$")
 
 
-def inserted_tokens(config: ml_collections.ConfigDict, response_tokens: int) -> int:
-    """The most tokens that reminders add to a response of so many; `config` is an OPSD stage's."""
-    every = config.reinject_every
-    return response_tokens // every * config.reminder_tokens if every else 0
+def _kinds(kinds: tuple[str, ...]) -> str:
+    if kinds and all(kind in CONTEXTS or ":" in kind for kind in kinds):
+        return ""
+    known = ", ".join(CONTEXTS)
+    return f"a tuple of kinds among {known}, or 'package.module:function'"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrivilegedOptions(RolloutOptions):
+    """The options of a stage with rollouts whose teacher sees a privileged context."""
+
+    contexts: tuple[str, ...] = option(
+        ("solution", "answer"),
+        "Kinds of privileged context, in order of preference; the teacher sees the first that a "
+        "rollout has (opsd_jax/data/contexts.py).",
+        check=_kinds,
+    )
+    sibling: str = option("shortest", "Which correct sibling is shown.", choices=SIBLINGS)
+    sibling_thinking: bool = option(False, "Whether the thinking of a sibling is shown too.")
+    context_column: str = option("", "Column of 'column': one of the sources' `extra`.")
+    memo: MemoOptions = option(MemoOptions(), "Memos that the model writes.")
+    reinject_every: int = option(
+        0,
+        "Tokens between reminders of the context in the teacher's copy of a response; 0 for none.",
+        at_least=0,
+    )
+    reminder_tokens: int = option(
+        256, "Longest reminder, in tokens; a longer one loses the end of its context.", at_least=1
+    )
+    teacher_prompt_tokens: int = option(
+        4096,
+        "Longest teacher prompt, in tokens; a longer one loses the end of its privileged text.",
+        at_least=1,
+    )
+
+    def check(self, field: str) -> None:
+        super().check(field)
+        if "sibling" in self.contexts and self.group_size < 2:
+            expected = "at least 2, so that a rollout has siblings"
+            fail(f"{field}.group_size", self.group_size, expected)
+        if "column" in self.contexts and not self.context_column:
+            expected = "the name of one of the sources' `extra` columns"
+            fail(f"{field}.context_column", "", expected)
+
+
+def inserted_tokens(options: PrivilegedOptions, response_tokens: int) -> int:
+    """The most tokens that reminders add to a response of `response_tokens` tokens."""
+    every = options.reinject_every
+    return response_tokens // every * options.reminder_tokens if every else 0
 
 
 class Taught(NamedTuple):
-    """What the teachers of some rollouts are given.
+    """What the teacher is given of some rollouts.
 
     Attributes:
-      rows: rollout -> `{"teacher": prompt ids, "teacher/inserts": Inserts}`, in the order of the
-        rollouts. Those without a usable context are not there.
-      metrics: how many had none, how many contexts were cut, and how many there are of each kind.
+      rows: index of a rollout -> `{"teacher": prompt ids, "teacher/inserts": Inserts}`, in the
+        order of the rollouts. Rollouts without a usable context are absent.
+      metrics: how many rollouts had no context, how many contexts were cut, and how many contexts
+        there are of each kind.
     """
 
     rows: dict[int, dict[str, Any]]
@@ -44,35 +103,30 @@ class Taught(NamedTuple):
 
 
 class Privileged:
-    """Finds the contexts of rollouts, as an OPSD stage's section says."""
+    """Finds the privileged contexts of rollouts, as the options of an OPSD stage say."""
 
     def __init__(
         self,
-        config: ml_collections.ConfigDict,
+        options: PrivilegedOptions,
         task: Task,
         group_size: int,
         memos: Memos | None = None,
     ):
         """
         Args:
-          config: the section of an OPSD stage.
-          task: of the run.
-          group_size: rollouts of each problem, which stand next to each other.
-          memos: writes the contexts "memo", if the section has that kind.
+          options: of the stage.
+          task: the data.
+          group_size: rollouts per problem; those of a problem are adjacent.
+          memos: writes the contexts of kind "memo", if the options have that kind.
         """
-        self._config, self._task, self._memos = config, task, memos
+        self._options, self._task, self._memos = options, task, memos
         self._group_size = group_size
+        self._kinds = tuple(options.contexts)
+        kinds = {name: context_kind(name, "opsd.contexts") for name in self._kinds}
         self._find: dict[str, Find] = {
-            "solution": contexts.solution,
-            "answer": contexts.answer,
-            "sibling": contexts.sibling(config.sibling, thinking=config.sibling_thinking),
-            "concise": contexts.nothing,
-            "column": contexts.column(config.context_column),
-            "none": contexts.nothing,
+            name: kind.find(options) for name, kind in kinds.items() if kind.find is not None
         }
-        own = [kind for kind in config.contexts if ":" in kind]
-        self._find |= {kind: import_function(kind, "opsd.contexts") for kind in own}
-        self._looks_around = bool(own) or "sibling" in config.contexts
+        self._needs_group = any(kind.needs_group for kind in kinds.values())
 
     def __call__(
         self,
@@ -83,35 +137,70 @@ class Privileged:
         *,
         capacity: int,
     ) -> Taught:
-        """What the teachers of the first `capacity` of the wanted rollouts with a context see.
+        """What the teacher is given of the first `capacity` wanted rollouts with a context.
 
         Args:
           step: of the stage; memos depend on it.
-          params: the current ones, which write memos.
+          params: the current parameters, which write memos.
           rollouts: with their verdicts, in whole groups.
-          wanted: indices, ascending.
-          capacity: see above.
+          wanted: indices of rollouts, ascending.
+          capacity: the most rollouts to return.
 
         Raises:
-          DataError: a teacher's prompt does not fit even without its context; names the problem.
+          DataError: a teacher prompt does not fit even without its context; names the problem.
+        """
+        found = self._contexts(step, params, rollouts, wanted, capacity)
+        rows, cut, reminders_cut = {}, 0, 0
+        for i, context in found.items():
+            if context is None:
+                continue
+            prompt, was_cut = self._task.teacher_prompt(
+                rollouts.problems[i], context, self._options.teacher_prompt_tokens
+            )
+            cut += was_cut
+            inserts, reminder_was_cut = self._reminders(context, rollouts.responses[i])
+            reminders_cut += reminder_was_cut
+            rows[i] = {"teacher": prompt, "teacher/inserts": inserts}
+        counts = Counter({worded_as(kind): 0 for kind in self._kinds})
+        counts.update(context.kind for context in found.values() if context)
+        metrics = {
+            "no_context": float(len(found) - len(rows)),
+            "context_cut": float(cut),
+            **({"reminder_cut": float(reminders_cut)} if self._options.reinject_every else {}),
+            **{f"context/{kind}": float(count) for kind, count in counts.items()},
+        }
+        return Taught(rows, metrics)
+
+    def _contexts(
+        self,
+        step: int,
+        params: Params,
+        rollouts: Rollouts,
+        wanted: Iterable[int],
+        capacity: int,
+    ) -> dict[int, Context | None]:
+        """The context of each wanted rollout, or None, until `capacity` rollouts have one.
+
+        Memos are sampled for as many rollouts at a time as could still be needed, since the model
+        may write nothing for some of them.
         """
         found: dict[int, Context | None] = {}
         attempts = functools.cache(functools.partial(self._attempts, rollouts))
-        kinds = tuple(self._config.contexts)
+        kinds = self._kinds
         at = kinds.index("memo") if "memo" in kinds else len(kinds)
 
         def find(i: int, kinds: Sequence[str]) -> Context | None:
             first = i - i % self._group_size
-            group = attempts(first) if self._looks_around else ()
+            group = attempts(first) if self._needs_group else ()
             for kind in kinds:
                 text = self._find[kind](rollouts.problems[i], i - first, group)
                 if text is not None:
-                    return Context("column" if ":" in kind else kind, text)
+                    return Context(worded_as(kind), text)
             return None
 
         ahead, usable, asked = iter(wanted), 0, 0
         while usable < capacity:
-            pending: list[int] = []  # that need a memo; some may come to nothing
+            pending: list[int] = []  # rollouts that need a memo
             for i in ahead:
                 found[i] = find(i, kinds[:at])
                 if found[i] is not None:
@@ -122,36 +211,17 @@ class Privileged:
                     break
             if not pending:
                 break
-            assert self._memos is not None
+            if self._memos is None:
+                raise ValueError("the options have contexts of kind 'memo'; expected `memos`.")
             memos = self._memos(step, params, rollouts, pending, offset=asked)
             asked += len(pending)
             for i, text in zip(pending, memos, strict=True):
                 found[i] = find(i, kinds[at + 1 :]) if text is None else Context("memo", text)
                 usable += found[i] is not None
-
-        rows, cut, reminders_cut = {}, 0, 0
-        for i, context in found.items():
-            if context is None:
-                continue
-            prompt, was_cut = self._task.teacher_prompt(
-                rollouts.problems[i], context, self._config.teacher_prompt_tokens
-            )
-            cut += was_cut
-            inserts, reminder_was_cut = self._reminders(context, rollouts.responses[i])
-            reminders_cut += reminder_was_cut
-            rows[i] = {"teacher": prompt, "teacher/inserts": inserts}
-        counts = Counter({"column" if ":" in kind else kind: 0 for kind in kinds})
-        counts.update(context.kind for context in found.values() if context)
-        metrics = {
-            "no_context": float(len(found) - len(rows)),
-            "context_cut": float(cut),
-            **({"reminder_cut": float(reminders_cut)} if self._config.reinject_every else {}),
-            **{f"context/{kind}": float(count) for kind, count in counts.items()},
-        }
-        return Taught(rows, metrics)
+        return found
 
     def _attempts(self, rollouts: Rollouts, first: int) -> list[Attempt]:
-        """The group that begins with rollout `first`."""
+        """The rollouts of the group that begins with rollout `first`."""
         correct = rollouts.judged.outcomes.correct
         return [
             Attempt(
@@ -163,12 +233,13 @@ class Privileged:
         ]
 
     def _reminders(self, context: Context, response: np.ndarray) -> tuple[Inserts, bool]:
-        """The reminders in a response, and whether they were cut."""
-        every, task = self._config.reinject_every, self._task
+        """The reminders inside a response, and whether they were cut."""
+        every, task = self._options.reinject_every, self._task
         if not every:
             return [], False
-        assert task.reminder is not None  # sizes.check
-        ids, cut = task.reminder(context, self._config.reminder_tokens)
+        if task.reminder is None:
+            raise ValueError("the options have reminders; expected a task with a `reminder`.")
+        ids, cut = task.reminder(context, self._options.reminder_tokens)
         own = response.tolist()
         if own[-1] in task.tokenizer.eos_ids:
             own = own[:-1]
@@ -178,18 +249,19 @@ class Privileged:
 
 
 def reminder_places(pieces: Sequence[str], every: int, *, thinking: bool = False) -> list[int]:
-    """Where reminders go into a response: about every so many tokens, where a sentence ends.
+    """The places of reminders in a response: at ends of sentences, about `every` tokens apart.
 
-    In one that thinks aloud they are within the thought, in another anywhere but at its end.
+    In a response with thinking all places are inside the thinking. In any other response they are
+    anywhere but at its end.
 
     Args:
       pieces: the text of each token, without EOS.
-      every: tokens; each multiple of it is moved back to the next end of a sentence, and left out
-        if there is none since the last.
-      thinking: the prompt has begun a thought.
+      every: distance in tokens. Each multiple of it moves back to the nearest end of a sentence,
+        and is left out if there is none after the place before.
+      thinking: whether the prompt has already opened the thinking.
 
     Returns:
-      Indices of tokens that reminders stand before, ascending.
+      Indices of the tokens that reminders stand before, ascending.
     """
     text = "".join(pieces)
     ends = np.cumsum([len(piece) for piece in pieces])
@@ -197,7 +269,7 @@ def reminder_places(pieces: Sequence[str], every: int, *, thinking: bool = False
     last = token_at("<think>") + 1 if "<think>" in text else 0
     end = token_at("</think>") if "</think>" in text else len(pieces)
     if not thinking and "<think>" not in text and "</think>" in text:
-        return []  # no thought that we know the beginning of
+        return []  # the thinking has an end but no beginning
     places = []
     for target in range(every, end, every):
         for at in range(target, last, -1):
@@ -209,7 +281,7 @@ def reminder_places(pieces: Sequence[str], every: int, *, thinking: bool = False
 
 
 def _ends_sentence(pieces: Sequence[str], at: int) -> bool:
-    """Whether a sentence ends before piece `at`: not inside a number, nor after that of a list."""
+    """Whether a sentence ends before piece `at`, and not inside a number or after a list's."""
     before, after = pieces[at - 1], pieces[at][:1]
     if not _ENDS_SENTENCE.search(before):
         return False
@@ -217,3 +289,69 @@ def _ends_sentence(pieces: Sequence[str], at: int) -> bool:
         return False
     line = "".join(pieces[max(0, at - 4) : at]).rstrip().rpartition("\n")[2]
     return not _LISTED.fullmatch(line)
+
+
+def check_contexts(
+    options: PrivilegedOptions, stage: str, task: Task, problems: Sequence[Problem]
+) -> None:
+    """Checks the contexts of a stage on some problems before anything is compiled.
+
+    Logs how many of the problems lack a context or lose a part of it.
+
+    Args:
+      options: of the stage.
+      stage: its name, for messages.
+      task: the data.
+      problems: training and held-out problems to look at.
+
+    Raises:
+      ConfigError: the task cannot give a context, no problem has one, or a token limit leaves no
+        room for one.
+    """
+    if options.reinject_every and task.reminder is None:
+        expected = "0: the task has no reminder"
+        fail(f"{stage}.reinject_every", options.reinject_every, expected)
+    for kind in options.contexts:
+        _check_context(options, stage, task, problems, kind)
+    if "memo" in options.contexts and task.memo_request is not None:
+        limit = options.memo.request_tokens
+        for problem in problems:
+            for outcome in Outcomes._fields:
+                needed = len(task.memo_request(problem, outcome))
+                if needed > limit:
+                    expected = f"at least {needed}, the tokens of the request for {problem.id}"
+                    fail(f"{stage}.memo.request_tokens", limit, expected)
+
+
+def _check_context(
+    options: PrivilegedOptions, stage: str, task: Task, problems: Sequence[Problem], kind: str
+) -> None:
+    """`check_contexts` of one kind."""
+    if kind == "memo" and task.memo_request is None:
+        fail(f"{stage}.contexts", kind, "kinds without 'memo': the task has no memo_request")
+    limit, wording = options.teacher_prompt_tokens, worded_as(kind)
+    found = context_kind(kind, f"{stage}.contexts")
+    # The text of a memo, of a sibling or of the user's own function depends on rollouts.
+    find = None if found.needs_group or found.find is None else found.find(options)
+    texts = ["" if find is None else find(problem, 0, ()) for problem in problems]
+    cut = 0
+    try:
+        for problem, text in zip(problems, texts, strict=True):
+            cut += task.teacher_prompt(problem, Context(wording, text or ""), limit)[1]
+    except ValueError as error:
+        raise ConfigError(f"config.{stage}.teacher_prompt_tokens is {limit}; {error}") from error
+    if options.reinject_every and task.reminder is not None:
+        try:
+            task.reminder(Context(wording, ""), options.reminder_tokens)
+        except ValueError as error:
+            limit = options.reminder_tokens
+            raise ConfigError(f"config.{stage}.reminder_tokens is {limit}; {error}") from error
+    with_context = len(texts) - texts.count(None)
+    if not with_context and len(options.contexts) == 1:
+        expected = f"another kind: none of the problems that were looked at has a {kind}"
+        fail(f"{stage}.contexts", (kind,), expected)
+    if cut or with_context < len(texts):
+        logger.warning(
+            f"{stage}: of {len(texts)} problems looked at, {with_context} have a {kind}, and {cut} "
+            f"of these lose a part of it to teacher_prompt_tokens = {limit}."
+        )

@@ -1,47 +1,105 @@
-"""RLVR: policy gradient on rewards of 1 for a correct rollout, else 0.
+"""RLVR: policy gradient on rewards of 1 for a correct rollout and 0 for any other.
 
-GRPO, Dr.GRPO, DAPO, GSPO, RLOO, REINFORCE++, CISPO or another choice of the parts that make them
-up: `config.objective` (opsd_jax/losses/policy_gradient.py).
+`options.objective` combines the parts that make up GRPO, Dr.GRPO, DAPO, GSPO, RLOO, REINFORCE++ and
+CISPO (opsd_jax/losses/policy_gradient.py).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
-import ml_collections
 import numpy as np
 
 from opsd_jax import losses
 from opsd_jax.data.task import Task
+from opsd_jax.options import fail, option
 from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
-from opsd_jax.stages.batch import pack, response_head, useful_fraction
-from opsd_jax.stages.rollouts import RollOut, group_records, rollout_metrics
+from opsd_jax.stages.algorithm import Algorithm, Curve, Responses
+from opsd_jax.stages.batch import Lengths, pack, response_head, useful_fraction
+from opsd_jax.stages.options import RolloutOptions
+from opsd_jax.stages.parts import Parts
+from opsd_jax.stages.rollouts import (
+    RollOut,
+    check_prompts,
+    group_records,
+    make_roll_out,
+    rollout_metrics,
+    rollout_sampling,
+    student_lengths,
+    student_rows,
+)
 from opsd_jax.stages.teacher import Keep, frozen
+from opsd_jax.training.optimizer import OptimizerOptions
 from opsd_jax.training.stage import Stage, StepData
 from opsd_jax.verify.outcomes import Outcomes
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RLVROptions(RolloutOptions):
+    """The options of an RLVR stage."""
+
+    algorithm: str = option("rlvr", "Algorithm of the stage.")
+    steps: int = option(200, "Training steps.", at_least=1)
+    updates: int = option(
+        2, "Optimiser updates per step, on equal parts of the step's rollouts.", at_least=1
+    )
+    objective: losses.PolicyGradient = option(
+        losses.PRESETS["grpo"]._replace(kl_coefficient=0.0, aggregation="token"),
+        "The algorithm by its parts (opsd_jax.losses.PolicyGradient).",
+    )
+    overlong_buffer: int = option(
+        0, "Tokens before the budget where DAPO's length penalty begins; 0 for no penalty."
+    )
+    overlong_factor: float = option(1.0, "The length penalty at the budget.", at_least=0)
+    optimizer: OptimizerOptions = option(
+        OptimizerOptions(learning_rate=1e-6, warmup=10, b2=0.999, weight_decay=0.01),
+        "AdamW with a schedule.",
+    )
+
+    @property
+    def capacity(self) -> int:
+        """The most rollouts that a step trains on."""
+        return self.rollouts
+
+    def optimizer_updates(self) -> int:
+        return self.steps * self.updates
+
+    def check(self, field: str) -> None:
+        super().check(field)
+        if self.group_size < 2:
+            fail(f"{field}.group_size", self.group_size, "at least 2, to compare rollouts")
+        if not 0 <= self.overlong_buffer <= self.response_tokens:
+            expected = f"0 for no penalty, or up to the budget of {self.response_tokens} tokens"
+            fail(f"{field}.overlong_buffer", self.overlong_buffer, expected)
+        if self.resample_rounds and not self.objective.drop_uninformative:
+            expected = "0, or objective.drop_uninformative: no rollout is left out to be replaced"
+            fail(f"{field}.resample_rounds", self.resample_rounds, expected)
+        if self.prompts % self.updates:
+            fail(f"{field}.updates", self.updates, f"a divisor of {self.prompts} prompts")
+
+
 def loss_fn(
     policy: Policy,
-    options: losses.PolicyGradient,
+    objective: losses.PolicyGradient,
     temperature: float,
     chunk: int,
     params,
     teacher,
     microbatch,
 ):
-    """Sum over response tokens of the policy-gradient loss, and its normaliser.
+    """The sum over response tokens of the policy-gradient loss, its normaliser, and metrics.
 
-    `temperature` is that of the sampling: the ratio compares the distributions sampled from.
-    `teacher` is the reference, if the options have a KL to one.
+    `temperature` is the sampling temperature: the ratio compares the distributions sampled from.
+    `teacher` is the reference model, if the objective has a KL term.
     """
     tokens_mxT, mask_mxT = microbatch["targets"], microbatch["mask"]
     partition = rows_in_context()
     head = functools.partial(response_head, policy, sequences=microbatch["student"])
     reference_mxT = None
-    if options.kl_coefficient:
+    if objective.kl_coefficient:
         reference_mxT = losses.response_logprobs(
             student=jax.lax.stop_gradient(head(teacher)),
             tokens=tokens_mxT,
@@ -57,7 +115,7 @@ def loss_fn(
         advantages=microbatch["advantages"],
         behaviour_logprobs=microbatch["behaviour_logprobs"],
         reference_logprobs=reference_mxT,
-        options=options,
+        options=objective,
         temperature=temperature,
         chunk=chunk,
         partition=partition,
@@ -66,41 +124,44 @@ def loss_fn(
         "entropy": loss.metric("entropy"),
         "ratio_outside_clip": loss.metric("clipped"),
     }
-    if options.kl_coefficient:
+    if objective.kl_coefficient:
         metrics["reference_kl"] = loss.metric("kl")
     return loss.sum, (loss.weight, metrics)
 
 
-def capacity(config: ml_collections.ConfigDict) -> int:
-    """The most rollouts that a step trains on."""
-    return config.prompts * config.group_size
-
-
-def trains(config: ml_collections.ConfigDict, outcomes: Outcomes) -> np.ndarray:
-    """Which rollouts have a signal, bool [N]; all, if the objective does not ask."""
-    if not config.objective.drop_uninformative:
+def trains(options: RLVROptions, outcomes: Outcomes) -> np.ndarray:
+    """Which rollouts have a learning signal, bool [N]; all, unless the objective drops some."""
+    if not options.objective.drop_uninformative:
         return np.ones(len(outcomes.correct), bool)
-    return losses.informative(outcomes.correct.astype(np.float32), config.group_size)
+    return losses.informative(outcomes.correct.astype(np.float32), options.group_size)
+
+
+def buckets(options: RLVROptions) -> list[Lengths]:
+    """The padded shapes of a microbatch."""
+    return [{"student": length} for length in options.buckets]
 
 
 def stage(
-    config: ml_collections.ConfigDict,
+    options: RLVROptions,
     task: Task,
     policy: Policy,
     roll_out: RollOut,
     keep: Keep = lambda params: params,
 ) -> Stage:
-    """The RLVR stage; `config` is `config.rlvr` (see opsd_jax/config.py).
+    """The RLVR stage.
 
-    `roll_out(step, params)` gives the step's rollouts, `config.group_size` of each problem; `keep`
-    says how the reference's parameters are kept.
+    Args:
+      options: of the stage.
+      task: the data.
+      policy: the model.
+      roll_out: `(step, params) -> Rollouts` of the step, in whole groups.
+      keep: how the parameters of the reference model are stored.
     """
-    options = losses.PolicyGradient(**config.objective)
     batch_of = functools.partial(
         pack,
-        buckets=[{"student": length} for length in config.buckets],
-        microbatch=config.microbatch,
-        capacity=capacity(config) // config.updates,
+        buckets=buckets(options),
+        microbatch=options.microbatch,
+        capacity=options.capacity // options.updates,
         per_token=["behaviour_logprobs"],
         per_row=["advantages"],
         pad_id=task.tokenizer.pad_id,
@@ -108,42 +169,62 @@ def stage(
 
     def batches(step, params):
         rollouts = roll_out(step, params)
-        prompts = {p.id: task.prompt(p) for p in rollouts.problems[:: config.group_size]}
-        outcomes = rollouts.judged.outcomes  # the first need of the masks
+        rows = student_rows(rollouts, task, options.group_size)
+        outcomes = rollouts.judged.outcomes  # waits for the verifier
         rewards = outcomes.correct.astype(np.float32)
-        if config.overlong_buffer:
+        if options.overlong_buffer:
             rewards = rewards + losses.overlong_penalty(
                 rollouts.lengths.astype(np.float32),
-                max_tokens=config.response_tokens,
-                buffer=config.overlong_buffer,
-                factor=config.overlong_factor,
+                max_tokens=options.response_tokens,
+                buffer=options.overlong_buffer,
+                factor=options.overlong_factor,
             )
-        kept = np.flatnonzero(trains(config, outcomes))[: capacity(config)]  # whole groups
-        rows = [
-            {
-                "student": prompts[rollouts.problems[i].id],
-                "response": rollouts.responses[i],
-                "behaviour_logprobs": rollouts.sampling_logprobs[i],
-                "advantages": advantage,
-            }
-            for i, advantage in zip(
-                kept, options.advantages(rewards[kept], config.group_size), strict=True
-            )
+        kept = np.flatnonzero(trains(options, outcomes))[: options.capacity]  # whole groups
+        advantages = options.objective.advantages(rewards[kept], options.group_size)
+        kept_rows = [
+            rows(i) | {"advantages": advantage}
+            for i, advantage in zip(kept, advantages, strict=True)
         ]
-        parts = np.array_split(np.arange(len(rows)), config.updates)
-        made = [batch_of([rows[i] for i in part]) for part in parts]
-        metrics = rollout_metrics(rollouts, config.group_size)
+        parts = np.array_split(np.arange(len(kept_rows)), options.updates)
+        made = [batch_of([kept_rows[i] for i in part]) for part in parts]
+        metrics = rollout_metrics(rollouts, options.group_size)
         return StepData(
             made,
             metrics | {"useful_tokens": useful_fraction(made)},
-            group_records(rollouts, config.group_size),
+            group_records(rollouts, options.group_size),
         )
 
     return Stage(
-        steps=config.steps,
-        updates=config.updates,
+        steps=options.steps,
+        updates=options.updates,
         batches=batches,
         empty_batch=batch_of([]),
-        loss=functools.partial(loss_fn, policy, options, config.temperature, config.loss_chunk),
-        teacher=frozen(keep) if options.kl_coefficient > 0 else None,
+        loss=functools.partial(
+            loss_fn, policy, options.objective, options.temperature, options.loss_chunk
+        ),
+        teacher=frozen(keep) if options.objective.kl_coefficient > 0 else None,
     )
+
+
+def _make(options: RLVROptions, parts: Parts) -> Stage:
+    roll_out = make_roll_out(
+        options, parts, capacity=options.capacity, trains=functools.partial(trains, options)
+    )
+    model = parts.model
+    return stage(options, parts.task, model.policy, roll_out, model.decode_params)
+
+
+def _step_rows(options: RLVROptions, responses: Responses) -> tuple[list[int], list[Lengths]]:
+    return student_lengths(options, options.capacity // options.updates, responses)
+
+
+ALGORITHM = Algorithm(
+    options=RLVROptions,
+    make=_make,
+    buckets=buckets,
+    check_data=check_prompts,
+    step_rows=_step_rows,
+    sampling=rollout_sampling,
+    curves=(Curve("reward", "reward"), Curve("length", "mean length, tokens")),
+    headline="accuracy",
+)

@@ -1,4 +1,4 @@
-"""What the stages with rollouts share: which problems a step takes, and what is told of them."""
+"""What the stages with rollouts share: the problems of a step, its rows, and its metrics."""
 
 from __future__ import annotations
 
@@ -8,22 +8,77 @@ from collections.abc import Callable
 from typing import Any
 
 import grain
-import jax
-import ml_collections
 import numpy as np
 
 from opsd_jax.data.task import Task
 from opsd_jax.policy import Params
 from opsd_jax.rollout import sampling
 from opsd_jax.rollout.collect import Collector, Rollouts, concatenate
+from opsd_jax.stages.algorithm import LookedAt, Responses
+from opsd_jax.stages.batch import Lengths
+from opsd_jax.stages.options import RolloutOptions
+from opsd_jax.stages.parts import Parts, Sampling
 from opsd_jax.verify.outcomes import Outcomes
 from opsd_jax.verify.verdict import REASONS
 
-RollOut = Callable[[int, Params], Rollouts]
+RollOut = Callable[[int, Params], Rollouts]  # (step, params) -> the rollouts of the step
+
+
+def rollout_sampling(options: RolloutOptions, task: Task | None = None) -> tuple[Sampling, ...]:
+    """`Algorithm.sampling` of a stage that samples its rollouts and nothing else."""
+    del task  # the lengths are the options'
+    return (
+        Sampling(
+            name="rollouts",
+            field="slots",
+            slots=options.slots,
+            group_size=options.group_size,
+            rollouts=options.rollouts,
+            prompt_tokens=options.prompt_tokens,
+            response_tokens=options.response_tokens,
+            samples=options.rollouts,
+        ),
+    )
+
+
+def check_prompts(options: RolloutOptions, name: str, data: LookedAt) -> None:
+    """`Algorithm.check_data` of a stage with rollouts: raises ConfigError for a prompt too long."""
+    task = data.task
+    data.check_fits(f"{name}.prompt_tokens", options.prompt_tokens, task.train, task.prompt)
+
+
+def student_lengths(
+    options: RolloutOptions, count: int, responses: Responses
+) -> tuple[list[int], list[Lengths]]:
+    """`Algorithm.step_rows` of `count` rollouts that are scored from the student's prompt alone."""
+    targets = responses(count, options.response_tokens).tolist()
+    return targets, [{"student": options.prompt_tokens + n - 1} for n in targets]
+
+
+def make_roll_out(
+    options: RolloutOptions,
+    parts: Parts,
+    *,
+    capacity: int,
+    trains: Callable[[Outcomes], np.ndarray],
+) -> RollOut:
+    """`step_rollouts` of a stage that is built from the parts of a run; compiles the engine."""
+    (rollouts,) = rollout_sampling(options)
+    engine = rollouts.engine(parts.engines)
+    return step_rollouts(
+        options,
+        parts.task,
+        Collector(engine, parts.task, parts.pool, options.group_size),
+        parts.seed,
+        vocab_size=parts.model.vocab_size,
+        capacity=capacity,
+        trains=trains,
+        poll=parts.poll,
+    )
 
 
 def step_rollouts(
-    config: ml_collections.ConfigDict,
+    options: RolloutOptions,
     task: Task,
     collector: Collector,
     seed: int,
@@ -33,23 +88,23 @@ def step_rollouts(
     trains: Callable[[Outcomes], np.ndarray],
     poll: Callable[[], None] = lambda: None,
 ) -> RollOut:
-    """`(step, params) -> Rollouts` of the step's problems.
+    """The function `(step, params) -> Rollouts` that samples and verifies a step's rollouts.
 
-    These and the random numbers are functions of (seed, step) alone, on any number of hosts.
+    The problems and the random numbers depend on (seed, step) alone, on any number of hosts.
 
-    Dynamic sampling (DAPO, arXiv 2503.14476): where fewer than `capacity` rollouts train, up to
-    `config.resample_rounds` further rounds roll out other problems, drawn apart from the epoch's
-    order, as many as would do if all of theirs did.
+    Dynamic sampling (DAPO, arXiv 2503.14476): when fewer than `capacity` rollouts train, up to
+    `options.resample_rounds` further rounds roll out other problems, drawn apart from the epoch's
+    order. Each round takes as many problems as would do if all of their rollouts trained.
 
     Args:
-      config: of the stage.
-      task: of the run.
-      collector: samples and verifies.
+      options: of the stage.
+      task: the data.
+      collector: samples and verifies rollouts.
       seed: of the stage.
       vocab_size: the model's.
-      capacity: how many rollouts a step trains on.
-      trains: which of some rollouts do, bool [N].
-      poll: called while sampling; what it raises ends it.
+      capacity: the number of rollouts that a step trains on.
+      trains: which of N rollouts train, bool [N].
+      poll: called while sampling; an exception that it raises ends the sampling.
     """
 
     def stream(seed: int) -> grain.MapDataset:
@@ -58,24 +113,24 @@ def step_rollouts(
     other_seed = zlib.crc32(f"{seed}/resampled".encode()) >> 1
     problems, others = stream(seed), stream(other_seed)
     sampling_params = sampling.params(
-        vocab_size, stop=task.tokenizer.eos_ids, temperature=config.temperature
+        vocab_size, stop=task.tokenizer.eos_ids, temperature=options.temperature
     )
 
     def roll_out(step: int, params: Params) -> Rollouts:
         def sample(chosen: list, seed: int, draw: int) -> Rollouts:
-            key = jax.random.fold_in(jax.random.key(seed), draw)
+            key = sampling.folded_key(seed, draw)
             return collector(params, chosen, key=key, sampling_params=sampling_params, poll=poll)
 
-        first = step * config.prompts
-        rollouts = sample([problems[first + i] for i in range(config.prompts)], seed, step)
-        for again in range(config.resample_rounds):
+        first = step * options.prompts
+        rollouts = sample([problems[first + i] for i in range(options.prompts)], seed, step)
+        for again in range(options.resample_rounds):
             missing = capacity - int(trains(rollouts.judged.outcomes).sum())
             if missing <= 0:
                 break
-            draw = step * config.resample_rounds + again
+            draw = step * options.resample_rounds + again
             there = {problem.id for problem in rollouts.problems}
-            wanted = -(-missing // config.group_size)  # at most config.prompts
-            drawn = [others[draw * config.prompts + i] for i in range(wanted)]
+            wanted = -(-missing // options.group_size)  # at most options.prompts
+            drawn = [others[draw * options.prompts + i] for i in range(wanted)]
             fresh = [*{p.id: p for p in drawn if p.id not in there}.values()]
             if not fresh:
                 break
@@ -85,9 +140,24 @@ def step_rollouts(
     return roll_out
 
 
+def student_rows(
+    rollouts: Rollouts, task: Task, group_size: int
+) -> Callable[[int], dict[str, Any]]:
+    """The function `index of a rollout -> row for pack`: its prompt, response, log-probabilities.
+
+    The prompts are made at once, which the host does while the verifier is still working.
+    """
+    prompts = {p.id: task.prompt(p) for p in rollouts.problems[::group_size]}
+    return lambda i: {
+        "student": prompts[rollouts.problems[i].id],
+        "response": rollouts.responses[i],
+        "behaviour_logprobs": rollouts.sampling_logprobs[i],
+    }
+
+
 def rollout_metrics(rollouts: Rollouts, group_size: int) -> dict[str, float]:
-    """Numbers of a step's rollouts: reward, length in tokens, the groups of rollouts, how many
-    problems were all right and all wrong, how many verdicts had which reason.
+    """Metrics of a step's rollouts: reward, length in tokens, fractions of the outcomes, problems
+    whose rollouts are all correct or all incorrect, and the number of verdicts by reason.
     """
     verdicts, (correct, incorrect, truncated), wait_seconds = rollouts.judged
     lengths = rollouts.lengths
@@ -108,7 +178,7 @@ def rollout_metrics(rollouts: Rollouts, group_size: int) -> dict[str, float]:
 
 
 def group_records(rollouts: Rollouts, group_size: int) -> list[dict[str, Any]]:
-    """A JSON-ready record a problem: how many of how many rollouts were correct."""
+    """One JSON-ready record per problem: how many of how many rollouts were correct."""
     correct = rollouts.judged.outcomes.correct.reshape(-1, group_size).sum(axis=1)
     return [
         {

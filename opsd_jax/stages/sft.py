@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
-import ml_collections
 import numpy as np
 
 from opsd_jax import losses
 from opsd_jax.data.task import Demonstration, Task
+from opsd_jax.options import option
 from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
 from opsd_jax.problem import DataError
-from opsd_jax.stages.batch import pack, response_head, useful_fraction
+from opsd_jax.stages.algorithm import Algorithm, Curve, LookedAt, Responses
+from opsd_jax.stages.batch import Lengths, pack, response_head, useful_fraction
+from opsd_jax.stages.options import StageOptions
+from opsd_jax.stages.parts import Parts
+from opsd_jax.training.optimizer import OptimizerOptions
 from opsd_jax.training.stage import Stage, StepData
 
-WINDOW = 16  # steps whose demonstrations are sorted by length together, so that each pads little
+WINDOW = 16  # steps whose demonstrations are sorted by length together, to save padding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFTOptions(StageOptions):
+    """The options of an SFT stage."""
+
+    algorithm: str = option("sft", "Algorithm of the stage.")
+    batch_size: int = option(32, "Demonstrations per step.", at_least=1)
+    checkpoint_every: int = option(100, "Steps between checkpoints.", at_least=1)
+    optimizer: OptimizerOptions = option(
+        OptimizerOptions(
+            learning_rate=1e-5, schedule="cosine", b2=0.999, warmup=10, weight_decay=0.01
+        ),
+        "AdamW with a schedule.",
+    )
 
 
 def loss_fn(policy: Policy, chunk: int, params, teacher, microbatch):
-    """Sum over response tokens of -log p(token), and their number."""
+    """The sum over response tokens of -log p(token), the number of tokens, and metrics."""
     del teacher
     loss = losses.sft(
         student=response_head(policy, params, microbatch["student"]),
@@ -31,34 +51,40 @@ def loss_fn(policy: Policy, chunk: int, params, teacher, microbatch):
     return loss.sum, (loss.weight, {"token_accuracy": loss.metric("accuracy")})
 
 
-def stage(config: ml_collections.ConfigDict, task: Task, policy: Policy, seed: int) -> Stage:
-    """The SFT stage; `config` is `config.sft` (see opsd_jax/config.py)."""
+def buckets(options: SFTOptions) -> list[Lengths]:
+    """The padded shapes of a microbatch."""
+    return [{"student": tokens} for tokens in options.buckets]
+
+
+def stage(options: SFTOptions, task: Task, policy: Policy, seed: int) -> Stage:
+    """The SFT stage: demonstrations of the task, in an order that the seed decides."""
     demonstrations = task.demonstrations(seed)
 
     def length(row: Demonstration) -> int:
         tokens = len(row.prompt) + len(row.response)
-        if tokens - 1 > config.buckets[-1]:
+        if tokens - 1 > options.buckets[-1]:
             raise DataError(
-                f"the demonstration to {task.tokenizer.decode(row.prompt)[:60]!r} has {tokens} "
-                f"tokens; the last of the stage's buckets is {config.buckets[-1]}, for one more."
+                f"the demonstration for {task.tokenizer.decode(row.prompt)[:60]!r} has {tokens} "
+                f"tokens; expected at most {options.buckets[-1] + 1}, one more than the last of "
+                "the stage's buckets."
             )
         return tokens
 
     batch_of = functools.partial(
         pack,
-        buckets=[{"student": tokens} for tokens in config.buckets],
-        microbatch=config.microbatch,
-        capacity=config.batch_size,
+        buckets=buckets(options),
+        microbatch=options.microbatch,
+        capacity=options.batch_size,
         pad_id=task.tokenizer.pad_id,
     )
 
     @functools.lru_cache(maxsize=1)
     def window(index: int) -> list[list[Demonstration]]:
-        """The rows of the WINDOW steps from index * WINDOW on, each step's alike in length."""
-        size = config.batch_size * WINDOW
+        """The demonstrations of WINDOW steps; those of one step have similar lengths."""
+        size = options.batch_size * WINDOW
         rows = sorted((demonstrations[index * size + i] for i in range(size)), key=length)
         order = np.random.default_rng((seed, index)).permutation(WINDOW)
-        return [rows[i * config.batch_size : (i + 1) * config.batch_size] for i in order]
+        return [rows[i * options.batch_size : (i + 1) * options.batch_size] for i in order]
 
     def batches(step, params):
         del params
@@ -72,9 +98,35 @@ def stage(config: ml_collections.ConfigDict, task: Task, policy: Policy, seed: i
         return StepData([batch], metrics)
 
     return Stage(
-        steps=config.steps,
+        steps=options.steps,
         updates=1,
         batches=batches,
         empty_batch=batch_of([]),
-        loss=functools.partial(loss_fn, policy, config.loss_chunk),
+        loss=functools.partial(loss_fn, policy, options.loss_chunk),
     )
+
+
+def _make(options: SFTOptions, parts: Parts) -> Stage:
+    return stage(options, parts.task, parts.model.policy, parts.seed)
+
+
+def _check_data(options: SFTOptions, name: str, data: LookedAt) -> None:
+    computed = lambda row: [*row.prompt, *row.response][:-1]
+    demonstrations = data.task.demonstrations(data.seed)
+    data.check_fits(f"{name}.buckets", options.buckets[-1], demonstrations, computed)
+
+
+def _step_rows(options: SFTOptions, responses: Responses) -> tuple[list[int], list[Lengths]]:
+    """Rows as long as they can be: a plan knows nothing of the demonstrations."""
+    targets = [options.buckets[-1]] * options.batch_size
+    return targets, [{"student": tokens} for tokens in targets]
+
+
+ALGORITHM = Algorithm(
+    options=SFTOptions,
+    make=_make,
+    buckets=buckets,
+    check_data=_check_data,
+    step_rows=_step_rows,
+    curves=(Curve("loss", "loss, nats a token"), Curve("token_accuracy", "token accuracy, %", 100)),
+)

@@ -1,47 +1,47 @@
-"""Who teaches: what of a stage's parameters the teacher is, and when it changes.
+"""Teachers of an OPSD stage: which parameters they have, and when these change.
 
 | kind | the teacher |
 |---|---|
 | "frozen" | the parameters that the stage began with |
 | "ema" | their moving average: after each update t <- (1 - rate) t + rate p, in float32 |
-| "refresh" | a copy, made anew after every `every` updates (CRISP, arXiv 2603.05433) |
+| "refresh" | a copy, renewed after every `every` updates (CRISP, arXiv 2603.05433) |
 | "trust_region" | logits (1 - rate) frozen + rate current (SDPO, arXiv 2601.20802) |
 | "live" | the current parameters |
 
-Gradients flow into none of them. What does not change by little steps is kept as sampling has the
-parameters (`Model.decode_params`): a bfloat16 model's teacher takes half the memory of its master
-weights and gives the same logits, since the weights are cast for every product anyway.
+No gradient flows into a teacher. A teacher that is a copy of parameters is stored as sampling has
+them (`Model.decode_params`). A bfloat16 model's teacher then takes half the memory of its float32
+master weights, and its logits are the same, since every matmul casts the weights anyway.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 
 from opsd_jax.losses import Head
+from opsd_jax.options import fail, option
 from opsd_jax.policy import Params, Policy
 from opsd_jax.stages.batch import response_head
 from opsd_jax.training.stage import Teacher
 
-KINDS = ("frozen", "ema", "refresh", "trust_region", "live")
-COLLAPSES_BELOW = 40  # updates between two copies: CRISP's ablation
+COLLAPSES_BELOW = 40  # updates between two copies; CRISP's ablation saw models collapse below
 
 
-Keep = Callable[[Params], Params]  # how parameters that do not train are kept
+Keep = Callable[[Params], Params]  # parameters -> the form in which a teacher stores them
 
 
 def frozen(keep: Keep = lambda params: params) -> Teacher:
-    """The first parameters."""
+    """A teacher that stays the parameters which the stage began with."""
     return Teacher(lambda params: jax.tree.map(jnp.copy, keep(params)))
 
 
 def ema(rate: float) -> Teacher:
-    """t <- (1 - rate) t + rate p, in float32 whatever the parameters are."""
+    """A moving average, t <- (1 - rate) t + rate p, in float32 for parameters of any dtype."""
 
     def follow(teacher, params, number, applied):
         del number
@@ -56,67 +56,139 @@ def ema(rate: float) -> Teacher:
 
 
 def refresh(every: int, keep: Keep = lambda params: params) -> Teacher:
-    """A copy of the parameters after every `every` updates, skipped ones counted."""
+    """A copy of the parameters, renewed after every `every` updates; skipped updates count."""
 
     def copy(teacher, params, number, applied):
         del applied
-        # A branch, not a select: what goes into it is computed once, so that a copy of the
-        # parameters is one to the last bit.
+        # A branch, not a select: the inputs of a branch are computed once, so that the copy equals
+        # the parameters to the last bit.
         return jax.lax.cond(number % every == 0, lambda: keep(params), lambda: teacher)
 
     return Teacher(frozen(keep).init, copy)
 
 
-def from_config(
-    config: ml_collections.ConfigDict, keep: Keep = lambda params: params
-) -> Teacher | None:
-    """The teacher of a stage's `teacher` section; None for one that is no state of its own."""
-    return {
-        "frozen": frozen(keep),
-        "trust_region": frozen(keep),
-        "ema": ema(config.rate),
-        "refresh": refresh(config.every, keep),
-        "live": None,
-    }[config.kind]
+# `(policy, options) -> ((params, teacher, sequences) -> Head)`: the teacher's logits from the
+# student's parameters, the state's teacher (or None) and a sequence of the microbatch.
+MakeHead = Callable[[Policy, Any], Callable[[Params, Params, Any], Head]]
 
 
-def warning(config: ml_collections.ConfigDict) -> str:
-    """What to say of a `teacher` section before it is used; "" for nothing."""
-    every = {"refresh": config.every, "live": 1}.get(config.kind, COLLAPSES_BELOW)
-    if every >= COLLAPSES_BELOW:
-        return ""
-    return (
-        f"the teacher is the student of at most {every} updates ago; below {COLLAPSES_BELOW} "
-        "models have been seen to collapse (arXiv 2603.05433)."
-    )
+def _stored_head(policy: Policy, options: TeacherOptions) -> Callable[[Params, Params, Any], Head]:
+    """The logits of the parameters that the teacher stores."""
+    return lambda params, teacher, sequences: response_head(policy, teacher, sequences)
 
 
-def make_head(policy: Policy, config: ml_collections.ConfigDict) -> Callable[..., Head]:
-    """`(params, teacher, sequences) -> Head`: the teacher's logits, as `response_head`; `params`
-    are the student's, `teacher` is what `Teacher` keeps, or None.
-    """
-    mixed = functools.partial(_mix, policy.unembed, config.rate)
+def _average_head(policy: Policy, options: TeacherOptions) -> Callable[[Params, Params, Any], Head]:
+    """The logits of an average in float32, which is cast to the dtypes of the model."""
 
     def head(params: Params, teacher: Params, sequences: Any) -> Head:
-        of = functools.partial(response_head, policy, sequences=sequences)
-        params = jax.lax.stop_gradient(params)
-        if config.kind == "live":
-            return of(params)
-        if config.kind == "ema":  # an average in float32 is read as the model would be
-            teacher = jax.tree.map(lambda t, p: t.astype(p.dtype), teacher, params)
-        if config.kind != "trust_region":
-            return of(teacher)
-        frozen, current = of(teacher), of(params)
-        hidden = jnp.concatenate([frozen.hidden, current.hidden], axis=-1)
-        return Head(mixed, (teacher, params), hidden)
+        cast = jax.tree.map(lambda t, p: t.astype(p.dtype), teacher, params)
+        return response_head(policy, cast, sequences)
+
+    return head
+
+
+def _current_head(policy: Policy, options: TeacherOptions) -> Callable[[Params, Params, Any], Head]:
+    """The logits of the current parameters."""
+    return lambda params, teacher, sequences: response_head(policy, params, sequences)
+
+
+def _mixed_head(policy: Policy, options: TeacherOptions) -> Callable[[Params, Params, Any], Head]:
+    """The logits of the stored parameters, mixed with those of the current ones."""
+    unembed = functools.partial(_mix, policy.unembed, options.rate)
+
+    def head(params: Params, teacher: Params, sequences: Any) -> Head:
+        stored, current = (response_head(policy, p, sequences) for p in (teacher, params))
+        hidden_mxTx2D = jnp.concatenate([stored.hidden, current.hidden], axis=-1)
+        return Head(unembed, (teacher, params), hidden_mxTx2D)
 
     return head
 
 
 def _mix(unembed: Callable, rate: float, params: tuple[Params, Params], hidden: jax.Array):
-    """The mixed logits of hidden states [..., 2 D], the frozen model's before the current one's."""
-    frozen, current = (
+    """Mixed logits [..., V] of hidden states [..., 2 D]: the stored model's, then the current's."""
+    stored, current = (
         unembed(p, h) for p, h in zip(params, jnp.split(hidden, 2, axis=-1), strict=True)
     )
-    # Not a weighted sum: -inf - -inf of a word that cannot occur would be no number.
-    return jnp.where(frozen == current, frozen, frozen + rate * (current - frozen))
+    # Not a weighted sum: -inf - -inf of a token that cannot occur would be NaN.
+    return jnp.where(stored == current, stored, stored + rate * (current - stored))
+
+
+def _needs_rate(options: TeacherOptions, field: str) -> None:
+    if not 0 < options.rate <= 1:
+        fail(f"{field}.rate", options.rate, "a number in (0, 1]")
+
+
+class Kind(NamedTuple):
+    """One kind of teacher, an entry of `TEACHERS`.
+
+    Attributes:
+      make: `(options, keep) -> Teacher`: the part of the training state that the teacher is; None
+        for a teacher without state of its own.
+      head: makes the function that gives the teacher's logits.
+      lag: `options -> updates`: how many updates the teacher is behind the student at most; None if
+        it falls behind without a bound.
+      check: `(options, field)`: raises ConfigError for options that the kind cannot use.
+    """
+
+    make: Callable[[TeacherOptions, Keep], Teacher | None]
+    head: MakeHead = _stored_head
+    lag: Callable[[TeacherOptions], int] | None = None
+    check: Callable[[TeacherOptions, str], None] = lambda options, field: None
+
+
+TEACHERS: dict[str, Kind] = {
+    "frozen": Kind(lambda options, keep: frozen(keep)),
+    "ema": Kind(lambda options, keep: ema(options.rate), _average_head, check=_needs_rate),
+    "refresh": Kind(
+        lambda options, keep: refresh(options.every, keep), lag=lambda options: options.every
+    ),
+    "trust_region": Kind(lambda options, keep: frozen(keep), _mixed_head, check=_needs_rate),
+    "live": Kind(lambda options, keep: None, _current_head, lag=lambda options: 1),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherOptions:
+    """Who the teacher of a stage is."""
+
+    kind: str = option(
+        "frozen",
+        "Kind of teacher: one of TEACHERS (opsd_jax/stages/teacher.py).",
+        check=lambda kind: "" if kind in TEACHERS else f"one of {', '.join(TEACHERS)}",
+    )
+    rate: float = option(
+        0.05, "Rate of 'ema'; the current model's fraction in 'trust_region'. In (0, 1]."
+    )
+    every: int = option(50, "Updates between two copies of 'refresh'.", at_least=1)
+
+    def check(self, field: str) -> None:
+        """Raises ConfigError where the options do not suit the kind."""
+        TEACHERS[self.kind].check(self, field)
+
+
+def make_teacher(options: TeacherOptions, keep: Keep = lambda params: params) -> Teacher | None:
+    """The teacher as a part of the training state; None for a teacher without state of its own."""
+    return TEACHERS[options.kind].make(options, keep)
+
+
+def make_head(policy: Policy, options: TeacherOptions) -> Callable[[Params, Params, Any], Head]:
+    """The function `(params, teacher, sequences) -> Head` that gives the teacher's logits.
+
+    Its arguments are the student's parameters, the teacher in the training state (or None), and the
+    teacher's sequences of a microbatch. No gradient flows through the student's parameters.
+    """
+    head = TEACHERS[options.kind].head(policy, options)
+    return lambda params, teacher, sequences: head(
+        jax.lax.stop_gradient(params), teacher, sequences
+    )
+
+
+def warning(options: TeacherOptions) -> str:
+    """A warning about a teacher that follows the student too closely; "" if it does not."""
+    lag = TEACHERS[options.kind].lag
+    if lag is None or lag(options) >= COLLAPSES_BELOW:
+        return ""
+    return (
+        f"the teacher is the student of at most {lag(options)} updates ago; models have been seen "
+        f"to collapse below {COLLAPSES_BELOW} (arXiv 2603.05433)."
+    )

@@ -1,4 +1,8 @@
-"""Records on disk or in a bucket: files that are whole or not there, whenever the run dies."""
+"""Reads and writes a run's files, on a local disk or in a Cloud Storage bucket.
+
+`write_atomically` replaces a whole file, so a process that dies leaves the old content or the new
+one. `Lines` appends to a file, so it can leave an incomplete last line, which readers skip.
+"""
 
 from __future__ import annotations
 
@@ -14,34 +18,34 @@ from etils import epath
 
 from opsd_jax.parallel import hosts
 
-Path: TypeAlias = pathlib.Path | epath.Path  # of a run: a local one, or gs://BUCKET/...
+Path: TypeAlias = pathlib.Path | epath.Path  # a local path, or gs://BUCKET/...
 
-SYNC_SECONDS = 60.0  # between two writes of a growing file in a bucket
+SYNC_SECONDS = 60.0  # shortest time between two automatic uploads of a growing file to a bucket
 
 
 class RecordError(RuntimeError):
-    """A file of a run is there and cannot be used."""
+    """A file of a run cannot be read or written. The message names the file."""
 
 
 def in_bucket(path: Path) -> bool:
-    """Whether it is no file of this machine: it cannot be appended to, locked, or moved."""
+    """Whether a path is in a bucket, where files cannot be appended to, locked or moved."""
     return "://" in str(path)
 
 
 def absolute(path: Path) -> Path:
-    """The path from the root; one in a bucket is one already."""
+    """Returns the absolute form of a path; a path in a bucket already is absolute."""
     return path if in_bucket(path) else path.absolute()
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is either the old one or the whole new one.
+    """Writes a file such that readers see either its old content or the whole new one.
 
     Raises:
-      RecordError: the bucket does not take it.
-      OSError: the disk does not.
+      RecordError: the bucket rejects the file.
+      OSError: the disk rejects the file.
     """
     if in_bucket(path):
-        with written(path):
+        with writing(path):
             path.write_text(text)
         return
     partial = path.with_name(path.name + ".partial")
@@ -50,22 +54,27 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 class Lines:
-    """A file that grows by lines. A context manager.
+    """A text file that grows line by line. A context manager.
 
-    In a bucket, where nothing can be appended, it is written anew: by `sync`, at the end, and at
-    the first `write` a minute after the last time. What a lost machine has not written belongs to
-    steps and problems that are then done again.
+    A file in a bucket cannot be appended to, so the whole file is uploaded again: by `sync`, on
+    exit, and by a `write` that comes SYNC_SECONDS or more after the last upload. If the machine is
+    lost before that, the resumed run repeats the steps or problems of the missing lines.
     """
 
-    def __init__(self, path: Path, begin: str = ""):
-        """`begin`: its lines so far. There is no file before there is a line."""
-        self._path, self._text = path, [begin]
+    def __init__(self, path: Path, initial: str = ""):
+        """Replaces the content of an existing file; without lines, creates no file.
+
+        Args:
+          path: the file.
+          initial: the lines to start with, each ending in a newline.
+        """
+        self._path, self._text = path, [initial]
         self._synced, self._due = True, time.monotonic() + SYNC_SECONDS
-        if begin or path.exists():
-            self.rewrite(begin)
+        if initial or path.exists():
+            self.rewrite(initial)
 
     def write(self, lines: str) -> None:
-        """Adds lines."""
+        """Appends lines, each ending in a newline."""
         if not in_bucket(self._path):
             with self._path.open("a") as file:
                 file.write(lines)
@@ -76,13 +85,13 @@ class Lines:
             self.sync()
 
     def rewrite(self, lines: str) -> None:
-        """Has these lines in place of all others."""
+        """Replaces all lines of the file."""
         write_atomically(self._path, lines)
         self._text = [lines]
         self._synced, self._due = True, time.monotonic() + SYNC_SECONDS
 
     def sync(self) -> None:
-        """Writes what is not yet written."""
+        """Uploads the lines that are not in the bucket yet."""
         if not self._synced:
             self.rewrite("".join(self._text))
 
@@ -93,20 +102,22 @@ class Lines:
         self.sync()
 
 
-def is_of_bucket(error: BaseException) -> bool:
-    """Whether an error comes from the way to a bucket: from its service, or from the network."""
+def is_bucket_error(error: BaseException) -> bool:
+    """Whether an exception comes from the Cloud Storage client or from its network connection."""
     return type(error).__module__.split(".")[0] in ("gcsfs", "aiohttp", "google", "requests")
 
 
 def reason(error: Exception) -> str:
-    """What an error says, on a line."""
+    """Returns the type of an exception and the first line of its message, as one line."""
     return f"{type(error).__name__}: {str(error).strip()[:300].partition(chr(10))[0]}"
 
 
 @contextlib.contextmanager
-def written(path: Any) -> Iterator[None]:
-    """Turns whatever Orbax, tensorstore or a bucket raise within into a RecordError: something
-    cannot be written at `path`.
+def writing(path: Any) -> Iterator[None]:
+    """Raises any exception of its block as a RecordError that names `path` as not writable.
+
+    Orbax, tensorstore and the Cloud Storage client each raise exceptions of many types. The loss of
+    another host is raised unchanged.
     """
     try:
         yield
@@ -114,17 +125,23 @@ def written(path: Any) -> Iterator[None]:
         if hosts.is_loss(error):
             raise
         raise RecordError(
-            f"{path} cannot be written ({reason(error)}). What is there stays: once it can be, "
-            "the same command goes on from the last checkpoint."
+            f"{path} cannot be written ({reason(error)}). The files that are already there are "
+            "intact. Fix the cause, then run the same command to resume from the last checkpoint."
         ) from error
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """Strict JSON, with null for what is not a finite number."""
+    """Returns a value as strict JSON, with null for NaN and infinity.
+
+    Args:
+      value: made of dicts, lists, tuples, strings, numbers, booleans and None.
+      **options: further arguments of `json.dumps`.
+    """
     return json.dumps(_finite(value), allow_nan=False, **options)
 
 
 def _finite(value: Any) -> Any:
+    """Returns a JSON-ready value with None in place of every number that is not finite."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
@@ -134,34 +151,39 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def read_json_lines(path: Path, mend: str) -> list[Any]:
-    """The values of a file with one a line; a last line without its end, cut off, is left out.
+def read_json_lines(path: Path, fix: str) -> list[Any]:
+    """Returns the values of a JSON Lines file, without an incomplete last line.
+
+    Args:
+      path: the file.
+      fix: what the user can do about a damaged file, as a sentence for the error message.
 
     Raises:
-      RecordError: it is not there, or a line is not JSON; names the file and `mend`, what to do.
+      RecordError: the file cannot be read, or a line is not JSON. Names the file and the line.
     """
     try:
         lines = path.read_text().split("\n")[:-1]
     except OSError as error:
-        raise RecordError(f"{path} cannot be read ({error.strerror}). {mend}") from error
+        raise RecordError(f"{path} cannot be read ({error.strerror}). {fix}") from error
     values = []
     for number, line in enumerate(lines, 1):
         try:
             values.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise RecordError(f"{path}, line {number}, is not JSON: {error}. {mend}") from error
+            raise RecordError(f"{path}, line {number}, is not JSON: {error}. {fix}") from error
     return values
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file.
+    """Returns the value in a JSON file.
 
     Raises:
-      RecordError: it is not JSON; names the file.
+      RecordError: the file is not JSON. Names the file.
     """
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise RecordError(
-            f"{path} is damaged: {error}. Delete it to have it made again."
+            f"{path} is damaged: it is not JSON ({error}). Delete it and run the same command "
+            "again, which creates it anew."
         ) from error

@@ -1,10 +1,10 @@
-"""That one run at a time uses a directory in a bucket, where no file can be locked."""
+"""A lock for a work directory in a bucket, where files cannot be locked."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-import sys
 import threading
 import time
 import uuid
@@ -12,69 +12,82 @@ from collections.abc import Callable, Iterator
 
 from opsd_jax.storage.files import Path
 
-SECONDS = 10.0  # between two signs of life
-LIVES = 3  # so many without one, and the holder counts as dead
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 10.0  # time between two heartbeats of the holder
+MISSED_HEARTBEATS = 3  # a lease without this many heartbeats has expired
 
 
 class InUse(RuntimeError):
-    """Another process holds it."""
+    """Another process holds the lease. The message is the path of the lease."""
 
 
 @contextlib.contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Holds the object `path`, into which the holder writes a sign of life every few seconds. After
-    one that died without a word it is had when LIVES x SECONDS have passed.
+    """Holds a lease while its block runs.
 
-    A process that has been replaced, as one that stood still for so long, ends at once with exit
-    code 1: what it would still write is another's.
+    The holder writes a heartbeat to the file `path` every HEARTBEAT_SECONDS. The lease of a crashed
+    holder expires after MISSED_HEARTBEATS of them.
+
+    If another process takes the lease over, for example because this one was suspended for longer
+    than that, this process exits at once with code 1. It must not write any more: the directory
+    belongs to the other process.
 
     Raises:
-      InUse: another process holds it.
+      InUse: another process holds the lease.
     """
-    me, signs = uuid.uuid4().hex, 0
+    holder, beats = uuid.uuid4().hex, 0
 
-    def sign() -> None:
-        nonlocal signs
-        signs += 1
-        path.write_text(f"{me} {signs}")
+    def beat() -> None:
+        nonlocal beats
+        beats += 1
+        path.write_text(f"{holder} {beats}")
 
     if last := _read(path):
-        print(f"opsd-jax: {path}: waiting to see whether its process lives", file=sys.stderr)
-        ended = time.monotonic() + LIVES * SECONDS
-        while time.monotonic() < ended and (now := _read(path)):
+        logger.warning(
+            "opsd-jax: %s exists: waiting up to %.0f s to see whether its process is alive",
+            path,
+            MISSED_HEARTBEATS * HEARTBEAT_SECONDS,
+        )
+        expires = time.monotonic() + MISSED_HEARTBEATS * HEARTBEAT_SECONDS
+        while time.monotonic() < expires and (now := _read(path)):
             if now != last:
                 raise InUse(str(path))
-            time.sleep(SECONDS / 10)
-    sign()
-    over = threading.Event()
-    thread = threading.Thread(target=_renew, args=(path, me, sign, over), daemon=True)
+            time.sleep(HEARTBEAT_SECONDS / 10)
+    beat()
+    released = threading.Event()
+    thread = threading.Thread(target=_renew, args=(path, holder, beat, released), daemon=True)
     thread.start()
     try:
         yield
     finally:
-        over.set()
+        released.set()
         thread.join()
-        with contextlib.suppress(Exception):  # it is had after a while in any case
+        with contextlib.suppress(Exception):  # if the file stays, the lease expires by itself
             path.unlink()
 
 
-def _renew(path: Path, me: str, sign: Callable[[], None], over: threading.Event) -> None:
-    """Gives signs of life until it is over."""
-    while not over.wait(SECONDS):
+def _renew(path: Path, holder: str, beat: Callable[[], None], released: threading.Event) -> None:
+    """Calls `beat` until the lease is released; exits the process if another one has the lease."""
+    while not released.wait(HEARTBEAT_SECONDS):
         try:
-            holder = _read(path)
-            if holder.startswith(me) or not holder:
-                sign()
+            content = _read(path)
+            if content.startswith(holder) or not content:
+                beat()
                 continue
         except Exception:
-            continue  # the network: the next one may arrive
-        print(f"opsd-jax: {path} is another process's now: this one ends.", file=sys.stderr)
-        sys.stderr.flush()
+            continue  # a network error: the next heartbeat may succeed
+        logger.error(
+            "opsd-jax: another process has taken over %s, so this process exits. Run one process "
+            "per work directory.",
+            path,
+        )
+        logging.shutdown()  # flushes the message
         os._exit(1)
 
 
 def _read(path: Path) -> str:
-    """Who holds it, and their last sign; "" if nobody."""
+    """Returns the holder and its last heartbeat, or "" if nobody holds the lease."""
     try:
         return path.read_text()
     except FileNotFoundError:

@@ -1,138 +1,162 @@
-"""Checkpoints of a stage's state, with Orbax: asynchronous, and complete or not there at all."""
+"""Saves and restores a stage's state with Orbax, asynchronously and atomically."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
-import sys
+import logging
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.errors import JaxRuntimeError
 
+from opsd_jax.options import option
 from opsd_jax.parallel import hosts
 from opsd_jax.parallel.watchdog import waiting
 from opsd_jax.policy import Params
 from opsd_jax.storage import files
-from opsd_jax.storage.files import Path, RecordError, written
+from opsd_jax.storage.files import Path, RecordError, writing
 from opsd_jax.training.state import State
 
-
-class Retention(NamedTuple):
-    """Which checkpoints stay.
-
-    Attributes:
-      last: so many of the newest.
-      period: those of steps that are multiples of it, too; 0 for none.
-      best: the one with the largest metric of this name, or with "-" before it the smallest, too;
-        "" for none. Stages without that metric have none.
-    """
-
-    last: int = 2
-    period: int = 0
-    best: str = ""
+logger = logging.getLogger(__name__)
 
 
-LAST_TWO = Retention()
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """The section `checkpoints` of the config: which checkpoints of a stage to keep."""
+
+    last: int = option(2, "Number of newest checkpoints to keep.", at_least=1)
+    period: int = option(
+        0, "Also keep checkpoints at steps that are multiples of this; 0 for none.", at_least=0
+    )
+    best: str = option(
+        "",
+        "Also keep the checkpoint with the largest value of this metric, such as 'reward', or with "
+        "the smallest of '-length'; '' for none.",
+    )
+
+    def policy(self) -> tuple[Any, Any]:
+        """Returns Orbax's preservation policy, and the function that ranks checkpoints or None."""
+        manager = ocp.checkpoint_managers
+        policies: list[Any] = [manager.LatestN(self.last)]
+        if self.period:
+            policies.append(manager.EveryNSteps(self.period))
+        if not self.best:
+            return manager.AnyPreservationPolicy(policies), None
+        rank = lambda metrics: metrics[self.best_metric]
+        policies.append(
+            manager.BestN(
+                get_metric_fn=rank,
+                reverse=self.best.startswith("-"),
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            )
+        )
+        return manager.AnyPreservationPolicy(policies), rank
+
+    @property
+    def best_metric(self) -> str:
+        """The name in `best`, without its sign; "" for none."""
+        return self.best.removeprefix("-")
+
+
+DEFAULT_OPTIONS = CheckpointOptions()
 
 
 class Checkpoints:
-    """The checkpoints of one stage, `directory/<step>/`.
+    """The checkpoints of one stage, in `directory/<step>/`.
 
-    A save is written beside its place and moved there when it is whole, so a half-written one is
-    never seen. A context manager; leaving it waits for the save under way.
+    Orbax writes a checkpoint under a temporary name and renames it when it is complete, so a
+    half-written checkpoint is never restored. A context manager: leaving it waits for the save in
+    progress.
     """
 
     def __init__(
         self,
         directory: Path,
-        about: Mapping[str, Any] | None = None,
-        keep: Retention = LAST_TWO,
+        identity: Mapping[str, Any] | None = None,
+        options: CheckpointOptions = DEFAULT_OPTIONS,
     ):
-        """`about`: what a state belongs to, such as the config, JSON-ready; it is written down with
-        each, and one of another kind is refused.
+        """Opens the directory, and creates it if it is missing.
+
+        Args:
+          directory: the directory.
+          identity: JSON-ready values that identify the run, such as its config. They are saved with
+            each checkpoint, and `restore` refuses a checkpoint with other values.
+          options: which checkpoints to keep.
         """
-        self._about, self._best = files.to_json(about or {}), keep.best.removeprefix("-")
-        policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep.last)]
-        if keep.period:
-            policies.append(ocp.checkpoint_managers.EveryNSteps(keep.period))
-        best_fn = (lambda metrics: metrics[self._best]) if keep.best else None
-        if best_fn:
-            policies.append(
-                ocp.checkpoint_managers.BestN(
-                    get_metric_fn=best_fn,
-                    reverse=keep.best.startswith("-"),
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+        self._identity, self._best_metric = files.to_json(identity or {}), options.best_metric
+        preservation_policy, best_fn = options.policy()
         self._manager = ocp.CheckpointManager(
             files.absolute(directory),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
-                best_fn=best_fn,
-                create=True,
+                preservation_policy=preservation_policy, best_fn=best_fn, create=True
             ),
         )
 
     @property
     def latest(self) -> int | None:
-        """The step of the newest complete checkpoint: how many steps it has behind it."""
+        """Number of completed steps in the newest complete checkpoint; None without any."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: State, metrics: Mapping[str, float] | None = None) -> None:
-        """Saves in the background; returns when the arrays have been copied. Once a step.
+        """Starts a save and returns when the arrays have been copied to the host.
+
+        Does nothing if the newest checkpoint is of this step.
 
         Args:
-          step: how many steps the state has behind it, and rows the metrics.
-          state: of the stage.
-          metrics: of the last of them.
+          step: number of completed steps.
+          state: the stage's state after them.
+          metrics: the metrics of the last completed step.
 
         Raises:
-          RecordError: this save or the one before it cannot be written.
+          RecordError: this save, or the one before it, cannot be written.
         """
         if step == self.latest:
             return
-        value = (metrics or {}).get(self._best)
-        with waiting("a checkpoint"), written(self._manager.directory):
+        value = (metrics or {}).get(self._best_metric)
+        # Orbax copies the arrays by implicit transfers.
+        allowed = jax.transfer_guard("allow")
+        with waiting("a checkpoint"), writing(self._manager.directory), allowed:
             self._manager.save(
                 step,
                 args=ocp.args.StandardSave(state),
-                metrics=None if value is None else {self._best: value},
-                custom_metadata={"about": self._about, "metrics": step},
+                metrics=None if value is None else {self._best_metric: value},
+                custom_metadata={"about": self._identity, "metrics": step},
             )
 
     def restore(self, abstract: State) -> tuple[int, State | None]:
-        """The newest state that can be read, on the shardings of `abstract`, and its step; 0 and
-        None where there is no checkpoint. Newer ones that are damaged are moved to `damaged/`,
-        beside the directory, and named on standard error.
+        """Restores the newest readable checkpoint.
+
+        Damaged checkpoints that are newer are moved to `damaged/`, next to the directory, and
+        logged.
+
+        Args:
+          abstract: shapes, dtypes and shardings of the state.
+
+        Returns:
+          The number of completed steps, and the state; 0 and None if there is no checkpoint.
 
         Raises:
-          RecordError: none can be read, one belongs to something else, or one that may be whole
-            cannot be read now; names the directory.
+          RecordError: every checkpoint is damaged, one belongs to another run, or an intact one
+            cannot be read at the moment. Names the directory.
         """
         directory = self._manager.directory
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        damaged: list[tuple[int, RecordError]] = []
-        for step in steps:
-            path = directory / str(step)
-
-            def read(step: int = step, path: Path = path) -> State:
-                with explained(path, "the stage starts anew without it"):
-                    self._check_about(step, path)
-                    return _read(path / "default", abstract)
-
+        damaged: list[tuple[int, Damaged]] = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                state = hosts.together(read)
+                state = hosts.together(functools.partial(self._read, step, abstract))
             except Damaged as error:
                 damaged.append((step, error))
                 continue
-            for number, why in damaged:
-                hosts.from_first(functools.partial(_set_aside, directory, number, why))
+            for number, cause in damaged:
+                hosts.from_first(functools.partial(_set_aside, directory, number, cause))
             if damaged:
                 self._manager.reload()
             return step, state
@@ -140,85 +164,103 @@ class Checkpoints:
             raise damaged[0][1]
         return 0, None
 
-    def _check_about(self, step: int, path: Path) -> None:
-        """Raises Foreign if a checkpoint belongs to something else."""
-        written = self._manager.metadata(step).custom_metadata
-        if not written:
-            raise ValueError("it does not say what it belongs to")
-        there = json.loads(written["about"])
-        now = json.loads(self._about)
-        different = sorted(n for n in there.keys() | now.keys() if there.get(n) != now.get(n))
+    def _read(self, step: int, abstract: State) -> State:
+        """Returns the state in the checkpoint of a step."""
+        path = self._manager.directory / str(step)
+        with _restoring(path, "the stage then restarts without it"):
+            self._check_identity(step, path)
+            return _restore(path / "default", abstract)
+
+    def _check_identity(self, step: int, path: Path) -> None:
+        """Raises Foreign if the checkpoint of a step belongs to another run."""
+        metadata = self._manager.metadata(step).custom_metadata
+        if not metadata:
+            raise ValueError("it does not say which run it belongs to")
+        saved, mine = json.loads(metadata["about"]), json.loads(self._identity)
+        different = sorted(n for n in saved.keys() | mine.keys() if saved.get(n) != mine.get(n))
         if different:
             listed = "\n".join(
-                f"  {n}: {there.get(n, 'absent')!r} there, {now.get(n, 'absent')!r} now"
+                f"  {n}: {saved.get(n, 'absent')!r} there, {mine.get(n, 'absent')!r} now"
                 for n in different
             )
-            raise Foreign(f"{path} is a checkpoint of another run:\n{listed}")
+            raise Foreign(
+                f"{path} is a checkpoint of another run, with other values of:\n{listed}\n"
+                "Expected the values of the checkpoint. Use them, or another --workdir."
+            )
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, error: Any, *traceback: Any) -> None:
         if hosts.is_loss(error):
-            return  # a save would wait for the lost host to have written
-        with written(self._manager.directory):
+            return  # the save in progress waits for the lost host, without end
+        with writing(self._manager.directory):
             self._manager.close()
 
 
 class Foreign(RecordError):
-    """A checkpoint is of another model or config."""
+    """A checkpoint belongs to another run: its identity differs."""
 
 
 class Damaged(RecordError):
-    """What is saved is not whole."""
+    """A checkpoint is incomplete or corrupt."""
 
 
-# What is said of a store that does not answer, or not to this machine.
-_NOT_NOW = (
+# Parts of error messages of a storage service that is unavailable or refuses access at the moment.
+_TEMPORARY = (
     "UNAVAILABLE",
     "DEADLINE_EXCEEDED",
     "PERMISSION_DENIED",
     "UNAUTHENTICATED",
     "RESOURCE_EXHAUSTED",
 )
+_IF_DAMAGED = " If it is damaged, delete that directory: "
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether what cannot be read is not whole, rather than out of reach."""
+    """Whether an exception means a damaged checkpoint, rather than one that is out of reach."""
     if isinstance(error, OSError):
         return isinstance(error, FileNotFoundError)
-    elsewhere = isinstance(error, MemoryError | JaxRuntimeError) or files.is_of_bucket(error)
-    return not elsewhere and not any(word in str(error) for word in _NOT_NOW)
+    other = isinstance(error, MemoryError | JaxRuntimeError) or files.is_bucket_error(error)
+    return not other and not any(text in str(error) for text in _TEMPORARY)
 
 
-def _read(path: Path, abstract: Any) -> Any:
-    """What Orbax saved there. Its own `restore` waits for all hosts in the middle, and for ever if
-    one of them cannot read its part.
+def _restore(path: Path, abstract: Any) -> Any:
+    """Returns the arrays that Orbax has saved in a directory, on the shardings of `abstract`.
+
+    `CheckpointManager.restore` has a barrier in the middle, so if one host cannot read its part,
+    the other hosts wait without end. The handler has no barrier.
     """
     with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
         return handler.restore(epath.Path(path), args=ocp.args.StandardRestore(abstract))
 
 
-def _set_aside(directory: Path, step: int, error: RecordError) -> None:
-    """Moves a damaged checkpoint out of the way, and says so."""
+def _set_aside(directory: Path, step: int, error: Damaged) -> None:
+    """Moves the damaged checkpoint of a step to `damaged/`, with a text file that says why."""
     aside = directory.parent / "damaged"
     aside.mkdir(exist_ok=True)
     place = next(p for i in itertools.count() if not (p := aside / f"{step}.{i}").exists())
-    reason = str(error).split(". If it is damaged")[0]
-    # In a bucket this makes the directory, too.
+    reason = str(error).partition(_IF_DAMAGED)[0]
+    # This file comes first: in a bucket, it is what creates the directory.
     (aside / f"{place.name}.txt").write_text(f"{reason}\n")
     (directory / str(step)).rename(place)
-    print(f"opsd-jax: {reason}. It is in {place} now; an older one is used.", file=sys.stderr)
+    logger.warning(
+        "opsd-jax: %s It has been moved to %s, and the run resumes from an older checkpoint.",
+        reason,
+        place,
+    )
 
 
 @contextlib.contextmanager
-def explained(path: Path, then: str) -> Iterator[None]:
-    """Turns whatever Orbax, tensorstore or the file system raise within into a RecordError, and
-    into Damaged where what is there is not whole.
+def _restoring(path: Path, then: str) -> Iterator[None]:
+    """Raises any exception of its block as a RecordError, or Damaged for a damaged checkpoint.
+
+    Orbax, tensorstore and the file system raise exceptions of many types. The loss of another host
+    is raised unchanged.
 
     Args:
-      path: what is being restored.
-      then: what happens when it has been deleted.
+      path: the directory that is being restored.
+      then: what happens after the user has deleted it, as a clause for the message.
     """
     try:
         yield
@@ -228,36 +270,39 @@ def explained(path: Path, then: str) -> Iterator[None]:
         if hosts.is_loss(error):
             raise
         raise (Damaged if _is_damage(error) else RecordError)(
-            f"{path} cannot be restored ({files.reason(error)}). If it is damaged, delete that "
-            f"directory: {then}."
+            f"{path} cannot be restored ({files.reason(error)}).{_IF_DAMAGED}{then}."
         ) from error
 
 
 def save_params(path: Path, params: Params) -> None:
-    """Keeps parameters, the result of a stage, at `path`.
+    """Saves parameters, the result of a stage, in the directory `path`.
 
     Raises:
-      RecordError: they cannot be written.
+      RecordError: the directory cannot be written.
     """
-    with written(path), ocp.StandardCheckpointer() as checkpointer:
+    with writing(path), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(files.absolute(path), params, force=True)
 
 
 def has_params(path: Path) -> bool:
-    """Whether `save_params` has ended there: in a bucket its files come one by one."""
+    """Whether `path` holds parameters that `save_params` has saved completely."""
+    # In a bucket, the directory exists before all of its files do.
     return path.exists() and bool(ocp.utils.is_checkpoint_finalized(files.absolute(path)))
 
 
 def restore_params(path: Path, abstract: Params) -> Params:
-    """What `save_params` saved, on the shardings of `abstract`.
+    """Restores the parameters that `save_params` has saved.
+
+    Args:
+      path: the directory.
+      abstract: shapes, dtypes and shardings of the parameters.
 
     Raises:
-      RecordError: it cannot be read; names the directory.
+      RecordError: the directory cannot be read. Names it.
     """
-    then = "it is made again from the stage's last checkpoint"
 
     def read() -> Params:
-        with explained(path, then):
-            return _read(files.absolute(path), abstract)
+        with _restoring(path, "it is then made again from the stage's last checkpoint"):
+            return _restore(files.absolute(path), abstract)
 
     return hosts.together(read)

@@ -1,15 +1,16 @@
-"""The loop of a stage: batches from the host, the compiled step, metrics, checkpoints.
+"""The training loop of a stage: batches from the host, the compiled step, metrics, checkpoints.
 
-Restarted with the same arguments it goes on from the newest checkpoint, and everything it does is a
-function of (state, step): the run is then that of one which was never stopped.
+Everything that the loop does is a function of (state, step). A run that resumes from a checkpoint
+therefore ends like one that was never interrupted.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -19,15 +20,36 @@ from opsd_jax.parallel.watchdog import Watchdog, waiting
 from opsd_jax.policy import Params
 from opsd_jax.storage.files import Path
 from opsd_jax.training import metrics as metrics_lib
-from opsd_jax.training.checkpoint import LAST_TWO, Checkpoints, Retention
+from opsd_jax.training.checkpoint import DEFAULT_OPTIONS, CheckpointOptions, Checkpoints
 from opsd_jax.training.signals import Interrupted, StopSignal
-from opsd_jax.training.stage import Stage, StepData
-from opsd_jax.training.state import abstract_state, init_state
+from opsd_jax.training.stage import Batch, Metric, Stage, StepData
+from opsd_jax.training.state import State, abstract_state, init_state
 from opsd_jax.training.step import batch_shardings, compile_train_step
 
 
 class Diverged(RuntimeError):
-    """Too many updates in a row had a gradient that is not finite."""
+    """The gradient was not finite in too many steps in a row."""
+
+
+class LoopOptions(NamedTuple):
+    """The options of `run_stage`.
+
+    Attributes:
+      checkpoint_every: number of steps between two checkpoints; the last step always saves one.
+      max_nonfinite: number of steps in a row without a finite gradient that ends the run.
+      checkpoints: which checkpoints to keep.
+      identity: JSON-ready values that identify the run; checkpoints with others are refused.
+      wandb_project: Weights & Biases project; "" for none.
+    """
+
+    checkpoint_every: int
+    max_nonfinite: int
+    checkpoints: CheckpointOptions = DEFAULT_OPTIONS
+    identity: Mapping[str, Any] | None = None
+    wandb_project: str = ""
+
+
+Report = Callable[[int, dict[str, float]], None]
 
 
 def run_stage(
@@ -38,107 +60,169 @@ def run_stage(
     abstract_params: Params,
     mesh: jax.sharding.Mesh,
     directory: Path,
-    checkpoint_every: int,
-    keep: Retention = LAST_TWO,
-    about: Mapping[str, Any] | None = None,
-    max_nonfinite: int,
+    options: LoopOptions,
     stop: StopSignal,
-    report: Callable[[int, dict[str, float]], None] = lambda step, values: None,
-    wandb_project: str = "",
+    report: Report = lambda step, values: None,
 ) -> Params:
-    """Runs a stage from where it is to its end.
+    """Trains a stage to its last step, from its newest checkpoint or else from the beginning.
 
     Args:
-      stage: what to run.
-      optimizer: its optimiser.
-      params: makes the stage's initial parameters, on their shardings; the state takes their
-        place. Not called where the stage goes on from a checkpoint.
-      abstract_params: their shapes, with shardings.
-      mesh: the mesh they lie on.
-      directory: gets `checkpoints/`, `metrics.jsonl`, `groups.jsonl` and TensorBoard events.
-      checkpoint_every: steps between checkpoints; there is one at the end in any case.
-      keep: which of them stay.
-      about: what they belong to, JSON-ready (`Checkpoints`).
-      max_nonfinite: this many steps in a row whose updates were all skipped for a gradient that is
-        not finite end the run.
-      stop: is looked at after every step; a stage that samples looks at it as well, in the middle.
-      report: is told each step's number and metrics, one step late.
-      wandb_project: "" for none.
+      stage: the stage.
+      optimizer: the stage's optimizer.
+      params: returns the stage's initial parameters, on the shardings of `abstract_params`. They
+        are donated to the state. Not called if there is a checkpoint.
+      abstract_params: shapes, dtypes and shardings of the parameters.
+      mesh: the mesh of the parameters.
+      directory: directory for `checkpoints/`, `metrics.jsonl`, `groups.jsonl` and TensorBoard
+        events.
+      options: checkpoints and limits.
+      stop: asks the run to stop; checked after every step. A stage that samples checks it too.
+      report: called with the number and the metrics of each step, one step late.
 
     Returns:
       The final parameters.
 
     Raises:
-      Interrupted: `stop` received a signal; a checkpoint was saved, unless no step was done.
-      Diverged: see `max_nonfinite`; the checkpoint from before it stays.
+      Interrupted: `stop` received a signal. A checkpoint has been saved, unless no step was
+        completed.
+      Diverged: the gradient was not finite in `options.max_nonfinite` steps in a row. Earlier
+        checkpoints stay.
     """
-    init = lambda p: init_state(p, optimizer, stage.teacher)
     abstract = abstract_state(abstract_params, optimizer, stage.teacher, mesh)
-    where = batch_shardings(stage.empty_batch, mesh)
-
     with contextlib.ExitStack() as stack:
-        clock = time.monotonic()
-        checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints", about, keep))
-        start, restored = checkpoints.restore(abstract)
-        if restored is not None:
-            state = restored
-        else:
-            shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-            state = jax.jit(init, out_shardings=shardings, donate_argnums=0)(params())
-        writer = stack.enter_context(metrics_lib.writer(directory, start, wandb_project))
-        if start < stage.steps:
-            train_step = compile_train_step(stage, optimizer, abstract, mesh)
-
-        nonfinite = 0
-        pending: tuple[int, list[Any], StepData] | None = None
-        latest: dict[str, float] = {}  # metrics of the last step that was flushed
-
-        def flush(ended: float) -> None:
-            """Fetches the metrics of the step before, which the device has done by now; `ended` is
-            when it was over: what came since is of the next.
-            """
-            nonlocal pending, clock, nonfinite, latest
-            if pending is None:
-                return
-            step, totals, data = pending
-            pending = None
-            with waiting("the train step"):
-                values = metrics_lib.means(jax.device_get(totals)) | data.metrics
-            values["seconds"], clock = ended - clock, ended
-            latest = values
-            writer.write(step, values, data.groups)
-            report(step, values)
-            nonfinite = nonfinite + 1 if values["nonfinite"] == 1 else 0
-            if nonfinite >= max_nonfinite:
-                raise Diverged(
-                    f"the gradient was not finite for {nonfinite} steps in a row, up to step "
-                    f"{step}; the newest checkpoint is of step {checkpoints.latest}. A run in "
-                    "another workdir with a lower learning rate or clip_norm may do better."
-                )
-
-        watchdog = stack.enter_context(Watchdog(directory.name))
-        for step in range(start, stage.steps):
-            watchdog.begin(step)
-            began = time.monotonic()
-            try:
-                data = stage.batches(step, state["params"])
-            except Interrupted:  # while sampling: this step will be made again
-                flush(began)
-                writer.flush()
-                if step and checkpoints.latest != step:
-                    checkpoints.save(step, state, latest)
-                raise
-            totals = []
-            for batch in data.batches:
-                state, metrics = train_step(state, mesh_lib.placed(batch, where))
-                totals.append(metrics)
-            flush(began)
-            pending = step, totals, data
-            done, stopping = step + 1, stop.received()
-            if done % checkpoint_every == 0 or done == stage.steps or stopping:
-                flush(time.monotonic())
-                writer.flush()
-                checkpoints.save(done, state, latest)
-            if stopping:
-                raise Interrupted(stopping)
+        began = time.monotonic()
+        checkpoints = stack.enter_context(
+            Checkpoints(directory / "checkpoints", options.identity, options.checkpoints)
+        )
+        start, state = checkpoints.restore(abstract)
+        if state is None:
+            state = _initial_state(stage, optimizer, params(), abstract)
+        writer = stack.enter_context(metrics_lib.writer(directory, start, options.wandb_project))
+        if start >= stage.steps:
+            return state["params"]
+        compiled = compile_train_step(stage, optimizer, abstract, mesh)
+        shardings = batch_shardings(stage.empty_batch, mesh)
+        # An implicit transfer makes host and device wait for each other without any sign of it.
+        with Watchdog(directory.name) as watchdog, jax.transfer_guard("disallow"):
+            state = _run_steps(
+                range(start, stage.steps),
+                stage,
+                lambda state, batch: compiled(state, mesh_lib.placed(batch, shardings)),
+                state,
+                recorder=_Recorder(checkpoints, writer, report, options.max_nonfinite, began),
+                watchdog=watchdog,
+                stop=stop,
+                checkpoint_every=options.checkpoint_every,
+            )
         return state["params"]
+
+
+def _run_steps(
+    steps: range,
+    stage: Stage,
+    train_step: Callable[[State, Batch], tuple[State, dict[str, Metric]]],
+    state: State,
+    *,
+    recorder: _Recorder,
+    watchdog: Watchdog,
+    stop: StopSignal,
+    checkpoint_every: int,
+) -> State:
+    """Runs steps of a stage and returns the last state."""
+    for step in steps:
+        watchdog.begin(step)
+        began = time.monotonic()
+        try:
+            data = stage.batches(step, state["params"])
+        except Interrupted:  # the resumed run makes this step's batches again
+            recorder.save(step, state, ended=began)
+            raise
+        totals = []
+        for batch in data.batches:
+            state, metrics = train_step(state, batch)
+            totals.append(metrics)
+        recorder.write_pending(ended=began)
+        recorder.add(step, totals, data)
+        signum = stop.received()
+        completed = step + 1
+        if signum or completed % checkpoint_every == 0 or completed == stage.steps:
+            recorder.save(completed, state, ended=time.monotonic())
+        if signum:
+            raise Interrupted(signum)
+    return state
+
+
+def _initial_state(
+    stage: Stage, optimizer: optax.GradientTransformation, params: Params, abstract: State
+) -> State:
+    """Returns the initial state on the shardings of `abstract`, and donates `params`."""
+    init = functools.partial(init_state, optimizer=optimizer, teacher=stage.teacher)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
+
+
+class _Recorder:
+    """Writes the metrics of each step one step late, and saves checkpoints.
+
+    Metrics of a step are fetched after the next step has been dispatched, so the device never waits
+    for the host to fetch them.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        writer: metrics_lib.MetricsWriter | metrics_lib.NoWriter,
+        report: Report,
+        max_nonfinite: int,
+        began: float,
+    ):
+        """`began` is the `time.monotonic()` from which the first step's seconds count."""
+        self._checkpoints, self._writer, self._report = checkpoints, writer, report
+        self._max_nonfinite, self._nonfinite = max_nonfinite, 0  # steps in a row
+        self._pending: tuple[int, list[Any], StepData] | None = None
+        self._latest: dict[str, float] = {}  # metrics of the last step that was written
+        self._ended = began  # time at which that step ended
+
+    def add(self, step: int, totals: list[Any], data: StepData) -> None:
+        """Adds a step that has been dispatched, with the metrics of each of its updates."""
+        self._pending = step, totals, data
+
+    def write_pending(self, ended: float) -> None:
+        """Fetches and writes the metrics of the step that `add` was called with, if any.
+
+        Args:
+          ended: the `time.monotonic()` at which the step ended and the next one began.
+
+        Raises:
+          Diverged: too many steps in a row had no finite gradient.
+        """
+        if self._pending is None:
+            return
+        (step, totals, data), self._pending = self._pending, None
+        with waiting("the train step"):
+            values = metrics_lib.means(jax.device_get(totals)) | data.metrics
+        values["seconds"], self._ended = ended - self._ended, ended
+        self._latest = values
+        self._writer.write(step, values, data.groups)
+        self._report(step, values)
+        self._nonfinite = self._nonfinite + 1 if values["nonfinite"] == 1 else 0
+        if self._nonfinite >= self._max_nonfinite:
+            raise Diverged(
+                f"the gradient was not finite for {self._nonfinite} steps in a row, up to step "
+                f"{step}; expected fewer than config.max_nonfinite = {self._max_nonfinite}. The "
+                f"newest checkpoint is of step {self._checkpoints.latest}. Try a lower "
+                "learning_rate or clip_norm, in another workdir."
+            )
+
+    def save(self, steps: int, state: State, ended: float) -> None:
+        """Saves a checkpoint, and before it all metrics of the steps that it includes.
+
+        Args:
+          steps: number of completed steps; nothing is saved for 0.
+          state: the state after them.
+          ended: as in `write_pending`.
+        """
+        self.write_pending(ended)
+        self._writer.flush()
+        if steps:
+            self._checkpoints.save(steps, state, self._latest)

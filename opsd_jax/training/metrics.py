@@ -1,4 +1,4 @@
-"""Metrics of a stage: JSON lines and TensorBoard events, and Weights & Biases if asked for."""
+"""Writes a stage's metrics as JSON lines and TensorBoard events, and optionally to W&B."""
 
 from __future__ import annotations
 
@@ -14,14 +14,22 @@ import numpy as np
 import tensorboardX
 
 from opsd_jax.parallel import hosts
-from opsd_jax.storage.files import Lines, Path, absolute, in_bucket, read_json_lines, written
+from opsd_jax.storage.files import Lines, Path, absolute, in_bucket, read_json_lines, writing
 
-FILE = "metrics.jsonl"
-GROUPS = "groups.jsonl"  # of the problems that a step rolled out, how many rollouts were correct
+FILE = "metrics.jsonl"  # one row per step
+GROUPS = "groups.jsonl"  # one row per problem of a step: how many of its rollouts were correct
 
 
 def means(totals: Iterable[dict[str, tuple[Any, Any]]]) -> dict[str, float]:
-    """Host numbers of `(sum, weight)` metrics: all sums over all weights; none where that is 0."""
+    """Returns the weighted mean of each metric over several updates.
+
+    Args:
+      totals: metrics of each update, name -> (sum, weight), as host numbers.
+
+    Returns:
+      Name -> the total of the sums divided by the total of the weights, without the metrics whose
+      total weight is 0.
+    """
     sums: dict[str, np.ndarray] = {}
     for metrics in totals:
         for name, pair in metrics.items():
@@ -30,25 +38,26 @@ def means(totals: Iterable[dict[str, tuple[Any, Any]]]) -> dict[str, float]:
 
 
 def read(directory: Path, file: str = FILE) -> list[dict[str, Any]]:
-    """The rows written so far, in order: of FILE one a step, of GROUPS one a problem."""
+    """Returns the rows of a stage's FILE or GROUPS in order; none if the file is missing."""
     path = directory / file
-    mend = "Delete that line: what it told of its step is lost."
-    return read_json_lines(path, mend) if path.exists() else []
+    fix = "Delete that line; the metrics of its step are lost."
+    return read_json_lines(path, fix) if path.exists() else []
 
 
 def writer(
     directory: Path, start: int, wandb_project: str = ""
 ) -> contextlib.AbstractContextManager[MetricsWriter | NoWriter]:
-    """A `MetricsWriter` on the first host; others write nothing."""
+    """Returns a `MetricsWriter` on the first host, and on other hosts one that writes nothing."""
     return MetricsWriter(directory, start, wandb_project) if hosts.is_first() else NoWriter()
 
 
 def _lines(rows: Iterable[dict[str, Any]]) -> str:
+    """Returns rows as JSON lines."""
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 class NoWriter(contextlib.nullcontext):
-    """In the place of a `MetricsWriter`: writes nothing."""
+    """A `MetricsWriter` that writes nothing."""
 
     def __enter__(self) -> NoWriter:
         return self
@@ -61,27 +70,34 @@ class NoWriter(contextlib.nullcontext):
 
 
 class MetricsWriter:
-    """Writes a row a step under `directory`. A context manager.
+    """Writes the metrics of each step to files in a directory. A context manager.
 
-    Rows of steps that the resumed run is going to take again are dropped first, so that the record
-    is that of a run which was never stopped.
+    It first drops the rows of steps that the resumed run will repeat, so the files equal those of
+    a run that was never interrupted.
     """
 
     def __init__(self, directory: Path, start: int, wandb_project: str = ""):
-        """`start`: the first step to be written. `wandb_project`: "" for none."""
+        """Opens the files.
+
+        Args:
+          directory: the directory of the stage; it is created if it is missing.
+          start: number of the first step to write.
+          wandb_project: Weights & Biases project, which needs the extra `wandb`; "" for none.
+        """
         directory.mkdir(parents=True, exist_ok=True)
-        rows = lambda file: [row for row in read(directory, file) if row["step"] < start]
+        earlier = lambda file: [row for row in read(directory, file) if row["step"] < start]
         self._rows, self._groups = (
-            Lines(directory / file, _lines(rows(file))) for file in (FILE, GROUPS)
+            Lines(directory / file, _lines(earlier(file))) for file in (FILE, GROUPS)
         )
         self._directory = directory
-        # TensorBoard's writer appends: for a bucket here, and what it has written is copied.
+        # TensorBoard's writer appends to its file, which a bucket does not allow: it writes to a
+        # temporary directory, and `flush` copies the file.
         self._local = tempfile.TemporaryDirectory() if in_bucket(directory) else None
-        where = self._local.name if self._local else str(directory)
-        self._events = tensorboardX.SummaryWriter(where, purge_step=start)
+        events_directory = self._local.name if self._local else str(directory)
+        self._events = tensorboardX.SummaryWriter(events_directory, purge_step=start)
         self._wandb: Any = None
         if wandb_project:
-            import wandb  # the extra `wandb`
+            import wandb
 
             self._wandb = wandb.init(
                 project=wandb_project,
@@ -94,7 +110,13 @@ class MetricsWriter:
     def write(
         self, step: int, values: dict[str, float], groups: Sequence[dict[str, Any]] = ()
     ) -> None:
-        """Writes the values of one step and the records of its problems."""
+        """Writes the metrics of one step.
+
+        Args:
+          step: number of the step, from 0.
+          values: metrics by name.
+          groups: a JSON-ready record of each problem.
+        """
         if groups:
             self._groups.write(_lines({"step": step, **group} for group in groups))
         self._rows.write(_lines([{"step": step, **values}]))
@@ -104,13 +126,13 @@ class MetricsWriter:
             self._wandb.log(values, step=step)
 
     def flush(self) -> None:
-        """Writes out what is still held here: all of the steps that a checkpoint has behind it."""
+        """Writes everything that is still in memory. Call it before each checkpoint."""
         self._groups.sync()
         self._rows.sync()
         self._events.flush()
         if self._local:
             for path in pathlib.Path(self._local.name).iterdir():
-                with written(self._directory):
+                with writing(self._directory):
                     (self._directory / path.name).write_bytes(path.read_bytes())
 
     def __enter__(self) -> MetricsWriter:

@@ -1,4 +1,4 @@
-"""What Google Cloud tells a machine that it is about to stop: a preemption or maintenance."""
+"""Watches for Google Cloud's notice that this machine will be preempted or stopped."""
 
 from __future__ import annotations
 
@@ -9,54 +9,60 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 
-SECONDS = 5.0  # between two looks: a preempted machine has 30
+POLL_SECONDS = 5.0  # time between two requests; a preempted machine stops 30 s after its notice
 PRODUCT = pathlib.Path("/sys/class/dmi/id/product_name")
-# Of the metadata server, what to ask for, and how an answer begins that means the end.
+# Key of the metadata server -> how its value begins when the machine is about to stop.
 NOTICES = {"preempted": "TRUE", "maintenance-event": "TERMINATE"}
 
 
-def server() -> str:
-    """The host of this machine's metadata; "" where it is none of Google Cloud."""
+def metadata_host() -> str:
+    """Returns the host name of this machine's metadata server; "" outside Google Cloud."""
     if host := os.environ.get("GCE_METADATA_HOST", ""):
         return host
     is_google = PRODUCT.exists() and PRODUCT.read_text().startswith("Google")
     return "metadata.google.internal" if is_google else ""
 
 
-def notice(host: str) -> str:
-    """The notice that is there, such as "preempted"; "" if there is none or nobody answers."""
-    for name, end in NOTICES.items():
+def current_notice(host: str) -> str:
+    """Returns the notice that a metadata server shows, such as "preempted".
+
+    Returns "" if there is no notice, or if the server does not answer.
+    """
+    for name, begin in NOTICES.items():
         request = urllib.request.Request(
             f"http://{host}/computeMetadata/v1/instance/{name}",
             headers={"Metadata-Flavor": "Google"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=SECONDS) as answer:
-                if answer.read().decode().strip().startswith(end):
+            with urllib.request.urlopen(request, timeout=POLL_SECONDS) as response:
+                if response.read().decode().strip().startswith(begin):
                     return name
         except (urllib.error.URLError, OSError):
             continue
     return ""
 
 
-class Watch:
-    """Calls `tell` with the first notice that comes while it is entered, from a thread of its own.
-    Does nothing on other machines.
+class Watcher:
+    """Waits in a background thread for the first notice. A context manager.
+
+    It does nothing on machines outside Google Cloud.
     """
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self._tell, self._left = tell, threading.Event()
+    def __init__(self, on_notice: Callable[[str], None]) -> None:
+        """`on_notice` is called once, in the background thread, with the name of the notice."""
+        self._on_notice, self._exited = on_notice, threading.Event()
 
-    def _look(self, host: str) -> None:
-        while not self._left.wait(SECONDS):
-            if name := notice(host):
-                self._tell(name)
+    def _poll(self, host: str) -> None:
+        """Asks the metadata server until there is a notice or the context exits."""
+        while not self._exited.wait(POLL_SECONDS):
+            if name := current_notice(host):
+                self._on_notice(name)
                 return
 
-    def __enter__(self) -> Watch:
-        if host := server():
-            threading.Thread(target=self._look, args=(host,), daemon=True).start()
+    def __enter__(self) -> Watcher:
+        if host := metadata_host():
+            threading.Thread(target=self._poll, args=(host,), daemon=True).start()
         return self
 
     def __exit__(self, *exc) -> None:
-        self._left.set()
+        self._exited.set()

@@ -1,4 +1,4 @@
-"""The progress bar: stage, step, reward, length, tokens a second, time left."""
+"""The progress bar of a run: step, metrics, tokens per second, time left."""
 
 from __future__ import annotations
 
@@ -20,19 +20,26 @@ SHOWN = {
     "empty": "empty",
     "nonfinite": "not finite",
 }
-FLAGS = ("empty", "nonfinite")
+FLAGS = ("empty", "nonfinite")  # metrics that are shown only if they are not 0
 
 
 class Progress:
-    """One bar at a time, on standard error of the first host; a line every so often where that is
-    not a terminal.
+    """Shows one progress bar at a time on standard error of the first host. A context manager.
+
+    If standard error is not a terminal, it prints a line every 20 seconds.
     """
 
     def __init__(self) -> None:
         self._bar: Any = None
 
     def start(self, name: str, total: int, unit: str) -> None:
-        """Begins a bar of `total` units."""
+        """Replaces the bar by a new one.
+
+        Args:
+          name: label of the bar, such as the name of a stage.
+          total: number of units at the end.
+          unit: what the bar counts, such as "step".
+        """
         self._close()
         self._bar = tqdm.tqdm(
             total=total,
@@ -45,12 +52,17 @@ class Progress:
         self._bar.set_postfix_str("compiling")
 
     def reach(self, done: int) -> None:
-        """`done` units are done."""
+        """Moves the bar to `done` completed units."""
         self._bar.set_postfix_str("", refresh=False)
         self._bar.update(done - self._bar.n)
 
     def step(self, step: int, values: dict[str, float]) -> None:
-        """Step `step` is done, with these metrics."""
+        """Moves the bar past a completed training step.
+
+        Args:
+          step: number of the step, from 0.
+          values: metrics of the step, `tokens` and `seconds` among them.
+        """
         shown = [
             text.format(values[name])
             for name, text in SHOWN.items()
@@ -60,18 +72,20 @@ class Progress:
             shown.append(f"verifier {values['verifier_wait_seconds'] / values['seconds']:.1%}")
         shown.append(f"{values['tokens'] / values['seconds']:,.0f} tokens/s")
         if self._bar.n == 0 and step:
-            self._bar.initial = self._bar.n = step  # resumed: the rate counts from here
+            # The run resumed at this step: the bar's rate must not count the earlier ones.
+            self._bar.initial = self._bar.n = step
         self._bar.set_postfix_str(", ".join(shown), refresh=False)
         self._bar.update(step + 1 - self._bar.n)
 
     def finish(self, text: str = "") -> None:
-        """Ends the bar, with a last word."""
+        """Ends the bar; `text` replaces the metrics that it shows, unless it is ""."""
         if text:
             self._bar.set_postfix_str(text, refresh=False)
         self._bar.refresh()
         self._close()
 
     def _close(self) -> None:
+        """Ends the bar, if there is one."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -1,7 +1,7 @@
-"""Stopping well: the first SIGINT or SIGTERM asks for a checkpoint, the second does not wait.
+"""Stops a run cleanly: the first SIGINT or SIGTERM asks for a checkpoint, the second does not wait.
 
-A notice of Google Cloud that the machine is about to stop is as a SIGTERM. One that comes to any
-host stops all of them, at the same place.
+A notice from Google Cloud that the machine will stop counts as SIGTERM. A signal to one host stops
+all hosts, at the same step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from opsd_jax.training import notices
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop, and it did, after saving."""
+    """The run stopped because of a signal, after it saved its progress.
+
+    Attributes:
+      exit_code: exit code for the process, 128 + the number of the signal.
+    """
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
@@ -23,46 +27,54 @@ class Interrupted(Exception):
 
 
 class StopSignal:
-    """Remembers the first SIGINT, SIGTERM or notice while it is entered; a signal after a signal
-    acts as ever.
+    """Records the first SIGINT, SIGTERM or notice of preemption. A context manager.
+
+    After the first signal, the previous handlers are back in place, so a second signal usually ends
+    the process at once.
     """
 
     def __init__(self) -> None:
         self._received = 0
-        self._watch = notices.Watch(self._notice)
+        self._watcher = notices.Watcher(self._on_notice)
 
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        """Records a signal and restores the previous handlers."""
         self._received = signum
         self._restore()
-        # Not print: the signal may have come within one, and that is not reentrant.
+        # The signal may interrupt a print or a log call, which are not reentrant.
         name = signal.Signals(signum).name
-        text = f"\n{name}: stopping soon; what is done is kept; once more stops at once.\n"
+        text = f"\n{name}: stopping soon, with all progress saved; a second signal stops at once.\n"
         os.write(2, text.encode())
 
-    def _notice(self, name: str) -> None:
+    def _on_notice(self, name: str) -> None:
+        """Records a notice from Google Cloud as SIGTERM."""
         self._received = self._received or signal.SIGTERM
-        os.write(2, f"\nnotice of {name}: stopping soon; what is done is kept.\n".encode())
+        os.write(2, f"\nnotice of {name}: stopping soon, with all progress saved.\n".encode())
 
     def _restore(self) -> None:
+        """Restores the signal handlers from before this context."""
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
 
     def __enter__(self) -> StopSignal:
         self._previous = {
-            s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)
+            s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)
         }
-        self._watch.__enter__()
+        self._watcher.__enter__()
         return self
 
     def __exit__(self, *exc) -> None:
-        self._watch.__exit__(*exc)
+        self._watcher.__exit__(*exc)
         self._restore()
 
     def received(self) -> int:
-        """The signal that has come to this host or another, 0 for none. All hosts ask together."""
+        """Returns the signal that this host or another one has received; 0 for none.
+
+        A collective operation: all hosts must call it together.
+        """
         return hosts.largest(self._received)
 
     def check(self) -> None:
-        """Raises Interrupted if a signal has come, as `received`."""
+        """Raises Interrupted if a host has received a signal; all hosts must call it together."""
         if signum := self.received():
             raise Interrupted(signum)

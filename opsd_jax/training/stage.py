@@ -1,4 +1,26 @@
-"""What the training loop knows of a stage."""
+"""The interface between the training loop and a stage (an algorithm).
+
+A stage is a `Stage`: it makes the batches of each step on the host, and it has a loss that runs on
+the device. `run_stage` does the rest: the train step, sharding, metrics, checkpoints, signals. This
+minimal stage fits the slope of a line:
+
+    def pack(x_M):  # one bucket of up to 4 microbatches of 8 rows each
+        x_Mxm = np.zeros((4, 8), np.float32)
+        x_Mxm[: len(x_M) // 8] = x_M.reshape(-1, 8)
+        return ({"count": np.int32(len(x_M) // 8), "rows": {"x": x_Mxm}},)
+
+    def batches(step, params):
+        x_N = np.random.default_rng(step).normal(size=16).astype(np.float32)
+        return StepData([pack(x_N)], {"tokens": 16.0})
+
+    def loss(params, teacher, microbatch):
+        error_m = params["slope"] * microbatch["x"] - 2 * microbatch["x"]
+        return jnp.sum(error_m**2), (jnp.float32(error_m.size), {})
+
+    Stage(steps=10, updates=1, batches=batches, empty_batch=pack(np.zeros(0)), loss=loss)
+
+stages/sft.py is the shortest stage of the library.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +31,35 @@ import jax
 
 from opsd_jax.policy import Params
 
-Batch = tuple[dict[str, Any], ...]  # of `stages.batch.pack`
-Microbatch = dict[str, Any]  # of `stages.batch.collate`
-# A sum and its weight: the mean is their quotient, once everything has been added up.
+# The rows of one optimizer update, as a tuple of buckets. A bucket holds up to M microbatches of m
+# rows each, all of one shape:
+#   {"count": int32 [], the number of microbatches in use, at most M;
+#    "rows": a pytree of arrays [M, m, ...]}
+# The train step computes the first `count` microbatches and skips the others, so `count` may differ
+# in every batch, but the shapes may not. Buckets of one batch may differ in shape, for example in
+# their padded length. `stages.batch.pack` makes batches from rows of token ids.
+Batch = tuple[dict[str, Any], ...]
+
+# One microbatch, as the loss gets it: the tree `rows` of a bucket, with arrays [m, ...].
+Microbatch = dict[str, Any]
+
+# A sum and its weight, float32 []. The loop adds up both over microbatches and updates, and reports
+# their quotient.
 Metric = tuple[jax.Array, jax.Array]
 
 
 class Teacher(NamedTuple):
-    """The part of a stage's state that is its teacher.
+    """Rules that make and update the teacher's parameters, which are part of a stage's state.
+
+    Both functions are pure and run inside jit.
 
     Attributes:
-      init: the stage's first parameters -> the teacher.
-      update: `(teacher, params, number, applied) -> teacher`, after the optimiser's update of this
-        number, counted from 1, which was applied or skipped. None: the teacher stays as it is.
+      init: `params -> teacher`, from the parameters at the start of the stage. Copies what it
+        returns, because the parameters are donated.
+      update: `(teacher, params, number, applied) -> teacher`, called after each optimizer update.
+        `params` are the parameters after the update, `number` (int32 []) counts updates from 1, and
+        `applied` (bool []) is False if the update was skipped: because no row of its batch was
+        active, or because its gradient was not finite. None: the teacher never changes.
     """
 
     init: Callable[[Params], Params]
@@ -29,13 +67,14 @@ class Teacher(NamedTuple):
 
 
 class StepData(NamedTuple):
-    """What the host makes for a step.
+    """The data of one training step, as NumPy arrays and Python values.
 
     Attributes:
-      batches: one an optimiser update.
-      metrics: plain numbers of their making, among them `tokens`, how many were sampled or read.
-      groups: JSON-ready records of the problems that were rolled out, how many of how many rollouts
-        were correct: a later run can choose its problems by them.
+      batches: one batch per optimizer update, each with the shapes of `Stage.empty_batch`.
+      metrics: metrics that the host computes, by name. `tokens` is required: the number of sampled
+        or read tokens, from which the progress bar computes tokens per second.
+      groups: a JSON-ready record of each problem's group of rollouts, with the number of correct
+        ones. They are written to `groups.jsonl`, from which a later run can select problems.
     """
 
     batches: list[Batch]
@@ -44,17 +83,29 @@ class StepData(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """A training stage. The loop does not know which.
+    """A training stage: the batches, the loss and the teacher of an algorithm.
 
     Attributes:
-      steps: how many steps it has.
-      updates: optimiser updates a step.
-      batches: `(step, params) -> StepData`, on the host, with `updates` batches: a function of the
-        two arguments alone.
-      empty_batch: a batch without rows: the shapes that the train step is compiled for.
-      loss: `(params, teacher, microbatch) -> (sum, (weight, metrics))`: the loss summed over the
-        microbatch, what it is to be divided by in the end, and metrics as `Metric`s. Pure.
-      teacher: how the state's teacher is made and changes; None if the loss gets None for it.
+      steps: number of training steps.
+      updates: number of optimizer updates in each step.
+      batches: `(step, params) -> StepData` with `updates` batches. It runs on the host, on every
+        host of the run, and depends on nothing but its arguments: every host gets the same
+        batches, and a resumed run gets those of a run that was never interrupted. `params` are the
+        current parameters, on the device; do not keep a reference, because the train step donates
+        them. It runs under `jax.transfer_guard("disallow")`, so move arrays explicitly, with
+        `jax.device_put` and `jax.device_get`. It may raise `signals.Interrupted`; the loop then
+        saves a checkpoint, and the resumed run calls it again for the same step.
+      empty_batch: a batch with `count` 0 in each bucket. The train step is compiled for its shapes
+        and dtypes. The mesh's `data` and `fsdp` axes split the m rows of a microbatch, so their
+        product divides m.
+      loss: `(params, teacher, microbatch) -> (sum, (weight, metrics))`. Pure; it runs inside jit,
+        under the training mesh. `sum` (float32 []) is the sum of the losses of the microbatch, and
+        `weight` (float32 []) is what it is divided by: the train step adds up both over all
+        microbatches and devices, and divides once. An update of total weight 0 changes nothing.
+        `metrics` maps names to `Metric`s; the train step adds `loss`, `grad_norm`, `empty` and
+        `nonfinite`.
+      teacher: how to make and update the parameters that the loss gets as `teacher`; None if it
+        gets None.
     """
 
     steps: int

@@ -1,4 +1,4 @@
-"""The state of a stage: one pytree, and where its leaves live."""
+"""The training state of a stage, one pytree, and the shardings of its leaves."""
 
 from __future__ import annotations
 
@@ -12,14 +12,21 @@ from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.policy import Params
 from opsd_jax.training.stage import Teacher
 
-# {"step": int32, optimiser updates tried; "params"; "opt_state"; "teacher": params or None}
+# {"step": int32 [], number of attempted optimizer updates; "params"; "opt_state"; "teacher": the
+# teacher's parameters, or None}
 State = dict[str, Any]
 
 
 def init_state(
     params: Params, optimizer: optax.GradientTransformation, teacher: Teacher | None = None
 ) -> State:
-    """A stage's first state."""
+    """Returns the state at the start of a stage.
+
+    Args:
+      params: the parameters that the stage starts from.
+      optimizer: the stage's optimizer.
+      teacher: how to make the teacher's parameters; None for a stage without its own.
+    """
     return {
         "step": jnp.zeros((), jnp.int32),
         "params": params,
@@ -34,7 +41,14 @@ def abstract_state(
     teacher: Teacher | None,
     mesh: jax.sharding.Mesh,
 ) -> State:
-    """The shapes of `init_state`, with shardings, from those of the parameters."""
+    """Returns the shapes, dtypes and shardings of `init_state`, without computing it.
+
+    Args:
+      abstract_params: shapes, dtypes and shardings of the parameters.
+      optimizer: the stage's optimizer.
+      teacher: the stage's teacher.
+      mesh: the mesh of the parameters.
+    """
     shapes = jax.eval_shape(lambda p: init_state(p, optimizer, teacher), abstract_params)
     params = jax.tree.map(lambda leaf: leaf.sharding, abstract_params)
     return mesh_lib.abstract_of(shapes, state_shardings(shapes, optimizer, params, mesh))
@@ -43,24 +57,26 @@ def abstract_state(
 def state_shardings(
     state: State, optimizer: optax.GradientTransformation, params: Any, mesh: jax.sharding.Mesh
 ) -> State:
-    """The sharding of each leaf: moments and teacher lie as the parameters do, numbers everywhere.
+    """Returns the sharding of each leaf of a state.
+
+    The optimizer's moments and the teacher are sharded like the parameters; scalars are replicated.
 
     Args:
       state: a state or its shapes.
-      optimizer: the one that made `state["opt_state"]`.
-      params: the shardings of the parameters.
-      mesh: for what is replicated.
+      optimizer: the optimizer that made `state["opt_state"]`.
+      params: shardings of the parameters.
+      mesh: the mesh of the parameters.
     """
-    whole = mesh_lib.replicated(mesh)
+    replicated = mesh_lib.replicated(mesh)
     return {
-        "step": whole,
+        "step": replicated,
         "params": params,
         "opt_state": optax.tree_map_params(
             optimizer,
             lambda _, sharding: sharding,
             state["opt_state"],
             params,
-            transform_non_params=lambda _: whole,
+            transform_non_params=lambda _: replicated,
         ),
         "teacher": None if state["teacher"] is None else params,
     }

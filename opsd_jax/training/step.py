@@ -1,7 +1,8 @@
-"""The train step: gradients and weights summed over microbatches, divided once, and one update."""
+"""The train step: gradients summed over microbatches, divided once by the weight, one update."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,52 +13,39 @@ import optax
 
 from opsd_jax.parallel import aot
 from opsd_jax.parallel import mesh as mesh_lib
-from opsd_jax.training.stage import Batch, Stage, Teacher
+from opsd_jax.parallel.program import ProgramKey, ProgramKind, bucket_scope
+from opsd_jax.training.stage import Batch, Microbatch, Stage, Teacher
 from opsd_jax.training.state import State
 
 
 def make_train_step(
     loss: Callable[..., Any],
     optimizer: optax.GradientTransformation,
-    teacher_rule: Teacher | None = None,
+    teacher: Teacher | None = None,
 ) -> Callable[[State, Batch], tuple[State, dict[str, Any]]]:
-    """The pure function `(state, batch) -> (state, metrics)`; jit it with the state donated.
+    """Makes the pure function `(state, batch) -> (state, metrics)`; jit it with the state donated.
 
-    Only the first `count` microbatches of each bucket are computed. The loss is
-    sum / weight over all of them, on every device. When no row has weight, or the gradient is not
-    finite, the parameters, the optimiser's moments and the teacher stay as they are, to the bit.
+    It computes only the first `count` microbatches of each bucket. The loss is sum / weight over
+    all microbatches of all devices. If no row has weight, or the gradient is not finite, the
+    parameters, the optimizer's moments and the teacher keep their exact values.
 
     Args:
       loss: as `Stage.loss`.
-      optimizer: of `state["opt_state"]`.
-      teacher_rule: how `state["teacher"]` follows the parameters; None for not at all.
+      optimizer: the optimizer that made `state["opt_state"]`.
+      teacher: how `state["teacher"]` is updated; None if it never changes.
 
     Returns:
-      The step. Its metrics are `(sum, weight)` pairs: those of the loss, and `loss`, `grad_norm`
-      (before clipping), `empty` (1 if no row had weight) and `nonfinite` (1 if an update was
-      skipped for its gradient).
+      The train step. Its metrics are `(sum, weight)` pairs, float32 []: those of the loss, and
+      `loss`, `grad_norm` (before clipping), `empty` (1 if no row had weight) and `nonfinite` (1 if
+      the update was skipped because of its gradient).
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
 
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, Any]]:
-        params, teacher = state["params"], state["teacher"]
-
-        def accumulate(totals, bucket, name):
-            def add(i, totals):
-                microbatch = jax.tree.map(lambda x: x[i], bucket["rows"])
-                # Tied to i: with M = 1 the body would be the same in every turn, and XLA would move
-                # it out of the loop, where it is computed whatever `count` is.
-                microbatch, _ = jax.lax.optimization_barrier((microbatch, i))
-                return jax.tree.map(jnp.add, totals, gradient(params, teacher, microbatch))
-
-            with jax.named_scope(name):
-                return jax.lax.fori_loop(0, bucket["count"], add, totals)
-
-        first = jax.tree.map(lambda x: x[0], batch[0]["rows"])
-        shapes = jax.eval_shape(gradient, params, teacher, first)
-        totals = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
-        for b, bucket in enumerate(batch):
-            totals = accumulate(totals, bucket, f"bucket_{b}")
+        params = state["params"]
+        totals = _sum_over_microbatches(
+            functools.partial(gradient, params, state["teacher"]), batch
+        )
         (total, (weight, metrics)), grads = totals
 
         with jax.named_scope("update"):
@@ -66,25 +54,20 @@ def make_train_step(
             norm = optax.tree.norm(grads)
             finite = jnp.isfinite(norm)
             updates, opt_state = optimizer.update(grads, state["opt_state"], params)
-            updated = {
-                "params": optax.apply_updates(params, updates),
-                "opt_state": opt_state,
-            }
-            kept = {"params": params, "opt_state": state["opt_state"]}
-            ok = finite & ~empty
-            updated = jax.tree.map(
-                lambda new, old: jnp.where(ok, new, old).astype(old.dtype), updated, kept
-            )
-            if teacher_rule is not None and teacher_rule.update is not None:
-                updated["teacher"] = teacher_rule.update(
-                    teacher, updated["params"], state["step"] + 1, ok
+            new = {"params": optax.apply_updates(params, updates), "opt_state": opt_state}
+            old = {"params": params, "opt_state": state["opt_state"]}
+            applied = finite & ~empty
+            updated = jax.tree.map(lambda n, o: jnp.where(applied, n, o).astype(o.dtype), new, old)
+            if teacher is not None and teacher.update is not None:
+                updated["teacher"] = teacher.update(
+                    state["teacher"], updated["params"], state["step"] + 1, applied
                 )
         one = jnp.ones((), jnp.float32)
-        live = jnp.where(empty, 0.0, one)
+        active = jnp.where(empty, 0.0, one)
         metrics = metrics | {
             "loss": (total, weight),
-            "grad_norm": (jnp.where(empty, 0.0, norm), live),
-            "empty": (1 - live, one),
+            "grad_norm": (jnp.where(empty, 0.0, norm), active),
+            "empty": (1 - active, one),
             "nonfinite": (jnp.where(finite, 0.0, one), one),
         }
         return state | updated | {"step": state["step"] + 1}, metrics
@@ -92,10 +75,36 @@ def make_train_step(
     return train_step
 
 
+def _sum_over_microbatches(gradient: Callable[[Microbatch], Any], batch: Batch) -> Any:
+    """Returns the sum of `gradient(microbatch)` over the microbatches in use, in float32."""
+
+    def add_bucket(totals, bucket):
+        def add(i, totals):
+            microbatch = jax.tree.map(lambda x_Mxm: x_Mxm[i], bucket["rows"])
+            # Ties the microbatch to i. With M = 1, the loop's body would not depend on i, so XLA
+            # would move it out of the loop and compute it even if `count` is 0.
+            microbatch, _ = jax.lax.optimization_barrier((microbatch, i))
+            return jax.tree.map(jnp.add, totals, gradient(microbatch))
+
+        return jax.lax.fori_loop(0, bucket["count"], add, totals)
+
+    first = jax.tree.map(lambda x_Mxm: x_Mxm[0], batch[0]["rows"])
+    shapes = jax.eval_shape(gradient, first)
+    totals = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+    for b, bucket in enumerate(batch):
+        with jax.named_scope(bucket_scope(b)):
+            totals = add_bucket(totals, bucket)
+    return totals
+
+
 def batch_shardings(batch: Batch, mesh: jax.sharding.Mesh) -> Any:
-    """Where a batch lies: rows of a microbatch over `data` and `fsdp`, counts everywhere."""
-    rows, whole = mesh_lib.rows(mesh, axis=1), mesh_lib.replicated(mesh)
-    return jax.tree.map(lambda x: rows if np.ndim(x) else whole, batch)
+    """Returns the sharding of each array of a batch.
+
+    The rows of each microbatch are split over the mesh axes `data` and `fsdp`; counts are
+    replicated.
+    """
+    rows_Mxm, replicated = mesh_lib.rows(mesh, axis=1), mesh_lib.replicated(mesh)
+    return jax.tree.map(lambda x: rows_Mxm if np.ndim(x) else replicated, batch)
 
 
 def compile_train_step(
@@ -104,23 +113,27 @@ def compile_train_step(
     abstract_state: State,
     mesh: jax.sharding.Mesh,
 ) -> Callable[[State, Batch], tuple[State, dict[str, Any]]]:
-    """`make_train_step`, compiled for the shapes of `stage.empty_batch`, the state donated.
+    """Compiles the train step for the shapes of `stage.empty_batch`, with the state donated.
 
     Args:
-      stage: gives the loss and the shapes.
-      optimizer: the stage's.
-      abstract_state: shapes with shardings.
-      mesh: the mesh.
+      stage: the stage; gives the loss, the teacher and the shapes.
+      optimizer: the stage's optimizer.
+      abstract_state: shapes, dtypes and shardings of the state.
+      mesh: the mesh of the state.
+
+    Returns:
+      The compiled `(state, batch) -> (state, metrics)` of `make_train_step`.
     """
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
-    where = batch_shardings(stage.empty_batch, mesh)
+    shardings = batch_shardings(stage.empty_batch, mesh)
     step = jax.jit(
         make_train_step(stage.loss, optimizer, stage.teacher),
         donate_argnums=0,
-        in_shardings=(state_shardings, where),
+        in_shardings=(state_shardings, shardings),
         out_shardings=(state_shardings, None),
     )
     with jax.set_mesh(mesh):
         return aot.compiled(
-            "train step", step.lower(abstract_state, mesh_lib.abstract_of(stage.empty_batch, where))
+            ProgramKey(ProgramKind.TRAIN_STEP),
+            step.lower(abstract_state, mesh_lib.abstract_of(stage.empty_batch, shardings)),
         )

@@ -1,16 +1,19 @@
-"""The answer in a response, by the data's convention. Linear in the text; no parser is called."""
+"""Finds the answer in a response, by the convention that the response uses to mark it.
+
+The time is linear in the length of the response. No parser runs here.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
 
-LONGEST = 1000  # characters of an answer; of a longer one only that it is the same is looked at
-LONGEST_TEXT = 5000  # characters at a response's end in which an answer is looked for
+LONGEST = 1000  # characters; a longer answer is only compared as text
+LONGEST_TEXT = 5000  # characters at the end of a response that convention "text" reads
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s*([^\s{}$\\]+)")
-# What may stand between two boxes that give one answer: `\boxed{1}$ and $\boxed{2}`.
+# Text between two boxes that together give one answer: `\boxed{1}$ and $\boxed{2}`.
 _CONNECTIVE = re.compile(
     r"(?:[\s$,;&]|\\[,;:! ()\[\]]|\\q?quad\b|(?:\\text\s*\{\s*)?\b(?:and|or)\b(?:\s*\})?)*"
 )
@@ -23,8 +26,11 @@ _HASHES_LINE = re.compile(r"(?<!#)####(?!#)[ \t]*(\S[^\n]*)")
 
 
 def after_thinking(response: str) -> str | None:
-    """What follows the last `</think>`; all of it where nobody thought aloud; None where the
-    thinking has no end.
+    """Returns the part of a response that follows its thinking.
+
+    Returns:
+      The text after the last `</think>`. The whole response if it has no thinking tags. None if its
+      thinking does not end.
     """
     _, closed, rest = response.rpartition("</think>")
     if closed:
@@ -33,15 +39,15 @@ def after_thinking(response: str) -> str | None:
 
 
 def boxed(text: str) -> str | None:
-    r"""The content of the last balanced `\boxed{}` (or `\fbox`, or `\boxed 5`).
+    r"""Returns the content of the last balanced `\boxed{}`, `\fbox{}` or `\boxed 5`.
 
-    Boxes with nothing but commas, "and" or "or" between them are one answer, their list: one cannot
-    name several in a row and be right with the last.
+    Consecutive boxes with only commas, "and" or "or" between them count as one answer, a list.
+    Otherwise a response could name several answers in a row and be correct with the last.
     """
     first = min((i for i in (text.find("\\boxed"), text.find("\\fbox")) if i >= 0), default=None)
     if first is None:
         return None
-    boxes: list[tuple[int, int, int]] = []  # begin, content's begin, its end
+    boxes: list[tuple[int, int, int]] = []  # start of the box, start and end of its content
     opened: list[tuple[int, int] | None] = []
     for token in _BRACES.finditer(text, first):
         if token.group() == "}":
@@ -57,7 +63,7 @@ def boxed(text: str) -> str | None:
         return bare[-1] if bare else None
     boxes.sort()
     begin, start, end = boxes[-1]
-    answers = {text[start:end].strip(): None}  # in order, the last first
+    answers = {text[start:end].strip(): None}  # a dict as an ordered set, the last box first
     length = end - start
     for before, start, end in reversed(boxes[:-1]):
         if length > LONGEST or not _CONNECTIVE.fullmatch(text, end + 1, begin):
@@ -69,13 +75,13 @@ def boxed(text: str) -> str | None:
 
 
 def hashes(text: str) -> str | None:
-    """What stands behind the last `####`, to the end of its line."""
+    """Returns the text after the last `####`, up to the end of its line."""
     lines = _HASHES_LINE.findall(text)
     return lines[-1].strip() if lines else None
 
 
 def answer_line(text: str) -> str | None:
-    """What stands behind the last "Answer:", to the end of its line, without Markdown's stars."""
+    """Returns the text after the last "Answer:", up to the end of its line, without `*`."""
     lines = _ANSWER_LINE.findall(text)
     return _HOPE.sub("", lines[-1][:LONGEST]).strip().strip("*").strip() if lines else None
 
@@ -85,19 +91,19 @@ CONVENTIONS: dict[str, Callable[[str], str | None]] = {
     "boxed": boxed,
     "####": hashes,
     "answer": answer_line,
-    TEXT: lambda text: text[-LONGEST_TEXT:].strip(),  # somewhere: the verifier has to find it
+    TEXT: lambda text: text[-LONGEST_TEXT:].strip(),  # the verifier finds the answer in it
 }
 
 
 def extract(response: str, conventions: Sequence[str] = ("boxed",)) -> str | None:
-    """The answer in a response by the first of the conventions that finds one; None if none does.
+    """Returns the answer in a response, by the first convention that finds one.
 
     Args:
-      response: its text; only what follows the last `</think>` is looked at.
-      conventions: names in CONVENTIONS, tried in this order.
+      response: text of the response. Only the text after its thinking is read.
+      conventions: keys of CONVENTIONS, tried in this order.
 
     Returns:
-      The answer, which may be longer than LONGEST.
+      The answer, which may be longer than LONGEST; None if no convention finds one.
     """
     text = after_thinking(response)
     if text is None:

@@ -1,13 +1,14 @@
-r"""The maths verifier: is the answer in a response the problem's?
+r"""The maths verifier: compares a response's answer with the problem's, in mathematical notation.
 
-1. Extract the answer (extract.py); there is none: "no answer".
-2. Settle what needs no parser (settle.py): the same text, plain numbers, choices, units.
-3. What is left goes to a worker (`judge`) and there to math-verify (sympy) with both sides in
-   `\boxed{}`: bare LaTeX is misread, in MATH-500 one answer in five. Around it stand guards against
-   what it takes for equal and is not: `4 \approx 5`, `5 = 4`, 1/2004! and 1/2006! (it rounds).
+1. Extract the answer (extract.py). Without one, the verdict is "no answer".
+2. Compare what needs no parser (settle.py): equal texts, plain numbers, choices, units.
+3. Send the rest to a worker (`judge`), which calls math-verify (sympy) with both answers inside
+   `\boxed{}`, because it misreads bare LaTeX (one answer in five of MATH-500). Guards reject
+   answers that math-verify wrongly accepts: `4 \approx 5`, `5 = 4`, or 1/2004! for 1/2006!, because
+   math-verify rounds.
 
-No text of a model's is given to eval or sympify: a grammar reads it. (With the convention "text"
-math-verify evaluates what consists of digits, operators and brackets alone.)
+A grammar parses the model's text; it is never passed to eval or sympify. (With the convention
+"text", math-verify evaluates texts that consist only of digits, operators and brackets.)
 """
 
 from __future__ import annotations
@@ -28,27 +29,34 @@ from opsd_jax.verify.settle import Pair, close, settle, understood
 from opsd_jax.verify.verdict import MATCH, MISMATCH, NO_ANSWER, Verdict, Verifier, verdict_on
 
 _RELATION = re.compile(r"\\approx(?![a-zA-Z])|≈|(?<![<>!\\])=")
-_APPLIED = re.compile(r"[a-zA-Z]'*(?:_\{?\w+\}?)?\([^()]*\)")  # f(x) on the left is a name
-# Between a letter of a script that is written without spaces and a number.
+_APPLIED = re.compile(r"[a-zA-Z]'*(?:_\{?\w+\}?)?\([^()]*\)")  # f(x) in "f(x) = 3" is a name
+# Between a number and a letter of a script that is written without spaces.
 _NO_SPACES = re.compile(r"(?<=[\u0e00-\u0eff\u3040-\u30ff\u4e00-\u9fff])(?=[-0-9])")
 
 
 def gold_of(answer: str) -> str:
-    """A problem's answer without a box that its data set put around it."""
+    r"""Returns a problem's answer without the `\boxed{}` that some datasets put around it."""
     return extract.boxed(answer) or answer
 
 
 def judge(pair: Pair) -> Verdict:
-    """Whether the two are equal, by math-verify and its guards. Without any bound: for a worker."""
-    import math_verify  # half a second that the caller need not spend
+    """Compares two answers by math-verify and the guards of this module.
 
-    # Time is bounded from outside; the library's own alarm would want the main thread.
+    It has no limit on time or memory, so it should run in a worker.
+    """
+    import math_verify  # half a second that only workers need to spend
+
+    # The pool limits the time. The library's own timeout works only in the main thread.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    # Without its own stripping of units: to it 3t is three tonnes, and equal to 3.
-    rules = dataclasses.replace(
+    # math-verify must not strip units: it reads 3t as three tonnes, equal to 3.
+    normalization = dataclasses.replace(
         math_verify.LatexExtractionConfig().normalization_config, units=False
     )
-    config = [math_verify.LatexExtractionConfig(normalization_config=rules, boxed_match_priority=0)]
+    config = [
+        math_verify.LatexExtractionConfig(
+            normalization_config=normalization, boxed_match_priority=0
+        )
+    ]
 
     def parse(text: str) -> list[Any]:
         return math_verify.parse(
@@ -73,11 +81,17 @@ def judge(pair: Pair) -> Verdict:
 def _first_of_chain(
     text: str, parse: Callable[[str], list[Any]], *, alone: bool = False
 ) -> str | None:
-    r"""An answer that is a chain, `x = 14/3 \approx 4.67`, as its first number; None where the
-    numbers of a chain differ; any other answer as it is.
+    r"""Returns the first number of a chain such as `x = 14/3 \approx 4.67`.
 
-    `alone`: what is asked for is no equation, so that expressions in the same variables differ only
-    if the chain is false.
+    Args:
+      text: an answer.
+      parse: returns the sympy objects of a text.
+      alone: whether the gold is not an equation. Then expressions in the same variables must be
+        equal, or the chain is false.
+
+    Returns:
+      The text of the first number. An answer that is not a chain is returned unchanged. None if
+      the chain is false because its numbers differ.
     """
     terms = _chain(text)
     if len(terms) == 1 or re.search(r"[,;]|\\begin|\\text|\\cup|\\in(?![a-zA-Z])", text):
@@ -104,13 +118,18 @@ def _first_of_chain(
 
 
 def _same(a: Any, b: Any) -> bool:
+    """Returns whether two parsed expressions are equal."""
     import math_verify
 
     return math_verify.verify(a, b, timeout_seconds=None) or _same_where_real(a, b)
 
 
 def _chain(text: str) -> list[str]:
-    """The terms of a chain and, between them, its relations; those within braces are not its."""
+    """Splits a chain at its relations, except for relations inside braces.
+
+    Returns:
+      Terms and relations in turn: `[term, relation, term, ...]`.
+    """
     terms, end = [], 0
     for relation in _RELATION.finditer(text):
         if text.count("{", 0, relation.start()) == text.count("}", 0, relation.start()):
@@ -120,17 +139,22 @@ def _chain(text: str) -> list[str]:
 
 
 def _value(parsed: Any) -> Any:
-    """The number that an expression without symbols is, to 30 digits; None for anything else."""
+    """Returns the value of an expression without symbols, to 30 digits; None for others."""
     try:
         value = parsed.doit().evalf(30)
         return value if value.is_number and value.is_finite else None
-    except Exception:  # sympy raises of every kind
+    except Exception:  # sympy raises exceptions of many types
         return None
 
 
 def _near(a: Any, b: Any, percent: bool) -> bool:
-    """That two things called equal are so not only by rounding to six places: their numbers agree
-    to a relative 1e-4, and expressions without decimals exactly.
+    """Returns whether two parsed answers are equal beyond math-verify's rounding to six decimals.
+
+    Numbers must agree to a relative 1e-4, and expressions without decimals must be exactly equal.
+
+    Args:
+      a, b: parsed answers that math-verify accepts as equal.
+      percent: whether one of the answers has a percent sign.
     """
     import sympy
 
@@ -150,8 +174,9 @@ def _near(a: Any, b: Any, percent: bool) -> bool:
 
 
 def _numbers(parsed: Any) -> list[Any]:
-    """The values of a number, of an interval's ends or of all in a tuple or set, assigned or not;
-    [] if any is none.
+    """Returns the values in a number, interval, tuple or set; [] if one is not a real number.
+
+    An assignment such as `x = 3` counts as its right-hand side.
     """
     import sympy
 
@@ -169,8 +194,10 @@ def _numbers(parsed: Any) -> list[Any]:
 
 
 def _same_where_real(a: Any, b: Any) -> bool:
-    r"""Whether two expressions in the same variables agree where they are real, and are real in the
-    same places: \sqrt{1/n} and 1/\sqrt{n} do, which sympy leaves open for n < 0.
+    r"""Returns whether two expressions are real at the same points and have equal values there.
+
+    It tests fixed points. By this test \sqrt{1/n} equals 1/\sqrt{n}, which sympy cannot decide for
+    n < 0.
     """
     import sympy
 
@@ -180,7 +207,7 @@ def _same_where_real(a: Any, b: Any) -> bool:
     if not 1 <= len(variables) <= 3 or a.free_symbols != b.free_symbols:
         return False
     agreed = 0
-    for i in range(24):  # each combination of signs, at points of no special kind
+    for i in range(24):  # every combination of signs, at arbitrary rational points
         point = {
             v: (1 - 2 * (i >> j & 1)) * sympy.Rational(37 * (i + 2) + 11 * j, 101 + 13 * j)
             for j, v in enumerate(variables)
@@ -193,7 +220,8 @@ def _same_where_real(a: Any, b: Any) -> bool:
     return agreed >= 8
 
 
-def _ask(conventions: Sequence[str], problem: Problem, response: str) -> Verdict | Pair:
+def _prepare(conventions: Sequence[str], problem: Problem, response: str) -> Verdict | Pair:
+    """Returns the verdict on a response if no parser is needed, otherwise the job for a worker."""
     gold = gold_of(problem.answer)
     answer = extract.extract(response, [name for name in conventions if name != extract.TEXT])
     if answer is not None:
@@ -208,7 +236,8 @@ def _ask(conventions: Sequence[str], problem: Problem, response: str) -> Verdict
     return Pair(quantity(normalise(gold))[0], _NO_SPACES.sub(" ", text), free=True)
 
 
-def _ask_gold(problem: Problem) -> Verdict | Pair:
+def _prepare_gold(problem: Problem) -> Verdict | Pair:
+    """Like `_prepare`, but checks whether the problem's own answer verifies against itself."""
     answer = gold_of(problem.answer).strip()
     if not answer or extract.boxed(rf"\boxed{{{answer}}}") != answer:
         return Verdict(False, "empty, or its braces do not match")
@@ -217,22 +246,21 @@ def _ask_gold(problem: Problem) -> Verdict | Pair:
 
 
 def maths(conventions: Sequence[str] = ("boxed",)) -> Verifier:
-    r"""The verifier of answers in mathematical notation.
+    """Returns the verifier of answers in mathematical notation.
 
     Args:
-      conventions: where a response has its answer, in the order in which they are tried: names in
-        `extract.CONVENTIONS`; "text" comes last wherever it stands.
+      conventions: where a response has its answer: keys of `extract.CONVENTIONS`, tried in this
+        order. "text" is always tried last.
     """
     conventions = tuple(conventions)
-    # An answer that stands anywhere in the text is accepted or not, but not read.
-    read = None if extract.TEXT in conventions else _read
+
+    def extracted(problem: Problem, response: str) -> str | None:
+        return extract.extract(response, conventions)
+
     return Verifier(
-        functools.partial(_ask, conventions),
+        functools.partial(_prepare, conventions),
         judge,
-        _ask_gold,
-        read and functools.partial(read, conventions),
+        _prepare_gold,
+        # With "text", the verifier only tests whether the gold is in the text: it reads no answer.
+        None if extract.TEXT in conventions else extracted,
     )
-
-
-def _read(conventions: Sequence[str], problem: Problem, response: str) -> str | None:
-    return extract.extract(response, conventions)

@@ -1,4 +1,4 @@
-"""Answers as text: one spelling for what is written alike, and the numbers that need no parser."""
+"""Normalises answers as text, splits off units, and reads plain numbers without a parser."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _UNIT = re.compile(
     r"(?:\^\{?([23])\}?)?",
     re.DOTALL,
 )
-# Words behind a number that are no unit, but change what it says.
+# Words after a number that are not a unit but change its value.
 FACTORS = re.compile(
     r"\b(?:and|or|not|no|if|pi|million|billion|trillion|thousand|hundred|dozen|half|base|mod)\b",
     re.IGNORECASE,
@@ -45,7 +45,7 @@ _NUMBER = re.compile(
 
 _ARGUMENT = r"\\[a-zA-Z]+|[0-9a-zA-Z]"
 
-# In this order.
+# (pattern, replacement), applied in this order.
 _RULES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
@@ -79,25 +79,29 @@ _RULES = [
         (r"\\colon(?![a-zA-Z])|\{:\}", ":"),
         (r"\\text\{\s*percent\s*\}|\bpercent(?:age)?\b", r"\\%"),
         (r"\s+", " "),
-        # A space counts between words and between digits.
+        # A space is significant only between words and between digits.
         (r" ?([^0-9a-zA-Z\\ ]) ?| (?=\\)", r"\1"),
-        (r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", ", "),  # of a list: math-verify would read a number
+        (r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", ", "),  # else math-verify reads one number
         (r"^\\approx(?![a-zA-Z])|(?:(?<!\.)\.|[,\\ ])+$", ""),
     ]
 ]
 
 
 def delimited(text: str) -> str | None:
-    """What stands between the delimiters of a formula, if the text is one and no more."""
+    """Returns the text inside the delimiters of a formula, or None if there is text outside."""
     formula = _DELIMITED.fullmatch(text)
     inside = formula and next(group for group in formula.groups() if group is not None)
     return None if not inside or "$" in inside else inside
 
 
 def quantity(text: str) -> tuple[str, str | None]:
-    r"""A normalised answer without the unit behind it, and which that is if it is one of UNITS.
+    r"""Splits a normalised answer into its value and its unit.
 
-    A unit stands in `\text{}` or the like, is a known word behind a digit, or the sign of degrees.
+    A unit is the content of `\text{}` or a similar command, a known word after a digit, or the
+    degree sign.
+
+    Returns:
+      `(value, unit)`. The unit is None if there is none, or if it is not made of UNITS.
     """
     found = _UNIT.fullmatch(text)
     if not found:
@@ -108,7 +112,7 @@ def quantity(text: str) -> tuple[str, str | None]:
 
 
 def _unit(words: str, power: str) -> str | None:
-    """One name for each of the units known, such as "ft^2" and "m^1/s^1"."""
+    """Returns the canonical name of a unit, such as "ft^2" or "m^1/s^1"; None if not known."""
     if squared := re.match(r"\s*(?:(square|sq)|cubic|cu)[. ]\s*", words):
         words, power = words[squared.end() :], "2" if squared[1] else "3"
     name = re.sub(r"[ .]", "", words.replace(" per ", "/"))
@@ -120,13 +124,13 @@ def _unit(words: str, power: str) -> str | None:
 
 
 def normalise(answer: str) -> str:
-    """An answer without what only sets it. Equal texts are equal answers, and parse alike."""
+    """Returns an answer without typesetting, so that equal texts mean equal answers."""
     text = answer.strip()
     inside = delimited(text)
     text = _REPEATING.sub(_as_fraction, text if inside is None else inside)
     if number := _THOUSANDS.fullmatch(text.strip(" .$")):
         text = number[1] + re.sub("[^0-9]", "", number[2]) + (number[3] or "")
-    if "\\begin" not in text:  # there two backslashes end a row
+    if "\\begin" not in text:  # in an environment, two backslashes end a row
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
@@ -134,11 +138,12 @@ def normalise(answer: str) -> str:
 
 
 def bare(text: str) -> str:
-    r"""A normalised answer without `\text{}` and its kin around words."""
+    r"""Returns a normalised answer without `\text{}` and similar commands around words."""
     return re.sub(r"\s+", " ", _TEXT.sub(r"\1", text)).strip().removesuffix(".")
 
 
 def _as_fraction(decimal: re.Match) -> str:
+    """Returns a repeating decimal as a LaTeX fraction."""
     whole, fixed, period = decimal.groups()
     before = int(f"0{whole}{fixed}")
     nines = 10 ** len(period) - 1
@@ -146,9 +151,9 @@ def _as_fraction(decimal: re.Match) -> str:
 
 
 def plain_number(text: str) -> tuple[Fraction, bool] | None:
-    """The number that a normalised text spells out, with whether it is a decimal.
+    """Returns the number that a normalised text spells out, and whether it is a decimal.
 
-    None for all but integers, decimals, fractions of integers and mixed numbers.
+    Returns None for everything except integers, decimals, fractions of integers and mixed numbers.
     """
     text = re.sub(r"\\frac\{([0-9]+)\}\{([0-9]+)\}", r" \1/\2", text).strip()
     number = _NUMBER.fullmatch(text.replace("- ", "-"))

@@ -1,4 +1,4 @@
-"""The three groups of rollouts that gate the losses."""
+"""The outcome masks of rollouts, which gate the losses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from opsd_jax.verify.verdict import Verdict
 
 
 class Outcomes(NamedTuple):
-    """Boolean masks [N] over rollouts: disjoint, and together they cover every rollout."""
+    """Boolean masks [N] over N rollouts. They are disjoint and cover every rollout.
+
+    Attributes:
+      correct: the verifier accepts the response.
+      incorrect: the verifier rejects the response.
+      truncated: the response was cut at its token budget, whatever its verdict.
+    """
 
     correct: np.ndarray
     incorrect: np.ndarray
@@ -19,15 +25,20 @@ class Outcomes(NamedTuple):
 
 
 def outcomes_of(verdicts: Sequence[Verdict], truncated: np.ndarray) -> Outcomes:
-    """The groups of N rollouts.
+    """Returns the outcomes of N rollouts.
 
     Args:
-      verdicts: one a rollout; that of a truncated one is not looked at.
-      truncated: bool [N], the rollout was cut at its token budget. It is neither correct nor
-        incorrect: whatever it holds, it was not finished.
+      verdicts: one per rollout. The verdicts of truncated rollouts are ignored.
+      truncated: bool [N], whether the rollout was cut at its token budget.
+
+    Raises:
+      ValueError: the lengths differ.
     """
     truncated = np.asarray(truncated, bool)
     correct = np.array([v.correct for v in verdicts], bool)
     if correct.shape != truncated.shape:
-        raise ValueError(f"{len(verdicts)} verdicts for truncated{list(truncated.shape)}.")
+        raise ValueError(
+            f"{len(verdicts)} verdicts for a mask of shape {list(truncated.shape)}; expected as "
+            "many verdicts as the mask has rollouts."
+        )
     return Outcomes(correct & ~truncated, ~correct & ~truncated, truncated)

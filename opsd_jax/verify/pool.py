@@ -1,25 +1,30 @@
-"""Verification beside the device's work, in processes that can be killed.
+"""Verifies responses in worker processes with limits, while the device keeps sampling.
 
-Submit responses as they come, take verdicts when the loss needs them. What happens when
-- a question runs over its time: its worker is killed, the verdict is "timeout";
-- it takes more memory than it may: "memory"; it takes its process down: "crash";
-- a worker is killed from outside: its question is asked again, ATTEMPTS times, then "crash";
-- the verifier raises: "verifier ValueError", or whatever it was;
-- no worker can start: verdicts raise PoolError, none is made up;
-- the pool is left or its process ends: its workers end, and what they started. Only where a kernel
-  does not kill by SIGIO (macOS) may one that is busy when its parent is killed run on, for as long
-  as a question may take of the processor.
-Each costs its own question alone, and the worker is replaced. A verdict is remembered, but not one
-of time, memory or a crash: those may have been the machine's.
+Submit responses as they end, and read the verdicts when the loss needs them. A verification job
+that fails costs only its own verdict, and its worker is replaced:
+- if it runs longer than the limit, its worker is killed and the verdict is "timeout";
+- if it allocates more memory than the limit, the verdict is "memory";
+- if it ends its process, the verdict is "crash";
+- if its worker is killed from outside, it is retried up to MAX_ATTEMPTS times, then "crash";
+- if the verifier raises, the verdict is "verifier ValueError", or the name of the other exception;
+- if no worker can start, reading a verdict raises PoolError.
 
-One thread owns the workers, and each worker has a pipe of its own. (concurrent.futures cannot kill;
-pebble can, but its workers share a lock, and one killed while it holds that stops them all.)
+Equal jobs are judged once, and the verdict is cached. Timeouts, memory errors and crashes are not
+cached, because the machine may have caused them.
+
+When the pool is closed or its process ends, the workers and the processes that they started end
+too. There is one exception. Where the kernel does not kill a process by SIGIO (macOS), a busy
+worker whose parent is killed may run until its limit of processor time.
+
+One thread owns the workers, and each worker has its own pipe. (concurrent.futures cannot kill a
+worker. In pebble, workers share a lock, and killing a worker that holds it blocks all others.)
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import importlib
@@ -35,85 +40,108 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import NamedTuple
 
+from opsd_jax.options import option
 from opsd_jax.problem import Problem
-from opsd_jax.verify.verdict import CRASH, MEMORY, TIMEOUT, Judge, Question, Verdict, Verifier
+from opsd_jax.verify.verdict import CRASH, MEMORY, TIMEOUT, Job, Judge, Verdict, Verifier
 from opsd_jax.verify.verifiers import as_verifier
 
-ATTEMPTS = 5  # times that a question is asked while its workers are killed from outside
-STARTS = 5  # starts in a row that may fail; one that was killed from outside is a twentieth
-START_SECONDS = 60.0  # that a start may take
-RECYCLED = 5000  # questions after which a worker is replaced: parsers' caches grow
-REMEMBERED = 1 << 16  # verdicts
-PRELOADED = ("opsd_jax.verify.warm",)  # what the server that workers are forked from has loaded
+MAX_ATTEMPTS = 5  # times that a job is started while its workers are killed from outside
+MAX_FAILED_STARTS = 5  # consecutive failed starts of workers before the pool gives up
+KILLED_START = 0.05  # a start that was killed from outside counts as this much of a failed start
+START_SECONDS = 60.0  # time limit for the start of a worker
+JOBS_PER_WORKER = 5000  # then the worker is replaced, because the parser's caches grow
+CACHED_VERDICTS = 1 << 16  # verdicts of earlier jobs that the pool keeps
+# Modules that the server process imports before it forks workers, so that workers start fast.
+PRELOADED = ("opsd_jax.verify.warm", "opsd_jax.verify.pool")
 
-_KILLED = (-signal.SIGKILL, -signal.SIGTERM, 255)  # 255: the server that knew is gone, too
+# Exit codes of a worker that was killed from outside. 255: the server process was killed too.
+_KILLED = (-signal.SIGKILL, -signal.SIGTERM, 255)
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
 class PoolError(RuntimeError):
-    """Nothing can be verified: workers do not start, or the pool is closed."""
+    """The pool cannot verify: its workers do not start, or it is closed."""
 
 
-class Limits(NamedTuple):
-    """What a question may take.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PoolOptions:
+    """The processes that verify responses, and what one response may cost."""
+
+    workers: int = option(0, "Worker processes; 0 is one per core, at most 8.", at_least=0)
+    seconds: float = option(
+        2.0, "Time limit for one response, in seconds; then its worker is killed.", above=0
+    )
+    memory_mb: int = option(
+        512, "Memory that a worker may allocate for one response, in MiB; Linux only.", above=0
+    )
+
+
+DEFAULTS = PoolOptions()
+# For gold answers. Each is checked once, and a slow machine must not make one of them a bad row.
+PATIENT = PoolOptions(seconds=10.0)
+
+
+class _Pending:
+    """A verification job without a verdict yet.
 
     Attributes:
-      seconds: time, then its worker is killed.
-      memory_mb: MiB by which its worker may grow, on Linux.
+      key: digest of the job; equal jobs have equal keys.
+      job: the job, pickled.
+      attempts: times that it was sent to a worker.
+      future: receives the verdict.
     """
 
-    seconds: float = 2.0
-    memory_mb: int = 512
-
-
-LIMITS = Limits()
-PATIENT = Limits(seconds=10.0)  # for golds: checked once, and none is refused for a slow machine
-
-
-class _Task:
-    """A question on its way to a verdict."""
-
-    def __init__(self, key: bytes, question: bytes):
-        self.key, self.question, self.attempts = key, question, 0
+    def __init__(self, key: bytes, job: bytes):
+        self.key, self.job, self.attempts = key, job, 0
         self.future: Future[Verdict] = Future()
-        self.future.set_running_or_notify_cancel()  # others may wait for it: nobody cancels it
+        # Several callers may share the future, so none of them may cancel it.
+        self.future.set_running_or_notify_cancel()
 
 
 class _Worker:
-    """A process, its pipe, and the task that it has."""
+    """A worker process, its pipe, and the job that it runs.
 
-    def __init__(self, judge: bytes, limits: Limits):
+    Attributes:
+      pipe: this end of its pipe.
+      ready: whether it has started.
+      ended: whether `stop` was called.
+      pending: the job that it runs; None while it is idle.
+      jobs: number of jobs that it was sent.
+      deadline: value of `time.monotonic()` at which its start or its job has taken too long.
+    """
+
+    def __init__(self, judge: bytes, options: PoolOptions):
         self.pipe, theirs = _CONTEXT.Pipe()
         self._process = _CONTEXT.Process(
-            target=_work, args=(theirs, judge, limits), name="verifier", daemon=True
+            target=_worker_main, args=(theirs, judge, options), name="verifier", daemon=True
         )
         self._process.start()
         theirs.close()
         self.ready, self.ended = False, False
-        self.task: _Task | None = None
-        self.tasks = 0  # that it was given
+        self.pending: _Pending | None = None
+        self.jobs = 0
         self.deadline = time.monotonic() + START_SECONDS
 
-    def give(self, task: _Task, seconds: float) -> None:
-        """Hands it a task."""
-        self.task, self.deadline = task, time.monotonic() + seconds
-        task.attempts += 1
-        self.tasks += 1
-        # One that has died is found out when it is listened to.
+    def send(self, pending: _Pending, seconds: float) -> None:
+        """Sends a job to the worker, with a time limit in seconds."""
+        self.pending, self.deadline = pending, time.monotonic() + seconds
+        pending.attempts += 1
+        self.jobs += 1
+        # If the worker has died, the pool notices when it next reads the pipe.
         with contextlib.suppress(OSError):
-            self.pipe.send_bytes(task.question)
+            self.pipe.send_bytes(pending.job)
 
-    def free(self) -> _Task | None:
-        """Takes its task from it."""
-        task, self.task, self.deadline = self.task, None, math.inf
-        return task
+    def take_job(self) -> _Pending | None:
+        """Removes and returns the job that the worker runs; the worker is idle afterwards."""
+        pending, self.pending, self.deadline = self.pending, None, math.inf
+        return pending
 
-    def end(self, wait: float = 0.0) -> int:
-        """Its exit code, once it has ended: by itself within `wait` seconds, or killed."""
+    def stop(self, wait: float = 0.0) -> int:
+        """Kills the process unless it ends within `wait` seconds, and returns its exit code."""
         self._process.join(wait)
-        # With what it has started: a worker leads a group of its own, once it is ready.
+        # A worker that is ready leads its own process group, so the processes that it started
+        # are killed too.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if self.ready and self._process.pid:
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -126,92 +154,99 @@ class _Worker:
 
 
 class VerifierPool:
-    """Asks a verifier's questions in processes. A context manager; leaving it ends them.
+    """Runs a verifier's jobs in worker processes. A context manager that ends them on exit.
 
-    Threads may share it. What was asked before, or is being asked, is not asked again. Processes
-    start with the first question: a verifier that settles everything needs none. They import the
-    main module, as multiprocessing's do, so a script that makes a pool wants its
-    `if __name__ == "__main__":`.
+    Several threads may use one pool. Workers start with the first job, so a verifier that never
+    needs a worker starts none. Like all multiprocessing workers they import the main module, so a
+    script that creates a pool must do so under `if __name__ == "__main__":`.
 
     Attributes:
-      judged: how many questions workers were asked.
+      judged: number of jobs that workers have finished.
     """
 
-    def __init__(self, verifier: Verifier | Judge, *, workers: int = 0, limits: Limits = LIMITS):
-        """`workers`: how many processes; 0 for one a core, but at most 8.
+    def __init__(self, verifier: Verifier | Judge, options: PoolOptions = DEFAULTS):
+        """Creates a pool; no process starts yet.
+
+        Args:
+          verifier: a `Verifier`, or a module-level function `(problem, response) -> Verdict or
+            bool`.
+          options: number of workers, and limits for each job.
 
         Raises:
-          ValueError: the judge cannot be sent to another process.
+          ValueError: the verifier's `judge` cannot be pickled.
         """
-        self._verifier, self._limits = as_verifier(verifier), limits
+        self._verifier, self._options = as_verifier(verifier), options
         try:
             self._judge = pickle.dumps(self._verifier.judge)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise ValueError(
-                f"the judge {self._verifier.judge!r} cannot be sent to a worker ({error}); "
-                "expected a function of a module, or a functools.partial of one."
+                f"the verifier's judge {self._verifier.judge!r} cannot be sent to a worker "
+                f"({error}); expected a function of a module, or a functools.partial of one."
             ) from error
-        self._size = workers or min(os.cpu_count() or 1, 8)
+        self._size = options.workers or min(os.cpu_count() or 1, 8)
         self._lock = threading.Lock()
-        self._waiting: collections.deque[_Task] = collections.deque()
-        self._known: collections.OrderedDict[bytes, Future[Verdict]] = collections.OrderedDict()
+        self._waiting: collections.deque[_Pending] = collections.deque()
+        # Futures by job, in the order of their last use.
+        self._cache: collections.OrderedDict[bytes, Future[Verdict]] = collections.OrderedDict()
         self._failure = ""
         self._thread: threading.Thread | None = None
-        self._workers: list[_Worker] = []  # the thread's alone
+        self._workers: list[_Worker] = []  # only the thread uses them
         self._failed_starts = 0.0
-        self._ear, self._mouth = _CONTEXT.Pipe(duplex=False)
+        # The thread sleeps until it can read from a worker's pipe or from this one.
+        self._wake_reader, self._wake_writer = _CONTEXT.Pipe(duplex=False)
         self.judged = 0
 
     def submit(self, problem: Problem, response: str) -> Future[Verdict]:
-        """Queues a response; the future's `result()` is its verdict.
+        """Queues a response and returns a future, whose `result()` is the verdict.
 
         Raises:
           PoolError: the pool is closed, or its workers do not start.
         """
-        return self._resolve(self._verifier.ask, problem, response)
+        return self._submit(self._verifier.prepare, problem, response)
 
     def submit_gold(self, problem: Problem) -> Future[Verdict]:
-        """As `submit`, whether the problem's own answer verifies against itself."""
-        return self._resolve(self._verifier.ask_gold, problem)
+        """Like `submit`, but checks whether the problem's own answer verifies against itself."""
+        return self._submit(self._verifier.prepare_gold, problem)
 
-    def _resolve(self, ask: Callable[..., Verdict | Question], *arguments) -> Future[Verdict]:
+    def _submit(self, prepare: Callable[..., Verdict | Job], *arguments) -> Future[Verdict]:
+        """Returns the future of what `prepare(*arguments)` returns: a verdict or a job."""
         try:
-            reply = ask(*arguments)
-            question = b"" if isinstance(reply, Verdict) else pickle.dumps(reply)
+            prepared = prepare(*arguments)
+            job = b"" if isinstance(prepared, Verdict) else pickle.dumps(prepared)
         except Exception as error:
-            reply = _raised(error)
-        if isinstance(reply, Verdict):
+            prepared = _verdict_of_exception(error)
+        if isinstance(prepared, Verdict):
             settled: Future[Verdict] = Future()
-            settled.set_result(reply)
+            settled.set_result(prepared)
             return settled
-        key = hashlib.blake2b(question, digest_size=16).digest()
+        key = hashlib.blake2b(job, digest_size=16).digest()
         with self._lock:
             if self._failure:
                 raise PoolError(self._failure)
-            if key in self._known:
-                self._known.move_to_end(key)
-                return self._known[key]
-            task = _Task(key, question)
-            self._known[key] = task.future
-            if len(self._known) > REMEMBERED:
-                self._known.popitem(last=False)
-            self._waiting.append(task)
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return self._cache[key]
+            pending = _Pending(key, job)
+            self._cache[key] = pending.future
+            if len(self._cache) > CACHED_VERDICTS:
+                self._cache.popitem(last=False)
+            self._waiting.append(pending)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="verifiers", daemon=True)
                 self._thread.start()
-            self._mouth.send_bytes(b"")
-        return task.future
+            self._wake_writer.send_bytes(b"")
+        return pending.future
 
     def close(self) -> None:
-        """Ends the workers; whoever still waits for a verdict gets a PoolError."""
+        """Ends the workers. Futures without a verdict raise PoolError."""
         with self._lock:
             self._failure = self._failure or "the pool of verifiers is closed."
-            if not self._mouth.closed:
-                self._mouth.send_bytes(b"")
+            if not self._wake_writer.closed:
+                self._wake_writer.send_bytes(b"")
         if self._thread is not None:
             self._thread.join()
-        self._mouth.close()
-        self._ear.close()
+        self._wake_writer.close()
+        self._wake_reader.close()
 
     def __enter__(self) -> VerifierPool:
         return self
@@ -220,118 +255,134 @@ class VerifierPool:
         self.close()
 
     def _run(self) -> None:
-        """The thread that owns the workers."""
+        """Starts workers, sends them jobs and reads their verdicts. Runs in the pool's thread."""
         _CONTEXT.set_forkserver_preload(list(PRELOADED))
         try:
             while not self._failure:
-                self._staff()
-                patience = min((w.deadline for w in self._workers), default=math.inf)
-                pipes = {worker.pipe: worker for worker in self._workers}
-                heard = multiprocessing.connection.wait(
-                    [self._ear, *pipes],
-                    None if patience == math.inf else max(0.0, patience - time.monotonic()),
-                )
-                while self._ear.poll():
-                    self._ear.recv_bytes()
-                for pipe, worker in pipes.items():
-                    if pipe in heard:
-                        self._listen(worker)
-                    elif worker.deadline <= time.monotonic():
-                        if not worker.ready:
-                            self._failed_start(f"not ready after {START_SECONDS:.0f} s")
-                        self._settle(worker, TIMEOUT)
-                        worker.end()
-                self._workers = [worker for worker in self._workers if not worker.ended]
+                self._start_workers()
+                self._send_jobs()
+                self._handle_events()
         except BaseException as error:
             self._failure = f"the pool of verifiers failed: {error!r}."
             raise
         finally:
             for worker in self._workers:
-                worker.end()
+                worker.stop()
             with self._lock:
-                tasks = [*filter(None, map(_Worker.free, self._workers)), *self._waiting]
+                unfinished = [*filter(None, map(_Worker.take_job, self._workers)), *self._waiting]
                 self._waiting.clear()
-            for task in tasks:
-                task.future.set_exception(PoolError(self._failure))
+            for pending in unfinished:
+                pending.future.set_exception(PoolError(self._failure))
 
-    def _staff(self) -> None:
-        """Starts the workers that are missing, and gives those that are free what waits."""
+    def _start_workers(self) -> None:
+        """Starts workers up to the pool's size, if jobs are waiting."""
         while self._waiting and not self._failure and len(self._workers) < self._size:
             try:
-                self._workers.append(_Worker(self._judge, self._limits))
+                self._workers.append(_Worker(self._judge, self._options))
             except (EOFError, OSError) as error:
-                # The server that forks was killed. A moment, and the next start renews it.
+                # The server process was killed. The next start creates a new server.
                 time.sleep(0.1)
-                self._failed_start(repr(error), 0.05)
-        for worker in self._workers:
-            if worker.ready and worker.task is None and self._waiting:
-                worker.give(self._waiting.popleft(), self._limits.seconds)
+                self._count_failed_start(repr(error), KILLED_START)
 
-    def _failed_start(self, why: str, share: float = 1.0) -> None:
-        self._failed_starts += share
-        if self._failed_starts >= STARTS:
+    def _send_jobs(self) -> None:
+        """Sends waiting jobs to idle workers."""
+        for worker in self._workers:
+            if worker.ready and worker.pending is None and self._waiting:
+                worker.send(self._waiting.popleft(), self._options.seconds)
+
+    def _handle_events(self) -> None:
+        """Waits until a worker reports, a time limit passes, or `submit` or `close` wakes it."""
+        deadline = min((worker.deadline for worker in self._workers), default=math.inf)
+        pipes = {worker.pipe: worker for worker in self._workers}
+        readable = multiprocessing.connection.wait(
+            [self._wake_reader, *pipes],
+            None if deadline == math.inf else max(0.0, deadline - time.monotonic()),
+        )
+        while self._wake_reader.poll():
+            self._wake_reader.recv_bytes()
+        for pipe, worker in pipes.items():
+            if pipe in readable:
+                self._read(worker)
+            elif worker.deadline <= time.monotonic():
+                if not worker.ready:
+                    self._count_failed_start(f"not ready after {START_SECONDS:.0f} s")
+                self._settle(worker, TIMEOUT)
+                worker.stop()
+        self._workers = [worker for worker in self._workers if not worker.ended]
+
+    def _count_failed_start(self, reason: str, weight: float = 1.0) -> None:
+        """Counts a failed start, and fails the pool after MAX_FAILED_STARTS consecutive ones."""
+        self._failed_starts += weight
+        if self._failed_starts >= MAX_FAILED_STARTS:
             self._failure = (
-                f"{STARTS} verifier processes in a row ended at their start ({why}); what they "
-                "wrote stands above. A script that makes a pool has to do it under "
+                f"{MAX_FAILED_STARTS} verifier processes in a row ended while they started "
+                f"({reason}); their output is above. A script that creates a pool must do so under "
                 "`if __name__ == '__main__':`."
             )
 
-    def _listen(self, worker: _Worker) -> None:
-        """Takes what a worker says, or finds that it has died."""
+    def _read(self, worker: _Worker) -> None:
+        """Reads a worker's message: that it is ready, a verdict, or the end of its pipe."""
         try:
-            said = worker.pipe.recv()
+            message = worker.pipe.recv()
         except (EOFError, OSError):
-            self._bury(worker, worker.end(wait=1.0))
+            self._handle_exit(worker, worker.stop(wait=1.0))
             return
         if not worker.ready:
             worker.ready, worker.deadline, self._failed_starts = True, math.inf, 0
             return
-        verdict = Verdict(*said)
+        verdict = Verdict(*message)
         self._settle(worker, verdict)
-        # After MEMORY nobody knows what it could not allocate.
-        if verdict == MEMORY or worker.tasks >= RECYCLED:
-            worker.end()
+        # After a failed allocation, the state of the process is unknown.
+        if verdict == MEMORY or worker.jobs >= JOBS_PER_WORKER:
+            worker.stop()
 
     def _settle(self, worker: _Worker, verdict: Verdict) -> None:
-        task = worker.free()
-        if task is None:
+        """Sets the verdict of the job that a worker runs, if it runs one."""
+        pending = worker.take_job()
+        if pending is None:
             return
         self.judged += 1
         if verdict in (TIMEOUT, CRASH, MEMORY):
             with self._lock:
-                self._known.pop(task.key, None)
-        task.future.set_result(verdict)
+                self._cache.pop(pending.key, None)
+        pending.future.set_result(verdict)
 
-    def _bury(self, worker: _Worker, code: int) -> None:
-        """What becomes of the task of a worker that ended by itself, or was killed from outside."""
-        outside = code in _KILLED
+    def _handle_exit(self, worker: _Worker, code: int) -> None:
+        """Retries or settles the job of a worker whose process has ended with an exit code."""
+        killed = code in _KILLED
         if not worker.ready:
-            self._failed_start(f"exit code {code}", 0.05 if outside else 1.0)
-        if worker.task is None:
+            self._count_failed_start(f"exit code {code}", KILLED_START if killed else 1.0)
+        if worker.pending is None:
             return
-        if outside and worker.task.attempts < ATTEMPTS:
-            task = worker.free()
-            assert task is not None
-            self._waiting.appendleft(task)
+        if killed and worker.pending.attempts < MAX_ATTEMPTS:
+            self._waiting.appendleft(worker.pending)
+            worker.take_job()
         else:
             self._settle(worker, TIMEOUT if code == -signal.SIGXCPU else CRASH)
 
 
 def check_golds(verifier: Verifier | Judge, problems: Sequence[Problem]) -> list[str]:
-    """Whether each problem's answer verifies against itself: "" if so, else the reason."""
-    with VerifierPool(verifier, limits=PATIENT) as pool:
+    """Checks whether each problem's own answer verifies against itself.
+
+    Returns:
+      For each problem "" if its answer verifies, otherwise the reason why not.
+    """
+    with VerifierPool(verifier, PATIENT) as pool:
         futures = [pool.submit_gold(problem) for problem in problems]
         verdicts = [future.result() for future in futures]
     return ["" if verdict.correct else verdict.reason for verdict in verdicts]
 
 
-def _raised(error: BaseException) -> Verdict:
+def _verdict_of_exception(error: BaseException) -> Verdict:
+    """Returns the verdict on a response for which the verifier raised an exception."""
     return Verdict(False, f"verifier {type(error).__name__}")
 
 
-def _work(pipe: multiprocessing.connection.Connection, judge: bytes, limits: Limits) -> None:
-    """A worker: reads questions, writes verdicts, until its pipe ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+def _worker_main(
+    pipe: multiprocessing.connection.Connection, judge: bytes, options: PoolOptions
+) -> None:
+    """Runs a worker process: reads jobs and writes verdicts until its pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.setsid()
     for name in PRELOADED:
@@ -340,37 +391,37 @@ def _work(pipe: multiprocessing.connection.Connection, judge: bytes, limits: Lim
     pipe.send("ready")
     with contextlib.suppress(EOFError, OSError):
         while True:
-            question = pickle.loads(pipe.recv_bytes())
-            # From here to the verdict the kernel ends this process if the parent's end of the pipe
-            # closes, or if it takes more processor time than the parent would have let it: native
-            # code hears no thread and no handler.
+            job = pickle.loads(pipe.recv_bytes())
+            # From here to the verdict, the kernel kills this process if the parent's end of the
+            # pipe closes, or if it uses more processor time than the limit. A thread or a signal
+            # handler would not run while native code is busy.
             fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
             flags = fcntl.fcntl(pipe, fcntl.F_GETFL)
             fcntl.fcntl(pipe, fcntl.F_SETFL, flags | os.O_ASYNC)
-            _bound(limits)
+            _set_limits(options)
             try:
-                correct, reason = decide(question)
-                said = bool(correct), str(reason)
+                correct, reason = decide(job)
+                verdict = bool(correct), str(reason)
             except MemoryError:
-                said = False, MEMORY.reason
+                verdict = False, MEMORY.reason
             except BaseException as error:
-                said = False, _raised(error).reason
+                verdict = False, _verdict_of_exception(error).reason
             fcntl.fcntl(pipe, fcntl.F_SETFL, flags)
-            pipe.send(said)
+            pipe.send(verdict)
 
 
-def _bound(limits: Limits) -> None:
-    """Bounds what this process may take from now on."""
+def _set_limits(options: PoolOptions) -> None:
+    """Limits the processor time and the memory that this process may use for its next job."""
     used = resource.getrusage(resource.RUSAGE_SELF)
-    _lower(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime + limits.seconds) + 1)
+    _set_limit(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime + options.seconds) + 1)
     if sys.platform == "linux":
         with open("/proc/self/statm") as file:
             size = int(file.read().split()[0]) * resource.getpagesize()
-        _lower(resource.RLIMIT_AS, size + limits.memory_mb * 2**20)
+        _set_limit(resource.RLIMIT_AS, size + options.memory_mb * 2**20)
 
 
-def _lower(kind: int, most: int) -> None:
-    """Sets a limit of the kernel's, below the one that this process was given."""
+def _set_limit(kind: int, limit: int) -> None:
+    """Sets a soft limit of this process, at most the hard limit that it inherited."""
     _, hard = resource.getrlimit(kind)
     unlimited = hard == resource.RLIM_INFINITY
-    resource.setrlimit(kind, (most if unlimited else min(most, hard), hard))
+    resource.setrlimit(kind, (limit if unlimited else min(limit, hard), hard))

@@ -1,4 +1,7 @@
-"""What a verifier is, and what it says. Imports nothing heavy: workers start with it."""
+"""The result of a verification, and the interface of a verifier.
+
+This module imports nothing heavy, because every worker process imports it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,12 @@ from opsd_jax.problem import Problem
 
 
 class Verdict(NamedTuple):
-    """Whether a response is correct, and in a word or two why: `reason` is counted in metrics."""
+    """The result of verifying one response.
+
+    Attributes:
+      correct: whether the response is correct.
+      reason: why, in a word or two. The metrics count each reason.
+    """
 
     correct: bool
     reason: str
@@ -17,48 +25,51 @@ class Verdict(NamedTuple):
 
 MATCH, MISMATCH = Verdict(True, "match"), Verdict(False, "mismatch")
 NO_ANSWER = Verdict(False, "no answer")
-TRUNCATED = Verdict(False, "truncated")  # never asked: cut at its budget
+TRUNCATED = Verdict(False, "truncated")  # the response filled its budget and is not verified
 TIMEOUT, CRASH, MEMORY = (Verdict(False, reason) for reason in ("timeout", "crash", "memory"))
 REASONS = tuple(
     verdict.reason for verdict in (MATCH, MISMATCH, NO_ANSWER, TRUNCATED, TIMEOUT, CRASH, MEMORY)
 )
 
 Judge = Callable[[Problem, str], Verdict]  # (problem, response text) -> verdict
-Extract = Callable[[Problem, str], str | None]  # (problem, response text) -> the answer in it
-Question = Any  # what is left to be judged: picklable, and the same whenever the verdict is
+Extract = Callable[[Problem, str], str | None]  # (problem, response text) -> answer in the response
+# A verification job: the input of a verifier's `judge`. It is picklable, and equal jobs have equal
+# verdicts.
+Job = Any
 
 
-def unchecked(problem: Problem) -> Verdict:
-    """MATCH: there is no telling whether the problem's answer can be verified."""
+def accept_gold(problem: Problem) -> Verdict:
+    """Returns MATCH for every problem, for verifiers that cannot check a gold answer."""
     return MATCH
 
 
 class Verifier(NamedTuple):
-    """A judge in two halves, so that only what may be slow or hostile goes to a worker.
+    """A verifier in two parts, so that only slow or unsafe work goes to a worker process.
 
-    Called with a problem and a response it runs both, without any bound on time or memory; a
-    `VerifierPool` bounds the second and asks it once a question.
+    Calling a verifier with a problem and a response runs both parts in the calling process, without
+    a limit on time or memory. A `VerifierPool` runs `judge` in a worker with limits, once per job.
 
     Attributes:
-      ask: `(problem, response) -> Verdict`, where that is quick and safe to find, or the question
-        that is left. Runs in the caller.
-      judge: `question -> Verdict`. Runs in a worker: a function of a module or a `partial` of one.
-      ask_gold: `problem -> Verdict | question`, as `ask`, whether the problem's own answer can be
-        verified against itself.
-      extract: `(problem, response) -> the answer as the verifier reads it`, None where there is
-        none. For majority votes; optional.
+      prepare: `(problem, response) -> Verdict` if the verdict is fast and safe to find, otherwise
+        the `Job` for `judge`. Runs in the calling process.
+      judge: `job -> Verdict`. Runs in a worker, so it must be a module-level function or a
+        `functools.partial` of one.
+      prepare_gold: `problem -> Verdict | Job`, like `prepare`, but checks whether the problem's own
+        (gold) answer verifies against itself.
+      extract: `(problem, response) -> answer` as the verifier reads it, or None if the response has
+        no answer. Optional; evaluations use it for majority votes.
     """
 
-    ask: Callable[[Problem, str], Verdict | Question]
-    judge: Callable[[Question], Verdict]
-    ask_gold: Callable[[Problem], Verdict | Question] = unchecked
+    prepare: Callable[[Problem, str], Verdict | Job]
+    judge: Callable[[Job], Verdict]
+    prepare_gold: Callable[[Problem], Verdict | Job] = accept_gold
     extract: Extract | None = None
 
     def __call__(self, problem: Problem, response: str) -> Verdict:
-        question = self.ask(problem, response)
-        return question if isinstance(question, Verdict) else self.judge(question)
+        prepared = self.prepare(problem, response)
+        return prepared if isinstance(prepared, Verdict) else self.judge(prepared)
 
 
 def verdict_on(right: bool) -> Verdict:
-    """MATCH or MISMATCH."""
+    """Returns MATCH if `right` is true, otherwise MISMATCH."""
     return MATCH if right else MISMATCH

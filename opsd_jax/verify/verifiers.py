@@ -1,17 +1,18 @@
-r"""Verifiers by name: what a config's `verifier` section says.
+"""All kinds of verifiers, and the options that select one for a source of problems.
 
-`kind` is "maths", "exact", "numeric", "choice", "package.module:function" for one's own, or several
-of these with " and " (all have to say yes) or " or " (one does) between them.
+The kinds are the keys of VERIFIERS, and "package.module:function" for a function of your own.
+Several kinds joined by " and " must all accept a response; joined by " or ", one is enough.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
+from opsd_jax.options import option
 from opsd_jax.problem import Problem
 from opsd_jax.verify import extract
 from opsd_jax.verify.maths import gold_of, maths
@@ -20,15 +21,12 @@ from opsd_jax.verify.verdict import (
     MATCH,
     NO_ANSWER,
     Extract,
+    Job,
     Judge,
-    Question,
     Verdict,
     Verifier,
     verdict_on,
 )
-
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict
 
 _NUMBER = re.compile(
     r"(?<![\w^{.])[-+]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
@@ -38,32 +36,44 @@ _BEGINS = re.compile(r"\(?([A-Z])(?:[).:,\s]|$)")
 _NAMED = re.compile(
     r"(?i:(?:answer|choice|option)(?: is)?)\W{0,4}\(?([A-Z])(?:[).:,*]|\s*$)",
 )
-# "A" and "I" are words, too, unless something stops behind them.
+# "A" and "I" are also words, so they count as letters only before punctuation or the end.
 _ALONE = re.compile(r"(?<![\w'\u2019])(?:([B-HJ-Z])(?![\w'\u2019])|([AI])(?=[).:,*]|\s*$))")
 
 
 def at_once(judge: Judge, extract: Extract | None = None) -> Verifier:
-    """A quick and trusted judge's verifier: no worker sees it."""
-    return Verifier(judge, _never, extract=extract)
+    """Returns a verifier that runs a fast and trusted function in the calling process.
+
+    Args:
+      judge: `(problem, response) -> Verdict`.
+      extract: `(problem, response) -> answer or None`, for majority votes.
+    """
+    return Verifier(judge, _never_called, extract=extract)
 
 
 def as_verifier(judge: Verifier | Judge) -> Verifier:
-    """A verifier as it is; of another judge one that leaves everything to a worker."""
+    """Returns a verifier unchanged, or a verifier that runs a function in a worker.
+
+    Args:
+      judge: a `Verifier`, or a module-level function `(problem, response) -> Verdict or bool`.
+    """
     if isinstance(judge, Verifier):
         return judge
-    return Verifier(_whole, functools.partial(_call, judge))
+    return Verifier(_whole_response, functools.partial(_call, judge))
 
 
-def _never(question: Question) -> Verdict:
-    raise AssertionError(f"{question!r} was to be settled at once.")
+def _never_called(job: Job) -> Verdict:
+    """The `judge` of a verifier whose `prepare` always returns a verdict."""
+    raise AssertionError(f"unexpected verification job {job!r}; expected prepare to settle it.")
 
 
-def _whole(problem: Problem, response: str) -> Question:
+def _whole_response(problem: Problem, response: str) -> Job:
+    """The `prepare` of a verifier that runs wholly in a worker."""
     return problem, response
 
 
-def _call(judge: Judge, question: Question) -> Verdict:
-    verdict = judge(*question)
+def _call(judge: Judge, job: Job) -> Verdict:
+    """Calls a function of the user's own with the problem and the response of a job."""
+    verdict = judge(*job)
     if isinstance(verdict, bool):
         return verdict_on(verdict)
     if not isinstance(verdict, Verdict):
@@ -72,57 +82,65 @@ def _call(judge: Judge, question: Question) -> Verdict:
 
 
 def function(name: str) -> Verifier:
-    """The verifier that a name stands for, or that asks a worker for what the function returns.
+    """Returns the verifier that a dotted name refers to.
 
     Args:
-      name: "package.module:function", of a `Verifier` or a pure function `(problem, response) ->
-        Verdict or bool`.
+      name: "package.module:name" of a `Verifier`, or of a pure function `(problem, response) ->
+        Verdict or bool`, which then runs in a worker.
 
     Raises:
-      ValueError: it cannot be imported, or called.
+      ValueError: the object cannot be imported or is not callable.
     """
     try:
         found = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"the verifier {name!r} cannot be imported ({error}).") from error
+        raise ValueError(
+            f"the verifier {name!r} cannot be imported ({error}); expected the "
+            "'package.module:function' of an importable module."
+        ) from error
     if not callable(found):
         raise ValueError(f"the verifier {name!r} is {found!r}; expected a function.")
     return as_verifier(found)
 
 
-def _extracting(
-    conventions: Sequence[str], same: Callable[[str, str], bool | None], problem: Problem, text: str
-) -> Verdict:
-    """`same(gold, answer)` of the extracted answer; None where that is no answer of the kind."""
-    answer = extract.extract(text, conventions)
-    right = None if answer is None else same(problem.answer, answer)
-    return NO_ANSWER if right is None else verdict_on(right)
-
-
-def _with_gold(
+def _comparing(
     conventions: Sequence[str],
     same: Callable[[str, str], bool | None],
     read: Callable[[str], str | float | None],
 ) -> Verifier:
-    """The verifier of an answer that is compared at once, and of a gold with itself.
+    """Returns a verifier that compares extracted answers in the calling process.
 
-    `read`: what of an answer counts; None where it is none of the kind.
+    Args:
+      conventions: where a response has its answer: keys of `extract.CONVENTIONS`.
+      same: `(gold, answer) -> whether they are equal`; None if the answer is not of this kind, for
+        example not a number.
+      read: `answer -> the part that is compared`, or None if the answer is not of this kind.
     """
+
+    def verdict(problem: Problem, response: str) -> Verdict:
+        answer = extract.extract(response, conventions)
+        right = None if answer is None else same(problem.answer, answer)
+        return NO_ANSWER if right is None else verdict_on(right)
+
+    def gold_verdict(problem: Problem) -> Verdict:
+        right = same(problem.answer, problem.answer)
+        return MATCH if right else Verdict(False, "not of this kind")
 
     def extracted(problem: Problem, response: str) -> str | None:
         answer = extract.extract(response, conventions)
         value = None if answer is None else read(answer)
         return None if value is None else str(value)
 
-    check = lambda problem: (
-        MATCH if same(problem.answer, problem.answer) else Verdict(False, "not of this kind")
-    )
-    ask = functools.partial(_extracting, tuple(conventions), same)
-    return Verifier(ask, _never, check, extracted)
+    return Verifier(verdict, _never_called, gold_verdict, extracted)
 
 
 def exact(conventions: Sequence[str] = ("boxed",), *, ignore_case: bool = False) -> Verifier:
-    """The same text, white space aside."""
+    """Returns a verifier that accepts the gold answer's text, up to whitespace.
+
+    Args:
+      conventions: where a response has its answer: keys of `extract.CONVENTIONS`.
+      ignore_case: whether upper and lower case are equal.
+    """
 
     def same(gold: str, answer: str) -> bool | None:
         a, b = (" ".join(text.split()) for text in (gold, answer))
@@ -132,12 +150,13 @@ def exact(conventions: Sequence[str] = ("boxed",), *, ignore_case: bool = False)
         text = " ".join(answer.split())
         return (text.lower() if ignore_case else text) or None
 
-    return _with_gold(conventions, same, read)
+    return _comparing(conventions, same, read)
 
 
 def number_in(text: str) -> float | None:
-    """The one number of a text, such as "12.5 kg", "v = 1.2 \\times 10^{3}" or "3/4"; None if there
-    is not just one.
+    r"""Returns the number in a text such as "12.5 kg", "v = 1.2 \times 10^{3}" or "3/4".
+
+    Returns None if the text does not have exactly one number.
     """
     text, _ = quantity(normalise(text[: extract.LONGEST].rpartition("=")[2]))
     if spelled := plain_number(text):
@@ -152,7 +171,15 @@ def numeric(
     relative_tolerance: float = 1e-6,
     absolute_tolerance: float = 0.0,
 ) -> Verifier:
-    """A number within a tolerance of the gold, |a - gold| <= max(absolute, relative |gold|)."""
+    """Returns a verifier that accepts numbers close to the gold answer.
+
+    The condition is |answer - gold| <= max(absolute_tolerance, relative_tolerance * |gold|).
+
+    Args:
+      conventions: where a response has its answer: keys of `extract.CONVENTIONS`.
+      relative_tolerance: as a fraction of the gold answer.
+      absolute_tolerance: as a difference.
+    """
 
     def same(gold: str, answer: str) -> bool | None:
         a, b = number_in(gold), number_in(answer)
@@ -162,12 +189,16 @@ def numeric(
             return False
         return abs(a - b) <= max(absolute_tolerance, relative_tolerance * abs(a))
 
-    return _with_gold(conventions, same, number_in)
+    return _comparing(conventions, same, number_in)
 
 
 def letter_in(text: str) -> str | None:
-    """The choice that a text names: "(C)", "C. because", "the answer is C", or a last lone C; None
-    where there is none, or an answer is a list of several.
+    """Returns the letter of the choice that a text names.
+
+    It accepts "(C)", "C. because", "the answer is C", and otherwise the last single letter.
+
+    Returns:
+      The letter; None if the text names no letter, or is a list of several.
     """
     named = _NAMED.findall(text)
     if named:
@@ -185,110 +216,158 @@ def letter_in(text: str) -> str | None:
 
 
 def choice(conventions: Sequence[str] = ("boxed",)) -> Verifier:
-    """Multiple choice: the letter that the answer names. The gold begins with its letter."""
+    """Returns a verifier of multiple choice, which compares the letters of gold and answer.
+
+    Args:
+      conventions: where a response has its answer: keys of `extract.CONVENTIONS`.
+    """
 
     def same(gold: str, answer: str) -> bool | None:
         letter = letter_in(answer)
         return None if letter is None else letter == letter_in(gold_of(gold))
 
-    return _with_gold(conventions, same, letter_in)
+    return _comparing(conventions, same, letter_in)
 
 
 def combine(verifiers: Sequence[Verifier], *, every: bool) -> Verifier:
-    """All of several verifiers have to say yes, or one does; workers are asked in their order."""
-    parts = tuple(verifiers)
-    reading = [v.extract for v in parts if v.extract]
-    if len(reading) < len(parts):
-        reading = []  # one accepts what nobody can read
-    return Verifier(
-        lambda problem, response: _first_open([v.ask(problem, response) for v in parts], every),
-        functools.partial(_judge_open, tuple(v.judge for v in parts), every),
-        lambda problem: _first_open([v.ask_gold(problem) for v in parts], every),
-        functools.partial(_first_extracted, reading) if reading else None,
-    )
+    """Returns a verifier that combines the verdicts of several.
 
-
-def _first_extracted(reading: Sequence[Extract], problem: Problem, response: str) -> str | None:
-    found = (extract(problem, response) for extract in reading)
-    return next((answer for answer in found if answer is not None), None)
-
-
-def _first_open(replies: list[Verdict | Question], every: bool) -> Verdict | Question:
-    """The verdict if the settled replies give it; else the open questions with their places."""
-    settled = [reply for reply in replies if isinstance(reply, Verdict)]
-    for reply in settled:
-        if reply.correct != every:
-            return reply
-    if len(settled) == len(replies):
-        return settled[-1]
-    return tuple((i, r) for i, r in enumerate(replies) if not isinstance(r, Verdict))
-
-
-def by_source(verifiers: Mapping[str, Verifier]) -> Verifier:
-    """For a mixture of data: the verifier of the problem's source. It extracts if all do."""
-    reading = {name: v.extract for name, v in verifiers.items() if v.extract}
-    return Verifier(
-        lambda problem, response: _tagged(
-            problem.source, verifiers[problem.source].ask(problem, response)
-        ),
-        functools.partial(_judge_tagged, {name: v.judge for name, v in verifiers.items()}),
-        lambda problem: _tagged(problem.source, verifiers[problem.source].ask_gold(problem)),
-        (lambda problem, response: reading[problem.source](problem, response))
-        if len(reading) == len(verifiers)
-        else None,
-    )
-
-
-def _tagged(source: str, reply: Verdict | Question) -> Verdict | Question:
-    return reply if isinstance(reply, Verdict) else (source, reply)
-
-
-def _judge_tagged(judges: Mapping[str, Callable], question: Question) -> Verdict:
-    source, question = question
-    return judges[source](question)
-
-
-def from_config(section: ConfigDict) -> Verifier:
-    """The verifier of a config's section (`opsd_jax.config.verifier`).
-
-    Raises:
-      ValueError: it names a kind or a convention that there is not.
+    Args:
+      verifiers: at least one.
+      every: whether all of them must accept a response. If not, one is enough.
     """
-    for convention in section.answer:
-        if convention not in extract.CONVENTIONS:
-            known = ", ".join(extract.CONVENTIONS)
-            raise ValueError(f"answer has {convention!r}; expected some of {known}.")
-    kinds = {
-        "maths": lambda: maths(section.answer),
-        "exact": lambda: exact(section.answer, ignore_case=section.ignore_case),
-        "numeric": lambda: numeric(
-            section.answer,
-            relative_tolerance=section.relative_tolerance,
-            absolute_tolerance=section.absolute_tolerance,
-        ),
-        "choice": lambda: choice(section.answer),
-    }
+    parts = tuple(verifiers)
+    extractors = [v.extract for v in parts if v.extract]
 
-    def one(kind: str) -> Verifier:
-        if kind in kinds:
-            return kinds[kind]()
-        if ":" in kind:
-            return function(kind)
-        raise ValueError(
-            f"kind is {kind!r}; expected {', '.join(kinds)}, 'package.module:function', or several "
-            "with ' and ' or ' or ' between them."
-        )
+    def extracted(problem: Problem, response: str) -> str | None:
+        found = (extract(problem, response) for extract in extractors)
+        return next((answer for answer in found if answer is not None), None)
 
-    every = " and " in section.kind
-    if every and " or " in section.kind:
-        raise ValueError(f"kind is {section.kind!r}; expected only ' and ' or only ' or ' in it.")
-    parts = [one(kind.strip()) for kind in section.kind.split(" and " if every else " or ")]
-    return combine(parts, every=every) if len(parts) > 1 else parts[0]
+    return Verifier(
+        lambda problem, response: _combined([v.prepare(problem, response) for v in parts], every),
+        functools.partial(_judge_combined, tuple(v.judge for v in parts), every),
+        lambda problem: _combined([v.prepare_gold(problem) for v in parts], every),
+        # A part without `extract` may accept responses whose answer no other part can read.
+        extracted if len(extractors) == len(parts) else None,
+    )
 
 
-def _judge_open(judges: Sequence[Callable], every: bool, questions: Question) -> Verdict:
-    for i, question in questions:
-        verdict = judges[i](question)
+def _combined(prepared: list[Verdict | Job], every: bool) -> Verdict | Job:
+    """Returns the combined verdict if the known verdicts decide it, otherwise one joint job.
+
+    The joint job has the index and the job of each part that has no verdict yet.
+    """
+    verdicts = [part for part in prepared if isinstance(part, Verdict)]
+    for verdict in verdicts:
+        if verdict.correct != every:
+            return verdict
+    if len(verdicts) == len(prepared):
+        return verdicts[-1]
+    return tuple((i, part) for i, part in enumerate(prepared) if not isinstance(part, Verdict))
+
+
+def _judge_combined(judges: Sequence[Callable[[Job], Verdict]], every: bool, job: Job) -> Verdict:
+    """Judges the parts of a joint job in order, until one decides the verdict."""
+    for i, part in job:
+        verdict = judges[i](part)
         if verdict.correct != every:
             break
     return verdict
+
+
+def by_source(verifiers: Mapping[str, Verifier]) -> Verifier:
+    """Returns a verifier that uses, for each problem, the verifier of the problem's source.
+
+    Args:
+      verifiers: source -> verifier. The result has `extract` if all of them have it.
+    """
+    extractors = {name: v.extract for name, v in verifiers.items() if v.extract}
+
+    def tagged(problem: Problem, prepared: Verdict | Job) -> Verdict | Job:
+        return prepared if isinstance(prepared, Verdict) else (problem.source, prepared)
+
+    def prepare(problem: Problem, response: str) -> Verdict | Job:
+        return tagged(problem, verifiers[problem.source].prepare(problem, response))
+
+    def prepare_gold(problem: Problem) -> Verdict | Job:
+        return tagged(problem, verifiers[problem.source].prepare_gold(problem))
+
+    def extracted(problem: Problem, response: str) -> str | None:
+        return extractors[problem.source](problem, response)
+
+    return Verifier(
+        prepare,
+        functools.partial(_judge_tagged, {name: v.judge for name, v in verifiers.items()}),
+        prepare_gold,
+        extracted if len(extractors) == len(verifiers) else None,
+    )
+
+
+def _judge_tagged(judges: Mapping[str, Callable[[Job], Verdict]], job: Job) -> Verdict:
+    """Judges a job that names its source, by the `judge` of that source."""
+    source, inner = job
+    return judges[source](inner)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerifierOptions:
+    """How the responses to a source's problems are verified (docs/verifiers.md)."""
+
+    kind: str = option(
+        "maths",
+        "A key of VERIFIERS, 'package.module:function', or several of these joined by ' and ' or "
+        "by ' or '.",
+    )
+    answer: tuple[str, ...] = option(
+        ("boxed",), "Where a response has its answer: names of conventions, tried in this order."
+    )
+    ignore_case: bool = option(False, "Whether kind 'exact' ignores upper and lower case.")
+    relative_tolerance: float = option(
+        1e-6, "Tolerance of kind 'numeric', as a fraction of the right answer.", at_least=0
+    )
+    absolute_tolerance: float = option(
+        0.0, "Tolerance of kind 'numeric', as an absolute difference.", at_least=0
+    )
+
+
+# To add a kind of verifier, add its function to this table.
+VERIFIERS: dict[str, Callable[[VerifierOptions], Verifier]] = {
+    "maths": lambda options: maths(options.answer),
+    "exact": lambda options: exact(options.answer, ignore_case=options.ignore_case),
+    "numeric": lambda options: numeric(
+        options.answer,
+        relative_tolerance=options.relative_tolerance,
+        absolute_tolerance=options.absolute_tolerance,
+    ),
+    "choice": lambda options: choice(options.answer),
+}
+
+
+def from_options(options: VerifierOptions) -> Verifier:
+    """Returns the verifier that options describe.
+
+    Raises:
+      ValueError: the kind or a convention does not exist.
+    """
+    for convention in options.answer:
+        if convention not in extract.CONVENTIONS:
+            known = ", ".join(extract.CONVENTIONS)
+            raise ValueError(f"answer has {convention!r}; expected some of {known}.")
+    every = " and " in options.kind
+    if every and " or " in options.kind:
+        raise ValueError(f"kind is {options.kind!r}; expected only ' and ' or only ' or ' in it.")
+    names = [name.strip() for name in options.kind.split(" and " if every else " or ")]
+    parts = [_one_kind(name, options) for name in names]
+    return combine(parts, every=every) if len(parts) > 1 else parts[0]
+
+
+def _one_kind(name: str, options: VerifierOptions) -> Verifier:
+    """Returns the verifier of one kind: a key of VERIFIERS, or "package.module:function"."""
+    if name in VERIFIERS:
+        return VERIFIERS[name](options)
+    if ":" in name:
+        return function(name)
+    raise ValueError(
+        f"kind is {name!r}; expected {', '.join(VERIFIERS)}, 'package.module:function', or several "
+        "of these joined by ' and ' or by ' or '."
+    )

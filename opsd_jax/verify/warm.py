@@ -1,4 +1,4 @@
-"""Imported before workers are forked: they have sympy then, and the parser's tables filled."""
+"""Imports sympy and fills the parser's caches, before worker processes are forked."""
 
 from opsd_jax.verify.maths import Pair, judge
 

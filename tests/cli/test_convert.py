@@ -8,10 +8,11 @@ import hf_files
 import jax
 import numpy as np
 import pytest
+import tiny_config
 
 from opsd_jax import config as config_lib
 from opsd_jax.cli import main
-from opsd_jax.config import loading as config_files
+from opsd_jax.config import loading
 from opsd_jax.models import safetensors
 from opsd_jax.run import pipeline
 from opsd_jax.run.parameters import Parameters
@@ -22,7 +23,7 @@ from opsd_jax import config as config_lib
 
 
 def get_config():
-    config = config_lib.default()
+    config = tiny_config.quickstart()
     config.model = config_lib.pretrained(dtype="float32", scan_unroll=3)
     config.stages = ("sft",)
     return config
@@ -62,8 +63,8 @@ def finished(config, tmp_path):
     """The directory of a run whose first stage has ended, as far as `convert` looks at it."""
     workdir = tmp_path / "run"
     (workdir / "sft").mkdir(parents=True)
-    (workdir / "config.json").write_text(config_files.to_json(config))
-    params = Parameters(config, workdir).fresh()
+    (workdir / "config.json").write_text(loading.to_json(config))
+    params = Parameters(config, workdir).initial()
     checkpoint.save_params(workdir / "sft" / "params", jax.tree.map(lambda x: x + 1, params))
     return workdir
 
@@ -171,7 +172,7 @@ def test_a_run_begins_with_the_weights_of_a_directory(source, config_file, tmp_p
     ("path", "message"),
     [
         ("", "model.path is ''; expected a directory with a Hugging Face config.json"),
-        ("/nowhere", "model.path is '/nowhere'; expected a directory of this machine"),
+        ("/nowhere", "model.path is '/nowhere'; expected a directory on this machine"),
     ],
 )
 def test_a_path_without_a_model_is_an_error_of_the_config(
@@ -179,7 +180,7 @@ def test_a_path_without_a_model_is_an_error_of_the_config(
 ):
     arguments = ["--config", str(config_file), "--workdir", str(tmp_path / "run")]
     assert main.main(["train", *arguments, f"--config.model.path={path}"]) == 2
-    assert f"config: {message}" in capsys.readouterr().err
+    assert f"config.{message}" in capsys.readouterr().err
 
 
 def test_weights_that_are_gone_when_they_are_read_are_an_error_of_the_config(
@@ -188,25 +189,25 @@ def test_weights_that_are_gone_when_they_are_read_are_an_error_of_the_config(
     config = config.copy_and_resolve_references()
     config.unlock()
     config.model = config_lib.pretrained(source)
-    this = pipeline.Run(config, tmp_path)
+    this = pipeline.assemble(config, tmp_path)
     (source / "model.safetensors").unlink()
     with pytest.raises(config_lib.ConfigError, match=r"config\.model: .*model\.safetensors cannot"):
-        this.parameters.fresh()
+        this.parameters.initial()
 
 
 def test_the_fields_of_a_pretrained_model_are_of_their_types(config_file):
     changes = {"model.path": "/m", "model.param_dtype": "bfloat16", "model.remat": "none"}
-    config = config_files.load(config_file, changes)
+    config = loading.load(config_file, changes)
     assert (config.model.path, config.model.remat) == ("/m", "none")
-    assert config_files.from_flat(config_files.flatten(config)).model == config.model
+    assert loading.from_flat(loading.flatten(config)).model == config.model
     with pytest.raises(config_lib.ConfigError, match=r"no such field"):
-        config_files.load(config_file, {"model.hidden_size": "64"})
+        loading.load(config_file, {"model.hidden_size": "64"})
 
 
 def test_a_preset_is_a_section_like_any_other():
-    config = config_lib.default()
+    config = tiny_config.quickstart()
     config.model = config_lib.preset("llama-3.2-1b", num_layers=2)
-    config_files.override(config, "model.rope_scaling.factor", "16.0")
+    loading.override(config, "model.rope_scaling.factor", "16.0")
     scaling = config.model.rope_scaling
     assert (scaling.rope_type, scaling.factor) == ("llama3", 16.0)
     assert (config.model.num_layers, config.model.rope_theta) == (2, 5e5)

@@ -10,13 +10,14 @@ import hf_files
 import huggingface_hub
 import numpy as np
 import pytest
+import tiny_config
 import tiny_tokenizer
 from paths import SHARED
 
 from opsd_jax import config as config_lib
 from opsd_jax.cli import evaluate as benchmark
 from opsd_jax.cli import main
-from opsd_jax.config import loading as config_files
+from opsd_jax.config import loading
 from opsd_jax.data import sources
 from opsd_jax.evaluation import benchmarks
 from opsd_jax.evaluation import records as evaluate
@@ -56,7 +57,7 @@ def workdir(config, questions, tmp_path_factory):
     run.data.prompt = "{question}"
     # Some responses end and others fill the budget, so that problems are not done in their order.
     run.evaluation.update({"problems": 0, "slots": 6, "response_tokens": 160})
-    (workdir / "config.json").write_text(config_files.to_json(run.lock()))
+    (workdir / "config.json").write_text(loading.to_json(run.lock()))
     return workdir
 
 
@@ -137,7 +138,7 @@ def test_after_a_kill_it_goes_on_to_the_same_files(whole, command, tmp_path, mon
 
     def mortal(file, made):
         if len(written) == done:
-            torn = evaluate._lines(made)
+            torn = evaluate.to_lines(made)
             file.write(torn[: torn.index("\n") + 20])
             raise Crash
         written.append(problem_of(made))
@@ -287,7 +288,7 @@ def test_an_evaluation_of_unknown_settings_is_left_alone(command, tmp_path):
         (tmp_path / name).write_text("{}\n")
     code, errors = command("--out", tmp_path)
     assert code == 2
-    assert "holds an evaluation without its settings.json; expected another directory" in errors
+    assert "holds an evaluation without its settings.json, so it cannot be resumed" in errors
     assert (tmp_path / "responses.jsonl").read_text() == "{}\n"
 
 
@@ -295,7 +296,7 @@ def test_an_extraction_that_raises_costs_its_answer_alone(task):
     def fail(problem, response):
         raise ValueError(response)
 
-    own = task._replace(verify=at_once(task.verify.ask, fail))
+    own = task._replace(verify=at_once(task.verify.prepare, fail))
     rollouts = Rollouts(
         problems=[task.heldout[0]],
         responses=[np.array([5, 2], np.int32)],
@@ -320,7 +321,10 @@ def test_other_settings_are_refused(whole, command):
     code, errors = command("--out", whole, "--temperature", 0.5, "--samples", 4)
     assert code == 2
     assert "holds an evaluation with other settings:" in errors
-    assert "  samples: 2 there, 4 now\n  temperature: 1.0 there, 0.5 now" in errors
+    expected = (
+        "  samples: 2 in the directory, 4 now\n  temperature: 1.0 in the directory, 0.5 now\n"
+    )
+    assert expected in errors
 
 
 def test_other_weights_are_refused_and_another_place_is_not(tmp_path):
@@ -336,7 +340,7 @@ def test_other_weights_are_refused_and_another_place_is_not(tmp_path):
     out, there = tmp_path / "out", {"model": "a", "weights": a}
     evaluate.check_settings(out, there)
     evaluate.check_settings(out, {"model": "b", "weights": b})
-    with pytest.raises(config_lib.ConfigError, match=f"weights: '{a}' there, '{c}' now"):
+    with pytest.raises(config_lib.ConfigError, match=f"weights: '{a}' in the directory, '{c}' now"):
         evaluate.check_settings(out, {"model": "a", "weights": c})
 
 
@@ -371,10 +375,10 @@ def test_a_comparison_with_other_problems_is_refused_before_anything_is_sampled(
     monkeypatch.setattr(evaluate, "append", None)
     code, errors = command("--problems", 5, "--compare", whole)
     assert code == 2
-    assert "of other problems: 9 there, 5 now, 5 in both" in errors
+    assert "of other problems: it has 9, this one has 5, and 5 are in both" in errors
     code, errors = command("--compare", tmp_path)
     assert code == 2
-    assert "holds no finished evaluation: there is no evaluation.json" in errors
+    assert "holds no finished evaluation: evaluation.json is missing" in errors
 
 
 def test_benchmarks_take_the_place_of_the_held_out_problems(command, questions, tmp_path):
@@ -418,9 +422,9 @@ def test_what_cannot_be_run_is_refused(command, arguments, message):
 
 
 def test_what_a_run_had_of_tpus_is_as_the_machine_has_it(tmp_path):
-    config = config_lib.default()
+    config = tiny_config.quickstart()
     config.model.update({"cache": "paged", "attention": "splash"})
-    (tmp_path / "config.json").write_text(config_files.to_json(config))
+    (tmp_path / "config.json").write_text(loading.to_json(config))
     arguments = main.parser().parse_args(["evaluate", "--workdir", str(tmp_path)])
     _, evaluated = benchmark._config(arguments)
     assert (evaluated.model.cache, evaluated.model.attention) == ("auto", "auto")

@@ -134,7 +134,7 @@ def main(arguments) -> None:
     )
     leaves = list(map(mesh_lib.shard_bytes, jax.tree.leaves(cache)))
     step_bytes = (
-        sum(a.bytes * hlo.turns(a.loops[1:]) for a in moved)
+        sum(a.bytes * hlo.trip_count(a.loops[1:]) for a in moved)
         + sum(a.bytes for a in around) / STEPS
         + kernel
     )

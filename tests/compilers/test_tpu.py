@@ -1,4 +1,4 @@
-"""What XLA:TPU makes of it, on a machine without a TPU (slow: needs the extra `tpu`)."""
+"""Programs that XLA:TPU compiles without a TPU; the slow tests need the extra `tpu`."""
 
 import importlib.util
 import json
@@ -54,28 +54,26 @@ ENTRY %main (p: f32[2,4]) -> f32[8,4] {
 
 
 def test_collectives_within_fusions_count_once():
-    """One that begins in a fusion, goes on in another and ends in a third; and sums of which slices
-    are all that is kept.
-    """
+    """A collective can span three fusions, and a reduce-scatter is a fusion of sum and slice."""
     gather = "all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}"
-    going_on = f"{gather}, backend_config={{{{'async_collective_fusion_config':1}}}}"
+    overlapped = f"{gather}, backend_config={{{{'async_collective_fusion_config':1}}}}"
     text = f"""HloModule jit_f
 
 %begins (p: bf16[4,8]) -> bf16[16,8] {{
   %p = bf16[4,8] parameter(0)
-  %all-gather.1 = bf16[16,8] {going_on}
+  %all-gather.1 = bf16[16,8] {overlapped}
   ROOT %c = bf16[16,8] custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
 }}
 
 %async_collective_fusion (p: bf16[4,8]) -> (bf16[4,8], bf16[16,8]) {{
   %p = bf16[4,8] parameter(0)
-  %all-gather.2 = bf16[16,8] {going_on}
+  %all-gather.2 = bf16[16,8] {overlapped}
   ROOT %t = (bf16[4,8], bf16[16,8]) tuple(%p, %all-gather.2)
 }}
 
 %ends (p: bf16[4,8]) -> bf16[16,8] {{
   %p = bf16[4,8] parameter(0)
-  %all-gather.3 = bf16[16,8] {going_on}
+  %all-gather.3 = bf16[16,8] {overlapped}
   ROOT %c = bf16[16,8] custom-call(%all-gather.3), custom_call_target="AsyncCollectiveDone"
 }}
 
@@ -117,7 +115,7 @@ ENTRY %main (p: bf16[4,8], q: f32[16,8], r: f32[16]) -> f32[4,8] {{
     ]
 
 
-def test_bytes_are_counted_of_what_is_read_and_written_in_hbm():
+def test_only_bytes_read_from_and_written_to_hbm_are_counted():
     text = """HloModule jit_f
 
 %of_a_layer (p0: bf16[4,8,16], p1: bf16[2,8]) -> bf16[2,16] {
@@ -175,10 +173,10 @@ ENTRY %main (p: bf16[4,8,16]) -> bf16[2,64,16] {
 """
     moved = costs.accesses(hlo.Program(text))
     layer, row, copy = (2 * 8 * 16, 2 * 2 * 16), 2 * 2 * 16, (8, 8)
-    assert [(a.read, a.written, hlo.turns(a.loops[1:])) for a in moved if a.loops] == [
-        (*layer, 1),  # the weight's piece; the other operand is in VMEM
-        (row + 8 + row, row, 1),  # the rows that are replaced, their numbers, the new ones
-        (8 + row, row, 1),  # not the cache
+    assert [(a.read, a.written, hlo.trip_count(a.loops[1:])) for a in moved if a.loops] == [
+        (*layer, 1),  # the slice of the weight; the other operand is in VMEM
+        (row + 8 + row, row, 1),  # the replaced rows, their indices and the new rows
+        (8 + row, row, 1),  # without the cache
         *[(*copy, 1)] * 2,  # the larger branch
         (*copy, 5),
     ]
@@ -186,7 +184,7 @@ ENTRY %main (p: bf16[4,8,16]) -> bf16[2,64,16] {
 
 
 def compiled(script, *arguments):
-    """What a script beside this file prints."""
+    """Runs a script beside this file; returns the JSON on its last line."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("the TPU compiler is not installed: pip install 'opsd-jax[tpu]'")
     quiet = {
@@ -210,65 +208,64 @@ def compiled(script, *arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5p:2x2x4", "v5e:4x4"])
 @pytest.mark.parametrize(("mesh", "tensor"), [("1x16x1", 1), ("4x4x1", 1), ("1x4x4", 4)])
-def test_no_collective_of_the_heads_size_in_the_loop_over_chunks(topology, mesh, tensor):
-    """Both heads are gathered once before it, and the gradient of one is reduced once after it."""
-    seen = compiled("compile_losses.py", topology, mesh, "ours")
-    # With the vocabulary split, a chunk's gradient of the hidden states is summed over its parts.
-    assert seen["largest_in_loop"] <= (CHUNK * D if tensor > 1 else 0)
-    assert seen["of_head_size"] == 3
-    assert seen["largest_outside"] == D * V // tensor
-    # Two heads in bfloat16, the gradient of one in float32, three arrays of a chunk's logits; and
-    # half a GiB for what is as large as the hidden states of a device (at most 0.5 GiB in all).
-    assert seen["temp_gib"] < ((2 + 2 + 4) * D * V + 3 * 4 * CHUNK * V) / tensor / 2**30 + 0.5
+def test_the_loop_over_chunks_has_no_collective_of_the_heads_size(topology, mesh, tensor):
+    """Both heads are gathered once before the loop; one gradient is reduced once after it."""
+    found = compiled("compile_losses.py", topology, mesh, "ours")
+    # If the vocabulary is split, each chunk sums the gradient of its hidden states over the parts.
+    assert found["largest_in_loop"] <= (CHUNK * D if tensor > 1 else 0)
+    assert found["of_head_size"] == 3
+    assert found["largest_outside"] == D * V // tensor
+    # Two heads in bfloat16, one gradient in float32 and three arrays of a chunk's logits. Arrays of
+    # the size of a device's hidden states take at most another 0.5 GiB.
+    assert found["temp_gib"] < ((2 + 2 + 4) * D * V + 3 * 4 * CHUNK * V) / tensor / 2**30 + 0.5
 
 
 @pytest.mark.slow
-def test_the_check_can_fail():
-    """A plain scan over chunks does hold one."""
-    seen = compiled("compile_losses.py", "v5p:2x2x4", "1x16x1", "plain")
-    assert seen["largest_in_loop"] >= D * V
+def test_a_plain_scan_over_chunks_has_a_collective_of_the_heads_size():
+    """This shows that the test above can fail."""
+    found = compiled("compile_losses.py", "v5p:2x2x4", "1x16x1", "plain")
+    assert found["largest_in_loop"] >= D * V
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 def test_weights_are_written_into_the_parameters_in_place(param_dtype):
-    seen = compiled("compile_weights.py", "v5p:2x2x1", "1x2x2", param_dtype)
-    assert seen["in_place"]
-    assert seen["temp_mib"] <= 32  # a piece's
+    found = compiled("compile_weights.py", "v5p:2x2x1", "1x2x2", param_dtype)
+    assert found["in_place"]
+    assert found["temp_mib"] <= 32  # one slice
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("topology", "mesh", "hbm_gib"), [("v5p:2x2x1", "1x1x4", 95), ("v5e:2x4", "2x1x4", 15.75)]
 )
-def test_decoding_reads_the_weights_and_what_is_filled_of_the_cache(topology, mesh, hbm_gib):
-    """What rollouts of Qwen3-8B run, 64 slots of 8,192 tokens, on 4 chips of 95 GiB and 8 of 16."""
-    seen = compiled("compile_decode.py", topology, mesh, "paged")
-    assert seen["argument"] + seen["temp"] < hbm_gib
-    assert seen["ratio"] <= 1.25
-    assert seen["largest_write"] < 0.1  # the cache is updated in place
-    assert seen["largest_collective"] <= 64 * D  # hidden states
-    # Once a chunk the queries', keys' and values' weights are copied to lie as it wants them.
-    assert seen["temp"] < 0.6
+def test_decoding_reads_the_weights_and_the_filled_part_of_the_cache(topology, mesh, hbm_gib):
+    """Decodes Qwen3-8B with 64 slots of 8,192 tokens, on 4 chips of 95 GiB and 8 of 16 GiB."""
+    found = compiled("compile_decode.py", topology, mesh, "paged")
+    assert found["argument"] + found["temp"] < hbm_gib
+    assert found["ratio"] <= 1.25
+    assert found["largest_write"] < 0.1  # the cache is updated in place
+    assert found["largest_collective"] <= 64 * D  # hidden states
+    # The program copies the weights of queries, keys and values into another layout once a chunk.
+    assert found["temp"] < 0.6
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("topology", "mesh"), [("v5p:2x2x1", "1x1x4"), ("v5e:2x4", "2x1x4"), ("v5e:2x4", "8x1x1")]
 )
-def test_an_admission_moves_four_prompts(topology, mesh):
-    """Not the cache, and not the weights."""
-    seen = compiled("compile_decode.py", topology, mesh, "paged", "--program", "insert")
-    assert seen["largest_collective"] <= 4 * 1024 * 2 * 8 * 128  # of a layer
-    assert seen["temp"] < 0.6  # of all layers: 4 * 36 * 4 MiB
+def test_inserting_into_slots_moves_four_prompts_but_no_cache_or_weights(topology, mesh):
+    found = compiled("compile_decode.py", topology, mesh, "paged", "--program", "insert")
+    assert found["largest_collective"] <= 4 * 1024 * 2 * 8 * 128  # one layer
+    assert found["temp"] < 0.6  # all layers: 4 * 36 * 4 MiB
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", ["paged", "dense"])
-def test_the_account_of_bytes_is_xlas(cache):
-    """Of one step, whose bytes XLA counts, too: without the kernel's own and with those in VMEM."""
+def test_bytes_are_counted_as_xla_counts_them(cache):
+    """For one step, XLA counts the bytes in VMEM too, but not those that the kernel reads."""
     arguments = "--program", "step", "--layers", "2"
-    seen = compiled("compile_decode.py", "v5p:2x2x1", "1x1x4", cache, *arguments)
-    assert abs(seen["account_by_xlas"] - 1) < 0.02
-    # Without a loop around it the dense cache is copied: the account can tell.
-    assert (seen["largest_write"] > 0.99) == (cache == "dense")
+    found = compiled("compile_decode.py", "v5p:2x2x1", "1x1x4", cache, *arguments)
+    assert abs(found["account_by_xlas"] - 1) < 0.02
+    # Without a loop around the step the dense cache is copied, which the count shows.
+    assert (found["largest_write"] > 0.99) == (cache == "dense")

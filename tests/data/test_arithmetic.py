@@ -1,4 +1,4 @@
-"""The embedded task: what a problem, a demonstration and a verdict are."""
+"""The built-in task: its problems, demonstrations and verdicts."""
 
 import numpy as np
 import pytest
@@ -11,17 +11,17 @@ CALCULATE = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b:
 
 
 def test_solutions_follow_from_the_true_operands(task):
-    """Each line's result follows from the line, its carried value from the line before."""
+    """Each step's result follows from the step, and its carried value from the step before."""
     misprints = operands = 0
     for i in range(500):
         problem = task.train[i]
         printed = problem.question.split()
-        *words, answer = problem.solution.split()
-        assert len(words) == 20
-        carried_on = words[1]
+        *tokens, answer = problem.solution.split()
+        assert len(tokens) == 20
+        carried_on = tokens[1]
         misprints += carried_on != printed[1]
         for j in range(0, 20, 5):
-            label, carried, operation, operand, result = words[j : j + 5]
+            label, carried, operation, operand, result = tokens[j : j + 5]
             assert carried == carried_on
             assert int(result) == CALCULATE[operation](int(carried), int(operand)) % 10
             at = printed.index(label)
@@ -46,7 +46,7 @@ def test_train_and_held_out_problems_are_disjoint(task):
     assert task.heldout[len(task.heldout) + 5] == task.heldout[5]
 
 
-def test_the_number_of_a_problem_is_its_question():
+def test_every_number_has_its_own_question():
     questions = {arithmetic.problem(n).question for n in range(0, arithmetic.SPACE, 1013)}
     assert len(questions) == len(range(0, arithmetic.SPACE, 1013))
 
@@ -57,7 +57,7 @@ def test_data_is_a_function_of_index_and_seed(task):
     assert [first[i] for i in range(40)] != [other[i] for i in range(40)]
 
 
-def test_demonstrations_are_what_they_are_said_to_be(task):
+def test_demonstrations_have_the_documented_rates(task):
     data = task.demonstrations(0)
     decode = task.tokenizer.decode
     verbose, concise = [], []
@@ -69,33 +69,31 @@ def test_demonstrations_are_what_they_are_said_to_be(task):
             (decode(prompt), decode(response))
         )
     # Binomial standard errors here are at most one point.
-    assert abs(len(concise) / 3000 - arithmetic.PRIVILEGED_SHARE) < 0.03
+    assert abs(len(concise) / 3000 - arithmetic.PRIVILEGED_FRACTION) < 0.03
     mean = lambda pairs: np.mean([len(response.split()) for _, response in pairs])
     assert mean(concise) < 30 < 45 < mean(verbose)
     for prompt, response in concise:
-        assert response.split()[-2] == prompt.split()[-2]  # the reference's answer
+        assert response.split()[-2] == prompt.split()[-2]  # the answer of the solution
     assert min(len(response.split()) for _, response in concise) == 24
-    shares = [
-        np.mean([word in response for _, response in verbose]) for word in ("problem", " so ")
+    fractions = [
+        np.mean([token in response for _, response in verbose]) for token in ("problem", " so ")
     ]
     np.testing.assert_allclose(
-        shares, [arithmetic.RESTATE_RATE, arithmetic.SUMMARY_RATE], atol=0.04
+        fractions, [arithmetic.RESTATE_RATE, arithmetic.SUMMARY_RATE], atol=0.04
     )
 
 
 def test_rechecks_end_when_two_results_agree(task):
     data = task.demonstrations(0)
     for i in range(500):
-        words = task.tokenizer.decode(data[i].response).split()
-        results = [w for w in words if w in ("ok", "hmm")]
-        assert words.count("wait") + words.count("check") == len(results)
-        for j, word in enumerate(words):
-            if word in (
-                "ok",
-                "hmm",
-            ):  # the result, seven words back (or six, after no "ok"), repeats
-                before = words[j - 7] if words[j - 7].isdigit() else words[j - 8]
-                assert (words[j - 1] == before) == (word == "ok")
+        tokens = task.tokenizer.decode(data[i].response).split()
+        results = [token for token in tokens if token in ("ok", "hmm")]
+        assert tokens.count("wait") + tokens.count("check") == len(results)
+        for j, token in enumerate(tokens):
+            if token in ("ok", "hmm"):
+                # The result before it is seven tokens back, or eight after an earlier recheck.
+                before = tokens[j - 7] if tokens[j - 7].isdigit() else tokens[j - 8]
+                assert (tokens[j - 1] == before) == (token == "ok")
 
 
 @pytest.mark.parametrize(
@@ -111,12 +109,12 @@ def test_rechecks_end_when_two_results_agree(task):
         ("", Verdict(False, "no answer")),
     ],
 )
-def test_verdicts(response, verdict):
+def test_verify_needs_the_answer_and_eos_after_the_thinking(response, verdict):
     problem = arithmetic.problem(0)._replace(answer="7")
     assert arithmetic.verify(problem, response) == verdict
 
 
-def test_outcomes():
+def test_outcomes_are_disjoint_and_complete():
     verdicts = [Verdict(True, ""), Verdict(False, ""), Verdict(True, ""), Verdict(False, "")]
     masks = outcomes_of(verdicts, np.array([False, False, True, True]))
     np.testing.assert_array_equal(masks.correct, [1, 0, 0, 0])
@@ -126,6 +124,6 @@ def test_outcomes():
         outcomes_of(verdicts, np.zeros(3, bool))
 
 
-def test_a_word_without_a_token_is_named(task):
+def test_a_token_outside_the_vocabulary_is_named(task):
     with pytest.raises(ValueError, match=r"'apple' of '1 \+ apple'"):
         task.tokenizer.encode("1 + apple")

@@ -1,11 +1,12 @@
-"""The data sets that training and evaluation use here: what is in them, and what is not.
+"""Loading the datasets that our training and evaluation use.
 
-They lie beside the checkout, in shared/data/benchmarks; without them the tests are skipped.
+They are in shared/data/benchmarks next to the checkout. Without them, the tests are skipped.
 """
 
 import json
 
 import pytest
+import tiny_config
 from paths import SHARED
 
 from opsd_jax import config as config_lib
@@ -26,8 +27,8 @@ def source(name, **changes):
 
 @pytest.fixture(scope="module")
 def data():
-    """All of it, each answer verified against itself. Two rows have no answer."""
-    config = config_lib.default().data
+    """All datasets, with each answer verified against itself. Two rows have no answer."""
+    config = tiny_config.quickstart().data
     for name in EVALUATION:
         config.heldout[name] = source(name)
     for name in TRAINING:
@@ -41,11 +42,13 @@ def test_the_rows_that_cannot_be_used_are_listed():
         sources.problems("maths", source(TRAINING[2]), "data.train.maths", lambda p: [""] * len(p))
     lines = str(error.value).splitlines()
     assert lines[0] == "config.data.train.maths: 2 bad of 7474 rows:"
-    for line, number in zip(lines[1:3], (5329, 5331), strict=True):  # no choice was right there
+    for line, number in zip(
+        lines[1:3], (5329, 5331), strict=True
+    ):  # the original has no right choice
         assert f"{TRAINING[2]}.jsonl:{number}: field 'answer' is ''; expected a string" in line
 
 
-def test_counts(data):
+def test_the_rows_of_each_source_are_counted(data):
     assert data.counts == {
         "aime24": sources.Counts(rows=30, kept=30),
         "aime25": sources.Counts(rows=30, kept=30, unsolved=30),
@@ -53,15 +56,15 @@ def test_counts(data):
         "math500": sources.Counts(rows=500, kept=500),
         "gsm8k_train": sources.Counts(rows=7473, kept=7473),
         "train_aime_1983_2023": sources.Counts(rows=975, kept=968, overlap={"math500": 7}),
-        # 5 stand in it twice; 355 are problems of the AIME above.
+        # 5 occur twice in it; 355 are also in the AIME source above.
         "train_math_deepscaler": sources.Counts(
             rows=7474, kept=7112, bad=2, repeated=360, unsolved=7112
         ),
     }
 
 
-def test_what_the_file_says_is_in_math500_is_left_out(data):
-    """And one more that the file does not say: its three dots are \\cdots here and \\dots there."""
+def test_training_problems_that_are_in_math500_are_left_out(data):
+    """The file marks six. One more differs only in its dots: \\cdots or \\dots."""
     lines = (FOLDER / "train_aime_1983_2023.jsonl").read_text().splitlines()
     rows = {f"train_aime_1983_2023/{row['id']}": row for row in map(json.loads, lines)}
     flagged = {key for key, row in rows.items() if row.get("in_math500")}
@@ -70,21 +73,21 @@ def test_what_the_file_says_is_in_math500_is_left_out(data):
     assert left_out == flagged | {"train_aime_1983_2023/aime-train-744"}
 
 
-def test_no_problem_twice(data):
+def test_ids_are_unique_over_all_sources(data):
     ids = [p.id for part in (data.train, data.heldout) for ps in part.values() for p in ps]
     assert len(set(ids)) == len(ids) == 30 + 30 + 1319 + 500 + 7473 + 968 + 7112
 
 
-def test_what_differs_in_a_sign_alone_is_kept(data):
-    """These pairs have the same letters and digits, and other answers: k > 0 and k < 0, say."""
+def test_problems_that_differ_only_in_a_sign_are_kept(data):
+    """These pairs have equal letters and digits but different answers: k > 0 and k < 0."""
     kept = {problem.id.rsplit("-", 1)[1] for problem in data.train["train_math_deepscaler"]}
     for pair in ((142, 167), (2608, 3190), (3409, 3865), (6405, 6477), (7028, 7138)):
         assert kept.issuperset(map(str, pair))
 
 
-def test_repeated_problems_of_one_file():
-    """Without the AIME beside it."""
-    section = source("train_math_deepscaler", bad_rows="drop")
-    problems, _ = sources.problems("maths", section, "", lambda p: [""] * len(p))
+def test_repeated_problems_of_one_file_are_counted():
+    """Here the file is the only source."""
+    options = source("train_math_deepscaler", bad_rows="drop")
+    problems, _ = sources.problems("maths", options, "", lambda p: [""] * len(p))
     _, counts = without_duplicates({"maths": problems}, {})
     assert counts == {"maths": ({}, 5)}

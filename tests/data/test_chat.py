@@ -1,12 +1,13 @@
-"""Tokenizers of model directories, and chat templates: the ids that transformers makes."""
+"""Tokenizers of model directories and chat templates give the token ids of transformers."""
 
 import datetime
 import json
 
 import pytest
 import tiny_tokenizer
+import tokenizers
 
-from opsd_jax.data.chat import Chat, ChatTemplate, fitting
+from opsd_jax.data.chat import Chat, ChatTemplate, cut_to_fit
 from opsd_jax.data.tokenizer import PretrainedTokenizer
 
 FAMILIES = tuple(tiny_tokenizer.TEMPLATES)
@@ -52,7 +53,7 @@ def test_prompts_are_those_of_transformers(directory, thinking, system):
         turns, add_generation_prompt=True, tokenize=True, return_dict=False, **arguments
     )
     assert chat.prompt(QUESTION) == list(expected)
-    # Whole dialogues, without a generation prompt, too.
+    # Chats of several turns, with and without a generation prompt.
     turns += [
         {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nIt is 46. "},
         {"role": "user", "content": "Sure?"},
@@ -61,22 +62,22 @@ def test_prompts_are_those_of_transformers(directory, thinking, system):
         text = theirs.apply_chat_template(
             turns, add_generation_prompt=generation, tokenize=False, **arguments
         )
-        said = ours.chat_template.render(turns, arguments, generation_prompt=generation)
-        assert said == text
-        assert ours.encode(said) == theirs(text, add_special_tokens=False).input_ids
-    # Text without a template begins as transformers has it.
+        rendered = ours.chat_template.render(turns, arguments, generation_prompt=generation)
+        assert rendered == text
+        assert ours.encode(rendered) == theirs(text, add_special_tokens=False).input_ids
+    # Text without a template begins with the same special tokens.
     assert ours.encode_document(QUESTION) == theirs(QUESTION).input_ids
     ids = theirs(QUESTION).input_ids
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
 @pytest.mark.slow
-def test_on_its_day_a_prompt_is_that_of_transformers(directories):
+def test_a_prompt_with_today_s_date_is_that_of_transformers(directories):
     transformers = pytest.importorskip("transformers", reason="needs the extra `parity`")
     theirs = transformers.AutoTokenizer.from_pretrained(directories["llama3"])
     ours = PretrainedTokenizer(directories["llama3"])
     turns = [{"role": "user", "content": "?"}]
-    for _ in range(2):  # in case that it is midnight
+    for _ in range(2):  # in case midnight passes between the two
         chat = Chat(ours, ours.chat_template, date=datetime.date.today().isoformat())
         expected = theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         if chat.prompt("?") == expected:
@@ -86,10 +87,10 @@ def test_on_its_day_a_prompt_is_that_of_transformers(directories):
 
 
 def test_a_template_that_asks_for_the_date_needs_one(directories):
-    """Else a run would go on tomorrow with other prompts than today's."""
+    """Otherwise a run that is resumed tomorrow would have different prompts."""
     tokenizer = PretrainedTokenizer(directories["llama3"])
     with pytest.raises(
-        ValueError, match=r"it asks for the date, .*--config.data.date=2026-01-31, or --date"
+        ValueError, match=r"it asks for today's date, .*--config.data.date=2026-01-31, or --date"
     ):
         Chat(tokenizer, tokenizer.chat_template)
     pinned = Chat(tokenizer, tokenizer.chat_template, date="2024-07-26").prompt("?")
@@ -97,19 +98,19 @@ def test_a_template_that_asks_for_the_date_needs_one(directories):
     assert pinned == named
 
 
-def test_special_ids(directory):
+def test_special_tokens_have_their_ids(directory):
     tokenizer = PretrainedTokenizer(directory)
     end = tokenizer.encode(tiny_tokenizer.END[directory.name])
     assert len(end) == 1
     assert tuple(end) == tokenizer.eos_ids
     assert [tokenizer.pad_id] == tokenizer.encode("<|endoftext|>")
     (think,) = tokenizer.encode("</think>")
-    assert tokenizer.decode([think, *end]) == "</think>"  # what a verifier has to see stays
-    assert tokenizer.vocab_size == 1 + think  # the last that was added
+    assert tokenizer.decode([think, *end]) == "</think>"  # verifiers need it
+    assert tokenizer.vocab_size == 1 + think  # the tag was added last
     assert tokenizer.decode([500, 10**6]) == ""  # a model's vocabulary may be larger
 
 
-def test_more_ends_of_a_response(directories, tmp_path):
+def test_generation_config_adds_eos_ids(directories, tmp_path):
     tiny_tokenizer.write(tmp_path, "qwen3")
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 1]}')
     assert PretrainedTokenizer(tmp_path).eos_ids == (3, 1)
@@ -117,7 +118,7 @@ def test_more_ends_of_a_response(directories, tmp_path):
     assert PretrainedTokenizer(tmp_path).eos_ids == (3, 1)
 
 
-def test_a_template_in_a_file_of_its_own(tmp_path):
+def test_a_chat_template_is_found_wherever_it_is_stored(tmp_path):
     tiny_tokenizer.write(tmp_path, "qwen3")
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}!")
     tokenizer = PretrainedTokenizer(tmp_path)
@@ -134,14 +135,15 @@ def test_a_template_in_a_file_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("thinking", ["", "off"])
 def test_a_next_turn_leaves_the_response_as_it_was_sampled(directory, thinking):
-    """Also where the template would take its thinking out, or trim it."""
+    """Even if the template removes thinking or strips whitespace."""
     tokenizer = PretrainedTokenizer(directory)
     switched = directory.name == "qwen3"
     thinking = thinking if switched else ""
     chat = Chat(tokenizer, tokenizer.chat_template, thinking=thinking, options=OPTIONS)
     response = tokenizer.encode(" <think>\nHm.</think>It is 46. ")
     dialogue = [*chat.prompt("What?"), *response, *chat.next_turn("A memo, please.")]
-    text = tokenizer._tokenizer.decode(dialogue, skip_special_tokens=False)
+    raw = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    text = raw.decode(dialogue, skip_special_tokens=False)
     begun = chat.begun()
     assert "What?" in text
     assert f" <think>\nHm.</think>It is 46. {tiny_tokenizer.END[directory.name]}" in text
@@ -154,7 +156,7 @@ def test_a_next_turn_leaves_the_response_as_it_was_sampled(directory, thinking):
     assert begun == ("<think>\n" if directory.name == "r1" else "")
 
 
-def test_a_system_that_speaks_of_thinking_has_not_begun_it(directories):
+def test_a_system_message_about_thinking_does_not_begin_it(directories):
     for family, begun in {"qwen3": "", "r1": "<think>\n"}.items():
         tokenizer = PretrainedTokenizer(directories[family])
         chat = Chat(tokenizer, tokenizer.chat_template, system="Use <think>.")
@@ -164,13 +166,13 @@ def test_a_system_that_speaks_of_thinking_has_not_begun_it(directories):
 @pytest.mark.parametrize(
     ("family", "arguments", "message"),
     [
-        ("r1", {"thinking": "off"}, "data.thinking is 'off', and the chat template renders the sa"),
-        ("qwen2", {"thinking": "on"}, "data.thinking is 'on', and the chat template renders the s"),
-        (None, {"system": "Hm"}, "data.system is 'Hm', and the prompts are plain text"),
-        (None, {"thinking": "on"}, "data.thinking is 'on', and the prompts are plain text"),
+        ("r1", {"thinking": "off"}, "data.thinking is 'off', but the chat template renders the sa"),
+        ("qwen2", {"thinking": "on"}, "data.thinking is 'on', but the chat template renders the s"),
+        (None, {"system": "Hm"}, "data.system is 'Hm', but the prompts are plain text"),
+        (None, {"thinking": "on"}, "data.thinking is 'on', but the prompts are plain text"),
     ],
 )
-def test_what_a_template_cannot_do_is_an_error(directories, family, arguments, message):
+def test_an_option_without_effect_is_an_error(directories, family, arguments, message):
     tokenizer = PretrainedTokenizer(directories["qwen3"])
     template = family and ChatTemplate(tiny_tokenizer.TEMPLATES[family], tokenizer.special_tokens)
     with pytest.raises(ValueError, match=message):
@@ -187,20 +189,20 @@ def test_what_a_template_cannot_do_is_an_error(directories, family, arguments, m
         "{% for i in range(10000000) %}{% endfor %}",
     ],
 )
-def test_a_template_is_kept_in_its_sandbox(source):
+def test_a_template_cannot_leave_its_sandbox(source):
     with pytest.raises(ValueError, match="the chat template fails: "):
         ChatTemplate(source, {}).render([{"role": "user", "content": "?"}])
 
 
-def test_a_template_that_is_none_is_an_error():
+def test_an_invalid_template_is_an_error():
     with pytest.raises(ValueError, match="the chat template cannot be read: "):
         ChatTemplate("{% if %}", {})
     with pytest.raises(ValueError, match="the chat template fails: TemplateError: not like this"):
         ChatTemplate("{{ raise_exception('not like this') }}", {}).render([])
 
 
-def test_tokens_that_the_settings_add(tmp_path):
-    """As transformers does: what `tokenizer.json` does not have, in the order of the ids."""
+def test_tokenizer_config_adds_tokens(tmp_path):
+    """Tokens that `tokenizer.json` lacks are added in the order of their ids, as in transformers."""
     tiny_tokenizer.write(tmp_path, "qwen3")
     last = PretrainedTokenizer(tmp_path).vocab_size
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -234,16 +236,16 @@ def test_tokens_that_the_settings_add(tmp_path):
         (
             "tokenizer_config.json",
             '{"chat_template": [{"name": "tool", "template": ""}], "eos_token": "<|im_end|>"}',
-            "has chat templates tool; expected one of the name default",
+            "has the chat templates tool; expected one named 'default'",
         ),
         ("tokenizer.json", None, r"there is no .*tokenizer.json; expected a Hugging Face model's"),
         ("tokenizer.json", "{}", r"tokenizer.json cannot be read: "),
         ("tokenizer_config.json", "{", r"tokenizer_config.json is not JSON: "),
-        ("tokenizer_config.json", "[]", r"tokenizer_config.json holds list; expected a JSON obj"),
+        ("tokenizer_config.json", "[]", r"tokenizer_config.json has a JSON list; expected an obj"),
         ("tokenizer_config.json", "{}", "names no end-of-sequence token; expected eos_token in"),
     ],
 )
-def test_a_directory_that_cannot_be_used(tmp_path, file, content, message):
+def test_a_directory_that_cannot_be_read_is_an_error(tmp_path, file, content, message):
     tiny_tokenizer.write(tmp_path, "qwen3")
     (tmp_path / file).unlink(missing_ok=True)
     if content is not None:
@@ -252,10 +254,12 @@ def test_a_directory_that_cannot_be_used(tmp_path, file, content, message):
         PretrainedTokenizer(tmp_path)
 
 
-def test_a_text_is_cut_to_what_fits():
+def test_a_text_is_cut_to_the_longest_part_that_fits():
     render = lambda text: list(f"<{text}>")
-    assert fitting(render, "abcdef", 8) == (list("<abcdef>"), False)
-    assert fitting(render, "abcdef", 7) == (list("<abcde>"), True)
-    assert fitting(render, "abcdef", 2) == (list("<>"), True)
-    with pytest.raises(ValueError, match="2 tokens without the privileged text; 1 fit"):
-        fitting(render, "abcdef", 1)
+    assert cut_to_fit(render, "abcdef", 8) == (list("<abcdef>"), False)
+    assert cut_to_fit(render, "abcdef", 7) == (list("<abcde>"), True)
+    assert cut_to_fit(render, "abcdef", 2) == (list("<>"), True)
+    with pytest.raises(
+        ValueError, match="2 tokens without any of the privileged context; only 1 fit"
+    ):
+        cut_to_fit(render, "abcdef", 1)

@@ -1,4 +1,4 @@
-"""Rows of files into problems: every form of file, every filter, every message."""
+"""Reading rows of files as problems: every file format, every filter, every error message."""
 
 import gzip
 import json
@@ -48,7 +48,7 @@ def write_arrow(path, rows):
 
 
 def write_saved_dataset(folder, rows, split=None):
-    """What Dataset.save_to_disk leaves: two Arrow files, and the order in which they count."""
+    """Writes what Dataset.save_to_disk writes: two Arrow files, and a list of them."""
     write_arrow(folder / "data-00000-of-00002.arrow", rows[:1])
     write_arrow(folder / "data-00001-of-00002.arrow", rows[1:])
     names = [{"filename": f"data-0000{i}-of-00002.arrow"} for i in range(2)]
@@ -58,7 +58,7 @@ def write_saved_dataset(folder, rows, split=None):
 
 
 def write_saved_dict(folder, rows):
-    """What DatasetDict.save_to_disk leaves."""
+    """Writes what DatasetDict.save_to_disk writes."""
     write_saved_dataset(folder / "train", rows, "train")
     write_saved_dataset(folder / "test", rows[:2], "test")
     (folder / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
@@ -66,7 +66,7 @@ def write_saved_dict(folder, rows):
 
 
 def write_snapshot(folder, rows):
-    """A repository of the hub."""
+    """Writes a folder like a dataset's repository on the hub."""
     write_parquet(folder / "data" / "train-00000-of-00002.parquet", rows[:2])
     write_parquet(folder / "data" / "train-00001-of-00002.parquet", rows[2:])
     write_json_lines(folder / "test_small.jsonl", rows[:1])
@@ -75,8 +75,8 @@ def write_snapshot(folder, rows):
 
 
 def read(path, check_golds=lambda problems: [""] * len(problems), **changes):
-    section = config_lib.source(str(path), **changes)
-    return sources.problems("maths", section, "data.train.maths", check_golds)
+    source = config_lib.source(str(path), **changes)
+    return sources.problems("maths", source, "data.train.maths", check_golds)
 
 
 @pytest.mark.parametrize(
@@ -91,14 +91,14 @@ def read(path, check_golds=lambda problems: [""] * len(problems), **changes):
         (write_snapshot, "snapshot", "train"),
     ],
 )
-def test_every_form_of_file_reads_the_same(tmp_path, write, name, split):
+def test_every_file_format_gives_the_same_problems(tmp_path, write, name, split):
     problems, counts = read(write(tmp_path / name, ROWS), split=split)
     assert problems == PROBLEMS
     assert counts == sources.Counts(rows=3, kept=3, unsolved=1)
 
 
 @pytest.mark.slow
-def test_what_the_datasets_package_saves_reads_the_same(tmp_path):
+def test_files_of_the_datasets_package_give_the_same_problems(tmp_path):
     datasets = pytest.importorskip("datasets")
     dataset = datasets.Dataset.from_list(ROWS)
     dataset.save_to_disk(tmp_path / "saved", num_shards=2)
@@ -111,7 +111,7 @@ def test_what_the_datasets_package_saves_reads_the_same(tmp_path):
     assert read(tmp_path / "hub")[0] == PROBLEMS
 
 
-def test_splits(tmp_path):
+def test_a_split_is_selected_by_name(tmp_path):
     assert len(read(write_saved_dict(tmp_path / "d", ROWS), split="test")[0]) == 2
     assert len(read(write_snapshot(tmp_path / "s", ROWS), split="test_small")[0]) == 1
     assert len(read(write_saved_dataset(tmp_path / "one", ROWS, "train"), split="train")[0]) == 3
@@ -121,7 +121,7 @@ def test_splits(tmp_path):
     ("make", "split", "message"),
     [
         (lambda p: p / "absent.jsonl", "", r"absent.jsonl'; there is no such file or folder"),
-        (lambda p: p, "", "a folder without data: expected state.json, dataset_dict.json, or"),
+        (lambda p: p, "", "a folder without data; expected state.json, dataset_dict.json, or"),
         (lambda p: write_json_lines(p / "a.csv", []), "", r"ends in .jsonl, .jsonl.gz, .parquet"),
         (
             lambda p: write_json_lines(p / "a.jsonl", ROWS),
@@ -139,10 +139,10 @@ def test_splits(tmp_path):
             "expected one of 'train', ",
         ),
         (lambda p: write_snapshot(p / "s", ROWS), "dev", "expected one of 'train', 'test_small', "),
-        (lambda p: write_json_lines(p / "a.jsonl", []), "", "no problem is left of .*: 0 rows, 0"),
+        (lambda p: write_json_lines(p / "a.jsonl", []), "", "no problem of .* remains .0 rows, 0"),
     ],
 )
-def test_a_path_that_leads_nowhere(tmp_path, make, split, message):
+def test_a_path_without_data_is_an_error(tmp_path, make, split, message):
     with pytest.raises(DataError, match=rf"config.data.train.maths\W.*{message}"):
         read(make(tmp_path), split=split)
 
@@ -158,7 +158,7 @@ def test_a_damaged_file_is_named(tmp_path, name):
 
 
 def test_an_arrow_file_with_damage_inside_is_named(tmp_path):
-    """Whatever byte it is: reading the values of a damaged batch would end the process."""
+    """At any byte: converting the values of a damaged batch would end the process."""
     path = write_arrow(tmp_path / "a.arrow", ROWS)
     whole = path.read_bytes()
     code = (
@@ -184,8 +184,10 @@ def test_an_arrow_file_with_damage_inside_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("write", "name"), [(write_parquet, "a.parquet"), (write_arrow, "a.arrow")]
 )
-def test_a_column_that_is_not_asked_for_may_be_of_any_type(tmp_path, write, name):
-    took = pyarrow.scalar(10**14, pyarrow.timestamp("s"))  # a year that Python does not know
+def test_a_column_that_is_not_needed_may_have_any_type(tmp_path, write, name):
+    took = pyarrow.scalar(
+        10**14, pyarrow.timestamp("s")
+    )  # a year that Python's datetime cannot represent
     rows = [row | {"meta": {"level": 3}, "meta.x": 1, "took": took} for row in ROWS]
     path = write(tmp_path / name, rows)
     assert read(path, difficulty={"column": "meta.level", "low": 1.0})[0] == PROBLEMS
@@ -193,9 +195,9 @@ def test_a_column_that_is_not_asked_for_may_be_of_any_type(tmp_path, write, name
         read(path, columns={"answer": "gold"})
     with pytest.raises(DataError, match="which cannot be read: OverflowError"):
         read(path, extra=("took",))
-    section = config_lib.source(str(path), columns={"question": "absent"})
+    source = config_lib.source(str(path), columns={"question": "absent"})
     with pytest.raises(DataError, match="3 bad of 3 rows"):
-        sources.questions(section, "data.exclude.x")
+        sources.questions(source, "data.exclude.x")
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
@@ -210,7 +212,7 @@ def test_json_lines_need_no_pyarrow():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_columns_map(tmp_path):
+def test_column_names_may_be_dotted(tmp_path):
     rows = [
         {
             "prompt": [{"role": "user", "content": f"Question {i}"}],
@@ -234,7 +236,7 @@ def test_columns_map(tmp_path):
     assert no_answer[0].answer == ""
 
 
-def test_a_column_that_the_config_names_and_no_row_has(tmp_path):
+def test_a_named_column_that_no_row_has_is_an_error(tmp_path):
     path = write_json_lines(tmp_path / "a.jsonl", ROWS)
     with pytest.raises(
         DataError, match=r"maths.columns.solution is 'proof', which no row of .*a.j"
@@ -243,16 +245,16 @@ def test_a_column_that_the_config_names_and_no_row_has(tmp_path):
     with pytest.raises(DataError, match="1: field 'tests' is missing; expected a value"):
         read(path, extra=("tests",))
     wrong = ["no gold", "no gold", "no gold"]
-    with pytest.raises(DataError, match=r"columns.answer is '': .*maths.verifier, of kind 'maths'"):
+    with pytest.raises(DataError, match=r"columns.answer is '', .*maths.verifier, of kind 'maths'"):
         read(path, lambda problems: wrong, columns={"answer": ""})
 
 
 BAD = [
-    ("{", "not JSON: Expecting property name"),
+    ("{", "not JSON (Expecting property name"),
     ("[" * 100_000, "not JSON"),
     (
         '{"problem": "q", "answer": "1", "a": {"b": 1, "b": 2}}',
-        "the key 'b' stands in it twice",
+        "the key 'b' occurs twice",
     ),
     ({"problem": "q", "answer": 1e16}, "field 'answer' is 1e+16; expected a string"),
     ('"text"', "a JSON str; expected an object, column -> value"),
@@ -293,12 +295,12 @@ def test_a_bad_row_is_refused_with_file_line_field_and_reason(tmp_path, row, rea
     assert message.startswith("config.data.train.maths: 1 bad of 2 rows:\n")
     assert f"\n  {path}:3: " in message
     position = 0
-    for part in reason.split(".*"):  # in this order
+    for part in reason.split(".*"):  # the parts occur in this order
         position = message.index(part, position)
     assert "config.data.train.maths.bad_rows='drop'" in message
 
 
-def test_all_bad_rows_come_in_one_message(tmp_path, capsys):
+def test_all_bad_rows_are_in_one_message(tmp_path, caplog):
     rows = [{"problem": f"q{i}", "answer": "" if i % 2 else "1"} for i in range(30)]
     path = write_json_lines(tmp_path / "a.jsonl", rows)
     with pytest.raises(DataError) as error:
@@ -311,17 +313,19 @@ def test_all_bad_rows_come_in_one_message(tmp_path, capsys):
     problems, counts = read(path, bad_rows="drop")
     assert [p.question for p in problems] == [f"q{i}" for i in range(0, 30, 2)]
     assert counts == sources.Counts(rows=30, kept=15, bad=15, unsolved=15)
-    assert "15 bad of 30 rows:" in capsys.readouterr().err
+    assert "15 bad of 30 rows:" in caplog.text
 
 
-def test_ids_are_unique(tmp_path):
+def test_a_repeated_id_is_a_bad_row(tmp_path):
     rows = [*ROWS, ROWS[1] | {"problem": "another"}]
     path = write_parquet(tmp_path / "a.parquet", rows)
-    with pytest.raises(DataError, match=f"{path}:4: field 'id' is that of {path}:2 too; expected"):
+    with pytest.raises(
+        DataError, match=f"{path}:4: field 'id' is also the id of {path}:2; expected"
+    ):
         read(path)
 
 
-def test_an_id_counts_once_its_row_is_good(tmp_path):
+def test_the_id_of_a_bad_row_may_be_used_again(tmp_path):
     rows = [ROWS[0] | {"answer": ""}, *ROWS]
     path = write_json_lines(tmp_path / "a.jsonl", rows)
     problems, counts = read(path, bad_rows="drop")
@@ -329,7 +333,7 @@ def test_an_id_counts_once_its_row_is_good(tmp_path):
     assert counts == sources.Counts(rows=4, kept=3, bad=1, unsolved=1)
 
 
-def test_a_number_that_is_another_row_s_id(tmp_path):
+def test_a_row_number_that_is_another_row_s_id_is_a_bad_row(tmp_path):
     without, second = {"problem": "q", "answer": "1"}, ROWS[0] | {"id": 2}
     path = write_json_lines(tmp_path / "a.jsonl", [second, without])
     with pytest.raises(DataError, match=f"2: field 'id' is missing, and the row's .* of {path}:1;"):
@@ -344,7 +348,7 @@ def test_a_gold_that_does_not_verify_is_a_bad_row(tmp_path):
     path = write_json_lines(tmp_path / "a.jsonl", rows)
 
     def check_golds(problems):
-        assert problems == PROBLEMS  # a row that is bad already is not asked for
+        assert problems == PROBLEMS  # rows that are bad already are not verified
         return ["", "mismatch", ""]
 
     with pytest.raises(DataError) as error:
@@ -357,7 +361,7 @@ def test_a_gold_that_does_not_verify_is_a_bad_row(tmp_path):
     ]
 
 
-def test_difficulty(tmp_path):
+def test_difficulty_filters_rows(tmp_path):
     rows = [row | {"meta": {"level": level}} for row, level in zip(ROWS, (1, 2.5, 5), strict=True)]
     path = write_json_lines(tmp_path / "a.jsonl", rows)
     problems, counts = read(path, difficulty={"column": "meta.level", "low": 2.0})
@@ -372,8 +376,8 @@ def test_difficulty(tmp_path):
         read(path, difficulty={"column": "level"})
 
 
-def test_pass_rates(tmp_path):
-    """From an evaluation's records, a row a rollout, or from a stage's, a row a group."""
+def test_pass_rates_filter_problems(tmp_path):
+    """The records are those of an evaluation (one rollout per row) or a stage (one group)."""
     path = write_json_lines(tmp_path / "a.jsonl", ROWS)
     records = write_json_lines(
         tmp_path / "responses.jsonl",
@@ -386,11 +390,13 @@ def test_pass_rates(tmp_path):
     )
     rates = {"path": str(records), "low": 0.1, "high": 0.9}
     problems, counts = read(path, pass_rates=rates)
-    assert problems == [PROBLEMS[0], PROBLEMS[2]]  # half; never seen
+    assert problems == [PROBLEMS[0], PROBLEMS[2]]  # solved in half of its rollouts; without a rate
     assert counts == sources.Counts(rows=3, kept=2, pass_rate=1, unrated=1)
-    assert str(counts) == "3 rows, 1 of another pass rate, 2 kept, 1 without a pass rate"
+    assert (
+        str(counts) == "3 rows, 1 outside the bounds of pass_rates, 2 kept, 1 without a pass rate"
+    )
     with records.open("a") as file:
-        file.write('{"problem": "maths/c", "corr')  # where a run was killed
+        file.write('{"problem": "maths/c", "corr')  # as a killed run leaves it
     assert read(path, pass_rates=rates) == (problems, counts)
     for bad, reason in [
         ({"problem": "a"}, "responses.jsonl:2: problem 'a', correct None, rollouts 1; expected"),
@@ -403,34 +409,37 @@ def test_pass_rates(tmp_path):
             read(path, pass_rates=rates)
 
 
-def test_pass_rates_of_other_problems(tmp_path):
+def test_pass_rates_of_other_problems_are_an_error(tmp_path):
     path = write_json_lines(tmp_path / "a.jsonl", ROWS)
     lines = [{"problem": "tests/1", "correct": True}]
     for records, message in (
-        (lines, "in which none of its problems, such as 'tests/1', is one of .*'maths/a'"),
-        ([lines[0] | {"source": "tests"}], "in which no problem is one of .*a.jsonl, such as 'm"),
+        (lines, "in which none of its problems, such as 'tests/1', is a problem of .*'maths/a'"),
+        (
+            [lines[0] | {"source": "tests"}],
+            "in which no problem is a problem of .*a.jsonl, such as 'm",
+        ),
     ):
-        there = write_json_lines(tmp_path / "responses.jsonl", records)
-        with pytest.raises(DataError, match=f"pass_rates.path is '{there}', {message}"):
-            read(path, pass_rates={"path": str(there)})
+        path_of_rates = write_json_lines(tmp_path / "responses.jsonl", records)
+        with pytest.raises(DataError, match=f"pass_rates.path is '{path_of_rates}', {message}"):
+            read(path, pass_rates={"path": str(path_of_rates)})
     with pytest.raises(DataError, match=r"pass_rates.path is 'absent'.*cannot be read"):
         read(path, pass_rates={"path": "absent"})
 
 
-def test_questions_need_nothing_else(tmp_path):
+def test_questions_need_no_other_column(tmp_path):
     path = write_json_lines(tmp_path / "a.jsonl", [{"q": "What?"}, {"q": ""}])
-    section = config_lib.source(str(path), columns={"question": "q"})
+    source = config_lib.source(str(path), columns={"question": "q"})
     with pytest.raises(DataError, match=r"data.exclude.x: 1 bad of 2 rows:\n  .*:2: field 'q' is"):
-        sources.questions(section, "data.exclude.x")
-    section.bad_rows = "drop"
-    assert sources.questions(section, "data.exclude.x") == (
+        sources.questions(source, "data.exclude.x")
+    source.bad_rows = "drop"
+    assert sources.questions(source, "data.exclude.x") == (
         ["What?"],
         sources.Counts(rows=2, kept=1, bad=1),
     )
 
 
-def test_files_of_a_snapshot(tmp_path):
-    """Those with a hash are shards, those that begin with a dot are none."""
+def test_a_snapshot_s_shards_may_have_a_hash(tmp_path):
+    """Files whose name starts with a dot are ignored."""
     for i in range(2):
         path = tmp_path / f"train-0000{i}-of-00002-a09b74b3ef9c3b5{i}.parquet"
         write_parquet(path, ROWS[2 * i : 2 * i + 2])
@@ -441,8 +450,8 @@ def test_files_of_a_snapshot(tmp_path):
         read(tmp_path, split="train")
 
 
-def test_rows_know_where_they_stand(tmp_path):
+def test_a_row_has_its_location(tmp_path):
     folder = write_snapshot(tmp_path / "s", ROWS)
-    where = [row.where for row in files.rows(str(folder), "train")]
+    locations = [row.location for row in files.rows(str(folder), "train")]
     first, second = (f"{folder}/data/train-0000{i}-of-00002.parquet" for i in range(2))
-    assert where == [f"{first}:1", f"{first}:2", f"{second}:1"]
+    assert locations == [f"{first}:1", f"{first}:2", f"{second}:1"]

@@ -11,12 +11,13 @@ from collections import Counter
 import grain
 import jax
 import pytest
+import tiny_config
 from paths import ROOT
 
 from opsd_jax import config as config_lib
 from opsd_jax.cli import main
 from opsd_jax.config import checks as validation
-from opsd_jax.config import loading as config_files
+from opsd_jax.config import loading
 from opsd_jax.data import arithmetic, load, text
 from opsd_jax.data.contexts import Context
 from opsd_jax.data.duplicates import normalise, without_duplicates
@@ -284,7 +285,6 @@ def test_a_task_from_files(config):
         ("data.teacher_prompt", "{question}", "teacher_prompt is '{question}'; expected {context}"),
         ("data.contexts.answer", "Hm", "data.contexts.answer is 'Hm'; expected {context} in it"),
         ("data.memo.correct", "{question}", "memo.correct is '{question}'; {question} is not fill"),
-        ("data.thinking", "yes", "data.thinking is 'yes'; expected 'on', 'off' or ''"),
         ("data.chat_template", "absent", "data.chat_template is 'absent'; expected '' for the to"),
         ("data.tokenizer", "absent", "there is no absent/tokenizer.json; expected a Hugging Face"),
         (
@@ -312,10 +312,10 @@ def test_a_task_from_files(config):
     ],
 )
 def test_what_does_not_fit_fails_before_compiling(config, tmp_path, field, value, message):
-    config_files.override(config, field, value)
+    loading.override(config, field, value)
     message = message.replace("(", r"\(").replace("{", r"\{")
     with pytest.raises((config_lib.ConfigError, DataError), match=f"(?s){message}"):
-        pipeline.Run(config, tmp_path)
+        pipeline.assemble(config, tmp_path)
 
 
 def test_of_many_problems_the_longest_are_looked_at(config, tmp_path, monkeypatch, capsys):
@@ -328,15 +328,15 @@ def test_of_many_problems_the_longest_are_looked_at(config, tmp_path, monkeypatc
         config.data.train = {"sums": config_lib.source(write(tmp_path / "many.jsonl", rows))}
     message = "rlvr.prompt_tokens is 8; expected at least 13, which problem sums/2 has"
     with pytest.raises(config_lib.ConfigError, match=message):
-        pipeline.Run(config, tmp_path)
+        pipeline.assemble(config, tmp_path)
     config.rlvr.prompt_tokens = config.opsd.prompt_tokens = 13
-    pipeline.Run(config, tmp_path)
+    pipeline.assemble(config, tmp_path)
     cut = "opsd: of 3 problems looked at, 3 have a solution, and 1 of these lose a part of it to"
     assert cut in capsys.readouterr().err
 
 
 def test_a_demonstration_that_is_too_long_is_named(config, tmp_path):
-    task = pipeline.Run(config, tmp_path).task
+    task = pipeline.assemble(config, tmp_path).task
     section = config.sft.copy_and_resolve_references()
     section.buckets = (16,)
     stage = sft.stage(section, task, None, seed=0)
@@ -345,7 +345,7 @@ def test_a_demonstration_that_is_too_long_is_named(config, tmp_path):
 
 
 def test_without_data_there_is_no_task(config, tmp_path):
-    empty = config_lib.default()
+    empty = tiny_config.quickstart()
     with pytest.raises(DataError, match=r"config.data.heldout is empty; expected sources"):
         text.task(empty.data)
     empty.data.heldout = config.data.heldout
@@ -354,104 +354,30 @@ def test_without_data_there_is_no_task(config, tmp_path):
     with untaught.unlocked():
         untaught.data.train = {}
     with pytest.raises(config_lib.ConfigError, match=r"config.data.train is empty; expected sour"):
-        pipeline.Run(untaught, pathlib.Path())
+        pipeline.assemble(untaught, pathlib.Path())
     empty.data.train.copy = config.data.heldout.tests
     with pytest.raises(DataError, match=r"train.copy: no problem is left: 2 rows, 2 also in tests"):
         text.task(empty.data)
     with pytest.raises(ValueError, match=r"it reads no files, and config.data names some"):
         arithmetic.task(config.data)
-    config_files.override(config, "task", "opsd_jax.data.arithmetic:task")
+    loading.override(config, "task", "opsd_jax.data.arithmetic:task")
     with pytest.raises(
         config_lib.ConfigError, match=r"config.task is '.*arithmetic:task': it reads"
     ):
-        pipeline.Run(config, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"train": {"a": {"path": "a"}}},
-            "data.train.a is path: a\n; expected what .*source returns",
-        ),
-        (
-            {"train": {"a/b": config_lib.source("a")}},
-            "data.train.a/b is .*; expected a name of its",
-        ),
-        (
-            {"heldout": {"x": config_lib.source("a")}},
-            "data.train.x is 'x'; expected a name of its own",
-        ),
-        ({"train": {"a": config_lib.source()}}, "data.train.a.path is ''; expected a file"),
-        (
-            {"train": {"a": config_lib.source("a", weight=0.0)}},
-            "a.weight is 0.0; expected a number",
-        ),
-        ({"train": {"a": config_lib.source("a", columns={"id": None})}}, "id is None; .* type str"),
-        ({"train": {"a": config_lib.source("a", weight=None)}}, "a.weight is None; .* a number"),
-        (
-            {"train": {"a": config_lib.source("a", difficulty={"low": float("nan")})}},
-            "a.difficulty.low is nan; expected a number",
-        ),
-        ({"train": {"a": config_lib.source("a", extra=("b", 1))}}, "extra is .*a tuple of strings"),
-        (
-            {"train": {"a": config_lib.source("a", verifier={"ignore_case": None})}},
-            "data.train.a.verifier.ignore_case is None; expected of type bool",
-        ),
-        ({"train": {"problems": None}}, "data.train.problems is None; expected what .*source"),
-        (
-            {"train": {"a": config_lib.source("a", weight=1e-7)}},
-            "a.weight is 1e-07; expected at least a millionth of all",
-        ),
-        ({"train": {"a": config_lib.source("a", bad_rows="keep")}}, "expected 'refuse' or 'drop'"),
-        ({"train": {"a": config_lib.source("a", columns={"question": ""})}}, "name of a column"),
-        (
-            {"train": {"a": config_lib.source("a", pass_rates={"low": 0.9, "high": 0.1})}},
-            "a.pass_rates.low is 0.9; expected at most 0.1, its high",
-        ),
-        (
-            {"train": {"a": config_lib.source("a", pass_rates={"high": 90.0})}},
-            r"a.pass_rates.high is 90.0; expected a share in \[0, 1\], such as 0.9 for 90 percent",
-        ),
-    ],
-)
-def test_sections_that_cannot_be_used(change, message):
-    config = config_lib.default()
-    config.data.train.x = config_lib.source("x")
-    for part, sections in change.items():
-        for name, section in sections.items():
-            config.data[part][name] = section
-    with pytest.raises(config_lib.ConfigError, match=message):
-        validation.validate(config)
-
-
-def test_a_source_has_the_fields_that_it_has():
-    with pytest.raises(KeyError, match="answers"):
-        config_lib.source("a", columns={"answers": "gold"})
-    assert config_lib.source("a", columns={"answer": "gold"}).columns.question == "problem"
-
-
-def test_a_source_may_be_a_path_and_have_the_name_of_a_field():
-    config = config_lib.default()
-    config.data.train.problems = config_lib.source(pathlib.Path("a") / "b.jsonl")
-    validation.validate(config)
-    assert config.data.train.problems.path == "a/b.jsonl"
-    config.data.train.problems.verifier = None
-    with pytest.raises(config_lib.ConfigError, match=r"(?s)problems is .*; expected what opsd_j"):
-        validation.validate(config)
+        pipeline.assemble(config, tmp_path)
 
 
 def test_infinite_bounds_are_kept_as_strict_json(tmp_path):
-    config = config_lib.default()
+    config = tiny_config.quickstart()
     config.data.train.a = config_lib.source("a")
     config.lock()
-    config_files.override(config, "data.train.a.difficulty.high", "inf")
+    loading.override(config, "data.train.a.difficulty.high", "inf")
     assert config.data.train.a.difficulty.high == float("inf")
     validation.validate(config)
-    text = config_files.to_json(config)
+    text = loading.to_json(config)
     assert "Infinity" not in text
-    saved = config_files.from_flat(json.loads(text))
-    config_files.check_same(config, saved, tmp_path)
+    saved = loading.from_flat(json.loads(text))
+    loading.check_same(config, saved, tmp_path)
     assert saved.data.train.a.difficulty.high > 1e308
 
 
@@ -460,14 +386,14 @@ def test_the_config_of_the_documentation(tmp_path, monkeypatch):
     page = (ROOT / "docs" / "data.md").read_text()
     path = tmp_path / "maths.py"
     path.write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
-    config = config_files.load(path, {"data.train.maths.weight": "3"})
+    config = loading.load(path, {"data.train.maths.weight": "3"})
     assert config.data.train.maths.weight == 3.0
     monkeypatch.chdir(tmp_path)
     assert main.main(["train", "--config", str(path), "--workdir", "run"]) == 2
     with pytest.raises(DataError, match=r"math500.path is 'data/math500.jsonl'; there is no such"):
         text.task(config.data)
     table = set(re.findall(r"`([a-z_.]+)`", page))
-    for field in config_files.flatten(config_lib.source()):
+    for field in loading.flatten(config_lib.source()):
         parts = field.split(".")
         assert field in table or parts[0] in table or f".{parts[-1]}" in table
 
@@ -501,7 +427,7 @@ def test_a_run_on_files(config, tmp_path):
     records = (workdir / "opsd" / "responses.jsonl").read_text().splitlines()
     assert {json.loads(line)["problem"] for line in records} == {"tests/12", "tests/13"}
     saved = json.loads((workdir / "config.json").read_text())
-    assert config_files.flatten(config_files.from_flat(saved)) == config_files.flatten(config)
+    assert loading.flatten(loading.from_flat(saved)) == loading.flatten(config)
 
 
 def test_another_tokenizer_at_the_same_path_is_refused(config, tmp_path):

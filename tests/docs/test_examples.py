@@ -1,4 +1,4 @@
-"""The examples run as they stand, and learn."""
+"""The examples run as written, and their losses improve."""
 
 import runpy
 
@@ -13,8 +13,8 @@ def main(name):
 
 
 @pytest.fixture(autouse=True)
-def _as_flax_needs_it():
-    """Flax's own layers add biases of rank 1."""
+def _allow_rank_promotion():
+    """Allows rank promotion, because the layers of Flax add biases of rank 1."""
     import jax
 
     with jax.numpy_rank_promotion("allow"):

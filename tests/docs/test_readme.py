@@ -1,4 +1,4 @@
-"""What the README shows works as it stands there."""
+"""The code, commands and links of the README and the docs work as written."""
 
 import re
 
@@ -9,12 +9,12 @@ from paths import ROOT
 
 from opsd_jax import losses
 from opsd_jax.cli import main
-from opsd_jax.config import loading as config_files
+from opsd_jax.config import loading
 
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_loss_of_the_readme():
+def test_the_loss_in_the_readme():
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(block, names)
@@ -32,7 +32,7 @@ def test_the_loss_of_the_readme():
     np.testing.assert_allclose(got, only, rtol=1e-6)
 
 
-def test_the_engine_of_the_page_of_rollouts(capsys):
+def test_the_engine_in_the_docs_of_rollouts(capsys):
     (block,) = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs" / "rollouts.md").read_text(), re.DOTALL
     )
@@ -47,29 +47,30 @@ def test_the_engine_of_the_page_of_rollouts(capsys):
     "command",
     re.findall(r"^opsd-jax (.*?)(?:\s+#.*)?$", README.replace("\\\n", ""), re.MULTILINE),
 )
-def test_the_commands_of_the_readme(command):
+def test_the_commands_in_the_readme(command):
     words, overrides = main.split_overrides(command.split())
     arguments = main.parser().parse_args(words)
     if arguments.command == "train":
-        config_files.load(ROOT / arguments.config, overrides)
+        loading.load(ROOT / arguments.config, overrides)
 
 
 @pytest.mark.parametrize(
     "page",
     [
         "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
         "benchmarks/README.md",
         *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))),
     ],
 )
-def test_links_lead_somewhere(page):
+def test_links_to_files_exist(page):
     prose = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
     for link in re.findall(r"\]\(([^)#]+)\)", prose):
         assert link.startswith("https://") or (ROOT / page).parent.joinpath(link).exists(), link
 
 
-def test_the_page_of_the_losses_has_every_name():
-    """Functions, options and presets."""
+def test_the_docs_of_the_losses_name_every_function_option_and_preset():
     page = (ROOT / "docs" / "losses.md").read_text()
     names = {*losses.__all__, *losses.OPSD._fields, *losses.PolicyGradient._fields, *losses.PRESETS}
     assert [name for name in sorted(names) if not re.search(rf"\b{re.escape(name)}", page)] == []

@@ -1,4 +1,4 @@
-"""What docs/verifiers.md shows works as it stands there."""
+"""The code in docs/verifiers.md works as written."""
 
 import json
 import re
@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny_config
 from paths import ROOT
 
 from opsd_jax import config as config_lib
@@ -14,7 +15,7 @@ from opsd_jax.config import checks as validation
 from opsd_jax.data.load import load
 from opsd_jax.problem import Problem
 from opsd_jax.verify.extract import CONVENTIONS
-from opsd_jax.verify.pool import VerifierPool
+from opsd_jax.verify.pool import PoolOptions, VerifierPool
 from opsd_jax.verify.verdict import REASONS
 from opsd_jax.verify.verifiers import by_source
 
@@ -24,7 +25,7 @@ SOURCES, COUNTDOWN, COUNTDOWN_SOURCE, ALONE = re.findall(r"```python\n(.*?)```",
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A directory with the page's module in it and the data that it describes."""
+    """A directory with the module that the page shows and the data that it describes."""
     (tmp_path / "countdown.py").write_text(COUNTDOWN)
     row = json.loads(re.search(r"\{.*\}", COUNTDOWN)[0])
     (tmp_path / "countdown.jsonl").write_text(json.dumps(row))
@@ -36,7 +37,7 @@ def here(tmp_path, monkeypatch):
 
 
 def test_a_verifier_of_one_s_own(here):
-    config = config_lib.default()
+    config = tiny_config.quickstart()
     exec(COUNTDOWN_SOURCE, {"config": config, "config_lib": config_lib})
     config.data.heldout.any = config_lib.source("heldout.jsonl")
     data = load(config.data)
@@ -49,7 +50,7 @@ def test_a_verifier_of_one_s_own(here):
         r"\boxed{__import__('os').getpid()}": "not an expression",
         "24": "no answer",
     }
-    with VerifierPool(by_source(data.verifiers), workers=1) as pool:
+    with VerifierPool(by_source(data.verifiers), PoolOptions(workers=1)) as pool:
         futures = [pool.submit(problem, response) for response in responses]
         verdicts = [future.result(timeout=60) for future in futures]
     assert [v.reason for v in verdicts] == list(responses.values())
@@ -57,22 +58,22 @@ def test_a_verifier_of_one_s_own(here):
 
 
 def test_the_sources(here):
-    config = config_lib.default()
+    config = tiny_config.quickstart()
     exec(SOURCES, {"config": config, "config_lib": config_lib})
     validation.validate(config.lock())
     assert config.data.train.gsm8k.verifier.answer == ("####", "boxed")
 
 
-def test_without_a_config(here):
+def test_verification_without_a_config(here):
     script = here / "alone.py"
     script.write_text(ALONE)
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
-    said = re.search(r"print\(main\(\)\)  # (.*)", ALONE)[1]
-    assert done.stdout.strip() == said
+    expected = re.search(r"print\(main\(\)\)  # (.*)", ALONE)[1]
+    assert done.stdout.strip() == expected
     assert runpy.run_path(str(script))["Problem"] is Problem
 
 
-def test_every_name_is_on_the_page():
+def test_the_page_names_every_convention_reason_and_field():
     missing = [
         name for name in (*CONVENTIONS, *REASONS, *config_lib.verifier()) if name not in PAGE
     ]

@@ -1,4 +1,4 @@
-"""The figures of an evaluation, on recorded responses of a real model and against plain loops."""
+"""Metrics of an evaluation: on recorded responses of a real model, and against plain loops."""
 
 import itertools
 import json
@@ -7,9 +7,9 @@ import statistics as stdlib
 
 import numpy as np
 import pytest
+import tiny_config
 from paths import SHARED
 
-from opsd_jax import config as config_lib
 from opsd_jax.data import arithmetic
 from opsd_jax.evaluation import comparison, statistics
 from opsd_jax.problem import Problem
@@ -34,7 +34,7 @@ def record(problem, sample, *, correct, length, response="", **more):
 
 @pytest.fixture(scope="module")
 def recorded():
-    """Real responses, 1 to 8 to each of 72 problems, with labels; their words for tokens."""
+    """300 labelled responses of a real model to 72 problems, with their words counted as tokens."""
     if not RECORDED.exists():
         pytest.skip(f"there is no {RECORDED}")
     rows = map(json.loads, RECORDED.read_text().splitlines())
@@ -51,8 +51,11 @@ def recorded():
 
 
 def clustered(values, weights=None):
-    """A mean of (problem, value)s, or with (problem, weight)s a ratio of sums, and its error by the
-    cluster-robust formula, in plain loops: the sandwich with G / (G - 1).
+    """Computes a mean, or a ratio of sums, and its cluster-robust standard error in plain loops.
+
+    Args:
+      values: (problem, value) of each response.
+      weights: (problem, weight) of each response, the denominators of the ratio; None for a mean.
     """
     problems = sorted({problem for problem, _ in values})
     weights = weights or [(problem, 1) for problem, _ in values]
@@ -68,7 +71,7 @@ def clustered(values, weights=None):
 
 
 def test_recorded_responses(recorded):
-    figures = statistics.summarise(recorded)
+    metrics = statistics.summarise(recorded)
     right = [r for r in recorded if r["correct"]]
     of = lambda key: [(r["problem"], r[key]) for r in recorded]
     words = lambda r: sum(
@@ -86,32 +89,32 @@ def test_recorded_responses(recorded):
     }
     markers = clustered([(r["problem"], 1000 * words(r)) for r in recorded], of("length"))
     assert markers[0] > 0
-    assert figures["markers_per_1000"] >= markers[0] - 1e-9
+    assert metrics["markers_per_1000"] >= markers[0] - 1e-9
     for name, (value, error) in expected.items():
-        assert figures[name] == pytest.approx(value, rel=1e-12), name
-        assert figures[f"{name}_se"] == pytest.approx(error, rel=1e-9), name
+        assert metrics[name] == pytest.approx(value, rel=1e-12), name
+        assert metrics[f"{name}_se"] == pytest.approx(error, rel=1e-9), name
     lengths = [r["length"] for r in recorded]
-    assert figures["median_length"] == stdlib.median(lengths)
-    assert figures["p95_length"] == pytest.approx(np.quantile(lengths, 0.95))
-    assert figures["median_length_correct"] == stdlib.median(r["length"] for r in right)
-    assert figures["accuracy"] == 278 / 300
-    assert (figures["problems"], figures["responses"], figures["samples"]) == (72, 300, 1)
+    assert metrics["median_length"] == stdlib.median(lengths)
+    assert metrics["p95_length"] == pytest.approx(np.quantile(lengths, 0.95))
+    assert metrics["median_length_correct"] == stdlib.median(r["length"] for r in right)
+    assert metrics["accuracy"] == 278 / 300
+    assert (metrics["problems"], metrics["responses"], metrics["samples"]) == (72, 300, 1)
 
 
-def test_equal_numbers_of_samples_give_the_textbook_s_error():
+def test_equal_numbers_of_samples_give_the_textbook_standard_error():
     rng = np.random.default_rng(0)
     correct = rng.random((50, 4)) < rng.random((50, 1))
     records = [
         record(i, j, correct=bool(correct[i, j]), length=1) for i in range(50) for j in range(4)
     ]
-    figures = statistics.figures(records)
-    assert figures["accuracy"] == correct.mean()
+    metrics = statistics.metrics(records)
+    assert metrics["accuracy"] == correct.mean()
     error = correct.mean(axis=1).std(ddof=1) / math.sqrt(50)
-    assert figures["accuracy_se"] == pytest.approx(error, rel=1e-12)
-    assert figures["pass_at"]["1"] == pytest.approx(correct.mean(), rel=1e-12)
-    assert figures["pass_at_se"]["1"] == pytest.approx(error, rel=1e-12)
-    assert list(figures["pass_at"]) == ["1", "2", "4"]
-    assert figures["pass_at"]["4"] == pytest.approx(correct.any(axis=1).mean(), rel=1e-12)
+    assert metrics["accuracy_se"] == pytest.approx(error, rel=1e-12)
+    assert metrics["pass_at"]["1"] == pytest.approx(correct.mean(), rel=1e-12)
+    assert metrics["pass_at_se"]["1"] == pytest.approx(error, rel=1e-12)
+    assert list(metrics["pass_at"]) == ["1", "2", "4"]
+    assert metrics["pass_at"]["4"] == pytest.approx(correct.any(axis=1).mean(), rel=1e-12)
 
 
 @pytest.mark.parametrize("n", [1, 3, 7])
@@ -123,7 +126,7 @@ def test_pass_at_k_is_the_mean_over_all_subsets(n):
 
 
 def test_majority_by_brute_force():
-    """Every vote of four responses for the right answer, two wrong ones, none, or cut off."""
+    """All votes of four responses: correct, incorrect, truncated, or without an answer."""
     kinds = {
         "right": {"correct": True, "extracted": "1/2"},
         "right, written otherwise": {"correct": True, "extracted": "0.5"},
@@ -145,32 +148,32 @@ def test_majority_by_brute_force():
         assert statistics.majority(records) == ("gold" in first) / max(len(first), 1), votes
 
 
-def test_without_answers_there_is_no_majority():
+def test_majority_needs_an_extracted_answer_in_every_record():
     records = [record(0, 0, correct=True, length=3), record(1, 0, correct=False, length=4)]
-    assert statistics.figures(records)["majority"] == 0.5
+    assert statistics.metrics(records)["majority"] == 0.5
     del records[1]["extracted"]
-    assert "majority" not in statistics.figures(records)
+    assert "majority" not in statistics.metrics(records)
 
 
-def test_where_nothing_is_correct_there_is_no_length_of_it():
-    figures = statistics.figures([record(i, 0, correct=False, length=2) for i in range(3)])
-    assert math.isnan(figures["mean_length_correct"])
-    assert math.isnan(figures["median_length_correct"])
-    assert math.isnan(statistics.figures([record(0, 0, correct=True, length=2)])["accuracy_se"])
+def test_metrics_that_cannot_be_computed_are_nan():
+    metrics = statistics.metrics([record(i, 0, correct=False, length=2) for i in range(3)])
+    assert math.isnan(metrics["mean_length_correct"])
+    assert math.isnan(metrics["median_length_correct"])
+    assert math.isnan(statistics.metrics([record(0, 0, correct=True, length=2)])["accuracy_se"])
 
 
-def test_sources_have_figures_of_their_own(recorded):
+def test_each_source_has_its_own_metrics(recorded):
     mixed = [r | {"source": "ab"[i % 2]} for i, r in enumerate(recorded)]
-    figures = statistics.summarise(mixed)
+    metrics = statistics.summarise(mixed)
     for name in "ab":
         part = [r for r in mixed if r["source"] == name]
-        assert figures["sources"][name] == statistics.figures(part)
+        assert metrics["sources"][name] == statistics.metrics(part)
     assert statistics.summarise(recorded)["sources"] == {}
 
 
 @pytest.fixture(scope="module")
 def pair():
-    """Two models on 300 problems, 4 and 2 samples: the second is shorter and no better."""
+    """Records of two models on 300 problems; the second is 30 % shorter and no more accurate."""
     rng = np.random.default_rng(3)
     hard = rng.random(300)
     sides = []
@@ -192,7 +195,7 @@ def pair():
 
 
 def test_changes_and_their_errors(pair):
-    """The values by hand; the intervals are about those of a normal distribution."""
+    """The intervals are close to those of a normal distribution."""
     before, after = pair
     change = comparison.compare(before, after)
     mean = lambda side, key: np.mean([r[key] for r in side])
@@ -214,38 +217,40 @@ def test_changes_and_their_errors(pair):
     assert change["problems"] == 300
 
 
-def test_a_comparison_is_of_pairs(pair):
-    """Their order changes nothing; a model has not changed from itself; others are refused."""
+def test_a_comparison_pairs_records_by_problem(pair):
     before, after = pair
     shuffled = [before[i] for i in np.random.default_rng(0).permutation(len(before))]
     assert comparison.compare(shuffled, after) == comparison.compare(before, after)
     same = comparison.compare(before, before)
     assert all(same[f"{name}{end}"] == 0 for name in comparison.CHANGES for end in ("", "_high"))
-    with pytest.raises(ValueError, match=r"300 and 299, of which 299 are in both; 299 is in one"):
+    with pytest.raises(
+        ValueError,
+        match=r"first has 300 problems, the second 299, and 299 are in both. Problem 299 is",
+    ):
         comparison.compare(before, [r for r in after if r["problem"] != 299])
 
 
-def test_verifiers_tell_the_answer_that_votes():
+def test_verifiers_extract_the_answer_that_votes():
     problem = Problem("p", "", "", "B", "a")
     text = r"<think>\boxed{9}</think> So \boxed{ 1,000 } or (B). #### $2.50"
-    told = lambda verifier, response=text: verifier.extract(problem, response)
-    assert told(verifiers.exact()) == "1,000"
-    assert told(verifiers.exact(("####",))) == "$2.50"
-    assert told(verifiers.numeric()) == "1000.0"
-    assert told(verifiers.numeric(("####",)), "#### none") is None
-    assert told(verifiers.choice(("text",)), "The answer is (C).") == "C"
-    assert told(maths(("boxed", "####"))) == "1,000"
-    # What is accepted and cannot be read has no vote: nor then has anything else.
+    extracted = lambda verifier, response=text: verifier.extract(problem, response)
+    assert extracted(verifiers.exact()) == "1,000"
+    assert extracted(verifiers.exact(("####",))) == "$2.50"
+    assert extracted(verifiers.numeric()) == "1000.0"
+    assert extracted(verifiers.numeric(("####",)), "#### none") is None
+    assert extracted(verifiers.choice(("text",)), "The answer is (C).") == "C"
+    assert extracted(maths(("boxed", "####"))) == "1,000"
+    # A verifier that accepts responses it cannot read an answer from has no `extract` at all.
     assert maths(("boxed", "text")).extract is None
     assert verifiers.combine([maths(), maths(("text",))], every=False).extract is None
     both = verifiers.combine([verifiers.numeric(("####",)), verifiers.exact()], every=False)
-    assert told(both) == "2.5"
-    assert told(both, r"\boxed{x}") == "x"
-    assert told(verifiers.by_source({"a": maths()})) == "1,000"
+    assert extracted(both) == "2.5"
+    assert extracted(both, r"\boxed{x}") == "x"
+    assert extracted(verifiers.by_source({"a": maths()})) == "1,000"
     own = verifiers.as_verifier(lambda problem, response: True)
     assert own.extract is None
     assert verifiers.by_source({"a": maths(), "b": own}).extract is None
     assert verifiers.combine([own, own], every=True).extract is None
-    miniature = arithmetic.task(config_lib.default().data).verify
-    assert told(miniature, "<think> a </think> 7 <eos>") == "7"
-    assert told(miniature, "<think> a </think> 7") is None
+    miniature = arithmetic.task(tiny_config.quickstart().data).verify
+    assert extracted(miniature, "<think> a </think> 7 <eos>") == "7"
+    assert extracted(miniature, "<think> a </think> 7") is None

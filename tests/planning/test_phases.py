@@ -1,14 +1,16 @@
-"""The phases of a plan: what a run holds on a device whenever it executes a program."""
+"""The phases of a plan: their memory equals what a run holds on a device."""
 
 import collections
 
 import jax
 import pytest
 
-from opsd_jax.config import checks as validation
+from opsd_jax.config.run_options import parse_run
 from opsd_jax.models import decoder
 from opsd_jax.parallel import aot
+from opsd_jax.parallel.program import ProgramKey, ProgramKind
 from opsd_jax.planning.chips import CHIPS
+from opsd_jax.planning.keys import Part, PhaseKey, PhaseKind
 from opsd_jax.planning.phases import Phases
 from opsd_jax.planning.programs import Compiler
 from opsd_jax.rollout import engine
@@ -18,7 +20,7 @@ PROMPT, BUDGETS = 32, {"rlvr": 96, "opsd": 112, "evaluation": 128}
 
 
 def on_a_device():
-    """Bytes of all arrays on the first device; several may be of one buffer."""
+    """Bytes of all arrays on the first device; arrays that share a buffer count once."""
     first, buffers = jax.devices()[0], {}
     for array in jax.live_arrays():
         if not array.is_deleted() and first in array.sharding.device_set:
@@ -29,8 +31,9 @@ def on_a_device():
 
 @pytest.fixture
 def small(config, monkeypatch):
-    """A run in which budgets differ, so that the name of a program tells its phase, and in which
-    nothing is saved meanwhile: on a CPU, what is being written is the arrays themselves.
+    """A run whose budgets differ, so that the cache length of a program identifies its phase.
+
+    It saves no checkpoints while programs run: on a CPU, a save holds the arrays themselves.
     """
     small = config.copy_and_resolve_references()
     with small.unlocked():
@@ -45,18 +48,17 @@ def small(config, monkeypatch):
             if name in small.stages:
                 small[name].buckets = (64, PROMPT + tokens)
         small.opsd.teacher_buckets = ()
-    validation.validate(small)
     monkeypatch.setattr(
         engine, "default_cache_lengths", lambda shape: [shape.prompt_tokens + shape.response_tokens]
     )
-    made = decoder.model  # CPUs have the weights of sampling a second time, layer by layer
+    made = decoder.model  # on a CPU, sampling would hold the weights twice
     monkeypatch.setattr(decoder, "model", lambda sizes: made(sizes)._replace(unrolled=None))
-    return small
+    return parse_run(small)
 
 
 @pytest.mark.slow
-def test_a_run_holds_what_its_plan_says(small, tmp_path, monkeypatch):
-    """No more, and no less: all of it is needed at some time."""
+def test_a_run_holds_the_memory_of_its_plan(small, tmp_path, monkeypatch):
+    """At its peak, a phase holds all of its planned memory and no more."""
     compiler = Compiler()
     with aot.planning(compiler):
         plan = Phases(small, jax.devices(), compiler, CHIPS["TPU v4"], 0.5)
@@ -67,28 +69,30 @@ def test_a_run_holds_what_its_plan_says(small, tmp_path, monkeypatch):
     held = collections.defaultdict(list)
     before = on_a_device()
 
-    def compiled(name, lowered):
+    def compiled(key, lowered):
         program = lowered.compile()
 
         def execute(*arguments):
-            held[name].append(on_a_device() - before)
+            held[key].append(on_a_device() - before)
             return program(*arguments)
 
         return execute
 
     monkeypatch.setattr(aot, "compiled", compiled)
     pipeline.run(small, tmp_path)
-    of_rlvr = small.rlvr.steps * small.rlvr.updates
-    steps = held.pop("train step")
+    rlvr_steps = small.sections["rlvr"].optimizer_updates()
+    steps = held.pop(ProgramKey(ProgramKind.TRAIN_STEP))
+    decoding = lambda name: held[ProgramKey(ProgramKind.DECODE, PROMPT + BUDGETS[name])]
     found = {
-        **{f"{n} rollouts": held[f"decode in {PROMPT + BUDGETS[n]}"] for n in small.stages},
-        "evaluation": held[f"decode in {PROMPT + BUDGETS['evaluation']}"],
-        "rlvr step": steps[:of_rlvr],
-        "opsd step": steps[of_rlvr:],
-        "opsd probe": held["probe"],
+        **{PhaseKey(name, PhaseKind.ROLLOUTS): decoding(name) for name in small.stages},
+        PhaseKey("evaluation", PhaseKind.EVALUATION): decoding("evaluation"),
+        PhaseKey("rlvr", PhaseKind.STEP): steps[:rlvr_steps],
+        PhaseKey("opsd", PhaseKind.STEP): steps[rlvr_steps:],
+        PhaseKey("opsd", PhaseKind.PROBE): held[ProgramKey(ProgramKind.PROBE)],
     }
-    said = {phase["name"]: phase["total"] - phase["parts"]["temporaries"] for phase in plan.phases}
-    assert {*said} - {*found} == {"rlvr reshard", "opsd reshard"}
-    for name, sizes in found.items():
-        # But for what a chunk drew, the sampling rule and metrics.
-        assert max(sizes) == pytest.approx(said[name], rel=0.02), name
+    expected = {phase.key: phase.total - phase.parts[Part.TEMPORARIES] for phase in plan.phases}
+    reshards = {PhaseKey(name, PhaseKind.RESHARD) for name in small.stages}
+    assert expected.keys() - found.keys() == reshards
+    for key, sizes in found.items():
+        # A plan does not count sampled tokens, sampling parameters and metrics.
+        assert max(sizes) == pytest.approx(expected[key], rel=0.02), str(key)

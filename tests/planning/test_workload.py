@@ -1,4 +1,4 @@
-"""What a plan assumes of lengths, slots and microbatches, against runs of them."""
+"""A plan's assumptions about lengths, slots and microbatches, compared with simulations."""
 
 import numpy as np
 import pytest
@@ -8,29 +8,28 @@ from opsd_jax.stages import batch as batch_lib
 
 
 @pytest.mark.parametrize("mean", [0.05, 0.3, 0.5, 0.8])
-def test_lengths_are_those_of_an_exponential_that_is_cut_off(mean):
-    """Against a million that are drawn from one whose scale gives that mean."""
-    lengths = workload.lengths(2000, 8192, mean)
+def test_lengths_follow_an_exponential_distribution_cut_off_at_the_budget(mean):
+    """Compares the lengths with a million samples of an exponential with the same mean."""
+    lengths = workload.response_lengths(2000, 8192, mean)
     assert np.all(np.diff(lengths) >= 0)
     assert lengths[0] >= 1
     assert lengths[-1] <= 8192
     assert lengths.mean() == pytest.approx(mean * 8192, rel=0.01)
-    inside = lengths[lengths < 8192]
-    scale = lengths.sum() / len(inside)  # the estimate of an exponential's from what is cut off
-    drawn = np.minimum(np.random.default_rng(0).exponential(scale, 1_000_000), 8192)
-    assert drawn.mean() == pytest.approx(mean * 8192, rel=0.02)
-    of_length = lambda values: np.quantile(values, [0.1, 0.25, 0.5, 0.75, 0.9])
-    np.testing.assert_allclose(of_length(lengths), of_length(drawn), rtol=0.03)
+    below_budget = lengths[lengths < 8192]
+    scale = lengths.sum() / len(below_budget)  # the maximum-likelihood estimate with censoring
+    samples = np.minimum(np.random.default_rng(0).exponential(scale, 1_000_000), 8192)
+    assert samples.mean() == pytest.approx(mean * 8192, rel=0.02)
+    quantiles = lambda values: np.quantile(values, [0.1, 0.25, 0.5, 0.75, 0.9])
+    np.testing.assert_allclose(quantiles(lengths), quantiles(samples), rtol=0.03)
 
 
-def test_responses_of_their_whole_budget():
-    assert set(workload.lengths(7, 100, 1.0)) == {100}
+def test_with_a_mean_of_1_every_response_fills_its_budget():
+    assert set(workload.response_lengths(7, 100, 1.0)) == {100}
 
 
 @pytest.mark.parametrize(("count", "slots"), [(1, 4), (32, 32), (100, 7), (64, 1)])
-def test_slots_are_filled_again(count, slots):
-    """Step by step."""
-    lengths = workload.lengths(count, 50, 0.4)
+def test_decode_steps_equal_a_simulation_step_by_step(count, slots):
+    lengths = workload.response_lengths(count, 50, 0.4)
     queue = [int(n) for n in np.random.default_rng(0).permutation(lengths)]
     left, steps = [0] * slots, 0
     while queue or any(left):
@@ -40,18 +39,16 @@ def test_slots_are_filled_again(count, slots):
     assert workload.decode_steps(lengths, slots) == steps
 
 
-def test_what_decoding_reads_of_a_cache():
-    """The tokens in it at each step of each response, one by one: on average half of one that
-    is on its way.
-    """
-    lengths = workload.lengths(40, 400, 0.5)
-    there = [np.arange(5, 5 + n) + 0.5 for n in lengths]
-    assert workload.reads(5, lengths) == pytest.approx(sum(map(np.sum, there)))
+def test_cache_reads_equal_the_sum_over_the_steps_of_every_response():
+    """A step also reads half of the token that it decodes, on average."""
+    lengths = workload.response_lengths(40, 400, 0.5)
+    read_by_step = [np.arange(5, 5 + n) + 0.5 for n in lengths]
+    assert workload.cache_tokens_read(5, lengths) == pytest.approx(sum(map(np.sum, read_by_step)))
 
 
 @pytest.mark.parametrize("buckets", [(64,), (16, 32, 64), (20, 30, 40, 64)])
-def test_microbatches_are_those_of_a_step(buckets):
-    targets = workload.lengths(30, 50, 0.5).tolist()
+def test_microbatches_equal_those_of_a_packed_step(buckets):
+    targets = workload.response_lengths(30, 50, 0.5).tolist()
     rows = [{"student": [1] * 10, "response": [2] * n} for n in targets]
     shapes = [{"student": n} for n in buckets]
     batch = batch_lib.pack(rows, buckets=shapes, microbatch=4, capacity=32, pad_id=0)
@@ -59,6 +56,6 @@ def test_microbatches_are_those_of_a_step(buckets):
     packed = workload.packed(lengths, targets, shapes, 4)
     assert packed.counts == [int(bucket["count"]) for bucket in batch]
     assert packed.useful == pytest.approx(batch_lib.useful_fraction([batch]))
-    in_all = [n * tokens for n, tokens in zip(packed.counts, packed.targets, strict=True)]
-    of_batch = [int(bucket["rows"]["mask"].sum()) for bucket in batch]
-    assert in_all == pytest.approx(of_batch)
+    totals = [n * tokens for n, tokens in zip(packed.counts, packed.targets, strict=True)]
+    expected = [int(bucket["rows"]["mask"].sum()) for bucket in batch]
+    assert totals == pytest.approx(expected)

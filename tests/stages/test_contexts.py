@@ -4,20 +4,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_config
 import tiny_model
 import tiny_tokenizer
+from tiny_config import stage_options
 
 from opsd_jax import config as config_lib
 from opsd_jax import losses
+from opsd_jax.config.run_options import parse_run
 from opsd_jax.data import contexts, text
 from opsd_jax.data.contexts import Attempt, Context
 from opsd_jax.problem import DataError, Problem
 from opsd_jax.rollout.collect import Rollouts
 from opsd_jax.rollout.engine import STOP_EOS, EndedRollouts, Response
-from opsd_jax.run import checks as sizes
+from opsd_jax.run import checks
 from opsd_jax.stages import opsd
-from opsd_jax.stages.memos import Memos
-from opsd_jax.stages.memos import sizes as memo_sizes
+from opsd_jax.stages.memos import Memos, memo_sampling
 from opsd_jax.stages.privileged import Privileged, reminder_places
 from opsd_jax.verify.verdict import Verdict
 
@@ -80,7 +82,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture
 def config(directory):
-    config = config_lib.default()
+    config = tiny_config.quickstart()
     with config.unlocked():
         config.task = "opsd_jax.data.text:task"
         config.data.train.sums = config_lib.source(directory / "train.jsonl", extra=("hint",))
@@ -134,7 +136,7 @@ def decoded(task, ids):
 def taught(config, task, rollouts, *kinds, wanted=range(6), capacity=6, memos=None):
     with config.unlocked():
         config.opsd.contexts = kinds
-    finder = Privileged(config.opsd, task, 2, memos)
+    finder = Privileged(stage_options(config.opsd), task, 2, memos)
     return finder(0, None, rollouts, wanted, capacity=capacity)
 
 
@@ -183,8 +185,9 @@ def test_the_stage_trains_on_those_with_a_context(config, task, rollouts):
     with config.unlocked():
         config.opsd.contexts = ("sibling",)
     model = tiny_model.make(config.model)
+    options = stage_options(config.opsd)
     stage = opsd.stage(
-        config.opsd, task, model.policy, lambda *_: rollouts, Privileged(config.opsd, task, 2)
+        options, task, model.policy, lambda *_: rollouts, Privileged(options, task, 2)
     )
     (batch,), metrics, _ = stage.batches(0, None)
     assert metrics["active_rows"] == 3
@@ -237,12 +240,13 @@ def test_responses_keep_their_ids_around_reminders(config, task, rollouts):
         config.opsd.update({"reinject_every": 4, "reminder_tokens": 30})
     rows, _ = taught(config, task, rollouts, "answer")
     assert any(row["teacher/inserts"] for row in rows.values())
+    options = stage_options(config.opsd)
     stage = opsd.stage(
-        config.opsd,
+        options,
         task,
         tiny_model.make(config.model).policy,
         lambda *_: rollouts,
-        Privileged(config.opsd, task, 2),
+        Privileged(options, task, 2),
     )
     (batch,), *_ = stage.batches(0, None)
     data = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch[0]["rows"])
@@ -270,7 +274,7 @@ def test_responses_keep_their_ids_around_reminders(config, task, rollouts):
     assert reminded == sum(len(row["teacher/inserts"]) for row in rows.values())
 
 
-@pytest.mark.parametrize("kind", contexts.KINDS)
+@pytest.mark.parametrize("kind", contexts.CONTEXTS)
 @pytest.mark.parametrize("every", [0, 4])
 def test_only_the_context_makes_a_divergence(config, task, rollouts, kind, every):
     """A model that looks at the last token alone sees no context. Whatever the lengths of prompts,
@@ -283,8 +287,9 @@ def test_only_the_context_makes_a_divergence(config, task, rollouts, kind, every
     params = model.init(jax.random.key(0))
     written = [task.tokenizer.encode(f"Memo {i}. " * i) for i in range(1, 7)]
     memos = memos_of(config, task, Writer(written), Writer([]))
-    finder = Privileged(config.opsd, task, 2, memos)
-    stage = opsd.stage(config.opsd, task, model.policy, lambda *_: rollouts, finder)
+    options = stage_options(config.opsd)
+    finder = Privileged(options, task, 2, memos)
+    stage = opsd.stage(options, task, model.policy, lambda *_: rollouts, finder)
     (batch,), metrics, _ = stage.batches(0, None)
     assert metrics["active_rows"] == (3 if kind == "sibling" else 6)
     for bucket in batch:
@@ -309,7 +314,9 @@ def token_divergence(model, params, rows):
         student=heads[0],
         teacher=heads[1],
         mask=jnp.asarray(rows["mask"]),
-        groups=tuple(jnp.asarray(rows[name] > 0) for name in ("correct", "incorrect", "truncated")),
+        outcomes=tuple(
+            jnp.asarray(rows[name] > 0) for name in ("correct", "incorrect", "truncated")
+        ),
         options=losses.OPSD(gate=losses.GATES["all"]),
     )
     return np.asarray(said.tokens["divergence"])
@@ -325,15 +332,15 @@ def test_the_control_has_no_divergence_in_a_model_that_sees_everything(config, t
         config.model.scan_unroll = 1
     model = decoder.from_config(config.model)
     params = jax.tree.map(lambda x: 3 * x, model.init(jax.random.key(0)))
-    finder = Privileged(config.opsd, task, 2)
-    stage = opsd.stage(config.opsd, task, model.policy, lambda *_: rollouts, finder)
-    (batch,), *_ = stage.batches(0, None)
+    made = lambda options: opsd.stage(
+        options, task, model.policy, lambda *_: rollouts, Privileged(options, task, 2)
+    )
+    (batch,), *_ = made(stage_options(config.opsd)).batches(0, None)
     rows = jax.tree.map(lambda x: x[0], batch[0]["rows"])
     assert rows["teacher"]["tokens"].shape != rows["student"]["tokens"].shape
     assert np.abs(token_divergence(model, params, rows)).max() < 1e-5
-    with config.unlocked():
-        config.opsd.contexts = ("solution",)
-    (batch,), *_ = stage.batches(0, None)
+    shown = stage_options(config.opsd, contexts=("solution",))
+    (batch,), *_ = made(shown).batches(0, None)
     rows = jax.tree.map(lambda x: x[0], batch[0]["rows"])
     assert token_divergence(model, params, rows).max() > 1e-2
 
@@ -472,10 +479,15 @@ def test_where_there_is_no_memo_the_next_kind_is_tried(config, task, rollouts):
 
 
 def test_memos_fit_their_sizes(config, task):
-    write, close = memo_sizes(config.opsd.memo, task, 120, 40)
     memo = config.opsd.memo
-    assert write == (120 + 40 + memo.request_tokens, memo.tokens)
-    assert close == (write[0] + memo.tokens + len(task.end_thinking), memo.close_tokens)
+    write, close = memo_sampling(memo, 120, 40, 6, task)
+    assert write.prompt_tokens == 120 + 40 + memo.request_tokens
+    assert write.response_tokens == memo.tokens
+    end = len(task.end_thinking)
+    assert close.prompt_tokens == write.prompt_tokens + memo.tokens + end
+    assert close.response_tokens == memo.close_tokens
+    assert not write.continues
+    assert close.continues
     with config.unlocked():
         config.opsd.memo.request_tokens = 10
     rollouts = rollouts_of(task, RESPONSES, RIGHT)
@@ -506,14 +518,14 @@ def test_a_context_of_ones_own(config, task, rollouts):
             r"config.opsd.contexts is \(\); expected a tuple of kinds among solutio",
         ),
         ({"contexts": ("solutions",)}, r"contexts is \('solutions',\); expected a tuple of kinds"),
-        ({"contexts": ("sibling",)}, "group_size is 1; expected at least 2, for a rollout to have"),
+        ({"contexts": ("sibling",)}, "group_size is 1; expected at least 2, so that a rollout has"),
         (
             {"contexts": ("column",)},
             "context_column is ''; expected the name of one of the sources",
         ),
         (
             {"sibling": "longest"},
-            "config.opsd.sibling is 'longest'; expected one of shortest, first",
+            "config.opsd.sibling is 'longest'; expected 'shortest' or 'first'",
         ),
         ({"reminder_tokens": 0}, "config.opsd.reminder_tokens is 0; expected at least 1"),
         (
@@ -528,22 +540,23 @@ def test_a_context_of_ones_own(config, task, rollouts):
     ],
 )
 def test_settings_that_cannot_be(changes, message):
-    from opsd_jax.config import checks as validation
-
-    config = config_lib.default()
+    config = tiny_config.quickstart()
     config.opsd.update(changes)
     with pytest.raises(config_lib.ConfigError, match=message):
-        validation.validate(config)
+        parse_run(config)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"contexts": ("memo",)}, "expected none of 'memo': the task has no memo_request"),
+        ({"contexts": ("memo",)}, "expected kinds without 'memo': the task has no memo_request"),
         ({"reinject_every": 5}, "opsd.reinject_every is 5; expected 0: the task has no reminder"),
         ({"contexts": ("no.such:f",)}, "config.opsd.contexts is 'no.such:f'; expected 'package"),
         ({"contexts": ("concise",)}, ""),
-        ({"contexts": ("column",), "context_column": "h"}, "expected another: no problem that was"),
+        (
+            {"contexts": ("column",), "context_column": "h"},
+            "expected another kind: none of the pro",
+        ),
         ({"teacher_prompt_tokens": 30}, "is 30; the teacher's prompt of problem sums/[0-9]+ has"),
     ],
 )
@@ -566,9 +579,11 @@ def test_limits_without_room_are_said_before_a_run(config, task, changes, messag
 def check(config, task, changes, message):
     with config.unlocked():
         config.stages = ("opsd",)
-        config.opsd.update({"slots": 2} | changes)
+        config.opsd.update({"slots": 2, "init_from": ""} | changes)
         config.evaluation.update({"problems": 2, "slots": 2, "prompt_tokens": 120})
-    run = lambda: sizes.check(config, task, task.tokenizer.vocab_size, lambda stage: 0)
+    run = lambda: checks.check_data(
+        parse_run(config), task, task.tokenizer.vocab_size, lambda stage: 0
+    )
     if not message:
         run()
         return
@@ -576,9 +591,9 @@ def check(config, task, changes, message):
         run()
 
 
-def test_how_much_is_cut_and_missing_is_said(config, task, capsys):
+def test_how_much_is_cut_and_missing_is_said(config, task, caplog):
     check(config, task, {"teacher_prompt_tokens": 64}, "")
-    said = capsys.readouterr().err
+    said = caplog.text
     assert "opsd: of 12 problems looked at, 11 have a solution, and " in said
     cut = int(said.partition("solution, and ")[2].split()[0])
     assert 0 < cut <= 11

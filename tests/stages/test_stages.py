@@ -8,6 +8,7 @@ from concurrent.futures import Future
 import jax
 import numpy as np
 import pytest
+from tiny_config import stage_options
 
 from opsd_jax import config as config_lib
 from opsd_jax import losses
@@ -72,8 +73,7 @@ def prompt_of(row, name):
     ],
 )
 def test_opsd_trains_on_what_the_gate_keeps(config, task, model, rollouts, gate, weights):
-    section = config.opsd.copy_and_resolve_references()
-    section.update({"gate": gate, "prompts": 32, "max_rows": 0})
+    section = stage_options(config.opsd, gate=gate, prompts=32, max_rows=0)
     stage = opsd(
         section, task, model.policy, lambda step, params: rollouts, Privileged(section, task, 1)
     )
@@ -96,8 +96,7 @@ def test_opsd_trains_on_what_the_gate_keeps(config, task, model, rollouts, gate,
 
 
 def test_opsd_takes_the_first_rows_up_to_its_cap(config, task, model, rollouts):
-    section = config.opsd.copy_and_resolve_references()
-    section.update({"gate": "correct", "prompts": 32, "max_rows": 5})
+    section = stage_options(config.opsd, gate="correct", prompts=32, max_rows=5)
     stage = opsd(
         section, task, model.policy, lambda step, params: rollouts, Privileged(section, task, 1)
     )
@@ -106,7 +105,7 @@ def test_opsd_takes_the_first_rows_up_to_its_cap(config, task, model, rollouts):
 
 
 def test_rlvr_gives_each_rollout_its_advantage(config, task, model, rollouts):
-    stage = rlvr(config.rlvr, task, model.policy, lambda step, params: rollouts)
+    stage = rlvr(stage_options(config.rlvr), task, model.policy, lambda step, params: rollouts)
     parts, metrics, _ = stage.batches(0, None)
     assert len(parts) == config.rlvr.updates == 2
     rewards = rollouts.judged.outcomes.correct.astype(float)
@@ -122,15 +121,9 @@ def test_rlvr_gives_each_rollout_its_advantage(config, task, model, rollouts):
             np.testing.assert_array_equal(logprobs, rollouts.sampling_logprobs[i])
 
 
-def section_with(section, **changes):
-    section = section.copy_and_resolve_references()
-    section.update(changes)
-    return section
-
-
 def test_rlvr_leaves_out_groups_without_signal(config, task, model, rollouts):
     """They are not computed, and not counted in the mean."""
-    section = section_with(config.rlvr, objective=config_lib.objective("dapo"))
+    section = stage_options(config.rlvr, objective=config_lib.objective("dapo"))
     parts, *_ = rlvr(section, task, model.policy, lambda step, params: rollouts).batches(0, None)
     rewards = rollouts.judged.outcomes.correct.reshape(-1, 2)
     expected = np.flatnonzero(np.repeat(rewards[:, 0] != rewards[:, 1], 2))
@@ -139,7 +132,7 @@ def test_rlvr_leaves_out_groups_without_signal(config, task, model, rollouts):
 
 
 def test_rlvr_punishes_overlong_responses_in_tokens(config, task, model, rollouts):
-    section = section_with(config.rlvr, overlong_buffer=60, overlong_factor=0.5)
+    section = stage_options(config.rlvr, overlong_buffer=60, overlong_factor=0.5)
     parts, metrics, _ = rlvr(section, task, model.policy, lambda *_: rollouts).batches(0, None)
     assert metrics["reward"] == rollouts.judged.outcomes.correct.mean()
     over = np.clip([(len(r) - 28) / 60 for r in rollouts.responses], 0, 1)
@@ -153,7 +146,7 @@ def test_rlvr_punishes_overlong_responses_in_tokens(config, task, model, rollout
 @pytest.mark.parametrize("preset", ["grpo", "gspo"])
 def test_other_objectives_of_rlvr(config, task, model, params, rollouts, preset):
     """With a KL to the reference, and with a ratio of the sequence."""
-    section = section_with(config.rlvr, objective=config_lib.objective(preset))
+    section = stage_options(config.rlvr, objective=config_lib.objective(preset))
     stage = rlvr(section, task, model.policy, lambda *_: rollouts)
     assert (stage.teacher is not None) == (preset == "grpo")
     teacher = jax.tree.map(lambda x: 1.1 * x, params) if stage.teacher else None
@@ -180,7 +173,7 @@ def test_other_losses_of_opsd(config, task, model, params, rollouts):
         "skip_first": 1,
         "aggregation": "token",
     }
-    section = section_with(
+    section = stage_options(
         config.opsd, gate="1,0.5,0.25", prompts=32, loss=config_lib.distillation(**changes)
     )
     stage = opsd(section, task, model.policy, lambda *_: rollouts, Privileged(section, task, 1))
@@ -199,7 +192,7 @@ def test_other_losses_of_opsd(config, task, model, params, rollouts):
     expected = losses.opsd(
         **logits,
         mask=micro["mask"],
-        groups=tuple(micro[outcome] > 0 for outcome in Outcomes._fields),
+        outcomes=tuple(micro[outcome] > 0 for outcome in Outcomes._fields),
         tokens=micro["targets"],
         behaviour_logprobs=micro["behaviour_logprobs"],
         options=losses.OPSD(gate=(1.0, 0.5, 0.25), **changes),
@@ -253,7 +246,7 @@ def stage_with(module, section, task, model, collector):
         collector,
         seed=5,
         vocab_size=40,
-        capacity=module.capacity(section),
+        capacity=section.capacity,
         trains=functools.partial(module.trains, section),
         poll=poll,
     )
@@ -264,7 +257,7 @@ def stage_with(module, section, task, model, collector):
 @pytest.mark.parametrize("share", [2, 5, 1000])
 def test_dynamic_sampling_replaces_problems_without_signal(config, task, model, collector, share):
     """One in `share` problems has one right rollout of two; the others have none or both."""
-    section = section_with(
+    section = stage_options(
         config.rlvr, objective=config_lib.objective("dapo"), prompts=8, resample_rounds=3
     )
     right = lambda problem, i: i == 0 if problem % share == 0 else problem % 2 == 0
@@ -301,7 +294,7 @@ def test_dynamic_sampling_replaces_problems_without_signal(config, task, model, 
 
 def test_a_stage_samples_from_its_own_distribution(config, task, model, collector):
     """At its temperature, of all words, to the tokenizer's end; signals are looked at meanwhile."""
-    section = section_with(config.rlvr, prompts=8, temperature=0.75)
+    section = stage_options(config.rlvr, prompts=8, temperature=0.75)
     sampled = collector(lambda problem, i: i == 0)
     stage_with(rlvr_lib, section, task, model, sampled).batches(0, None)
     expected = sampling.params(40, stop=task.tokenizer.eos_ids, temperature=0.75)
@@ -312,7 +305,7 @@ def test_a_stage_samples_from_its_own_distribution(config, task, model, collecto
 
 def test_resampled_problems_do_not_come_again_in_the_next_step(config, task, model, collector):
     """A round has the problems that would do if all of theirs did, and no more."""
-    section = section_with(
+    section = stage_options(
         config.rlvr, objective=config_lib.objective("dapo"), prompts=6, resample_rounds=3
     )
     sampled = collector(lambda problem, i: i == 0 and problem % 3 == 0)
@@ -335,7 +328,7 @@ def test_resampled_problems_do_not_come_again_in_the_next_step(config, task, mod
 def test_what_is_dropped_changes_no_advantage(config, task, model, rollouts, preset):
     """Statistics of the whole batch, too, are of what trains."""
     objective = config_lib.objective(preset, drop_uninformative=True)
-    section = section_with(config.rlvr, objective=objective)
+    section = stage_options(config.rlvr, objective=objective)
     parts, *_ = rlvr(section, task, model.policy, lambda *_: rollouts).batches(0, None)
     correct = rollouts.judged.outcomes.correct.reshape(-1, 2)
     kept = np.flatnonzero(np.repeat(correct[:, 0] != correct[:, 1], 2))
@@ -359,7 +352,7 @@ def all_rows(batch):
 
 
 def test_opsd_resamples_until_its_rows_are_full(config, task, model, collector):
-    section = section_with(
+    section = stage_options(
         config.opsd, gate="correct", prompts=8, group_size=2, max_rows=6, resample_rounds=4
     )
     sampled = collector(lambda problem, i: problem % 50 == 0)
@@ -368,9 +361,9 @@ def test_opsd_resamples_until_its_rows_are_full(config, task, model, collector):
     right = [i for call in sampled.calls for i in call if i % 50 == 0]
     assert metrics["active_rows"] == len(all_rows(batch)) == min(6, 2 * len(right))
     assert 1 < len(sampled.calls) <= 5
-    section.resample_rounds = 0
     sampled.calls.clear()
-    stage.batches(0, None)
+    once = dataclasses.replace(section, resample_rounds=0)
+    stage_with(opsd_lib, once, task, model, sampled).batches(0, None)
     assert len(sampled.calls) == 1
 
 
@@ -387,10 +380,14 @@ def test_a_stage_asks_for_verdicts_late(config, task, model, rollouts):
             threading.Timer(0.2, late.set_result, [rollouts.replies[0]]).start()
         return task.prompt(problem)
 
-    stage = rlvr(config.rlvr, task._replace(prompt=prompt), model.policy, lambda *_: pending)
+    stage = rlvr(
+        stage_options(config.rlvr), task._replace(prompt=prompt), model.policy, lambda *_: pending
+    )
     _, metrics, _ = stage.batches(0, None)
     assert 0.1 < metrics["verifier_wait_seconds"] < 5
-    _, settled, _ = rlvr(config.rlvr, task, model.policy, lambda *_: rollouts).batches(0, None)
+    _, settled, _ = rlvr(
+        stage_options(config.rlvr), task, model.policy, lambda *_: rollouts
+    ).batches(0, None)
     assert settled["verifier_wait_seconds"] < 0.05
     wait = "verifier_wait_seconds"
     assert {k: v for k, v in metrics.items() if k != wait} == {
@@ -403,7 +400,9 @@ def test_every_reason_is_counted(config, task, model, rollouts):
     reasons = ["timeout", "crash", "memory", "no answer", "verifier ValueError"]
     replies = [Verdict(False, reason) for reason in reasons] + rollouts.replies[5:]
     marked = dataclasses.replace(rollouts, replies=replies)
-    _, metrics, _ = rlvr(config.rlvr, task, model.policy, lambda *_: marked).batches(0, None)
+    _, metrics, _ = rlvr(stage_options(config.rlvr), task, model.policy, lambda *_: marked).batches(
+        0, None
+    )
     counts = {k.removeprefix("verdict/"): v for k, v in metrics.items() if k.startswith("verdict/")}
     assert counts.pop("") == 27  # the fixture's verdicts give none
     assert counts == {

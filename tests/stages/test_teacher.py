@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from ml_collections import ConfigDict
+import tiny_config
 
-from opsd_jax import config as config_lib
 from opsd_jax.models import decoder
 from opsd_jax.stages import teacher as teacher_lib
 from opsd_jax.training.state import init_state
@@ -17,7 +16,7 @@ STEPS = 7
 
 
 def section(kind, rate=0.05, every=3):
-    return ConfigDict({"kind": kind, "rate": rate, "every": every})
+    return teacher_lib.TeacherOptions(kind=kind, rate=rate, every=every)
 
 
 @pytest.fixture
@@ -34,7 +33,7 @@ def run(weights, kind, *, dtype=jnp.float32, skipped=(), **options):
         squares = sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(params))
         return row["weight"] * squares, (row["weight"], {})
 
-    rule = teacher_lib.from_config(section(kind, **options))
+    rule = teacher_lib.make_teacher(section(kind, **options))
     optimizer = optax.adam(1e-2)
     step = jax.jit(make_train_step(loss, optimizer, rule), donate_argnums=0)
     state = init_state(jax.tree.map(lambda x: x.astype(dtype), weights), optimizer, rule)
@@ -87,10 +86,8 @@ def test_refresh_copies_every_so_many_updates(weights):
 
 
 def test_refreshing_often_warns():
-    assert "of at most 39 updates ago; below 40" in teacher_lib.warning(
-        section("refresh", every=39)
-    )
-    assert "of at most 1 updates ago; below 40" in teacher_lib.warning(section("live"))
+    assert "of at most 39 updates ago" in teacher_lib.warning(section("refresh", every=39))
+    assert "of at most 1 updates ago" in teacher_lib.warning(section("live"))
     assert teacher_lib.warning(section("refresh", every=40)) == ""
     assert teacher_lib.warning(section("ema", every=1)) == ""
 
@@ -111,7 +108,7 @@ def logits(model, kind, params, teacher, sequences, **options):
     return np.asarray(made.unembed(made.params, made.hidden))
 
 
-@pytest.mark.parametrize("kind", teacher_lib.KINDS)
+@pytest.mark.parametrize("kind", teacher_lib.TEACHERS)
 def test_the_logits_are_those_of_the_teacher(model, params, score, sequences, kind):
     other = jax.tree.map(lambda x: 1.1 * x, params)
     of = lambda p: np.asarray(score(p, sequences["tokens"], sequences["positions"]))
@@ -129,7 +126,7 @@ def test_words_that_cannot_occur_stay_so_in_a_mixture():
     np.testing.assert_array_equal(mixed, [[1.25, 1.25, -np.inf, 1.25]] * 3)
 
 
-@pytest.mark.parametrize("kind", teacher_lib.KINDS)
+@pytest.mark.parametrize("kind", teacher_lib.TEACHERS)
 def test_no_gradient_flows_into_a_teacher(model, params, sequences, kind):
     head = teacher_lib.make_head(model.policy, section(kind))
 
@@ -143,17 +140,17 @@ def test_no_gradient_flows_into_a_teacher(model, params, sequences, kind):
 
 def test_a_teacher_kept_in_bfloat16_is_the_same_teacher(sequences):
     """The products of a bfloat16 model cast float32 weights; a teacher may be cast once."""
-    config = config_lib.decoder(dtype="bfloat16", num_layers=2, scan_unroll=1)
+    config = tiny_config.decoder(dtype="bfloat16", num_layers=2, scan_unroll=1)
     model = decoder.from_config(config)
     params = jax.tree.map(lambda x: 3 * x, model.init(jax.random.key(0)))
     whole, kept = (
-        teacher_lib.from_config(section("frozen"), *keep).init(params)
+        teacher_lib.make_teacher(section("frozen"), *keep).init(params)
         for keep in ((), (model.decode_params,))
     )
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
     assert size(kept) < 0.51 * size(whole)
     made = [logits(model, "frozen", params, teacher, sequences) for teacher in (whole, kept)]
     np.testing.assert_array_equal(*made)
-    copied = teacher_lib.from_config(section("refresh", every=1), model.decode_params)
+    copied = teacher_lib.make_teacher(section("refresh", every=1), model.decode_params)
     again = copied.update(kept, params, jnp.int32(1), jnp.bool_(True))
     assert equal(again, kept)

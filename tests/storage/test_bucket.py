@@ -1,4 +1,4 @@
-"""Working directories in a bucket: a Cloud Storage of this machine under the real clients."""
+"""Work directories in a bucket, with the real Cloud Storage clients and a fake server."""
 
 import pathlib
 import signal
@@ -27,7 +27,7 @@ from opsd_jax.training.checkpoint import Checkpoints
 
 @pytest.fixture(scope="module")
 def storage():
-    """The buckets, and the environment of processes that use them, this one included."""
+    """The fake buckets, and the environment variables that make processes use them."""
     port = free_port()
     with pytest.MonkeyPatch.context() as patch, fake_gcs.serve(port) as server:
         environment = fake_gcs.environment(port)
@@ -41,7 +41,7 @@ def directory(storage, request):
     return main.directory(f"gs://bucket/{request.node.name}")
 
 
-def test_what_names_a_bucket(directory, capsys):
+def test_a_bucket_is_given_as_a_gs_url(directory, capsys):
     assert isinstance(directory, epath.Path)
     assert files.in_bucket(directory)
     assert str(files.absolute(directory / "a")) == f"{directory}/a"
@@ -55,22 +55,23 @@ def test_what_names_a_bucket(directory, capsys):
     assert "expected a directory of this machine" in capsys.readouterr().err
 
 
-def test_without_the_extra_it_is_named(monkeypatch, capsys):
+def test_a_missing_gcs_extra_is_named(monkeypatch, capsys):
     monkeypatch.setattr(main.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         main.main(["report", "--workdir", "gs://bucket/run"])
     assert "pip install 'opsd-jax[gcs]'" in capsys.readouterr().err
 
 
-def test_a_growing_file_is_written_at_a_sync_or_after_a_while(directory, monkeypatch):
+def test_a_growing_file_is_uploaded_by_sync_or_after_a_minute(directory, monkeypatch):
     path = directory / "lines"
     with files.Lines(path) as lines:
         assert not path.exists()
         lines.write("1\n")
         assert not path.exists()
-        lines.sync()
+        with monkeypatch.context() as patched:
+            patched.setattr(files, "SYNC_SECONDS", 0.0)  # the next write comes late enough
+            lines.sync()
         assert path.read_text() == "1\n"
-        monkeypatch.setattr(lines, "_due", time.monotonic())
         lines.write("2\n")
         assert path.read_text() == "1\n2\n"
         lines.write("3\n")
@@ -83,7 +84,7 @@ def test_a_growing_file_is_written_at_a_sync_or_after_a_while(directory, monkeyp
         assert path.read_text() == "1\n0\n"
 
 
-def test_metrics_are_there_when_a_checkpoint_is(directory):
+def test_flushed_metrics_are_in_the_bucket(directory):
     with metrics_lib.MetricsWriter(directory, 0) as writer:
         for step in range(3):
             writer.write(step, {"loss": 1.0 / (1 + step)}, [{"problem": step}])
@@ -96,7 +97,7 @@ def test_metrics_are_there_when_a_checkpoint_is(directory):
     assert any("tfevents" in path.name for path in directory.iterdir())
 
 
-def test_a_bucket_that_is_not_there(capsys, storage):
+def test_a_missing_bucket_is_an_error(capsys, storage):
     with pytest.raises(RecordError, match="gs://missing/file cannot be written"):
         files.write_atomically(epath.Path("gs://missing/file"), "text")
     with (
@@ -109,31 +110,31 @@ def test_a_bucket_that_is_not_there(capsys, storage):
 
 
 class TestLease:
-    def test_one_process_at_a_time_has_a_directory(self, directory, monkeypatch):
-        monkeypatch.setattr(lease, "SECONDS", 0.5)
+    def test_one_process_at_a_time_holds_a_directory(self, directory, monkeypatch):
+        monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.5)
         claim = lambda: workdir_lib.locked(directory, "--workdir")
         in_use = pytest.raises(ConfigError, match="in use by another process")
         with claim(), in_use, claim():
             pass
-        assert not (directory / "lock").exists()  # it was given back: nobody waits
+        assert not (directory / "lock").exists()  # the next process need not wait
 
-    def test_after_one_that_died_it_is_had(self, directory, monkeypatch, capsys):
-        monkeypatch.setattr(lease, "SECONDS", 0.2)
+    def test_the_lease_of_a_crashed_process_expires(self, directory, monkeypatch, caplog):
+        monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.2)
         path = directory / "lock"
         path.write_text("somebody 17")
         began = time.monotonic()
         with lease.held(path):
             assert time.monotonic() - began > 0.5
             assert "somebody" not in path.read_text()
-        assert "waiting to see whether its process lives" in capsys.readouterr().err
+        assert "waiting up to 1 s to see whether its process is alive" in caplog.text
         assert not path.exists()
 
-    def test_who_has_been_replaced_ends(self, directory):
+    def test_a_process_that_lost_its_lease_exits(self, directory):
         script = f"""
 import time
 from etils import epath
 from opsd_jax.storage import lease
-lease.SECONDS = 0.2
+lease.HEARTBEAT_SECONDS = 0.2
 with lease.held(epath.Path("{directory}/lock")):
     print("held", flush=True)
     time.sleep(60)
@@ -148,7 +149,7 @@ with lease.held(epath.Path("{directory}/lock")):
         (directory / "lock").write_text("another 1")
         _, errors = process.communicate(timeout=30)
         assert process.returncode == 1
-        assert "lock is another process's now: this one ends" in errors
+        assert f"another process has taken over {directory}/lock, so this process exits" in errors
         assert (directory / "lock").read_text() == "another 1"
 
 
@@ -169,7 +170,7 @@ def save(directory, state, steps):
             checkpoints.save(step, state | {"x": state["x"] * step})
 
 
-def test_the_newest_whole_checkpoint_is_restored(storage, directory, state, capsys):
+def test_the_newest_complete_checkpoint_is_restored(storage, directory, state, caplog):
     buckets, _ = storage
     save(directory / "checkpoints", state, (1, 2))
     with Checkpoints(directory / "checkpoints") as checkpoints:
@@ -177,20 +178,20 @@ def test_the_newest_whole_checkpoint_is_restored(storage, directory, state, caps
     assert step == 2
     np.testing.assert_array_equal(restored["x"], state["x"] * 2)
 
-    # The end of a save never came: its mark is missing.
+    # A save that was cut off has no marker file.
     buckets.delete("bucket", f"{directory.name}/checkpoints/2/commit_success.txt", {})
     with Checkpoints(directory / "checkpoints") as checkpoints:
         assert checkpoints.restore(abstract(state))[0] == 1
-    assert "damaged" not in capsys.readouterr().err
+    assert "damaged" not in caplog.text
 
-    # Objects of a whole one are gone: it is set aside.
+    # A checkpoint with missing objects is moved aside.
     save(directory / "checkpoints", state, (3,))
     for name in buckets.names("bucket"):
         if f"{directory.name}/checkpoints/3/" in name and "/d/" in name:
             buckets.delete("bucket", name, {})
     with Checkpoints(directory / "checkpoints") as checkpoints:
         assert checkpoints.restore(abstract(state))[0] == 1
-    assert f"is in {directory}/damaged/3.0 now" in capsys.readouterr().err
+    assert f"has been moved to {directory}/damaged/3.0" in caplog.text
     assert (directory / "damaged" / "3.0").is_dir()
     assert not (directory / "checkpoints" / "3").exists()
     save(directory / "checkpoints", state, (3,))
@@ -198,7 +199,7 @@ def test_the_newest_whole_checkpoint_is_restored(storage, directory, state, caps
         assert checkpoints.restore(abstract(state))[0] == 3
 
 
-def test_parameters_are_there_when_all_of_them_are(storage, directory, state):
+def test_parameters_exist_once_they_are_complete(storage, directory, state):
     path = directory / "params"
     assert not checkpoint.has_params(path)
     checkpoint.save_params(path, state)
@@ -211,17 +212,17 @@ def test_parameters_are_there_when_all_of_them_are(storage, directory, state):
 
 
 def download(buckets, name, directory):
-    """Copies what lies under a name of the bucket."""
-    for there in buckets.names("bucket"):
-        if there.startswith(f"{name}/"):
-            path = directory / there.removeprefix(f"{name}/")
+    """Copies the objects below `name/` to a local directory."""
+    for key in buckets.names("bucket"):
+        if key.startswith(f"{name}/"):
+            path = directory / key.removeprefix(f"{name}/")
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(buckets.read("bucket", there, {})[0])
+            path.write_bytes(buckets.read("bucket", key, {})[0])
     return directory
 
 
 @pytest.mark.slow
-def test_two_hosts_share_a_bucket_alone_and_survive_a_kill(config, storage, tmp_path):
+def test_two_hosts_that_share_nothing_but_a_bucket_survive_a_kill(config, storage, tmp_path):
     buckets, _ = storage
     ((code, errors),) = Run(config, tmp_path / "alone", processes=1, devices=8).ended()
     assert code == 0, errors[-3000:]

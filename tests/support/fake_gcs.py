@@ -1,6 +1,6 @@
-"""A Cloud Storage of this machine: as much of its JSON API as tensorstore, gcsfs and Google's own
-client ask for, with generations and preconditions. Buckets are there when they are written to,
-but for the one named `missing`.
+"""A fake Cloud Storage server: the part of the JSON API that tensorstore, gcsfs and Google's own
+client use, with generations and preconditions. A bucket exists as soon as something is written to
+it, except the bucket `missing`.
 """
 
 import http.server
@@ -13,7 +13,7 @@ import zlib
 
 
 class Buckets:
-    """Objects by (bucket, name): bytes and generation. Safe for threads."""
+    """The objects: (bucket, name) -> (bytes, generation). Thread-safe."""
 
     def __init__(self):
         self.objects, self.uploads, self.generation = {}, {}, 0
@@ -38,11 +38,11 @@ class Buckets:
 
     def names(self, bucket):
         with self.lock:
-            return sorted(name for there, name in self.objects if there == bucket)
+            return sorted(name for owner, name in self.objects if owner == bucket)
 
     def about(self, bucket, name):
         data, generation = self.objects[bucket, name]
-        crc = zlib.crc32(data)  # not theirs; nobody compares
+        crc = zlib.crc32(data)  # Cloud Storage uses another checksum, but no client compares it
         return {
             "kind": "storage#object",
             "id": f"{bucket}/{name}/{generation}",
@@ -57,9 +57,7 @@ class Buckets:
         }
 
     def _check(self, bucket, name, query):
-        """Raises Refused unless the request's preconditions hold; KeyError without the object that
-        it is about.
-        """
+        """Raises Refused if a precondition fails, and KeyError for the bucket `missing`."""
         if bucket == "missing":
             raise KeyError(bucket)
         now = self.objects.get((bucket, name), (b"", 0))[1]
@@ -70,7 +68,7 @@ class Buckets:
 
 
 class Refused(Exception):
-    """A precondition does not hold; the status is its argument."""
+    """A precondition failed. The argument is the HTTP status."""
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -135,17 +133,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         data, generation = self.buckets.read(self.bucket, self.name, self.query)
         if self.query.get("alt") != "media":
             return self._json(self.buckets.about(self.bucket, self.name))
-        told = {"x_goog_generation": str(generation), "ETag": f'"{generation}"'}
-        asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
-        if not asked:
-            return self._send(200, data, **told)
-        first, last = asked.groups()
+        generation_headers = {"x_goog_generation": str(generation), "ETag": f'"{generation}"'}
+        wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
+        if not wanted:
+            return self._send(200, data, **generation_headers)
+        first, last = wanted.groups()
         begin = int(first) if first else max(0, len(data) - int(last))
         end = min(len(data), int(last) + 1) if first and last else len(data)
         if begin >= end:
-            return self._send(416, b"", Content_Range=f"bytes */{len(data)}", **told)
-        there = f"bytes {begin}-{end - 1}/{len(data)}"
-        return self._send(206, data[begin:end], Content_Range=there, **told)
+            return self._send(416, b"", Content_Range=f"bytes */{len(data)}", **generation_headers)
+        content_range = f"bytes {begin}-{end - 1}/{len(data)}"
+        return self._send(206, data[begin:end], Content_Range=content_range, **generation_headers)
 
     def _list(self):
         prefix, delimiter = self.query.get("prefix", ""), self.query.get("delimiter")
@@ -220,7 +218,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def _parts(content_type, data):
-    """The contents of a multipart body; some end lines with a line feed alone."""
+    """Returns the parts of a multipart body. Some clients end lines with LF instead of CRLF."""
     boundary = re.search("boundary=[\"']?([^\"';]+)", content_type)[1].encode()
     pieces = data.split(b"--" + boundary)[1:-1]
     contents = (re.split(rb"\r?\n\r?\n", piece, maxsplit=1)[1] for piece in pieces)
@@ -232,12 +230,12 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 64
 
     def handle_error(self, request, client_address):
-        if not isinstance(sys.exception(), ConnectionError):  # a client that has heard enough
+        if not isinstance(sys.exception(), ConnectionError):  # the client has closed the connection
             super().handle_error(request, client_address)
 
 
 def serve(port: int) -> Server:
-    """A server on the loopback that holds nothing yet."""
+    """Starts a server without objects on a port of localhost."""
     handler = type("Handler", (Handler,), {"buckets": Buckets()})
     server = Server(("localhost", port), handler)
     server.buckets = handler.buckets
@@ -246,11 +244,11 @@ def serve(port: int) -> Server:
 
 
 def environment(port: int) -> dict[str, str]:
-    """What makes the clients ask it."""
+    """Returns the environment variables that make the clients use the server."""
     url = f"http://localhost:{port}"
     return {
         "STORAGE_EMULATOR_HOST": url,
         "TENSORSTORE_GCS_HTTP_URL": url,
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # it would ask Google which kind a bucket is
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # else it asks Google
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
     }

@@ -1,4 +1,4 @@
-"""Judges that misbehave, for test_pool.py: workers import them from here."""
+"""Verifier functions for test_pool.py, most of which misbehave. Workers import this module."""
 
 import multiprocessing
 import os
@@ -11,17 +11,22 @@ from opsd_jax.verify.verdict import Verdict
 
 
 def double(problem, response):
-    """What an honest judge does, in a few milliseconds."""
+    """Accepts twice the answer, after a few milliseconds, as a well-behaved verifier does."""
     time.sleep(0.003)
     return int(response) == 2 * int(problem.answer)
 
 
+def worker_id(problem, response):
+    """Accepts every response, with the process id of the worker as the reason."""
+    return Verdict(True, str(os.getpid()))
+
+
 def misbehave(problem, response):
-    """Does what the response says."""
+    """Misbehaves in the way that the response names, and otherwise accepts it."""
     what, _, detail = response.partition(" ")
     if what == "sleep":
         time.sleep(float(detail))
-    elif what == "spin":  # native code, deaf to signals' handlers
+    elif what == "spin":  # native code, during which no Python signal handler runs
         pow(3, 10**9)
     elif what == "eat":
         bytearray(int(detail) * 2**20)
@@ -33,7 +38,7 @@ def misbehave(problem, response):
         raise LookupError(detail)
     elif what == "answer":
         return detail
-    elif what == "limit":  # as if it had been set before the worker began
+    elif what == "limit":  # as if the limit had been set before the worker started
         with open("/proc/self/statm") as file:
             most = int(file.read().split()[0]) * resource.getpagesize() + 200 * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
@@ -42,11 +47,11 @@ def misbehave(problem, response):
         with open(detail, "w") as file:
             file.write(str(child.pid))
         child.wait()
-    elif what == "once":  # slow the first time that it is asked
+    elif what == "once":  # slow the first time
         if not os.path.exists(detail):
             open(detail, "w").close()
             time.sleep(30)
-    elif what == "mark":  # says that it began, and does not end
+    elif what == "mark":  # creates a file to show that it started, and does not end
         open(detail, "w").close()
         time.sleep(60)
     elif what == "mark-spin":
@@ -56,12 +61,12 @@ def misbehave(problem, response):
 
 
 def odd(question):
-    """Verdicts that are none."""
+    """Returns values that are not verdicts."""
     return {"none": None, "true": True, "list": [1, 2, 3], "object": (True, object())}[question]
 
 
 class Hanging:
-    """A judge whose arrival in a worker takes for ever."""
+    """A judge that a worker never finishes unpickling."""
 
     def __reduce__(self):
         return _hang, ()

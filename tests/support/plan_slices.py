@@ -1,5 +1,9 @@
-"""Meshes over two slices of TPUs that are not there: run by test_plan.py with the sizes of one, of
-that for sampling, and a topology. Prints the slices along `data`, or why there is no such mesh.
+"""Makes a mesh over two TPU slices without the TPUs, for test_plan.py.
+
+    python plan_slices.py MESH DECODE_MESH [TOPOLOGY]
+
+MESH and DECODE_MESH are DATAxFSDPxTENSOR. Prints the slice indices along `data` as JSON, or the
+error message if there is no such mesh.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Several processes that are one program, over the loopback: a script, or a run."""
+"""Runs a script or a training run in several processes that form one JAX program."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from paths import CONFIGS
 
-from opsd_jax.config import loading as config_files
+from opsd_jax.config import loading
 
 QUICKSTART = CONFIGS / "quickstart.py"
 
@@ -24,15 +24,21 @@ hosts.start(address if processes > 1 else "", processes, number)
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """Returns a port of this machine on which nothing listens."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return free.getsockname()[1]
 
 
 def run(script: str, *arguments: str, processes: int, devices: int) -> None:
-    """Runs a script in processes of so many devices each, `arguments` being `sys.argv[4:]` there
-    and `number` the process's. Fails unless all end well within two minutes.
+    """Runs a script in several processes; fails unless all exit with 0 within two minutes.
+
+    Args:
+      script: Python source. It finds `arguments` in `sys.argv[4:]` and its process number in
+        `number`.
+      *arguments: further arguments of the script.
+      processes: number of processes.
+      devices: number of CPU devices in each process.
     """
     address = f"localhost:{free_port()}"
     flags = f"--xla_force_host_platform_device_count={devices}"
@@ -49,11 +55,20 @@ def run(script: str, *arguments: str, processes: int, devices: int) -> None:
 
 
 class Run:
-    """A run of the command line by so many processes."""
+    """`opsd-jax train` in several processes."""
 
     def __init__(self, config, workdir, *changes, processes=2, devices=4):
-        flat = config_files.flatten(config)
-        default = config_files.flatten(config_files.load(QUICKSTART, {}))
+        """Starts the processes.
+
+        Args:
+          config: the config of the run.
+          workdir: its work directory.
+          *changes: further arguments of each process, a tuple per process; none by default.
+          processes: number of processes.
+          devices: number of CPU devices in each process.
+        """
+        flat = loading.flatten(config)
+        default = loading.flatten(loading.load(QUICKSTART, {}))
         command = [sys.executable, "-m", "opsd_jax", "train", "--config", str(QUICKSTART)]
         command += ["--workdir", str(workdir)]
         text = lambda value: tuple(value) if isinstance(value, list) else value
@@ -77,7 +92,7 @@ class Run:
         ]
 
     def ended(self, seconds=300):
-        """`(exit code, standard error)` of each."""
+        """Waits for the processes; returns (exit code, standard error) of each."""
         try:
             errors = [process.communicate(timeout=seconds)[1] for process in self.processes]
         finally:
@@ -87,7 +102,7 @@ class Run:
 
 
 def assert_equal_runs(a, b):
-    """Equal ids, and numbers to float32 rounding."""
+    """Asserts that two runs have equal token ids, and metrics equal to float32 rounding."""
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     for stage in ("sft", "rlvr", "opsd"):
         for file in ("responses.jsonl", "groups.jsonl"):

@@ -1,12 +1,13 @@
-"""A config that XLA:TPU compiles in a minute, for test_plan.py."""
+"""A config for test_plan.py, whose programs XLA:TPU compiles in about a minute."""
 
-from opsd_jax import config as config_lib
+import tiny_config
+
 from opsd_jax.config import recipes
 
 
 def get_config():
     config = recipes.paper_opsd("qwen3-0.6b")
-    config.model = config_lib.decoder(
+    config.model = tiny_config.decoder(
         vocab_size=2048, hidden_size=256, intermediate_size=512, num_layers=2, num_heads=4,
         num_kv_heads=2, head_dim=128, scan_unroll=1, dtype="bfloat16", remat="full",
     )  # fmt: skip

@@ -1,8 +1,9 @@
-"""A task of a few tokens, as a user would write one of their own: it is learnt in seconds.
+"""A task with a few tokens, as a user might write it. A model learns it in seconds.
 
-A question is two digits, the answer their sum modulo 5. Demonstrations muse at length and are wrong
-in three of ten cases; those in answer to the prompt that shows the solution are short and right.
-With 25 questions in all, the held-out ones are no others: this task shows that the machine learns.
+A question is two digits, and the answer is their sum modulo 5. Demonstrations are long, and three
+of ten are wrong. Demonstrations whose prompt shows the solution are short and right. There are only
+25 different questions, so the held-out questions are also trained on: this task only shows that a
+model learns.
 """
 
 import grain
@@ -51,7 +52,7 @@ def verify(problem, response):
 
 
 def task(config):
-    del config  # reads no files
+    del config  # the task reads no files
     train = grain.MapDataset.range(750).map(problem)
     return Task(
         tokenizer=TOKENIZER,

@@ -1,14 +1,15 @@
-"""A BPE tokenizer trained here, with small chat templates in the manner of each model family."""
+"""Trains a small BPE tokenizer and pairs it with a short chat template of each model family."""
 
 import json
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-# What each family's template does, in few lines: turns with headers, a generation prompt, and its
-# way with thinking.
+# What the template of each family does, in few lines: the headers of the turns, the generation
+# prompt, and the treatment of thinking.
 TEMPLATES = {
-    # Thinking by default; `enable_thinking=False` writes an empty thought. Earlier thoughts go.
+    # Thinking by default; `enable_thinking=False` writes an empty thought. The thinking of earlier
+    # turns is removed.
     "qwen3": """\
 {%- for message in messages %}
     {%- set content = message.content %}
@@ -24,7 +25,7 @@ TEMPLATES = {
     {%- endif %}
 {%- endif %}
 """,
-    # A system's turn by default; no thinking.
+    # A system message by default; no thinking.
     "qwen2": """\
 {%- if messages[0]["role"] != "system" %}
     {{- "<|im_start|>system\\nYou are helpful.<|im_end|>\\n" }}
@@ -34,7 +35,7 @@ TEMPLATES = {
 {%- endfor %}
 {%- if add_generation_prompt %}{{ "<|im_start|>assistant\\n" }}{% endif %}
 """,
-    # Opens the thinking itself, and takes it out of earlier turns.
+    # The generation prompt opens the thinking. The thinking of earlier turns is removed.
     "r1": """\
 {% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}
 {%- set ns = namespace(system="") -%}
@@ -51,7 +52,7 @@ TEMPLATES = {
     {%- endif %}
 {%- endfor -%}
 {% if add_generation_prompt %}{{ "<|Assistant|><think>\\n" }}{% endif %}""",
-    # Headers, trimmed content, the beginning of the text, a date.
+    # Headers, trimmed content, a token that begins the text, a date.
     "llama3": """\
 {{- bos_token }}
 {%- if not date_string is defined %}{% set date_string = strftime_now("%d %b %Y") %}{% endif %}
@@ -88,7 +89,7 @@ TEXT = [
 
 
 def write(directory, family, texts=TEXT, vocab_size=400):
-    """A directory with a tokenizer as transformers would save it; returns the directory."""
+    """Writes a tokenizer's directory as transformers saves it, and returns the directory."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -99,9 +100,9 @@ def write(directory, family, texts=TEXT, vocab_size=400):
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # One token each, and no special ones: a response's text shows them.
+    # These are single tokens but not special ones, so decoding a response keeps them.
     tokenizer.add_tokens(["<think>", "</think>"])
-    if family == "llama3":  # adds the beginning of the text when asked for special tokens
+    if family == "llama3":  # encoding with special tokens adds the one that begins the text
         begin = tokenizer.token_to_id("<|begin|>")
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<|begin|> $A", special_tokens=[("<|begin|>", begin)]

@@ -1,4 +1,4 @@
-"""Checkpoints: onto other devices and under other rules."""
+"""Restoring checkpoints on other devices and with other sharding rules."""
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ def optimizer(config):
 
 @pytest.fixture(scope="module")
 def saved(model, optimizer, tmp_path_factory):
-    """A state with parameters cut over (2, 2, 2), as NumPy arrays and as a checkpoint of it."""
+    """A state sharded over a (2, 2, 2) mesh: as NumPy arrays, and the directory of a checkpoint."""
     mesh = mesh_lib.make_mesh((2, 2, 2))
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     shardings = mesh_lib.tree_shardings(mesh, model.rules, shapes)
@@ -38,9 +38,9 @@ def saved(model, optimizer, tmp_path_factory):
     return jax.device_get(state), directory
 
 
-@pytest.mark.parametrize("rules", ["own", "whole", "last axis"])
+@pytest.mark.parametrize("rules", ["own", "replicated", "last axis"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 2), (1, 2, 1), (1, 8, 1), (2, 2, 2)])
-def test_a_state_comes_back_on_other_devices_under_other_rules(
+def test_a_state_is_restored_on_other_devices_with_other_rules(
     model, optimizer, saved, shape, rules
 ):
     expected, directory = saved
@@ -49,7 +49,7 @@ def test_a_state_comes_back_on_other_devices_under_other_rules(
     if rules == "own":
         shardings = mesh_lib.tree_shardings(mesh, model.rules, shapes)
     else:
-        # The sizes of the small model are multiples of 8.
+        # Every last dimension of the small model is a multiple of 8, the number of devices.
         last = lambda leaf: P(*(None,) * (leaf.ndim - 1), mesh_lib.AXES)
         spec = last if rules == "last axis" else lambda leaf: P()
         shardings = jax.tree.map(lambda leaf: jax.sharding.NamedSharding(mesh, spec(leaf)), shapes)

@@ -1,16 +1,16 @@
-"""A run compiles at its start, whatever comes later."""
+"""A run compiles its programs at the start and never again."""
 
 import jax
 
 from opsd_jax.run import pipeline
-from opsd_jax.training.loop import run_stage
+from opsd_jax.training.loop import LoopOptions, run_stage
 from opsd_jax.training.optimizer import make_optimizer
 from opsd_jax.training.signals import StopSignal
 
 
 def test_nothing_compiles_after_the_first_steps(config, tmp_path):
-    """However many rows are active and however long they are: a step of OPSD on incorrect rollouts
-    that are not truncated has another number of them each time.
+    """The number of active rows and their lengths differ between steps: OPSD trains here on the
+    incorrect rollouts that are not truncated, whose number varies.
     """
     compiled = []
 
@@ -21,7 +21,7 @@ def test_nothing_compiles_after_the_first_steps(config, tmp_path):
     section = config.copy_and_resolve_references()
     section.opsd.update({"gate": "0,1,0", "steps": 10, "checkpoint_every": 100, "init_from": ""})
     section.stages = ("opsd",)
-    this, seen = pipeline.Run(section, tmp_path), []
+    this, seen = pipeline.assemble(section, tmp_path), []
     jax.monitoring.register_event_duration_secs_listener(count)
     try:
         with this.pool, StopSignal() as stop:
@@ -33,15 +33,14 @@ def test_nothing_compiles_after_the_first_steps(config, tmp_path):
                 abstract_params=this.parameters.abstract,
                 mesh=this.mesh,
                 directory=tmp_path / "opsd",
-                checkpoint_every=100,
-                max_nonfinite=10,
+                options=LoopOptions(checkpoint_every=100, max_nonfinite=10),
                 stop=stop,
                 report=lambda step, values: seen.append((len(compiled), values)),
             )
     finally:
         jax.monitoring.unregister_event_duration_listener(count)
     assert compiled
-    # A report comes when the next step has been made: from the third step on nothing compiles.
+    # A step is reported after the next one was dispatched: nothing compiles from the third on.
     assert len({number for number, _ in seen[1:-1]}) == 1
     assert len({values["active_rows"] for _, values in seen}) > 2
     assert len({values["useful_tokens"] for _, values in seen}) > 2

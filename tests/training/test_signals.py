@@ -1,4 +1,4 @@
-"""Signals and notices of Google Cloud that ask a run to stop."""
+"""Signals, and notices from Google Cloud, that ask a run to stop."""
 
 import http.server
 import signal
@@ -13,7 +13,7 @@ from opsd_jax.training.signals import Interrupted, StopSignal
 
 @pytest.fixture
 def metadata(monkeypatch):
-    """Google's metadata server: a dict of what it answers."""
+    """A fake of Google's metadata server; yields the values that it returns, by key."""
     answers = {"preempted": "FALSE", "maintenance-event": "NONE"}
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -24,13 +24,13 @@ def metadata(monkeypatch):
             self.end_headers()
             self.wfile.write(answers.get(name, "").encode())
 
-        def log_message(self, *words):
+        def log_message(self, *_):
             pass
 
     server = http.server.ThreadingHTTPServer(("localhost", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("GCE_METADATA_HOST", f"localhost:{server.server_port}")
-    monkeypatch.setattr(notices, "SECONDS", 0.02)
+    monkeypatch.setattr(notices, "POLL_SECONDS", 0.02)
     yield answers
     server.shutdown()
 
@@ -39,7 +39,7 @@ def metadata(monkeypatch):
     ("name", "value"),
     [("preempted", "TRUE"), ("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")],
 )
-def test_a_notice_stops_as_sigterm_does(metadata, capfd, name, value):
+def test_a_notice_stops_the_run_like_sigterm(metadata, capfd, name, value):
     with StopSignal() as stop:
         time.sleep(0.2)
         stop.check()
@@ -54,27 +54,29 @@ def test_a_notice_stops_as_sigterm_does(metadata, capfd, name, value):
     assert f"notice of {name}: stopping soon" in capfd.readouterr().err
 
 
-def test_a_migration_and_a_server_that_fails_stop_nothing(metadata):
+def test_a_migration_or_a_failing_server_does_not_stop_the_run(metadata):
     metadata["maintenance-event"] = "MIGRATE_ON_HOST_MAINTENANCE"
     del metadata["preempted"]
     with StopSignal() as stop:
         time.sleep(0.2)
         stop.check()
-    assert notices.notice("localhost:1") == ""
+    assert notices.current_notice("localhost:1") == ""
 
 
-def test_other_machines_ask_nobody(monkeypatch, tmp_path):
+def test_machines_outside_google_cloud_ask_no_server(monkeypatch, tmp_path):
     monkeypatch.delenv("GCE_METADATA_HOST", raising=False)
     monkeypatch.setattr(notices, "PRODUCT", tmp_path / "product_name")
-    assert notices.server() == ""
+    assert notices.metadata_host() == ""
     notices.PRODUCT.write_text("Standard PC\n")
-    assert notices.server() == ""
+    assert notices.metadata_host() == ""
     notices.PRODUCT.write_text("Google Compute Engine\n")
-    assert notices.server() == "metadata.google.internal"
+    assert notices.metadata_host() == "metadata.google.internal"
 
 
-def test_a_second_signal_acts_as_ever():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # some shells' jobs ignore it
+def test_a_second_signal_reaches_the_previous_handler():
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # background jobs may ignore SIGINT
     try:
         second_signal()
     finally:

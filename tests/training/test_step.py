@@ -36,7 +36,7 @@ def rows(task):
                 "teacher": arithmetic.informed_prompt(problem, problem.solution),
                 "response": (response := rng.integers(1, 32, rng.integers(1, 40)).tolist()),
                 "behaviour_logprobs": [-1.0] * len(response),
-                "weight": GATE[i % 3],  # what the test expects of its outcome
+                "weight": GATE[i % 3],  # the weight that the gate gives its outcome
                 **{outcome: i % 3 == j for j, outcome in enumerate(Outcomes._fields)},
             }
         )
@@ -65,7 +65,7 @@ def teacher(params):
 
 @pytest.fixture(scope="module")
 def start(params, teacher):
-    """A state whose Adam moments are not zero, so that a change of them shows."""
+    """A state with nonzero Adam moments, so that a test notices if they change."""
     state = state_lib.init_state(params, OPTIMIZER, frozen())
     gradient = jax.tree.map(jnp.ones_like, params)
     _, opt_state = OPTIMIZER.update(gradient, state["opt_state"], params)
@@ -94,29 +94,29 @@ def assert_equal(a, b):
     assert_close(a, b, rtol=0, atol=0)
 
 
-def live(batch):
-    """Each live microbatch, with the lengths of its sequences."""
+def microbatches(batch):
+    """Yields each microbatch in use, with the padded lengths of its sequences."""
     for bucket in batch:
         for i in range(int(bucket["count"])):
             rows = jax.tree.map(lambda x, i=i: x[i], bucket["rows"])
             yield rows, {name: rows[name]["tokens"].shape[1] for name in ("student", "teacher")}
 
 
-def test_packing_loses_nothing_and_keeps_to_its_shapes(rows):
+def test_packing_keeps_every_row_and_the_shapes(rows):
     batch, empty = pack(rows), pack([])
     assert jax.tree.map(np.shape, batch) == jax.tree.map(np.shape, empty)
     assert [int(b["count"]) for b in empty] == [0, 0]
     found = sorted(
         tuple(targets[mask])
-        for data, _ in live(batch)
+        for data, _ in microbatches(batch)
         for targets, mask in zip(data["targets"], data["mask"], strict=True)
         if mask.any()
     )
     assert found == sorted(tuple(row["response"]) for row in rows)
 
 
-def test_no_other_arrangement_in_order_of_length_computes_less():
-    """Against all ways to cut up to nine rows of four lengths into microbatches of up to three."""
+def test_no_other_arrangement_in_order_of_length_computes_fewer_tokens():
+    """Compares with all ways to split up to nine sorted rows into microbatches of up to three."""
     rng = np.random.default_rng(0)
     buckets = [{"student": length} for length in (4, 8, 10, 20)]
     for n in [*range(10)] * 3:
@@ -135,8 +135,8 @@ def test_no_other_arrangement_in_order_of_length_computes_less():
         assert sum(b["rows"]["mask"].any(-1).sum() for b in batch) == n
 
 
-def test_student_and_teacher_find_the_same_tokens_of_a_response(rows):
-    for data, _ in live(pack(rows)):
+def test_student_and_teacher_predict_the_same_response_tokens(rows):
+    for data, _ in microbatches(pack(rows)):
         for i in np.flatnonzero(data["mask"].any(-1)):
             mask = data["mask"][i]
             of_teacher = data["teacher"]["columns"][i][mask]
@@ -144,27 +144,27 @@ def test_student_and_teacher_find_the_same_tokens_of_a_response(rows):
                 tokens, positions = data[name]["tokens"][i], data[name]["positions"][i]
                 n = (positions >= 0).sum()
                 np.testing.assert_array_equal(positions[:n], np.arange(n))
-                assert predicting[-1] == n - 1  # the last token computed predicts the response's
+                assert predicting[-1] == n - 1  # the last computed token predicts the last one
                 np.testing.assert_array_equal(tokens[predicting[1:]], data["targets"][i][mask][:-1])
             np.testing.assert_array_equal(data["behaviour_logprobs"][i], np.where(mask, -1, 0))
 
 
-def test_the_useful_fraction_counts_what_live_microbatches_compute(rows):
+def test_the_useful_fraction_counts_the_tokens_that_are_computed(rows):
     useful = computed = 0
     for row in rows:
         useful += len(row["student"]) + len(row["teacher"]) + 2 * len(row["response"]) - 2
-    for _, lengths in live(batch := pack(rows)):
+    for _, lengths in microbatches(batch := pack(rows)):
         computed += 4 * sum(lengths.values())
     assert batch_lib.useful_fraction([batch]) == pytest.approx(useful / computed)
     assert batch_lib.useful_fraction([pack([])]) == 1
 
 
-def test_an_empty_prompt_is_refused(rows):
+def test_an_empty_prompt_is_an_error(rows):
     with pytest.raises(ValueError, match="the prompt 'teacher' is empty; expected one token"):
         pack([rows[0] | {"teacher": []}])
 
 
-def test_too_many_or_too_long_rows_are_refused(rows):
+def test_too_many_or_too_long_rows_are_an_error(rows):
     with pytest.raises(ValueError, match="12 rows for a batch of capacity 8"):
         pack(rows, capacity=8)
     with pytest.raises(ValueError, match=r"a row of .*; the longest bucket holds .*30"):
@@ -172,15 +172,15 @@ def test_too_many_or_too_long_rows_are_refused(rows):
 
 
 def response_logits(score, params, prompt, response):
-    """[len(response), V]: each row predicts a response token; a forward of this row alone."""
+    """The logits [len(response), V] that predict a response, from a forward pass of one row."""
     ids = [*prompt, *response]
     tokens, positions = np.zeros((1, 96), np.int32), np.full((1, 96), -1, np.int32)
     tokens[0, : len(ids)], positions[0, : len(ids)] = ids, np.arange(len(ids))
     return score(params, tokens, positions)[0, len(prompt) - 1 : len(ids) - 1]
 
 
-def test_loss_is_that_of_the_rows_one_by_one(score, train_step, start, rows):
-    """From the logits on in float64 NumPy."""
+def test_loss_is_the_sum_over_single_rows(score, train_step, start, rows):
+    """Computes everything after the logits in float64 NumPy."""
     total = weights = 0.0
     for row in rows:
         logs = []
@@ -213,8 +213,8 @@ def test_arrangement_of_the_rows_does_not_matter(train_step, start, rows, arrang
     assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_rows_of_no_weight_are_as_good_as_absent(train_step, start, rows):
-    """The gate's dropped rows do not influence the update: equal to removing them."""
+def test_rows_without_weight_do_not_influence_the_update(train_step, start, rows):
+    """The update equals that of a batch from which these rows were removed."""
     dropped = [row | NO_OUTCOME if i % 2 else row for i, row in enumerate(rows)]
     expected, _ = train_step(start, pack(rows[::2]))
     got, _ = train_step(start, pack(dropped))
@@ -225,7 +225,7 @@ def test_rows_of_no_weight_are_as_good_as_absent(train_step, start, rows):
 
 
 def test_an_empty_context_has_no_divergence(train_step, start, rows):
-    """The teacher's prompt is the student's, at another width, and its parameters are too."""
+    """Teacher and student have equal prompts and parameters, but different padded lengths."""
     same = [row | {"teacher": row["student"]} for row in rows]
     state = start | {"teacher": start["params"]}
     _, metrics = train_step(state, pack(same))
@@ -282,8 +282,8 @@ def test_bfloat16_parameters_keep_their_dtype_over_steps(loss_fn, start, rows):
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
-def test_eight_devices_make_the_step_of_one(model, loss_fn, start, rows, shape):
-    """Compiled as the loop does it, with the state sharded and donated."""
+def test_eight_devices_compute_the_same_step_as_one(model, loss_fn, start, rows, shape):
+    """The state is sharded and donated, as in the training loop."""
     results = []
     for devices in (1, 8):
         mesh = mesh_lib.make_mesh(shape if devices > 1 else (1, 1, 1), jax.devices()[:devices])
@@ -305,13 +305,13 @@ def test_eight_devices_make_the_step_of_one(model, loss_fn, start, rows, shape):
                 state, metrics = step(state, jax.device_put(batch, batch_shardings))
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(donated["params"]))
         results.append(jax.device_get((state, metrics)))
-    # Adam divides by sqrt(v): rounding of gradients near zero is magnified to some 1e-4 of a step.
+    # Adam divides by sqrt(v), which magnifies the rounding of small gradients to 1e-4 of a step.
     assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_rlvr_gradient_is_that_of_grpo_by_hand(model, params, task, score, temperature):
-    """On-policy, the loss is -A at each token and its gradient -A grad log p, over all tokens."""
+    """On-policy, a token's loss is -A and its gradient is -A grad log p."""
     rng = np.random.default_rng(1)
     problems = [task.train[i] for i in range(4)]
     responses = [rng.integers(1, 32, n).tolist() for n in (3, 7, 12, 5)]
@@ -393,7 +393,7 @@ def test_learning_rate_schedules(config):
         tx = make_optimizer(optimizer, updates=10)
         params = jnp.zeros(1)
         opt_state, sizes = tx.init(params), []
-        for _ in range(11):  # with b1 = b2 = 0 a step is the learning rate times the sign
+        for _ in range(11):  # with b1 = b2 = 0, an update is the learning rate times the sign
             updates, opt_state = tx.update(jnp.ones(1), opt_state, params)
             sizes.append(-float(updates[0]))
         return np.array(sizes)
@@ -408,7 +408,7 @@ def test_learning_rate_schedules(config):
 
 
 def test_the_first_moment_may_be_in_bfloat16(config):
-    """The second stays in float32; a step differs by the rounding of the first, 2^-8 of it."""
+    """The second moment stays in float32, so an update differs by the rounding of the first."""
     updates = []
     for dtype in ("float32", "bfloat16"):
         optimizer = config.sft.optimizer.copy_and_resolve_references()

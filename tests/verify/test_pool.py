@@ -1,5 +1,6 @@
-"""The pool: verdicts whatever workers do, and whatever is done to them; none is left behind."""
+"""The pool gives verdicts whatever happens to its workers, and leaves no process behind."""
 
+import collections
 import contextlib
 import os
 import random
@@ -18,7 +19,7 @@ from paths import SUPPORT
 from opsd_jax.problem import Problem
 from opsd_jax.verify import pool as pool_lib
 from opsd_jax.verify.maths import maths
-from opsd_jax.verify.pool import Limits, PoolError, VerifierPool, check_golds
+from opsd_jax.verify.pool import PoolError, PoolOptions, VerifierPool, check_golds
 from opsd_jax.verify.verdict import Verdict, Verifier
 from opsd_jax.verify.verifiers import at_once
 
@@ -26,18 +27,33 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 ANY = Problem(0, "", "", "4")
 
 
-def running(process):
-    return process.status() != psutil.STATUS_ZOMBIE
-
-
-def is_running(pid):
+def is_running(process):
     with contextlib.suppress(psutil.NoSuchProcess):
-        return running(psutil.Process(pid))
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
 
 
+def servers():
+    """The processes that fork this process's workers."""
+    found = []
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # it ends while we look at it
+            if is_running(process) and "multiprocessing.forkserver" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def running_workers():
+    """The worker processes of this process."""
+    found = set()
+    for server in servers():
+        with contextlib.suppress(psutil.Error):
+            found.update(worker for worker in server.children() if is_running(worker))
+    return found
+
+
 def verdicts(judge, responses, problem=ANY, **options):
-    with VerifierPool(judge, workers=2, **options) as pool:
+    with VerifierPool(judge, PoolOptions(workers=2, **options)) as pool:
         futures = [pool.submit(problem, response) for response in responses]
         return [future.result(timeout=60) for future in futures]
 
@@ -50,37 +66,37 @@ def verdicts(judge, responses, problem=ANY, **options):
         ("eat 2000", Verdict(False, "memory")),
         ("die SIGABRT", Verdict(False, "crash")),
         ("die SIGSEGV", Verdict(False, "crash")),
-        ("die SIGKILL", Verdict(False, "crash")),  # each time that it is asked
+        ("die SIGKILL", Verdict(False, "crash")),  # at every attempt
         ("die SIGXCPU", Verdict(False, "timeout")),
         ("exit", Verdict(False, "verifier SystemExit")),
         ("raise x", Verdict(False, "verifier LookupError")),
         ("answer yes", Verdict(False, "verifier TypeError")),
     ],
 )
-def test_what_goes_wrong_costs_its_own_row(response, verdict):
+def test_a_misbehaving_job_costs_only_its_own_verdict(response, verdict):
     responses = [f"fine {i}" for i in range(20)]
     responses.insert(7, response)
     began = time.monotonic()
-    got = verdicts(judges.misbehave, responses, limits=Limits(seconds=1.0))
+    got = verdicts(judges.misbehave, responses, seconds=1.0)
     assert got.pop(7) == verdict
     assert got == [Verdict(True, "fine")] * 20
     assert time.monotonic() - began < 15
 
 
-def test_memory_is_counted_from_what_the_worker_has():
-    """What fits is let through, many times over."""
-    got = verdicts(judges.misbehave, [f"eat {300 + i}" for i in range(8)], limits=Limits(60))
+def test_the_memory_limit_applies_to_each_job():
+    """Jobs that fit pass, even if all of them together would not."""
+    got = verdicts(judges.misbehave, [f"eat {300 + i}" for i in range(8)], seconds=60.0)
     assert got == [Verdict(True, "eat")] * 8
 
 
-def test_limits_are_the_caller_s():
-    limits = Limits(seconds=0.5, memory_mb=100)
-    got = verdicts(judges.misbehave, ["fine", "sleep 5", "eat 300"], limits=limits)
+def test_the_options_set_the_limits():
+    responses = ["fine", "sleep 5", "eat 300"]
+    got = verdicts(judges.misbehave, responses, seconds=0.5, memory_mb=100)
     assert [v.reason for v in got] == ["fine", "timeout", "memory"]
 
 
-def test_a_question_is_asked_once():
-    with VerifierPool(maths(), workers=2) as pool:
+def test_equal_jobs_are_judged_once():
+    with VerifierPool(maths(), PoolOptions(workers=2)) as pool:
         futures = [
             pool.submit(Problem(i, "", "", r"\sqrt{8}"), rf"Thus \boxed{{{answer}}}")
             for i in range(50)
@@ -88,42 +104,42 @@ def test_a_question_is_asked_once():
         ]
         reasons = [future.result(timeout=60).reason for future in futures]
         assert reasons == ["match", "match", "mismatch", "match", "no answer"] * 50
-        assert pool.judged == 2  # the others are the same, or need no parser
+        assert pool.judged == 2  # the others are equal to these, or need no parser
         assert pool.submit(ANY, r"\boxed{4}").done()
 
 
-def test_a_passing_slowness_is_not_remembered(tmp_path):
-    with VerifierPool(judges.misbehave, workers=1, limits=Limits(seconds=0.5)) as pool:
-        question = f"once {tmp_path / 'asked'}"
-        assert pool.submit(ANY, question).result(timeout=60) == Verdict(False, "timeout")
-        assert pool.submit(ANY, question).result(timeout=60) == Verdict(True, "once")
-        assert pool.submit(ANY, question).done()
+def test_a_timeout_is_not_cached(tmp_path):
+    with VerifierPool(judges.misbehave, PoolOptions(workers=1, seconds=0.5)) as pool:
+        response = f"once {tmp_path / 'started'}"
+        assert pool.submit(ANY, response).result(timeout=60) == Verdict(False, "timeout")
+        assert pool.submit(ANY, response).result(timeout=60) == Verdict(True, "once")
+        assert pool.submit(ANY, response).done()
 
 
-def test_workers_are_replaced_after_a_while(monkeypatch):
-    """And no question is lost by that."""
-    monkeypatch.setattr(pool_lib, "RECYCLED", 5)
-    with VerifierPool(judges.misbehave, workers=1) as pool:
+def test_a_worker_is_replaced_after_so_many_jobs(monkeypatch):
+    """No job is lost at a replacement."""
+    monkeypatch.setattr(pool_lib, "JOBS_PER_WORKER", 5)
+    with VerifierPool(judges.worker_id, PoolOptions(workers=1)) as pool:
         futures = [pool.submit(ANY, f"fine {i}") for i in range(23)]
-        seen = set()
-        for future in futures:
-            seen.update(worker._process.pid for worker in list(pool._workers))
-            assert future.result(timeout=60) == Verdict(True, "fine")
-    assert len(seen) > 2
+        got = [future.result(timeout=60) for future in futures]
+    assert all(verdict.correct for verdict in got)
+    jobs = collections.Counter(verdict.reason for verdict in got)
+    assert sorted(jobs.values()) == [3, 5, 5, 5, 5]
 
 
-def test_what_a_judge_started_ends_with_it(tmp_path):
+def test_a_process_that_a_judge_started_ends_with_its_worker(tmp_path):
     path = tmp_path / "pid"
-    got = verdicts(judges.misbehave, [f"child {path}"], limits=Limits(seconds=0.5))
+    got = verdicts(judges.misbehave, [f"child {path}"], seconds=0.5)
     assert got == [Verdict(False, "timeout")]
-    pid = int(path.read_text())
-    deadline = time.monotonic() + 5
-    while psutil.pid_exists(pid) and running(psutil.Process(pid)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(int(path.read_text()))
+        deadline = time.monotonic() + 5
+        while is_running(process):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
-def test_odd_verdicts_cost_their_own_row():
+def test_a_judge_that_returns_no_verdict_costs_only_its_own_job():
     verifier = Verifier(lambda problem, response: response, judges.odd)
     reasons = [v.reason for v in verdicts(verifier, ["none", "true", "list", "x", "object"])]
     assert reasons[:3] == ["verifier TypeError", "verifier TypeError", "verifier ValueError"]
@@ -131,48 +147,48 @@ def test_odd_verdicts_cost_their_own_row():
     assert reasons[4].startswith("<object")
 
 
-def test_a_question_that_cannot_be_sent_costs_its_own_row():
+def test_a_job_that_cannot_be_pickled_costs_only_its_own_verdict():
     verifier = Verifier(lambda problem, response: lambda: response, judges.odd)
     assert not verdicts(verifier, ["x"])[0].correct
 
 
 def test_a_worker_that_is_never_ready_is_an_error(monkeypatch):
     monkeypatch.setattr(pool_lib, "START_SECONDS", 1.0)
-    monkeypatch.setattr(pool_lib, "STARTS", 2)
+    monkeypatch.setattr(pool_lib, "MAX_FAILED_STARTS", 2)
     verifier = Verifier(lambda problem, response: response, judges.Hanging())
     with pytest.raises(PoolError, match="not ready after 1 s"):
         verdicts(verifier, ["x"])
 
 
-def test_what_needs_no_worker_starts_none():
+def test_no_worker_starts_without_a_job():
     before = len(psutil.Process().children(recursive=True))
     with VerifierPool(at_once(lambda problem, response: Verdict(True, "match"))) as pool:
         assert pool.submit(ANY, "").result() == Verdict(True, "match")
         assert len(psutil.Process().children(recursive=True)) == before
 
 
-def test_a_judge_that_raises_at_once_costs_its_own_row():
-    def ask(problem, response):
+def test_an_exception_in_the_calling_process_costs_only_its_own_verdict():
+    def judge(problem, response):
         return Verdict(1 / len(response) > 0, "match")
 
-    with VerifierPool(at_once(ask)) as pool:
+    with VerifierPool(at_once(judge)) as pool:
         assert pool.submit(ANY, "").result() == Verdict(False, "verifier ZeroDivisionError")
         assert pool.submit(ANY, "x").result() == Verdict(True, "match")
 
 
-def test_from_a_thread():
-    """And from several at once; math-verify by itself refuses any but the main one."""
+def test_several_threads_can_share_a_pool():
+    """math-verify itself works only in a main thread."""
     results = {}
-    with VerifierPool(maths(), workers=2) as pool:
+    with VerifierPool(maths(), PoolOptions(workers=2)) as pool:
 
-        def ask(i):
+        def submit(i):
             future = pool.submit(
                 Problem(i, "", "", r"\frac{1}{3}"), rf"\boxed{{\frac{{{i}}}{{x}}}}"
             )
             same = pool.submit(Problem(i, "", "", r"x+1"), r"\boxed{1+x}")
             results[i] = future.result(timeout=60), same.result(timeout=60)
 
-        threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
+        threads = [threading.Thread(target=submit, args=(i,)) for i in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -181,24 +197,18 @@ def test_from_a_thread():
 
 
 def test_workers_killed_at_random():
-    """2,000 verifications while every 50 ms or so a worker is killed, and once in a while the
-    server that forks them."""
+    """2,000 jobs, while a worker is killed about every 50 ms, and now and then the server."""
     rng, kills, done, seen = random.Random(0), 0, threading.Event(), set()
-    pool = VerifierPool(judges.double, workers=2)
+    pool = VerifierPool(judges.double, PoolOptions(workers=2))
 
     def kill():
         nonlocal kills
         while not done.wait(rng.uniform(0.01, 0.1)):
-            living = [worker._process.pid for worker in pool._workers if not worker.ended]
-            seen.update(living)
-            servers = [
-                process.pid
-                for process in psutil.Process().children()
-                if running(process) and "multiprocessing.forkserver" in " ".join(process.cmdline())
-            ]
-            victims = servers if rng.random() < 0.01 else living
-            with contextlib.suppress(ProcessLookupError, IndexError):
-                os.kill(rng.choice(victims), rng.choice([signal.SIGKILL, signal.SIGTERM]))
+            workers = running_workers()
+            seen.update(workers)
+            victims = servers() if rng.random() < 0.01 else list(workers)
+            with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+                rng.choice(victims).send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
                 kills += 1
 
     with pool:
@@ -210,15 +220,15 @@ def test_workers_killed_at_random():
         got = [future.result(timeout=120) for future in futures]
         done.set()
         killer.join()
-        seen.update(worker._process.pid for worker in pool._workers)
+        seen.update(running_workers())
     assert kills > 20
     assert [v.correct for v in got] == [i % 2 == 0 for i in range(2000)]
     assert {v.reason for v in got} == {"match", "mismatch"}
     assert len(seen) > kills / 2
-    # One whose server was killed while it started ends when it finds its pipe closed.
+    # A worker whose server was killed during its start ends when it reads its closed pipe.
     deadline = time.monotonic() + 30
-    while living := [pid for pid in seen if is_running(pid)]:
-        assert time.monotonic() < deadline, living
+    while alive := [worker for worker in seen if is_running(worker)]:
+        assert time.monotonic() < deadline, alive
         time.sleep(0.1)
 
 
@@ -227,12 +237,12 @@ import os, signal, sys, time
 sys.path.insert(0, {tests!r})
 import judges
 from opsd_jax.problem import Problem
-from opsd_jax.verify.pool import Limits, VerifierPool
+from opsd_jax.verify.pool import PoolOptions, VerifierPool
 
 def main():
-    # A shell's background jobs ignore SIGINT, and so would this one.
+    # A background job of a shell inherits that SIGINT is ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    pool = VerifierPool(judges.misbehave, workers=2, limits=Limits(seconds=30))
+    pool = VerifierPool(judges.misbehave, PoolOptions(workers=2, seconds=30.0))
     futures = [
         pool.submit(Problem(0, "", "", ""), f"{{what}} {marks}/{{i}}")
         for i, what in enumerate(("mark", "mark-spin"))
@@ -262,7 +272,7 @@ if __name__ == "__main__":
     ],
 )
 def test_no_worker_outlives_its_parent(tmp_path, end):
-    """Two workers, one asleep and one in native code, both far from their limit."""
+    """One worker sleeps and one runs native code; both are far from their time limit."""
     marks = tmp_path / "marks"
     marks.mkdir()
     script = tmp_path / "script.py"
@@ -286,8 +296,8 @@ def test_no_worker_outlives_its_parent(tmp_path, end):
     assert alive == []
 
 
-def test_leaving_early_drops_what_waits():
-    with VerifierPool(judges.misbehave, workers=1) as pool:
+def test_closing_a_pool_fails_its_waiting_jobs():
+    with VerifierPool(judges.misbehave, PoolOptions(workers=1)) as pool:
         futures = [pool.submit(ANY, f"sleep {1 + i / 100}") for i in range(20)]
     with pytest.raises(PoolError, match="closed"):
         futures[-1].result(timeout=5)
@@ -296,7 +306,7 @@ def test_leaving_early_drops_what_waits():
 
 
 def test_workers_that_cannot_start_are_an_error(tmp_path):
-    """No verdict is made up. Here the script has no guard, so that each worker would run it."""
+    """This script lacks the `__main__` guard, so each worker runs it. No verdict is invented."""
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent(f"""
@@ -304,8 +314,8 @@ def test_workers_that_cannot_start_are_an_error(tmp_path):
         sys.path.insert(0, {str(SUPPORT)!r})
         import judges
         from opsd_jax.problem import Problem
-        from opsd_jax.verify.pool import VerifierPool
-        pool = VerifierPool(judges.misbehave, workers=2)
+        from opsd_jax.verify.pool import PoolOptions, VerifierPool
+        pool = VerifierPool(judges.misbehave, PoolOptions(workers=2))
         print(pool.submit(Problem(0, "", "", ""), "fine").result(timeout=60))
         """)
     )
@@ -317,7 +327,7 @@ def test_workers_that_cannot_start_are_an_error(tmp_path):
 
 
 def test_a_future_is_shared_and_cannot_be_cancelled():
-    with VerifierPool(judges.misbehave, workers=1) as pool:
+    with VerifierPool(judges.misbehave, PoolOptions(workers=1)) as pool:
         first, second = (pool.submit(ANY, "sleep 0.2") for _ in range(2))
         assert not first.cancel()
         assert second.result(timeout=60) == first.result() == Verdict(True, "sleep")
@@ -332,7 +342,7 @@ def test_a_judge_that_cannot_be_sent_is_refused():
 @LINUX
 def test_pools_leave_no_files_open():
     count = lambda: len(os.listdir("/proc/self/fd"))
-    verdicts(judges.misbehave, ["fine"])  # starts the server that forks
+    verdicts(judges.misbehave, ["fine"])  # starts the server process
     before = count()
     for _ in range(5):
         assert verdicts(judges.misbehave, ["fine"]) == [Verdict(True, "fine")]
@@ -340,18 +350,18 @@ def test_pools_leave_no_files_open():
 
 
 @LINUX
-def test_limits_of_the_session_are_kept():
-    """A shell's `ulimit` is below what a worker would set for itself: workers live with it."""
-    with VerifierPool(judges.misbehave, workers=1) as pool:
+def test_a_lower_limit_of_the_session_is_kept():
+    """A shell's `ulimit` may be lower than the limit that a worker sets for itself."""
+    with VerifierPool(judges.misbehave, PoolOptions(workers=1)) as pool:
         assert pool.submit(ANY, "limit").result(timeout=60) == Verdict(True, "limit")
         assert pool.submit(ANY, "fine").result(timeout=60) == Verdict(True, "fine")
         assert pool.submit(ANY, "eat 400").result(timeout=60) == Verdict(False, "memory")
 
 
-def test_golds_are_checked_against_themselves(monkeypatch):
-    monkeypatch.setattr(pool_lib, "PATIENT", Limits(seconds=1.5))
+def test_check_golds_verifies_each_answer_against_itself(monkeypatch):
+    monkeypatch.setattr(pool_lib, "PATIENT", PoolOptions(seconds=1.5))
     golds = [r"\frac{1}{2}", "12", r"\text{Evelyn}", r"\frac{1}{", r"\boxed{x+1}", "9^{9^{9^{9}}}"]
     problems = [Problem(i, "", "", gold) for i, gold in enumerate(golds)]
     broken = "empty, or its braces do not match"
     assert check_golds(maths(), problems) == ["", "", "", broken, "", "timeout"]
-    assert check_golds(judges.misbehave, problems) == [""] * 6  # nothing is known of its answers
+    assert check_golds(judges.misbehave, problems) == [""] * 6  # it cannot check gold answers

@@ -1,23 +1,23 @@
-r"""The maths verifier and the others: what is right, what is not, and what is no answer."""
+"""Which answers the verifiers accept, which they reject, and which they cannot read."""
 
 import json
 
 import pytest
 from paths import SHARED
 
-from opsd_jax.config import verifier as section
 from opsd_jax.problem import Problem
 from opsd_jax.verify import extract
 from opsd_jax.verify.maths import maths
 from opsd_jax.verify.normalise import normalise, plain_number
 from opsd_jax.verify.verdict import Verdict, Verifier
 from opsd_jax.verify.verifiers import (
+    VerifierOptions,
     at_once,
     by_source,
     choice,
     combine,
     exact,
-    from_config,
+    from_options,
     function,
     numeric,
 )
@@ -59,7 +59,7 @@ def problem(answer, **fields):
         (r"\boxed{3}</think>", None),
     ],
 )
-def test_the_last_box(text, answer):
+def test_boxed_finds_the_last_balanced_box(text, answer):
     assert extract.extract(text) == answer
 
 
@@ -79,7 +79,7 @@ def test_the_last_box(text, answer):
         (("boxed", "answer"), "Answer: 3", "3"),
     ],
 )
-def test_other_conventions(conventions, text, answer):
+def test_conventions_are_tried_in_order(conventions, text, answer):
     assert extract.extract(text, conventions) == answer
 
 
@@ -90,17 +90,17 @@ def test_other_conventions(conventions, text, answer):
     + ["".join(rf"\boxed{{{i}}}" for i in range(50_000)), "\\boxed{" + "A)" * 495 + "}"]
     + ["\\boxed{" + "1," * 100_000 + "}", "$" * 200_000, "#### " * 50_000, "1 " * 100_000],
 )
-def test_the_caller_is_not_held_up(text):
-    """What runs in the caller's process is linear, however the text is made."""
+def test_preparing_a_job_takes_linear_time(text):
+    """`prepare` runs in the main process, so no text may block it."""
     import time
 
     began = time.process_time()
     for verifier in (maths(tuple(extract.CONVENTIONS)), choice(), numeric(), exact()):
-        verifier.ask(problem("4"), text)
+        verifier.prepare(problem("4"), text)
     assert time.process_time() - began < 2
 
 
-# gold, what is in the box, whether it is right
+# (gold answer, content of the box, whether it is right)
 EQUAL = [
     (r"\frac{1}{2}", r"\dfrac{1}{2}", True),
     (r"\frac{1}{2}", "0.5", True),
@@ -140,7 +140,7 @@ EQUAL = [
     (r"30^\circ", r"30\text{ degrees}", True),
     (r"30^\circ", r"\frac{\pi}{6}", False),
 ]
-# What math-verify alone takes for equal.
+# Pairs for which math-verify alone gives the wrong verdict.
 GUARDED = [
     (r"\frac{1}{2004!}", r"\frac{1}{2006!}", False),
     (r"\frac{1}{2^{99}}", r"\frac{1}{2^{98}}", False),
@@ -172,7 +172,7 @@ GUARDED = [
 ]
 
 
-# Found in review: spellings of models, and ways to be right without knowing.
+# Spellings that models use, and answers that try to be right without deciding.
 REVIEWED = [
     (r"x+1", r"x+2=x+1", False),
     (r"n^2", r"n^3=n^2", False),
@@ -261,22 +261,22 @@ REVIEWED = [
 
 
 @pytest.mark.parametrize(("gold", "answer", "right"), EQUAL + GUARDED + REVIEWED)
-def test_equal_answers(gold, answer, right):
+def test_maths_decides_whether_answers_are_equal(gold, answer, right):
     verdict = maths()(problem(gold), rf"Thus \boxed{{{answer}}}.")
     assert verdict == (MATCH if right else MISMATCH)
 
 
 @pytest.mark.parametrize("gold", sorted({gold for gold, _, _ in EQUAL + GUARDED + REVIEWED}))
-def test_an_answer_equals_itself(gold):
+def test_every_gold_answer_verifies_against_itself(gold):
     verifier = maths()
     assert verifier(problem(gold), rf"\boxed{{{gold}}}") == MATCH
-    question = verifier.ask_gold(problem(gold))
-    assert (question if isinstance(question, Verdict) else verifier.judge(question)) == MATCH
+    prepared = verifier.prepare_gold(problem(gold))
+    assert (prepared if isinstance(prepared, Verdict) else verifier.judge(prepared)) == MATCH
 
 
 @pytest.mark.parametrize("gold", ["", " ", r"\frac{1}{", "1}{", r"\boxed{}"])
-def test_a_gold_that_cannot_be_met(gold):
-    assert not maths().ask_gold(problem(gold)).correct
+def test_an_empty_or_unbalanced_gold_answer_is_rejected(gold):
+    assert not maths().prepare_gold(problem(gold)).correct
 
 
 @pytest.mark.parametrize(
@@ -286,12 +286,12 @@ def test_a_gold_that_cannot_be_met(gold):
     + [(r"\begin{pmatrix}1\\a\end{pmatrix}", r"\begin{pmatrix}1\\a\end{pmatrix}")]
     + [(r"\\frac{1}{2}", r"\frac{1}{2}"), (r"1 & \phantom -1", "1&1"), ("1 000 000", "1000000")],
 )
-def test_normalised_texts(text, same):
+def test_normalise_maps_equal_answers_to_one_text(text, same):
     assert normalise(text) == same
     assert normalise(same) == same
 
 
-def test_numbers_that_need_no_parser():
+def test_plain_number_reads_integers_decimals_and_fractions():
     assert plain_number("007") == (7, False)
     assert plain_number("-.50") == (-0.5, True)
     assert plain_number(r"-\frac{6}{4}") == (-1.5, False)
@@ -300,7 +300,7 @@ def test_numbers_that_need_no_parser():
         assert plain_number(text) is None
 
 
-def test_exact():
+def test_exact_compares_texts_up_to_whitespace():
     assert exact()(problem("a b"), r"\boxed{a  b}") == MATCH
     assert exact()(problem("a b"), r"\boxed{A b}") == MISMATCH
     assert exact(ignore_case=True)(problem("a b"), r"\boxed{A b}") == MATCH
@@ -308,7 +308,7 @@ def test_exact():
     assert exact()(problem("a"), "a") == NO_ANSWER
 
 
-def test_numeric():
+def test_numeric_accepts_numbers_within_a_tolerance():
     verifier = numeric(relative_tolerance=0.01)
     assert verifier(problem("200"), r"\boxed{201.9 \text{ kg}}") == MATCH
     assert verifier(problem("200"), r"\boxed{202.1}") == MISMATCH
@@ -320,11 +320,11 @@ def test_numeric():
     assert verifier(problem("3"), rf"\boxed{{{'1' * 400}}}") == NO_ANSWER
     assert verifier(problem("3"), r"\boxed{3 or 4}") == NO_ANSWER
     assert verifier(problem("3"), r"\boxed{three}") == NO_ANSWER
-    assert verifier.ask_gold(problem("three")) == Verdict(False, "not of this kind")
+    assert verifier.prepare_gold(problem("three")) == Verdict(False, "not of this kind")
     assert numeric(absolute_tolerance=0.1)(problem("0"), r"\boxed{0.05}") == MATCH
 
 
-def test_choice():
+def test_choice_compares_letters():
     for text in (r"\boxed{C}", r"\boxed{(C)}", r"\boxed{\text{(C)}}", r"\boxed{C. because}"):
         assert choice()(problem("C"), text) == MATCH
         assert choice()(problem("(C) twelve"), text) == MATCH
@@ -339,15 +339,15 @@ def test_choice():
     assert free(problem("B"), "It is not A because of that, therefore B") == MATCH
     assert free(problem("B"), "no idea") == NO_ANSWER
     for gold in ("twelve", "A, C"):
-        assert choice().ask_gold(problem(gold)) == Verdict(False, "not of this kind")
+        assert choice().prepare_gold(problem(gold)) == Verdict(False, "not of this kind")
 
 
 def words_at_most(problem, response):
-    """A judge of one's own: the row's own bound on the words."""
+    """A verifier of the user's own: the problem limits the number of words."""
     return len(response.split()) <= problem.extra["words"]
 
 
-def test_a_function_of_one_s_own():
+def test_a_function_can_be_a_verifier():
     verifier = function("test_verifier:words_at_most")
     assert verifier(problem("", extra={"words": 3}), "one two three") == MATCH
     assert verifier(problem("", extra={"words": 2}), "one two three") == MISMATCH
@@ -356,7 +356,7 @@ def test_a_function_of_one_s_own():
             function(name)
 
 
-def test_combinations():
+def test_several_verifiers_can_be_combined():
     short = function("test_verifier:words_at_most")
     both = combine([maths(), short], every=True)
     either = combine([maths(), short], every=False)
@@ -369,21 +369,21 @@ def test_combinations():
     assert either(p, f"far too many words {right}") == MATCH
     assert either(p, wrong) == MATCH
     assert either(p, f"far too many words {wrong}") == MISMATCH
-    assert isinstance(both.ask(p, "no box"), Verdict)  # settled: no worker is asked
+    assert isinstance(both.prepare(p, "no box"), Verdict)  # no worker is needed
     for verifier in (both, combine([short, maths()], every=True)):
-        assert not verifier.ask_gold(problem(r"\frac{1}{")).correct
-        assert verifier.judge(verifier.ask_gold(problem(r"\sqrt{8}"))) == MATCH
-    assert either.ask_gold(problem("anything")).correct  # the function may accept it
+        assert not verifier.prepare_gold(problem(r"\frac{1}{")).correct
+        assert verifier.judge(verifier.prepare_gold(problem(r"\sqrt{8}"))) == MATCH
+    assert either.prepare_gold(problem("anything")).correct  # the function might accept it
 
 
-def test_each_source_has_its_verifier():
+def test_by_source_uses_the_verifier_of_the_problem_s_source():
     verifier = by_source({"maths": maths(), "quiz": choice(("text",))})
     assert verifier(problem("4", source="maths"), r"\boxed{2+2}") == MATCH
     assert verifier(problem("B", source="quiz"), "B") == MATCH
     assert verifier(problem("B", source="maths"), "B") == NO_ANSWER
 
 
-def test_verifiers_of_a_config():
+def test_from_options_makes_every_kind():
     p = problem("12", extra={"words": 1})
     for changes, response, verdict in [
         ({}, r"\boxed{12}", MATCH),
@@ -393,7 +393,7 @@ def test_verifiers_of_a_config():
         ({"kind": "maths and test_verifier:words_at_most"}, r"so \boxed{12}", MISMATCH),
         ({"kind": "maths or test_verifier:words_at_most"}, r"so \boxed{12}", MATCH),
     ]:
-        assert from_config(section(**changes))(p, response) == verdict
+        assert from_options(VerifierOptions(**changes))(p, response) == verdict
     for changes, message in [
         ({"kind": "math"}, "kind is 'math'; expected maths, exact, numeric, choice"),
         ({"kind": "maths and exact or choice"}, "only ' and ' or only ' or '"),
@@ -401,14 +401,14 @@ def test_verifiers_of_a_config():
         ({"answer": ("box",)}, "answer has 'box'; expected some of boxed, ####, answer, text"),
     ]:
         with pytest.raises(ValueError, match=message):
-            from_config(section(**changes))
+            from_options(VerifierOptions(**changes))
 
 
-def test_a_verifier_says_what_needs_a_worker():
+def test_prepare_returns_a_job_only_if_a_parser_is_needed():
     verifier = maths()
     assert isinstance(verifier, Verifier)
-    assert verifier.ask(problem("4"), r"\boxed{5}") == MISMATCH
-    assert not isinstance(verifier.ask(problem(r"\sqrt{8}"), r"\boxed{\sqrt{2}}"), Verdict)
+    assert verifier.prepare(problem("4"), r"\boxed{5}") == MISMATCH
+    assert not isinstance(verifier.prepare(problem(r"\sqrt{8}"), r"\boxed{\sqrt{2}}"), Verdict)
     with pytest.raises(AssertionError):
         at_once(lambda problem, response: MATCH).judge(())
 
@@ -416,9 +416,9 @@ def test_a_verifier_says_what_needs_a_worker():
 CASES = SHARED / "verifier"
 
 
-@pytest.mark.skipif(not CASES.is_dir(), reason="the cases are not here")
-def test_real_rollouts():
-    """Every response of a model and every reference solution gets the verdict of its label."""
+@pytest.mark.skipif(not CASES.is_dir(), reason="the labelled responses are not available")
+def test_labelled_responses_get_the_verdict_of_their_label():
+    """The responses come from models and from the reference solutions of datasets."""
     for name, conventions in [
         ("derived_math500", ("boxed",)),
         ("rollouts_math_qwen", ("boxed",)),

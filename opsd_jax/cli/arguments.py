@@ -1,0 +1,280 @@
+"""The arguments of the commands. Importing this module imports no JAX, so that --help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import opsd_jax
+
+OVERRIDE = "--config."
+
+EPILOG = """\
+examples:
+  opsd-jax train --config quickstart --workdir runs/quickstart
+  opsd-jax train --config quickstart --workdir runs/all --config.opsd.gate=all
+  opsd-jax evaluate --workdir runs/quickstart --stage opsd --compare runs/quickstart/rlvr
+  opsd-jax evaluate --model models/Qwen3-8B --benchmark math500 --benchmark aime24 --out runs/qwen3
+  opsd-jax plan --config configs/qwen3_8b_opsd_v5p32.py --topology v5p:2x2x4
+  opsd-jax report --workdir runs/quickstart
+  opsd-jax convert --workdir runs/quickstart --stage opsd --out models/quickstart
+
+exit codes: 0 done; 1 the run failed, or a planned run does not fit; 2 bad usage or config; 75, or
+134 from JAX itself, one of several hosts is lost; 130 or 143 stopped by a signal with a checkpoint
+saved. After 75, 130, 134 and 143 the same command, on all hosts, resumes from the last checkpoint.
+"""
+TRAIN = "Run the stages of a config, evaluate each, and write the report."
+REPORT = "Write the report of a run again, from its records."
+CONVERT = "Write the result of a stage, or a Hugging Face model, as a directory for transformers."
+PLAN = "Compile a run for TPUs that are not there: does it fit, what does it move, how long?"
+PLAN_EPILOG = """\
+Takes minutes: XLA's compiler for TPUs (pip install 'opsd-jax[tpu]') compiles every program of the
+run on this machine, without a TPU, data or weights; a config that names a preset takes its sizes.
+The exit code is 1 if the run does not fit. docs/pods.md explains the table.
+"""
+EVALUATE = "Evaluate the result of a stage, or a Hugging Face model, on held-out problems."
+EVALUATE_EPILOG = """\
+Without --benchmark all settings are the run's. With --benchmark the settings that you do not give
+are the paper's: 8 responses per problem at temperature 0.6, top_p 0.95 and top_k 20, of up to
+30,000 tokens, for prompts of up to 2,048 tokens, with 8 x data x fsdp decoding slots. After a stop
+or a crash the same command resumes. docs/evaluation.md explains every statistic.
+"""
+
+
+def parser(show_fields: bool = False) -> argparse.ArgumentParser:
+    """The parser of all arguments except `--config.FIELD=VALUE`.
+
+    Args:
+      show_fields: whether the help of `train` lists the fields of the config, which needs JAX.
+    """
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(
+        prog="opsd-jax",
+        description="Post-train reasoning models: SFT, RLVR, on-policy self-distillation.",
+        epilog=EPILOG,
+        formatter_class=raw,
+    )
+    top.add_argument("--version", action="version", version=f"opsd-jax {opsd_jax.__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=text, description=text, epilog=epilog, formatter_class=raw
+        )
+
+    _add_train(command("train", TRAIN, _fields() if show_fields else ""))
+    _add_evaluate(command("evaluate", EVALUATE, EVALUATE_EPILOG))
+    _add_plan(command("plan", PLAN, PLAN_EPILOG))
+    _add_workdir(command("report", REPORT))
+    _add_convert(command("convert", CONVERT))
+    return top
+
+
+def _fields() -> str:
+    """The fields of the config, as text."""
+    from opsd_jax.config import fields  # needs JAX
+
+    return fields.for_help()
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Takes `--config.FIELD=VALUE` and `--config.FIELD VALUE` out of the arguments.
+
+    Returns:
+      The other arguments, and field -> value.
+    """
+    rest, overrides, left = [], {}, list(argv)
+    while left:
+        argument = left.pop(0)
+        if argument == "--mesh" and left:
+            argument += f"={left.pop(0)}"  # argparse takes a value such as -1,1,1 for an option
+        if not argument.startswith(OVERRIDE):
+            rest.append(argument)
+            continue
+        field, equals, value = argument.removeprefix(OVERRIDE).partition("=")
+        if not equals:
+            if not left or left[0].startswith("--"):
+                parser().error(f"{argument} needs a value")
+            value = left.pop(0)
+        overrides[field] = value
+    return rest, overrides
+
+
+# Types of arguments.
+
+
+def local(text: str) -> pathlib.Path:
+    """The absolute path of a directory on this machine."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text}; expected a directory of this machine")
+    return pathlib.Path(text).absolute()
+
+
+def directory(text: str) -> Any:
+    """The path of a directory: absolute on this machine, or in a bucket (gs://BUCKET/...)."""
+    if "://" not in text:
+        return local(text)
+    if not re.match("gs://[^/]", text):
+        raise argparse.ArgumentTypeError(f"{text}; expected a directory or gs://BUCKET/...")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise argparse.ArgumentTypeError(f"{text} needs an extra: pip install 'opsd-jax[gcs]'")
+    import fsspec.config
+    from etils import epath
+
+    # No cached listings: other hosts, and runs before this one, write there too.
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    return epath.Path(text)
+
+
+def mesh(text: str) -> tuple[int, ...]:
+    """The sizes of a mesh, from text such as "1,-1,1"."""
+    return tuple(int(size) for size in text.split(","))
+
+
+def count(text: str) -> int:
+    """An integer of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}; expected 1 or more")
+    return int(text)
+
+
+def fraction(text: str) -> float:
+    """A number in (0, 1]."""
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text}; expected a fraction above 0 and at most 1")
+    return float(text)
+
+
+# Arguments of each command.
+
+
+def _add_workdir(sub: argparse._ActionsContainer, *, required: bool = True) -> None:
+    sub.add_argument(
+        "--workdir",
+        required=required,
+        type=directory,
+        help="work directory of the run, or gs://BUCKET/...",
+    )
+
+
+def _add_config(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--config",
+        required=True,
+        help="a Python file with get_config(), or a packaged config such as quickstart; "
+        f"{OVERRIDE}FIELD=VALUE changes a field of it",
+    )
+
+
+def _add_hosts(sub: argparse.ArgumentParser) -> None:
+    """Adds the arguments that make a process one of several."""
+    sub.add_argument(
+        "--coordinator",
+        default="",
+        metavar="HOST[:PORT]",
+        help="address of the first of several hosts, all of which run this command; "
+        "auto: as Cloud TPU or GKE says",
+    )
+    sub.add_argument("--processes", type=count, help="number of processes, unless auto")
+    sub.add_argument("--process", type=int, help="number of this process, from 0, unless auto")
+
+
+def _add_model(sub: argparse.ArgumentParser) -> None:
+    """Adds the arguments that select a model: a stage of a run, or a directory."""
+    which = sub.add_mutually_exclusive_group(required=True)
+    _add_workdir(which, required=False)
+    which.add_argument("--model", type=local, help="directory of a Hugging Face model")
+    sub.add_argument("--stage", help="stage of the run (default: the last finished one)")
+
+
+def _add_train(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--workdir",
+        required=True,
+        type=directory,
+        help="work directory of the run, or gs://BUCKET/...; created if it does not exist, resumed "
+        "if it holds a run",
+    )
+    _add_config(sub)
+    _add_hosts(sub)
+
+
+def _add_evaluate(sub: argparse.ArgumentParser) -> None:
+    _add_model(sub)
+    _add_hosts(sub)
+    add = sub.add_argument
+    add(
+        "--benchmark",
+        action="append",
+        metavar="NAME[=PATH]",
+        help="math500, aime24, aime25, gsm8k, or any name with a file; can be repeated "
+        "(default: the run's held-out problems)",
+    )
+    add("--problems", type=int, help="first problems of each benchmark to take; 0: all")
+    add("--samples", type=int, help="responses per problem")
+    add("--temperature", type=float, help="sampling temperature; 0: greedy")
+    add("--top-p", type=float, help="sample from the most likely tokens of this total probability")
+    add("--top-k", type=int, help="sample from this many most likely tokens; 0: from all")
+    add(
+        "--min-p",
+        type=float,
+        help="sample from tokens at least this fraction as likely as the likeliest; 0: from all",
+    )
+    add("--response-tokens", type=int, help="token budget of a response")
+    add("--prompt-tokens", type=int, help="longest prompt, in tokens")
+    add("--slots", type=int, help="decoding slots: responses sampled at the same time")
+    add("--seed", type=int, help="seed of the sampling")
+    add("--mesh", type=mesh, metavar="DATA,FSDP,TENSOR", help="sizes of the mesh axes")
+    add("--thinking", choices=("on", "off"), help="thinking mode of the chat template")
+    add("--system", help="system message of the chat")
+    add("--prompt", help="user message, with {question} in it")
+    add("--date", help="YYYY-MM-DD, for a chat template that asks for today's date")
+    add(
+        "--compare",
+        type=directory,
+        metavar="DIR",
+        help="directory of an earlier evaluation, or of a stage: report what changed since",
+    )
+    add(
+        "--out",
+        type=directory,
+        help="directory of the evaluation (default: one in WORKDIR/evaluations)",
+    )
+
+
+def _add_plan(sub: argparse.ArgumentParser) -> None:
+    _add_config(sub)
+    sub.add_argument(
+        "--topology", required=True, help="chips by their shape: v5e:4x4, v5p:2x2x4, v6e:8x8, ..."
+    )
+    sub.add_argument(
+        "--slices",
+        type=count,
+        default=1,
+        help="number of such topologies, connected by the data centre's network",
+    )
+    sub.add_argument(
+        "--length",
+        type=fraction,
+        default=0.5,
+        help="assumed mean length of responses, as a fraction of their budget "
+        "(default: %(default)s)",
+    )
+    sub.add_argument("--json", action="store_true", help="print the plan as JSON")
+    sub.add_argument(
+        "--out", type=pathlib.Path, help="also write memory, programs and times to this text file"
+    )
+
+
+def _add_convert(sub: argparse.ArgumentParser) -> None:
+    _add_model(sub)
+    sub.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the weights (default: the dtype that they have in the source)",
+    )
+    sub.add_argument("--out", required=True, type=local, help="directory to write; a new one")

@@ -1,0 +1,32 @@
+"""The command `plan`: compiles a run for TPUs that are not there, and prints what it needs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+
+from opsd_jax.config import loading
+from opsd_jax.planning import plan_file, table
+from opsd_jax.planning.plan import plan
+from opsd_jax.storage.files import to_json
+
+
+def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
+    """Runs the command; returns the exit code, 1 for a run that does not fit.
+
+    Raises:
+      PlanError: the topology cannot be compiled for.
+      ConfigError: the config cannot be run on it.
+    """
+    config = loading.load(arguments.config, overrides, data=False)
+    made = plan(
+        config,
+        arguments.topology,
+        slices=arguments.slices,
+        length=arguments.length,
+    )
+    if arguments.out:
+        plan_file.write(arguments, overrides, made)
+    lines = [to_json(made, indent=2)] if arguments.json else table.lines(made)
+    print(*lines, sep="\n")
+    return 0 if made["fits"] else 1

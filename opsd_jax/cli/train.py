@@ -1,0 +1,18 @@
+"""The command `train`: runs the stages of a config and writes the report."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+
+from opsd_jax.cli import report
+from opsd_jax.config import loading
+from opsd_jax.parallel import hosts
+from opsd_jax.run import pipeline
+
+
+def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
+    """Runs the command; returns the exit code. Raises what `pipeline.run` raises."""
+    config = hosts.together(lambda: loading.load(arguments.config, overrides))
+    pipeline.run(config, arguments.workdir)
+    return report.write(config, arguments.workdir)

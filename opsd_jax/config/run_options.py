@@ -1,0 +1,125 @@
+"""The options of a whole run, as dataclasses: what the package takes instead of a `ConfigDict`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import types
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from opsd_jax.data.options import DataOptions
+from opsd_jax.evaluation.options import EvaluationOptions
+from opsd_jax.models.options import DecoderOptions, PretrainedOptions
+from opsd_jax.options import ConfigError, fail, fields_of, lock, option, parse, section
+from opsd_jax.stages import algorithm_of
+from opsd_jax.stages.options import StageOptions
+from opsd_jax.training.checkpoint import CheckpointOptions
+from opsd_jax.verify.pool import PoolOptions
+
+# Options class of a `model` section, by the function that makes the model. Any other function, such
+# as one of a user's own, gets the section itself, as a ConfigDict.
+MODELS: dict[str, type] = {
+    "opsd_jax.models.decoder:from_config": DecoderOptions,
+    "opsd_jax.models.pretrained:from_config": PretrainedOptions,
+}
+RESERVED = ("untrained", "report")  # directories of a run that no stage may be named after
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Every option of a run. `sections` holds the options of each stage, by its name."""
+
+    seed: int = option(0, "Seed of the whole run.", at_least=0, below=2**31)
+    stages: tuple[str, ...] = option(
+        ("sft", "rlvr", "opsd"), "Stages to run, in order: names of sections with an `algorithm`."
+    )
+    mesh: tuple[int, ...] = option(
+        (-1, 1, 1), "Sizes of the mesh axes data, fsdp and tensor; -1 takes the remaining devices."
+    )
+    decode_mesh: tuple[int, ...] = option(
+        (),
+        "Mesh sizes while sampling, when weights are sharded over tensor alone; () is `mesh`.",
+    )
+    task: str = option(
+        "opsd_jax.data.text:task",
+        "'package.module:function' that takes the section `data` and returns a Task.",
+    )
+    data: DataOptions = option(DataOptions(), "Problems, prompts and privileged contexts.")
+    model: Any = option(PretrainedOptions(), "The model; its fields depend on `model.make`.")
+    evaluation: EvaluationOptions = option(
+        EvaluationOptions(), "The evaluation of every stage on held-out problems."
+    )
+    pool: PoolOptions = option(PoolOptions(), "The processes that verify responses.")
+    checkpoints: CheckpointOptions = option(
+        CheckpointOptions(), "Which checkpoints of a stage are kept."
+    )
+    max_nonfinite: int = option(
+        10,
+        "Steps in a row with a gradient that is not finite after which the run ends.",
+        at_least=1,
+    )
+    wandb_project: str = option(
+        "", "Weights & Biases project; '' for none. Needs the extra `wandb`."
+    )
+    sections: Mapping[str, StageOptions] = dataclasses.field(
+        default_factory=lambda: types.MappingProxyType({})
+    )
+
+    def check_stages(self) -> None:
+        """Raises ConfigError where the stages do not form a sequence that can run."""
+        if len({*self.stages, *RESERVED}) != len(self.stages) + len(RESERVED):
+            reserved = " or ".join(map(repr, RESERVED))
+            fail("stages", self.stages, f"names that differ, none of them {reserved}")
+        for i, name in enumerate(self.stages):
+            if name not in self.sections:
+                known = ", ".join(self.sections)
+                fail("stages", self.stages, f"names of sections among {known}; there is no {name}")
+            before = self.sections[name].init_from
+            if before and before not in self.stages[:i]:
+                fail(f"{name}.init_from", before, "'' or a stage before this one")
+        if self.wandb_project and importlib.util.find_spec("wandb") is None:
+            expected = "'' without the extra: pip install 'opsd-jax[wandb]'"
+            fail("wandb_project", self.wandb_project, expected)
+
+
+def parse_run(config: ConfigDict) -> RunOptions:
+    """The options that a config holds, checked; nothing is built and no file is read.
+
+    Raises:
+      ConfigError: names the first field that cannot be used, its value and what was expected.
+    """
+    own = [name for name in fields_of(RunOptions) if name != "sections"]
+    sections: dict[str, StageOptions] = {}
+    for name, value in config.items():
+        if name in own:
+            continue
+        if not isinstance(value, ConfigDict) or "algorithm" not in value:
+            raise ConfigError(
+                f"config.{name}: there is no such field; expected one of {', '.join(own)}, or a "
+                "stage: a section with the field `algorithm`."
+            )
+        algorithm = algorithm_of(value.algorithm, f"{name}.algorithm")
+        sections[name] = parse(algorithm.options, value, name)
+    top = {name: config[name] for name in own if name in config}
+    options = parse(RunOptions, top | {"sections": {}}, "")
+    model = options.model
+    kind = MODELS.get(model.make) if isinstance(model, ConfigDict) and "make" in model else None
+    if kind is not None:
+        model = parse(kind, model, "model")
+    elif not isinstance(model, ConfigDict) or "make" not in model:
+        expected = "a section with the field `make`, 'package.module:function'"
+        fail("model", model, expected)
+    whole = dataclasses.replace(options, model=model, sections=types.MappingProxyType(sections))
+    whole.check_stages()
+    return whole
+
+
+def run_section(options: RunOptions) -> ConfigDict:
+    """The config that holds the options: `parse_run` of it returns them."""
+    config = section(options, omit=("sections",)).unlock()
+    for name, stage in options.sections.items():
+        config[name] = section(stage)
+    return lock(config, options)

@@ -1,0 +1,160 @@
+"""Functions that make the sections of a config, each with its defaults and with changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from opsd_jax import losses
+from opsd_jax.config.run_options import RunOptions, run_section
+from opsd_jax.data.options import SourceOptions
+from opsd_jax.models.options import DecoderOptions, PretrainedOptions
+from opsd_jax.models.presets import PRESETS
+from opsd_jax.models.rope import RopeScaling
+from opsd_jax.options import ConfigError, section
+from opsd_jax.stages.opsd import OPSDOptions
+from opsd_jax.stages.rlvr import RLVROptions
+from opsd_jax.stages.sft import SFTOptions
+from opsd_jax.training.optimizer import OptimizerOptions
+from opsd_jax.verify.verifiers import VerifierOptions
+
+OWN_DIRECTORY = ("make", "path", "preset")  # fields of `PretrainedOptions` that a decoder lacks
+
+
+def default() -> ConfigDict:
+    """Returns the config with every field at its default value.
+
+    The stages are SFT, RLVR and OPSD; each starts from the result of the one before. The model is a
+    directory (`config.model.path`), and the problems come from files (`config.data.train`). A
+    config file starts here and changes what it needs.
+    """
+    stages = {
+        "sft": SFTOptions(),
+        "rlvr": RLVROptions(init_from="sft"),
+        "opsd": OPSDOptions(init_from="rlvr"),
+    }
+    return run_section(RunOptions(sections=stages))
+
+
+def _changed(options: Any, changes: Mapping[str, Any]) -> ConfigDict:
+    """The section of some options, with changes to its fields and to those of sections in it."""
+    config = section(options)
+    config.update(changes)
+    return config
+
+
+def optimizer(**changes: Any) -> ConfigDict:
+    """Returns the section `optimizer` of a stage: AdamW, with changes."""
+    return _changed(OptimizerOptions(), changes)
+
+
+def objective(preset: str, **changes: Any) -> ConfigDict:
+    """Returns the section `objective` of an RLVR stage.
+
+    Args:
+      preset: one of `opsd_jax.losses.PRESETS`, such as "grpo" or "dapo".
+      changes: fields of `opsd_jax.losses.PolicyGradient` -> values.
+
+    Raises:
+      ConfigError: there is no such preset.
+    """
+    if preset not in losses.PRESETS:
+        known = ", ".join(losses.PRESETS)
+        raise ConfigError(f"objective({preset!r}): expected one of {known}.")
+    return ConfigDict(losses.PRESETS[preset]._asdict() | changes)
+
+
+def distillation(**changes: Any) -> ConfigDict:
+    """Returns the section `loss` of an OPSD stage: `opsd_jax.losses.OPSD` with changes.
+
+    It has no field `gate`, which is a field of the stage itself.
+    """
+    options = losses.OPSD()._asdict()
+    del options["gate"]
+    return ConfigDict(options | changes)
+
+
+def verifier(kind: str = "maths", **changes: Any) -> ConfigDict:
+    """Returns the section `verifier` of a source: how responses to its problems are judged.
+
+    Args:
+      kind: a verifier (opsd_jax/verify/verifiers.py), such as "maths" or "choice".
+      changes: the other fields -> values.
+    """
+    return _changed(VerifierOptions(kind=kind), changes)
+
+
+def source(path: str | pathlib.Path = "", **changes: Any) -> ConfigDict:
+    """Returns a source of problems: `source("a.jsonl", columns={"answer": "gold"})`.
+
+    docs/data.md has an example of each field.
+
+    Args:
+      path: a file (.jsonl, .jsonl.gz, .parquet, .arrow) or a Hugging Face `datasets` folder.
+      changes: the other fields -> values.
+    """
+    return _changed(SourceOptions(path=os.fspath(path)), changes)
+
+
+def decoder(**changes: Any) -> ConfigDict:
+    """Returns the section `model` of the reference decoder with random initial parameters.
+
+    Args:
+      changes: fields of `DecoderOptions` -> values; the sizes have to be given.
+
+    Raises:
+      ConfigError: a size is missing.
+    """
+    sizes = [
+        field.name
+        for field in dataclasses.fields(DecoderOptions)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing := [name for name in sizes if name not in changes]:
+        raise ConfigError(
+            f"decoder(...) needs {', '.join(missing)}; the sizes of the quickstart's model are in "
+            "configs/quickstart.py, those of released models in preset(NAME)."
+        )
+    given = {name: changes[name] for name in sizes}
+    rest = {name: value for name, value in changes.items() if name not in sizes}
+    return _changed(DecoderOptions(**given), rest)
+
+
+def preset(name: str, **changes: Any) -> ConfigDict:
+    """Returns the reference decoder in the sizes of a released model, randomly initialised.
+
+    Args:
+      name: one of `opsd_jax.models.presets.PRESETS`.
+      changes: fields of `decoder` -> values.
+
+    Raises:
+      ConfigError: there is no such preset; the message lists the presets.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"there is no preset {name!r}; expected one of {', '.join(PRESETS)}.")
+    large = dataclasses.asdict(PretrainedOptions())  # how large models run: bfloat16, remat
+    options = {name: value for name, value in large.items() if name not in OWN_DIRECTORY}
+    return decoder(**{**options, **PRESETS[name], **changes})
+
+
+def pretrained(path: str | pathlib.Path = "", preset: str = "", **changes: Any) -> ConfigDict:
+    """Returns the section `model` of a directory with `config.json` and safetensors files.
+
+    Args:
+      path: the directory; `--config.model.path=...` sets it too.
+      preset: the released model whose sizes `opsd-jax plan` takes if there is no path.
+      changes: the other fields -> values.
+    """
+    return _changed(PretrainedOptions(path=os.fspath(path), preset=preset), changes)
+
+
+def rope_scaling(**changes: Any) -> ConfigDict:
+    """Returns the section `rope_scaling` of a decoder: how RoPE is scaled to a longer context."""
+    config = ConfigDict(dataclasses.asdict(RopeScaling()))
+    config.update(changes)
+    return config

@@ -1,0 +1,211 @@
+"""Options of the data: the section `config.data`, and the sources in it.
+
+docs/data.md explains the fields of a source, docs/prompts.md those of the prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from opsd_jax.data.contexts import CONTEXTS
+from opsd_jax.options import ConfigError, fail, option
+from opsd_jax.verify.verifiers import VerifierOptions
+
+SECTIONS = ("train", "heldout", "exclude")  # the fields of DataOptions that hold sources
+
+REQUEST = "Please reason step by step, and put your final answer within \\boxed{}.\n"
+_DAY = re.compile(r"[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ColumnOptions:
+    """The names of a source's columns. A dot reads inside an object: "reward.answer"."""
+
+    id: str = option("id", "Column with the id; rows without one use their row number.")
+    question: str = option(
+        "problem",
+        "Column with the question.",
+        check=lambda name: "" if name else "the name of a column",
+    )
+    answer: str = option("answer", "Column with the answer; '' if the verifier needs none.")
+    solution: str = option(
+        "solution", "Column with a worked solution, which rows may lack; '' for none."
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DifficultyOptions:
+    """Keeps the rows whose difficulty is in [low, high]."""
+
+    column: str = option("", "Column with the difficulty, a number; '' keeps all rows.")
+    low: float = option(-float("inf"), "Lowest difficulty that is kept.", finite=False)
+    high: float = option(float("inf"), "Highest difficulty that is kept.", finite=False)
+
+    def check(self, field: str) -> None:
+        """Raises ConfigError if no value can be in [low, high]."""
+        _check_range(self.low, self.high, field)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PassRateOptions:
+    """Keeps the problems that earlier rollouts solved at a rate in [low, high]."""
+
+    path: str = option("", "JSON lines with the results of earlier rollouts; '' keeps all rows.")
+    low: float = option(
+        0.0, "Lowest fraction of correct rollouts that is kept.", at_least=0, at_most=1
+    )
+    high: float = option(
+        1.0, "Highest fraction of correct rollouts that is kept.", at_least=0, at_most=1
+    )
+
+    def check(self, field: str) -> None:
+        """Raises ConfigError if no value can be in [low, high]."""
+        _check_range(self.low, self.high, field)
+
+
+def _check_range(low: float, high: float, field: str) -> None:
+    if low > high:
+        fail(f"{field}.low", low, f"at most {high}, which is {field}.high")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """A file or folder of problems."""
+
+    path: str = option(
+        "", "A .jsonl, .jsonl.gz, .parquet or .arrow file, or a folder of a Hugging Face dataset."
+    )
+    split: str = option("", "Split to read from a folder that has several.")
+    columns: ColumnOptions = option(ColumnOptions(), "Names of the columns.")
+    answer_after: str = option(
+        "", "The answer is the text after the last occurrence of this in its column, e.g. '####'."
+    )
+    extra: tuple[str, ...] = option((), "Further columns, kept in Problem.extra for the verifier.")
+    weight: float = option(
+        1.0, "Fraction of training problems from this source, relative to other sources.", above=0
+    )
+    verifier: VerifierOptions = option(VerifierOptions(), "How responses are verified.")
+    difficulty: DifficultyOptions = option(DifficultyOptions(), "Keeps rows by difficulty.")
+    pass_rates: PassRateOptions = option(PassRateOptions(), "Keeps rows by earlier pass rate.")
+    bad_rows: str = option(
+        "refuse",
+        "'refuse' stops the run at rows that cannot be used; 'drop' leaves them out.",
+        choices=("refuse", "drop"),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoWording:
+    """How the user asks for a memo on a response. "{answer}" and "{solution}" are filled in."""
+
+    correct: str = option(
+        "That is right: the answer is {answer}. Write a short memo for solving problems like this "
+        "one: the key insight, and the most direct way to the answer. Write the memo alone.",
+        "Request for a memo on a correct response.",
+    )
+    incorrect: str = option(
+        "That is wrong: the answer is {answer}. Write a short memo for solving problems like this "
+        "one: the key insight, where the attempt went wrong, and how one notices. Write the memo "
+        "alone.",
+        "Request for a memo on an incorrect response.",
+    )
+    truncated: str = option(
+        "You ran out of room; the answer is {answer}. Write a short memo for solving problems like "
+        "this one: the key insight, and a more direct way to the answer. Write the memo alone.",
+        "Request for a memo on a truncated response.",
+    )
+
+
+def _not_a_day(date: str) -> str:
+    """Returns what was expected in place of a date that is not a day; "" for a day or no date."""
+    return "" if not date or _DAY.fullmatch(date) else "a day such as '2026-01-31', or ''"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Where the problems come from, and how they become prompts."""
+
+    train: Mapping[str, SourceOptions] = option({}, "Sources to train on, by name.")
+    heldout: Mapping[str, SourceOptions] = option({}, "Sources to evaluate on, by name.")
+    exclude: Mapping[str, SourceOptions] = option(
+        {}, "Sources, by name, whose questions are removed from the training data."
+    )
+    heldout_problems: int = option(
+        0,
+        "Problems of `train` to hold out, the same ones in every run, if `heldout` is empty.",
+        at_least=0,
+    )
+    tokenizer: str = option(
+        "",
+        "Directory with a tokenizer.json, or a 'package.module:function' that returns a "
+        "tokenizer; '' is the model's directory.",
+    )
+    chat_template: str = option(
+        "", "Chat template: '' is the tokenizer's own, 'none' is plain text, else a file."
+    )
+    thinking: str = option(
+        "",
+        "Value of the chat template's `enable_thinking`; '' leaves the template's default.",
+        choices=("", "on", "off"),
+    )
+    system: str = option("", "System message of the chat; '' for none.")
+    date: str = option(
+        "", "Today's date for chat templates that ask for it, as 'YYYY-MM-DD'.", check=_not_a_day
+    )
+    template_options: Mapping[str, Any] = option({}, "Further variables of the chat template.")
+    prompt: str = option(
+        "{question}\n" + REQUEST, "The user's message to the student, with {question} filled in."
+    )
+    teacher_prompt: str = option(
+        "{question}\n\n{context}\n\n" + REQUEST,
+        "The user's message to the teacher, with {question} and the worded {context} filled in.",
+    )
+    contexts: Mapping[str, str] = option(
+        {name: kind.wording for name, kind in CONTEXTS.items() if kind.wording},
+        "Wording of each kind of privileged context, with its text filled in for {context}.",
+    )
+    reminder: str = option(
+        "\n\nWait, I recall this. {context}\n\n",
+        "Text that repeats the worded {context} inside a response (opsd.reinject_every).",
+    )
+    memo: MemoWording = option(MemoWording(), "How the model is asked for a memo.")
+
+    def check(self, field: str) -> None:
+        """Raises ConfigError for a source with an invalid name or a negligible weight."""
+        names = Counter(name for section in SECTIONS for name in getattr(self, section))
+        for section in SECTIONS:
+            for name in getattr(self, section):
+                place = f"config.{field}.{section}"
+                if not re.fullmatch(r"[\w-]+", name):
+                    raise ConfigError(
+                        f"{place} has a source named {name!r}; expected a name of letters, digits, "
+                        "_ and -."
+                    )
+                if names[name] > 1:
+                    raise ConfigError(
+                        f"{place} has a source named {name!r}, as another section has; expected "
+                        f"each name in only one of {', '.join(SECTIONS)}."
+                    )
+        total = sum(source.weight for source in self.train.values())
+        for name, source in self.train.items():
+            if source.weight < 1e-6 * total:
+                fail(
+                    f"{field}.train.{name}.weight",
+                    source.weight,
+                    f"at least a millionth of {total:g}, the sum of all weights, because a source "
+                    "with a smaller weight is never drawn from",
+                )
+
+    def check_sources(self, field: str) -> None:
+        """Raises ConfigError for a source without a path.
+
+        `parse` does not call this: `opsd-jax plan` accepts a config whose sources have no path.
+        """
+        for section in SECTIONS:
+            for name, source in getattr(self, section).items():
+                if not source.path:
+                    fail(f"{field}.{section}.{name}.path", source.path, "a file or folder")

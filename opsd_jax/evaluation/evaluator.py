@@ -1,0 +1,191 @@
+"""Runs an evaluation: samples responses to problems, has them judged, and records them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import jax
+
+from opsd_jax.data.task import Task
+from opsd_jax.evaluation import records, statistics
+from opsd_jax.evaluation.options import EvaluationOptions
+from opsd_jax.parallel import hosts
+from opsd_jax.policy import Params
+from opsd_jax.problem import Problem
+from opsd_jax.rollout import sampling
+from opsd_jax.rollout.collect import Collector, Rollouts
+from opsd_jax.rollout.engines import Engines
+from opsd_jax.storage import files
+from opsd_jax.storage.files import Path
+from opsd_jax.training.progress import Progress
+from opsd_jax.training.signals import Interrupted, StopSignal
+from opsd_jax.verify.pool import VerifierPool
+
+
+class Evaluator:
+    """Evaluates parameters of a model on problems, as the options say."""
+
+    def __init__(
+        self,
+        options: EvaluationOptions,
+        task: Task,
+        vocab_size: int,
+        engines: Engines,
+        pool: VerifierPool,
+        convert: Callable[[Params], Params],
+    ):
+        """
+        Args:
+          options: how responses are sampled.
+          task: makes prompts and texts.
+          vocab_size: the model's.
+          engines: compiles the engine.
+          pool: judges the responses.
+          convert: parameters as training has them -> as the engine takes them.
+        """
+        self._options, self._task, self._vocab_size = options, task, vocab_size
+        self._engines, self._pool, self._convert = engines, pool, convert
+
+    def problems(self) -> list[Problem]:
+        """The held-out problems that the options select."""
+        heldout = self._task.heldout
+        return [heldout[i] for i in range(self._options.problems or len(heldout))]
+
+    def __call__(
+        self,
+        name: str,
+        params: Params,
+        progress: Progress,
+        stop: StopSignal,
+        *,
+        problems: Sequence[Problem],
+        directory: Path,
+        settings: dict[str, Any],
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Evaluates the problems that the directory has no records of yet.
+
+        Args:
+          name: of the evaluation.
+          params: of the model, as training has them.
+          progress: shows the responses as they are recorded.
+          stop: ends the evaluation between two chunks of decoding.
+          problems: the problems to evaluate.
+          directory: of the records; it belongs to an evaluation with these settings
+            (`records.check_settings`).
+          settings: `records.settings`.
+
+        Returns:
+          `(responses, summary)`: the records of all responses, in the order of the problems, and
+          the statistics with the settings.
+
+        Raises:
+          Interrupted: a signal came. Problems whose responses were all sampled are recorded.
+        """
+        samples = self._options.samples
+        progress.start(f"evaluate {name}", len(problems) * samples, unit="response")
+        responses = hosts.from_first(lambda: records.resume(directory, samples))
+        done = {record["problem"] for record in responses}
+        left = [i for i, problem in enumerate(problems) if problem.id not in done]
+        opened = records.recorder(directory, responses) if hosts.is_first() else nullcontext()
+        with opened as file:
+            pending = _Pending(file, self._task, samples, responses, progress)
+            try:
+                for rollouts in self._sample(params, problems, left, stop.check):
+                    pending.add(rollouts)
+            except Interrupted:
+                pending.record(wait=True)
+                raise
+            pending.record(wait=True)
+            order = {problem.id: i for i, problem in enumerate(problems)}
+            responses.sort(key=lambda record: (order[record["problem"]], record["sample"]))
+            if file is not None:
+                records.rewrite(file, responses)
+        summary = statistics.summarise(responses)
+        progress.finish(
+            f"accuracy {summary['accuracy']:.1%} ± {summary['accuracy_se']:.1%}, "
+            f"length {summary['mean_length']:.1f} ± {summary['mean_length_se']:.1f} tokens"
+        )
+        return responses, {"name": name, **summary, "settings": settings}
+
+    def _sample(
+        self,
+        params: Params,
+        problems: Sequence[Problem],
+        left: Sequence[int],
+        poll: Callable[[], None],
+    ) -> Iterator[Rollouts]:
+        """Yields the rollouts of each problem in `left` when the last of them has been sampled."""
+        if not left:
+            return
+        options = self._options
+        engine = self._engines(
+            slots=options.slots,
+            group_size=options.samples,
+            # All problems, also when some are recorded: in bfloat16 other shapes round differently.
+            rollouts=len(problems) * options.samples,
+            prompt_tokens=options.prompt_tokens,
+            response_tokens=options.response_tokens,
+        )
+        rollouts = Collector(engine, self._task, self._pool, options.samples).by_problem(
+            self._convert(params),
+            [problems[i] for i in left],
+            # The same random numbers for every model: the difference of two has less noise.
+            key=jax.random.key(options.seed),
+            sampling_params=sampling.params(
+                self._vocab_size,
+                stop=self._task.tokenizer.eos_ids,
+                temperature=options.temperature,
+                top_k=options.top_k,
+                top_p=options.top_p,
+                min_p=options.min_p,
+            ),
+            numbers=left,
+            poll=poll,
+        )
+        yield from (made for _, made in rollouts)
+
+
+class _Pending:
+    """Sampled rollouts that are waiting for verdicts, and the records of those that have them."""
+
+    def __init__(
+        self,
+        file: files.Lines | None,
+        task: Task,
+        samples: int,
+        responses: list[dict[str, Any]],
+        progress: Progress,
+    ):
+        """
+        Args:
+          file: gets the records on the first host; None on the others.
+          task: makes the texts of the records.
+          samples: responses per problem.
+          responses: gets the records; changed in place.
+          progress: shows how many there are.
+        """
+        self._file, self._task, self._samples = file, task, samples
+        self._responses, self._progress = responses, progress
+        self._unjudged: list[Rollouts] = []
+
+    def add(self, rollouts: Rollouts) -> None:
+        """Adds the rollouts of a problem, and records those that have been judged everywhere."""
+        self._unjudged.append(rollouts)
+        self.record(wait=False)
+
+    def record(self, *, wait: bool) -> None:
+        """Records the rollouts that every host has judged; with `wait`, all of them."""
+        judged = hosts.gathered([wait or rollouts.are_judged for rollouts in self._unjudged])
+        late = []
+        for rollouts, *everywhere in zip(self._unjudged, *judged, strict=True):
+            if all(everywhere):
+                made = records.records(rollouts, self._task, self._samples)
+                if self._file is not None:
+                    records.append(self._file, made)
+                self._responses.extend(made)
+            else:
+                late.append(rollouts)
+        self._unjudged = late
+        self._progress.reach(len(self._responses))

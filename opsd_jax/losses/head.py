@@ -1,0 +1,155 @@
+"""`Head`: logits that are computed from hidden states only when a loss needs them.
+
+Shape suffixes: B rows, T tokens of a row, D width of the hidden states, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters import partial_eval
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["params", "hidden"], meta_fields=["unembed"]
+)
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """Hidden states and the function that maps them to logits.
+
+    Every loss accepts a `Head` in place of logits. It then computes the logits of one chunk of
+    tokens at a time, and never an array [B, T, V].
+
+    Attributes:
+      unembed: `(params, hidden [n, D]) -> logits [n, V]`, for each token on its own. It may scale,
+        soft-cap, add a bias or use the transposed embedding. Accumulate its matmul in float32
+        (`preferred_element_type=jnp.float32`). It may close over constants. Arrays that need
+        gradients must be in `params`.
+      params: a pytree of arrays, float32 or bfloat16 where they are trained. It may be the
+        parameters of the whole model: arrays that `unembed` does not read cost nothing.
+      hidden: hidden states [B, T, D] after the final norm.
+    """
+
+    unembed: Callable[[Any, jax.Array], jax.Array]
+    params: Any
+    hidden: jax.Array
+
+
+LogitsOrHead = jax.Array | Head  # logits [B, T, V], or the Head that computes them
+
+
+def logits_of(source: LogitsOrHead | None) -> jax.Array | None:
+    """Returns logits [B, T, V] in float32, computed at once for a `Head`; None for None."""
+    if source is None:
+        return None
+    if isinstance(source, Head):
+        hidden_BxTxD = jnp.asarray(source.hidden)
+        logits = source.unembed(source.params, hidden_BxTxD.reshape(-1, hidden_BxTxD.shape[-1]))
+        source = logits.reshape(*hidden_BxTxD.shape[:-1], logits.shape[-1])
+    return jnp.asarray(source).astype(jnp.float32)
+
+
+def trim(head: Head) -> tuple[Callable[..., jax.Array], dict[int, jax.Array], dict[int, jax.Array]]:
+    """Separates the parameters that a head reads from the rest of the model's.
+
+    A loss that carried all parameters through its loop would gather the whole model on every device
+    and carry gradients of zeros for it.
+
+    Returns:
+      `(unembed, trained, fixed)`. `trained` has the arrays of floating point that the head reads,
+      and `fixed` the other arrays that it reads, both by index. `unembed(trained, fixed, hidden)`
+      returns float32 logits.
+    """
+    leaves, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, head.params))
+
+    def unembed(leaves, hidden):
+        params = jax.tree.unflatten(tree, leaves)
+        return head.unembed(params, hidden).astype(jnp.float32)
+
+    hidden = jax.ShapeDtypeStruct((1, head.hidden.shape[-1]), head.hidden.dtype)
+    program = jax.make_jaxpr(unembed)(leaves, hidden)
+    _, used = partial_eval.dce_jaxpr(program.jaxpr, [True])
+    read = {i: x for i, x in enumerate(leaves) if used[i]}
+    trained = {i: x for i, x in read.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+    fixed = {i: x for i, x in read.items() if i not in trained}
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+
+    def unembed_read(trained, fixed, hidden):
+        given = trained | fixed
+        zeros = lambda x: jnp.zeros(x.shape, x.dtype)  # in place of an unread array; XLA drops it
+        return unembed([given[i] if i in given else zeros(x) for i, x in enumerate(shapes)], hidden)
+
+    return unembed_read, trained, fixed
+
+
+def check_sources(weights_BxT, inputs, student: LogitsOrHead, teacher: LogitsOrHead | None) -> None:
+    """Raises ValueError if arguments of a loss differ in their rows, tokens or vocabulary size.
+
+    Args:
+      weights_BxT: the array that sets the rows and tokens.
+      inputs: a pytree of arrays [B, T, ...].
+      student, teacher: logits or heads; the teacher may be None.
+    """
+    if jnp.ndim(weights_BxT) != 2:
+        raise ValueError(
+            f"weights has shape {list(jnp.shape(weights_BxT))}; expected [rows, tokens]."
+        )
+    sources = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
+    sizes = {name: vocabulary_size(name, source) for name, source in sources.items()}
+    arrays = {
+        f"inputs{jax.tree_util.keystr(path)}": leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(inputs)
+    } | {
+        f"{name}.hidden" if isinstance(source, Head) else name: _array(source)
+        for name, source in sources.items()
+    }
+    for name, array in arrays.items():
+        if jnp.shape(array)[:2] != weights_BxT.shape:
+            raise ValueError(
+                f"{name} has shape {list(jnp.shape(array))}; expected {list(weights_BxT.shape)} as "
+                "its first two axes [rows, tokens], the shape of mask or weights."
+            )
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"student has a vocabulary of {sizes['student']} and teacher one of "
+            f"{sizes['teacher']}; expected the same size. If one is padded, pad the other logits "
+            "with -inf."
+        )
+
+
+def _array(source: LogitsOrHead) -> jax.Array:
+    return source.hidden if isinstance(source, Head) else source
+
+
+def vocabulary_size(name: str, source: LogitsOrHead) -> int:
+    """Returns the vocabulary size V of logits or of a head.
+
+    Args:
+      name: the argument's name, for errors.
+      source: logits or a head.
+
+    Raises:
+      ValueError: the logits or hidden states are not of rank 3, or `unembed` does not return
+        [n, V].
+    """
+    array = _array(source)
+    if jnp.ndim(array) != 3:
+        raise ValueError(
+            f"{name} has shape {list(jnp.shape(array))}; expected logits [rows, tokens, V], or a "
+            "Head with hidden states [rows, tokens, D]."
+        )
+    if not isinstance(source, Head):
+        return array.shape[-1]
+    hidden = jax.ShapeDtypeStruct((1, array.shape[-1]), array.dtype)
+    logits = jax.eval_shape(source.unembed, source.params, hidden)
+    if logits.ndim != 2 or logits.shape[0] != 1:
+        raise ValueError(
+            f"{name}.unembed maps hidden states {list(hidden.shape)} to {list(logits.shape)}; "
+            "expected logits [1, V]."
+        )
+    return logits.shape[-1]

@@ -1,0 +1,70 @@
+"""Keeps a plan as a text file, with a hash that shows whether it still describes its config."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from opsd_jax.planning import table
+
+
+def write(
+    arguments: argparse.Namespace, overrides: Mapping[str, str], plan: dict[str, Any]
+) -> None:
+    """Writes a plan to `arguments.out`.
+
+    Args:
+      arguments: the arguments of `opsd-jax plan`.
+      overrides: the config fields changed on the command line.
+      plan: what `opsd_jax.planning.plan.plan` returns.
+    """
+    lines = [
+        command(arguments, overrides),
+        "",
+        f"date: {datetime.date.today().isoformat()}",
+        f"jax: {jax.__version__}",
+        f"libtpu: {importlib.metadata.version('libtpu')}",
+        f"config sha256: {config_hash(plan['config'])}",
+        "status: compiled, not run",
+        "",
+        *table.summary(plan),
+    ]
+    arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def command(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> str:
+    """Returns the command line that makes the plan again."""
+    words = ["opsd-jax", "plan", "--config", arguments.config, "--topology", arguments.topology]
+    if arguments.slices != 1:
+        words += ["--slices", str(arguments.slices)]
+    if arguments.length != 0.5:
+        words += ["--length", str(arguments.length)]
+    words += [f"--config.{field}={value}" for field, value in overrides.items()]
+    return shlex.join([*words, "--out", str(arguments.out)])
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of the fields that a plan depends on, in hexadecimal.
+
+    Args:
+      config: all fields, as `opsd_jax.config.loading.flatten` returns them.
+    """
+    # The model, the meshes, the evaluation and the stages that run determine the programs, and the
+    # number of held-out problems determines the size of the evaluation. Nothing else changes a
+    # plan: not seeds, other data, sections of stages that do not run, the pool or checkpoints.
+    sections = ("model", "evaluation", *config["stages"])
+    prefixes = ("stages", "mesh", "decode_mesh", "data.heldout", *(f"{s}." for s in sections))
+    fields = {
+        field: value
+        for field, value in config.items()
+        if field.startswith(prefixes) and not field.endswith(".seed")
+    }
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

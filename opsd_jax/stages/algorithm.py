@@ -1,0 +1,102 @@
+"""What the library knows of a training algorithm: one `Algorithm`, an entry of `ALGORITHMS`.
+
+The loader checks a stage's section with it, the pipeline builds the stage, the plan compiles what
+it samples and trains, and the report draws its curves. docs/extending.md adds one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from opsd_jax.data.task import Task
+from opsd_jax.options import fail
+from opsd_jax.problem import Problem
+from opsd_jax.stages.batch import Lengths
+from opsd_jax.stages.parts import Parts, Sampled, Sampling
+from opsd_jax.stages.privileged import Privileged
+from opsd_jax.training.stage import Stage
+
+
+class LookedAt(NamedTuple):
+    """The data that a stage's options are checked against before anything is compiled.
+
+    Attributes:
+      task: the data.
+      problems: gives training and held-out problems, as many as the check may look at.
+      longest: `(data set, row -> token ids) -> (tokens, description of the row)`: the longest row
+        of a data set, among as many as the check may look at.
+      seed: seed of the stage.
+    """
+
+    task: Task
+    problems: Callable[[], Sequence[Problem]]
+    longest: Callable[[Any, Callable[[Any], Sequence[int]]], tuple[int, str]]
+    seed: int
+
+    def check_fits(
+        self, field: str, limit: int, data: Any, tokens: Callable[[Any], Sequence[int]]
+    ) -> None:
+        """Raises ConfigError if a row of a data set has more tokens than a config field allows."""
+        length, row = self.longest(data, tokens)
+        if length > limit:
+            fail(field, limit, f"at least {length}, the tokens of {row}")
+
+
+class Curve(NamedTuple):
+    """A training metric that the report draws: its name, its label, and a factor."""
+
+    metric: str
+    label: str
+    scale: float = 1
+
+
+Responses = Callable[[int, int], np.ndarray]  # (count, budget) -> assumed lengths, int [count]
+
+
+def no_sampling(*_: Any) -> tuple[Sampling, ...]:
+    """The sampling of a stage that trains on given data: none."""
+    return ()
+
+
+class Algorithm(NamedTuple):
+    """An algorithm. Every function takes the stage's options first.
+
+    Attributes:
+      options: the options class, a frozen dataclass that extends `StageOptions`. Its `check`
+        method holds the checks that need the options alone.
+      make: `(options, Parts) -> Stage`: builds the stage and compiles its engines.
+      buckets: `options -> [Lengths]`: the padded shapes of a microbatch, ascending.
+      check_data: `(options, section's name, LookedAt)`: raises ConfigError where the data do not
+        fit the options. Nothing has been compiled yet.
+      step_rows: `(options, Responses) -> (response lengths, [Lengths])`: the rows that one
+        optimiser update computes, for responses of assumed lengths. A plan reads it.
+      sampling: `(options, task=None) -> (Sampling, ...)`: what each step samples; () if it samples
+        nothing. Without a task, lengths that depend on its tokens leave those tokens out.
+      privileged: `(options, Parts, Sampled, group_size, seed) -> Privileged`: finds the privileged
+        contexts of rollouts that were sampled with these options, `group_size` of each prompt. The
+        run then also measures the divergence from the teacher by position, before and after the
+        stage. None for an algorithm without a teacher that sees more than the student.
+      privileged_sampling: `(options, Sampled, rollouts, task=None) -> (Sampling, ...)`: what
+        `privileged` samples for so many rollouts.
+      curves: the metrics that the report draws of the training.
+      headline: what the report shows first of the change that the stage makes: "accuracy" or
+        "length"; "" leaves the stage out.
+      before_and_after: whether the report compares the responses before and after the stage.
+      reported: fields of the options that the report records.
+    """
+
+    options: type
+    make: Callable[[Any, Parts], Stage]
+    buckets: Callable[[Any], list[Lengths]]
+    check_data: Callable[[Any, str, LookedAt], None]
+    step_rows: Callable[[Any, Responses], tuple[list[int], list[Lengths]]]
+    sampling: Callable[..., tuple[Sampling, ...]] = no_sampling
+    privileged: Callable[[Any, Parts, Sampled, int, int], Privileged] | None = None
+    privileged_sampling: Callable[..., tuple[Sampling, ...]] = no_sampling
+    curves: Sequence[Curve] = ()
+    headline: str = ""
+    before_and_after: bool = False
+    reported: tuple[str, ...] = ()

@@ -1,0 +1,91 @@
+"""The options that every stage has, and those that every stage with rollouts has."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from opsd_jax.options import fail, option
+from opsd_jax.training.optimizer import OptimizerOptions
+
+
+def ascending(lengths: tuple[int, ...]) -> str:
+    """The check of a field of padded lengths: what was expected, or "" if they are good."""
+    good = lengths and lengths[0] > 0 and list(lengths) == sorted(set(lengths))
+    return "" if good else "lengths above 0 in ascending order"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageOptions:
+    """What the run, the training loop and the plan read of any stage.
+
+    An algorithm's own options class extends this one; its section of the config has a field for
+    each.
+    """
+
+    algorithm: str = option(
+        "", "Algorithm of the stage: 'sft', 'rlvr', 'opsd', or 'package.module:ALGORITHM'."
+    )
+    init_from: str = option(
+        "", "Stage whose result this one starts from; '' for the run's initial parameters."
+    )
+    steps: int = option(100, "Training steps.", at_least=1)
+    microbatch: int = option(16, "Rows that the train step computes at once.", at_least=1)
+    buckets: tuple[int, ...] = option(
+        (1536, 3072, 5120, 9216),
+        "Padded lengths of prompt and response, in tokens, ascending; one program holds them all.",
+        check=ascending,
+    )
+    loss_chunk: int = option(
+        0,
+        "Tokens per device whose logits exist at the same time; 0 chooses by memory.",
+        at_least=0,
+    )
+    checkpoint_every: int = option(20, "Steps between checkpoints.", at_least=1)
+    optimizer: OptimizerOptions = option(OptimizerOptions(), "AdamW with a schedule.")
+
+    def optimizer_updates(self) -> int:
+        """The number of optimiser updates of the whole stage."""
+        return self.steps
+
+    def check(self, field: str) -> None:
+        """Raises ConfigError where the options do not go together; `field` is their section."""
+        updates = self.optimizer_updates()
+        if self.optimizer.warmup >= updates:
+            expected = f"less than {updates}, the number of optimiser updates of the stage"
+            fail(f"{field}.optimizer.warmup", self.optimizer.warmup, expected)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutOptions(StageOptions):
+    """The options of a stage that samples and verifies rollouts in each step (`step_rollouts`)."""
+
+    prompts: int = option(32, "Problems per step.", at_least=1)
+    group_size: int = option(8, "Rollouts per problem.", at_least=1)
+    slots: int = option(
+        128, "Decoding slots: rollouts sampled at the same time, over all devices.", at_least=1
+    )
+    resample_rounds: int = option(
+        0,
+        "Further rounds of other problems when a step has too few rollouts to train on (DAPO's "
+        "dynamic sampling).",
+        at_least=0,
+    )
+    temperature: float = option(1.0, "Sampling temperature, above 0.", at_least=0)
+    prompt_tokens: int = option(1024, "Longest prompt, in tokens.", at_least=1)
+    response_tokens: int = option(
+        8192, "Token budget of a response; a response that fills it is truncated.", at_least=1
+    )
+
+    @property
+    def rollouts(self) -> int:
+        """Rollouts per step, without resampling."""
+        return self.prompts * self.group_size
+
+    def check(self, field: str) -> None:
+        super().check(field)
+        longest = self.prompt_tokens + self.response_tokens - 1
+        if self.buckets[-1] < longest:
+            expected = f"a last length of at least {longest} = prompt_tokens + response_tokens - 1"
+            fail(f"{field}.buckets", self.buckets, expected)
+        if self.temperature == 0:
+            fail(f"{field}.temperature", 0, "above 0: a stage learns from what it samples")

@@ -1,0 +1,85 @@
+"""What a run gives a stage to be built from, and what the stage samples with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from opsd_jax.data.task import Task
+from opsd_jax.policy import Model
+from opsd_jax.rollout.engine import Engine
+from opsd_jax.verify.pool import VerifierPool
+
+MakeEngine = Callable[..., Engine]  # the sizes of `Engines` -> the engine
+
+
+class Sampled(Protocol):
+    """Options of a sampling: those of a stage with rollouts, or of the evaluation."""
+
+    @property
+    def prompt_tokens(self) -> int: ...
+
+    @property
+    def response_tokens(self) -> int: ...
+
+
+class Sampling(NamedTuple):
+    """One kind of sampling that a step of a stage does: the shape of its engine and its load.
+
+    Attributes:
+      name: what a plan calls it, such as "rollouts".
+      field: the field of the stage's section that sets `slots`.
+      slots: decoding slots, over all devices.
+      group_size: responses per prompt.
+      rollouts: responses that one call of the engine samples at most.
+      prompt_tokens: longest prompt.
+      response_tokens: token budget of a response.
+      samples: responses per step.
+      response_in_prompt: tokens of the prompt that are an earlier response at its full budget. The
+        plan assumes shorter responses, and therefore shorter prompts.
+      continues: only those samples of the entry before this one are sampled that filled their
+        budget.
+    """
+
+    name: str
+    field: str
+    slots: int
+    group_size: int
+    rollouts: int
+    prompt_tokens: int
+    response_tokens: int
+    samples: int
+    response_in_prompt: int = 0
+    continues: bool = False
+
+    def engine(self, engines: MakeEngine) -> Engine:
+        """The engine of this shape; compiles it at the first request."""
+        return engines(
+            slots=self.slots,
+            group_size=self.group_size,
+            rollouts=self.rollouts,
+            prompt_tokens=self.prompt_tokens,
+            response_tokens=self.response_tokens,
+        )
+
+
+class Parts(NamedTuple):
+    """What a run gives a stage to be built from.
+
+    Attributes:
+      task: the data: problems, prompts, verifier.
+      model: the model.
+      engines: compiles engines that sample.
+      pool: worker processes that verify responses.
+      seed: seed of the stage.
+      seed_of: name -> the seed of a named part of the run.
+      poll: called while the stage samples; an exception that it raises ends the sampling.
+    """
+
+    task: Task
+    model: Model
+    engines: MakeEngine
+    pool: VerifierPool
+    seed: int
+    seed_of: Callable[[str], int]
+    poll: Callable[[], None] = lambda: None

@@ -1,0 +1,123 @@
+"""Plan files in configs/plans: they describe the current configs, and configs quote them."""
+
+import argparse
+import importlib.util
+import pathlib
+import re
+import shlex
+
+import pytest
+from paths import CONFIGS
+
+from opsd_jax import config as config_lib
+from opsd_jax.cli import main
+from opsd_jax.config import loading
+from opsd_jax.planning import plan, plan_file
+
+PLANS = sorted((CONFIGS / "plans").glob("*.txt"))
+
+
+def field(text, name):
+    """The value of a header line."""
+    return re.search(rf"^{name}: (.+)$", text, re.MULTILINE)[1]
+
+
+@pytest.fixture(params=PLANS, ids=lambda path: path.stem)
+def planned(request):
+    """A config's path, the config, and the text of its plan."""
+    path = CONFIGS / f"{request.param.stem}.py"
+    return path, loading.load(path, data=False), request.param.read_text()
+
+
+def test_every_config_for_a_pod_has_a_plan():
+    assert [path.stem for path in sorted(CONFIGS.glob("*_v5*.py"))] == [p.stem for p in PLANS]
+
+
+def test_a_plan_describes_the_current_config(planned):
+    path, config, text = planned
+    command = text.partition("\n")[0]
+    words = shlex.split(command)
+    assert words[:4] == ["opsd-jax", "plan", "--config", f"configs/{path.name}"]
+    assert words[-2:] == ["--out", f"configs/plans/{path.stem}.txt"]
+    assert field(text, "config sha256") == plan_file.config_hash(loading.flatten(config)), (
+        f"configs/{path.name} has changed since its plan was made; make it again: {command}"
+    )
+    assert field(text, "status") == "compiled, not run"
+
+
+def test_a_plan_fits_and_has_the_meshes_of_its_config(planned):
+    _, config, text = planned
+    mesh, decode_mesh = re.findall(r"\d+ x \d+ x \d+", text)
+    for sizes, shape in ((config.mesh, mesh), (config.decode_mesh or config.mesh, decode_mesh)):
+        pairs = zip(sizes, shape.split(" x "), strict=True)
+        assert all(size in (-1, int(printed)) for size, printed in pairs)
+    assert "DOES NOT FIT" not in text
+
+
+def test_a_config_quotes_the_memory_and_time_of_its_plan(planned):
+    path, config, text = planned
+    header = path.read_text()
+    (stage,) = config.stages
+    left = min(float(gib) for gib in re.findall(r"([\d.]+) left$", text, re.MULTILINE))
+    hbm = re.search(r"HBM of a device, in GiB, of ([\d.]+)", text)[1]
+    assert f"the fullest phase leaves {left:.1f} GiB of {hbm} GiB free on each chip" in header
+    low, high = re.search(r"total: (\S+) to (\S+) hours", text).groups()
+    assert f"Time: {low} to {high} hours for {config[stage].steps} steps" in header
+
+
+@pytest.mark.parametrize(
+    ("change", "is_same"),
+    [
+        ({"seed": 7}, True),
+        ({"wandb_project": "runs"}, True),
+        ({"pool.workers": 3}, True),
+        ({"checkpoints.last": 9}, True),
+        ({"data.system": "Be brief."}, True),
+        ({"sft.batch_size": 64}, True),
+        ({"evaluation.seed": 3}, True),
+        ({"opsd.response_tokens": 99}, False),
+        ({"evaluation.slots": 99}, False),
+        ({"model.num_layers": 99}, False),
+        ({"mesh": [1, 2, 3]}, False),
+        ({"data.heldout_problems": 99}, False),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_the_hash_depends_on_the_fields_that_change_a_plan(change, is_same):
+    config = loading.flatten(config_lib.default()) | {"stages": ["opsd"]}
+    assert change.keys() <= config.keys()
+    before, after = plan_file.config_hash(config), plan_file.config_hash(config | change)
+    assert (before == after) is is_same
+
+
+def test_the_command_of_a_plan_has_the_arguments_that_are_not_defaults():
+    arguments = argparse.Namespace(
+        config="c.py", topology="v5e:4x4", slices=2, length=0.3, out=pathlib.Path("plans/c.txt")
+    )
+    assert plan_file.command(arguments, {"opsd.contexts": "('memo',)"}) == (
+        "opsd-jax plan --config c.py --topology v5e:4x4 --slices 2 --length 0.3 "
+        "'--config.opsd.contexts=('\"'\"'memo'\"'\"',)' --out plans/c.txt"
+    )
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="pip install 'opsd-jax[tpu]'"
+)
+def test_the_command_line_writes_a_plan_file(tmp_path, monkeypatch, capsys):
+    flat = loading.flatten(config_lib.default())
+    made = {
+        "topology": "v5e:2x2", "slices": 1, "devices": 4, "chip": "TPU v5 lite", "hbm": 2.0**34,
+        "mesh": {"data": 4}, "decode_mesh": {"data": 4}, "config": flat, "phases": [],
+        "programs": [], "seconds_at_best": 3600.0, "seconds_in_turn": 7200.0,
+        "response_length": 0.5, "largest_collective": {}, "smallest_weight": 7, "fits": True,
+    }  # fmt: skip
+    monkeypatch.setattr(plan, "run", lambda arguments, overrides: made)
+    out = tmp_path / "plan.txt"
+    arguments = ["plan", "--config", "c.py", "--topology", "v5e:2x2", "--out", str(out)]
+    assert main.main(arguments) == 0
+    text = out.read_text()
+    assert text.startswith(f"opsd-jax plan --config c.py --topology v5e:2x2 --out {out}\n")
+    assert field(text, "config sha256") == plan_file.config_hash(flat)
+    assert {"date", "jax", "libtpu"} <= {line.partition(":")[0] for line in text.splitlines()}
+    assert "  total: 1 to 2 hours, or 4 to 8 device-hours" in text
+    assert "HBM of a device" in capsys.readouterr().out

@@ -1,0 +1,111 @@
+"""The training loop with the minimal stage of `training.stage`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.training import metrics as metrics_lib
+from opsd_jax.training.loop import LoopOptions, run_stage
+from opsd_jax.training.signals import StopSignal
+from opsd_jax.training.stage import Stage, StepData
+
+
+def pack(x_M):
+    x_Mxm = np.zeros((4, 8), np.float32)
+    x_Mxm[: len(x_M) // 8] = x_M.reshape(-1, 8)
+    return ({"count": np.int32(len(x_M) // 8), "rows": {"x": x_Mxm}},)
+
+
+def batches(step, params):
+    x_N = np.random.default_rng(step).normal(size=16).astype(np.float32)
+    return StepData([pack(x_N)], {"tokens": 16.0})
+
+
+def loss(params, teacher, microbatch):
+    error_m = params["slope"] * microbatch["x"] - 2 * microbatch["x"]
+    return jnp.sum(error_m**2), (jnp.float32(error_m.size), {})
+
+
+STAGE = Stage(steps=10, updates=1, batches=batches, empty_batch=pack(np.zeros(0)), loss=loss)
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Runs a stage on all devices and returns the final parameters."""
+    mesh = mesh_lib.make_mesh((-1, 1, 1))
+    replicated = mesh_lib.replicated(mesh)
+    make = jax.jit(lambda: {"slope": jnp.zeros(())}, out_shardings={"slope": replicated})
+
+    def train(stage):
+        with StopSignal() as stop:
+            return run_stage(
+                stage,
+                optax.sgd(0.1),
+                make,
+                abstract_params=mesh_lib.abstract_of(jax.eval_shape(make), {"slope": replicated}),
+                mesh=mesh,
+                directory=tmp_path,
+                options=LoopOptions(checkpoint_every=4, max_nonfinite=1),
+                stop=stop,
+            )
+
+    return train
+
+
+def test_the_minimal_stage_trains(train, tmp_path):
+    params = train(STAGE)
+    assert abs(float(params["slope"]) - 2) < 0.5
+    rows = metrics_lib.read(tmp_path)
+    assert [row["step"] for row in rows] == list(range(10))
+    assert rows[-1]["loss"] < 0.1 * rows[0]["loss"]
+    assert all(row["tokens"] == 16 and row["empty"] == 0 for row in rows)
+
+
+def test_a_longer_stage_resumes_from_the_last_checkpoint(train):
+    shorter = STAGE._replace(steps=6)
+    train(shorter)
+    steps = []
+
+    def recorded(step, params):
+        steps.append(step)
+        return batches(step, params)
+
+    train(STAGE._replace(batches=recorded))
+    assert steps == [6, 7, 8, 9]
+
+
+double = jax.jit(lambda x: 2 * x)
+
+
+@pytest.mark.parametrize(
+    "transfer",
+    [
+        lambda params: double(np.ones(8, np.float32)),
+        lambda params: jnp.asarray(np.ones(8, np.float32)),
+        lambda params: params["slope"] + 1,  # a Python scalar becomes an array on the device
+        lambda params: params["slope"][None][0],  # so does an index
+    ],
+    ids=["argument", "asarray", "scalar", "index"],
+)
+def test_an_implicit_transfer_raises(train, transfer):
+    """On CPU, JAX checks transfers to the device only: it reads arrays without a transfer."""
+
+    def transferring(step, params):
+        transfer(params)
+        return batches(step, params)
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        train(STAGE._replace(batches=transferring))
+    transfer({"slope": jnp.zeros(())})  # the guard ends with the loop
+
+
+def test_explicit_transfers_are_allowed(train):
+    def transferring(step, params):
+        assert jax.device_get(double(jax.device_put(np.ones(8, np.float32)))).sum() == 16
+        assert np.isfinite(jax.device_get(params["slope"]))
+        return batches(step, params)
+
+    train(STAGE._replace(steps=2, batches=transferring))
