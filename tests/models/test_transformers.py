@@ -155,9 +155,11 @@ def test_greedy_decoding_equals_that_of_transformers(pair):
     params = jax.device_put(pair.params, mesh_lib.replicated(mesh))
     shardings = jax.tree.map(lambda x: x.sharding, params)
     engine = Engine(pair.model, abstract_of(params, shardings), mesh, EngineShape(2, 1, 8, 200))
-    assert len(engine.lengths) == 2  # the cache grows during decoding
-    rule = sampling.rule(pair.model.vocab_size, stop=(), temperature=0.0)
-    (ended,) = engine(params, prompt.tolist(), [[0]], key=jax.random.key(0), rule=rule)
+    assert len(engine.cache_lengths) == 2  # the cache grows during decoding
+    sampling_params = sampling.params(pair.model.vocab_size, stop=(), temperature=0.0)
+    (ended,) = engine(
+        params, prompt.tolist(), [[0]], key=jax.random.key(0), sampling_params=sampling_params
+    )
     np.testing.assert_array_equal(ended.responses[0].tokens, expected)
 
 

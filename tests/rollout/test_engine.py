@@ -18,6 +18,7 @@ from opsd_jax.models import decoder
 from opsd_jax.parallel import aot
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel.mesh import abstract_of
+from opsd_jax.parallel.program import ProgramKind
 from opsd_jax.rollout import engine as engine_lib
 from opsd_jax.rollout import programs as programs_lib
 from opsd_jax.rollout import sampling, slots
@@ -30,19 +31,19 @@ IDS = [[4 * i + j for j in range(4)] for i in range(len(PROMPTS))]
 
 
 class Programs:
-    """Compiled programs by name.
+    """The compiled programs of an engine.
 
-    Within `watched(hook)`, a call runs `hook(name, program, *args)`, which returns the outputs.
+    Within `watched(hook)`, a call runs `hook(key, program, *args)`, which returns the outputs.
     """
 
     def __init__(self):
-        self.named, self.hook = {}, None
+        self.by_key, self.hook = {}, None
 
-    def compile(self, name, lowered):
-        program = self.named[name] = lowered.compile()
+    def compile(self, key, lowered):
+        program = self.by_key[key] = lowered.compile()
 
         def call(*args):
-            return program(*args) if self.hook is None else self.hook(name, program, *args)
+            return program(*args) if self.hook is None else self.hook(key, program, *args)
 
         return call
 
@@ -234,9 +235,9 @@ def test_a_long_rollout_does_not_delay_others(make):
     """While one of two slots decodes a long rollout, the other decodes the short ones."""
     sample, steps = make(2), []
 
-    def record_steps(name, program, *args):
+    def record_steps(key, program, *args):
         outputs = program(*args)
-        if name.startswith("decode"):
+        if key.kind is ProgramKind.DECODE:
             steps.append(int(outputs[1].drawn.max()))
         return outputs
 
@@ -252,8 +253,8 @@ def test_ended_rollouts_are_yielded_while_others_are_decoded(make, monkeypatch):
     """Each prompt is prefilled once, each chunk fetched once, and the device is a chunk ahead."""
     sample, calls, fetch = make(2, prompts=1), [], jax.device_get
 
-    def record_call(name, program, *args):
-        calls.append(name.split()[0])
+    def record_call(key, program, *args):
+        calls.append(key.kind)
         return program(*args)
 
     def record_fetch(tree):
@@ -274,14 +275,14 @@ def test_ended_rollouts_are_yielded_while_others_are_decoded(make, monkeypatch):
         ):
             calls.append("ended")
             assert batch.responses
-    assert calls.count("prefill") == 2
-    assert calls.count("decode") == calls.count("fetch")
+    assert calls.count(ProgramKind.PREFILL) == 2
+    assert calls.count(ProgramKind.DECODE) == calls.count("fetch")
     assert calls.count("ended") >= 4
     # The engine yields the rollouts of a chunk after it starts the next one. The last has no next.
-    order = [call for call in calls if call in ("decode", "fetch", "ended")]
+    order = [call for call in calls if call in (ProgramKind.DECODE, "fetch", "ended")]
     assert order == [
-        "decode",
-        *["fetch", "decode", "ended"] * (len(order) // 3 - 1),
+        ProgramKind.DECODE,
+        *["fetch", ProgramKind.DECODE, "ended"] * (len(order) // 3 - 1),
         "fetch",
         "ended",
     ]
@@ -310,9 +311,9 @@ def test_the_length_of_the_cache_changes_nothing(make, rollouts, monkeypatch):
     monkeypatch.setattr(programs_lib, "STEPS_PER_CHUNK", 2)
     sample, used = make(4, cache_lengths=(4, 8, 16, 24, 32)), []
 
-    def record_length(name, program, *args):
-        if name.startswith("decode"):
-            used.append(int(name.split()[-1]))
+    def record_length(key, program, *args):
+        if key.kind is ProgramKind.DECODE:
+            used.append(key.cache_length)
         return program(*args)
 
     with sample.programs.watched(record_length):
@@ -354,15 +355,15 @@ def test_the_cache_is_updated_in_place(make, mesh_shape):
     """The decode program copies no layer's keys or values, and reuses the buffers of its input."""
     sample, leaves = make(8, mesh_shape, budget=112), []
 
-    def record_cache(name, program, *args):
+    def record_cache(key, program, *args):
         outputs = program(*args)
-        if name.startswith("decode"):
+        if key.kind is ProgramKind.DECODE:
             leaves[:] = jax.tree.leaves(outputs[0].cache)
         return outputs
 
     with sample.programs.watched(record_cache):
         sample(PROMPTS[:1], IDS[:1])
-    (program,) = (p for name, p in sample.programs.named.items() if name.startswith("decode"))
+    (program,) = (p for key, p in sample.programs.by_key.items() if key.kind is ProgramKind.DECODE)
     size = np.prod(leaves[0].sharding.shard_shape(leaves[0].shape))
     copies = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", program.as_text())
     assert size > 8 * programs_lib.STEPS_PER_CHUNK  # larger than the sampled tokens of a chunk
@@ -445,12 +446,12 @@ def test_a_resize_holds_at_most_one_leaf_twice(make):
     """Each leaf of the cache is deleted after it is resized and before the next one is resized."""
     sample, leaves, kept = make(4, cache_lengths=(8, 16, 24, 32)), [], []
 
-    def record_leaves(name, program, *args):
-        if name == "resize":
+    def record_leaves(key, program, *args):
+        if key.kind is ProgramKind.RESIZE:
             kept.append(sum(not leaf.is_deleted() for leaf in leaves))
             return program(*args)
         outputs = program(*args)
-        if name == "start":
+        if key.kind is ProgramKind.START:
             leaves[:] = jax.tree.leaves(outputs.cache)
         return outputs
 
@@ -490,16 +491,15 @@ def test_cache_lengths_have_to_ascend_to_the_longest_rollout(make, lengths):
 
 PROCESS = """
 import json, pathlib
-from opsd_jax import config as config_lib
+from opsd_jax.config import loading
 from opsd_jax.models import decoder
-from opsd_jax.parallel import aot
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.rollout.layout import decode_layout
 from opsd_jax.rollout import sampling
 from opsd_jax.rollout.engine import Engine, EngineShape
 from opsd_jax.parallel.mesh import abstract_of
 
-model = decoder.from_config(tiny_config.decoder())
+model = decoder.from_config(loading.read("quickstart").model)
 mesh = mesh_lib.make_mesh((2, 2, 2))
 shapes = jax.eval_shape(model.init, jax.random.key(0))
 shardings = mesh_lib.tree_shardings(mesh, model.rules, shapes)
