@@ -258,47 +258,33 @@ class Phases:
         self,
         key: PhaseKey,
         resident: Mapping[Part, float],
+        sampling: Sampling,
         *,
-        slots: int,
-        group_size: int,
-        rollouts: int,
-        prompt_tokens: int,
-        response_tokens: int,
         times: int,
         filters: bool = False,
-        samples: int | None = None,
-        unused: float = 0,
     ) -> None:
         """Adds a phase that samples rollouts.
 
         Args:
           key: which phase it is.
           resident: bytes of the arrays that stay in memory while the engine samples.
-          slots, group_size, rollouts, prompt_tokens, response_tokens: as in `shape_for`.
+          sampling: the sizes of the engine, and what it samples.
           times: how often the run goes through the phase.
           filters: as in `engine`.
-          samples: number of rollouts that the phase samples; by default `rollouts`.
-          unused: mean number of tokens by which prompts are shorter than `prompt_tokens`.
         """
         self.compiler.prefix = f"{key}: "
-        shape = shape_for(
-            slots=slots,
-            group_size=group_size,
-            rollouts=rollouts,
-            prompt_tokens=prompt_tokens,
-            response_tokens=response_tokens,
-            shards=mesh_lib.row_shards(self.layout.mesh),
-        )
-        samples = rollouts if samples is None else samples
-        responses = workload.response_lengths(samples, response_tokens, self.length)
+        shards = mesh_lib.row_shards(self.layout.mesh)
+        shape = sampling.engine(functools.partial(shape_for, shards=shards))
+        responses = self._response_lengths(sampling.samples, sampling.response_tokens)
         steps = workload.decode_steps(responses, shape.slots)
-        reads = workload.cache_tokens_read(prompt_tokens - unused, responses) / steps
+        prompts = sampling.prompt_tokens - (1 - self.length) * sampling.response_in_prompt
+        reads = workload.cache_tokens_read(prompts, responses) / steps
         engine, programs = self.engine(shape, filters, reads)
         kernel_bytes = self.kernel_bytes(engine, reads)
         executions = _engine_executions(
             engine,
-            prefills=-(-samples // (group_size * shape.prompts)),
-            samples=samples,
+            prefills=-(-sampling.samples // (sampling.group_size * shape.prompts)),
+            samples=sampling.samples,
             steps=steps,
         )
         self.phase(
@@ -338,20 +324,11 @@ class Phases:
         """
         filled = 0  # responses of the sampling before that fill their budget
         for sampling in samplings:
-            samples = max(1, filled) if sampling.continues else sampling.samples
-            self.sampling(
-                PhaseKey(stage, prefix + sampling.name),
-                resident,
-                slots=sampling.slots,
-                group_size=sampling.group_size,
-                rollouts=sampling.rollouts,
-                prompt_tokens=sampling.prompt_tokens,
-                response_tokens=sampling.response_tokens,
-                times=times,
-                samples=samples,
-                unused=(1 - self.length) * sampling.response_in_prompt,
-            )
-            lengths = self._response_lengths(samples, sampling.response_tokens)
+            if sampling.continues:
+                sampling = sampling._replace(samples=max(1, filled))
+            key = PhaseKey(stage, prefix + sampling.name)
+            self.sampling(key, resident, sampling, times=times)
+            lengths = self._response_lengths(sampling.samples, sampling.response_tokens)
             filled = int((lengths == sampling.response_tokens).sum())
 
     def _response_lengths(self, count: int, budget: int) -> np.ndarray:
@@ -460,14 +437,20 @@ class Phases:
     def evaluation(self) -> None:
         """Adds the evaluations of the initial parameters and of each stage's result."""
         options = self.config.evaluation
+        responses = self._evaluated() * options.samples
         self.sampling(
             PhaseKey("evaluation", PhaseKind.EVALUATION),
             {Part.PARAMETERS: self.weights},
-            slots=options.slots,
-            group_size=options.samples,
-            rollouts=self._evaluated() * options.samples,
-            prompt_tokens=options.prompt_tokens,
-            response_tokens=options.response_tokens,
+            Sampling(
+                name=PhaseKind.EVALUATION,
+                field="slots",
+                slots=options.slots,
+                group_size=options.samples,
+                rollouts=responses,
+                prompt_tokens=options.prompt_tokens,
+                response_tokens=options.response_tokens,
+                samples=responses,
+            ),
             times=1 + len(self.config.stages),
             filters=options.top_k > 0 or options.top_p < 1 or options.min_p > 0,
         )

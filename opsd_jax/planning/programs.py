@@ -277,11 +277,7 @@ def program_costs(
         hbm_bytes=moved,
         decode_steps=trip_counts[DECODE_STEPS,] if decodes else 0,
         kernel_bytes=0.0,
-        seconds={
-            "compute": flops / chip.flops,
-            "memory": moved / chip.hbm,
-            "network": network,
-        },
+        seconds={"compute": flops / chip.flops, "memory": moved / chip.hbm, "network": network},
         collectives=_collective_table(found, trip_counts),
         loops=sorted({loop.name for *_, loops in program.executed() for loop in loops}),
         dynamic_loops=frozenset(dynamic_loops),

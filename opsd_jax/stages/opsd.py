@@ -199,13 +199,10 @@ def stage(
             seen | students(i) | {name: mask[i] for name, mask in outcomes._asdict().items()}
             for i, seen in taught.rows.items()
         ]
-        metrics = rollout_metrics(rollouts, options.group_size) | taught.metrics
         batch = batch_of(rows)
-        return StepData(
-            [batch],
-            metrics | {"active_rows": float(len(rows)), "useful_tokens": useful_fraction([batch])},
-            group_records(rollouts, options.group_size),
-        )
+        metrics = rollout_metrics(rollouts, options.group_size) | taught.metrics
+        metrics |= {"active_rows": float(len(rows)), "useful_tokens": useful_fraction([batch])}
+        return StepData([batch], metrics, group_records(rollouts, options.group_size))
 
     return Stage(
         steps=options.steps,

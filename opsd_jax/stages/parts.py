@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from opsd_jax.data.task import Task
 from opsd_jax.policy import Model
 from opsd_jax.rollout.engine import Engine
 from opsd_jax.verify.pool import VerifierPool
 
+Made = TypeVar("Made")
 MakeEngine = Callable[..., Engine]  # the sizes of `Engines` -> the engine
 
 
@@ -52,8 +53,8 @@ class Sampling(NamedTuple):
     response_in_prompt: int = 0
     continues: bool = False
 
-    def engine(self, engines: MakeEngine) -> Engine:
-        """The engine of this shape; compiles it at the first request."""
+    def engine(self, engines: Callable[..., Made]) -> Made:
+        """What `engines` makes of the sizes, such as `Engines`: an engine of this shape."""
         return engines(
             slots=self.slots,
             group_size=self.group_size,

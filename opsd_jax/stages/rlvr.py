@@ -136,6 +136,25 @@ def trains(options: RLVROptions, outcomes: Outcomes) -> np.ndarray:
     return losses.informative(outcomes.correct.astype(np.float32), options.group_size)
 
 
+def rewards_of(options: RLVROptions, outcomes: Outcomes, lengths: np.ndarray) -> np.ndarray:
+    """The reward of each rollout, float32 [N]: its correctness, less the length penalty if any.
+
+    Args:
+      options: of the stage.
+      outcomes: masks [N].
+      lengths: tokens of the responses, int [N].
+    """
+    rewards = outcomes.correct.astype(np.float32)
+    if not options.overlong_buffer:
+        return rewards
+    return rewards + losses.overlong_penalty(
+        lengths.astype(np.float32),
+        max_tokens=options.response_tokens,
+        buffer=options.overlong_buffer,
+        factor=options.overlong_factor,
+    )
+
+
 def buckets(options: RLVROptions) -> list[Lengths]:
     """The padded shapes of a microbatch."""
     return [{"student": length} for length in options.buckets]
@@ -171,14 +190,7 @@ def stage(
         rollouts = roll_out(step, params)
         rows = student_rows(rollouts, task, options.group_size)
         outcomes = rollouts.judged.outcomes  # waits for the verifier
-        rewards = outcomes.correct.astype(np.float32)
-        if options.overlong_buffer:
-            rewards = rewards + losses.overlong_penalty(
-                rollouts.lengths.astype(np.float32),
-                max_tokens=options.response_tokens,
-                buffer=options.overlong_buffer,
-                factor=options.overlong_factor,
-            )
+        rewards = rewards_of(options, outcomes, rollouts.lengths)
         kept = np.flatnonzero(trains(options, outcomes))[: options.capacity]  # whole groups
         advantages = options.objective.advantages(rewards[kept], options.group_size)
         kept_rows = [

@@ -94,7 +94,7 @@ def step_rollouts(
 
     Dynamic sampling (DAPO, arXiv 2503.14476): when fewer than `capacity` rollouts train, up to
     `options.resample_rounds` further rounds roll out other problems, drawn apart from the epoch's
-    order. Each round takes as many problems as would do if all of their rollouts trained.
+    order: as many as would do if all of their rollouts trained.
 
     Args:
       options: of the stage.
@@ -112,9 +112,8 @@ def step_rollouts(
 
     other_seed = zlib.crc32(f"{seed}/resampled".encode()) >> 1
     problems, others = stream(seed), stream(other_seed)
-    sampling_params = sampling.params(
-        vocab_size, stop=task.tokenizer.eos_ids, temperature=options.temperature
-    )
+    stop, temperature = task.tokenizer.eos_ids, options.temperature
+    sampling_params = sampling.params(vocab_size, stop=stop, temperature=temperature)
 
     def roll_out(step: int, params: Params) -> Rollouts:
         def sample(chosen: list, seed: int, draw: int) -> Rollouts:
