@@ -1,12 +1,12 @@
-"""From ragged rows to batches of a few fixed shapes, and the scoring of responses in them.
+"""Packs rows of different lengths into batches of a few fixed shapes, and scores their responses.
 
-A batch is a tuple of buckets, one a shape: `{"count": n, "rows": arrays [M, m, ...]}`. Of its M
-microbatches of m rows the first n are live, and the train step runs those alone: rows that a gate
-dropped cost nothing, and no number of rows means another program.
+A batch is a tuple of buckets, one per shape: `{"count": n, "rows": arrays [M, m, ...]}`. The train
+step computes the first n of the bucket's M microbatches of m rows. Rows that a gate dropped
+therefore cost nothing, and every number of rows uses the same program.
 
-A row is a dict with the ids of its `response` and of the prompts that it is scored from: `student`,
-and `teacher` where there is one. A sequence is prompt and response; of its n tokens the first n - 1
-are computed, each of which predicts the next.
+A row is a dict with the token ids of its `response` and of the prompts from which it is scored:
+`student` and, for some algorithms, `teacher`. A sequence is a prompt and the response. The first
+n - 1 of its n tokens are computed, since each token predicts the next one.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from opsd_jax.policy import Params, Policy
 from opsd_jax.training.stage import Batch, Microbatch
 
 Row = Mapping[str, Any]
-Lengths = Mapping[str, int]  # of a row's sequences: {"student": 2048, "teacher": 3072}
-Inserts = Sequence[tuple[int, Sequence[int]]]  # (index in the response, ids to stand before it)
+Lengths = Mapping[str, int]  # tokens of a row's sequences: {"student": 2048, "teacher": 3072}
+Inserts = Sequence[tuple[int, Sequence[int]]]  # (index in the response, ids inserted before it)
 
 
 def pack(
@@ -38,16 +38,16 @@ def pack(
     per_row: Sequence[str] = (),
     pad_id: int,
 ) -> Batch:
-    """Rows as microbatches of `collate`, with as little padding as there can be.
+    """Packs rows into a batch of microbatches with the least padding.
 
-    Rows of a length stand together, and a microbatch has the shape of its longest row. That of the
-    shortest rows is filled up with empty ones.
+    Rows of similar length share a microbatch, which has the shape of its longest row. The
+    microbatch of the shortest rows is filled up with empty rows.
 
     Args:
-      rows: at most `capacity`.
+      rows: at most `capacity` rows.
       buckets: the shapes, ascending: padded lengths of the sequences.
-      microbatch: rows m of a microbatch.
-      capacity: the most rows that a batch can have. It fixes M = ceil(capacity / m).
+      microbatch: number of rows m in a microbatch.
+      capacity: largest number of rows in a batch. It fixes M = ceil(capacity / m).
       per_token, per_row, pad_id: as in `collate`.
 
     Raises:
@@ -79,35 +79,49 @@ def pack(
 def arranged(
     lengths: Sequence[Lengths], buckets: Sequence[Lengths], microbatch: int
 ) -> list[list[list[int]]]:
-    """The microbatches of each bucket, as numbers of rows of these lengths; raises as `pack`."""
+    """The microbatches of each bucket, as lists of row indices.
+
+    Args:
+      lengths: tokens of each row's sequences.
+      buckets: the shapes, ascending.
+      microbatch: largest number of rows in a microbatch.
+
+    Raises:
+      ValueError: a row fits no bucket.
+    """
     chosen = [first_that_holds(buckets, needed) for needed in lengths]
     order = sorted(range(len(lengths)), key=lambda i: (chosen[i], lengths[i]["student"]))
-    # From the longest down: no other way to cut them needs less padding.
+    # From the longest row down, which gives the least padding.
     parts = [order[max(0, end - microbatch) : end] for end in range(len(order), 0, -microbatch)]
     return [[part for part in parts if chosen[part[-1]] == b] for b in range(len(buckets))]
 
 
 def first_that_holds(buckets: Sequence[Lengths], needed: Lengths) -> int:
-    """The first bucket into which a row of these lengths goes; ValueError if there is none."""
+    """The index of the first bucket that holds a row; raises ValueError if none does."""
     for b, bucket in enumerate(buckets):
         if all(needed[name] <= size for name, size in bucket.items()):
             return b
-    raise ValueError(f"a row of {dict(needed)} tokens; the longest bucket holds {buckets[-1]}.")
+    raise ValueError(
+        f"a row has {dict(needed)} tokens; expected at most those of the last bucket, "
+        f"{dict(buckets[-1])}."
+    )
 
 
 def _computed(row: Row, name: str) -> int:
-    """The tokens of a row's sequence that are computed: all but the last."""
+    """The number of tokens of a row's sequence that are computed: all but the last."""
     inserted = sum(len(ids) for _, ids in row.get(f"{name}/inserts", ()))
     return len(row[name]) + len(row["response"]) + inserted - 1
 
 
 def _sequence(row: Row, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of a row's sequence, and the columns that predict those of its response: it may
-    have others inserted.
+    """A row's sequence, with its inserts, and the columns that predict the tokens of its response.
+
+    Returns:
+      `(token ids, columns)`, int32; one column per token of the response.
     """
     prompt = np.asarray(row[name], np.int32)
     if not len(prompt):
-        raise ValueError(f"the prompt {name!r} is empty; expected one token at least.")
+        raise ValueError(f"the prompt {name!r} of a row is empty; expected at least one token.")
     response = np.asarray(row["response"], np.int32)
     columns = len(prompt) - 1 + np.arange(len(response), dtype=np.int32)
     if inserts := row.get(f"{name}/inserts"):
@@ -126,23 +140,24 @@ def collate(
     per_row: Sequence[str] = (),
     pad_id: int,
 ) -> Microbatch:
-    """The arrays of up to m = `microbatch` rows. Rows beyond the given ones are all padding.
+    """Makes the arrays of a microbatch of m = `microbatch` rows; missing rows are all padding.
 
-    What belongs to a response's token stands in the column of the student's sequence that predicts
-    it: the logits there are of that token.
+    The values of a response token are in the column of the student's sequence that predicts it,
+    where the token's logits are.
 
     Args:
-      rows: with `Inserts` into the teacher's copy of the response as "teacher/inserts", if any.
+      rows: up to m rows. "teacher/inserts" of a row holds `Inserts` into the teacher's copy of the
+        response, if there are any.
       lengths: padded lengths T of the sequences; "student" first.
-      per_token: names of values with a number a response token.
-      per_row: names of values with one number.
-      pad_id: fills arrays of tokens.
+      per_token: names of the rows' values with one number per response token.
+      per_row: names of the rows' values with one number.
+      pad_id: token id of padding.
 
     Returns:
-      For each sequence, under its name, int32 `tokens` and `positions` [m, T]; for others than the
-      student's `columns` [m, T of the student's], where each finds what it predicts too. `targets`
-      int32 and `mask` bool [m, T]: the tokens of the response. The other values as float32 [m, T]
-      and [m], 0 where there is nothing.
+      For each sequence, under its name: `tokens` and `positions`, int32 [m, T], and for sequences
+      other than the student's `columns`, int32 [m, T of the student]: the column of the sequence
+      that predicts the same token as the student's column. `targets` int32 and `mask` bool [m, T]:
+      the tokens of the response. The values as float32 [m, T] and [m], 0 where there is no token.
     """
     shape = microbatch, lengths["student"]
     arrays: Microbatch = {
@@ -177,7 +192,7 @@ def collate(
 
 
 def useful_fraction(batches: Sequence[Batch]) -> float:
-    """Of the tokens that the live microbatches compute, those that are no padding; 1 of none."""
+    """Fraction of the computed tokens that are not padding; 1.0 for batches without rows."""
     useful = computed = 0
     for bucket in itertools.chain(*batches):
         for sequences in bucket["rows"].values():
@@ -188,7 +203,14 @@ def useful_fraction(batches: Sequence[Batch]) -> float:
 
 
 def response_head(policy: Policy, params: Params, sequences: dict[str, jax.Array]) -> Head:
-    """The logits [m, T, V] that predict the tokens of a `collate` microbatch's responses."""
+    """The logits [m, T, V] that predict the response tokens of a microbatch, not yet computed.
+
+    Args:
+      policy: the model.
+      params: its parameters.
+      sequences: the arrays of one sequence of a `collate` microbatch, such as the teacher's. They
+        are gathered at its `columns`, so that they line up with the student's.
+    """
     hidden_mxTxD, _ = policy.forward(params, sequences["tokens"], sequences["positions"])
     if "columns" in sequences:
         columns_mxTx1 = sequences["columns"][..., None]

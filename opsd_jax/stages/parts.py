@@ -54,7 +54,7 @@ class Sampling(NamedTuple):
     continues: bool = False
 
     def engine(self, engines: Callable[..., Made]) -> Made:
-        """What `engines` makes of the sizes, such as `Engines`: an engine of this shape."""
+        """Calls `engines` with the sizes; `Engines` returns an engine of this shape."""
         return engines(
             slots=self.slots,
             group_size=self.group_size,
