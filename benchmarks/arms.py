@@ -1,10 +1,11 @@
-"""Correct-only, Incorrect-only and all rollouts, from one RLVR model a seed.
+"""Compares OPSD on correct, on incorrect and on all rollouts, from one RLVR model per seed.
 
     python benchmarks/arms.py [--seeds 0 1 2] [--workdir runs/arms]
 
-Runs configs/quickstart_arms.py once a seed (some six minutes each on two idle cores), each in a
-process of its own; what is done already is not done again. Prints a Markdown table of means and
-standard deviations over seeds, and last one JSON line: for each gate and RLVR, lists over seeds.
+Runs configs/quickstart_arms.py once per seed, each in its own process (about six minutes on two
+idle cores). Finished runs are not repeated, and unfinished ones resume. Prints a Markdown table of
+means and standard deviations over seeds, and as its last line a JSON object with the values of
+each seed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ CONFIG = ROOT / "configs" / "quickstart_arms.py"
 
 
 def run(seed: int, workdir: pathlib.Path) -> dict:
-    """The figures of one seed's report."""
+    """Runs one seed, unless it is finished, and returns its report."""
     command = [sys.executable, "-m", "opsd_jax", "train", "--config", str(CONFIG)]
     command += ["--workdir", str(workdir), f"--config.seed={seed}"]
     subprocess.run(command, check=True, stdout=sys.stderr)
@@ -29,13 +30,13 @@ def run(seed: int, workdir: pathlib.Path) -> dict:
 
 
 def show(values: list[float], sign: str = "") -> str:
-    """Mean and standard deviation."""
+    """Formats the mean and the standard deviation of values."""
     deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
     return f"{statistics.mean(values):{sign}.1f} ± {deviation:.1f}"
 
 
 def main() -> None:
-    """Runs the seeds and prints the table and the line."""
+    """Runs the seeds and prints the table and the JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/arms"))

@@ -1,4 +1,10 @@
-"""The loss of benchmarks/losses.py by TRL or Liger, which runs this: losses_torch.py FORM FILE."""
+"""Measures the loss of TRL or Liger; benchmarks/losses.py runs it.
+
+    python losses_torch.py trl|liger FILE
+
+FILE is an .npz file with the arrays `head`, `hidden`, `teacher_head` and `teacher_hidden`. The
+script prints one line of JSON.
+"""
 
 import json
 import resource
@@ -11,7 +17,7 @@ import torch
 
 
 def trl(head, hidden, teacher_head, teacher_hidden):
-    """GKD's loss on logits; beta 1 is the reverse KL."""
+    """Computes the reverse KL with TRL's GKD loss on logits (beta 1)."""
     from trl.experimental.gkd import GKDTrainer
 
     with torch.no_grad():
@@ -21,7 +27,10 @@ def trl(head, hidden, teacher_head, teacher_hidden):
 
 
 def liger(head, hidden, teacher_head, teacher_hidden):
-    """The fused linear JSD, by its default chunk, without its hard loss and torch.compile."""
+    """Computes the reverse KL with Liger's fused linear JSD, in chunks of its default size.
+
+    The hard loss and torch.compile are switched off.
+    """
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(

@@ -1,16 +1,23 @@
-"""Sampling by the rollout engine, Tunix and Hugging Face: tokens per CPU-second on one core.
+"""Sampling speed of opsd_jax, Tunix and Hugging Face, in tokens per CPU-second on one core.
 
     python benchmarks/rollout.py [--engines ours tunix ...] [--configs A ...] [--peers DIRECTORY]
 
-Qwen3's shape in float32 with random weights (benchmarks/turns.py), prompts of 64 tokens,
-temperature 1, the whole softmax. A: 32 responses of 256 tokens from 4,096 words; B: 32 of 32 from
-151,936; spread: 256 of exponential lengths (mean 64, at most 256) through 32 slots, or in static
-batches of 32 that run to their longest, of which only what was asked for counts. `static` is the
-engine itself, given a batch at a time; `double` has room for twice the tokens in its cache.
+The model has Qwen3's shape in float32 with random weights (benchmarks/turns.py). Prompts have 64
+tokens, the temperature is 1, and no token is excluded. The configurations are:
 
-Each engine lives in a process of its own, Tunix and transformers in virtual environments in
-DIRECTORY; all are pinned to one core and take turns, a repetition each. The first compiles and does
-not count. The last line is JSON: medians, and the median over the repetitions of each ratio.
+    A       32 responses of 256 tokens, vocabulary of 4,096
+    B       32 responses of 32 tokens, vocabulary of 151,936
+    spread  256 responses of exponentially distributed lengths (mean 64, at most 256), vocabulary of
+            4,096; our engine has 32 slots, the others run static batches of 32, each to its longest
+            length. Only requested tokens count.
+
+Our engine has two variants: `static` gets one batch of `spread` at a time, and `double` has a cache
+for twice the tokens of A.
+
+Each engine runs in its own process; Tunix and transformers have virtual environments in DIRECTORY.
+All processes are pinned to one core and take turns, one repetition each. The first repetition
+compiles and does not count. The last line of the output is JSON: the median of each rate, and the
+median over the repetitions of each ratio.
 """
 
 import argparse
@@ -30,16 +37,16 @@ CONFIGS = {
     "B": {"vocabulary": 151_936, "lengths": [32] * 32},
     "spread": {"vocabulary": 4_096, "lengths": SPREAD},
 }
-ENGINES = {  # the environment and the script of each
+ENGINES = {  # name: (virtual environment, script)
     "ours": (None, "rollout_ours.py"),
     "tunix": ("tunix", "rollout_tunix.py"),
     "hugging_face": ("torch", "rollout_torch.py"),
 }
-VARIANTS = {  # of our engine: the configuration, and what else is asked for
+VARIANTS = {  # of our engine: name: (configuration, further fields of the request)
     "static": ("spread", {"static": True}),
     "double": ("A", {"capacity": 2 * (64 + 256)}),
 }
-# How much faster the engine of the second column is than the faster of those in the third.
+# Name: (configuration, engine, others). The ratio is the engine's rate over the fastest other's.
 RATIOS = {
     "A_over_best_peer": ("A", "ours", ("tunix", "hugging_face")),
     "B_over_best_peer": ("B", "ours", ("tunix", "hugging_face")),
@@ -49,13 +56,13 @@ RATIOS = {
 }
 PEERS = {
     "tunix": ["google-tunix==0.1.7"],
-    # torch first and alone: what others ask for would bring its CUDA packages.
+    # torch is installed first and alone; as a dependency of others it would bring CUDA packages.
     "torch": ["torch==2.13.0", "transformers==5.23.0"],
 }
 
 
 def environment(directory: pathlib.Path, name: str | None) -> str:
-    """The Python of an environment, made if it is not there; this one, if it has no name."""
+    """Returns the Python of a virtual environment, creating it if needed; None is this Python."""
     if name is None:
         return sys.executable
     python = directory / name / "bin" / "python"
@@ -67,7 +74,7 @@ def environment(directory: pathlib.Path, name: str | None) -> str:
 
 
 class Child:
-    """An engine in a process of its own, which answers one request at a time."""
+    """An engine in its own process. It answers one request at a time."""
 
     def __init__(self, python: str, script: str):
         self.process = subprocess.Popen(
@@ -79,15 +86,20 @@ class Child:
         )
 
     def tokens_per_cpu_s(self, request: dict) -> float:
-        """One repetition: the tokens that were asked for, over the CPU-seconds of the process."""
+        """Runs one repetition; returns requested tokens per CPU-second of the process."""
         print(json.dumps(request), file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.process.args} ended with {self.process.wait()}; see above.")
+            raise RuntimeError(
+                f"{self.process.args} exited with status {self.process.wait()}; "
+                "see its output above."
+            )
         answer = json.loads(line)
         for made, asked in zip(answer["tokens"], request["lengths"], strict=True):
             if made < asked:
-                raise RuntimeError(f"{self.process.args} made {made} tokens, not {asked}.")
+                raise RuntimeError(
+                    f"{self.process.args} sampled {made} tokens; expected at least {asked}."
+                )
         return sum(request["lengths"]) / answer["cpu_s"]
 
 
@@ -107,15 +119,15 @@ def main() -> None:
 
     scripts = {name: ENGINES[name] for name in arguments.engines}
     pythons = {name: environment(arguments.peers, env) for name, (env, _) in scripts.items()}
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # the children's, too
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # inherited by the child processes
     children = {name: Child(pythons[name], script) for name, (_, script) in scripts.items()}
 
     result: dict = {}
     print(f"{'':>8} {'':>14} {'tokens/CPU-s':>14} {'lowest':>8} {'highest':>8}")
     for config in arguments.configs:
         requests = {name: (engine, CONFIGS[config]) for name, engine in children.items()}
-        for variant, (of, more) in VARIANTS.items():
-            if of == config and "ours" in children:
+        for variant, (base, more) in VARIANTS.items():
+            if base == config and "ours" in children:
                 requests[variant] = children["ours"], CONFIGS[config] | more
         runs: dict = {name: [] for name in requests}
         for _ in range(1 + arguments.repetitions):
@@ -128,8 +140,8 @@ def main() -> None:
                 f"{config:>8} {name:>14} {rate:14.1f} {min(run):8.1f} {max(run):8.1f}", flush=True
             )
             result[f"{config}_tokens_per_cpu_s_{name}"] = round(rate, 1)
-        for ratio, (of, ours, others) in RATIOS.items():
-            if of == config and runs.keys() >= {ours, *others}:
+        for ratio, (base, ours, others) in RATIOS.items():
+            if base == config and runs.keys() >= {ours, *others}:
                 best = map(max, zip(*(runs[name] for name in others), strict=True))
                 each = [run / other for run, other in zip(runs[ours], best, strict=True)]
                 result[ratio] = round(statistics.median(each), 3)

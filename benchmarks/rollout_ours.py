@@ -1,4 +1,4 @@
-"""The library's engine, one of benchmarks/rollout.py, which runs this."""
+"""opsd_jax as an engine of benchmarks/rollout.py, which runs this script."""
 
 import itertools
 
@@ -14,12 +14,13 @@ from opsd_jax.rollout.layout import decode_layout
 
 
 def engine(vocabulary: int, lengths: list[int], static: bool = False, capacity: int = 0):
-    """32 slots, filled again from the queue; or static batches, each to its longest length.
+    """Samples with 32 slots that are refilled from a queue, or in static batches.
 
     Args:
-      vocabulary, lengths: as the other engines have them.
-      static: the second.
-      capacity: the cache has room for so many tokens a row, by default for what is asked for.
+      vocabulary: number of tokens in the vocabulary.
+      lengths: the number of tokens to sample for each request.
+      static: sample static batches of 32, each to its longest length.
+      capacity: tokens that the cache holds per row. The default value is what the requests need.
     """
     m = turns.MODEL
     model = decoder.model(

@@ -1,4 +1,4 @@
-"""Hugging Face's `generate`, an engine of benchmarks/rollout.py, which runs this."""
+"""Hugging Face's `generate` as an engine of benchmarks/rollout.py, which runs this script."""
 
 import torch
 import transformers
@@ -6,7 +6,7 @@ import turns
 
 
 def transformer(vocabulary: int) -> transformers.Qwen3ForCausalLM:
-    """Qwen3 in float32 with normal weights."""
+    """Returns Qwen3 in float32 with normally distributed weights."""
     m = turns.MODEL
     config = transformers.Qwen3Config(
         vocab_size=vocabulary,
@@ -26,7 +26,7 @@ def transformer(vocabulary: int) -> transformers.Qwen3ForCausalLM:
 
 
 def engine(vocabulary: int, lengths: list[int]):
-    """Static batches, each to its longest length; the model has no EOS that could end them."""
+    """Samples static batches, each to its longest length. The model has no EOS token."""
     qwen3 = transformer(vocabulary)
     requests = [(torch.tensor(ids), n) for ids, n in turns.batches(vocabulary, lengths)]
 

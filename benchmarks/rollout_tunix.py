@@ -1,4 +1,4 @@
-"""Tunix's sampler, an engine of benchmarks/rollout.py, which runs this."""
+"""Tunix's sampler as an engine of benchmarks/rollout.py, which runs this script."""
 
 import functools
 from types import SimpleNamespace
@@ -9,8 +9,8 @@ from flax import nnx
 from tunix.generate import sampler
 from tunix.models.qwen3 import model
 
-NONE = -1  # no token: nothing is padded, nothing ends early
-TOKENIZER = SimpleNamespace(  # of prompts that are ids already
+NONE = -1  # not a token id: no prompt is padded, and no response ends early
+TOKENIZER = SimpleNamespace(  # the prompts are token ids already
     encode=lambda ids: ids,
     decode=lambda ids: "",
     bos_id=lambda: None,
@@ -20,7 +20,10 @@ TOKENIZER = SimpleNamespace(  # of prompts that are ids already
 
 
 def transformer(vocabulary: int) -> model.Qwen3:
-    """Qwen3 in float32 with normal weights: as made, those of its MLPs are zero."""
+    """Returns Qwen3 in float32 with normally distributed weights.
+
+    Tunix initialises the weights of the MLPs to zero, so they are replaced.
+    """
     m = turns.MODEL
     config = model.ModelConfig(
         vocab_size=vocabulary,
@@ -40,7 +43,7 @@ def transformer(vocabulary: int) -> model.Qwen3:
 
 
 def engine(vocabulary: int, lengths: list[int]):
-    """Static batches, each to its longest length, by a program and a cache of exactly that size."""
+    """Samples static batches, each with a program and a cache of exactly its longest length."""
     qwen3 = transformer(vocabulary)
     m = turns.MODEL
 

@@ -1,11 +1,11 @@
-"""What checkpoints cost the quickstart: its steps with them and without.
+"""Measures what checkpoints cost: the quickstart's steps with them and without.
 
     python benchmarks/saving.py [--repeats 3] [--workdir runs/saving]
 
-Runs the quickstart in turns as it is, and with a checkpoint at the end of each stage alone, with
-programs from JAX's compilation cache. A run's seconds are those of the steps in its metrics, the
-first of each stage apart. Prints each run's, and last one JSON line: the median of the ratios of
-neighbours, less one, and the times themselves.
+Runs the quickstart alternately as it is, and with a checkpoint at the end of each stage only.
+Programs come from JAX's compilation cache. The seconds of a run are the sum over its steps, without
+the first step of each stage. Prints the seconds of each run, and as its last line a JSON object:
+the median ratio of two consecutive runs minus one, and the seconds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import survival
 
 
 def run(workdir: pathlib.Path, *arguments: str) -> float:
-    """Runs the quickstart anew; returns the seconds of its steps."""
+    """Runs the quickstart in an empty work directory; returns the seconds of its steps."""
     shutil.rmtree(workdir, ignore_errors=True)
     assert survival.start(workdir, *arguments).wait() == 0, f"see {workdir}.log"
     seconds = 0.0
@@ -31,7 +31,7 @@ def run(workdir: pathlib.Path, *arguments: str) -> float:
 
 
 def main() -> None:
-    """Runs them in turns and prints the line."""
+    """Runs both variants alternately and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/saving"))
@@ -40,7 +40,7 @@ def main() -> None:
     never = [f"--config.{name}.checkpoint_every=1000000" for name in survival.STAGES]
     workdir.mkdir(parents=True, exist_ok=True)
 
-    run(workdir / "run")  # compiles
+    run(workdir / "run")  # fills the compilation cache
     saved, unsaved = [], []
     for _ in range(arguments.repeats):
         saved.append(run(workdir / "run"))

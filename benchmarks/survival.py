@@ -1,19 +1,20 @@
-"""The quickstart, killed and stopped at random moments: is it the run that was never disturbed?
+"""Kills and stops the quickstart at random moments; compares it with an undisturbed run.
 
     python benchmarks/survival.py [--kills 25] [--sigterms 10] [--losses 3] [--seed 0]
         [--workdir runs/survival]
 
-Runs the quickstart once undisturbed; once killed (SIGKILL) so many times and started again each
-time; once stopped (SIGTERM) so many times and started again. Compares parameters, metrics and
-responses of the three to the bit. A step is lost if a stopped run has written its metrics and no
-checkpoint has it.
+The first part runs the quickstart three times: undisturbed, killed with SIGKILL `--kills` times,
+and stopped with SIGTERM `--sigterms` times. After each signal it starts the same command again. It
+compares parameters, metrics and responses of the three runs bit for bit. A step is lost if a
+stopped run has written its metrics but no checkpoint includes it.
 
-Then its three stages in fewer steps: as one process of eight devices, as two of four, and as two of
-four of which one is killed so many times. The second has to have the ids of the first and its
-metrics but for rounding; the third equals the second to the bit. (Over the 1,300 steps of the whole
-SFT rounding is amplified: sums over two processes are taken in another order than within one.)
+The second part runs the three stages with fewer steps, also three times: as one process with eight
+devices, as two processes with four devices each, and as two processes of which one is killed
+`--losses` times. The second run must have the token ids of the first, and its metrics but for
+rounding. The third run must equal the second bit for bit. (The second part has fewer steps because
+SFT's 1,300 steps amplify rounding: two processes add numbers in another order than one.)
 
-Prints where each signal hit, and last one JSON line.
+Prints where each signal hit, and as its last line a JSON object.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ SHORT = [f"--config.{field}={value}" for field, value in FEWER.items()]
 
 
 def start(workdir: pathlib.Path, *arguments: str, devices: int = 1) -> subprocess.Popen:
-    """The run in that directory, from where it is."""
+    """Starts or resumes the run in a work directory; its output goes to `<workdir>.log`."""
     command = [sys.executable, "-m", "opsd_jax", "train", "--workdir", str(workdir)]
     command += ["--config", str(ROOT / "configs" / "quickstart.py"), *arguments]
     changes = {
@@ -66,7 +67,7 @@ def start(workdir: pathlib.Path, *arguments: str, devices: int = 1) -> subproces
 
 
 def start_pair(workdir: pathlib.Path) -> list[subprocess.Popen]:
-    """The same in fewer steps, as two processes of four devices each."""
+    """Starts or resumes the run with fewer steps, as two processes with four devices each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -75,17 +76,17 @@ def start_pair(workdir: pathlib.Path) -> list[subprocess.Popen]:
 
 
 def is_done(workdir: pathlib.Path) -> bool:
-    """Whether the run has ended."""
+    """Whether the run in a work directory has written its report."""
     return (workdir / "report" / "report.json").exists()
 
 
 def saves(workdir: pathlib.Path) -> set[pathlib.Path]:
-    """The saves under way, and those that a kill has cut off."""
+    """Temporary directories of saves that are in progress or were cut off by a kill."""
     return {*workdir.glob("*/checkpoints/*tmp*"), *workdir.glob("*/*tmp*")}
 
 
 def where(workdir: pathlib.Path, cut_off: set[pathlib.Path]) -> str:
-    """What a run is at, as its directory tells. `cut_off`: saves of an earlier process."""
+    """Describes what a run is doing; `cut_off` are the unfinished saves of earlier processes."""
     begun = [name for name in STAGES if (workdir / name).is_dir()]
     if not begun:
         return "before the first stage"
@@ -98,7 +99,7 @@ def where(workdir: pathlib.Path, cut_off: set[pathlib.Path]) -> str:
 
 
 def restored(workdir: pathlib.Path, process: subprocess.Popen, began: float) -> float | None:
-    """Seconds until a started run has its state and begins to work; None if it ends before."""
+    """Seconds until a resumed run writes its first record; None if it ends without one."""
     while process.poll() is None:
         for path in (*workdir.glob("*/metrics.jsonl"), *workdir.glob("*/responses.jsonl")):
             if path.stat().st_mtime > began:
@@ -110,12 +111,19 @@ def restored(workdir: pathlib.Path, process: subprocess.Popen, began: float) -> 
 def disturbed(
     workdir: pathlib.Path, signum: int, times: int, rng: random.Random
 ) -> tuple[list[str], int, list[float]]:
-    """Runs it to the end with so many signals, an equal share from the beginning of each stage on.
-    Of four, one comes while the process starts, two up to 4 s after it works, and one as soon as it
-    saves.
+    """Runs the quickstart to its end and interrupts it with signals.
+
+    Each stage gets the same number of signals. One in four comes while the process starts, two come
+    up to 4 s after the process has begun to work, and one comes as soon as it saves.
+
+    Args:
+      workdir: the work directory.
+      signum: the signal.
+      times: number of signals.
+      rng: chooses the moments.
 
     Returns:
-      Where each hit, the steps that were lost, and the seconds of each restoration.
+      Where each signal hit, the number of lost steps, and the seconds of each restart.
     """
     hits: list[str] = []
     lost, seconds = 0, []
@@ -144,7 +152,7 @@ def disturbed(
         process.send_signal(signum)
         code = process.wait()
         if signum == signal.SIGTERM:
-            # By itself, or before it could have anything to save.
+            # The run saved and exited, or the signal came before its handler was in place.
             assert code in (128 + signum, -signum), f"exit code {code}: see {workdir}.log"
             lost += steps_lost(workdir)
     return hits, lost, seconds
@@ -153,11 +161,17 @@ def disturbed(
 def bereaved(
     workdir: pathlib.Path, times: int, rng: random.Random
 ) -> tuple[list[str], list[float]]:
-    """Runs it as a pair to the end, and kills one of the two so many times, an equal share in each
-    stage, up to 20 s after it works there.
+    """Runs the quickstart as two processes to its end, and kills one of them several times.
+
+    Each stage gets the same number of kills, up to 20 s after the first step of the stage.
+
+    Args:
+      workdir: the work directory.
+      times: number of kills.
+      rng: chooses the moments and the processes.
 
     Returns:
-      Where each hit, and the seconds after which the other had ended.
+      Where each kill hit, and the seconds until the other process ended.
     """
     hits: list[str] = []
     seconds: list[float] = []
@@ -183,7 +197,7 @@ def bereaved(
 
 
 def steps_lost(workdir: pathlib.Path) -> int:
-    """Steps whose metrics are written and that no checkpoint has."""
+    """Returns the number of steps with metrics that no checkpoint includes."""
     lost = 0
     for name in STAGES:
         path = workdir / name / "metrics.jsonl"
@@ -194,25 +208,25 @@ def steps_lost(workdir: pathlib.Path) -> int:
 
 
 def outcome(workdir: pathlib.Path) -> list:
-    """All of a run that does not tell the time."""
-    made: list = []
+    """Returns parameters, metrics without times, responses and divergence curves of a run."""
+    results: list = []
     here = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    on_it = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
+    abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
     for name in STAGES:
         with ocp.StandardCheckpointer() as checkpointer:
             path = workdir / name / "params"
-            there = checkpointer.metadata(path).item_metadata.tree
-            made.append(checkpointer.restore(path, jax.tree.map(on_it, there)))
+            shapes = checkpointer.metadata(path).item_metadata.tree
+            results.append(checkpointer.restore(path, jax.tree.map(abstract, shapes)))
         rows = map(json.loads, (workdir / name / "metrics.jsonl").read_text().splitlines())
-        made.append([{k: v for k, v in row.items() if k not in TIMES} for row in rows])
+        results.append([{k: v for k, v in row.items() if k not in TIMES} for row in rows])
         for file in ("responses.jsonl", "groups.jsonl", "divergence.json"):
             path = workdir / name / file
-            made.append(path.read_text() if path.exists() else None)
-    return made
+            results.append(path.read_text() if path.exists() else None)
+    return results
 
 
 def equal(a, b) -> bool:
-    """Whether two trees are the same, arrays to the bit."""
+    """Whether two trees are equal; arrays are compared exactly."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
     if isinstance(a, list):
@@ -221,7 +235,7 @@ def equal(a, b) -> bool:
 
 
 def largest_difference(a: pathlib.Path, b: pathlib.Path) -> float:
-    """Of the metrics of two runs, relative to the larger of the value and 0.001."""
+    """Returns the largest difference between metrics of two runs, relative to max(|x|, 0.001)."""
     largest = 0.0
     for name in STAGES:
         texts = ((w / name / "metrics.jsonl").read_text().splitlines() for w in (a, b))
@@ -233,13 +247,13 @@ def largest_difference(a: pathlib.Path, b: pathlib.Path) -> float:
 
 
 def ids(workdir: pathlib.Path) -> list[str]:
-    """The responses of a run and the record of its rollouts."""
+    """Returns the responses of a run and the records of its rollouts, as text."""
     paths = [workdir / n / f for n in STAGES for f in ("responses.jsonl", "groups.jsonl")]
     return [path.read_text() for path in paths if path.exists()]
 
 
 def main() -> None:
-    """Runs the three and prints the line."""
+    """Runs both parts and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--sigterms", type=int, default=10)

@@ -1,6 +1,6 @@
-"""How the engines of benchmarks/rollout.py take turns: a line of JSON asks for one repetition.
+"""The protocol of the engines of benchmarks/rollout.py: each line of JSON requests a repetition.
 
-Of the standard library alone, as each engine has an environment of its own.
+It uses only the standard library, because each engine has its own virtual environment.
 """
 
 import functools
@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 
-MODEL = {  # Qwen3's shape; the head is not tied
+MODEL = {  # Qwen3's shape with an untied head
     "hidden": 256,
     "layers": 4,
     "heads": 4,
@@ -19,29 +19,29 @@ MODEL = {  # Qwen3's shape; the head is not tied
     "mlp": 768,
     "rope_theta": 10_000,
 }
-ROWS = 32  # requests a static batch
-PROMPT = 64  # tokens
+ROWS = 32  # requests per static batch
+PROMPT = 64  # tokens per prompt
 
 
 def prompts(vocabulary: int, number: int) -> list[list[int]]:
-    """Random ids, [number, PROMPT]."""
+    """Returns random token ids, [number, PROMPT]."""
     rng = random.Random(0)
     return [rng.choices(range(vocabulary), k=PROMPT) for _ in range(number)]
 
 
 def batches(vocabulary: int, lengths: list[int]) -> list[tuple[list[list[int]], int]]:
-    """The requests as static batches in their order: the prompts of each, its longest length."""
+    """Returns the static batches in order: the prompts of each and its longest response length."""
     ids = prompts(vocabulary, len(lengths))
     starts = range(0, len(ids), ROWS)
     return [(ids[i : i + ROWS], max(lengths[i : i + ROWS])) for i in starts]
 
 
 def serve(engine: Callable[..., Callable[[], list[int]]]) -> None:
-    """Answers requests, each a line of stdin, with a line of stdout, until stdin ends.
+    """Answers each request, a line of stdin, with a line of stdout, until stdin ends.
 
     Args:
-      engine: `(**request) -> run`, called at the first of equal requests; `run()` samples a
-        response to each prompt and returns how many tokens each has, no fewer than asked for.
+      engine: `(**request) -> run`, called once for equal requests. `run()` samples a response to
+        each prompt and returns the number of tokens in each, at least the requested number.
     """
     prepared = functools.cache(lambda line: engine(**json.loads(line)))
     for line in sys.stdin:

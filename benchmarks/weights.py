@@ -1,12 +1,12 @@
-"""Reading a Hugging Face directory into sharded arrays, and writing one: seconds and host memory.
+"""Measures the time and the host memory to load and save a Hugging Face directory.
 
     python benchmarks/weights.py [--layers 8] [--directory DIRECTORY]
 
-A directory of random bfloat16 weights in several files (Qwen3-1.7B's shape with so many layers and
-a head of its own, 2 GiB) is made in a temporary directory and removed in the end. Each case runs in
-a process of its own, on one and on eight CPU devices. On the CPU the parameters are host memory
-themselves; what is told is the process's peak, interpreter and JAX included, less the bytes of the
-arrays that it holds: while reading, after each parameter, the highest of these.
+The script writes random bfloat16 weights to a temporary directory: Qwen3-1.7B with fewer layers and
+with an output head, 2 GiB in several files. Each case then runs in a separate process, on one or on
+eight CPU devices. On the CPU the parameters themselves are in host memory. The script therefore
+reports the peak memory of the process, including the interpreter and JAX, minus the bytes of its
+arrays. During loading it takes this after each parameter, and reports the maximum.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CASES = [  # devices, mesh, param_dtype
 
 
 def make(directory: pathlib.Path, layers: int) -> None:
-    """Writes the weights."""
+    """Writes `config.json` and random weights for a model of `layers` layers."""
     import jax
     import numpy as np
 
@@ -37,11 +37,11 @@ def make(directory: pathlib.Path, layers: int) -> None:
     from opsd_jax.models import architecture, decoder, safetensors, weights
 
     section = config_lib.preset("qwen3-1.7b", num_layers=layers, tie_word_embeddings=False)
-    sizes = decoder.sizes(section)
-    config = architecture.to_json(sizes, "bfloat16")
+    decoder_config = decoder.config_of(section)
+    config = architecture.to_json(decoder_config, "bfloat16")
     (directory / "config.json").write_text(json.dumps(config))
-    shapes = jax.eval_shape(decoder.model(sizes).init, jax.random.key(0))
-    tensors = weights.all_tensors(shapes)
+    shapes = jax.eval_shape(decoder.model(decoder_config).init, jax.random.key(0))
+    tensors = weights.all_layouts(shapes)
     safetensors.SHARD_BYTES = 2**29
     rng = np.random.default_rng(0)
     with safetensors.writer(directory, {k: ("BF16", t.shape) for k, t in tensors.items()}) as put:
@@ -53,16 +53,17 @@ def make(directory: pathlib.Path, layers: int) -> None:
 
 
 def peak() -> int:
-    """Bytes of memory that this process has had at most."""
+    """The peak memory of this process in bytes."""
     return int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
-def forget_peak() -> None:
+def reset_peak() -> None:
+    """Sets the peak memory of this process to the current memory."""
     pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
 def measure(directory: pathlib.Path, mesh: tuple[int, ...], param_dtype: str) -> dict:
-    """Loads and saves in this process."""
+    """Loads and saves the weights in this process, and returns the measurements."""
     import jax
 
     from opsd_jax import config as config_lib
@@ -78,8 +79,8 @@ def measure(directory: pathlib.Path, mesh: tuple[int, ...], param_dtype: str) ->
     result = {"mesh": mesh, "param_dtype": param_dtype, "before_mib": peak() >> 20}
     began, held, beside, loaded = time.monotonic(), 0, 0, []
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
-    for path, leaf in leaves:  # one by one: parameters still to come would hide an early peak
-        forget_peak()
+    for path, leaf in leaves:  # one by one, so that the peak belongs to one parameter
+        reset_peak()
         for key in reversed(path):
             leaf = {key.key: leaf}
         (array,) = jax.block_until_ready(jax.tree.leaves(weights.load(stored, leaf)))
@@ -90,7 +91,7 @@ def measure(directory: pathlib.Path, mesh: tuple[int, ...], param_dtype: str) ->
     result["load_s"] = round(time.monotonic() - began, 1)
     result["arrays_mib"] = held >> 20
     result["load_beside_arrays_mib"] = beside >> 20
-    forget_peak()
+    reset_peak()
     began = time.monotonic()
     model.save(params, directory / "out")
     result["save_s"] = round(time.monotonic() - began, 1)
@@ -99,7 +100,7 @@ def measure(directory: pathlib.Path, mesh: tuple[int, ...], param_dtype: str) ->
 
 
 def same(directory: pathlib.Path) -> bool:
-    """Whether the tensors that were written are those that were read, to the byte."""
+    """Whether the saved tensors are equal to the loaded ones to the byte."""
     import numpy as np
 
     from opsd_jax.models import safetensors
@@ -114,15 +115,18 @@ def same(directory: pathlib.Path) -> bool:
             for i in range(0, total, step)
         )
 
-    there, here = safetensors.tensors_of(directory), safetensors.tensors_of(directory / "out")
-    return there.keys() == here.keys() and all(equal(there[k], here[k]) for k in there)
+    loaded, saved = safetensors.tensors_of(directory), safetensors.tensors_of(directory / "out")
+    return loaded.keys() == saved.keys() and all(equal(loaded[k], saved[k]) for k in loaded)
 
 
 def main() -> None:
+    """Runs all cases and prints one line of JSON for each, and one with the totals."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--directory", help="for the temporary one (default: the system's)")
-    parser.add_argument("--case", help=argparse.SUPPRESS)  # one measurement, in this process
+    parser.add_argument(
+        "--directory", help="where to create the temporary directory (default: the system's)"
+    )
+    parser.add_argument("--case", help=argparse.SUPPRESS)  # runs one measurement in this process
     arguments = parser.parse_args()
     if arguments.case:
         directory, mesh, dtype = json.loads(arguments.case)

@@ -1,9 +1,9 @@
-"""Policy gradient and OPSD in one step, around a dict of arrays on a mesh:
+"""Trains a model made of a dict of arrays with a policy gradient and OPSD in one step, on a mesh.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python examples/dict_joint.py
 
-Rows lie over `data`, the vocabulary of the head over `tensor`. No class, no framework: a model is
-two functions of its arrays.
+Rows are split over the mesh axis `data`, and the vocabulary of the head over `tensor`. The model is
+two functions of its arrays, without a class or a framework.
 """
 
 import jax
@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from opsd_jax import losses
 
-WORDS, WIDTH, PROMPT, HINT, RESPONSE, ROWS = 64, 16, 4, 3, 8, 16
+VOCAB, WIDTH, PROMPT, HINT, RESPONSE, ROWS = 64, 16, 4, 3, 8, 16
 SPECS = {"embedding": P(), "mix": P(), "head": P(None, "tensor")}
 OPTIMIZER = optax.adam(1e-2)
 
@@ -22,14 +22,14 @@ OPTIMIZER = optax.adam(1e-2)
 def init(key):
     normal = lambda i, *shape: jax.random.normal(jax.random.fold_in(key, i), shape) * WIDTH**-0.5
     return {
-        "embedding": 4 * normal(0, WORDS, WIDTH),
+        "embedding": 4 * normal(0, VOCAB, WIDTH),
         "mix": normal(1, WIDTH, WIDTH),
-        "head": normal(2, WIDTH, WORDS),
+        "head": normal(2, WIDTH, VOCAB),
     }
 
 
 def forward(params, tokens):
-    """Each state is made of the mean of the words so far."""
+    """Returns hidden states [B, T, D], each from its token and the mean of the tokens up to it."""
     x = params["embedding"][tokens]
     mean = jnp.cumsum(x, axis=1) / jnp.arange(1, tokens.shape[1] + 1)[:, None]
     return jnp.tanh((x + mean) @ params["mix"])
@@ -40,6 +40,10 @@ def unembed(params, hidden):
 
 
 def head(params, prompt, response) -> losses.Head:
+    """Returns a `Head` whose column t predicts the response token t.
+
+    The first response token is predicted at the last prompt token.
+    """
     hidden = forward(params, jnp.concatenate([prompt, response], axis=1))
     return losses.Head(unembed, params, hidden[:, prompt.shape[1] - 1 : -1])
 
@@ -53,7 +57,7 @@ def train_step(params, opt_state, teacher, batch):
             tokens=batch["response"],
             mask=batch["mask"],
             advantages=batch["advantages"],
-            groups=batch["groups"],
+            outcomes=batch["outcomes"],
             behaviour_logprobs=batch["logprobs"],
             policy_weight=0.2,
             partition=P("data"),
@@ -74,17 +78,17 @@ def main(steps: int = 30) -> list[dict[str, float]]:
         params = {name: put(x, SPECS[name]) for name, x in init(jax.random.key(0)).items()}
         teacher, opt_state = params, OPTIMIZER.init(params)
         keys = jax.random.split(jax.random.key(1), 4)
-        words = lambda key, length: jax.random.randint(key, (ROWS, length), 0, WORDS)
-        prompt, response = words(keys[0], PROMPT), words(keys[2], RESPONSE)
+        random_tokens = lambda key, length: jax.random.randint(key, (ROWS, length), 0, VOCAB)
+        prompt, response = random_tokens(keys[0], PROMPT), random_tokens(keys[2], RESPONSE)
         mask = jnp.arange(RESPONSE) < jnp.arange(ROWS)[:, None] % RESPONSE + 1
-        correct = jax.random.bernoulli(keys[3], 0.5, (ROWS,))
+        correct = jax.random.bernoulli(keys[3], 0.5, (ROWS,))  # in place of a verifier
         behaviour = head(params, prompt, response)
         batch = {
             "prompt": prompt,
-            "hint": words(keys[1], HINT),
+            "hint": random_tokens(keys[1], HINT),
             "response": response,
             "mask": mask,
-            "groups": (correct, ~correct, jnp.zeros(ROWS, bool)),
+            "outcomes": (correct, ~correct, jnp.zeros(ROWS, bool)),
             "advantages": losses.advantages(correct.astype(jnp.float32), group_size=4),
             "logprobs": losses.response_logprobs(student=behaviour, tokens=response, mask=mask),
         }

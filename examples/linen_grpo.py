@@ -1,7 +1,9 @@
-"""GRPO around a Flax Linen model of one's own: python examples/linen_grpo.py
+"""Trains a Flax Linen model with DAPO, a variant of GRPO.
 
-The model answers with six words and is rewarded if most of them are even. Each step samples a
-group of responses to every prompt, compares them, and makes the better ones likelier.
+    python examples/linen_grpo.py
+
+The model answers with six tokens and is rewarded if most of the token ids are even. Each step
+samples a group of responses to every prompt, compares them, and makes the better ones more likely.
 """
 
 import jax
@@ -12,15 +14,15 @@ from flax.training.train_state import TrainState
 
 from opsd_jax import losses
 
-WORDS, WIDTH, PROMPT, RESPONSE, PROMPTS, GROUP = 32, 32, 3, 6, 8, 8
+VOCAB, WIDTH, PROMPT, RESPONSE, PROMPTS, GROUP = 32, 32, 3, 6, 8, 8
 OPTIONS = losses.PRESETS["dapo"]
 
 
 class Model(nn.Module):
-    """A recurrent network whose head is its embedding."""
+    """A recurrent network that uses its embedding as its head."""
 
     def setup(self):
-        self.embedding = nn.Embed(WORDS, WIDTH)
+        self.embedding = nn.Embed(VOCAB, WIDTH)
         self.rnn = nn.RNN(nn.GRUCell(WIDTH))
 
     def __call__(self, tokens):
@@ -38,6 +40,10 @@ def unembed(params, hidden):
 
 
 def head(params, prompt, response) -> losses.Head:
+    """Returns a `Head` whose column t predicts the response token t.
+
+    The first response token is predicted at the last prompt token.
+    """
     tokens = jnp.concatenate([prompt, response], axis=1)
     hidden = MODEL.apply({"params": params}, tokens)
     return losses.Head(unembed, params, hidden[:, PROMPT - 1 : -1])
@@ -45,14 +51,14 @@ def head(params, prompt, response) -> losses.Head:
 
 @jax.jit
 def sample(params, prompt, key):
-    """Responses [B, RESPONSE] and the log-probabilities that they were sampled with."""
+    """Samples responses [B, RESPONSE] and returns them with their log-probabilities."""
     response = jnp.zeros((len(prompt), RESPONSE), jnp.int32)
     logprobs = jnp.zeros(response.shape)
     for t in range(RESPONSE):
         logits = unembed(params, head(params, prompt, response).hidden[:, t])
-        words = jax.random.categorical(jax.random.fold_in(key, t), logits)
-        response = response.at[:, t].set(words)
-        logprobs = logprobs.at[:, t].set(losses.token_logprobs(logits, words))
+        tokens = jax.random.categorical(jax.random.fold_in(key, t), logits)
+        response = response.at[:, t].set(tokens)
+        logprobs = logprobs.at[:, t].set(losses.token_logprobs(logits, tokens))
     return response, logprobs
 
 
@@ -79,10 +85,10 @@ def main(steps: int = 40) -> list[float]:
     state = TrainState.create(apply_fn=MODEL.apply, params=params, tx=optax.adam(1e-2))
     rewards = []
     for step in range(steps):
-        of_prompt, of_sample = jax.random.split(jax.random.fold_in(key, step))
-        prompt = jax.random.randint(of_prompt, (PROMPTS, PROMPT), 0, WORDS)
+        prompt_key, sample_key = jax.random.split(jax.random.fold_in(key, step))
+        prompt = jax.random.randint(prompt_key, (PROMPTS, PROMPT), 0, VOCAB)
         prompt = jnp.repeat(prompt, GROUP, axis=0)
-        response, logprobs = sample(state.params, prompt, of_sample)
+        response, logprobs = sample(state.params, prompt, sample_key)
         reward = (jnp.sum(response % 2 == 0, axis=1) > RESPONSE // 2).astype(jnp.float32)
         batch = {
             "prompt": prompt,

@@ -1,7 +1,9 @@
-"""OPSD around a Flax NNX model of one's own: python examples/nnx_opsd.py
+"""Trains a Flax NNX model with OPSD.
 
-The model sees a question; the teacher, its frozen copy, sees the question after a hint. The train
-step moves the model towards its informed self, on correct responses only.
+    python examples/nnx_opsd.py
+
+The model sees a question. The teacher is a frozen copy of the model and sees a hint before the
+question. The train step moves the model towards the teacher, on correct responses only.
 """
 
 import jax
@@ -11,17 +13,17 @@ from flax import nnx
 
 from opsd_jax import losses
 
-WORDS, WIDTH, QUESTION, HINT, RESPONSE = 64, 32, 6, 4, 10
+VOCAB, WIDTH, QUESTION, HINT, RESPONSE = 64, 32, 6, 4, 10
 
 
 class Model(nnx.Module):
-    """One block of causal attention, and a soft-capped head."""
+    """One block of causal attention with a soft-capped head."""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.embedding = nnx.Embed(WORDS, WIDTH, rngs=rngs)
+        self.embedding = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
         self.attention = nnx.MultiHeadAttention(4, WIDTH, decode=False, rngs=rngs)
         self.norm = nnx.RMSNorm(WIDTH, rngs=rngs)
-        self.head = nnx.Linear(WIDTH, WORDS, rngs=rngs)
+        self.head = nnx.Linear(WIDTH, VOCAB, rngs=rngs)
 
     def __call__(self, tokens):
         x = self.embedding(tokens)
@@ -32,7 +34,10 @@ class Model(nnx.Module):
 
 
 def head(model: Model, prompt, response) -> losses.Head:
-    """What predicts each token of the response: the states from the prompt's last token on."""
+    """Returns a `Head` whose column t predicts the response token t.
+
+    The first response token is predicted at the last prompt token.
+    """
     hidden = model(jnp.concatenate([prompt, response], axis=1))
     graphdef, params = nnx.split(model)
     unembed = lambda params, hidden: nnx.merge(graphdef, params).unembed(hidden)
@@ -47,7 +52,7 @@ def train_step(model: Model, teacher: Model, optimizer: nnx.Optimizer, batch):
             student=head(model, batch["question"], batch["response"]),
             teacher=head(teacher, hinted, batch["response"]),
             mask=batch["mask"],
-            groups=(batch["correct"], batch["incorrect"], batch["truncated"]),
+            outcomes=(batch["correct"], batch["incorrect"], batch["truncated"]),
             options=losses.OPSD(gate=losses.GATES["correct"]),
         )
         return loss.mean
@@ -63,20 +68,20 @@ def main(steps: int = 60) -> list[float]:
     optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
     keys = jax.random.split(jax.random.key(1), 4)
     rows = 16
-    words = lambda key, length: jax.random.randint(key, (rows, length), 0, WORDS)
-    group = jax.random.randint(keys[3], (rows,), 0, 3)  # what a verifier says
+    random_tokens = lambda key, length: jax.random.randint(key, (rows, length), 0, VOCAB)
+    outcome = jax.random.randint(keys[3], (rows,), 0, 3)  # in place of a verifier
     batch = {
-        "question": words(keys[0], QUESTION),
-        "hint": words(keys[1], HINT),
-        "response": words(keys[2], RESPONSE),
+        "question": random_tokens(keys[0], QUESTION),
+        "hint": random_tokens(keys[1], HINT),
+        "response": random_tokens(keys[2], RESPONSE),
         "mask": jnp.arange(RESPONSE) < jnp.arange(rows)[:, None] + 1,
-        "correct": group == 0,
-        "incorrect": group == 1,
-        "truncated": group == 2,
+        "correct": outcome == 0,
+        "incorrect": outcome == 1,
+        "truncated": outcome == 2,
     }
     return [float(train_step(model, teacher, optimizer, batch)) for _ in range(steps)]
 
 
 if __name__ == "__main__":
     curve = main()
-    print(f"divergence from the teacher: {curve[0]:.4f} -> {curve[-1]:.4f} nats a token")
+    print(f"divergence from the teacher: {curve[0]:.4f} -> {curve[-1]:.4f} nats per token")

@@ -1,7 +1,11 @@
-"""A policy: a language model seen as three pure functions.
+"""The interface between a language model and the rest of the library.
 
-Losses and train steps take a `Policy` and a pytree of parameters, and nothing else of a model; the
-rollout engine takes a `Model`, which holds one and says where its arrays lie.
+A `Policy` is a language model as three pure functions of its parameters. It is all that losses and
+train steps need. A `Model` adds what a whole run needs: the initial parameters, the sharding of
+every array, and optional hooks for sampling, loading and saving.
+
+To train a model of your own, write a function that returns a `Model`, and name it in the config
+field `model.make` as "package.module:function". It is called with the config section `model`.
 """
 
 from __future__ import annotations
@@ -14,29 +18,46 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 Params = Any  # A nested dict of arrays.
-Cache = Any  # A pytree that belongs to the policy; axis 0 of every leaf is the batch.
-Rules = Sequence[tuple[str, P]]  # (regular expression on a parameter's path, its partition)
-ROWS = ("data", "fsdp")  # the mesh axes over which rows of a batch are split
+Cache = Any  # A pytree of arrays that only the policy looks into; see `Policy.init_cache`.
+Rules = Sequence[tuple[str, P]]  # Pairs of a regular expression and a sharding; see `Model.rules`.
+ROWS = ("data", "fsdp")  # The mesh axes over which the rows of a batch are sharded.
 
 
 class Policy(NamedTuple):
-    """A model as pure functions of its parameters.
+    """A language model as three pure functions of its parameters.
 
-    `positions` (int32) carries everything that attention has to know. It is the token's index in
-    its own sequence, which RoPE uses, or -1 for padding; a query at position q attends to the keys
-    with `0 <= position <= q`. Left padding, right padding, prefill and decoding follow from that.
+    A policy is a static argument of `jax.jit`. Create it once and pass the same object everywhere.
 
-    With a cache, `forward` first writes the keys and values of `tokens` at their positions, and
-    then attends to the whole cache; the entries at positions up to the query's must have been
-    written, and whatever an earlier sequence left beyond them is never read.
+    Positions tell attention all it needs. The position of a token is its index in its own sequence,
+    counted from 0, and -1 for padding. A query at position q attends to exactly those keys of its
+    row whose position p satisfies 0 <= p <= q. This one rule covers padding on the left and on the
+    right, prefill and decoding. RoPE uses the same positions. Hidden states at padding may have any
+    finite value.
+
+    Shapes: B rows, T tokens per row, D hidden size, V vocabulary size.
 
     Attributes:
-      forward: `(params, tokens[B, T], positions[B, T], cache=None) -> (hidden[B, T, D], cache)`.
-        `hidden` is what `unembed` takes, after the final norm. Without a cache, returns None.
-      unembed: `(params, hidden[..., D]) -> logits[..., V]`, float32, with soft-capping or scaling
-        if the model has them; -inf marks words that cannot occur.
-      init_cache: `(batch, length) -> cache` for sequences of up to `length` tokens. Each leaf has
-        one axis at most that grows with it, and is filled there by position.
+      forward: `(params, tokens, positions, cache=None) -> (hidden, cache)`. `tokens` and
+        `positions` are int32 [B, T]. `hidden` is [B, T, D] in the data type of the activations: the
+        input of `unembed`, so any final norm has been applied.
+
+        Without a cache, the tokens attend to one another, and the returned cache is None.
+
+        With a cache, `forward` first stores the keys and values of `tokens` at their positions and
+        nothing at padding, then lets each token attend to the cache of its row, and returns the
+        updated cache. The caller makes sure that all positions up to a query's position have been
+        stored for the current sequence. Entries at later positions may be left over from an
+        earlier sequence; they must not change the result. `hidden` must equal that of a call
+        without a cache on the whole sequence, up to rounding.
+      unembed: `(params, hidden) -> logits`. `hidden` is [..., D] with any leading dimensions.
+        `logits` is float32 [..., V] and includes a soft cap or scale if the model has one. A logit
+        of -inf marks a token that can never occur, such as padding of the vocabulary. Each position
+        is computed independently of the others.
+      init_cache: `(batch, length) -> cache`, an empty cache for `batch` sequences of up to `length`
+        tokens. The first axis of every array is the batch. At most one other axis of an array may
+        depend on `length`. Entry i along it belongs to position i, because the engine shortens,
+        lengthens and copies caches along this axis. The shape of a recurrent state doesn't depend
+        on `length`.
     """
 
     forward: Callable[..., tuple[jax.Array, Cache]]
@@ -45,28 +66,43 @@ class Policy(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What a run needs of a model; `config.model.make` names a function that returns one.
+    """A policy and everything else that a run needs to know about a model.
+
+    The first four attributes are required. The others have default values that always work.
 
     Attributes:
-      policy: the model.
-      init: `PRNG key -> params`, fresh parameters.
-      rules: (regular expression on a parameter's path, jax PartitionSpec) pairs; the first that
-        matches the whole path says where the parameter lies (opsd_jax/parallel/mesh.py).
-      vocab_size: V; at least the tokenizer's.
-      decode_rules: as `rules`, while rollouts are sampled; None: where they lie anyway.
-      decode_params: `params -> params`, a tree of the same names and shapes, as they are while
-        rollouts are sampled and in a teacher: cast to the dtype of the products, say; pure.
-      unrolled: `params -> params` in a form that `policy.forward` takes as well, in which a step of
-        decoding finds its weights as they are multiplied: XLA:CPU copies a layer's out of their
-        stack at every step, other compilers read them there. The engine calls it on CPUs, once a
-        call. None: there is no such form.
-      cache_rules: as `rules`, of the policy's cache; by default its first axis, the batch, is cut
-        over `data` and `fsdp`.
-      ragged: decoding reads no more of the cache than is filled, however long it is.
-      load: `abstract params -> params`, initial parameters that are read from files, straight to
-        the shardings that the abstract ones have; None: they come from `init`.
-      save: `(params, directory, dtype="")`, writes a directory that transformers loads, as
-        "float32", "bfloat16" or "float16", by default as they were; None: there is no such form.
+      policy: The model as pure functions.
+      init: `(key) -> params`, the randomly initialised parameters for a PRNG key. It is traced, so
+        it must be pure. Its result defines the names, shapes and data types of all parameters.
+      rules: The sharding of the parameters, as pairs of a regular expression and a
+        `jax.sharding.PartitionSpec`. The path of a parameter, such as "layers/q", takes the first
+        rule whose expression matches the whole path. A parameter that no rule matches is an error.
+        The axes of the mesh are "data", "fsdp" and "tensor" (opsd_jax/parallel/mesh.py).
+      vocab_size: V, the size of the last axis of the logits. It must be at least the tokenizer's.
+      decode_rules: The sharding of the parameters while rollouts are sampled, in the form of
+        `rules`. Every decoding step reads all weights, so sharding them over "fsdp", which gathers
+        them at every step, is slow. None keeps the sharding of training.
+      decode_params: `(params) -> params`, a pure function that prepares parameters for sampling and
+        for the copies that a teacher keeps, for example casts them to the data type of the matmuls.
+        The result has the same names and shapes, and `policy` takes it in place of the original. A
+        parameter that it returns unchanged isn't copied.
+      unrolled: `(params) -> params`, an optional form of the parameters for decoding on CPUs, which
+        `policy.forward` must accept as well. The engine applies it after `decode_params`, once per
+        call. XLA:CPU copies the weights of a layer out of a stacked array at every decoding step;
+        separate arrays avoid the copy. None uses the parameters as they are.
+      cache_rules: The sharding of the cache, in the form of `rules`. The default value shards the
+        batch over "data" and "fsdp".
+      ragged: Whether decoding reads only the filled part of the cache. If True, the engine
+        allocates one cache of the full length. If False, it keeps the cache only as long as the
+        rollouts in its slots need.
+      load: `(abstract_params) -> params`, the initial parameters from files. The argument is a tree
+        of `jax.ShapeDtypeStruct` with shardings, and the result must have these shapes, data types
+        and shardings. Every host calls it. It raises `opsd_jax.models.safetensors.WeightsError` for
+        files that can't be used. None initialises the parameters with `init`.
+      save: `(params, directory, dtype="") -> None` writes a directory that Hugging Face
+        transformers can load. Every host calls it. `dtype` is "float32", "bfloat16" or "float16";
+        "" keeps the data types in which the weights were stored. `opsd-jax convert` needs it. None
+        means that the model can't be exported.
     """
 
     policy: Policy
@@ -85,21 +121,25 @@ class Model(NamedTuple):
 def from_nnx(
     make: Callable[[nnx.Rngs], Any],
 ) -> tuple[Policy, Callable[[jax.Array], Params]]:
-    """A policy from a Flax NNX module, which is split once and not seen again.
+    """Turns a Flax NNX module into a policy and the function that initialises its parameters.
+
+    The module is split once. Its parameters become a plain nested dict, and training and sampling
+    never see the module.
 
     Args:
-      make: builds the module, `make(nnx.Rngs)`. That has `__call__(tokens, positions, cache)`,
-        `unembed(hidden)` and `init_cache(batch, length)` as in `Policy`, without `params`, and
-        keeps all of its weights in `nnx.Param`.
+      make: `(nnx.Rngs) -> module`. The module has the methods `__call__(tokens, positions, cache)`,
+        `unembed(hidden)` and `init_cache(batch, length)`, which do what `Policy` describes without
+        the argument `params`. All of its variables are of type `nnx.Param`.
 
     Returns:
-      `(policy, init)`, where `init(key) -> params` makes fresh parameters as a nested dict; jit it
-      with `out_shardings` to make them where they belong.
+      `(policy, init)`. `init(key)` returns new parameters as a nested dict. Call it within
+      `jax.jit(init, out_shardings=...)` to create sharded parameters.
     """
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
 
     def merge(params: Params) -> Any:
-        state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy: the next line writes into it
+        # `replace_by_pure_dict` modifies its argument, so give it a copy.
+        state = jax.tree.map(lambda leaf: leaf, abstract)
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(graphdef, state)
 

@@ -1,4 +1,4 @@
-"""A problem as text. This module imports nothing heavy, because verifier workers import it."""
+"""`Problem`, one problem as text. Verifier processes import this module, so it must stay light."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 
 
 class Problem(NamedTuple):
-    """One problem, as text.
+    """One problem of a dataset, as text.
 
     Attributes:
-      id: unique in the data of a run.
-      question: text of the question, from which the prompts are made.
-      solution: a worked solution; "" if there is none.
-      answer: the right answer, which the verifier compares with a response's answer.
-      source: name of the data source, which selects the verifier.
-      extra: column -> value of the further columns that the source's `extra` lists, such as test
-        cases.
+      id: Identifies the problem; unique among all problems of a run.
+      question: The text that the student sees.
+      solution: A worked solution, which can be the teacher's privileged context; "" for none.
+      answer: The reference answer that the verifier compares a response with.
+      source: Name of the data source; each source can have its own verifier. "" for none.
+      extra: Values of the further columns that the config requests, by column name, such as the
+        test cases of a programming problem.
     """
 
     id: int | str
@@ -28,4 +28,4 @@ class Problem(NamedTuple):
 
 
 class DataError(ValueError):
-    """Data that cannot be used. The message names the place, what was found and the fix."""
+    """The data can't be used. The message names the source and the row, and gives the reason."""

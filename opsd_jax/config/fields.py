@@ -67,14 +67,13 @@ def for_page() -> str:
     """The fields as Markdown for docs/config.md."""
     lines = [INTRODUCTION.rstrip()]
     for title, fields in all_fields():
-        lines += ["", f"## {title}", "", "| field | type | default | what it does |"]
-        lines.append("|---|---|---|---|")
+        lines += ["", f"## {title}", "", "| field | type | default | expected | what it does |"]
+        lines.append("|---|---|---|---|---|")
         for field in fields:
-            cells = (field.kind, _default(field.default))
-            kind, default = (f"`{cell}`" for cell in cells)
-            bounds = f" Expects a value {field.bounds}." if field.bounds else ""
-            row = (f"`{field.name}`", kind, default, field.description + bounds)
-            lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |")
+            code = f"`{field.name}`", f"`{field.kind}`", f"`{_default(field.default)}`"
+            cells = [*code, field.bounds, field.description]
+            escaped = (cell.replace("|", "&#124;").replace("\n", " ") for cell in cells)
+            lines.append(f"| {' | '.join(escaped)} |")
     return "\n".join(lines) + "\n"
 
 

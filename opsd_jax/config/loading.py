@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 
 import opsd_jax
 from opsd_jax.config.run_options import RunOptions, parse_run, run_section
-from opsd_jax.options import ConfigError
+from opsd_jax.options import ConfigError, describe
+from opsd_jax.stages import algorithm_of
 
 # Fields that a resumed run may change: they say where it computes and what it keeps, not what it
 # computes.
@@ -177,6 +178,18 @@ def from_flat(flat: Mapping[str, Any]) -> ConfigDict:
         empty = ConfigDict() if value == {} else value
         section[name] = tuple(value) if isinstance(value, list) else empty
     return config.lock()
+
+
+def missing_fields(config: ConfigDict) -> list[str]:
+    """The fields that the config of an earlier version lacks, except those of its model."""
+    stages = [name for name in config.stages if "algorithm" in config.get(name, {})]
+    known = [field for field in describe(RunOptions) if field.name != "sections"]
+    for name in stages:
+        algorithm = algorithm_of(config[name].algorithm, f"{name}.algorithm")
+        known += describe(algorithm.options, name)
+    flat = flatten(config)
+    there = {*flat, *(name[:i] for name in flat for i, char in enumerate(name) if char == ".")}
+    return [field.name for field in known if field.name not in there]
 
 
 def identity(config: ConfigDict | RunOptions) -> dict[str, Any]:

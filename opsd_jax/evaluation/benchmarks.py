@@ -1,48 +1,60 @@
-"""Benchmarks by name: where they are, and which of their columns are what."""
+"""Benchmarks by name: their files on the Hugging Face hub, and the columns of these files."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import NamedTuple
 
-from ml_collections import ConfigDict
-
-from opsd_jax import config as config_lib
 from opsd_jax.data import files
+from opsd_jax.data.options import ColumnOptions, SourceOptions
 from opsd_jax.data.sources import reach
+from opsd_jax.options import ConfigError
+from opsd_jax.verify.verifiers import VerifierOptions
 
 
 class Benchmark(NamedTuple):
-    """A data set on the Hugging Face hub.
+    """A dataset on the Hugging Face hub.
 
     Attributes:
-      repo: its name there.
-      file: the evaluated part of it.
-      source: what `opsd_jax.config.source` has to know of its columns.
+      repo: name of the dataset on the hub.
+      file: the file of its test split.
+      source: options that describe the columns of the file.
     """
 
     repo: str
     file: str
-    source: dict[str, Any]
+    source: SourceOptions = SourceOptions()
 
 
 BENCHMARKS = {
-    "math500": Benchmark("HuggingFaceH4/MATH-500", "test.jsonl", {"columns": {"id": "unique_id"}}),
-    "aime24": Benchmark("HuggingFaceH4/aime_2024", "data/train-00000-of-00001.parquet", {}),
-    "aime25": Benchmark("math-ai/aime25", "test.jsonl", {}),
+    "math500": Benchmark(
+        "HuggingFaceH4/MATH-500",
+        "test.jsonl",
+        SourceOptions(columns=ColumnOptions(id="unique_id")),
+    ),
+    "aime24": Benchmark("HuggingFaceH4/aime_2024", "data/train-00000-of-00001.parquet"),
+    "aime25": Benchmark("math-ai/aime25", "test.jsonl"),
     "gsm8k": Benchmark(
         "openai/gsm8k",
         "main/test-00000-of-00001.parquet",
-        {"columns": {"question": "question", "solution": "answer"}, "answer_after": "####"},
+        SourceOptions(
+            columns=ColumnOptions(question="question", solution="answer"), answer_after="####"
+        ),
     ),
 }
 
+VERIFIER = VerifierOptions(answer=("boxed", "answer"))
 
-def source(text: str) -> tuple[str, ConfigDict]:
-    """A benchmark's name and its `config.data` source.
+
+def source(text: str) -> tuple[str, SourceOptions]:
+    """Finds the file of a benchmark and how to read it.
 
     Args:
       text: "NAME", one of BENCHMARKS, which is downloaded; or "NAME=PATH", a file or folder with
-        the columns that the benchmark has on the hub, or those of `opsd_jax.config.source`.
+        the columns that the benchmark has on the hub, or with the default columns.
+
+    Returns:
+      (name, options of the source).
 
     Raises:
       ConfigError: there is no such benchmark, or it cannot be downloaded.
@@ -52,31 +64,37 @@ def source(text: str) -> tuple[str, ConfigDict]:
     known = BENCHMARKS.get(name)
     if not path:
         if known is None:
-            raise config_lib.ConfigError(
+            raise ConfigError(
                 f"--benchmark {text}: expected NAME=PATH, or one of {', '.join(BENCHMARKS)}."
             )
         path = _download(name, known)
-    verifier = config_lib.verifier(answer=("boxed", "answer"))
-    as_on_the_hub = config_lib.source(path, verifier=verifier, **(known.source if known else {}))
-    columns = set(as_on_the_hub.columns.values()) - {as_on_the_hub.columns.solution}
-    wanted = columns - set(config_lib.source().columns.values())
-    rows = files.rows(path, "", f"data.heldout.{name}", columns)
-    first = next(rows, None)
-    there = (first and first.columns) or {}
-    if all(reach(there, column) is not None for column in wanted):
-        return name, as_on_the_hub
-    return name, config_lib.source(path, verifier=verifier)
+    default = SourceOptions(path=path, verifier=VERIFIER)
+    if known is None:
+        on_hub = default
+    else:
+        on_hub = dataclasses.replace(known.source, path=path, verifier=VERIFIER)
+    # A copy may have the default columns instead: its first row decides.
+    own = _required(on_hub.columns) - _required(default.columns)
+    first = next(files.rows(path, "", f"data.heldout.{name}", own), None)
+    values = (first and first.columns) or {}
+    is_as_on_hub = all(reach(values, column) is not None for column in own)
+    return name, on_hub if is_as_on_hub else default
+
+
+def _required(columns: ColumnOptions) -> set[str]:
+    """Returns the names of the columns that a row needs; it may lack a solution."""
+    return {columns.id, columns.question, columns.answer}
 
 
 def _download(name: str, benchmark: Benchmark) -> str:
-    """The path of a benchmark's file on this machine."""
+    """Downloads the file of a benchmark, unless it is cached, and returns its path."""
     import huggingface_hub
 
     try:
         return huggingface_hub.hf_hub_download(benchmark.repo, benchmark.file, repo_type="dataset")
-    except Exception as error:  # of the network, of the hub, of the disk
-        raise config_lib.ConfigError(
-            f"--benchmark {name}: {benchmark.file} of the data set {benchmark.repo} cannot be "
-            f"downloaded from the Hugging Face hub ({type(error).__name__}: {error}); expected a "
-            f"connection, or a path of a copy: --benchmark {name}=PATH."
+    except Exception as error:  # from the network, the hub or the disk
+        raise ConfigError(
+            f"--benchmark {name}: {benchmark.file} of the dataset {benchmark.repo} cannot be "
+            f"downloaded from the Hugging Face hub ({type(error).__name__}: {error}); connect to "
+            f"the internet, or give the path of a copy: --benchmark {name}=PATH."
         ) from error

@@ -31,6 +31,7 @@ def small_uncertainty(cell: str) -> Markup:
 
 @functools.cache
 def _environment() -> jinja2.Environment:
+    """Returns the Jinja environment that loads the templates and escapes every value."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("opsd_jax.evaluation"),
         autoescape=True,

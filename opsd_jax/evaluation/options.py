@@ -8,7 +8,7 @@ from opsd_jax.options import option
 
 
 def _problems_expected(problems: int) -> str:
-    """What was expected in place of a number of problems that cannot be used; "" if it can."""
+    """Returns what was expected in place of an invalid number of problems; "" for a valid one."""
     good = problems == 0 or problems >= 2
     return "" if good else "0 for all problems, or at least 2, which a standard error needs"
 
@@ -29,7 +29,7 @@ class EvaluationOptions:
     )
     top_p: float = option(
         0.95,
-        "Sample from the smallest set of most likely tokens with this probability; 1 for all.",
+        "Sample from the fewest most likely tokens whose probabilities sum to this; 1 for all.",
         above=0,
         at_most=1,
     )

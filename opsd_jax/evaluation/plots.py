@@ -206,6 +206,7 @@ def comparison(changes: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """
 
     def error_bar(change: dict[str, Any], name: str) -> list[list[float]]:
+        """Returns the distances from the change to the lower and upper bound of its interval."""
         low, high = change[f"{name}_low"], change[f"{name}_high"]
         return [[max(change[name] - low, 0)], [max(high - change[name], 0)]]
 

@@ -189,7 +189,7 @@ def check_settings(directory: Path, settings: dict[str, Any]) -> None:
     if different := differences(recorded, settings):
         raise ConfigError(
             f"{directory} holds an evaluation with other settings:\n"
-            + "\n".join(f"  {name}: {a!r} there, {b!r} now" for name, a, b in different)
+            + "\n".join(f"  {name}: {a!r} in the directory, {b!r} now" for name, a, b in different)
             + "\nTo resume it, use the same settings. Otherwise delete the directory or choose "
             "another one."
         )

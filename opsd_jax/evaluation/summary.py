@@ -18,8 +18,12 @@ COMPARISON = "comparison.json"
 def check_comparable(earlier: Path, problems: Sequence[Problem]) -> None:
     """Checks that a directory holds a finished evaluation of the given problems.
 
+    Args:
+      earlier: the directory of the earlier evaluation.
+      problems: the problems of the present evaluation.
+
     Raises:
-      ConfigError: it does not.
+      ConfigError: the directory holds no finished evaluation, or one of other problems.
     """
     if not (earlier / records.SUMMARY).is_file():
         raise ConfigError(

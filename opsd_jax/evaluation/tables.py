@@ -24,6 +24,7 @@ class Table(NamedTuple):
 
 
 def _is_finite(value: float | None) -> bool:
+    """Returns whether there is a value to print; JSON files hold None in place of nan."""
     return value is not None and math.isfinite(value)
 
 
@@ -56,6 +57,7 @@ def _percent(metrics: dict[str, Any], name: str) -> str:
 
 
 def _times_100(fraction: float | None) -> float | None:
+    """Converts a fraction to percent; None stays None."""
     return None if fraction is None else 100 * fraction
 
 

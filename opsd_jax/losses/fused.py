@@ -259,11 +259,12 @@ def _prepare(
         raise ValueError(
             f"chunk is {chunk!r}; expected a number of tokens, or None or 0 for the default."
         )
+    # In a shard_map that checks replication, the type of an array has the axes that it varies over.
     if getattr(getattr(jax.typeof(student.hidden), "mat", None), "varying", ()):
         raise ValueError(
             "student is a Head inside a shard_map that checks replication; expected the argument "
-            "`partition` instead of the shard_map, or check_vma=False in the shard_map and your "
-            "own reduction of the gradients."
+            "`partition` instead of the shard_map, or check_vma=False in the shard_map, after "
+            "which you reduce the gradients yourself."
         )
     vocab_size, width = vocabulary_size("student", student), student.hidden.shape[-1]
     chunk_size = chunk_tokens(chunk, width, vocab_size)

@@ -62,8 +62,8 @@ def joint(
       distillation_row_weight: float [B], or one number for all rows; the row weight of OPSD only.
       policy: options of the policy gradient.
       distillation: options of OPSD, with the same aggregation and length.
-      policy_weight: weight of the policy gradient; not negative. It may be traced, for a schedule.
-      distillation_weight: weight of OPSD; not negative. It may be traced, for a schedule.
+      policy_weight, distillation_weight: weights of the two parts; not negative. They may be
+        traced, for a schedule.
       temperature: divides the logits of both sides; use the temperature of the sampling.
       chunk: tokens that are computed at once with a `Head`. None chooses it; see `weighted_loss`.
       partition: how [B, T] is split over the mesh in context; see `weighted_loss`.
@@ -82,13 +82,12 @@ def joint(
     )
     _, all_total = token_weights(mask, aggregation=policy.aggregation, length=policy.length)
     opsd_weight, opsd_total = opsd_weights(mask, outcomes, distillation_row_weight, distillation)
+    rollouts = {"tokens": tokens, "mask": mask, "behaviour_logprobs": behaviour_logprobs}
     inputs = {
         "policy": policy_inputs(
+            **rollouts,
             student=student,
-            tokens=tokens,
-            mask=mask,
             advantages=advantages,
-            behaviour_logprobs=behaviour_logprobs,
             old_logprobs=old_logprobs,
             reference_logprobs=reference_logprobs,
             options=policy,
@@ -96,13 +95,7 @@ def joint(
             chunk=chunk,
             partition=partition,
         ),
-        "opsd": opsd_inputs(
-            mask=mask,
-            outcomes=outcomes,
-            tokens=tokens,
-            behaviour_logprobs=behaviour_logprobs,
-            options=distillation,
-        ),
+        "opsd": opsd_inputs(**rollouts, outcomes=outcomes, options=distillation),
         "weights": (weights, opsd_weight),
     }
     active = ((weights != 0) | (opsd_weight != 0)).astype(jnp.float32)
@@ -115,16 +108,16 @@ def joint(
         chunk=chunk,
         partition=partition,
     )
-
-    def part(name: str, weights, total) -> Loss:
-        values = diagnostics[name]
-        return Loss(weighted_sum(values["loss"], weights), total, weights, values)
-
     return (
         Loss(value, all_total, active, {"loss": diagnostics["loss"]}),
-        part("policy", weights, total),
-        part("opsd", opsd_weight, opsd_total),
+        _part(diagnostics["policy"], weights, total),
+        _part(diagnostics["opsd"], opsd_weight, opsd_total),
     )
+
+
+def _part(diagnostics: dict[str, jax.Array], weights, total) -> Loss:
+    """Returns one of the two parts as a loss of its own, without gradients."""
+    return Loss(weighted_sum(diagnostics["loss"], weights), total, weights, diagnostics)
 
 
 def _check_options(

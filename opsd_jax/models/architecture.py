@@ -1,26 +1,43 @@
-"""The sizes of a decoder, and how a Hugging Face `config.json` says them."""
+"""The sizes of a decoder, and their form in a Hugging Face `config.json`."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from opsd_jax.models import attention, paged
+from opsd_jax.models.options import ATTENTION, CACHE, REMAT
 from opsd_jax.models.rope import TYPES, RopeScaling
+from opsd_jax.options import ConfigError
 from opsd_jax.parallel.aot import on_tpu
 
-# What `architectures` says -> whether queries and keys are normalised, and have biases.
+
+class Architecture(NamedTuple):
+    """The options of the decoder that a Hugging Face architecture decides.
+
+    Attributes:
+      qk_norm: Whether the queries and keys of each head are normalised.
+      attention_bias: Whether queries, keys and values have biases.
+      head_dim: The head size if `config.json` has no head_dim; None for hidden_size / num_heads.
+    """
+
+    qk_norm: bool
+    attention_bias: bool
+    head_dim: int | None = None
+
+
+# The supported values of the field `architectures`. A new family of decoders is one more entry.
 ARCHITECTURES = {
-    "Qwen3ForCausalLM": (True, False),
-    "Qwen2ForCausalLM": (False, True),
-    "LlamaForCausalLM": (False, False),
+    "Qwen3ForCausalLM": Architecture(qk_norm=True, attention_bias=False, head_dim=128),
+    "Qwen2ForCausalLM": Architecture(qk_norm=False, attention_bias=True),
+    "LlamaForCausalLM": Architecture(qk_norm=False, attention_bias=False),
 }
-# The fields of a rope scaling, by its type.
-FIELDS: dict[str, tuple[str, ...]] = {
+# The fields of `rope_scaling` that each `rope_type` uses.
+ROPE_FIELDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "yarn": (
@@ -30,8 +47,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor",
     ),
 }  # fmt: skip
-# Ours -> theirs; all of them have to be there.
-SIZES = {
+# The field of `DecoderConfig` -> the field of `config.json`. All of them are required.
+SIZE_FIELDS = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "intermediate_size": "intermediate_size",
@@ -43,7 +60,16 @@ SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of a decoder; the names are those of a Hugging Face `config.json` where it has them."""
+    """Sizes and numerics of a decoder.
+
+    The fields are those of `opsd_jax.models.options.DecoderOptions`, which describes them. The
+    dtypes are JAX types. `attention` and `cache` may be given as "auto". The constructor replaces
+    "auto" by the TPU kernel if programs are compiled for TPUs and the kernel supports the sizes,
+    and by "dense" otherwise.
+
+    Raises:
+      ConfigError: Two sizes don't fit together, or a kernel doesn't support them.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -55,58 +81,70 @@ class DecoderConfig:
     rope_theta: float = 1e6
     rope_scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
     rms_norm_eps: float = 1e-6
-    qk_norm: bool = True  # normalise queries and keys, head by head
-    attention_bias: bool = False  # of queries, keys and values
+    qk_norm: bool = True
+    attention_bias: bool = False
     tie_word_embeddings: bool = False
-    dtype: Any = jnp.float32  # of activations, matrix products and the cache
+    dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    remat: str = "none"  # what each layer keeps for the backward pass
-    sequence_parallel: bool = False  # between layers tokens lie over `tensor`
-    attention: str = "dense"  # without a cache: "dense", or "splash" (opsd_jax/models/attention.py)
-    scan_unroll: int = 1  # layers that one turn of the scan runs; must divide num_layers
-    cache: str = "dense"  # of keys and values: "dense", or "paged" (opsd_jax/models/paged.py)
-
-    # Given as "auto", `attention` and `cache` become what TPUs have if it takes the sizes, on TPUs.
+    remat: str = "none"
+    sequence_parallel: bool = False
+    attention: str = "dense"
+    scan_unroll: int = 1
+    cache: str = "dense"
 
     def __post_init__(self):
-        paged_fits = paged.fits(self.num_kv_heads, self.head_dim)
+        """Checks the fields and replaces "auto"."""
+        for name, choices in (("remat", REMAT), ("attention", ATTENTION), ("cache", CACHE)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"model.{name} is {getattr(self, name)!r}; expected one of "
+                    f"{', '.join(map(repr, choices))}."
+                )
+        self._check_sizes()
         splash_fits = self.head_dim % attention.LANES == 0
-        for name, form, fits in (
-            ("cache", "paged", paged_fits),
-            ("attention", "splash", splash_fits),
-        ):
-            if getattr(self, name) == "auto":
-                object.__setattr__(self, name, form if fits and on_tpu() else "dense")
+        paged_fits = paged.fits(self.num_kv_heads, self.head_dim)
+        if self.attention == "auto":
+            form = "splash" if splash_fits and on_tpu() else "dense"
+            object.__setattr__(self, "attention", form)
+        if self.cache == "auto":
+            object.__setattr__(self, "cache", "paged" if paged_fits and on_tpu() else "dense")
+        if self.attention == "splash" and not splash_fits:
+            raise ConfigError(
+                f"model.attention is 'splash' with model.head_dim = {self.head_dim}; its kernel "
+                f"needs a multiple of {attention.LANES}. Set model.attention to 'dense'."
+            )
+        if self.cache == "paged" and not paged_fits:
+            raise ConfigError(
+                f"model.cache is 'paged' with model.head_dim = {self.head_dim} and "
+                f"model.num_kv_heads = {self.num_kv_heads}; its kernel needs a head_dim that is a "
+                "multiple of 128, and 1, 2, 4 or a multiple of 8 key-value heads. Set model.cache "
+                "to 'dense'."
+            )
+
+    def _check_sizes(self) -> None:
+        """Raises ConfigError if two sizes don't fit together."""
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"model.num_heads is {self.num_heads}, which model.num_kv_heads = "
-                f"{self.num_kv_heads} does not divide: every key-value head serves as many heads."
+            raise ConfigError(
+                f"model.num_heads is {self.num_heads}; expected a multiple of model.num_kv_heads = "
+                f"{self.num_kv_heads}."
             )
         if self.num_layers % self.scan_unroll:
-            raise ValueError(
+            raise ConfigError(
                 f"model.scan_unroll is {self.scan_unroll}, which does not divide model.num_layers "
                 f"= {self.num_layers}."
             )
         if self.head_dim % 2:
-            raise ValueError(f"model.head_dim is {self.head_dim}; rotary positions need it even.")
-        if self.attention == "splash" and not splash_fits:
-            raise ValueError(
-                f"model.attention is 'splash', with model.head_dim = {self.head_dim}; its kernel "
-                f"takes multiples of {attention.LANES}. Choose 'dense'."
-            )
-        if self.cache == "paged" and not paged_fits:
-            raise ValueError(
-                f"model.cache is 'paged', with model.head_dim = {self.head_dim} and "
-                f"model.num_kv_heads = {self.num_kv_heads}; its kernel takes head sizes that are "
-                "multiples of 128 and 1, 2, 4 or a multiple of 8 key-value heads. Choose 'dense'."
+            raise ConfigError(
+                f"model.head_dim is {self.head_dim}; expected an even number, as rotary embeddings "
+                "need."
             )
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Reads the object in a JSON file.
 
     Raises:
-      ValueError: it cannot be read or holds something else; names the file.
+      ValueError: The file can't be read or doesn't hold an object. The message names the file.
     """
     try:
         value = json.loads(path.read_text())
@@ -114,149 +152,174 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path} cannot be read: {reason}.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}; expected a JSON object.")
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}; expected an object.")
     return value
 
 
 def from_json(path: pathlib.Path, **options: Any) -> DecoderConfig:
-    """The sizes in a Hugging Face `config.json`.
+    """Reads the sizes of a decoder from a Hugging Face `config.json`.
 
     Args:
-      path: of the file.
-      options: the fields of `DecoderConfig` that the file does not decide: dtypes, remat, unroll,
-        forms of the cache and of attention.
+      path: The file.
+      options: Fields of `DecoderConfig` that the file doesn't decide: dtype, param_dtype, remat,
+        sequence_parallel, attention, scan_unroll and cache.
 
     Raises:
-      ValueError: it cannot be read, a field is missing or says what the decoder cannot do; names
-        the file, the field, the value and what was expected.
+      ValueError: The file can't be read, a field is missing, or the decoder doesn't support the
+        value of a field. The message names the file, the field, its value and what was expected.
     """
-    # null is as good as absent; as many key-value heads as heads, where the file does not say.
-    there = {name: value for name, value in read_json(path).items() if value is not None}
-    if "num_attention_heads" in there:
-        there.setdefault("num_key_value_heads", there["num_attention_heads"])
+    # A field that is null counts as absent.
+    fields = {name: value for name, value in read_json(path).items() if value is not None}
+    if "num_attention_heads" in fields:
+        fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
     try:
-        return _sizes_in(there, options)
+        return _from_fields(fields, options)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _sizes_in(there: dict[str, Any], options: dict[str, Any]) -> DecoderConfig:
-    named = there.get("architectures")
-    architecture = named[0] if isinstance(named, list) and len(named) == 1 else None
-    if architecture not in ARCHITECTURES:
-        raise _unexpected("architectures", named, f"one of {', '.join(ARCHITECTURES)}")
-    qk_norm, attention_bias = ARCHITECTURES[architecture]
+def _from_fields(fields: dict[str, Any], options: dict[str, Any]) -> DecoderConfig:
+    """The decoder that the fields of a `config.json` describe; raises what `from_json` raises."""
+    names = fields.get("architectures")
+    name = names[0] if isinstance(names, list) and len(names) == 1 else None
+    if name not in ARCHITECTURES:
+        raise _unexpected("architectures", names, f"one of {', '.join(ARCHITECTURES)}")
+    architecture = ARCHITECTURES[name]
     for field, value in (
         ("hidden_act", "silu"),
-        ("attention_bias", attention_bias),
+        ("attention_bias", architecture.attention_bias),
         ("mlp_bias", False),
         ("partial_rotary_factor", 1.0),
         ("quantization_config", None),
     ):
-        if there.get(field, value) != value:
-            raise _unexpected(field, there[field], f"{value!r}: the decoder has nothing else")
-    sizes: dict[str, Any] = {ours: _integer(there, theirs) for ours, theirs in SIZES.items()}
-    _check_window(there, sizes["num_layers"])
-    # Older files have rope_theta and rope_scaling, newer ones both of them in rope_parameters.
-    rope = there.get("rope_scaling") or there.get("rope_parameters") or {}
+        if fields.get(field, value) != value:
+            raise _unexpected(field, fields[field], _only(value))
+    sizes: dict[str, Any] = {ours: _integer(fields, theirs) for ours, theirs in SIZE_FIELDS.items()}
+    _check_window(fields, sizes["num_layers"])
+    head_dim = architecture.head_dim or sizes["hidden_size"] // sizes["num_heads"]
+    if fields.get("head_dim") is not None:
+        head_dim = _integer(fields, "head_dim")
+    # Older files have rope_theta and rope_scaling. Newer files have both in rope_parameters.
+    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise _unexpected("rope_scaling", rope, "an object, the same for all layers")
+        raise _unexpected("rope_scaling", rope, "one object that holds for all layers")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise _unexpected("partial_rotary_factor", rope["partial_rotary_factor"], "1.0")
-    # Qwen3's head size is 128 where the file does not say; the others' fills the hidden size.
-    head_dim = 128 if qk_norm else sizes["hidden_size"] // sizes["num_heads"]
-    if there.get("head_dim") is not None:
-        head_dim = _integer(there, "head_dim")
+        raise _unexpected("partial_rotary_factor", rope["partial_rotary_factor"], _only(1.0))
     return DecoderConfig(
         **sizes,
         head_dim=head_dim,
-        rope_theta=_number({"rope_theta": 10_000.0, **there, **rope}, "rope_theta"),
-        rope_scaling=_rope_scaling(rope, there.get("max_position_embeddings")),
-        rms_norm_eps=_number({"rms_norm_eps": 1e-6, **there}, "rms_norm_eps"),
-        qk_norm=qk_norm,
-        attention_bias=attention_bias,
-        tie_word_embeddings=bool(there.get("tie_word_embeddings")),
+        rope_theta=_number({"rope_theta": 10_000.0, **fields, **rope}, "rope_theta"),
+        rope_scaling=_rope_scaling(rope, fields.get("max_position_embeddings")),
+        rms_norm_eps=_number({"rms_norm_eps": 1e-6, **fields}, "rms_norm_eps"),
+        qk_norm=architecture.qk_norm,
+        attention_bias=architecture.attention_bias,
+        tie_word_embeddings=bool(fields.get("tie_word_embeddings")),
         **options,
     )
 
 
 def _unexpected(field: str, value: Any, expected: str) -> ValueError:
+    """The error for a field of a `config.json`; the value is shown as JSON."""
     return ValueError(f"{field} is {json.dumps(value)}; expected {expected}.")
 
 
-def _integer(there: dict[str, Any], field: str) -> int:
-    value = there.get(field)
+def _only(value: Any) -> str:
+    """The expectation, for an error message, of a field with a single supported value."""
+    return f"{json.dumps(value)}, the only value that the decoder supports"
+
+
+def _integer(fields: dict[str, Any], name: str) -> int:
+    """The value of a field that must be a positive integer."""
+    value = fields.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise _unexpected(field, value, "an integer above 0")
+        raise _unexpected(name, value, "an integer above 0")
     return value
 
 
-def _number(there: dict[str, Any], field: str) -> float:
-    value = there.get(field)
+def _number(fields: dict[str, Any], name: str) -> float:
+    """The value of a field that must be a positive number."""
+    value = fields.get(name)
     if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-        raise _unexpected(field, value, "a number above 0")
+        raise _unexpected(name, value, "a number above 0")
     return float(value)
 
 
-def _check_window(there: dict[str, Any], num_layers: int) -> None:
-    """Raises ValueError if a layer attends to a window only."""
-    types = there.get("layer_types")
+def _check_window(fields: dict[str, Any], num_layers: int) -> None:
+    """Raises ValueError if a layer uses sliding-window attention."""
+    types = fields.get("layer_types")
     if types is not None and set(types) != {"full_attention"}:
-        raise _unexpected("layer_types", sorted(set(types)), "'full_attention' alone")
-    sliding = there.get("use_sliding_window") and there.get("sliding_window") is not None
-    if types is None and sliding and there.get("max_window_layers", 28) < num_layers:
-        raise _unexpected("use_sliding_window", True, "false: every layer attends to all tokens")
+        raise _unexpected("layer_types", sorted(set(types)), 'only "full_attention"')
+    sliding = fields.get("use_sliding_window") and fields.get("sliding_window") is not None
+    if types is None and sliding and fields.get("max_window_layers", 28) < num_layers:
+        raise _unexpected("use_sliding_window", True, _only(False))
 
 
-def _rope_scaling(rope: dict[str, Any], context: int | None) -> RopeScaling:
-    """The scaling that `rope` says, of a model for texts of `context` tokens."""
+def _rope_scaling(rope: dict[str, Any], max_position_embeddings: int | None) -> RopeScaling:
+    """The scaling that the object `rope_scaling` or `rope_parameters` describes.
+
+    Args:
+      rope: The object.
+      max_position_embeddings: The field of the same name; the default value of
+        original_max_position_embeddings.
+    """
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in TYPES:
         raise _unexpected("rope_type", rope_type, f"one of {', '.join(TYPES)}")
     for field, value in (("truncate", True), ("mscale", None), ("mscale_all_dim", None)):
         if rope.get(field, value) != value:
-            raise _unexpected(field, rope[field], f"{json.dumps(value)}: there is nothing else")
-    rope = {"original_max_position_embeddings": context, **rope}
+            raise _unexpected(field, rope[field], _only(value))
+    rope = {"original_max_position_embeddings": max_position_embeddings, **rope}
     fields: dict[str, Any] = {
         name: (_integer if name == "original_max_position_embeddings" else _number)(rope, name)
-        for name in FIELDS[rope_type]
+        for name in ROPE_FIELDS[rope_type]
         if name in ("factor", "original_max_position_embeddings") or rope.get(name) is not None
     }
     return RopeScaling(rope_type, **fields)
 
 
 def to_json(config: DecoderConfig, dtype: str) -> dict[str, Any]:
-    """What a `config.json` says of a decoder, for weights that are stored as `dtype`.
+    """The fields of the Hugging Face `config.json` for a decoder.
+
+    Args:
+      config: The sizes.
+      dtype: Name of the data type in which the weights are stored.
 
     Raises:
-      ValueError: no architecture has both normalised and biased queries.
+      ValueError: No architecture has both qk_norm and attention_bias.
     """
-    kind = (config.qk_norm, config.attention_bias)
-    architecture = next((name for name, has in ARCHITECTURES.items() if has == kind), None)
-    if architecture is None:
+    name = next(
+        (
+            name
+            for name, has in ARCHITECTURES.items()
+            if (has.qk_norm, has.attention_bias) == (config.qk_norm, config.attention_bias)
+        ),
+        None,
+    )
+    if name is None:
         raise ValueError(
-            "model.qk_norm and model.attention_bias are both True; expected one of them at most: "
-            f"{', '.join(ARCHITECTURES)} have no other."
+            f"model.qk_norm is {config.qk_norm} and model.attention_bias is "
+            f"{config.attention_bias}; expected the values of one of {', '.join(ARCHITECTURES)}."
         )
     scaling = config.rope_scaling
-    rope = {name: getattr(scaling, name) for name in FIELDS[scaling.rope_type]}
+    rope = {name: getattr(scaling, name) for name in ROPE_FIELDS[scaling.rope_type]}
     if not rope.get("attention_factor"):
-        rope.pop("attention_factor", None)  # absent, it follows from the factor
+        rope.pop("attention_factor", None)  # Readers derive an absent one from the factor.
     return {
-        "architectures": [architecture],
-        "model_type": architecture.removesuffix("ForCausalLM").lower(),
-        **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
+        "architectures": [name],
+        "model_type": name.removesuffix("ForCausalLM").lower(),
+        **{theirs: getattr(config, ours) for ours, theirs in SIZE_FIELDS.items()},
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
         "rope_scaling": {"rope_type": scaling.rope_type, **rope} if rope else None,
-        # No part of the model; readers that reserve room for a context want a number.
+        # Not a property of the model, but some readers allocate memory for this many tokens.
         "max_position_embeddings": int(
             max(32_768, scaling.factor * scaling.original_max_position_embeddings)
         ),
         "tie_word_embeddings": config.tie_word_embeddings,
-        "bos_token_id": None,  # absent, Llama's would be 1 and 2
+        # If these were absent, transformers would use 1 and 2 for a Llama model.
+        "bos_token_id": None,
         "eos_token_id": None,
         "torch_dtype": dtype,
     }

@@ -1,6 +1,6 @@
-"""Grouped-query attention: written out, and by the splash attention kernel that comes with JAX.
+"""Grouped-query attention, written out and as JAX's splash attention kernel for TPUs.
 
-Shapes: B rows, T queries, S keys, H heads, K key-value heads, G = H / K, C head size.
+Shapes: B rows, T queries, S keys, H query heads, K key-value heads, G = H / K, C head size.
 """
 
 from __future__ import annotations
@@ -15,21 +15,39 @@ from jax.sharding import PartitionSpec as P
 
 from opsd_jax.parallel.mesh import ROWS, on_each_device
 
-KEPT = "attention"  # the name of splash attention's results among what remat may keep
-LANES = 128  # tokens come in multiples of this
-# Queries and keys of a block. The kernel's working set stays within a v5e's VMEM, and a causal mask
-# has nothing to do in close to half of the blocks of a long row.
+# The name under which `jax.checkpoint` policies find the output of splash attention.
+CHECKPOINT_NAME = "attention"
+LANES = 128  # The kernel needs numbers of tokens and head sizes that are multiples of this.
+# The number of queries and of keys in a block. The kernel's working set fits into the VMEM of a
+# v5e, and the kernel skips almost half of the blocks of a long row because of the causal mask.
 BLOCK = 512
+
+
+def mask(key_positions_BxS: jax.Array, positions_BxT: jax.Array) -> jax.Array:
+    """Which keys each query attends to, bool [B, T, S]: those at positions from 0 to its own."""
+    return (key_positions_BxS[:, None] >= 0) & (
+        key_positions_BxS[:, None] <= positions_BxT[..., None]
+    )
 
 
 def dense(
     q_BxTxHxC: jax.Array, k_BxKxCxS: jax.Array, v_BxKxSxC: jax.Array, mask_BxTxS: jax.Array
 ) -> jax.Array:
-    """Attention [B, T, H, C], softmax in float32; a query with no key gets finite nonsense."""
+    """Attention with a softmax in float32.
+
+    Args:
+      q_BxTxHxC: Queries.
+      k_BxKxCxS: Keys; their dtype is that of the queries.
+      v_BxKxSxC: Values; their dtype is that of the output.
+      mask_BxTxS: bool, which keys each query attends to.
+
+    Returns:
+      The output [B, T, H, C]. It is finite but meaningless for a query without any key.
+    """
     B, T, H, C = q_BxTxHxC.shape
     K = k_BxKxCxS.shape[1]
-    # The heads and queries that share keys go into one dimension: plain batched products, which
-    # XLA:CPU runs far faster than an einsum that keeps the two apart.
+    # All queries that share a key-value head become one dimension. XLA:CPU runs the resulting
+    # batched matmul far faster than an einsum that keeps heads and queries apart.
     q_BxKxGxTxC = q_BxTxHxC.reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4) * (C**-0.5)
     q_BxKxQxC = q_BxKxGxTxC.reshape(B, K, -1, C)
     scores = jnp.einsum("bkqc,bkcs->bkqs", q_BxKxQxC, k_BxKxCxS, preferred_element_type=jnp.float32)
@@ -43,12 +61,21 @@ def dense(
 def splash(
     q_BxTxHxC: jax.Array, k_BxTxKxC: jax.Array, v_BxTxKxC: jax.Array, positions_BxT: jax.Array
 ) -> jax.Array:
-    """Attention [B, T, H, C] of each token to those of its row up to itself, on TPUs.
+    """Causal attention of each token to its own row, by a Pallas kernel for TPUs.
 
-    The positions that are not padding (-1) have to ascend along a row: the kernel knows columns.
-    Nothing of [T, T] is made, and blocks above the diagonal are skipped. With a mesh in context,
-    rows lie over `data` and `fsdp` and heads over `tensor`, and every device computes its own.
-    A query of padding gets finite nonsense.
+    The kernel never stores a [T, T] array, and it skips the blocks above the diagonal. With a mesh
+    in context, rows are sharded over `data` and `fsdp` and heads over `tensor`, and each device
+    computes its own part.
+
+    Args:
+      q_BxTxHxC: Queries.
+      k_BxTxKxC: Keys.
+      v_BxTxKxC: Values.
+      positions_BxT: int32, -1 for padding. The other positions must ascend along a row, because the
+        kernel masks by column.
+
+    Returns:
+      The output [B, T, H, C]. It is finite but meaningless at padding.
     """
 
     def local(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, positions_BxT):
@@ -56,11 +83,11 @@ def splash(
         padded = -(-T // LANES) * LANES
         block = max(size for size in range(LANES, BLOCK + 1, LANES) if padded % size == 0)
         sizes = splash_attention_kernel.BlockSizes(*(block,) * 8)
-        mask = splash_attention_mask.CausalMask((padded, padded))
+        causal = splash_attention_mask.CausalMask((padded, padded))
         kernel = splash_attention_kernel.make_splash_mha_single_device(
-            splash_attention_mask.MultiHeadMask([mask] * H),
+            splash_attention_mask.MultiHeadMask([causal] * H),
             block_sizes=sizes,
-            residual_checkpoint_name=KEPT,
+            residual_checkpoint_name=CHECKPOINT_NAME,
         )
 
         def heads_first(x_BxTxHxC):
@@ -70,7 +97,7 @@ def splash(
         q_BxHxTxC, k_BxKxTxC, v_BxKxTxC = map(
             heads_first, (q_BxTxHxC * (C**-0.5), k_BxTxKxC, v_BxTxKxC)
         )
-        # Tokens and padding do not see each other.
+        # Segment 1 holds the tokens and segment 0 the padding. Neither attends to the other.
         segment_BxT = jnp.pad(positions_BxT, ((0, 0), (0, padded - T)), constant_values=-1) >= 0
         segment_BxT = segment_BxT.astype(jnp.int32)
         segments = splash_attention_kernel.SegmentIds(segment_BxT, segment_BxT)

@@ -1,12 +1,14 @@
-"""The reference decoder: the shapes of Qwen3, Qwen2.5 and Llama 3 at any size, in Flax NNX.
+"""The reference decoder in Flax NNX: Qwen3, Qwen2.5 and Llama 3 at any size.
 
-RMSNorm before every part, rotary positions, grouped-query attention (Qwen3's queries and keys are
-normalised, Qwen2.5's have biases), SwiGLU. The parameters of the layers are stacked on a leading
-axis, [L, ...]: whole rows run the layers in a scan, so the program does not grow with depth; what
-goes on from a cache unrolls them, since a scan would copy the cache that it returns.
+Every layer has grouped-query attention with rotary embeddings and a SwiGLU MLP, each after an
+RMSNorm. Options add the normalised queries and keys of Qwen3 and the biases of Qwen2.5.
 
-Shapes: B batch, T tokens, S cache slots, D hidden, H heads, K key-value heads, G = H / K,
-C head size, F intermediate size, V vocabulary, L layers.
+The parameters of all layers are stacked along a leading axis, [L, ...]. Without a cache, a scan
+runs the layers, so the size of the program doesn't depend on the depth. Decoding with a cache
+unrolls the layers, because a scan would copy the whole cache at every step.
+
+Shapes: B batch, T tokens, S cache entries, D hidden size, H query heads, K key-value heads,
+G = H / K, C head size, F MLP size, V vocabulary size, L layers.
 """
 
 from __future__ import annotations
@@ -28,8 +30,7 @@ from opsd_jax.models.options import DTYPES, DecoderOptions
 from opsd_jax.options import parse
 from opsd_jax.parallel.mesh import ROWS, constrain, path_name
 
-# Which dimension of which parameter lies along which mesh axis (opsd_jax/parallel/mesh.py). The
-# layers are stacked, so the leading dimension of theirs is depth.
+# The sharding of the parameters (`Model.rules`). The first dimension of "layers/..." is the layer.
 DECODER_RULES = (
     (r"embedding", P("tensor", "fsdp")),
     (r"head", P("fsdp", "tensor")),
@@ -40,52 +41,69 @@ DECODER_RULES = (
     (r"layers/down", P(None, "tensor", "fsdp")),
     (r"(layers/\w+_)?norm", P()),
 )
-# While rollouts are sampled: whole but for `tensor`, so that no step gathers a weight.
+# For sampling, weights are sharded over `tensor` only, so that no decoding step gathers a weight.
 DECODE_RULES = tuple(
     (name, P(*(None if axis == "fsdp" else axis for axis in spec))) for name, spec in DECODER_RULES
 )
-CACHE_RULES = ((r"\d+/(k|v)", P(ROWS, "tensor")), (r"\d+/pages", paged.PAGES))  # of init_cache
+# The sharding of the cache that `Decoder.init_cache` creates.
+CACHE_RULES = ((r"\d+/(k|v)", P(ROWS, "tensor")), (r"\d+/pages", paged.PAGES))
 
-# What `config.remat` keeps of a layer for its backward pass, besides its input.
-_keep_attention = jax.checkpoint_policies.save_only_these_names(attention.KEPT)
-KEPT = {
+# For each value of `config.remat` except "none": what a layer stores besides its input.
+_save_attention = jax.checkpoint_policies.save_only_these_names(attention.CHECKPOINT_NAME)
+REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "attention": _keep_attention,
+    "attention": _save_attention,
     "products": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _keep_attention
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _save_attention
     ),
 }
 
+LayerCache = dict[str, jax.Array]
+
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """`x / rms(x) * scale` over the last axis, computed in float32, in the dtype of x."""
+    """RMSNorm over the last axis (Zhang and Sennrich, arXiv 1910.07467).
+
+    Args:
+      x: Input [..., D] of any float dtype.
+      scale: Scale [D].
+      eps: Constant that is added to the mean square.
+
+    Returns:
+      `x / rms(x) * scale`, computed in float32 and returned in the dtype of `x`.
+    """
     x32 = x.astype(jnp.float32)
     x32 *= jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
     return (x32 * scale).astype(x.dtype)
 
 
-def write(cache, k_BxTxKxC, v_BxTxKxC, positions_BxT):
-    """A layer's cache with keys and values at their positions; those at -1 are written nowhere."""
+def write(
+    cache: LayerCache, k_BxTxKxC: jax.Array, v_BxTxKxC: jax.Array, positions_BxT: jax.Array
+) -> LayerCache:
+    """Stores keys and values at their positions in the cache of a layer; returns the new cache.
+
+    Keys and values of padding, at position -1, are dropped.
+    """
     if "pages" in cache:
         return paged.write(cache, k_BxTxKxC, v_BxTxKxC, positions_BxT)
     length = cache["k"].shape[-1]
-    slot_BxT = jnp.where(positions_BxT < 0, length, positions_BxT)  # out of bounds: dropped
-    row_Bx1 = jnp.arange(len(slot_BxT))[:, None]
+    entry_BxT = jnp.where(positions_BxT < 0, length, positions_BxT)  # out of bounds, so dropped
+    row_Bx1 = jnp.arange(len(entry_BxT))[:, None]
     return {
-        "k": cache["k"].at[row_Bx1, :, :, slot_BxT].set(k_BxTxKxC, mode="drop"),
-        "v": cache["v"].at[row_Bx1, :, slot_BxT].set(v_BxTxKxC, mode="drop"),
+        "k": cache["k"].at[row_Bx1, :, :, entry_BxT].set(k_BxTxKxC, mode="drop"),
+        "v": cache["v"].at[row_Bx1, :, entry_BxT].set(v_BxTxKxC, mode="drop"),
     }
 
 
 class Block(nnx.Module):
-    """One layer: attention and SwiGLU, each on a normalised input and added to the residual."""
+    """One layer: attention and an MLP, each with normalised input and a residual connection."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         D, F = config.hidden_size, config.intermediate_size
         H, K, C = config.num_heads, config.num_kv_heads, config.head_dim
-        # Variance 1/fan_in; the two that write to the residual are scaled down with depth.
+        # The variance is 1 / fan_in. Matmuls that write to the residual stream are scaled down.
         depth = (2 * config.num_layers) ** -0.5
 
         def weight(fan_in, *shape, scale=1.0):
@@ -108,15 +126,13 @@ class Block(nnx.Module):
         self.gate, self.up = weight(D, D, F), weight(D, D, F)
         self.down = weight(F, F, D, scale=depth)
 
-    def attention(self, x_BxTxD, positions_BxT, table, cache):
-        config = self.config
-        w = lambda param: param[...].astype(config.dtype)
+    def _weight(self, param: nnx.Param) -> jax.Array:
+        """A parameter in the dtype of the matmuls."""
+        return param[...].astype(self.config.dtype)
 
-        def project(out_BxTxHxC):
-            # One dimension to sum over: of two, XLA:CPU would transpose and copy both operands.
-            B, T, H, C = out_BxTxHxC.shape
-            return out_BxTxHxC.reshape(B, T, H * C) @ w(self.o).reshape(H * C, -1)
-
+    def queries_keys_values(self, x_BxTxD, table):
+        """Queries [B, T, H, C], keys and values [B, T, K, C], with rotary embeddings applied."""
+        config, w = self.config, self._weight
         q_BxTxHxC = jnp.einsum("btd,dhc->bthc", x_BxTxD, w(self.q))
         k_BxTxKxC = jnp.einsum("btd,dkc->btkc", x_BxTxD, w(self.k))
         v_BxTxKxC = jnp.einsum("btd,dkc->btkc", x_BxTxD, w(self.v))
@@ -127,38 +143,51 @@ class Block(nnx.Module):
         if config.qk_norm:
             q_BxTxHxC = rms_norm(q_BxTxHxC, self.q_norm[...], config.rms_norm_eps)
             k_BxTxKxC = rms_norm(k_BxTxKxC, self.k_norm[...], config.rms_norm_eps)
-        q_BxTxHxC = rope.rotate(q_BxTxHxC, table)
-        k_BxTxKxC = rope.rotate(k_BxTxKxC, table)
-        if cache is None and config.attention == "splash":
-            out_BxTxHxC = attention.splash(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, positions_BxT)
-            return project(out_BxTxHxC), (k_BxTxKxC, v_BxTxKxC)
+        return rope.rotate(q_BxTxHxC, table), rope.rotate(k_BxTxKxC, table), v_BxTxKxC
+
+    def project(self, out_BxTxHxC):
+        """The output projection [B, T, D] of the heads."""
+        # The matmul sums over one dimension. With two, XLA:CPU would transpose and copy both
+        # operands.
+        B, T, H, C = out_BxTxHxC.shape
+        return out_BxTxHxC.reshape(B, T, H * C) @ self._weight(self.o).reshape(H * C, -1)
+
+    def attention(self, x_BxTxD, positions_BxT, table, cache):
+        """Attention of each token to its own row, or to the cache of its row.
+
+        Returns:
+          The output [B, T, D], and the updated cache. Without a cache, the second is the pair of
+          keys and values [B, T, K, C].
+        """
+        q_BxTxHxC, k_BxTxKxC, v_BxTxKxC = self.queries_keys_values(x_BxTxD, table)
         if cache is None:
-            k_BxKxCxS, v_BxKxSxC = k_BxTxKxC.transpose(0, 2, 3, 1), v_BxTxKxC.swapaxes(1, 2)
-            key_positions = positions_BxT
-        elif "pages" in cache:
-            cache = write(cache, k_BxTxKxC, v_BxTxKxC, positions_BxT)
-            if q_BxTxHxC.shape[1] == 1:  # decoding
-                out_Bx1xHxC = paged.attend(q_BxTxHxC, cache, positions_BxT)
-                return project(out_Bx1xHxC), cache
+            if self.config.attention == "splash":
+                out_BxTxHxC = attention.splash(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, positions_BxT)
+            else:
+                k_BxKxCxT, v_BxKxTxC = k_BxTxKxC.transpose(0, 2, 3, 1), v_BxTxKxC.swapaxes(1, 2)
+                mask_BxTxT = attention.mask(positions_BxT, positions_BxT)
+                out_BxTxHxC = attention.dense(q_BxTxHxC, k_BxKxCxT, v_BxKxTxC, mask_BxTxT)
+            return self.project(out_BxTxHxC), (k_BxTxKxC, v_BxTxKxC)
+        cache = write(cache, k_BxTxKxC, v_BxTxKxC, positions_BxT)
+        if "pages" in cache and q_BxTxHxC.shape[1] == 1:
+            return self.project(paged.attend(q_BxTxHxC, cache, positions_BxT)), cache
+        if "pages" in cache:
             k_BxKxCxS, v_BxKxSxC = paged.dense(cache)
-            key_positions = jnp.arange(v_BxKxSxC.shape[2])[None]
         else:
-            cache = write(cache, k_BxTxKxC, v_BxTxKxC, positions_BxT)
             k_BxKxCxS, v_BxKxSxC = cache["k"], cache["v"]
-            key_positions = jnp.arange(k_BxKxCxS.shape[-1])[None]
-        mask_BxTxS = (key_positions[:, None] >= 0) & (
-            key_positions[:, None] <= positions_BxT[..., None]
-        )
+        mask_BxTxS = attention.mask(jnp.arange(k_BxKxCxS.shape[-1])[None], positions_BxT)
         out_BxTxHxC = attention.dense(q_BxTxHxC, k_BxKxCxS, v_BxKxSxC, mask_BxTxS)
-        return project(out_BxTxHxC), cache or (k_BxTxKxC, v_BxTxKxC)
+        return self.project(out_BxTxHxC), cache
 
     def mlp(self, x_BxTxD):
-        w = lambda param: param[...].astype(self.config.dtype)
+        """The SwiGLU MLP (Shazeer, arXiv 2002.05202)."""
+        w = self._weight
         gate_BxTxF = jnp.einsum("btd,df->btf", x_BxTxD, w(self.gate))
         up_BxTxF = jnp.einsum("btd,df->btf", x_BxTxD, w(self.up))
         return jnp.einsum("btf,fd->btd", jax.nn.silu(gate_BxTxF) * up_BxTxF, w(self.down))
 
     def __call__(self, x_BxTxD, positions_BxT, table, cache=None):
+        """Runs the layer on the residual stream [B, T, D]; returns what `attention` returns."""
         eps = self.config.rms_norm_eps
         with jax.named_scope("attention"):
             y, cache = self.attention(
@@ -171,7 +200,10 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Embedding, layers, final norm and head. Run it through `Policy`: see `from_config`."""
+    """The whole decoder: embedding, layers, final norm and output head.
+
+    Use it through the `Policy` of `model`. The three public methods are those of `Policy`.
+    """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -190,49 +222,70 @@ class Decoder(nnx.Module):
             self.head = nnx.Param((normal(D, V) * D**-0.5).astype(config.param_dtype))
 
     def __call__(self, tokens_BxT, positions_BxT, cache=None):
-        """Final hidden states [B, T, D]; with a cache, also the cache with these tokens in it.
+        """Hidden states [B, T, D] after the final norm, and the updated cache.
 
-        With splash attention several tokens that go into a cache are the first of their rows.
+        With splash attention, a call with a cache and more than one token per row must be the
+        first of its rows: the tokens attend to one another and not to the cache.
         """
         config = self.config
-        words = self.embedding[...].astype(config.dtype)
-        if cache is None:
-            # Rows lie over `fsdp`, and so does the width of the embedding: a device looks up its
-            # part of it for all of these rows, and an all-to-all gives each its own. By itself the
-            # partitioner, where rows lie over `data` too, gathers the gradient of all on each.
-            split = P("data", None, "fsdp")
-            x_BxTxD = constrain(words[constrain(tokens_BxT, P("data"))], split)
-        else:
-            x_BxTxD = words[tokens_BxT]
+        x_BxTxD = self._embed(tokens_BxT, shard=cache is None)
         table = rope.table(positions_BxT, config.head_dim, config.rope_theta, config.rope_scaling)
-        graphdef, stacked = nnx.split(self.layers)
-        begins = cache is not None and config.attention == "splash" and tokens_BxT.shape[1] > 1
-        if cache is None or begins:
-            stream = P(ROWS, "tensor" if config.sequence_parallel and cache is None else None)
-            x_BxTxD = constrain(x_BxTxD, stream)
-
-            def layer(x_BxTxD, weights):
-                x_BxTxD, kv = nnx.merge(graphdef, weights)(x_BxTxD, positions_BxT, table)
-                return constrain(x_BxTxD, stream), kv if begins else None
-
-            if config.remat != "none":
-                layer = jax.checkpoint(layer, policy=KEPT[config.remat], prevent_cse=False)
-            with jax.named_scope("layers"):
-                x_BxTxD, kv = jax.lax.scan(layer, x_BxTxD, stacked, unroll=config.scan_unroll)
-            if begins:
-                k_LxBxTxKxC, v_LxBxTxKxC = kv
-                cache = tuple(
-                    write(layer_cache, k_LxBxTxKxC[i], v_LxBxTxKxC[i], positions_BxT)
-                    for i, layer_cache in enumerate(cache)
-                )
+        if cache is None:
+            x_BxTxD, _ = self._scan_layers(x_BxTxD, positions_BxT, table, prefill=False)
+        elif config.attention == "splash" and tokens_BxT.shape[1] > 1:
+            x_BxTxD, (k_LxBxTxKxC, v_LxBxTxKxC) = self._scan_layers(
+                x_BxTxD, positions_BxT, table, prefill=True
+            )
+            cache = tuple(
+                write(layer_cache, k_LxBxTxKxC[i], v_LxBxTxKxC[i], positions_BxT)
+                for i, layer_cache in enumerate(cache)
+            )
         else:
-            updated = []
-            for i, layer_cache in enumerate(cache):
-                block = nnx.merge(graphdef, jax.tree.map(lambda w, i=i: w[i], stacked))
-                x_BxTxD, layer_cache = block(x_BxTxD, positions_BxT, table, layer_cache)
-                updated.append(layer_cache)
-            cache = tuple(updated)
+            x_BxTxD, cache = self._unrolled_layers(x_BxTxD, positions_BxT, table, cache)
         return rms_norm(x_BxTxD, self.norm[...], config.rms_norm_eps), cache
+
+    def _embed(self, tokens_BxT, *, shard: bool):
+        """The embeddings [B, T, D] of tokens; `shard` chooses the layout for training."""
+        embedding_VxD = self.embedding[...].astype(self.config.dtype)
+        if not shard:
+            return embedding_VxD[tokens_BxT]
+        # The rows of the batch and the width of the embedding are both sharded over `fsdp`. Each
+        # device looks up its part of the width for the rows of all devices along `fsdp`, and an
+        # all-to-all then gives each device its rows. Without these constraints, if the rows are
+        # sharded over `data` as well, the partitioner gathers the gradient of all rows everywhere.
+        layout = P("data", None, "fsdp")
+        return constrain(embedding_VxD[constrain(tokens_BxT, P("data"))], layout)
+
+    def _scan_layers(self, x_BxTxD, positions_BxT, table, *, prefill: bool):
+        """Runs the layers in a scan, without a cache.
+
+        Returns:
+          The residual stream [B, T, D]. With `prefill` also the keys and values of all layers, both
+          [L, B, T, K, C]; None otherwise.
+        """
+        config = self.config
+        graphdef, stacked = nnx.split(self.layers)
+        stream = P(ROWS, "tensor" if config.sequence_parallel and not prefill else None)
+        x_BxTxD = constrain(x_BxTxD, stream)
+
+        def layer(x_BxTxD, weights):
+            x_BxTxD, kv = nnx.merge(graphdef, weights)(x_BxTxD, positions_BxT, table)
+            return constrain(x_BxTxD, stream), kv if prefill else None
+
+        if config.remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+        with jax.named_scope("layers"):
+            return jax.lax.scan(layer, x_BxTxD, stacked, unroll=config.scan_unroll)
+
+    def _unrolled_layers(self, x_BxTxD, positions_BxT, table, cache):
+        """Runs the layers one by one on the cache of each; returns [B, T, D] and the new cache."""
+        graphdef, stacked = nnx.split(self.layers)
+        updated = []
+        for i, layer_cache in enumerate(cache):
+            block = nnx.merge(graphdef, jax.tree.map(lambda w, i=i: w[i], stacked))
+            x_BxTxD, layer_cache = block(x_BxTxD, positions_BxT, table, layer_cache)
+            updated.append(layer_cache)
+        return x_BxTxD, tuple(updated)
 
     def unembed(self, hidden):
         """Float32 logits [..., V] of hidden states [..., D]."""
@@ -246,13 +299,15 @@ class Decoder(nnx.Module):
         )
 
     def init_cache(self, batch, length):
-        """An empty cache, as `config.cache` says: per layer pages (opsd_jax/models/paged.py), or
-        keys [B, K, C, S] (slots last, the layout that the product with one query reads straight
-        through) and values [B, K, S, C].
+        """An empty cache: a tuple with one dict of arrays per layer.
+
+        A paged cache is described in opsd_jax/models/paged.py. A dense one has keys [B, K, C, S]
+        and values [B, K, S, C]. The keys have their positions last, because the matmul with a
+        single query reads this layout sequentially.
         """
         K, C, dtype = self.config.num_kv_heads, self.config.head_dim, self.config.dtype
 
-        def layer():
+        def layer() -> LayerCache:
             if self.config.cache == "paged":
                 return paged.init(batch, length, K, C, dtype)
             return {
@@ -263,14 +318,14 @@ class Decoder(nnx.Module):
         return tuple(layer() for _ in range(self.config.num_layers))
 
 
-def sizes(options: DecoderOptions | Mapping[str, Any]) -> DecoderConfig:
-    """The sizes and numerics that the section `model` of a config describes.
+def config_of(options: DecoderOptions | Mapping[str, Any]) -> DecoderConfig:
+    """The sizes and numerics that the config section `model` describes.
 
     Args:
-      options: the section, parsed, or as it stands in the config.
+      options: The section, parsed or as it is in the config.
 
     Raises:
-      ConfigError: A field has a value that the decoder does not support. The message names it.
+      ConfigError: The decoder does not support a value. The message names the field.
     """
     if not isinstance(options, DecoderOptions):
         options = parse(DecoderOptions, options, "model")
@@ -280,7 +335,7 @@ def sizes(options: DecoderOptions | Mapping[str, Any]) -> DecoderConfig:
 
 
 def model(config: DecoderConfig) -> policy_lib.Model:
-    """The decoder of these sizes, with random initial parameters."""
+    """Builds the `Model` of a decoder. Its initial parameters are random."""
     stacked, init = policy_lib.from_nnx(lambda rngs: Decoder(config, rngs=rngs))
     is_unrolled = lambda leaf: isinstance(leaf, tuple)
 
@@ -288,25 +343,23 @@ def model(config: DecoderConfig) -> policy_lib.Model:
         return {**params, "layers": jax.tree.map(tuple, params["layers"])}
 
     def forward(params, *arguments):
-        # What takes a layer of a stack that was just made is simplified to that layer's array.
+        # XLA simplifies stacking arrays and then slicing one out to the array itself.
         stack = lambda leaf: jnp.stack(leaf) if is_unrolled(leaf) else leaf
         return stacked.forward(jax.tree.map(stack, params, is_leaf=is_unrolled), *arguments)
 
-    policy = stacked._replace(forward=forward)
-
     def save(params: policy_lib.Params, directory: pathlib.Path, dtype: str = "") -> None:
         dtype = dtype or jnp.dtype(config.param_dtype).name
-        codes = dict.fromkeys(weights.all_tensors(params), safetensors.CODES[dtype])
+        codes = dict.fromkeys(weights.all_layouts(params), safetensors.CODES[dtype])
         files = {"config.json": architecture.to_json(config, dtype)}
         weights.save(params, directory, codes, files)
 
     def decode_params(params: policy_lib.Params) -> policy_lib.Params:
-        """All but the norms in the dtype of the products: what every step casts them to."""
+        # The forward pass casts all parameters but the norms to this dtype in any case.
         cast = lambda path, leaf: leaf if "norm" in path_name(path) else leaf.astype(config.dtype)
         return jax.tree_util.tree_map_with_path(cast, params)
 
     return policy_lib.Model(
-        policy,
+        stacked._replace(forward=forward),
         init,
         DECODER_RULES,
         config.vocab_size,
@@ -320,5 +373,5 @@ def model(config: DecoderConfig) -> policy_lib.Model:
 
 
 def from_config(options: DecoderOptions | Mapping[str, Any]) -> policy_lib.Model:
-    """The decoder that the section `model` of a config describes; raises as `sizes` does."""
-    return model(sizes(options))
+    """The model that the config section `model` describes; arguments are those of `config_of`."""
+    return model(config_of(options))

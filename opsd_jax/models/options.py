@@ -17,7 +17,10 @@ CACHE = ("auto", "dense", "paged")
 
 
 def _even(value: int) -> str:
-    return "an even number: rotary embeddings turn pairs of components" if value % 2 else ""
+    """What is expected instead of an odd number; "" for an even one."""
+    return (
+        "an even number, because rotary embeddings rotate pairs of components" if value % 2 else ""
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

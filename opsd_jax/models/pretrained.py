@@ -1,9 +1,9 @@
-"""A released model: a directory with a `config.json` and safetensors files.
+"""A pretrained model from a directory with a Hugging Face `config.json` and safetensors files.
 
     config.model = config_lib.pretrained("/models/Qwen3-1.7B")
 
-The sizes are the `config.json`'s. Its tokenizer, chat template and generation config go along into
-what is exported.
+`config.json` gives the sizes. An export copies the tokenizer, the chat template and the generation
+config from the directory.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from opsd_jax.models.architecture import DecoderConfig
 from opsd_jax.models.options import DTYPES, PretrainedOptions
 from opsd_jax.models.presets import PRESETS
 from opsd_jax.models.rope import RopeScaling
-from opsd_jax.models.safetensors import CODES, Stored, WeightsError
+from opsd_jax.models.safetensors import CODES, StoredTensor, WeightsError
 from opsd_jax.options import ConfigError, parse
 from opsd_jax.parallel import aot
 from opsd_jax.policy import Model, Params
 
 CONFIG = "config.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-# What else of a directory belongs to the model.
+# Patterns of the other files in a directory that belong to the model.
 COMPANIONS = (
     "generation_config.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json",
     "added_tokens.json", "chat_template*", "additional_chat_templates",
@@ -36,14 +36,17 @@ COMPANIONS = (
 
 
 def from_config(options: PretrainedOptions | Mapping[str, Any]) -> Model:
-    """The model in the directory `options.path`. Its weights are not read yet.
+    """The model in the directory `options.path`.
+
+    This reads `config.json` and the headers of the safetensors files. `Model.load` reads the
+    weights. Within `opsd-jax plan`, a preset can replace the directory.
 
     Args:
-      options: the section `model` of a config, parsed, or as it stands in the config.
+      options: The config section `model`, parsed or as it is in the config.
 
     Raises:
-      ValueError: names the field of the section or of `config.json`, or the file, or lists the
-        tensors that are missing, unexpected or of another shape.
+      ConfigError: A field of the section has a value that is not supported.
+      ValueError: As `open_model`.
     """
     if not isinstance(options, PretrainedOptions):
         options = parse(PretrainedOptions, options, "model")
@@ -64,33 +67,35 @@ def from_config(options: PretrainedOptions | Mapping[str, Any]) -> Model:
     if not options.path:
         raise ConfigError(
             "config.model.path is ''; expected a directory with a Hugging Face config.json and "
-            "*.safetensors, such as --config.model.path=/models/Qwen3-1.7B. Only `opsd-jax plan` "
-            "can do with config.model.preset instead."
+            "*.safetensors, such as --config.model.path=/models/Qwen3-1.7B. A preset alone is "
+            "enough only for `opsd-jax plan`."
         )
     directory = pathlib.Path(options.path)
     if not directory.is_dir():
         raise ConfigError(
-            f"config.model.path is {options.path!r}; expected a local directory. Download the "
-            "model first: opsd_jax downloads nothing."
+            f"config.model.path is {options.path!r}; expected a directory on this machine. "
+            "Download the model first: opsd_jax downloads nothing."
         )
     return open_model(directory, **fields)
 
 
 def open_model(directory: pathlib.Path, **options: Any) -> Model:
-    """The model in a directory, with its weights checked by their headers.
+    """The model in a directory, after a check of `config.json` and the safetensors headers.
 
     Args:
-      directory: of a Hugging Face model.
-      options: the fields of `DecoderConfig` that its `config.json` does not decide.
+      directory: A Hugging Face directory.
+      options: Fields of `DecoderConfig` that `config.json` does not decide.
 
     Raises:
-      ValueError: as `from_config`.
+      ValueError: `config.json` cannot be read, or the decoder does not support one of its fields.
+      WeightsError: A safetensors file is missing or damaged, or tensors are missing, unexpected or
+        of the wrong shape. The message lists all of them.
     """
-    sizes = architecture.from_json(directory / CONFIG, **options)
-    model = decoder.model(sizes)
+    config = architecture.from_json(directory / CONFIG, **options)
+    model = decoder.model(config)
     stored = safetensors.tensors_of(directory)
-    expected = weights.all_tensors(jax.eval_shape(model.init, jax.random.key(0)))
-    check(stored, expected, directory)
+    expected = weights.all_layouts(jax.eval_shape(model.init, jax.random.key(0)))
+    check_tensors(stored, expected, directory)
 
     def load(abstract: Params) -> Params:
         check_tied(stored, expected, directory)
@@ -99,55 +104,76 @@ def open_model(directory: pathlib.Path, **options: Any) -> Model:
     return model._replace(load=load, save=functools.partial(_save, directory, stored))
 
 
-def check(
-    stored: Mapping[str, Stored], expected: Mapping[str, weights.Tensor], directory: pathlib.Path
+def check_tensors(
+    stored: Mapping[str, StoredTensor],
+    expected: Mapping[str, weights.TensorLayout],
+    directory: pathlib.Path,
 ) -> None:
-    """Raises WeightsError that lists all tensors that are not as the `config.json` says."""
+    """Raises WeightsError if the stored tensors are not those that `config.json` describes.
+
+    Args:
+      stored: The tensors in the safetensors files, by name.
+      expected: The tensors that the model needs, by name.
+      directory: Where they are, for the message, which lists every wrong tensor.
+    """
     problems = [f"{name} is missing" for name in expected if name not in stored]
-    for name, there in stored.items():
+    for name, tensor in stored.items():
         if name not in expected:
-            # Older files keep the rotary frequencies; tied ones may have the embedding twice.
+            # Older files contain the rotary frequencies. A model with tied embeddings may contain
+            # the output head as well, which `check_tied` compares.
             if not name.endswith("rotary_emb.inv_freq") and name != HEAD:
-                problems.append(f"{name} {list(there.shape)} is unexpected")
-        elif there.shape != expected[name].shape:
-            problems.append(f"{name} is {list(there.shape)}; expected {list(expected[name].shape)}")
-        elif there.code not in safetensors.DTYPES:
-            problems.append(
-                f"{name} is stored as {there.code}; expected one of {list(safetensors.DTYPES)}"
-            )
+                problems.append(f"{name} {list(tensor.shape)} is unexpected")
+        elif tensor.shape != expected[name].shape:
+            shape = list(expected[name].shape)
+            problems.append(f"{name} is {list(tensor.shape)}; expected {shape}")
+        elif tensor.code not in safetensors.DTYPES:
+            codes = list(safetensors.DTYPES)
+            problems.append(f"{name} is stored as {tensor.code}; expected one of {codes}")
     if problems:
         raise WeightsError(
-            f"the weights in {directory} are not those of its {CONFIG}:\n  " + "\n  ".join(problems)
+            f"the weights in {directory} do not match its {CONFIG}:\n  " + "\n  ".join(problems)
         )
 
 
 def check_tied(
-    stored: Mapping[str, Stored], expected: Mapping[str, weights.Tensor], directory: pathlib.Path
+    stored: Mapping[str, StoredTensor],
+    expected: Mapping[str, weights.TensorLayout],
+    directory: pathlib.Path,
 ) -> None:
-    """Raises WeightsError if the weights have a head although the embedding is to be the head, and
-    it is another.
+    """Raises WeightsError if the embeddings are tied but the stored head differs from them.
+
+    The arguments are those of `check_tensors`.
     """
     if HEAD in expected or HEAD not in stored:
         return
     head, embedding = stored[HEAD], stored[EMBEDDING]
-    if head[1:3] != embedding[1:3] or any(
+    same_form = (head.code, head.shape) == (embedding.code, embedding.shape)
+    if not same_form or any(
         head.read(start, count).tobytes() != embedding.read(start, count).tobytes()
         for start, count in _ranges(head)
     ):
         raise WeightsError(
-            f"{head.file} has a {HEAD} that is not the embedding, but tie_word_embeddings is true "
-            f"in {directory / CONFIG}; expected equal ones, none, or tie_word_embeddings false."
+            f"{head.file} has a {HEAD} that differs from the embedding, but tie_word_embeddings is "
+            f"true in {directory / CONFIG}. Set tie_word_embeddings to false, or remove {HEAD}."
         )
 
 
-def _ranges(stored: Stored) -> list[tuple[int, int]]:
-    """(start, count) of a tensor's elements, in pieces that fit into memory."""
-    total, step = math.prod(stored.shape), weights.PIECE // safetensors.DTYPES[stored.code].itemsize
+def _ranges(stored: StoredTensor) -> list[tuple[int, int]]:
+    """Splits the elements of a tensor into (start, count) ranges of at most weights.PIECE bytes."""
+    total, step = math.prod(stored.shape), weights.PIECE // stored.dtype.itemsize
     return [(start, min(step, total - start)) for start in range(0, total, step)]
 
 
 def _files(directory: pathlib.Path, dtype: str) -> dict[str, Any]:
-    """What an export has beside the weights: the source's config, and copies."""
+    """The files of an export besides the weights: the companions, and `config.json`.
+
+    Args:
+      directory: The directory that the model was loaded from.
+      dtype: The new dtype for `config.json`; "" keeps the old one.
+
+    Returns:
+      File name -> the path to copy, or the value to write as JSON.
+    """
     config = architecture.read_json(directory / CONFIG)
     if dtype:
         config["dtype" if "dtype" in config else "torch_dtype"] = dtype
@@ -157,31 +183,32 @@ def _files(directory: pathlib.Path, dtype: str) -> dict[str, Any]:
 
 def _save(
     source: pathlib.Path,
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, StoredTensor],
     params: Params,
     directory: pathlib.Path,
     dtype: str = "",
 ) -> None:
-    """`Model.save`: what was loaded from `source`, in the dtypes that it has there by default."""
-    codes = {name: CODES[dtype] if dtype else there.code for name, there in stored.items()}
+    """`Model.save` for a model from the directory `source`, which holds the tensors `stored`."""
+    codes = {name: CODES[dtype] if dtype else tensor.code for name, tensor in stored.items()}
     weights.save(params, directory, codes, _files(source, dtype))
 
 
 def rewrite(source: pathlib.Path, directory: pathlib.Path, dtype: str = "") -> None:
-    """Checks the model in a directory and writes it anew, one piece of a tensor after the other.
+    """Checks a Hugging Face directory and writes a copy, without holding a whole tensor in memory.
 
     Args:
-      source: of a Hugging Face model.
-      directory: where it is written; absent or empty.
-      dtype: of the weights, "float32", "bfloat16" or "float16"; by default those that they have.
+      source: The directory to read.
+      directory: The directory to write. It must be new or empty.
+      dtype: The dtype to store, "float32", "bfloat16" or "float16"; "" keeps that of each tensor.
 
     Raises:
-      ValueError: as `from_config`, or the directory cannot be written.
+      ValueError: As `open_model`.
+      WeightsError: As `open_model`, or `directory` is not empty or cannot be written.
     """
     model = decoder.model(architecture.from_json(source / CONFIG))
     stored = safetensors.tensors_of(source)
-    expected = weights.all_tensors(jax.eval_shape(model.init, jax.random.key(0)))
-    check(stored, expected, source)
+    expected = weights.all_layouts(jax.eval_shape(model.init, jax.random.key(0)))
+    check_tensors(stored, expected, source)
     check_tied(stored, expected, source)
     codes = {name: CODES[dtype] if dtype else stored[name].code for name in expected}
     with weights.new_directory(directory) as partial:

@@ -1,4 +1,4 @@
-"""Rotary position embeddings (Su et al., arXiv 2104.09864), and scalings to longer contexts."""
+"""Rotary position embeddings (Su et al., arXiv 2104.09864) and their scaling to longer contexts."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ class RopeScaling:
     )
 
     def __post_init__(self):
+        """Raises ConfigError if a field is out of bounds."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if expected := field.metadata["bounds"].expected(value):
@@ -66,39 +67,40 @@ class RopeScaling:
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[np.ndarray, float]:
-    """Angles a position, [C / 2] in float32, and the factor of cosines and sines.
+    """The rotary frequencies and the factor of their cosines and sines.
 
-    At position 8,192 the last bit of a frequency moves the angle by 5e-4. So they are made on the
-    host, in the steps and precisions of transformers, and are the same wherever the model runs.
+    An error in the last bit of a frequency moves the angle at position 8,192 by 5e-4. The
+    frequencies are therefore computed on the host, in the order and with the precisions of Hugging
+    Face transformers, and are the same on every device.
+
+    Args:
+      head_dim: C, the head size.
+      theta: The base.
+      scaling: How the frequencies are scaled. "yarn" is YaRN (Peng et al., arXiv 2309.00071).
+
+    Returns:
+      The angle per position in radians, float32 [C / 2], and the factor.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    wavelength = np.power(theta, exponent, dtype=np.float64).astype(np.float32)
-    frequency = np.float32(1) / wavelength
-    factor = np.float32(scaling.factor)
+    inverse = np.power(theta, exponent, dtype=np.float64).astype(np.float32)
+    frequency = np.float32(1) / inverse
     match scaling.rope_type:
         case "linear":
-            return frequency / factor, 1.0
+            return frequency / np.float32(scaling.factor), 1.0
         case "llama3":
-            return _llama3(frequency, factor, scaling), 1.0
+            return _llama3(frequency, scaling), 1.0
         case "yarn":
-            low, high = (
-                head_dim
-                * math.log(scaling.original_max_position_embeddings / (turns * 2 * math.pi))
-                / (2 * math.log(theta))
-                for turns in (scaling.beta_fast, scaling.beta_slow)
-            )
-            low, high = max(math.floor(low), 0), min(math.ceil(high), head_dim - 1)
-            index = np.arange(head_dim // 2, dtype=np.float32)
-            ramp = np.clip((index - low) / np.float32(max(high - low, 1e-3)), 0, 1)
-            keep = (1 - ramp).astype(np.float32)
-            frequency = 1 / (factor * wavelength) * (1 - keep) + frequency * keep
             lengthened = 1 + 0.1 * math.log(scaling.factor)
-            return frequency.astype(np.float32), scaling.attention_factor or lengthened
+            factor = scaling.attention_factor or lengthened
+            return _yarn(inverse, theta, head_dim, scaling), factor
     return frequency, 1.0
 
 
-def _llama3(frequency: np.ndarray, factor: np.float32, scaling: RopeScaling) -> np.ndarray:
-    """Low frequencies divided by the factor, high ones as they are, and a ramp between the two."""
+def _llama3(frequency: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    """The frequencies [C / 2] of Llama 3.1: low ones divided by the factor, high ones unchanged,
+    and an interpolation in between.
+    """
+    factor = np.float32(scaling.factor)
     context = np.float32(scaling.original_max_position_embeddings)
     low, high = np.float32(scaling.low_freq_factor), np.float32(scaling.high_freq_factor)
     wavelength = np.float32(2 * math.pi) / frequency
@@ -108,18 +110,49 @@ def _llama3(frequency: np.ndarray, factor: np.float32, scaling: RopeScaling) -> 
     return np.where(wavelength < context / high, frequency, scaled).astype(np.float32)
 
 
+def _yarn(inverse: np.ndarray, theta: float, head_dim: int, scaling: RopeScaling) -> np.ndarray:
+    """The frequencies [C / 2] of YaRN, from the inverse of the unscaled ones."""
+    low, high = (
+        head_dim
+        * math.log(scaling.original_max_position_embeddings / (turns * 2 * math.pi))
+        / (2 * math.log(theta))
+        for turns in (scaling.beta_fast, scaling.beta_slow)
+    )
+    low, high = max(math.floor(low), 0), min(math.ceil(high), head_dim - 1)
+    index = np.arange(head_dim // 2, dtype=np.float32)
+    ramp = np.clip((index - low) / np.float32(max(high - low, 1e-3)), 0, 1)
+    keep = (1 - ramp).astype(np.float32)
+    scaled = 1 / (np.float32(scaling.factor) * inverse)
+    return (scaled * (1 - keep) + np.float32(1) / inverse * keep).astype(np.float32)
+
+
 def table(
     positions_BxT: jax.Array, head_dim: int, theta: float, scaling: RopeScaling
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, each [B, T, 1, C / 2] in float32, of the rotary angles."""
+    """The cosines and the sines of the rotary angles, both float32 [B, T, 1, C / 2].
+
+    Args:
+      positions_BxT: int32, the position of each token.
+      head_dim, theta, scaling: As for `frequencies`.
+    """
     frequency, factor = frequencies(head_dim, theta, scaling)
-    # Not an einsum: a TPU's matrix unit would round the positions to bfloat16.
+    # A TPU would round the positions to bfloat16 in an einsum. An elementwise product is exact.
     angle = positions_BxT[..., None, None].astype(jnp.float32) * frequency[None, None, None]
     return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
 
 def rotate(x_BxTxNxC: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns each pair of components, taken from the two halves of C, by its position's angle."""
+    """Rotates each pair of components by the angle of its position.
+
+    Component i of the first half of C is paired with component i of the second half.
+
+    Args:
+      x_BxTxNxC: Queries or keys with N heads, of any float dtype.
+      table: The cosines and sines from `table`.
+
+    Returns:
+      The rotated array, computed in float32 and returned in the dtype of `x_BxTxNxC`.
+    """
     cos, sin = table
     a, b = jnp.split(x_BxTxNxC.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxTxNxC.dtype)

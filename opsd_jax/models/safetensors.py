@@ -1,8 +1,8 @@
-"""Tensors in safetensors files, read and written a range at a time.
+"""Reads and writes ranges of tensors in safetensors files.
 
-A file is the length of its header in eight bytes, the header in JSON, and the tensors' bytes
-(https://huggingface.co/docs/safetensors). Ranges are read with `pread`: through a memory map, as
-the package of that name has it, every page that was touched would count as this process's memory.
+A file consists of the length of its header in eight bytes, the header as JSON, and the bytes of the
+tensors (https://huggingface.co/docs/safetensors). The package `safetensors` maps files into memory,
+so that every page it has read counts as memory of the process. This module reads with `pread`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import numpy as np
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 5 * 10**9  # of a file, where a model takes several
+SHARD_BYTES = 5 * 10**9  # The largest file of a model that is split into several.
+# Name of a dtype -> its code in safetensors files, and code -> NumPy dtype. Weights of any other
+# dtype are not supported.
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -31,47 +33,62 @@ DTYPES = {
 
 
 class WeightsError(ValueError):
-    """Weights that are not there, damaged, or not those of the model; or that cannot be written."""
+    """Weights are missing, damaged, not those of the model, or cannot be written."""
 
 
-class Stored(NamedTuple):
-    """A tensor in a file."""
+class StoredTensor(NamedTuple):
+    """The place of a tensor in a file.
+
+    Attributes:
+      file: The safetensors file.
+      code: The code of its dtype. Only tensors with a code in DTYPES can be read.
+      shape: Its shape in the file.
+      offset: Position of its first byte in the file.
+    """
 
     file: pathlib.Path
-    code: str  # of its dtype: a key of DTYPES, or of a dtype that no model of ours has
+    code: str
     shape: tuple[int, ...]
-    offset: int  # of its first byte in the file
+    offset: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The NumPy dtype."""
+        return DTYPES[self.code]
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Elements `start` to `start + count` of the tensor laid out flat.
+        """Reads `count` elements of the flattened tensor, from element `start` on.
 
         Raises:
-          WeightsError: the file cannot be read, or ends before; names it.
+          WeightsError: The file cannot be read or is too short. The message names it.
         """
-        values = np.empty(count, DTYPES[self.code])
-        left = values.view(np.uint8).data
+        values = np.empty(count, self.dtype)
+        remaining = values.view(np.uint8).data
         position = self.offset + start * values.itemsize
         try:
             with self.file.open("rb", buffering=0) as file:
-                while left:
-                    got = os.preadv(file.fileno(), [left], position)
+                while remaining:
+                    got = os.preadv(file.fileno(), [remaining], position)
                     if got == 0:
-                        raise WeightsError(f"{self.file} ends at byte {position}: it is cut off.")
-                    left, position = left[got:], position + got
+                        raise WeightsError(
+                            f"{self.file} ends at byte {position}, in the middle of a tensor: it "
+                            "is cut off. Download it again."
+                        )
+                    remaining, position = remaining[got:], position + got
         except OSError as error:
             raise WeightsError(f"{self.file} cannot be read: {error.strerror}.") from error
         return values
 
 
-def tensors_of(directory: pathlib.Path) -> dict[str, Stored]:
-    """The tensors in the safetensors files of a directory; only their headers are read.
+def tensors_of(directory: pathlib.Path) -> dict[str, StoredTensor]:
+    """Finds the tensors of a model, by name. Only the headers of the files are read.
 
-    That is `model.safetensors`, or the files of `model.safetensors.index.json`, or, without both,
-    all `*.safetensors`.
+    The files are `model.safetensors` if it exists, otherwise those that the index
+    `model.safetensors.index.json` lists, otherwise all `*.safetensors`.
 
     Raises:
-      WeightsError: there are none, one cannot be read, is cut off or damaged, is named by the
-        index and absent, or has a tensor that another has; names the file.
+      WeightsError: There is no file, a file that the index lists is missing, a file cannot be read
+        or is damaged, or two files have a tensor of the same name. The message names the file.
     """
     index = directory / INDEX
     if (directory / FILE).exists():
@@ -81,47 +98,54 @@ def tensors_of(directory: pathlib.Path) -> dict[str, Stored]:
         missing = [str(file.name) for file in files if not file.is_file()]
         if missing:
             raise WeightsError(
-                f"{index} names {', '.join(missing)}, absent from {directory}: the download is not "
-                "complete."
+                f"{index} lists {', '.join(missing)}, missing in {directory}. Complete the "
+                "download."
             )
     else:
         files = sorted(directory.glob("*.safetensors"))
     if not files:
-        raise WeightsError(f"{directory} has no {FILE}, no {INDEX} and no other *.safetensors.")
-    tensors: dict[str, Stored] = {}
+        raise WeightsError(
+            f"{directory} has no weights; expected {FILE}, {INDEX} or other *.safetensors files."
+        )
+    tensors: dict[str, StoredTensor] = {}
     for file in files:
-        for name, stored in _header(file).items():
+        for name, stored in _read_header(file).items():
             if name in tensors:
                 raise WeightsError(
-                    f"{tensors[name].file} and {file} both have the tensor {name}; expected one."
+                    f"{tensors[name].file} and {file} both have the tensor {name}; expected it in "
+                    "one file."
                 )
             tensors[name] = stored
     return tensors
 
 
 def _weight_map(index: pathlib.Path) -> dict[str, str]:
-    """The index's tensors -> files."""
+    """Reads the name of the file for each tensor from an index.
+
+    Raises:
+      WeightsError: The index cannot be read or used. The message names it.
+    """
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         if not all(pathlib.Path(name).name == name for name in weight_map.values()):
-            raise ValueError("a file's name has a directory in it")
+            raise ValueError("expected file names without a directory")
         return weight_map
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{index} cannot be used ({type(error).__name__}: {error}).") from error
 
 
-def _header(file: pathlib.Path) -> dict[str, Stored]:
-    """The tensors of a file, from its header.
+def _read_header(file: pathlib.Path) -> dict[str, StoredTensor]:
+    """Reads the header of a safetensors file and checks it against the size of the file.
 
     Raises:
-      WeightsError: it is none, or not as long as it says; names the file.
+      WeightsError: The file cannot be read, or is damaged or cut off. The message names it.
     """
     try:
         with file.open("rb") as opened:
             size = os.fstat(opened.fileno()).st_size
             (length,) = struct.unpack("<Q", opened.read(8).ljust(8, b"\xff"))
             if 8 + length > size:
-                raise ValueError(f"a header beyond its {size} bytes")
+                raise ValueError(f"its header is longer than its {size} bytes")
             entries = json.loads(opened.read(length))
             entries.pop("__metadata__", None)
             tensors, end = {}, 0
@@ -130,24 +154,25 @@ def _header(file: pathlib.Path) -> dict[str, Stored]:
                 first, last = entry["data_offsets"]
                 expected = _bytes(code, shape) if code in DTYPES else last - first
                 if first < 0 or last - first != expected:
-                    raise ValueError(f"{name} {code}{list(shape)} in bytes {first} to {last}")
-                tensors[name] = Stored(file, code, shape, 8 + length + first)
+                    raise ValueError(f"{name} {code}{list(shape)} is in bytes {first} to {last}")
+                tensors[name] = StoredTensor(file, code, shape, 8 + length + first)
                 end = max(end, 8 + length + last)
     except OSError as error:
         raise WeightsError(f"{file} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(
-            f"{file} is damaged or no safetensors file ({type(error).__name__}: {error})."
+            f"{file} is damaged or is not a safetensors file ({type(error).__name__}: {error})."
         ) from error
     if end != size:
         raise WeightsError(
-            f"{file} has {size} bytes; its header says {end}: it is cut off or damaged. Fetch it "
-            "again."
+            f"{file} has {size} bytes, but its header describes {end}: it is cut off or damaged. "
+            "Download it again."
         )
     return tensors
 
 
 def _bytes(code: str, shape: tuple[int, ...]) -> int:
+    """The size of a tensor in bytes."""
     return math.prod(shape) * DTYPES[code].itemsize
 
 
@@ -158,32 +183,29 @@ Put = Callable[[str, int, np.ndarray], None]
 def writer(
     directory: pathlib.Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> Iterator[Put]:
-    """Makes the files of a model, and their index if they are several, and lets them be filled.
+    """Creates the safetensors files of a model, and fills them range by range.
+
+    A model larger than SHARD_BYTES is split into several files with an index.
 
     Args:
-      directory: where, an existing one.
-      tensors: names -> (dtype's code, shape).
+      directory: An existing directory.
+      tensors: Name -> (dtype code, shape) of every tensor.
 
     Yields:
-      `put(name, start, values)`, which writes elements of a tensor from number `start` on, flat.
+      `put(name, start, values)`, which writes `values` to the flattened tensor, from element
+      `start` on.
     """
     sizes = {name: _bytes(*entry) for name, entry in tensors.items()}
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > SHARD_BYTES:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    several = len(shards) > 1
-    places: dict[str, tuple[Any, int]] = {}  # the open file, and the tensor's first byte
+    shards = _shards(sizes)
+    places: dict[str, tuple[Any, int]] = {}  # tensor -> (open file, position of its first byte)
     weight_map = {}
     with contextlib.ExitStack() as stack:
         for number, names in enumerate(shards, 1):
             part = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            file = stack.enter_context((directory / (part if several else FILE)).open("wb"))
-            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+            path = directory / (part if len(shards) > 1 else FILE)
+            file = stack.enter_context(path.open("wb"))
+            # transformers requires this metadata.
+            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
             end = 0
             for name in names:
                 code, shape = tensors[name]
@@ -192,7 +214,7 @@ def writer(
                 end += sizes[name]
                 weight_map[name] = part
             text = json.dumps(header).encode()
-            text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+            text += b" " * (-len(text) % 8)  # The tensors must begin at a multiple of 8.
             file.write(struct.pack("<Q", len(text)) + text)
             data = file.tell()
             file.truncate(data + end)
@@ -204,6 +226,26 @@ def writer(
             file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
 
         yield put
-    if several:
+    if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _shards(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Assigns tensors to files of at most SHARD_BYTES, or of a single tensor that is larger.
+
+    Args:
+      sizes: The size of each tensor in bytes.
+
+    Returns:
+      The names of the tensors in each file.
+    """
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards

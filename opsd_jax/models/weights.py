@@ -1,9 +1,9 @@
-"""A decoder's parameters from and to the tensors of a Hugging Face directory.
+"""Loads the parameters of a decoder from a Hugging Face directory, and saves them to one.
 
-Both ways a piece at a time: some rows of one stored tensor, of every shard at once, in host memory
-only as long as it takes to move them. So a process never holds a model, nor a whole tensor of it,
-beside the arrays on its devices, and reads only the rows that these hold. All processes of a run
-take part; the first of them writes.
+Both work on one piece at a time: a few rows of one stored tensor, for all of its shards at once. A
+piece is in host memory only while it is moved. A process therefore never holds the model, or even a
+whole tensor, in addition to the arrays on its devices, and it reads only the rows that these hold.
+All processes of a run take part. The first one writes the files.
 """
 
 from __future__ import annotations
@@ -26,19 +26,21 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from opsd_jax.models import safetensors
-from opsd_jax.models.safetensors import Stored, WeightsError
+from opsd_jax.models.safetensors import StoredTensor, WeightsError
 from opsd_jax.parallel.mesh import path_name
 from opsd_jax.policy import Params
 
-PIECE = 32 * 2**20  # bytes of a tensor that are in host memory at once
+PIECE = 32 * 2**20  # Size of a piece in bytes.
 
-# A parameter's path -> the tensor's name, its dimensions there, in letters ("hc": heads and their
-# components in one), and the order in which they are here. Of layers' tensors the ends of both.
+# The path of a parameter -> the name of its stored tensor, the dimensions of the stored tensor, and
+# the dimensions of the parameter. A letter stands for one dimension: "hc" is a stored dimension in
+# which heads (h) and their components (c) are flattened together.
 LAYOUT = {
     "embedding": ("model.embed_tokens.weight", ("v", "d"), "vd"),
     "norm": ("model.norm.weight", ("d",), "d"),
     "head": ("lm_head.weight", ("v", "d"), "dv"),
 }
+# The same for the parameters of layers, without "layers/" and "model.layers.N." in front.
 LAYER_LAYOUT = {
     "attention_norm": ("input_layernorm.weight", ("d",), "d"),
     "q": ("self_attn.q_proj.weight", ("hc", "d"), "dhc"),
@@ -57,29 +59,42 @@ LAYER_LAYOUT = {
 }
 
 
-class Tensor(NamedTuple):
-    """A stored tensor: a parameter, or one layer of a stacked one."""
+class TensorLayout(NamedTuple):
+    """How a stored tensor becomes a parameter, or one layer of a stacked parameter.
+
+    Attributes:
+      name: The name of the tensor in the file.
+      shape: Its shape in the file.
+      view: The same elements with heads and their components in separate dimensions.
+      order: The permutation of axes such that `view.transpose(order)` is the parameter.
+      layer: The layer; None for a parameter that is not stacked.
+    """
 
     name: str
-    shape: tuple[int, ...]  # in the file
-    view: tuple[int, ...]  # there too, with heads and their components apart
-    order: tuple[int, ...]  # view.transpose(order) is the parameter
+    shape: tuple[int, ...]
+    view: tuple[int, ...]
+    order: tuple[int, ...]
     layer: int | None
 
 
-def tensors_of(path: str, shape: tuple[int, ...]) -> list[Tensor]:
-    """The stored tensors of the parameter of this path and shape."""
+def layouts_of(path: str, shape: tuple[int, ...]) -> list[TensorLayout]:
+    """The stored tensors of one parameter: one per layer for a stacked parameter, otherwise one.
+
+    Args:
+      path: The path of the parameter, such as "layers/q".
+      shape: The shape of the parameter.
+    """
     if path in LAYOUT:
         name, stored, ours = LAYOUT[path]
         names: dict[int | None, str] = {None: name}
     else:
-        end, stored, ours = LAYER_LAYOUT[path.removeprefix("layers/")]
-        names = {i: f"model.layers.{i}.{end}" for i in range(shape[0])}
+        suffix, stored, ours = LAYER_LAYOUT[path.removeprefix("layers/")]
+        names = {i: f"model.layers.{i}.{suffix}" for i in range(shape[0])}
         shape = shape[1:]
     size = dict(zip(ours, shape, strict=True))
     letters = "".join(stored)
     return [
-        Tensor(
+        TensorLayout(
             name,
             tuple(math.prod(size[letter] for letter in dimension) for dimension in stored),
             tuple(size[letter] for letter in letters),
@@ -90,55 +105,82 @@ def tensors_of(path: str, shape: tuple[int, ...]) -> list[Tensor]:
     ]
 
 
-def all_tensors(params: Params) -> dict[str, Tensor]:
-    """Names -> the stored tensors of parameters or their shapes."""
+def all_layouts(params: Params) -> dict[str, TensorLayout]:
+    """The stored tensors of all parameters, by name; `params` may also be a tree of shapes."""
     return {
-        tensor.name: tensor
+        layout.name: layout
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        for tensor in tensors_of(path_name(path), leaf.shape)
+        for layout in layouts_of(path_name(path), leaf.shape)
     }
 
 
 class Pieces(NamedTuple):
-    """How a tensor goes in pieces: of each of its shards `rows` rows of the view, from `starts`."""
+    """How a stored tensor is cut into pieces of equal shape.
+
+    Piece i consists of `rows` rows of every shard, from row `starts[i]` of the shard on. A row is
+    an entry along the first dimension of `TensorLayout.view`.
+
+    Attributes:
+      mesh: The mesh over which the parameter is sharded.
+      spec: The sharding of the parameter.
+      piece_spec: The sharding of a piece, whose dimensions are those of the view.
+      shard_rows: The number of rows of a shard.
+      rows: The number of rows that a piece has of each shard.
+      starts: The first row of each piece, within a shard. The last two pieces may overlap.
+      shape: The shape of a piece, with the rows of all shards.
+    """
 
     mesh: Any
-    spec: P  # of the parameter
-    piece_spec: P  # of a piece, as it lies in the file
-    shard_rows: int  # along the first dimension of the view
+    spec: P
+    piece_spec: P
+    shard_rows: int
     rows: int
     starts: list[int]
-    shape: tuple[int, ...]  # of a piece, all shards' rows together
+    shape: tuple[int, ...]
 
 
-def pieces_of(array: jax.Array, tensor: Tensor, itemsize: int) -> Pieces:
-    """The pieces of a parameter's tensor; none has more than PIECE bytes, but for a single row."""
+def pieces_of(array: jax.Array, layout: TensorLayout, itemsize: int) -> Pieces:
+    """Cuts a stored tensor into pieces of at most PIECE bytes, or of one row per shard.
+
+    Args:
+      array: The parameter, or its shape with a sharding.
+      layout: The stored tensor.
+      itemsize: The number of bytes of a stored element.
+    """
     sharding = array.sharding
     if not isinstance(sharding, NamedSharding):
         (device,) = sharding.device_set
         sharding = NamedSharding(Mesh(np.array([device]), "all"), P())
-    lead = len(array.shape) - len(tensor.view)
+    lead = len(array.shape) - len(layout.view)  # 1 for a stacked parameter, otherwise 0
     spec = tuple(sharding.spec) + (None,) * (len(array.shape) - len(sharding.spec))
-    axis = lead + tensor.order.index(0)
+    axis = lead + layout.order.index(0)
     shard_rows = sharding.shard_shape(array.shape)[axis]
     shards = array.shape[axis] // shard_rows
-    row_bytes = math.prod(tensor.view[1:]) * itemsize
+    row_bytes = math.prod(layout.view[1:]) * itemsize
     rows = min(shard_rows, max(1, PIECE // (row_bytes * shards)))
     return Pieces(
         sharding.mesh,
         P(*spec),
-        P(*(spec[lead + tensor.order.index(i)] for i in range(len(tensor.view)))),
+        P(*(spec[lead + layout.order.index(i)] for i in range(len(layout.view)))),
         shard_rows,
         rows,
-        # The last piece overlaps with the one before it: all are of one shape.
         [min(start, shard_rows - rows) for start in range(0, shard_rows, rows)],
-        (rows * shards, *tensor.view[1:]),
+        (rows * shards, *layout.view[1:]),
     )
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames=("order", "mesh", "specs"))
-def _put(array, piece, layer, start, *, order, mesh, specs):
-    """Writes a piece into its place, without a copy of the array."""
+def put_piece(array, piece, layer, start, *, order, mesh, specs):
+    """Writes a piece of a stored tensor into its parameter, in place.
+
+    Args:
+      array: The parameter; donated.
+      piece: The piece, of the shape `Pieces.shape`.
+      layer: int32, the layer of a stacked parameter.
+      start: int32, the first row of the piece within each shard.
+      order, mesh: As in `TensorLayout` and `Pieces`.
+      specs: `Pieces.spec` and `Pieces.piece_spec`.
+    """
 
     def put(array, piece, layer, start):
         piece = piece.transpose(order).astype(array.dtype)
@@ -153,8 +195,14 @@ def _put(array, piece, layer, start, *, order, mesh, specs):
 
 
 @functools.partial(jax.jit, static_argnames=("order", "mesh", "specs", "rows", "dtype"))
-def _take(array, layer, start, *, order, mesh, specs, rows, dtype):
-    """A piece of the array, as it lies in the file."""
+def take_piece(array, layer, start, *, order, mesh, specs, rows, dtype):
+    """Reads a piece of a stored tensor from its parameter: the inverse of `put_piece`.
+
+    Args:
+      array, layer, start, order, mesh, specs: As for `put_piece`.
+      rows: `Pieces.rows`.
+      dtype: The dtype of the piece.
+    """
 
     def take(array, layer, start):
         lead = array.ndim - len(order)
@@ -172,95 +220,107 @@ def _take(array, layer, start, *, order, mesh, specs, rows, dtype):
     )
 
 
-def load(stored: Mapping[str, Stored], abstract: Params) -> Params:
-    """Reads parameters straight to where they belong.
+def load(stored: Mapping[str, StoredTensor], abstract: Params) -> Params:
+    """Reads parameters into arrays of the given shardings.
 
     Args:
-      stored: tensors of a directory, checked against `abstract` before.
-      abstract: the parameters' shapes and dtypes, each with a NamedSharding, or for one device.
+      stored: The tensors of a directory, by name, after a check of their shapes.
+      abstract: The shape, dtype and sharding of each parameter. A sharding is a NamedSharding, or
+        holds the whole array on one device.
 
     Raises:
-      WeightsError: a file cannot be read; names it.
+      WeightsError: A file cannot be read. The message names it.
     """
 
     def read(path, leaf):
         zeros = functools.partial(jnp.zeros, leaf.shape, leaf.dtype)
         array = jax.jit(zeros, out_shardings=leaf.sharding)()
-        for tensor in tensors_of(path_name(path), leaf.shape):
-            array = _read(array, tensor, stored[tensor.name])
+        for layout in layouts_of(path_name(path), leaf.shape):
+            array = _read(array, layout, stored[layout.name])
         return array
 
     return jax.tree_util.tree_map_with_path(read, abstract)
 
 
-def _read(array: jax.Array, tensor: Tensor, stored: Stored) -> jax.Array:
-    """The array with a stored tensor in its place; the one that was given is gone."""
-    pieces = pieces_of(array, tensor, safetensors.DTYPES[stored.code].itemsize)
-    row = math.prod(tensor.view[1:])
+def _read(array: jax.Array, layout: TensorLayout, stored: StoredTensor) -> jax.Array:
+    """Reads one stored tensor into its parameter, in place; `array` is donated."""
+    pieces = pieces_of(array, layout, stored.dtype.itemsize)
+    row = math.prod(layout.view[1:])
     for start in pieces.starts:
-        blocks: dict[int, np.ndarray] = {}  # shards may have the same rows, of other columns
+        # Several shards can hold different columns of the same rows, which are read once.
+        blocks: dict[int, np.ndarray] = {}
 
         def block(index, start=start, blocks=blocks):
             shard = index[0].indices(pieces.shape[0])[0] // pieces.rows
             first = shard * pieces.shard_rows + start
             if first not in blocks:
                 flat = stored.read(first * row, pieces.rows * row)
-                blocks[first] = flat.reshape(pieces.rows, *tensor.view[1:])
+                blocks[first] = flat.reshape(pieces.rows, *layout.view[1:])
             return blocks[first][:, *index[1:]]
 
         piece = jax.make_array_from_callback(
             pieces.shape, NamedSharding(pieces.mesh, pieces.piece_spec), block
         )
-        array = _put(
+        array = put_piece(
             array,
             piece,
-            np.int32(tensor.layer or 0),
+            np.int32(layout.layer or 0),
             np.int32(start),
-            order=tensor.order,
+            order=layout.order,
             mesh=pieces.mesh,
             specs=(pieces.spec, pieces.piece_spec),
         )
-        array.block_until_ready()  # else pieces wait in host memory
+        # Without this, pieces would accumulate in host memory.
+        array.block_until_ready()
     return array
 
 
 def save(
     params: Params, directory: pathlib.Path, codes: Mapping[str, str], files: Mapping[str, Any]
 ) -> None:
-    """Writes a Hugging Face directory; it is whole, or not there.
+    """Writes a Hugging Face directory, completely or not at all.
 
     Args:
-      params: a decoder's.
-      directory: where; absent or empty.
-      codes: tensors' names -> the dtypes in which they are stored, as safetensors has them.
-      files: names -> what else is in it: a path to copy, or a value to write as JSON.
+      params: The parameters of a decoder.
+      directory: The directory to write. It must be new or empty.
+      codes: The name of each stored tensor -> the code of the dtype in which it is stored.
+      files: File name -> a path to copy, or a value to write as JSON.
 
     Raises:
-      WeightsError: the directory has files in it, or cannot be written.
+      WeightsError: The directory is not empty, or cannot be written.
     """
     writes = jax.process_index() == 0
     with new_directory(directory) if writes else contextlib.nullcontext(directory) as partial:
-        table = {name: (codes[name], t.shape) for name, t in all_tensors(params).items()}
+        table = {name: (codes[name], t.shape) for name, t in all_layouts(params).items()}
         nothing = contextlib.nullcontext(lambda name, start, values: None)
         with safetensors.writer(partial, table) if writes else nothing as put:
             for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-                for tensor in tensors_of(path_name(path), leaf.shape):
-                    for start, values in _rows(leaf, tensor, codes[tensor.name]):
-                        put(tensor.name, start, values)
+                for layout in layouts_of(path_name(path), leaf.shape):
+                    for start, values in _ranges(leaf, layout, codes[layout.name]):
+                        put(layout.name, start, values)
         if writes:
             add_files(partial, files)
 
 
-def _rows(array: jax.Array, tensor: Tensor, code: str) -> Iterator[tuple[int, np.ndarray]]:
-    """The elements of a tensor: (number of the first, those that follow), in pieces."""
+def _ranges(array: jax.Array, layout: TensorLayout, code: str) -> Iterator[tuple[int, np.ndarray]]:
+    """The elements of a stored tensor, piece by piece.
+
+    Args:
+      array: The parameter.
+      layout: The stored tensor.
+      code: The code of the dtype to store.
+
+    Yields:
+      The number of the first element in the flattened tensor, and the elements from there on.
+    """
     dtype = safetensors.DTYPES[code]
-    pieces = pieces_of(array, tensor, dtype.itemsize)
+    pieces = pieces_of(array, layout, dtype.itemsize)
     for start in pieces.starts:
-        piece = _take(
+        piece = take_piece(
             array,
-            np.int32(tensor.layer or 0),
+            np.int32(layout.layer or 0),
             np.int32(start),
-            order=tensor.order,
+            order=layout.order,
             mesh=pieces.mesh,
             specs=(pieces.spec, pieces.piece_spec),
             rows=pieces.rows,
@@ -271,22 +331,22 @@ def _rows(array: jax.Array, tensor: Tensor, code: str) -> Iterator[tuple[int, np
         else:
             host = multihost_utils.process_allgather(piece, tiled=True)
         for shard in range(len(host) // pieces.rows):
-            first = (shard * pieces.shard_rows + start) * math.prod(tensor.view[1:])
+            first = (shard * pieces.shard_rows + start) * math.prod(layout.view[1:])
             yield first, host[shard * pieces.rows : (shard + 1) * pieces.rows]
 
 
 def check_new(directory: pathlib.Path) -> None:
-    """Raises WeightsError if something would be overwritten."""
+    """Raises WeightsError unless the directory is absent or empty."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise WeightsError(f"{directory} is not empty; expected a new or an empty directory.")
 
 
 @contextlib.contextmanager
 def new_directory(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A directory to fill, which is moved to its place when it is full.
+    """A temporary directory to fill, which is moved to `directory` at the end.
 
     Raises:
-      WeightsError: something is there already, or it cannot be written.
+      WeightsError: The directory is not empty, or cannot be written.
     """
     directory = directory.absolute()
     check_new(directory)
@@ -302,11 +362,16 @@ def new_directory(directory: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def add_files(directory: pathlib.Path, files: Mapping[str, Any]) -> None:
-    """Copies paths, and writes other values as JSON, under their names."""
-    for name, what in files.items():
-        if not isinstance(what, pathlib.Path):
-            (directory / name).write_text(json.dumps(what, indent=2) + "\n")
-        elif what.is_dir():
-            shutil.copytree(what, directory / name)
+    """Adds files to a directory.
+
+    Args:
+      directory: The directory.
+      files: File name -> a path to copy, or a value to write as JSON.
+    """
+    for name, content in files.items():
+        if not isinstance(content, pathlib.Path):
+            (directory / name).write_text(json.dumps(content, indent=2) + "\n")
+        elif content.is_dir():
+            shutil.copytree(content, directory / name)
         else:
-            shutil.copyfile(what, directory / name)
+            shutil.copyfile(content, directory / name)

@@ -1,4 +1,18 @@
-"""Ahead-of-time compilation: every program of a run is compiled here, and a plan looks on."""
+"""Ahead-of-time compilation: the one place where the programs of a run are compiled.
+
+The rollout engine, the train step and the other parts of a run don't leave compilation to the first
+call of a jitted function. They lower each of their programs when they are created, and pass it to
+`compiled`. There are two reasons:
+
+1. Compilation happens once, at a known time. A compiled program refuses arguments of other shapes,
+   so a change of shape is an error and never a silent recompilation in the middle of a run.
+2. `opsd-jax plan` can run the same code for a TPU that is not attached, on a machine with only a
+   CPU. Within `planning`, `compiled` passes each program to the plan, which compiles it for the TPU
+   and reads off its memory, operations and collectives. The plan therefore contains what a run
+   compiles.
+
+A program that is compiled in any other way is missing from the plan.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +31,30 @@ _compile: contextvars.ContextVar[Compile | None] = contextvars.ContextVar("compi
 
 
 def compiled(key: ProgramKey, lowered: jax.stages.Lowered) -> Any:
-    """Compiles a program; while planning, returns None if the program does not fit in memory."""
+    """Compiles a program.
+
+    Args:
+      key: which program it is.
+      lowered: the program, from `jax.jit(function).lower(*abstract_arguments)`.
+
+    Returns:
+      The `jax.stages.Compiled` program. Within `planning`, what the function of the plan returns:
+      the program, which can't be executed here, or None if it doesn't fit into the memory.
+    """
     plan = _compile.get()
     return lowered.compile() if plan is None else plan(key, lowered)
 
 
 @contextlib.contextmanager
 def planning(compile: Compile) -> Iterator[None]:
-    """Within it programs are made as for TPUs, though there may be none, and compiled by `compile`,
-    which is given the key of each.
+    """A context in which programs are compiled for TPUs and inspected, but never executed.
+
+    In this context, `on_tpu` is True, so models choose their TPU kernels, and `compiled` calls the
+    given function. The devices of the mesh are those of a topology
+    (`jax.experimental.topologies`), so nothing can be executed and no array can be created on them.
+
+    Args:
+      compile: `(key, lowered) -> compiled or None`; see `compiled`.
     """
     token = _compile.set(compile)
     try:
@@ -35,10 +64,10 @@ def planning(compile: Compile) -> Iterator[None]:
 
 
 def is_planned() -> bool:
-    """Whether programs are made to be looked at."""
+    """Whether programs are compiled for a plan and never executed; see `planning`."""
     return _compile.get() is not None
 
 
 def on_tpu() -> bool:
-    """Whether programs are made for TPUs."""
+    """Whether programs are compiled for TPUs, attached or planned."""
     return is_planned() or jax.default_backend() == "tpu"

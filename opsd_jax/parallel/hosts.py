@@ -1,8 +1,9 @@
-"""Several hosts that run one program: how they find each other, and what they agree on.
+"""Several hosts that run one program: how they start, exchange values and end.
 
-Every host runs the same Python over the same numbers, so most decisions need no word between them.
-What only one can know (a file, a signal, a verdict) is told to all by small all-gathers, which all
-hosts have to reach in the same order.
+Every host runs the same Python code on the same numbers, so most decisions need no communication.
+What only one host knows, such as a file, a signal or a verdict, is sent to all hosts by a small
+all-gather. All hosts must make these calls in the same order. On a single host they communicate
+with nobody and return at once.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import pickle
 import sys
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -22,30 +23,34 @@ from opsd_jax.parallel.watchdog import waiting
 
 T = TypeVar("T")
 
-# Of the coordinator, on the first host. The hosts of a TPU reach each other there by the firewall
-# rules that Google's projects begin with; at JAX's own default they do not (jax-ml/jax#35905).
+# The port of the coordinator, which runs on the first host. The default firewall rules of a Google
+# Cloud project open it between the hosts of a TPU. They do not open JAX's default port
+# (jax-ml/jax#35905).
 PORT = 8476
-HEARTBEAT_SECONDS = 30  # of silence, after which a host is lost
-LEAVE_SECONDS = 3.0  # for the others to end by themselves, where all of them do
-# What the errors of collectives say when a peer is gone.
+HEARTBEAT_SECONDS = 30  # A host that is silent for this long is lost.
+LEAVE_SECONDS = 3.0  # The time that the first host gives the others to end by themselves.
+# Parts of the error messages of collectives that failed because a host is lost.
 LOSS = ("UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "closed by peer", "reset by peer", "halted")
-# Of XLA's pool on CPU, which launches programs and runs them: where what waits for a collective, or
-# for room, takes all of its threads, one a core or device, the others never get to theirs.
+# Threads in the pool of XLA:CPU, which both launches and executes programs. By default it has one
+# per core or device. If programs that wait for a collective occupy all of them, the programs that
+# would complete the collective never start.
 THREADS = 64
 
 
 def start(coordinator: str, processes: int | None = None, process: int | None = None) -> None:
-    """Makes this process one of several, before anything else asks JAX for devices; where it has
-    several devices of a CPU, gives these threads enough.
+    """Connects this process to the other processes of the run.
+
+    Call it before anything asks JAX for its devices. If the CPU is seen as several devices, it also
+    sets the environment variable NPROC, so that XLA creates enough threads.
 
     Args:
-      coordinator: "HOST:PORT" or "HOST" of process 0; "auto": as Cloud TPU's metadata or the
-        variables of GKE's jobs say; "" for a process by itself.
-      processes: how many there are; needed unless "auto".
-      process: which of them this is, from 0 on.
+      coordinator: "HOST:PORT" or "HOST" of process 0; "auto" takes all arguments from the metadata
+        of Cloud TPU or the environment of a GKE job; "" is a run of a single process.
+      processes: The number of processes; required unless `coordinator` is "auto" or "".
+      process: The index of this process, from 0; required unless `coordinator` is "auto" or "".
 
     Raises:
-      ValueError: an argument is missing, or the process is none of them.
+      ValueError: `processes` or `process` is missing or out of range.
     """
     forced = (
         "device_count" in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ
@@ -61,7 +66,8 @@ def start(coordinator: str, processes: int | None = None, process: int | None = 
     if processes is None or process is None or not 0 <= process < processes:
         raise ValueError(
             f"--coordinator {coordinator} with --processes {processes} and --process {process}; "
-            "expected how many there are and which of them this is, from 0 on."
+            "expected --processes N, the number of processes, and --process I, the index of this "
+            "one, from 0 to N - 1."
         )
     address = coordinator if ":" in coordinator else f"{coordinator}:{PORT}"
     jax.distributed.initialize(
@@ -70,23 +76,25 @@ def start(coordinator: str, processes: int | None = None, process: int | None = 
 
 
 def count() -> int:
-    """How many hosts there are."""
+    """The number of hosts."""
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def number() -> int:
-    """Which of them this is."""
+    """The index of this host, from 0."""
     return jax.process_index() if count() > 1 else 0
 
 
 def is_first() -> bool:
-    """Whether this one writes the records and speaks for all."""
+    """Whether this is the first host, which writes records and prints messages for all hosts."""
     return number() == 0
 
 
 def is_loss(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, means that another host is lost: a collective
-    failed. Where it hangs instead, JAX ends the process after HEARTBEAT_SECONDS.
+    """Whether an error, or one that caused it, means that another host is lost.
+
+    It does if a collective failed because a peer is gone. If the collective hangs instead, JAX ends
+    the process after HEARTBEAT_SECONDS.
     """
     while error is not None and count() > 1:
         if isinstance(error, jax.errors.JaxRuntimeError) and any(s in str(error) for s in LOSS):
@@ -96,9 +104,11 @@ def is_loss(error: BaseException | None) -> bool:
 
 
 def leave(code: int) -> None:
-    """Ends this process at once, where it is one of several: JAX's own way out waits for minutes
-    for hosts that may have failed too, or not come so far. The first goes last: it has the
-    coordinator, without which JAX aborts the others.
+    """Ends this process at once with an exit code, if it is one of several.
+
+    A normal exit would wait for minutes for hosts that have failed too or are not as far. The first
+    host waits for LEAVE_SECONDS, because it runs the coordinator: without it, JAX aborts the
+    others.
     """
     if count() == 1:
         return
@@ -110,12 +120,12 @@ def leave(code: int) -> None:
 
 
 def largest(value: int) -> int:
-    """The largest of the hosts' values."""
+    """The largest of the values that the hosts pass; an int32."""
     return value if count() == 1 else int(_all_gathered(np.int32(value)).max())
 
 
 def gathered(value: T) -> list[T]:
-    """The value of each host, in their order; it can be pickled."""
+    """The values that the hosts pass, in the order of the hosts. They must be picklable."""
     if count() == 1:
         return [value]
     data = pickle.dumps(value)
@@ -125,73 +135,95 @@ def gathered(value: T) -> list[T]:
 
 
 def each(make: Callable[[], T]) -> list[T]:
-    """What `make` returns on each host, in their order; it can be pickled.
+    """Calls `make` on every host, and returns the results of all hosts in their order.
+
+    Args:
+      make: Returns a picklable value.
 
     Raises:
-      Exception: what it raised on the first host of those on which it did, on all hosts.
+      Exception: If `make` fails on some hosts, every host raises the error of the first of them.
     """
     if count() == 1:
         return [make()]
-    made = gathered(_tried(make))
-    for _, error in made:
-        if error is not None:
-            raise error
-    return [result for result, _ in made]  # type: ignore[misc]
+    results = []
+    for result in gathered(_try(make)):
+        if isinstance(result, _Failure):
+            raise result.error
+        results.append(result)
+    return results
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What `make` returns on the first host, on all. It runs there alone, and can be pickled.
+    """Calls `make` on the first host only, and returns its result on every host.
+
+    Args:
+      make: Returns a picklable value.
 
     Raises:
-      Exception: what it raised, on all hosts.
+      Exception: If `make` fails, every host raises its error.
     """
     if count() == 1:
         return make()
-    result, error = _tried(make) if is_first() else (None, None)
-    data = pickle.dumps((result, error)) if is_first() else b""
+    data = pickle.dumps(_try(make)) if is_first() else b""
     length = int(_from_first(np.int32(len(data))))
     row = _from_first(_padded(data, length))
-    result, error = pickle.loads(row[:length].tobytes())
-    if error is not None:
-        raise error
+    result = pickle.loads(row[:length].tobytes())
+    if isinstance(result, _Failure):
+        raise result.error
     return result
 
 
 def together(make: Callable[[], T]) -> T:
-    """What `make` returns on this host, if it fails on none.
+    """Calls `make` on every host, and returns this host's result if no host has failed.
+
+    The result need not be picklable.
 
     Raises:
-      Exception: as `each`.
+      Exception: As `each`.
     """
     made: list[T] = []
     each(lambda: made.append(make()))
     return made[0]
 
 
-def _tried(make: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """What it returns and None, or None and what it raises, in a form that can be pickled."""
+class _Failure(NamedTuple):
+    """The error of a call that failed on one host."""
+
+    error: Exception
+
+
+def _try(make: Callable[[], T]) -> T | _Failure:
+    """Calls `make`, and returns its result or its error.
+
+    If the error cannot be pickled, a RuntimeError with its text takes its place.
+    """
     try:
-        return make(), None
+        return make()
     except Exception as error:
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:
-            return None, RuntimeError(f"{type(error).__name__}: {error}")
-        return None, error
+            return _Failure(RuntimeError(f"{type(error).__name__}: {error}"))
+        return _Failure(error)
 
 
 def _padded(data: bytes, length: int) -> np.ndarray:
-    """The bytes, with room for `length` of them: of few sizes, as each is a program."""
+    """Bytes as uint8 [n], where n is the smallest power of two that is at least `length`.
+
+    Every size of an all-gather compiles a program, so there should be few sizes.
+    """
     row = np.zeros(1 << max(0, int(length) - 1).bit_length(), np.uint8)
     row[: len(data)] = np.frombuffer(data, np.uint8)
     return row
 
 
 def _all_gathered(x: np.ndarray | np.generic) -> np.ndarray:
+    """The arrays of all hosts, stacked along a new first axis."""
     with waiting("other hosts"), jax.transfer_guard("allow"):
         return multihost_utils.process_allgather(x)
 
 
 def _from_first(x: np.ndarray | np.generic) -> np.ndarray:
+    """The array of the first host."""
     with waiting("other hosts"), jax.transfer_guard("allow"):
         return multihost_utils.broadcast_one_to_all(x)

@@ -1,4 +1,4 @@
-"""The device mesh, and which parameter is cut along which of its axes."""
+"""The device mesh and the sharding of arrays over its axes."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes `data`, `fsdp` and `tensor`, all of them Auto.
+    """Creates a mesh with the axes `data`, `fsdp` and `tensor`, all of type Auto.
 
-    Devices of several slices, which the data centre's network connects, differ along `data`.
+    If the devices belong to several TPU slices, `data` is the axis that spans the slices. The
+    collectives over `fsdp` and `tensor` then stay within the fast network of a slice.
 
     Args:
-      shape: their sizes; -1, once, takes what is left of the devices.
-      devices: all of this run's by default.
+      shape: The sizes of the axes. At most one of them may be -1, for all remaining devices.
+      devices: The devices; by default all devices of the run.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices, or `data` cannot be split
-        over the slices.
+      ValueError: The product of the sizes is not the number of devices, or the size of `data` is
+        not a multiple of the number of slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes, types = _sizes(shape, len(devices)), (AxisType.Auto,) * len(AXES)
@@ -40,7 +41,7 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
     if sizes[0] % slices:
         raise ValueError(
             f"mesh {tuple(shape)} has data = {sizes[0]}; expected a multiple of {slices}, the "
-            "slices: what is cut over `fsdp` and `tensor` stays within one."
+            "number of slices, so that fsdp and tensor stay within a slice."
         )
     within = sizes[0] // slices, *sizes[1:]
     ordered = mesh_utils.create_hybrid_device_mesh(
@@ -50,33 +51,46 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
 
 
 def reshaped(mesh: Mesh, shape: Sequence[int]) -> Mesh:
-    """The mesh's devices, in the same order, in another shape, or in its own for ().
+    """A mesh of another shape over the same devices in the same order.
+
+    Args:
+      mesh: The mesh.
+      shape: The sizes of its axes, as for `make_mesh`; () keeps those of `mesh`.
 
     Raises:
-      ValueError: as `make_mesh`, or `tensor` would connect slices: all that is not rows is cut
-        over it, and gathered at every step.
+      ValueError: As `make_mesh`, or `tensor` would span several slices. While rollouts are sampled,
+        every decoding step communicates over `tensor`.
     """
     sizes = _sizes(shape, mesh.size) if shape else mesh.devices.shape
     devices = mesh.devices.reshape(sizes)
     if any(len({_slice(device) for device in row}) > 1 for row in devices.reshape(-1, sizes[-1])):
         raise ValueError(
             f"mesh {tuple(shape)} has tensor = {sizes[-1]}, over several slices; expected a size "
-            "that stays within one."
+            "that stays within a slice."
         )
     return Mesh(devices, AXES, axis_types=mesh.axis_types)
 
 
 def _slice(device: jax.Device) -> int:
-    """The number of a device's slice; 0 where there are none."""
+    """The index of the slice that a device belongs to; 0 if there are no slices."""
     return getattr(device, "slice_index", 0)
 
 
 def _sizes(shape: Sequence[int], devices: int) -> list[int]:
-    """The sizes of a mesh's axes, none of them -1."""
+    """The sizes of the axes of a mesh, with -1 replaced.
+
+    Args:
+      shape: As for `make_mesh`.
+      devices: The number of devices.
+
+    Raises:
+      ValueError: The product of the sizes is not the number of devices.
+    """
     sizes = list(shape)
     if len(sizes) != len(AXES) or sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise ValueError(
-            f"mesh is {tuple(shape)}; expected sizes of {AXES}, at most one of them -1."
+            f"mesh is {tuple(shape)}; expected sizes of {', '.join(AXES)} that are above 0, or one "
+            "of them -1 for the remaining devices."
         )
     known = math.prod(size for size in sizes if size > 0)
     if -1 in sizes:
@@ -90,53 +104,84 @@ def _sizes(shape: Sequence[int], devices: int) -> list[int]:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A pytree path as `a/b/c`."""
+    """The name of a pytree path, such as "layers/q"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def tree_shardings(mesh: Mesh, rules: Rules, tree: Any, what: str = "parameter") -> Any:
-    """The sharding of each leaf, by the first rule whose expression matches its whole path.
+    """The sharding of each leaf of a tree, as a tree of NamedSharding.
+
+    A leaf takes the first rule whose regular expression matches its whole path.
 
     Args:
-      mesh: from `make_mesh`.
-      rules: as `DECODER_RULES`.
-      tree: parameters, a cache or their shapes.
-      what: a leaf is called in errors.
+      mesh: The mesh.
+      rules: Pairs of a regular expression and a PartitionSpec; see `opsd_jax.policy.Model.rules`.
+      tree: Parameters, a cache, or their shapes.
+      what: What a leaf is called in error messages.
 
     Raises:
-      ValueError: a leaf matches no rule, or the rule is not for as many dimensions, names an axis
-        that is not there or one twice, or a dimension is not divided by its mesh axis.
+      ValueError: No rule matches a leaf, or its rule does not fit the leaf or the mesh. The message
+        names the leaf.
     """
 
     def sharding(path, leaf):
         name = path_name(path)
+        leaf_text = f"{what} {name}{list(leaf.shape)}"
         spec = next((s for pattern, s in rules if re.fullmatch(pattern, name)), None)
         if spec is None:
-            raise ValueError(f"no sharding rule matches the {what} {name}{list(leaf.shape)}.")
-        used = [a for axes in spec for a in ((axes,) if isinstance(axes, str) else axes or ())]
-        where = f"{what} {name}{list(leaf.shape)}: its rule {spec}"
-        if len(spec) > len(leaf.shape):
-            raise ValueError(f"{where} is for {len(spec)} dimensions or more.")
-        if unknown := sorted({*used} - {*mesh.shape}):
-            raise ValueError(f"{where} names {unknown}; the mesh has {list(mesh.shape)}.")
-        if len({*used}) < len(used):
-            raise ValueError(f"{where} uses a mesh axis twice; expected each once at most.")
-        for size, axes in zip(leaf.shape, spec, strict=False):
-            names = (axes,) if isinstance(axes, str) else axes or ()
-            parts = math.prod(mesh.shape[axis] for axis in names)
-            if size % parts:
-                raise ValueError(
-                    f"{what} {name}{list(leaf.shape)}: its dimension of {size} is split over "
-                    f"the mesh axis {' x '.join(map(repr, names))} of {parts}, which does not "
-                    "divide it."
-                )
+            raise ValueError(f"no sharding rule matches the {leaf_text}. Add a rule for it.")
+        _check_spec(spec, leaf.shape, mesh, leaf_text)
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def _check_spec(spec: P, shape: Sequence[int], mesh: Mesh, leaf: str) -> None:
+    """Raises ValueError if an array of this shape cannot be sharded as `spec` says over the mesh.
+
+    Args:
+      spec: The rule.
+      shape: The shape of the array.
+      mesh: The mesh.
+      leaf: What the array is called in the message.
+    """
+    used = [axis for entry in spec for axis in _axes(entry)]
+    if len(spec) > len(shape):
+        raise ValueError(
+            f"{leaf} has {len(shape)} dimensions; its sharding rule {spec} is for {len(spec)}."
+        )
+    if unknown := sorted({*used} - {*mesh.shape}):
+        raise ValueError(
+            f"{leaf} has the sharding rule {spec} with the axes {unknown}; expected axes of the "
+            f"mesh, {list(mesh.shape)}."
+        )
+    if len({*used}) < len(used):
+        raise ValueError(
+            f"{leaf} has the sharding rule {spec}, which uses a mesh axis twice; expected each "
+            "axis at most once."
+        )
+    for size, entry in zip(shape, spec, strict=False):
+        parts = math.prod(mesh.shape[axis] for axis in _axes(entry))
+        if size % parts:
+            axes = " x ".join(map(repr, _axes(entry)))
+            raise ValueError(
+                f"{leaf} has a dimension of {size}, split over the mesh axis {axes} of {parts}, "
+                f"which does not divide {size}."
+            )
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes in one entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
 def abstract_of(tree: Any, shardings: Any) -> Any:
-    """The shapes of a tree's leaves with shardings, as compilation and `restore` take them."""
+    """The shape, dtype and sharding of each leaf of a tree, as `jax.ShapeDtypeStruct`.
+
+    Args:
+      tree: Arrays, or their shapes.
+      shardings: A tree of shardings of the same structure.
+    """
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
@@ -145,8 +190,13 @@ def abstract_of(tree: Any, shardings: Any) -> Any:
 
 
 def placed(tree: Any, shardings: Any) -> Any:
-    """Arrays of the host on devices, also of other hosts, which all have equal ones: none compares
-    them, as `jax.device_put` does.
+    """Creates sharded arrays from NumPy arrays that are equal on all hosts.
+
+    Unlike `jax.device_put`, this does not communicate in order to check that the arrays are equal.
+
+    Args:
+      tree: NumPy arrays.
+      shardings: A tree of shardings of the same structure; it may include devices of other hosts.
     """
     with jax.transfer_guard("allow"):  # JAX takes make_array_from_callback for an implicit transfer
         return jax.tree.map(
@@ -159,7 +209,7 @@ def placed(tree: Any, shardings: Any) -> Any:
 
 
 def shard_bytes(tree: Any) -> int:
-    """Bytes on a device of arrays, or of their shapes with shardings."""
+    """The memory in bytes that arrays, or shapes with shardings, need on one device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -167,34 +217,41 @@ def shard_bytes(tree: Any) -> int:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole."""
+    """The sharding of an array that every device holds as a whole."""
     return NamedSharding(mesh, P())
 
 
 def rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """The sharding of an array whose `axis` counts rows of a batch."""
+    """The sharding of a batch, an array whose dimension `axis` counts the rows."""
     return NamedSharding(mesh, P(*(None,) * axis, ROWS))
 
 
 def rows_in_context() -> P | None:
-    """The PartitionSpec of `rows` if there is a mesh in context (`jax.set_mesh`), else None."""
+    """The PartitionSpec of `rows` if a mesh is in context (`jax.set_mesh`), otherwise None."""
     return None if jax.sharding.get_abstract_mesh().empty else P(ROWS)
 
 
 def on_each_device(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-    """`function` on each device's own part (`jax.shard_map`), if there is a mesh in context."""
+    """A function that calls `function` on each device's part of the arguments.
+
+    It is `jax.shard_map` over the mesh in context. Without one, it is `function` itself.
+
+    Args:
+      function: A function of arrays.
+      in_specs, out_specs: The PartitionSpecs of its arguments and results.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return function
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def constrain(x: jax.Array, spec: P) -> jax.Array:
-    """`x`, laid out so if there is a mesh in context."""
+    """Constrains an array within jit to the sharding `spec`, if a mesh is in context."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec)
 
 
 def row_shards(mesh: Mesh) -> int:
-    """Into how many parts `rows` cuts an array."""
+    """The number of parts into which `rows` cuts a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

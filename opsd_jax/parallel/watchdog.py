@@ -1,9 +1,10 @@
-"""What a run waits for, and a word from a thread of its own where it waits too long."""
+"""Warns about a step that takes too long, and says what the run is waiting for."""
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import logging
 import statistics
 import sys
 import threading
@@ -11,19 +12,22 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
-FACTOR = 10.0  # times the median of the last steps is too long,
-LEAST_SECONDS = 60.0  # and no less than this;
-KNOWN = 3  # so many steps have to have been seen, and until they have
-FIRST_SECONDS = 1800.0  # this is too long, with what a first step compiles;
-LAST = 50  # of so many the median is taken
-LOOK_SECONDS = 1.0
+logger = logging.getLogger(__name__)
 
-_waits: list[tuple[str, float]] = []  # from the outermost on: what for, and since when
+FACTOR = 10.0  # A step takes too long after this multiple of the median of recent steps,
+LEAST_SECONDS = 60.0  # and after at least this time.
+FIRST_SECONDS = 1800.0  # The limit while no median is known. It includes compilation.
+KNOWN = 3  # The number of finished steps from which a median is known.
+LAST = 50  # The number of recent steps in the median.
+LOOK_SECONDS = 1.0  # The time between two checks.
+
+# The nested waits of the main thread, outermost first: what for, and since when.
+_waits: list[tuple[str, float]] = []
 
 
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Within it the run waits for this, such as "the verifier"."""
+    """A context in which the run waits for `what`, such as "the verifier"; contexts can nest."""
     _waits.append((what, time.monotonic()))
     try:
         yield
@@ -32,18 +36,25 @@ def waiting(what: str) -> Iterator[None]:
 
 
 class Watchdog:
-    """Says on standard error which step takes many times the median, what it waits for, and where
-    every thread is. Once, and again each time that it has taken twice as long.
+    """A context manager that logs a warning about each step that takes too long.
+
+    A thread checks the current step. Once the step has taken a multiple of the median step time,
+    the thread logs the times and what the run is waiting for (see `waiting`), and writes the stack
+    of every thread to standard error. It repeats this whenever the time has doubled.
     """
 
     def __init__(self, name: str):
-        """`name`: of the stage."""
+        """Creates a watchdog.
+
+        Args:
+          name: The name of the stage, for the warnings.
+        """
         self._name, self._left = name, threading.Event()
         self._seconds: deque[float] = deque(maxlen=LAST)
         self._step, self._began, self._limit = -1, 0.0, float("inf")
 
     def begin(self, step: int) -> None:
-        """A step begins, and the one before has ended."""
+        """Marks the end of the previous step and the beginning of step number `step`."""
         now = time.monotonic()
         if self._step >= 0:
             self._seconds.append(now - self._began)
@@ -51,27 +62,33 @@ class Watchdog:
         limit = FACTOR * statistics.median(self._seconds) if known else FIRST_SECONDS
         self._step, self._began, self._limit = step, now, max(LEAST_SECONDS, limit)
 
-    def _look(self) -> None:
+    def _watch(self) -> None:
+        """Checks the current step until the context ends."""
         while not self._left.wait(LOOK_SECONDS):
             taken = time.monotonic() - self._began
             if taken > self._limit:
                 self._limit = 2 * taken
-                self._say(taken)
+                self._warn(taken)
 
-    def _say(self, taken: float) -> None:
-        median = f"{statistics.median(self._seconds):.1f} s" if self._seconds else "unknown yet"
-        waits = [*_waits] or [("its own Python", self._began)]
+    def _warn(self, taken: float) -> None:
+        """Logs that the current step has taken `taken` seconds, and writes all stacks."""
+        median = f"{statistics.median(self._seconds):.1f} s" if self._seconds else "not known yet"
+        waits = [*_waits] or [("its own Python code", self._began)]
         what, waited = " > ".join(name for name, _ in waits), time.monotonic() - waits[-1][1]
-        print(
-            f"opsd-jax: {self._name}, step {self._step}, has taken {taken:.0f} s; the median is "
-            f"{median}. It has waited {waited:.0f} s for {what}. Its threads:",
-            file=sys.stderr,
-            flush=True,
+        logger.warning(
+            "opsd-jax: step %d of %s has taken %.0f s. The median step time is %s. The step has "
+            "been waiting for %s for %.0f s. The stacks of all threads:",
+            self._step,
+            self._name,
+            taken,
+            median,
+            what,
+            waited,
         )
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
 
     def __enter__(self) -> Watchdog:
-        threading.Thread(target=self._look, daemon=True).start()
+        threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *exc) -> None:

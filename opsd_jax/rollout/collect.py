@@ -80,7 +80,7 @@ class Rollouts:
 
     @functools.cached_property
     def judged(self) -> Judged:
-        """The verdicts and outcomes.
+        """The verdicts and outcomes of all rollouts.
 
         The first access waits until every host has the verdicts that it asked for. All hosts have
         to access it at the same point of the program. Access it as late as possible.
@@ -125,7 +125,7 @@ class Collector:
     """Samples and verifies the rollouts of problems, `group_size` (G) for each problem."""
 
     def __init__(self, engine: Engine, task: Task, pool: VerifierPool, group_size: int):
-        """Takes the engine that samples and the pool that verifies.
+        """Stores the engine and the verifier pool; nothing is sampled yet.
 
         Args:
           engine: samples the responses.

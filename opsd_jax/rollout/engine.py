@@ -1,4 +1,4 @@
-"""The rollout engine: samples a response to each prompt, and returns each when it has ended.
+"""The rollout engine: samples responses to prompts and yields each response when it ends.
 
 A fixed number of decoding slots is filled from a queue. The engine refills a slot as soon as its
 rollout ends, so a long rollout does not delay the others. Each prompt is prefilled once, and its
@@ -239,16 +239,7 @@ class Engine:
         groups = self._groups(prompts, ids, budgets)
         if not groups:
             return
-        batch = _Batch(
-            self._programs,
-            self.shape,
-            self.cache_lengths,
-            groups,
-            pad_id=self._pad_id,
-            params=params,
-            key=key,
-            sampling_params=sampling_params,
-        )
+        batch = _Batch(self._programs, groups, self._pad_id, params, key, sampling_params)
         ended: list[Response] = []
         while True:
             batch.fill_slots()
@@ -275,7 +266,9 @@ class Engine:
         groups = []
         for i, (prompt, own, room) in enumerate(zip(prompts, ids, budgets, strict=True)):
             if not 0 < len(prompt) <= P:
-                raise ValueError(f"prompt {i} has {len(prompt)} tokens; expected 1 to {P}.")
+                raise ValueError(
+                    f"prompt {i} has {len(prompt)} tokens; expected 1 to {P} (prompt_tokens)."
+                )
             if len(room) != len(own) or not all(0 < budget <= L for budget in room):
                 raise ValueError(
                     f"budgets of prompt {i} are {room}; expected one for each of its {len(own)} "
@@ -302,7 +295,7 @@ class _Rollout:
         self._pieces: list[tuple[np.ndarray, ...]] = []
 
     def cache_length_after(self, steps: int) -> int:
-        """Returns the number of cache entries that the rollout fills in the next steps at most."""
+        """Returns the cache length that the rollout needs at most for its next `steps` tokens."""
         return min(self.position + steps, len(self.prompt_ids) + self.budget - 1)
 
     def row(self) -> tuple[int, ...]:
@@ -337,24 +330,28 @@ class _Batch:
     def __init__(
         self,
         programs: Programs,
-        shape: EngineShape,
-        cache_lengths: Sequence[int],
         groups: Sequence[list[_Rollout]],
-        *,
         pad_id: int,
         params: Params,
         key: jax.Array,
         sampling_params: sampling.SamplingParams,
     ):
-        """`groups` are the rollouts of each prompt; the other arguments are as in `Engine`."""
-        self._programs, self._shape, self._cache_lengths = programs, shape, cache_lengths
-        self._pad_id, self._params = pad_id, programs.prepare(params)
+        """Starts with empty slots and a queue of all prompts.
+
+        Args:
+          programs: the engine's compiled programs.
+          groups: the rollouts of each prompt, at least one per prompt.
+          pad_id: the token id of padding.
+          params, key, sampling_params: see `Engine.__call__`.
+        """
+        self._programs, self._shape, self._pad_id = programs, programs.shape, pad_id
+        self._params = programs.prepare(params)
         key_data = jax.random.key_data(_threefry(key))
         self._key_data, self._sampling_params = self._put(key_data, sampling_params)
         self._queue = deque(groups)  # prompts that are not prefilled
         self._prefilled: deque[_Prefilled] = deque()
-        self._active: list[_Rollout | None] = [None] * shape.slots
-        self._state, self._cache_length = programs.start(), cache_lengths[0]
+        self._active: list[_Rollout | None] = [None] * programs.shape.slots
+        self._state, self._cache_length = programs.start(), programs.cache_lengths[0]
 
     def _put(self, *arrays: Any) -> tuple[Any, ...]:
         """Copies host arrays to every device, explicitly (`jax.transfer_guard`)."""
@@ -436,7 +433,7 @@ class _Batch:
         """Resizes the cache to the shortest length that holds the next chunk."""
         steps = self._programs.steps_per_chunk
         needed = max(r.cache_length_after(steps) for r in self._active if r is not None)
-        goal = next(length for length in self._cache_lengths if length >= needed)
+        goal = next(length for length in self._programs.cache_lengths if length >= needed)
         if goal != self._cache_length:
             self._state = self._programs.resize(self._state, self._cache_length, goal)
             self._cache_length = goal

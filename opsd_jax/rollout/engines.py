@@ -10,14 +10,14 @@ from opsd_jax.policy import Model
 from opsd_jax.rollout.engine import Engine, EngineShape, shape_for
 from opsd_jax.rollout.layout import Layout
 
-KEPT = 8  # engines
+MAX_ENGINES = 8  # kept per `Engines`
 
 
 class Engines:
     """Compiles engines of one model when they are first requested, and keeps the last ones used."""
 
     def __init__(self, model: Model, layout: Layout | Callable[[], Layout], pad_id: int):
-        """Compiles nothing.
+        """Stores the model and its layout; nothing is compiled yet.
 
         Args:
           model: the model.
@@ -26,7 +26,7 @@ class Engines:
           pad_id: the token id of padding.
         """
         self._model, self._given_layout, self._pad_id = model, layout, pad_id
-        self._engine = functools.lru_cache(maxsize=KEPT)(self._compile)
+        self._engine = functools.lru_cache(maxsize=MAX_ENGINES)(self._compile)
 
     def __call__(
         self,

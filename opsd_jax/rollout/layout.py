@@ -109,7 +109,7 @@ def decode_layout(model: Model, abstract_params: Params, mesh: jax.sharding.Mesh
 def _unchanged(
     jaxpr: Any, given: Sequence[jax.ShapeDtypeStruct], shardings: Sequence[jax.sharding.Sharding]
 ) -> list[int | None]:
-    """Finds the parameters that decoding uses as they are.
+    """Finds the parameters that are the same in training and decoding.
 
     Args:
       jaxpr: the traced `decode_params`.

@@ -1,4 +1,4 @@
-"""The compiled programs of a rollout engine: one set of fixed shapes, compiled ahead of time."""
+"""The programs of a rollout engine, compiled ahead of time for fixed shapes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from opsd_jax.rollout import sampling, slots
 from opsd_jax.rollout.slots import Rows, Slots
 
 STEPS_PER_CHUNK = 64  # decoding steps between two fetches by the host
-# Rollouts per insertion. Every device receives the prompt caches of all of them, so few.
+# Rollouts per call of `insert`. Small, because every device receives the prompts of all of them.
 ROLLOUTS_PER_INSERT = 4
-# The one PRNG whose numbers depend on a row's own key alone when each row has a key.
+# In a vmap over keys, only this implementation's numbers do not depend on the other keys.
 PRNG = "threefry2x32"
 
 
@@ -44,6 +44,8 @@ class Programs:
     """The compiled programs of an engine.
 
     Attributes:
+      shape: the sizes.
+      cache_lengths: the lengths that the slots' cache can take, in tokens, ascending.
       prepare: `params -> params`, from the parameters in the layout for decoding to those that
         `prefill` and `decode` take. Call it once per batch of rollouts.
       start: `() -> Slots`. Empty slots whose cache has the shortest length.
@@ -76,7 +78,8 @@ class Programs:
           shape: the sizes.
           cache_lengths: the lengths that the slots' cache can take, in tokens, ascending.
         """
-        self._model, self._mesh, self._shape = model, mesh, shape
+        self.shape, self.cache_lengths = shape, cache_lengths
+        self._model, self._mesh = model, mesh
         self._rows, self.replicated = mesh_lib.rows(mesh), mesh_lib.replicated(mesh)
         self._axes = slots.length_axes(model.policy)
         self._states = {length: self._abstract_state(length) for length in cache_lengths}
@@ -118,7 +121,7 @@ class Programs:
 
     def _abstract_state(self, length: int) -> Slots:
         """Returns the shapes and shardings of all slots with a cache of this length."""
-        S = self._shape.slots
+        S = self.shape.slots
         rows = jax.eval_shape(lambda: slots.empty_rows(S))
         rows = mesh_lib.abstract_of(rows, jax.tree.map(lambda _: self._rows, rows))
         return Slots(rows, self._abstract_cache(S, length))
@@ -144,22 +147,22 @@ class Programs:
         return program, mesh_lib.abstract_of(shapes, program.output_shardings)
 
     def _compile_start(self, length: int) -> Callable[[], Slots]:
-        """Compiles `start`."""
+        """Compiles the program that returns empty slots."""
 
         def start():
-            S = self._shape.slots
+            S = self.shape.slots
             return Slots(slots.empty_rows(S), self._model.policy.init_cache(S, length))
 
         return _compile(ProgramKey(ProgramKind.START), start, out=_shardings(self._states[length]))
 
     def _compile_prefill(self, abstract_params: Params) -> Callable[..., Cache]:
-        """Compiles `prefill`, which shards its prompts by row."""
+        """Compiles the program that prefills prompts; it shards them by row."""
 
         def prefill(params, *prompts):
             sharded = [jax.lax.with_sharding_constraint(x, self._rows) for x in prompts]
             return slots.prefill(self._model.policy, params, *sharded)
 
-        prompts = np.zeros((self._shape.prompts, self._shape.prompt_tokens), np.int32)
+        prompts = np.zeros((self.shape.prompts, self.shape.prompt_tokens), np.int32)
         return _compile(
             ProgramKey(ProgramKind.PREFILL),
             prefill,
@@ -169,7 +172,7 @@ class Programs:
         )
 
     def _compile_insert(self, length: int) -> Callable[..., Slots]:
-        """Compiles `insert` for one cache length."""
+        """Compiles the program that inserts rollouts into slots, for one cache length."""
         state, values = self._states[length], np.zeros(ROLLOUTS_PER_INSERT, np.int32)
         return _compile(
             ProgramKey(ProgramKind.INSERT, length),
@@ -184,7 +187,7 @@ class Programs:
     def _compile_decode(
         self, length: int, abstract_params: Params
     ) -> Callable[..., tuple[Slots, slots.Chunk]]:
-        """Compiles `decode` for one cache length."""
+        """Compiles the program that decodes a chunk of steps, for one cache length."""
         policy, steps = self._model.policy, self.steps_per_chunk
 
         def decode(params, state, key_data, sampling_params, stop_after):
@@ -207,7 +210,7 @@ class Programs:
         )
 
     def _compile_resize(self) -> dict[Any, Callable[[jax.Array], jax.Array]]:
-        """Compiles a program for each pair of forms that a leaf of the cache can take."""
+        """Compiles the programs that resize a cache leaf, by its old and new abstract value."""
         programs: dict[Any, Callable[[jax.Array], jax.Array]] = {}
         for states in itertools.permutations(self._states.values(), 2):
             old, new = (jax.tree.leaves(state.cache) for state in states)

@@ -178,19 +178,19 @@ def draw(logits_BxV: jax.Array, keys_B: jax.Array, sampling_params: SamplingPara
 
 
 def _blocks(x_BxV: jax.Array) -> jax.Array:
-    """Reshapes [B, V] to [B, R, N]. If the vocabulary is sharded, so are the blocks."""
+    """Reshapes [B, V] to blocks [B, R, N]. If the vocabulary is sharded, so are the blocks."""
     B, V = x_BxV.shape
     R = math.gcd(V, 128)
     return x_BxV.reshape(B, R, V // R)
 
 
 def _at(x_BxN: jax.Array, index_B: jax.Array) -> jax.Array:
-    """Returns the element at each row's index, [B]."""
+    """Returns one element of each row, [B], at the given indices."""
     return jnp.take_along_axis(x_BxN, index_B[:, None], axis=1)[:, 0]
 
 
 def _block(x_BxRxN: jax.Array, index_B: jax.Array) -> jax.Array:
-    """Returns the block at each row's index, [B, N]."""
+    """Returns one block of each row, [B, N], at the given indices."""
     return jnp.take_along_axis(x_BxRxN, index_B[:, None, None], axis=1)[:, 0]
 
 
@@ -279,7 +279,7 @@ def _cutoff(mass_BxV: jax.Array, is_enough) -> jax.Array:
 
 
 def _keep(mass_BxV: jax.Array, cutoff_B: jax.Array, ties_kept_B: Array) -> jax.Array:
-    """Sets masses below the cutoff to 0, and all but the first `ties_kept_B` masses equal to it."""
+    """Sets masses below the cutoff to 0, and masses equal to it after the first `ties_kept_B`."""
     blocks_BxRxN = _blocks(mass_BxV)
     ties_BxRxN = blocks_BxRxN == cutoff_B[:, None, None]
     count_BxR = jnp.sum(ties_BxRxN, axis=-1)

@@ -14,9 +14,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from opsd_jax import config as config_lib
-from opsd_jax.config import loading as config_files
+from opsd_jax.config import loading
+from opsd_jax.config.run_options import RunOptions
 from opsd_jax.data.task import Task
+from opsd_jax.options import ConfigError
 from opsd_jax.parallel import hosts
 from opsd_jax.storage import files, lease
 from opsd_jax.storage.files import Path
@@ -46,7 +47,7 @@ def locked(directory: Path, flag: str) -> Iterator[None]:
 
 def _lock(directory: Path, flag: str, stack: contextlib.ExitStack) -> None:
     """Locks a directory as `locked` does, until the stack is closed."""
-    in_use = config_lib.ConfigError(
+    in_use = ConfigError(
         f"{flag} {directory} is in use by another process; expected a free directory. Wait for "
         "that process or stop it."
     )
@@ -56,7 +57,7 @@ def _lock(directory: Path, flag: str, stack: contextlib.ExitStack) -> None:
         except lease.InUse as error:
             raise in_use from error
         except Exception as error:
-            raise config_lib.ConfigError(
+            raise ConfigError(
                 f"{flag} {directory} cannot be written ({files.reason(error)}); expected an "
                 "existing bucket, and credentials that may write to it."
             ) from error
@@ -67,7 +68,7 @@ def _lock(directory: Path, flag: str, stack: contextlib.ExitStack) -> None:
             raise PermissionError(13, "permission denied")
         lock = stack.enter_context((directory / "lock").open("w"))
     except OSError as error:
-        raise config_lib.ConfigError(
+        raise ConfigError(
             f"{flag} {directory} cannot be written ({error.strerror or error}); "
             "expected a directory that you may write to, or a path where you may create one."
         ) from error
@@ -78,7 +79,7 @@ def _lock(directory: Path, flag: str, stack: contextlib.ExitStack) -> None:
 
 
 @contextlib.contextmanager
-def claimed(config: ConfigDict, workdir: Path) -> Iterator[None]:
+def claimed(config: RunOptions, workdir: Path) -> Iterator[None]:
     """Locks a work directory for a run of this config while its block runs.
 
     Raises:
@@ -88,10 +89,10 @@ def claimed(config: ConfigDict, workdir: Path) -> Iterator[None]:
 
     def check() -> None:
         if (workdir / CONFIG).exists():
-            config_files.check_same(config, config_of(workdir), workdir)
-        files.write_atomically(workdir / CONFIG, config_files.to_json(config))
+            loading.check_same(config, config_of(workdir), workdir)
+        files.write_atomically(workdir / CONFIG, loading.to_json(config))
 
-    check_equal(config_files.flatten(config), "config")
+    check_equal(loading.flatten(config), "config")
     with locked(workdir, "--workdir"):
         hosts.from_first(check)
         hosts.together(lambda: _check_shared(workdir))
@@ -103,7 +104,7 @@ def _check_shared(workdir: Path) -> None:
     deadline = time.monotonic() + VISIBLE_SECONDS
     while not (workdir / CONFIG).exists():
         if time.monotonic() > deadline:
-            raise config_lib.ConfigError(
+            raise ConfigError(
                 f"host {hosts.number()} does not see the {CONFIG} that host 0 has written to "
                 f"--workdir {workdir}; expected a directory that all hosts share. Use one such as "
                 "gs://BUCKET/..."
@@ -125,7 +126,7 @@ def check_equal(mine: dict[str, Any], what: str) -> None:
             listed = "\n".join(
                 f"  {what}.{n}: {first.get(n, 'absent')}, {other.get(n, 'absent')}" for n in names
             )
-            raise config_lib.ConfigError(
+            raise ConfigError(
                 f"hosts differ (values on host 0, on host {number}):\n{listed}\nExpected equal "
                 "values. Give the same arguments and files to every host."
             )
@@ -178,7 +179,7 @@ def _check_data(now: dict[str, str], workdir: Path) -> None:
         if there.get(name) != now.get(name)
     ]
     if different:
-        raise config_lib.ConfigError(
+        raise ConfigError(
             f"{workdir} holds a run on other data (number and digest of the problems):\n"
             + "\n".join(different)
             + "\nTo resume that run, give the same files. To start a new run, give another "
@@ -196,20 +197,13 @@ def config_of(workdir: Path) -> ConfigDict:
     """
     path = workdir / CONFIG
     if not path.is_file():
-        raise config_lib.ConfigError(
+        raise ConfigError(
             f"--workdir {workdir} holds no run: {path} is missing. Expected the --workdir of "
             "`opsd-jax train`."
         )
-    flat = files.read_json(path)
-    config = config_files.from_flat(flat)
-    sections = {"evaluation", *config.stages}  # these have the default config's fields in any run
-    missing = [
-        field
-        for field in config_files.flatten(config_lib.default())
-        if field not in flat and ("." not in field or field.split(".")[0] in sections)
-    ]
-    if missing:
-        raise config_lib.ConfigError(
+    config = loading.from_flat(files.read_json(path))
+    if missing := loading.missing_fields(config):
+        raise ConfigError(
             f"{path} comes from another version of opsd_jax: it has no {', '.join(missing)}. Use "
             "the version that the run began with, or another --workdir."
         )

@@ -22,7 +22,7 @@ from opsd_jax.storage.files import Path
 from opsd_jax.training import metrics as metrics_lib
 from opsd_jax.training.checkpoint import DEFAULT_OPTIONS, CheckpointOptions, Checkpoints
 from opsd_jax.training.signals import Interrupted, StopSignal
-from opsd_jax.training.stage import Stage, StepData
+from opsd_jax.training.stage import Batch, Metric, Stage, StepData
 from opsd_jax.training.state import State, abstract_state, init_state
 from opsd_jax.training.step import batch_shardings, compile_train_step
 
@@ -89,7 +89,6 @@ def run_stage(
         checkpoints stay.
     """
     abstract = abstract_state(abstract_params, optimizer, stage.teacher, mesh)
-    shardings = batch_shardings(stage.empty_batch, mesh)
     with contextlib.ExitStack() as stack:
         began = time.monotonic()
         checkpoints = stack.enter_context(
@@ -99,33 +98,58 @@ def run_stage(
         if state is None:
             state = _initial_state(stage, optimizer, params(), abstract)
         writer = stack.enter_context(metrics_lib.writer(directory, start, options.wandb_project))
-        recorder = _Recorder(checkpoints, writer, report, options.max_nonfinite, began)
-        if start < stage.steps:
-            train_step = compile_train_step(stage, optimizer, abstract, mesh)
-        watchdog = stack.enter_context(Watchdog(directory.name))
-        # An implicit transfer waits for the device, or for the host, without anybody noticing.
-        stack.enter_context(jax.transfer_guard("disallow"))
-
-        for step in range(start, stage.steps):
-            watchdog.begin(step)
-            began = time.monotonic()
-            try:
-                data = stage.batches(step, state["params"])
-            except Interrupted:  # the resumed run makes this step's batches again
-                recorder.save(step, state, ended=began)
-                raise
-            totals = []
-            for batch in data.batches:
-                state, metrics = train_step(state, mesh_lib.placed(batch, shardings))
-                totals.append(metrics)
-            recorder.write_pending(ended=began)
-            recorder.add(step, totals, data)
-            signum = stop.received()
-            if (step + 1) % options.checkpoint_every == 0 or step + 1 == stage.steps or signum:
-                recorder.save(step + 1, state, ended=time.monotonic())
-            if signum:
-                raise Interrupted(signum)
+        if start >= stage.steps:
+            return state["params"]
+        compiled = compile_train_step(stage, optimizer, abstract, mesh)
+        shardings = batch_shardings(stage.empty_batch, mesh)
+        # An implicit transfer makes host and device wait for each other without any sign of it.
+        with Watchdog(directory.name) as watchdog, jax.transfer_guard("disallow"):
+            state = _run_steps(
+                range(start, stage.steps),
+                stage,
+                lambda state, batch: compiled(state, mesh_lib.placed(batch, shardings)),
+                state,
+                recorder=_Recorder(checkpoints, writer, report, options.max_nonfinite, began),
+                watchdog=watchdog,
+                stop=stop,
+                checkpoint_every=options.checkpoint_every,
+            )
         return state["params"]
+
+
+def _run_steps(
+    steps: range,
+    stage: Stage,
+    train_step: Callable[[State, Batch], tuple[State, dict[str, Metric]]],
+    state: State,
+    *,
+    recorder: _Recorder,
+    watchdog: Watchdog,
+    stop: StopSignal,
+    checkpoint_every: int,
+) -> State:
+    """Runs steps of a stage and returns the last state."""
+    for step in steps:
+        watchdog.begin(step)
+        began = time.monotonic()
+        try:
+            data = stage.batches(step, state["params"])
+        except Interrupted:  # the resumed run makes this step's batches again
+            recorder.save(step, state, ended=began)
+            raise
+        totals = []
+        for batch in data.batches:
+            state, metrics = train_step(state, batch)
+            totals.append(metrics)
+        recorder.write_pending(ended=began)
+        recorder.add(step, totals, data)
+        signum = stop.received()
+        completed = step + 1
+        if signum or completed % checkpoint_every == 0 or completed == stage.steps:
+            recorder.save(completed, state, ended=time.monotonic())
+        if signum:
+            raise Interrupted(signum)
+    return state
 
 
 def _initial_state(

@@ -13,6 +13,7 @@ import tiny_config
 from opsd_jax import config as config_lib
 from opsd_jax.cli import main
 from opsd_jax.config import loading
+from opsd_jax.config.run_options import parse_run
 from opsd_jax.models import safetensors
 from opsd_jax.run import pipeline
 from opsd_jax.run.parameters import Parameters
@@ -64,7 +65,7 @@ def finished(config, tmp_path):
     workdir = tmp_path / "run"
     (workdir / "sft").mkdir(parents=True)
     (workdir / "config.json").write_text(loading.to_json(config))
-    params = Parameters(config, workdir).initial()
+    params = Parameters(parse_run(config), workdir).initial()
     checkpoint.save_params(workdir / "sft" / "params", jax.tree.map(lambda x: x + 1, params))
     return workdir
 
@@ -172,7 +173,7 @@ def test_a_run_begins_with_the_weights_of_a_directory(source, config_file, tmp_p
     ("path", "message"),
     [
         ("", "model.path is ''; expected a directory with a Hugging Face config.json"),
-        ("/nowhere", "model.path is '/nowhere'; expected a directory of this machine"),
+        ("/nowhere", "model.path is '/nowhere'; expected a directory on this machine"),
     ],
 )
 def test_a_path_without_a_model_is_an_error_of_the_config(
@@ -180,7 +181,7 @@ def test_a_path_without_a_model_is_an_error_of_the_config(
 ):
     arguments = ["--config", str(config_file), "--workdir", str(tmp_path / "run")]
     assert main.main(["train", *arguments, f"--config.model.path={path}"]) == 2
-    assert f"config: {message}" in capsys.readouterr().err
+    assert f"config.{message}" in capsys.readouterr().err
 
 
 def test_weights_that_are_gone_when_they_are_read_are_an_error_of_the_config(
@@ -189,7 +190,7 @@ def test_weights_that_are_gone_when_they_are_read_are_an_error_of_the_config(
     config = config.copy_and_resolve_references()
     config.unlock()
     config.model = config_lib.pretrained(source)
-    this = pipeline.assemble(config, tmp_path)
+    this = pipeline.assemble(parse_run(config), tmp_path)
     (source / "model.safetensors").unlink()
     with pytest.raises(config_lib.ConfigError, match=r"config\.model: .*model\.safetensors cannot"):
         this.parameters.initial()

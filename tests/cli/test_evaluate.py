@@ -15,12 +15,12 @@ import tiny_tokenizer
 from paths import SHARED
 
 from opsd_jax import config as config_lib
-from opsd_jax.cli import evaluate as benchmark
-from opsd_jax.cli import main
+from opsd_jax.cli import evaluate, main
 from opsd_jax.config import loading
+from opsd_jax.config.run_options import parse_run
 from opsd_jax.data import sources
 from opsd_jax.evaluation import benchmarks
-from opsd_jax.evaluation import records as evaluate
+from opsd_jax.evaluation import records as records_lib
 from opsd_jax.problem import DataError
 from opsd_jax.rollout.collect import Collector, Rollouts
 from opsd_jax.run import pipeline
@@ -134,17 +134,17 @@ def test_after_a_kill_it_goes_on_to_the_same_files(whole, command, tmp_path, mon
     """Killed within the writing of a problem's records; the torn line is dropped, and what stands
     before it, in the order in which problems ended, is not sampled again.
     """
-    append, written = evaluate.append, []
+    append, written = records_lib.append, []
 
     def mortal(file, made):
         if len(written) == done:
-            torn = evaluate.to_lines(made)
+            torn = records_lib.to_lines(made)
             file.write(torn[: torn.index("\n") + 20])
             raise Crash
         written.append(problem_of(made))
         append(file, made)
 
-    monkeypatch.setattr(evaluate, "append", mortal)
+    monkeypatch.setattr(records_lib, "append", mortal)
     with pytest.raises(Crash):
         command("--out", tmp_path)
     assert len(written) == done
@@ -164,13 +164,13 @@ def test_killed_before_the_records_are_put_in_order(whole, command, tmp_path, mo
         raise Crash
 
     with monkeypatch.context() as patched:
-        patched.setattr(evaluate, "rewrite", mortal)
+        patched.setattr(records_lib, "rewrite", mortal)
         with pytest.raises(Crash):
             command("--out", tmp_path)
     there, expected = ((d / "responses.jsonl").read_text() for d in (tmp_path, whole))
     assert sorted(there.splitlines()) == sorted(expected.splitlines())
     assert there != expected
-    monkeypatch.setattr(evaluate, "append", None)
+    monkeypatch.setattr(records_lib, "append", None)
     assert command("--out", tmp_path)[0] == 0
     assert_same(tmp_path, whole, FILES)
 
@@ -180,8 +180,8 @@ def test_an_evaluation_within_a_run_goes_on_too(config, tmp_path, monkeypatch):
     with run.unlocked():
         run.stages = ()
         run.evaluation.problems = 20  # of which eight are in the making at once
-    pipeline.run(run, tmp_path / "whole")
-    append, written = evaluate.append, []
+    pipeline.run(parse_run(run), tmp_path / "whole")
+    append, written = records_lib.append, []
 
     def mortal(file, made):
         append(file, made)
@@ -189,11 +189,11 @@ def test_an_evaluation_within_a_run_goes_on_too(config, tmp_path, monkeypatch):
         if len(written) == 7:
             raise Crash
 
-    monkeypatch.setattr(evaluate, "append", mortal)
+    monkeypatch.setattr(records_lib, "append", mortal)
     with pytest.raises(Crash):
-        pipeline.run(run, tmp_path / "killed")
+        pipeline.run(parse_run(run), tmp_path / "killed")
     before = sorted(written)
-    pipeline.run(run, tmp_path / "killed")
+    pipeline.run(parse_run(run), tmp_path / "killed")
     whole, killed = (tmp_path / name / "untrained" for name in ("whole", "killed"))
     records = [json.loads(line) for line in (whole / "responses.jsonl").open()]
     in_order = [record["problem"] for record in records[::2]]
@@ -210,7 +210,7 @@ def test_an_evaluation_within_a_run_goes_on_too(config, tmp_path, monkeypatch):
 
 
 def test_a_signal_ends_it_before_the_next_chunk(whole, command, tmp_path, monkeypatch):
-    append, check, written, looks = evaluate.append, StopSignal.check, [], []
+    append, check, written, looks = records_lib.append, StopSignal.check, [], []
 
     def signalled(file, made):
         append(file, made)
@@ -222,7 +222,7 @@ def test_a_signal_ends_it_before_the_next_chunk(whole, command, tmp_path, monkey
         looks.append(len(written))
         check(stop)
 
-    monkeypatch.setattr(evaluate, "append", signalled)
+    monkeypatch.setattr(records_lib, "append", signalled)
     monkeypatch.setattr(StopSignal, "check", look)
     code, errors = command("--out", tmp_path)
     assert code == 143
@@ -260,8 +260,8 @@ def test_a_signal_loses_no_problem_that_was_sampled(whole, command, tmp_path, mo
 
 
 def test_an_evaluation_of_before_min_p_has_none():
-    assert not evaluate.differences({"top_k": 1}, {"top_k": 1, "min_p": 0.0})
-    assert evaluate.differences({}, {"min_p": 0.1}) == [("min_p", 0.0, 0.1)]
+    assert not records_lib.differences({"top_k": 1}, {"top_k": 1, "min_p": 0.0})
+    assert records_lib.differences({}, {"min_p": 0.1}) == [("min_p", 0.0, 0.1)]
 
 
 @pytest.mark.parametrize(
@@ -305,13 +305,13 @@ def test_an_extraction_that_raises_costs_its_answer_alone(task):
         truncated=np.array([False]),
         replies=[Verdict(False, "mismatch")],
     )
-    (record,) = evaluate.records(rollouts, own, 1)
+    (record,) = records_lib.records(rollouts, own, 1)
     assert record["extracted"] is None
     assert record["verdict"] == "mismatch"
 
 
 def test_a_finished_one_is_not_done_again(whole, command, monkeypatch):
-    monkeypatch.setattr(evaluate, "append", None)
+    monkeypatch.setattr(records_lib, "append", None)
     code, figures = command("--out", whole)
     assert code == 0
     assert figures["directory"] == str(whole)
@@ -321,7 +321,10 @@ def test_other_settings_are_refused(whole, command):
     code, errors = command("--out", whole, "--temperature", 0.5, "--samples", 4)
     assert code == 2
     assert "holds an evaluation with other settings:" in errors
-    assert "  samples: 2 there, 4 now\n  temperature: 1.0 there, 0.5 now" in errors
+    expected = (
+        "  samples: 2 in the directory, 4 now\n  temperature: 1.0 in the directory, 0.5 now\n"
+    )
+    assert expected in errors
 
 
 def test_other_weights_are_refused_and_another_place_is_not(tmp_path):
@@ -332,13 +335,13 @@ def test_other_weights_are_refused_and_another_place_is_not(tmp_path):
     with (tmp_path / "c" / "model.safetensors").open("r+b") as file:
         file.seek(5 * 10**5)
         file.write(b"y" * 10)
-    a, b, c = (evaluate.fingerprint(tmp_path / name) for name in "abc")
+    a, b, c = (records_lib.fingerprint(tmp_path / name) for name in "abc")
     assert a == b != c
     out, there = tmp_path / "out", {"model": "a", "weights": a}
-    evaluate.check_settings(out, there)
-    evaluate.check_settings(out, {"model": "b", "weights": b})
-    with pytest.raises(config_lib.ConfigError, match=f"weights: '{a}' there, '{c}' now"):
-        evaluate.check_settings(out, {"model": "a", "weights": c})
+    records_lib.check_settings(out, there)
+    records_lib.check_settings(out, {"model": "b", "weights": b})
+    with pytest.raises(config_lib.ConfigError, match=f"weights: '{a}' in the directory, '{c}' now"):
+        records_lib.check_settings(out, {"model": "a", "weights": c})
 
 
 def test_a_mesh_that_begins_with_a_minus():
@@ -355,7 +358,7 @@ def test_comparing(whole, command, workdir):
     change = json.loads((directory / "comparison.json").read_text())
     assert change == figures["comparison"]
     assert change["settings"] == [["top_k", 0, 5], ["min_p", 0.0, 0.1]]
-    records = (evaluate.read(side)[0] for side in (whole, directory))
+    records = (records_lib.read(side)[0] for side in (whole, directory))
     lengths = [sum(r["length"] for r in side) for side in records]
     assert change["d_length_percent"] == pytest.approx(100 * (lengths[1] / lengths[0] - 1))
     assert change["d_length_percent_low"] <= change["d_length_percent"]
@@ -369,7 +372,7 @@ def test_comparing(whole, command, workdir):
 def test_a_comparison_with_other_problems_is_refused_before_anything_is_sampled(
     whole, command, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(evaluate, "append", None)
+    monkeypatch.setattr(records_lib, "append", None)
     code, errors = command("--problems", 5, "--compare", whole)
     assert code == 2
     assert "of other problems: it has 9, this one has 5, and 5 are in both" in errors
@@ -423,7 +426,7 @@ def test_what_a_run_had_of_tpus_is_as_the_machine_has_it(tmp_path):
     config.model.update({"cache": "paged", "attention": "splash"})
     (tmp_path / "config.json").write_text(loading.to_json(config))
     arguments = main.parser().parse_args(["evaluate", "--workdir", str(tmp_path)])
-    _, evaluated = benchmark._config(arguments)
+    _, evaluated = evaluate.config_of(arguments)
     assert (evaluated.model.cache, evaluated.model.attention) == ("auto", "auto")
 
 

@@ -1,11 +1,12 @@
-"""Compiles decoding for TPUs that are not there: run by test_tpu.py.
+"""Compiles decoding for a TPU topology without the hardware; test_tpu.py runs it.
 
     python compile_decode.py TOPOLOGY DATAxFSDPxTENSOR dense|paged
         [--program chunk|step|prefill|insert] [--layers 36]
 
-Qwen3-8B's shapes, the parameters as decoding has them, 64 slots of 8,192 tokens, the cache donated.
-`chunk`, `prefill` (16 prompts of 1,024 tokens) and `insert` are what rollouts run; `step` takes the
-likeliest word, once, without a loop. Prints a JSON line; `main` says what is in it.
+The model has Qwen3-8B's shapes, with the parameters in the layout for decoding. There are 64 slots
+of 8,192 tokens, and the cache is donated. `chunk`, `prefill` (16 prompts of 1,024 tokens) and
+`insert` are programs of the rollout engine; `step` is one greedy decoding step without a loop.
+Prints one line of JSON; see `main` for its fields.
 """
 
 import argparse
@@ -25,8 +26,8 @@ from opsd_jax.planning import costs, hlo
 from opsd_jax.rollout import sampling, slots
 
 B, S, STEPS = 64, 8192, 64
-PROMPTS, PROMPT, ADMITTED = 16, 1024, 4
-LENGTHS = (np.arange(B) + 0.5) * (S / B)  # of the rows, for the account: half full on average
+PROMPTS, PROMPT, ROLLOUTS_PER_INSERT = 16, 1024, 4
+LENGTHS = (np.arange(B) + 0.5) * (S / B)  # assumed tokens in each row: half full on average
 
 
 def step(policy, params, cache, token, position):
@@ -44,9 +45,9 @@ def prefill(policy, params, cache, token, position, tokens, positions):
     return slots.prefill(policy, params, tokens, positions)
 
 
-def insert(policy, params, cache, token, position, prefilled, of_each):
-    state, rows = slots.Slots(slots.empty_rows(B), cache), slots.Rows(*(of_each,) * 5)
-    return slots.insert(slots.length_axes(policy), state, prefilled, of_each, of_each, rows)
+def insert(policy, params, cache, token, position, prefilled, values):
+    state, rows = slots.Slots(slots.empty_rows(B), cache), slots.Rows(*(values,) * 5)
+    return slots.insert(slots.length_axes(policy), state, prefilled, values, values, rows)
 
 
 def abstract_cache(model, mesh, *sizes):
@@ -54,39 +55,41 @@ def abstract_cache(model, mesh, *sizes):
     return abstract_of(shapes, mesh_lib.tree_shardings(mesh, model.cache_rules, shapes, "cache"))
 
 
-def of_chunk(model, mesh):
-    of_call = jax.random.key(0), sampling.params(151_936, stop=(151_645,))
-    shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, of_call))
+def chunk_arguments(model, mesh):
+    arguments = jax.random.key(0), sampling.params(151_936, stop=(151_645,))
+    shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, arguments))
     return abstract_of(shapes, jax.tree.map(lambda _: mesh_lib.replicated(mesh), shapes))
 
 
-def of_prefill(model, mesh):
+def prefill_arguments(model, mesh):
     prompts = jax.ShapeDtypeStruct((PROMPTS, PROMPT), jnp.int32, sharding=mesh_lib.rows(mesh))
     return prompts, prompts
 
 
 def insert_arguments(model, mesh):
-    of_each = jax.ShapeDtypeStruct((ADMITTED,), jnp.int32, sharding=mesh_lib.replicated(mesh))
-    return abstract_cache(model, mesh, PROMPTS, PROMPT), of_each
+    values = jax.ShapeDtypeStruct(
+        (ROLLOUTS_PER_INSERT,), jnp.int32, sharding=mesh_lib.replicated(mesh)
+    )
+    return abstract_cache(model, mesh, PROMPTS, PROMPT), values
 
 
-# The programs, and their arguments beyond those that all have.
+# Each program, and its arguments after the parameters, the cache, the tokens and the positions.
 PROGRAMS = {
     "step": (step, lambda model, mesh: ()),
-    "chunk": (chunk, of_chunk),
-    "prefill": (prefill, of_prefill),
+    "chunk": (chunk, chunk_arguments),
+    "prefill": (prefill, prefill_arguments),
     "insert": (insert, insert_arguments),
 }
 
 
 def compiled(model, mesh, name):
-    """The program, and the shapes of its parameters and cache with their shardings."""
+    """Returns the program, and the shapes and shardings of its parameters and its cache."""
     shapes = jax.eval_shape(lambda: model.decode_params(model.init(jax.random.key(0))))
     params = abstract_of(shapes, mesh_lib.tree_shardings(mesh, model.decode_rules, shapes))
     cache = abstract_cache(model, mesh, B, S)
-    program, more = PROGRAMS[name]
+    program, more_arguments = PROGRAMS[name]
     row = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=mesh_lib.rows(mesh))
-    arguments = params, cache, row, row, *more(model, mesh)
+    arguments = params, cache, row, row, *more_arguments(model, mesh)
     with jax.set_mesh(mesh):
         jitted = jax.jit(
             lambda *args: program(model.policy, *args),
@@ -95,12 +98,11 @@ def compiled(model, mesh, name):
             if name == "insert"
             else None,
         )
-        done = jitted.lower(*arguments).compile()
-    return done, params, cache
+        return jitted.lower(*arguments).compile(), params, cache
 
 
 def kernel_bytes(cache, mesh):
-    """What the kernel reads on a device: of each row, whole blocks of pages."""
+    """Returns the bytes that the kernel reads on a device: whole blocks of pages of each row."""
     rows = LENGTHS[:: mesh_lib.row_shards(mesh)]
     total = 0
     for layer in cache:
@@ -118,7 +120,7 @@ def main(arguments) -> None:
     sizes = {"cache": arguments.cache, "num_layers": arguments.layers}
     model = decoder.from_config(config_lib.preset("qwen3-8b", **sizes))
     done, params, cache = compiled(model, mesh, arguments.program)
-    # The rule cuts no words: the branch that would look for the likeliest is not taken.
+    # No sampling parameter restricts the vocabulary, so the cheapest branch of `draw` runs.
     program, memory = hlo.Program(done.as_text(), lightest=True), done.memory_analysis()
     in_loop = arguments.program == "chunk"
     everything = costs.accesses(program)
@@ -126,12 +128,12 @@ def main(arguments) -> None:
     around = [access for access in everything if in_loop and not access.loops]
     kernel = kernel_bytes(cache, mesh) if arguments.cache == "paged" else 0
     collectives = [c.elements for c in costs.collectives(program) if bool(c.loops) == in_loop]
-    # Every weight is read but for the embedding, of which a row a slot is.
+    # A step reads every weight except the embedding, of which it reads one row per slot.
     weights = sum(map(mesh_lib.shard_bytes, jax.tree.leaves(params))) - mesh_lib.shard_bytes(
         params["embedding"]
     )
     leaves = list(map(mesh_lib.shard_bytes, jax.tree.leaves(cache)))
-    of_a_step = (
+    step_bytes = (
         sum(a.bytes * hlo.trip_count(a.loops[1:]) for a in moved)
         + sum(a.bytes for a in around) / STEPS
         + kernel
@@ -139,15 +141,16 @@ def main(arguments) -> None:
     gib = {
         "argument": memory.argument_size_in_bytes,
         "temp": memory.temp_size_in_bytes,
-        "weights": weights,  # that a step has to read
-        "live_cache": sum(leaves) * LENGTHS.mean() / S,  # likewise
-        "moved": of_a_step,  # to and from HBM, with its share of what a chunk moves around its loop
-        "kernel": kernel,  # of which the kernel's reads
+        "weights": weights,  # weights that a step has to read
+        "filled_cache": sum(leaves) * LENGTHS.mean() / S,  # cache entries that a step has to read
+        # HBM traffic of a step, including its part of the traffic outside of the chunk's loop.
+        "moved": step_bytes,
+        "kernel": kernel,  # the kernel's reads, included in "moved"
     }
     seen = {name: round(size / 2**30, 4) for name, size in gib.items()}
-    seen["ratio"] = seen["moved"] / (seen["weights"] + seen["live_cache"])
-    seen["largest_collective"] = max(collectives, default=0)  # in the loop, elements
-    # By one instruction of the loop, as a part of a leaf of the cache; 1 would be a copy of it.
+    seen["ratio"] = seen["moved"] / (seen["weights"] + seen["filled_cache"])
+    seen["largest_collective"] = max(collectives, default=0)  # elements, in the loop
+    # Largest write of one instruction, as a fraction of a cache leaf; copying the leaf gives 1.
     seen["largest_write"] = max(access.written for access in moved) / min(leaves)
     if not in_loop:
         everywhere = [a for a in costs.accesses(program, vmem=True) if not a.loops]

@@ -1,10 +1,11 @@
-"""Compiles the OPSD loss with its gradient for a TPU pod that is not there: run by test_tpu.py.
+"""Compiles the OPSD loss and its gradient for a TPU slice, without TPUs; test_tpu.py runs it.
 
     python compile_losses.py TOPOLOGY DATAxFSDPxTENSOR ours|plain
 
-Qwen3-8B's shapes: 64 responses of 4,096 tokens, hidden states of 4,096, 151,936 words; a bfloat16
-head whose rows lie over fsdp and whose vocabulary over tensor. `plain` is a scan over chunks that
-the partitioner is left alone with. Prints a JSON line.
+The shapes are those of Qwen3-8B: 64 responses of 4,096 tokens, hidden states of width 4,096, and a
+vocabulary of 151,936. The head is bfloat16, with its rows split over the mesh axis fsdp and its
+vocabulary over tensor. `ours` is the loss of this library. `plain` is a scan over chunks without a
+partition, which the compiler partitions. The script prints one line of JSON.
 """
 
 import json
@@ -22,8 +23,6 @@ from opsd_jax.parallel.mesh import AXES, ROWS
 from opsd_jax.planning import costs, hlo
 
 B, T, D, V = 64, 4096, 4096, 151_936
-
-
 CHUNK = 512
 
 
@@ -31,19 +30,19 @@ def unembed(head, hidden):
     return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
 
 
-def ours(head, hidden, teacher_head, teacher_hidden, mask, groups):
+def ours(head, hidden, teacher_head, teacher_hidden, mask, outcomes):
     out = losses.opsd(
         student=losses.Head(unembed, head, hidden),
         teacher=losses.Head(unembed, teacher_head, teacher_hidden),
         mask=mask,
-        groups=groups,
+        outcomes=outcomes,
         chunk=CHUNK,
         partition=P(ROWS),
     )
     return out.sum, (out.weight, out.metric("divergence"))
 
 
-def plain(head, hidden, teacher_head, teacher_hidden, mask, groups):
+def plain(head, hidden, teacher_head, teacher_hidden, mask, outcomes):
     @jax.checkpoint
     def add(total, states):
         student, teacher = (unembed(*x) for x in zip((head, teacher_head), states, strict=True))
@@ -66,14 +65,14 @@ def main(topology: str, shape: str, form: str) -> None:
 
     head = array(jnp.bfloat16, (D, V), P("fsdp", "tensor"))
     hidden = array(jnp.bfloat16, (B, T, D), P(ROWS))
-    mask, group = array(jnp.bool_, (B, T), P(ROWS)), array(jnp.bool_, (B,), P(ROWS))
+    mask, outcome = array(jnp.bool_, (B, T), P(ROWS)), array(jnp.bool_, (B,), P(ROWS))
 
     with jax.set_mesh(mesh):
         gradient = jax.jit(
             jax.value_and_grad({"ours": ours, "plain": plain}[form], argnums=(0, 1), has_aux=True),
             out_shardings=(None, (head.sharding, hidden.sharding)),
         )
-        compiled = gradient.lower(head, hidden, head, hidden, mask, (group,) * 3).compile()
+        compiled = gradient.lower(head, hidden, head, hidden, mask, (outcome,) * 3).compile()
     memory = compiled.memory_analysis()
     found = costs.collectives(hlo.Program(compiled.as_text()))
     largest = lambda looped: max((c.elements for c in found if bool(c.loops) == looped), default=0)

@@ -1,9 +1,9 @@
-"""Compiles the moves of weights for a TPU that is not there: run by test_tpu.py.
+"""Compiles the loading and saving of weights for a TPU that is not attached; test_tpu.py runs it.
 
     python compile_weights.py TOPOLOGY DATAxFSDPxTENSOR PARAM_DTYPE
 
-Qwen3-8B's shapes, from bfloat16 pieces. Prints a JSON line: the largest temporaries of a program,
-in MiB, and whether each writes into the array that it is given.
+The model is Qwen3-8B, stored in bfloat16. Prints a JSON line with the largest temporary memory of a
+program in MiB, and whether every update of a parameter is in place.
 """
 
 import json
@@ -29,18 +29,18 @@ def main(topology: str, shape: str, param_dtype: str) -> None:
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.replicated(mesh))
     temporaries, in_place = 0, True
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
-        tensor = weights.tensors_of(mesh_lib.path_name(path), leaf.shape)[0]
-        pieces = weights.pieces_of(leaf, tensor, itemsize=2)
+        layout = weights.layouts_of(mesh_lib.path_name(path), leaf.shape)[0]
+        pieces = weights.pieces_of(leaf, layout, itemsize=2)
         sharding = NamedSharding(mesh, pieces.piece_spec)
         piece = jax.ShapeDtypeStruct(pieces.shape, jnp.bfloat16, sharding=sharding)
         where = {
-            "order": tensor.order,
+            "order": layout.order,
             "mesh": pieces.mesh,
             "specs": (pieces.spec, pieces.piece_spec),
         }
-        put = weights._put.lower(leaf, piece, number, number, **where).compile()
+        put = weights.put_piece.lower(leaf, piece, number, number, **where).compile()
         stored = {"rows": pieces.rows, "dtype": safetensors.DTYPES["BF16"]}
-        take = weights._take.lower(leaf, number, number, **where, **stored).compile()
+        take = weights.take_piece.lower(leaf, number, number, **where, **stored).compile()
         for memory in (put.memory_analysis(), take.memory_analysis()):
             temporaries = max(temporaries, memory.temp_size_in_bytes)
         memory = put.memory_analysis()

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import tiny_config
-from paths import CONFIGS
+from paths import CONFIGS, ROOT
 
 from opsd_jax import config as config_lib
 from opsd_jax.cli import main
-from opsd_jax.config import loading
+from opsd_jax.config import fields, loading
 from opsd_jax.config.run_options import parse_run
 from opsd_jax.run import pipeline
 from opsd_jax.run.workdir import claimed
@@ -359,3 +359,15 @@ def test_every_config_loads_and_names_itself(path):
     text = path.read_text()
     named = {f"--config configs/{path.name}", f"--config {path.stem} "}
     assert any(name in text for name in named)
+
+
+def test_the_page_of_fields_is_current():
+    page = (ROOT / "docs" / "config.md").read_text()
+    assert page == fields.for_page(), "remake it: python -m opsd_jax.config.fields > docs/config.md"
+
+
+def test_every_field_says_what_it_does():
+    for _, listed in fields.all_fields():
+        for field in listed:
+            assert field.description, field.name
+            assert "\n" not in field.description, field.name

@@ -47,13 +47,19 @@ def test_the_version_is_stated_once():
     assert importlib.metadata.version("opsd-jax") == opsd_jax.__version__
 
 
-def test_the_wheel_has_every_package_and_the_configs():
+def test_the_wheel_has_every_package_the_configs_and_the_data_files():
     folders = {path.parent for path in PACKAGE.rglob("*.py")}
     packages = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
     assert sorted(SETUPTOOLS["packages"]) == sorted(packages | {"opsd_jax.configs"})
     assert ROOT / SETUPTOOLS["package-dir"]["opsd_jax.configs"] == CONFIGS
-    assert SETUPTOOLS["package-data"] == {"opsd_jax": ["py.typed"]}
-    assert (PACKAGE / "py.typed").exists()
+    others = {p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert PACKAGE / "py.typed" in others
+    assert others == {
+        path
+        for package, patterns in SETUPTOOLS["package-data"].items()
+        for pattern in patterns
+        for path in (ROOT / package.replace(".", "/")).glob(pattern)
+    }
 
 
 def test_the_commands_of_contributing_name_files_that_exist():

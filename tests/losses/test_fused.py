@@ -1,4 +1,4 @@
-"""From hidden states, chunk by chunk: any head, any mesh, no [tokens, vocabulary] array."""
+"""Losses from hidden states: any head, any mesh, and no array [tokens, vocabulary]."""
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +32,8 @@ def data():
         "hidden": normal(B, T, D),
         "teacher_hidden": normal(B, T, D),
         "mask": np.arange(T) < np.array([6, 1, 3, 0, 4, 5, 2, 6])[:, None],
-        "groups": tuple(np.arange(B) % 3 == g for g in range(3)),
-        "tokens": rng.integers(0, V - 2, (B, T)),  # two words are padding to one of the heads
+        "outcomes": tuple(np.arange(B) % 3 == i for i in range(3)),
+        "tokens": rng.integers(0, V - 2, (B, T)),  # one of the heads has two entries of padding
         "behaviour_logprobs": -rng.uniform(1, 4, (B, T)).astype(np.float32),
         "advantages": rng.normal(size=B).astype(np.float32),
     }
@@ -65,14 +65,14 @@ JOINT = {
 
 
 def joint(data, fused, unembed=HEADS["plain"], params=None, hidden=None, **arguments):
-    """Everything at once: both objectives, from logits or from heads."""
+    """Computes the joint objective, from logits or from heads."""
     params = data["params"] if params is None else params
     hidden = data["hidden"] if hidden is None else hidden
     student = losses.Head(unembed, params, hidden)
     teacher = losses.Head(unembed, data["teacher_params"], data["teacher_hidden"])
     if not fused:
         student, teacher = (x.unembed(x.params, x.hidden) for x in (student, teacher))
-    names = ("mask", "groups", "tokens", "behaviour_logprobs", "advantages")
+    names = ("mask", "outcomes", "tokens", "behaviour_logprobs", "advantages")
     given = {name: data[name] for name in names} | JOINT | arguments
     return losses.joint(student=student, teacher=teacher, **given)
 
@@ -99,7 +99,7 @@ def assert_tree_near(got, expected, relative=1e-5):
 
 @pytest.mark.parametrize("chunk", [1, 7, 128, None])
 @pytest.mark.parametrize("unembed", HEADS.values(), ids=HEADS)
-def test_heads_of_every_kind(data, unembed, chunk):
+def test_heads_of_every_kind_agree_with_logits(data, unembed, chunk):
     expected = value_and_grad(data, False, unembed=unembed)
     got = value_and_grad(data, True, unembed=unembed, chunk=chunk)
     assert_tree_near(got, expected)
@@ -112,8 +112,8 @@ def test_heads_of_every_kind(data, unembed, chunk):
     ids=lambda shape: "x".join(map(str, shape)),
 )
 @pytest.mark.parametrize("tied", [False, True], ids=["kernel", "tied"])
-def test_a_mesh_changes_nothing(data, mesh, tied):
-    """Rows over data and fsdp, the head over fsdp and its vocabulary over tensor."""
+def test_a_mesh_does_not_change_the_loss(data, mesh, tied):
+    """Rows are split over data and fsdp, and the vocabulary of the head over tensor."""
     unembed = HEADS["tied" if tied else "biased"]
     expected = value_and_grad(data, False, unembed=unembed)
     devices = jax.devices()[: int(np.prod(mesh))]
@@ -134,7 +134,7 @@ def test_a_mesh_changes_nothing(data, mesh, tied):
         assert_tree_near(run(sharded), expected)
 
 
-def test_tokens_may_be_split_too(data):
+def test_tokens_can_be_split_over_a_mesh_axis(data):
     expected = value_and_grad(data, False)
     mesh = mesh_lib.make_mesh((2, 2, 1), jax.devices()[:4])
     narrow = {k: x[:, :4] if getattr(x, "shape", ())[:2] == (B, T) else x for k, x in data.items()}
@@ -145,7 +145,7 @@ def test_tokens_may_be_split_too(data):
 
 
 def inner_jaxprs(jaxpr):
-    """A jaxpr and all that its equations hold."""
+    """Yields a jaxpr and all jaxprs inside its equations."""
     yield jaxpr
     for eqn in jaxpr.eqns:
         for value in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")):
@@ -156,37 +156,36 @@ def inner_jaxprs(jaxpr):
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "logits"])
-def test_no_array_of_tokens_by_words_and_the_head_multiplied_once(fused):
-    """Read off the program of a loss and its gradient, which is run forwards and backwards."""
-    tokens, words, chunk = 64, 96, 16
-    shapes = jnp.zeros((1, tokens, D)), jnp.zeros((D, words))
+def test_no_array_of_tokens_by_vocabulary_and_no_repeated_matmul(fused):
+    """Reads sizes of arrays and the number of matmuls from the jaxpr of a loss and its gradient."""
+    tokens, vocab, chunk = 64, 96, 16
+    shapes = jnp.zeros((1, tokens, D)), jnp.zeros((D, vocab))
 
     def loss(hidden, kernel):
         head = losses.Head(lambda w, h: dot(h, w), kernel, hidden)
-        scores = head if fused else dot(hidden, kernel)
         return losses.opsd(
-            student=scores,
+            student=head if fused else dot(hidden, kernel),
             teacher=losses.Head(lambda w, h: dot(h, w), kernel + 1, hidden),
             mask=jnp.ones((1, tokens), bool),
-            groups=(jnp.ones(1, bool), jnp.zeros(1, bool), jnp.zeros(1, bool)),
+            outcomes=(jnp.ones(1, bool), jnp.zeros(1, bool), jnp.zeros(1, bool)),
             chunk=chunk,
         ).sum
 
     program = jax.make_jaxpr(jax.grad(loss, (0, 1)))(*shapes).jaxpr
-    sizes, products = [], 0
+    sizes, matmuls = [], 0
     for jaxpr in inner_jaxprs(program):
         for eqn in jaxpr.eqns:
             sizes += [var.aval.size for var in eqn.outvars]
-            products += eqn.primitive.name == "dot_general"
-    assert (max(sizes) < tokens * words) == fused
-    assert max(sizes) >= chunk * words
-    # The student's logits, the teacher's, and the two gradients of the student's.
-    assert products == 4
+            matmuls += eqn.primitive.name == "dot_general"
+    assert (max(sizes) < tokens * vocab) == fused
+    assert max(sizes) >= chunk * vocab
+    # The logits of the student and of the teacher, and the two gradients of the student.
+    assert matmuls == 4
 
 
 def test_memory_does_not_grow_with_the_tokens():
-    """Compiled: the temporaries of four times the tokens, beside the hidden states themselves."""
-    words = 4096
+    """Compares the temporary memory of the compiled loss at 256 and at 1,024 tokens."""
+    vocab = 4096
 
     def temporaries(tokens):
         def loss(hidden, kernel, mask):
@@ -198,38 +197,38 @@ def test_memory_does_not_grow_with_the_tokens():
         f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
         mask = jax.ShapeDtypeStruct((1, tokens), bool)
         compiled = (
-            jax.jit(jax.grad(loss, (0, 1))).lower(f32(1, tokens, D), f32(D, words), mask).compile()
+            jax.jit(jax.grad(loss, (0, 1))).lower(f32(1, tokens, D), f32(D, vocab), mask).compile()
         )
         return compiled.memory_analysis().temp_size_in_bytes
 
     few, many = temporaries(256), temporaries(1024)
-    assert few < 256 * words * 4  # one [tokens, words] array
-    assert many - few < 0.1 * (1024 - 256) * words * 4
+    assert few < 256 * vocab * 4  # one array [tokens, vocabulary]
+    assert many - few < 0.1 * (1024 - 256) * vocab * 4
 
 
-def test_tokens_without_weight_are_not_looked_at(data):
-    """NaN and infinity there, in scores and inputs, for values, gradients and diagnostics."""
-    dead = ~data["mask"]
+def test_tokens_without_weight_have_no_effect(data):
+    """NaN and infinity in their states and inputs change no value, gradient or diagnostic."""
+    masked = ~data["mask"]
     spoilt = dict(data)
     for name in ("hidden", "teacher_hidden"):
-        spoilt[name] = jnp.where(dead[..., None], jnp.nan, data[name])
-    spoilt["behaviour_logprobs"] = np.where(dead, np.inf, data["behaviour_logprobs"])
-    spoilt["tokens"] = np.where(dead, -100, data["tokens"])
+        spoilt[name] = jnp.where(masked[..., None], jnp.nan, data[name])
+    spoilt["behaviour_logprobs"] = np.where(masked, np.inf, data["behaviour_logprobs"])
+    spoilt["tokens"] = np.where(masked, -100, data["tokens"])
     expected = value_and_grad(data, True, chunk=5)
     got = value_and_grad(spoilt, True, chunk=5)
     assert_tree_near(got, expected)
-    np.testing.assert_array_equal(got[1][1][dead], 0)
+    np.testing.assert_array_equal(got[1][1][masked], 0)
 
     logits = [dot(spoilt[f"{x}hidden"], data[f"{x}params"]["kernel"]) for x in ("", "teacher_")]
     loss = lambda student: logits_loss(spoilt, student=student, teacher=logits[1]).sum
     value, gradient = jax.value_and_grad(loss)(logits[0])
     assert np.isfinite(value)
-    np.testing.assert_array_equal(gradient[dead], 0)
+    np.testing.assert_array_equal(gradient[masked], 0)
     assert np.isfinite(gradient).all()
 
 
-def test_masked_is_compressed_and_padding_is_nothing(data):
-    """Rows alone, without their padding, and with more of it on either side."""
+def test_padding_on_either_side_has_no_effect(data):
+    """Compares with rows one by one without padding, and with more padding on either side."""
     expected, (_, of_hidden) = value_and_grad(data, True)
     by_token = [k for k, x in data.items() if np.shape(x)[:2] == (B, T)]
     total = 0.0
@@ -237,7 +236,7 @@ def test_masked_is_compressed_and_padding_is_nothing(data):
         n = int(data["mask"][b].sum())
         row = {k: data[k][b : b + 1, :n] for k in by_token}
         row |= {"advantages": data["advantages"][b : b + 1]}
-        row |= {"groups": tuple(g[b : b + 1] for g in data["groups"])}
+        row |= {"outcomes": tuple(x[b : b + 1] for x in data["outcomes"])}
         total += float(jax.jit(lambda row: joint(data | row, True)[0].sum)(row))
     assert_near(total, expected[0])
     for left, right in ((3, 0), (2, 5)):
@@ -249,8 +248,7 @@ def test_masked_is_compressed_and_padding_is_nothing(data):
             assert_near(gradient[:, left : left + T], of_hidden)
 
 
-def test_no_row_passes_the_gate(data):
-    """A sum and a weight of 0, and gradients of 0."""
+def test_a_batch_without_active_rows_has_a_loss_and_gradients_of_0(data):
     nothing = tuple(np.zeros(B, bool) for _ in range(3))
 
     def loss(params):
@@ -258,7 +256,7 @@ def test_no_row_passes_the_gate(data):
             student=losses.Head(HEADS["plain"], params, data["hidden"]),
             teacher=losses.Head(HEADS["plain"], data["teacher_params"], data["teacher_hidden"]),
             mask=data["mask"],
-            groups=nothing,
+            outcomes=nothing,
         )
         return out.mean, out
 
@@ -269,7 +267,7 @@ def test_no_row_passes_the_gate(data):
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "logits"])
-def test_gradients_flow_into_the_student_alone(data, fused):
+def test_only_the_student_gets_gradients(data, fused):
     def loss(others):
         return joint(data | others, fused)[0].sum
 
@@ -281,8 +279,8 @@ def test_gradients_flow_into_the_student_alone(data, fused):
         np.testing.assert_array_equal(leaf, 0)
 
 
-def test_token_values_are_differentiated_for_any_cotangent(data):
-    """A sum of squares, which is no weighted sum of the values."""
+def test_token_values_can_be_differentiated_for_any_cotangent(data):
+    """The objective is a sum of squares, which is not a weighted sum of the values."""
 
     def objective(params, hidden, fused):
         student = losses.Head(HEADS["biased"], params, hidden)
@@ -298,8 +296,8 @@ def test_token_values_are_differentiated_for_any_cotangent(data):
     assert_tree_near(run(params, data["hidden"], True), run(params, data["hidden"], False))
 
 
-def test_without_a_gradient_none_is_made(data):
-    """Evaluation: the same values from a program without the products of the gradients."""
+def test_a_loss_that_is_not_differentiated_computes_no_gradient(data):
+    """The values are the same, and the jaxpr has no matmuls for gradients."""
     loss = lambda hidden: joint(data, True, hidden=hidden, policy=losses.PolicyGradient())[0].sum
     count = lambda f: sum(
         eqn.primitive.name == "dot_general"
@@ -312,7 +310,7 @@ def test_without_a_gradient_none_is_made(data):
 
 @pytest.mark.parametrize("options", [losses.OPSD(), losses.OPSD(divergence="jsd", top_k=4)])
 def test_bfloat16(options):
-    """Hidden states and head in bfloat16, products and all after them in float32."""
+    """Hidden states and head are bfloat16; logits and everything after them are float32."""
     rng = np.random.default_rng(0)
     low = lambda *shape: jnp.asarray(rng.normal(0, 1, shape), jnp.bfloat16)
     student, teacher = ((low(D, V), low(4, T, D)) for _ in range(2))
@@ -326,7 +324,7 @@ def test_bfloat16(options):
             student=heads[0],
             teacher=heads[1],
             mask=np.ones((4, T), bool),
-            groups=(np.ones(4, bool), np.zeros(4, bool), np.zeros(4, bool)),
+            outcomes=(np.ones(4, bool), np.zeros(4, bool), np.zeros(4, bool)),
             options=options,
             chunk=5,
         ).mean
@@ -334,14 +332,14 @@ def test_bfloat16(options):
     run = jax.value_and_grad(loss, argnums=(0, 1))
     value, gradients = run(*student, jnp.bfloat16)
     exact, exact_gradients = run(*(x.astype(jnp.float32) for x in student), jnp.float32)
-    assert_near(value, exact)  # inputs are the same numbers, and sums are float32 on both sides
+    assert_near(value, exact)  # the inputs are the same numbers, and all sums are float32
     # Each chunk's gradient of the head is rounded to bfloat16 once, and the result once: 2^-8 each.
     for got, expected in zip(gradients, exact_gradients, strict=True):
         assert got.dtype == jnp.bfloat16
         assert_near(got, expected, 3 * 2**-8)
 
 
-# What cannot be right.
+# Invalid arguments.
 
 
 def logits_loss(data, **changes):
@@ -349,18 +347,25 @@ def logits_loss(data, **changes):
         "student": dot(data["hidden"], data["params"]["kernel"]),
         "teacher": losses.Head(HEADS["plain"], data["teacher_params"], data["teacher_hidden"]),
     }
-    names = ("mask", "groups", "tokens", "behaviour_logprobs")
+    names = ("mask", "outcomes", "tokens", "behaviour_logprobs")
     arguments |= {name: data[name] for name in names}
     return losses.opsd(**arguments | changes)
 
 
 BAD = {
+    "top_k of sampled tokens": (
+        {"options": losses.OPSD(divergence="jsd,sampled_kl,jsd", top_k=3)},
+        "top_k is 3 with divergence 'jsd,sampled_kl,jsd'.*expected top_k 0",
+    ),
     "ranks": ({"mask": np.ones(T, bool)}, r"mask is bool with shape \[6\]; expected bool \[rows"),
     "numbers as mask": (
         {"mask": np.ones((B, T))},
         r"mask is float32 with shape \[8, 6\]; expected",
     ),
-    "two groups": ({"groups": (np.ones(B, bool),) * 2}, r"groups are 2; expected \(correct"),
+    "two outcomes": (
+        {"outcomes": (np.ones(B, bool),) * 2},
+        r"outcomes has 2 masks; expected 3 \(correct",
+    ),
     "no teacher": ({"teacher": None}, "teacher is None; expected logits or a Head"),
     "chunk": (
         {"student": losses.Head(lambda p, h: dot(h, p), np.ones((D, V)), np.ones((B, T, D)))}
@@ -369,7 +374,7 @@ BAD = {
     ),
     "no window": (
         {"options": losses.OPSD(skip_first=3, first_only=3)},
-        "first_only is 3 and skip_first 3; expected tokens between",
+        "first_only is 3 and skip_first is 3, which leaves no tokens; expected",
     ),
     "gate's name": ({"options": losses.OPSD(gate="all")}, "gate is 'all'; expected weights"),
     "flat logits": (
@@ -378,22 +383,22 @@ BAD = {
     ),
     "lengths": (
         {"student": np.zeros((B, T + 1, V))},
-        r"student has shape \[8, 7, 12\]; expected \[rows, tokens\] \[8, 6\] first",
+        r"student has shape \[8, 7, 12\]; expected \[8, 6\] as its first two axes",
     ),
     "teacher's length": (
         {"teacher": losses.Head(HEADS["plain"], {"kernel": np.zeros((D, V))}, np.zeros((B, 9, D)))},
-        r"teacher.hidden has shape \[8, 9, 5\]; expected \[rows, tokens\] \[8, 6\] first",
+        r"teacher.hidden has shape \[8, 9, 5\]; expected \[8, 6\] as its first two axes",
     ),
     "vocabularies": (
         {"teacher": np.zeros((B, T, V + 4))},
-        "student and teacher have 12 and 16 words; expected one vocabulary",
+        "student has a vocabulary of 12 and teacher one of 16; expected the same size",
     ),
     "tokens": (
         {"tokens": np.zeros((B, T + 1), int)},
         r"tokens has shape \[8, 7\]; expected \[8, 6\]",
     ),
-    "groups": (
-        {"groups": (np.ones(B, bool), np.ones(B + 1, bool), np.ones(B, bool))},
+    "outcomes": (
+        {"outcomes": (np.ones(B, bool), np.ones(B + 1, bool), np.ones(B, bool))},
         r"incorrect has shape \[9\]; expected \[8\]",
     ),
     "row weight": ({"row_weight": np.ones(3)}, r"row_weight has shape \[3\]; expected \[8\]"),
@@ -403,7 +408,7 @@ BAD = {
     ),
     "two divergences": (
         {"options": losses.OPSD(divergence="jsd,jsd")},
-        "divergence is 'jsd,jsd'; expected one, or one for each of three groups",
+        "divergence is 'jsd,jsd'; expected one name, or three with commas",
     ),
     "beta": ({"options": losses.OPSD(beta=1.5)}, r"beta is 1.5; expected a number in \[0, 1\]"),
     "alpha": ({"options": losses.OPSD(alpha=0.0)}, "alpha is 0.0"),
@@ -445,13 +450,16 @@ BAD_POLICY = {
     "length": ({"options": losses.PRESETS["dr_grpo"]}, "length is 0.0; expected a number in"),
     "dual clip of cispo": (
         {"options": losses.PolicyGradient(clip="cispo", dual_clip=3.0)},
-        "dual_clip is 3.0 with clip 'cispo'; expected 0",
+        "dual_clip is 3.0 with clip 'cispo'; expected dual_clip 0",
     ),
     "ratio": ({"options": losses.PolicyGradient(ratio="row")}, "ratio is 'row'; expected one of"),
     "clip": ({"options": losses.PolicyGradient(clip="min")}, "clip is 'min'; expected one of"),
     "clip_low": ({"options": losses.PolicyGradient(clip_low=-0.1)}, "clip_low is -0.1"),
     "dual_clip": ({"options": losses.PolicyGradient(dual_clip=0.5)}, "dual_clip is 0.5"),
-    "axis": ({"partition": P("rows")}, r"names the axis 'rows'; the mesh in context has none"),
+    "axis": (
+        {"partition": P("rows")},
+        r"names the axis 'rows'; expected an axis of the mesh in context, which has none",
+    ),
 }
 
 
@@ -467,8 +475,8 @@ def test_bad_arguments_of_the_policy_gradient(data, changes, message):
         jax.eval_shape(lambda: losses.policy_gradient(**arguments | changes).sum)
 
 
-def test_a_mesh_that_cannot_be(data):
-    """Explicit axes, and a shard_map of the caller's that checks replication."""
+def test_a_mesh_that_cannot_be_used(data):
+    """Explicit axes and a surrounding shard_map that checks replication raise."""
     head = losses.Head(HEADS["plain"], data["params"], data["hidden"])
     arguments = {"tokens": data["tokens"], "mask": data["mask"]}
     explicit = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Explicit,))
@@ -490,7 +498,9 @@ def test_a_mesh_that_cannot_be(data):
             check_vma=check,
         )(data["hidden"], jnp.asarray(data["tokens"]), jnp.asarray(data["mask"]))
 
-    with pytest.raises(ValueError, match="a Head inside a shard_map that checks replication"):
+    with pytest.raises(
+        ValueError, match="student is a Head inside a shard_map that checks replication"
+    ):
         mapped(True)
     assert_near(mapped(False), losses.sft(student=head, **arguments).sum)
 
@@ -505,8 +515,8 @@ def test_no_rows_at_all(data):
     assert (float(loss.sum), float(loss.weight)) == (0, 0)
 
 
-def test_a_weight_that_anneals(data):
-    """The weights of the joint objective may be traced, and the row weights are each part's own."""
+def test_the_weights_of_the_joint_objective_can_be_traced(data):
+    """The two parts also have separate row weights."""
     loss = jax.jit(lambda w: [x.sum for x in joint(data, True, distillation_weight=w)])
     (half, policy, opsd), (none, *_) = loss(0.5), loss(0.0)
     assert_near(half - none, 0.5 * opsd)
@@ -525,24 +535,27 @@ def test_other_bad_arguments(data):
         pytest.raises(ValueError, match="splits 6 over 8 devices; expected a multiple"),
     ):
         losses.sft(**arguments, partition=mesh_lib.rows_in_context())
-    with pytest.raises(ValueError, match="expected the same, since the sum has one normaliser"):
+    with pytest.raises(
+        ValueError, match=r"policy has aggregation 'token' .* expected the same values"
+    ):
         joint(data, True, policy=losses.PolicyGradient(aggregation="token"))
     logits = jnp.zeros((2, 3, V))
-    with pytest.raises(ValueError, match=r"student_logits\[2, 3, 12\] and teacher_logits\[2, 12\]"):
+    with pytest.raises(
+        ValueError, match=r"shape \[2, 3, 12\] and teacher_logits has shape \[2, 12\]"
+    ):
         losses.reverse_kl(student_logits=logits, teacher_logits=logits[:, 0])
     with pytest.raises(ValueError, match=r"tokens has shape \[2\]; expected \[2, 3\]"):
         losses.token_logprobs(logits, jnp.zeros(2, int))
-    with pytest.raises(ValueError, match="k is 0; expected at least 1 word"):
+    with pytest.raises(ValueError, match="k is 0; expected at least 1 vocabulary entry"):
         losses.top_k(student_logits=logits, teacher_logits=logits, k=0)
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "logits"])
-def test_bad_values_come_out_as_nan_or_infinity(data, fused):
-    """Where a live token has them: never as a number that looks right."""
-    live = np.argwhere(data["mask"])[0]
+def test_bad_values_of_active_tokens_make_the_loss_nan_or_infinite(data, fused):
+    active = np.argwhere(data["mask"])[0]
 
     def spoil(name, value):
-        return data | {name: jnp.asarray(data[name]).at[tuple(live)].set(value)}
+        return data | {name: jnp.asarray(data[name]).at[tuple(active)].set(value)}
 
     for bad in (
         spoil("teacher_hidden", np.nan),
@@ -565,7 +578,7 @@ CHECKED = {
     "advantages are not finite": {"advantages": np.full(B, np.inf, np.float32)},
     "behaviour_logprobs are above 0": {"behaviour_logprobs": np.full((B, T), 0.5)},
     "behaviour_logprobs are .* not finite": {"behaviour_logprobs": np.full((B, T), -np.inf)},
-    "groups are not disjoint": {"groups": (np.ones(B, bool),) * 3},
+    "outcomes are not disjoint": {"outcomes": (np.ones(B, bool),) * 3},
 }
 
 

@@ -1,4 +1,6 @@
-"""Every loss and option, on logits and from hidden states, against float64 NumPy."""
+"""Compares every loss and option, on logits and from hidden states, with float64 NumPy."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,14 @@ from jax.test_util import check_grads
 from opsd_jax import losses
 
 B, T, D, V = 4, 6, 5, 9
-CHUNK = 4  # five live tokens and more: some chunks, the last one not full
+CHUNK = 4  # at least five tokens are active: several chunks, the last one not full
 
 
 def assert_near(got, expected, relative=1e-5):
-    """Equal to `relative` of the largest number: float32 sums of terms that cancel."""
+    """Asserts equality within `relative` times the largest expected absolute value.
+
+    The values are float32 sums whose terms cancel.
+    """
     got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
     scale = max(np.abs(expected).max(initial=0), 1e-3)
     np.testing.assert_allclose(got, expected, rtol=0, atol=relative * scale)
@@ -27,7 +32,7 @@ def unembed(params, hidden):
 
 @pytest.fixture(scope="module")
 def batch():
-    """Rows of 6, 3, 0 and 1 tokens; the first three in a group each, the last correct."""
+    """Rows of 6, 3, 0 and 1 tokens: correct, incorrect, truncated and correct."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.normal(0, 1, shape).astype(np.float32)
     student = {"params": {"head": normal(D, V)}, "hidden": normal(B, T, D)}
@@ -38,7 +43,7 @@ def batch():
         "logits": np.asarray(unembed(**student)),
         "teacher_logits": np.asarray(unembed(**teacher)),
         "mask": np.arange(T) < np.array([6, 3, 0, 1])[:, None],
-        "groups": np.array([[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0]], bool),
+        "outcomes": np.array([[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0]], bool),
         "tokens": rng.integers(0, V, (B, T)),
         "behaviour": -rng.uniform(1.5, 3.5, (B, T)).astype(np.float32),
         "old": -rng.uniform(1.5, 3.5, (B, T)).astype(np.float32),
@@ -56,9 +61,10 @@ def head(part, params=None, hidden=None):
 
 
 def both_forms(loss, batch):
-    """`loss(student, teacher) -> Loss` on logits and on heads: sums, weights and gradients.
+    """Computes `loss(student, teacher)` and its gradients, on logits and on heads.
 
-    Returns the logits' and, for the heads, ((sum, weight), gradients of params and of hidden).
+    Returns:
+      ((sum, weight), gradient of the logits), and ((sum, weight), gradients of params and hidden).
     """
 
     def on_logits(logits):
@@ -78,7 +84,9 @@ def both_forms(loss, batch):
 
 
 def check_both_forms(loss, batch, expected, frozen_expected):
-    """Against `expected() -> (sum, weight)`, and `frozen_expected(logits)` for the gradient."""
+    """Compares both forms of a loss with `expected`, (sum, weight), and with the gradient of
+    `frozen_expected(logits)`.
+    """
     (value, slope), (fused_value, (of_params, of_hidden)) = both_forms(loss, batch)
     assert_near(value, expected)
     exact = reference.gradient(frozen_expected, batch["logits"])
@@ -103,8 +111,8 @@ OPSD_OPTIONS = {
     "skewed 1": losses.OPSD(ALL, "skewed_kl", alpha=1.0),
     "sampled": losses.OPSD(ALL, "sampled_kl"),
     "sampled, control variate": losses.OPSD(ALL, "sampled_kl", control_variate=True),
-    "by group": losses.OPSD((1.0, 0.5, 0.5), "reverse_kl, forward_kl,jsd"),
-    "by group, sampled": losses.OPSD(ALL, "sampled_kl,reverse_kl,reverse_kl"),
+    "by outcome": losses.OPSD((1.0, 0.5, 0.5), "reverse_kl, forward_kl,jsd"),
+    "by outcome, sampled": losses.OPSD(ALL, "sampled_kl,reverse_kl,reverse_kl"),
     "clip": losses.OPSD(ALL, clip=0.5),
     "clip, sampled": losses.OPSD(ALL, "sampled_kl", clip=0.5),
     "importance": losses.OPSD(ALL, importance_cap=1.2),
@@ -149,7 +157,7 @@ def test_opsd(batch, options):
             student=student,
             teacher=teacher,
             mask=batch["mask"],
-            groups=tuple(batch["groups"]),
+            outcomes=tuple(batch["outcomes"]),
             tokens=batch["tokens"],
             behaviour_logprobs=batch["behaviour"],
             options=options,
@@ -158,7 +166,7 @@ def test_opsd(batch, options):
         )
 
     def expected(logits=batch["logits"]):
-        names = ("teacher_logits", "mask", "groups", "tokens", "behaviour")
+        names = ("teacher_logits", "mask", "outcomes", "tokens", "behaviour")
         return reference.opsd(
             logits, *(batch[n] for n in names), options, temperature, frozen=batch["logits"]
         )
@@ -248,10 +256,10 @@ def test_sft(batch, aggregation):
         return total, weight
 
     check_both_forms(loss, batch, expected(), expected)
-    said = loss(batch["logits"], None)
+    result = loss(batch["logits"], None)
     right = (batch["logits"].argmax(-1) == batch["tokens"]) & batch["mask"]
-    right[3] = False  # of no weight
-    assert said.metric("accuracy") == (right.sum(), 9)
+    right[3] = False  # its row weight is 0
+    assert result.metric("accuracy") == (right.sum(), 9)
 
 
 def joint_loss(batch, student, teacher, **changes):
@@ -259,7 +267,7 @@ def joint_loss(batch, student, teacher, **changes):
         "tokens": batch["tokens"],
         "mask": batch["mask"],
         "advantages": batch["advantages"],
-        "groups": tuple(batch["groups"]),
+        "outcomes": tuple(batch["outcomes"]),
         "behaviour_logprobs": batch["behaviour"],
         "distillation": losses.OPSD(gate=(1.0, 0.5, 0.0), clip=0.9),
         "policy_weight": 0.7,
@@ -270,7 +278,7 @@ def joint_loss(batch, student, teacher, **changes):
 
 
 def test_joint(batch):
-    """One pass over both is their weighted sum, over the rows of the policy gradient."""
+    """The objective is the weighted sum of both parts, divided by the number of all rollouts."""
     options, policy = losses.OPSD(gate=(1.0, 0.5, 0.0), clip=0.9), losses.PolicyGradient()
 
     def expected(logits=batch["logits"]):
@@ -279,7 +287,7 @@ def test_joint(batch):
         gradient, weight = reference.policy_gradient(
             logits, *(batch[n] for n in names), None, None, policy, **frozen
         )
-        names = ("teacher_logits", "mask", "groups", "tokens", "behaviour")
+        names = ("teacher_logits", "mask", "outcomes", "tokens", "behaviour")
         distilled, _ = reference.opsd(logits, *(batch[n] for n in names), options, **frozen)
         return 0.7 * gradient + 0.3 * distilled, weight
 
@@ -289,7 +297,7 @@ def test_joint(batch):
         student=batch["logits"],
         teacher=batch["teacher_logits"],
         mask=batch["mask"],
-        groups=tuple(batch["groups"]),
+        outcomes=tuple(batch["outcomes"]),
         options=options,
     )
     assert_near(opsd_part.mean, alone.mean)
@@ -297,7 +305,7 @@ def test_joint(batch):
     assert float(policy_part.weight) == 3
 
 
-# Each divergence by itself.
+# Divergences on their own.
 
 DIVERGENCES = {
     "reverse_kl": losses.reverse_kl,
@@ -316,19 +324,19 @@ def logits():
 
 
 @each_divergence
-def test_equal_logits_have_no_divergence_at_all(divergence, logits):
+def test_equal_logits_have_a_divergence_of_exactly_0(divergence, logits):
     equal = divergence(student_logits=logits[0], teacher_logits=logits[0], temperature=0.7)
     np.testing.assert_array_equal(equal, np.zeros((4, 5)))
 
 
 @pytest.mark.parametrize("options", OPSD_OPTIONS.values(), ids=OPSD_OPTIONS)
-def test_an_empty_context_has_no_loss_at_all(batch, options):
-    for scores in (batch["logits"], head(batch["student"])):
+def test_equal_student_and_teacher_have_a_loss_of_exactly_0(batch, options):
+    for same in (batch["logits"], head(batch["student"])):
         loss = losses.opsd(
-            student=scores,
-            teacher=scores,
+            student=same,
+            teacher=same,
             mask=batch["mask"],
-            groups=tuple(batch["groups"]),
+            outcomes=tuple(batch["outcomes"]),
             tokens=batch["tokens"],
             behaviour_logprobs=batch["behaviour"],
             options=options,
@@ -338,7 +346,7 @@ def test_an_empty_context_has_no_loss_at_all(batch, options):
 
 
 @each_divergence
-def test_gradients_on_both_sides_by_finite_differences(divergence, logits):
+def test_gradients_of_both_sides_match_finite_differences(divergence, logits):
     check_grads(
         lambda s, t: divergence(student_logits=s, teacher_logits=t, temperature=1.5),
         (jnp.asarray(logits[0, :1, :2] / 3), jnp.asarray(logits[1, :1, :2] / 3)),
@@ -350,7 +358,7 @@ def test_gradients_on_both_sides_by_finite_differences(divergence, logits):
 
 
 @each_divergence
-def test_words_impossible_on_both_sides_add_nothing(divergence, logits):
+def test_entries_impossible_on_both_sides_add_nothing(divergence, logits):
     student, teacher = logits
     padding = np.full((4, 5, 3), -np.inf, np.float32)
     wide = [np.concatenate([x, padding], axis=-1) for x in (student, teacher)]
@@ -364,8 +372,8 @@ def test_words_impossible_on_both_sides_add_nothing(divergence, logits):
 
 @pytest.mark.parametrize("ruled_out_by", ["student", "teacher"])
 @each_divergence
-def test_a_word_impossible_on_one_side(divergence, ruled_out_by, logits):
-    """Infinite for the KL with it under its logarithm; else the value, and finite gradients."""
+def test_an_entry_impossible_on_one_side(divergence, ruled_out_by, logits):
+    """A KL that divides by its probability is infinite; other values and gradients are finite."""
     sides = dict(zip(("student", "teacher"), logits.copy(), strict=True))
     sides[ruled_out_by][0, 0, 0] = -np.inf
     loss = lambda s, t: divergence(student_logits=s, teacher_logits=t)
@@ -387,7 +395,7 @@ def test_a_word_impossible_on_one_side(divergence, ruled_out_by, logits):
 
 @each_divergence
 def test_a_vocabulary_padded_by_a_very_low_logit_on_one_side(divergence, logits):
-    """Probabilities that underflow, against -inf: as good as both at -inf."""
+    """A probability that underflows on one side counts as 0 on both."""
     low, never = (np.full((4, 5, 2), x, np.float32) for x in (-1e9, -np.inf))
     expected = divergence(student_logits=logits[0], teacher_logits=logits[1])
     loss = lambda s, t: divergence(student_logits=s, teacher_logits=t)
@@ -399,7 +407,7 @@ def test_a_vocabulary_padded_by_a_very_low_logit_on_one_side(divergence, logits)
             assert np.isfinite(gradient).all()
 
 
-def test_a_support_on_which_the_student_is_nowhere():
+def test_a_support_that_the_student_rules_out():
     student, teacher = jnp.array([[-jnp.inf, 1.0, 2.0, 0.0]]), jnp.array([[5.0, 0.0, 1.0, 0.3]])
 
     def loss(student):
@@ -408,11 +416,12 @@ def test_a_support_on_which_the_student_is_nowhere():
 
     value, gradient = jax.value_and_grad(loss)(student)
     assert np.isfinite(value)
-    np.testing.assert_allclose(gradient, 0, atol=1e-6)  # it is all in the bucket, wherever there
+    # The bucket has all of the student's probability, whatever its logits are.
+    np.testing.assert_allclose(gradient, 0, atol=1e-6)
 
 
 @each_divergence
-def test_nan_stays_nan_in_its_own_token(divergence, logits):
+def test_nan_makes_only_its_own_token_nan(divergence, logits):
     for side in (0, 1):
         spoilt = [x.copy() for x in logits]
         spoilt[side][1, 2, 3] = np.nan
@@ -433,19 +442,19 @@ def test_bfloat16_logits_are_computed_in_float32(divergence, logits):
 def test_divergences_agree_with_optax(logits):
     s, t = jax.nn.log_softmax(logits[0]), jax.nn.log_softmax(logits[1])
     sides = {"student_logits": logits[0], "teacher_logits": logits[1]}
-    # optax's argument order is (log predictions, targets) for KL(targets || predictions).
+    # optax takes (log predictions, targets) and returns KL(targets || predictions).
     assert_near(losses.reverse_kl(**sides), optax.losses.kl_divergence(t, jnp.exp(s)))
     assert_near(losses.forward_kl(**sides), optax.losses.kl_divergence(s, jnp.exp(t)))
 
 
 def test_jsd_ends_at_the_kls_and_is_symmetric_in_the_middle(logits):
-    logits = logits / 4  # the limits are reached when beta is small beside every T / S
+    logits = logits / 4  # close to the limits only if beta is small compared with T / S
     sides = {"student_logits": logits[0], "teacher_logits": logits[1]}
     swapped = {"student_logits": logits[1], "teacher_logits": logits[0]}
     np.testing.assert_array_equal(losses.jsd(**sides, beta=0), losses.forward_kl(**sides))
     np.testing.assert_array_equal(losses.jsd(**sides, beta=1.0), losses.reverse_kl(**sides))
     np.testing.assert_allclose(losses.jsd(**sides), losses.jsd(**swapped), rtol=1e-5)
-    # Divided by beta, or 1 - beta, the formula itself goes to the two.
+    # The formula divided by beta, or by 1 - beta, has the two KLs as its limits.
     np.testing.assert_allclose(
         losses.jsd(**sides, beta=1e-3) / 1e-3, losses.forward_kl(**sides), rtol=0.05
     )
@@ -454,7 +463,7 @@ def test_jsd_ends_at_the_kls_and_is_symmetric_in_the_middle(logits):
     )
 
 
-def test_top_k_of_everything_is_everything(logits):
+def test_top_k_of_the_whole_vocabulary_changes_nothing(logits):
     sides = {"student_logits": logits[0], "teacher_logits": logits[1]}
     for rest in ("bucket", "renormalise"):
         for support in ("teacher", "student", "union"):
@@ -474,10 +483,10 @@ def test_a_bucket_bounds_the_divergence_from_below(logits):
     assert (np.diff(values, axis=0) > -1e-5 * values[-1]).all()
 
 
-def test_the_sampled_form_is_unbiased(logits):
-    """Summed over all words with their probabilities: the KL, and its gradient, either way."""
+def test_sampled_kl_is_unbiased(logits):
+    """Its expectation over the vocabulary is the KL, and so is the gradient's, in both variants."""
     student, teacher = jnp.asarray(logits[0, 0, 0]), jnp.asarray(logits[1, 0, 0])
-    words, p = jnp.arange(11), jax.nn.softmax(student)
+    entries, p = jnp.arange(11), jax.nn.softmax(student)
     exact = lambda s: losses.reverse_kl(student_logits=s, teacher_logits=teacher)
     for control_variate in (False, True):
 
@@ -485,7 +494,7 @@ def test_the_sampled_form_is_unbiased(logits):
             each = losses.sampled_kl(
                 student_logits=jnp.broadcast_to(s, (11, 11)),
                 teacher_logits=jnp.broadcast_to(teacher, (11, 11)),
-                tokens=words,
+                tokens=entries,
                 control_variate=control_variate,
             )
             return (p * each).sum()
@@ -494,9 +503,54 @@ def test_the_sampled_form_is_unbiased(logits):
         assert_near(jax.grad(expectation)(student), jax.grad(exact)(student))
 
 
+def absolute(*, student_logits, teacher_logits, power=1.0, beta):
+    """A divergence of a user: beta sum_v |S(v) - T(v)|^power."""
+    s, t = jax.nn.softmax(student_logits), jax.nn.softmax(teacher_logits)
+    return beta * (jnp.abs(s - t) ** power).sum(axis=-1)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "logits"])
+def test_a_user_can_add_divergences(batch, monkeypatch, fused):
+    """Parameters named like an option receive it, unless functools.partial has set them."""
+    monkeypatch.setitem(losses.DIVERGENCES, "absolute", absolute)
+    fixed = functools.partial(absolute, power=2.0, beta=0.7)
+    monkeypatch.setitem(losses.DIVERGENCES, "fixed", fixed)
+    at_tokens = lambda *, student_logits, teacher_logits, tokens: losses.sampled_kl(
+        student_logits=student_logits, teacher_logits=teacher_logits, tokens=tokens
+    )
+    monkeypatch.setitem(losses.DIVERGENCES, "at_tokens", at_tokens)
+    sides = [batch["logits"], batch["teacher_logits"]]
+    if fused:
+        sides = [head(batch["student"]), head(batch["teacher"])]
+
+    def value(options, tokens=None):
+        return losses.opsd(
+            student=sides[0],
+            teacher=sides[1],
+            mask=batch["mask"],
+            outcomes=tuple(batch["outcomes"]),
+            tokens=tokens,
+            options=options,
+            chunk=CHUNK,
+        ).tokens["divergence"]
+
+    logits = {"student_logits": batch["logits"], "teacher_logits": batch["teacher_logits"]}
+    got = value(losses.OPSD(ALL, "absolute,fixed,absolute", beta=0.2))
+    assert_near(got[0], absolute(**logits, beta=0.2)[0])
+    assert_near(got[1, :3], fixed(**logits)[1, :3])
+    assert_near(
+        value(losses.OPSD(ALL, "at_tokens"), batch["tokens"]),
+        value(losses.OPSD(ALL, "sampled_kl"), batch["tokens"]),
+    )
+    with pytest.raises(ValueError, match="tokens is None; expected"):
+        value(losses.OPSD(ALL, "at_tokens"))
+
+
 def test_kl_estimates(logits):
     s, t = (reference.log_softmax(x)[0, 0] for x in logits)
-    got = losses.kl_estimates(jnp.asarray(s, jnp.float32), jnp.asarray(t, jnp.float32))
+    got = losses.kl_estimates(
+        student_logprobs=jnp.asarray(s, jnp.float32), teacher_logprobs=jnp.asarray(t, jnp.float32)
+    )
     d = s - t
     assert_near(got["k1"], d)
     assert_near(got["k2"], d**2 / 2)
@@ -539,14 +593,14 @@ def test_gates():
 
 
 @pytest.mark.parametrize("text", ["corect", "1,2", "0,0,0", "1,-1,0", "1,nan,0", "inf,0,0", ""])
-def test_a_bad_gate_is_refused(text):
+def test_a_bad_gate_raises(text):
     with pytest.raises(ValueError, match="gate is"):
         losses.parse_gate(text)
 
 
 @pytest.mark.parametrize("kind", ["uniform", "linear", "exponential", "sigmoid"])
 def test_position_weights(kind):
-    """Mean 1 over each row's tokens, the same wherever the padding stands."""
+    """The mean is 1 over the tokens of a row, and the side of the padding does not matter."""
     mask = np.array([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]], bool)
     got = np.asarray(losses.position_weights(mask, kind, late=3.0, rate=1.5))
     np.testing.assert_array_equal(got[~mask], 0)
@@ -562,7 +616,7 @@ def test_position_weights(kind):
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "fixed"])
-def test_token_weights_ignore_what_does_not_count(aggregation):
+def test_token_weights_ignore_masked_tokens(aggregation):
     rng = np.random.default_rng(0)
     values = rng.normal(size=(4, 6)).astype(np.float32)
     mask = np.arange(6) < np.array([6, 3, 0, 1])[:, None]
@@ -578,7 +632,7 @@ def test_token_weights_ignore_what_does_not_count(aggregation):
     np.testing.assert_array_equal(gradient, weights)
 
 
-# Advantages and the presets.
+# Advantages and presets.
 
 
 def test_advantages_by_hand():
@@ -603,7 +657,8 @@ def test_advantages_by_hand():
         np.testing.assert_allclose(
             losses.advantages(jnp.asarray(rewards), 4, **arguments), got, rtol=1e-5, atol=1e-6
         )
-    for equal in (np.ones(4), np.full(7, 10.1, np.float32), jnp.full(8, 0.1)):  # means are rounded
+    # The means of equal rewards are rounded.
+    for equal in (np.ones(4), np.full(7, 10.1, np.float32), jnp.full(8, 0.1)):
         for baseline, scale in by_hand:
             got = losses.advantages(equal, len(equal), baseline=baseline, scale=scale)
             np.testing.assert_array_equal(got, 0)
@@ -616,7 +671,7 @@ def test_advantages_by_hand():
 
 
 @pytest.mark.parametrize("group_size", [0, 1, 5])
-def test_advantages_refuse_a_group_size(group_size):
+def test_advantages_raise_for_a_bad_group_size(group_size):
     with pytest.raises(ValueError, match=f"group_size is {group_size} for 12 rewards"):
         losses.advantages(np.zeros(12), group_size)
 
@@ -633,14 +688,14 @@ def test_overlong_penalty_by_hand():
 
 A = np.sqrt(0.5)  # of rewards 1, 0: 0.5 above the mean, divided by a sample deviation of sqrt(1/2)
 PRESETS_BY_HAND = {
-    # Row 0: (-1.2 A - A) / 2, its gain capped; row 1: 0.8 A, its loss not lowered further; the
-    # others are a group without signal. Row 3 is half as likely as under the reference.
+    # Row 0: (-1.2 A - A) / 2, with its first ratio clipped; row 1: 0.8 A, with its ratio clipped.
+    # The advantages of the other two are 0. Row 3 is half as likely as under the reference.
     "grpo": (-1.1 * A + 0.8 * A + 0.04 * (1 - np.log(2)), 4),
-    # Advantages of +-0.5; a budget of 4 tokens divides every row.
+    # Advantages of 0.5 and -0.5; every row is divided by a length of 4.
     "dr_grpo": ((-0.6 - 0.5 + 0.4) / 4, 4),
-    # Clipped at 1.28; three tokens are left.
+    # The ratio is clipped at 1.28; three tokens are active.
     "dapo": (-1.28 * A - A + 0.8 * A, 3),
-    # One ratio a row: sqrt(1.5) and 0.5, clipped to [0.9997, 1.0004].
+    # One ratio per row, sqrt(1.5) and 0.5, clipped to [0.9997, 1.0004].
     "gspo": (-1.0004 * A + 0.9997 * A, 4),
     # Advantages of 1 and -1; sums over tokens.
     "rloo": (-1.5 - 1 + 0.5, 4),
@@ -652,7 +707,7 @@ PRESETS_BY_HAND = {
 
 @pytest.mark.parametrize("name", losses.PRESETS)
 def test_presets_by_hand(name):
-    """Four rollouts, two of each problem, with rewards 1, 0 and 1, 1, of 2, 1, 3 and 1 tokens."""
+    """Two groups of two rollouts, with rewards 1, 0 and 1, 1, and 2, 1, 3 and 1 tokens."""
     new = np.array([[0.6, 0.5, 1, 1], [0.2, 1, 1, 1], [0.3, 0.3, 0.3, 1], [0.8, 1, 1, 1]])
     ratio = np.array([[1.5, 1, 1, 1], [0.5, 1, 1, 1], [1, 1, 1, 1], [2, 1, 1, 1]])
     mask = np.arange(4) < np.array([2, 1, 3, 1])[:, None]
@@ -673,7 +728,7 @@ def test_presets_by_hand(name):
         options=options,
     )
     total, weight = PRESETS_BY_HAND[name]
-    np.testing.assert_allclose(loss.sum, total, rtol=1e-4)  # 1e-6 stands beside the deviations
+    np.testing.assert_allclose(loss.sum, total, rtol=1e-4)  # 1e-6 is added to the deviations
     assert float(loss.weight) == weight
 
 

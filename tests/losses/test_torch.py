@@ -1,4 +1,4 @@
-"""Losses and gradients against PyTorch, where it defines the same (slow: needs torch)."""
+"""Compares losses and gradients with PyTorch, where it defines the same (slow; needs torch)."""
 
 import jax
 import numpy as np
@@ -24,14 +24,14 @@ def torch_gradient(loss, logits):
 
 
 def check(ours, theirs, logits):
-    """Values per token, and the gradient of their sum."""
+    """Compares the values of tokens, and the gradient of their sum."""
     value, gradient = torch_gradient(theirs, logits[0])
     assert_near(ours(logits[0]), value)
     assert_near(jax.grad(lambda x: ours(x).sum())(logits[0]), gradient)
 
 
 def divergence_by_torch(student, teacher, beta, temperature):
-    """The generalised JSD as distillation trainers on torch write it, from kl_div."""
+    """Computes the generalised JSD from kl_div, as distillation trainers on PyTorch do."""
     log_s, log_t = (torch.log_softmax(x / temperature, dim=-1) for x in (student, teacher))
     kl = lambda p, q: torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
     if beta in (0, 1):
@@ -67,14 +67,14 @@ def test_entropy(logits):
 
 
 def test_top_k_with_a_bucket(logits):
-    """As on torch: gathered log-probabilities, and the rest by expm1."""
+    """Compares with gathered log-probabilities and a bucket from expm1."""
 
     def theirs(student, k=4):
         log_s, log_t = (torch.log_softmax(x, -1) for x in (student, torch.tensor(logits[1])))
-        words = torch.topk(log_s, k).indices
+        entries = torch.topk(log_s, k).indices
         sides = []
         for log_p in (log_s, log_t):
-            chosen = log_p.gather(-1, words)
+            chosen = log_p.gather(-1, entries)
             covered = torch.logsumexp(chosen, -1, keepdim=True).clamp(max=-1e-7)
             sides.append(torch.cat([chosen, torch.log(-torch.expm1(covered))], -1))
         return (sides[0].exp() * (sides[0] - sides[1])).sum(-1)
@@ -89,7 +89,7 @@ def test_top_k_with_a_bucket(logits):
 
 
 def test_grpo_on_torch(logits):
-    """Ratio, clip, k3 and sequence mean, as trainers on torch write them."""
+    """Compares with ratio, clip, k3 and sequence mean as trainers on PyTorch write them."""
     rng = np.random.default_rng(2)
     tokens = rng.integers(0, 17, (3, 5))
     mask = np.arange(5) < np.array([5, 2, 3])[:, None]

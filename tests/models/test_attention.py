@@ -1,4 +1,4 @@
-"""Splash attention against the dense form. Its kernel, for TPUs, runs in Pallas' interpreter."""
+"""Splash attention equals dense attention. Its TPU kernel runs in the Pallas interpreter."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ def interpreted():
 
 
 def padded_positions(T):
-    """A full row, one padded on the left, one on the right, one on both sides."""
+    """Positions of a full row, and of rows padded on the left, on the right, and on both sides."""
     positions = np.tile(np.arange(T), (B, 1))
     for row, (left, right) in enumerate([(0, 0), (T // 3, 0), (0, T // 2), (7, 11)]):
         positions[row] -= left
@@ -47,11 +47,11 @@ def dense(q, k, v, positions):
 
 
 def with_gradients(attend, positions, q, k, v, g):
-    """What attention gives and its gradients, where there are tokens."""
-    there = (positions >= 0)[..., None, None]
+    """The output of an attention function, 0 at padding, and its gradients."""
+    active = (positions >= 0)[..., None, None]
 
     def total(q, k, v):
-        out = jnp.where(there, attend(q, k, v, positions), 0)
+        out = jnp.where(active, attend(q, k, v, positions), 0)
         return jnp.sum(out.astype(jnp.float32) * g), out
 
     (_, out), gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(q, k, v)
@@ -59,9 +59,9 @@ def with_gradients(attend, positions, q, k, v, g):
 
 
 @pytest.mark.parametrize("T", [128, 300])
-def test_splash_is_dense_attention(T):
-    """In float32 up to the order of summation; in bfloat16 no further from float32 than the dense
-    form is, by more than half.
+def test_splash_equals_dense_attention(T):
+    """In float32 up to the order of summation. In bfloat16 the error is at most 1.5 times that of
+    dense attention.
     """
     positions, given = padded_positions(T), arrays(T, "float32")
     expected = with_gradients(dense, positions, *given)
@@ -80,7 +80,7 @@ def test_splash_is_dense_attention(T):
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 4), (1, 4, 2), (2, 2, 2)])
-def test_every_device_computes_its_own_rows_and_heads(shape):
+def test_splash_on_a_mesh_equals_dense_attention(shape):
     positions, given = padded_positions(128), arrays(128, "float32")
     expected = with_gradients(dense, positions, *given)
     with jax.set_mesh(mesh_lib.make_mesh(shape)):
@@ -94,7 +94,7 @@ def sizes():
     config = tiny_config.decoder(
         num_layers=2, scan_unroll=1, head_dim=128, num_heads=4, num_kv_heads=2, attention="dense"
     )
-    return decoder.sizes(config)
+    return decoder.config_of(config)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def gradient(sizes, params, positions):
 
 
 @pytest.mark.parametrize("remat", ["none", "full", "attention", "products"])
-def test_a_decoder_learns_the_same_whatever_attention_and_remat(sizes, params, remat):
+def test_attention_and_remat_do_not_change_gradients(sizes, params, remat):
     positions = padded_positions(160)
     expected = gradient(sizes, params, positions)
     got = gradient(dataclasses.replace(sizes, attention="splash", remat=remat), params, positions)
@@ -123,7 +123,7 @@ def test_a_decoder_learns_the_same_whatever_attention_and_remat(sizes, params, r
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
 
 
-def test_a_decoder_learns_the_same_with_tokens_over_tensor(sizes, params):
+def test_sequence_parallelism_does_not_change_gradients(sizes, params):
     positions = padded_positions(128)
     expected = gradient(sizes, params, positions)
     for options in ({}, {"attention": "splash"}):
@@ -135,7 +135,7 @@ def test_a_decoder_learns_the_same_with_tokens_over_tensor(sizes, params):
 
 
 @pytest.mark.parametrize("cache", ["dense", "paged"])
-def test_a_prefill_leaves_the_same_cache(sizes, params, cache):
+def test_splash_and_dense_prefill_fill_the_same_cache(sizes, params, cache):
     positions = padded_positions(160)
     tokens, caches = random_tokens(3, positions.shape), []
     for form in ("dense", "splash"):
@@ -149,11 +149,11 @@ def test_a_prefill_leaves_the_same_cache(sizes, params, cache):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_attention_is_dense_where_there_is_no_tpu_and_splash_is_checked():
-    assert decoder.sizes(config_lib.preset("qwen3-8b")).attention == "dense"
-    with pytest.raises(ValueError, match=r"attention is 'splash', with model.head_dim = 16"):
-        decoder.sizes(tiny_config.decoder(attention="splash"))
+def test_auto_is_dense_without_a_tpu_and_invalid_options_are_errors():
+    assert decoder.config_of(config_lib.preset("qwen3-8b")).attention == "dense"
+    with pytest.raises(ValueError, match=r"attention is 'splash' with model.head_dim = 16"):
+        decoder.config_of(tiny_config.decoder(attention="splash"))
     with pytest.raises(ValueError, match="attention is 'flash'; expected one of 'auto', 'dense'"):
-        decoder.sizes(tiny_config.decoder(attention="flash"))
-    with pytest.raises(ValueError, match="remat is 'some'; expected one of none, full"):
-        decoder.sizes(tiny_config.decoder(remat="some"))
+        decoder.config_of(tiny_config.decoder(attention="flash"))
+    with pytest.raises(ValueError, match="remat is 'some'; expected one of 'none', 'full'"):
+        decoder.config_of(tiny_config.decoder(remat="some"))

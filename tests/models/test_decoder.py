@@ -1,14 +1,12 @@
-"""The decoder behind `Policy`: padding, caching, sharding rules, dtypes."""
+"""The decoder as a `Policy`: padding, the cache, dtypes, rematerialisation and errors."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_tokens
-from jax.sharding import PartitionSpec as P
 
 from opsd_jax.models import decoder
-from opsd_jax.parallel import mesh as mesh_lib
 
 
 def positions_like(tokens):
@@ -20,7 +18,7 @@ def forward(model):
     return jax.jit(model.policy.forward)
 
 
-def test_padding_on_either_side_changes_nothing(forward, params):
+def test_padding_on_either_side_does_not_change_hidden_states(forward, params):
     tokens = random_tokens(0, (3, 9))
     positions = positions_like(tokens)
     hidden, _ = forward(params, tokens, positions)
@@ -36,26 +34,26 @@ def test_padding_on_either_side_changes_nothing(forward, params):
 
 
 def test_cached_decoding_equals_the_full_forward(model, forward, params):
-    """Prefill of left-padded prompts of unequal length, then token by token."""
+    """Prefills left-padded prompts of unequal length, then decodes token by token."""
     tokens = random_tokens(0, (3, 14))
-    lengths = np.array([6, 2, 5])  # of the prompts
+    prompt_lengths = np.array([6, 2, 5])
     full, _ = forward(params, tokens, positions_like(tokens))
     prompt = np.full((3, 6), 9)
     positions = np.full((3, 6), -1)
-    for row, n in enumerate(lengths):
+    for row, n in enumerate(prompt_lengths):
         prompt[row, 6 - n :], positions[row, 6 - n :] = tokens[row, :n], np.arange(n)
     cache = model.policy.init_cache(3, 14)
     hidden, cache = forward(params, jnp.array(prompt), jnp.array(positions), cache)
-    for row, n in enumerate(lengths):
+    for row, n in enumerate(prompt_lengths):
         np.testing.assert_allclose(hidden[row, 6 - n :], full[row, :n], rtol=1e-5, atol=1e-5)
     for t in range(8):
-        at = lengths + t
+        at = prompt_lengths + t
         token = jnp.array(tokens)[np.arange(3), at][:, None]
         hidden, cache = forward(params, token, jnp.array(at)[:, None], cache)
         np.testing.assert_allclose(hidden[:, 0], full[np.arange(3), at], rtol=1e-5, atol=1e-5)
 
 
-def test_a_finished_row_leaves_the_cache_alone(model, forward, params):
+def test_a_row_at_position_minus_one_does_not_change_the_cache(model, forward, params):
     tokens = random_tokens(0, (2, 4))
     cache = model.policy.init_cache(2, 6)
     _, cache = forward(params, tokens, positions_like(tokens), cache)
@@ -65,7 +63,7 @@ def test_a_finished_row_leaves_the_cache_alone(model, forward, params):
         np.testing.assert_array_equal(old[1], new[1])
 
 
-def test_what_an_earlier_sequence_left_in_the_cache_is_not_read(model, forward, params):
+def test_leftovers_of_an_earlier_sequence_in_the_cache_are_ignored(model, forward, params):
     tokens = random_tokens(0, (2, 4))
     fresh = model.policy.init_cache(2, 8)
     used = jax.tree.map(lambda x: x + 5.0, fresh)
@@ -74,7 +72,7 @@ def test_what_an_earlier_sequence_left_in_the_cache_is_not_read(model, forward, 
     np.testing.assert_allclose(hidden, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_logits_are_float32_of_a_bfloat16_model(config, score):
+def test_a_bfloat16_model_has_float32_logits(config, score):
     model_config = config.model.copy_and_resolve_references()
     model_config.dtype = "bfloat16"
     low = decoder.from_config(model_config)
@@ -84,12 +82,12 @@ def test_logits_are_float32_of_a_bfloat16_model(config, score):
     logits = jax.jit(low.policy.unembed)(params, hidden)
     assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
     exact = score(params, tokens, positions_like(tokens))
-    # bfloat16 keeps 8 bits; a dozen roundings on the way add up to some 2^-5 of the scale.
+    # bfloat16 has 8 significant bits, so about a dozen roundings add up to 2^-5 of the scale.
     assert np.abs(logits - exact).max() < 2**-5 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize("changes", [{"remat": "full"}, {"remat": "products"}, {"scan_unroll": 2}])
-def test_recomputing_and_unrolling_change_no_gradient(config, model, params, changes):
+def test_remat_and_unrolling_do_not_change_gradients(config, model, params, changes):
     model_config = config.model.copy_and_resolve_references()
     model_config.update(changes)
     other = decoder.from_config(model_config)
@@ -106,7 +104,7 @@ def test_recomputing_and_unrolling_change_no_gradient(config, model, params, cha
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_tied_embeddings_have_no_head(config):
+def test_tied_embeddings_replace_the_head(config):
     model_config = config.model.copy_and_resolve_references()
     model_config.tie_word_embeddings = True
     tied = decoder.from_config(model_config)
@@ -126,30 +124,8 @@ def test_tied_embeddings_have_no_head(config):
         ("dtype", "float16", "dtype is 'float16'; expected one of"),
     ],
 )
-def test_sizes_that_do_not_fit_are_named(config, field, value, message):
+def test_an_unsupported_size_is_named(config, field, value, message):
     model_config = config.model.copy_and_resolve_references()
     model_config[field] = value
     with pytest.raises(ValueError, match=message):
         decoder.from_config(model_config)
-
-
-def test_every_parameter_has_one_rule_and_an_unknown_one_is_an_error(model, params):
-    mesh = mesh_lib.make_mesh((2, 2, 2))
-    shardings = mesh_lib.tree_shardings(mesh, model.rules, params)
-    assert shardings["layers"]["gate"].spec == P(None, "fsdp", "tensor")
-    assert shardings["layers"]["attention_norm"].spec == P()
-    assert shardings["norm"].spec == P()
-    with pytest.raises(ValueError, match=r"no sharding rule matches the parameter extra/w\[3\]"):
-        mesh_lib.tree_shardings(mesh, model.rules, {"extra": {"w": np.zeros(3)}})
-    with pytest.raises(ValueError, match=r"embedding\[31, 16\].*dimension of 31.*'tensor' of 2"):
-        mesh_lib.tree_shardings(mesh, model.rules, {"embedding": np.zeros((31, 16))})
-
-
-@pytest.mark.parametrize("shape", [(3, 1, 1), (2, 2), (-1, -1, 1), (0, 1, 8), (-1, 3, 1)])
-def test_a_mesh_that_does_not_fit_the_devices_is_refused(shape):
-    with pytest.raises(ValueError, match="mesh"):
-        mesh_lib.make_mesh(shape)
-
-
-def test_a_mesh_takes_what_is_left():
-    assert dict(mesh_lib.make_mesh((-1, 2, 1)).shape) == {"data": 4, "fsdp": 2, "tensor": 1}

@@ -1,4 +1,4 @@
-"""The paged cache against the dense one. Its kernel, made for TPUs, runs in Pallas' interpreter."""
+"""The paged cache equals the dense one. Its TPU kernel runs in the Pallas interpreter."""
 
 import dataclasses
 
@@ -19,15 +19,17 @@ from opsd_jax.rollout.engine import Engine, EngineShape
 from opsd_jax.rollout.layout import decode_layout
 
 B, S, H, K, C = 8, 1024, 8, 4, 128
-# One key, a page's last and the next one's first, a block's (512 tokens below), full, idle rows.
+# Edge cases: one key, the end of a page, the start of the next page, a full row, and the end of a
+# block of 512 tokens. The rows at -1 are inactive.
 POSITIONS = np.array([0, 255, 256, -1, 1023, 511, 700, -1])[:, None]
 
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    """Pallas' first interpreter: the one for TPUs has no views of a memory with another shape.
+    """Runs the kernel in Pallas' generic interpreter.
 
-    In jax 0.10.2 it asks for the shape of an index that is an integer and has none.
+    The interpreter for TPUs does not support views of a memory with another shape. The generic one
+    in jax 0.10.2 reads the shape of an index that is an integer and has none.
     """
     monkeypatch.setattr(jax._src.literals.TypedInt, "shape", (), raising=False)
     with pltpu.force_tpu_interpret_mode(True):
@@ -40,7 +42,7 @@ def small_blocks(monkeypatch):
 
 
 def filled(dtype, positions=None):
-    """A query a row, and a cache with keys and values at `positions`, all by default."""
+    """One query per row, and keys and values with their positions; by default all S positions."""
     keys = jax.random.split(jax.random.key(0), 3)
     positions = np.broadcast_to(np.arange(S), (B, S)) if positions is None else positions
     T = positions.shape[1]
@@ -54,8 +56,9 @@ def reference(q, k, v, positions):
     return attention.dense(q, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), mask)
 
 
-# In float32 two orders of summation. In bfloat16 neighbouring numbers differ by up to 2^-7 of their
-# size: the dense form rounds the scaled query and the weights besides, so a result may be the next.
+# In float32 the orders of summation differ. In bfloat16, neighbouring numbers differ by up to 2^-7
+# of their size. The dense form also rounds the scaled query and the weights, so its result may be
+# the neighbouring number.
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2**-7)])
 @pytest.mark.parametrize("shape", [None, (2, 2, 2), (1, 1, 4), (8, 1, 1)])
 def test_the_kernel_equals_dense_attention(dtype, tolerance, shape):
@@ -75,22 +78,22 @@ def test_the_kernel_equals_dense_attention(dtype, tolerance, shape):
         with jax.set_mesh(mesh):
             out = run(*jax.device_put((q, k, v, at, POSITIONS), where))
         assert out.sharding.is_equivalent_to(heads, out.ndim)
-    live = POSITIONS[:, 0] >= 0
+    active = POSITIONS[:, 0] >= 0
     expected = np.float32(reference(q, k, v, POSITIONS))
     np.testing.assert_allclose(
-        np.float32(out)[live], expected[live], rtol=tolerance, atol=tolerance
+        np.float32(out)[active], expected[active], rtol=tolerance, atol=tolerance
     )
-    assert (np.float32(out)[~live] == 0).all()
+    assert (np.float32(out)[~active] == 0).all()
 
 
-def test_no_live_row_gives_zeros():
+def test_without_an_active_row_the_output_is_zero():
     q, k, v, at = filled("float32")
     cache = paged.write(paged.init(B, S, K, C, "float32"), k, v, at)
     assert (jax.jit(paged.attend)(q, cache, jnp.full((B, 1), -1)) == 0).all()
 
 
 @pytest.mark.parametrize("shape", [None, (2, 2, 2)])
-def test_writing_touches_the_given_positions_alone(shape):
+def test_writing_changes_only_the_given_positions(shape):
     positions = np.array([[3, -1, 300], [-1, -1, -1], *[[255, 256, 1023]] * 6])
     _, k, v, at = filled("float32", positions)
     cache = jax.tree.map(lambda x: x + 5, paged.init(B, S, K, C, "float32"))
@@ -112,15 +115,15 @@ def test_writing_touches_the_given_positions_alone(shape):
 
 @pytest.fixture(scope="module")
 def sizes(config):
-    """Two layers with heads that the kernel takes."""
+    """Two layers with a head size that the kernel supports."""
     section = config.model.copy_and_resolve_references()
     section.update({"head_dim": 128, "num_heads": 4, "num_kv_heads": 2, "cache": "paged"})
-    return decoder.sizes(section)
+    return decoder.config_of(section)
 
 
 @pytest.mark.parametrize("shape", [None, (1, 2, 2)])
 def test_prefill_and_decoding_equal_the_full_forward(sizes, shape):
-    """Left-padded prompts of unequal length, then token by token; one row ends before the other."""
+    """Prefills left-padded prompts of unequal length, then decodes; two rows end early."""
     model = decoder.model(sizes)
     params = jax.jit(model.init)(jax.random.key(1))
     forward = jax.jit(model.policy.forward)
@@ -140,9 +143,9 @@ def test_prefill_and_decoding_equal_the_full_forward(sizes, shape):
             at = np.where(lengths + t < ends, lengths + t, -1)
             token = np.array(tokens)[np.arange(4), at][:, None]
             hidden, cache = forward(params, jnp.array(token), jnp.array(at)[:, None], cache)
-            live = at >= 0
-            expected = full[np.arange(4), at][live]
-            np.testing.assert_allclose(hidden[live, 0], expected, rtol=1e-4, atol=1e-5)
+            active = at >= 0
+            expected = full[np.arange(4), at][active]
+            np.testing.assert_allclose(hidden[active, 0], expected, rtol=1e-4, atol=1e-5)
             assert np.isfinite(hidden).all()
 
     cache = model.policy.init_cache(4, 300)
@@ -156,8 +159,8 @@ def test_prefill_and_decoding_equal_the_full_forward(sizes, shape):
         run(jax.device_put(params, there), jax.device_put(cache, pages))
 
 
-def test_rollouts_are_those_of_a_dense_cache(sizes):
-    """Through the engine: prompts admitted into pages, slots filled again."""
+def test_rollouts_equal_those_with_a_dense_cache(sizes):
+    """The engine inserts prompts into the pages and refills slots."""
     mesh, seen = mesh_lib.make_mesh((1, 1, 1), jax.devices()[:1]), []
     prompts = [[1, 2, 3, 4], [5, 6], [7, 8, 9, 10, 11, 12]]
     for cache in ("paged", "dense"):
@@ -180,7 +183,7 @@ def test_rollouts_are_those_of_a_dense_cache(sizes):
     assert len(seen[0]) == 5
 
 
-def test_a_cache_of_which_what_is_filled_is_read_has_one_length(sizes):
+def test_a_paged_cache_has_only_the_full_length(sizes):
     mesh, shape = mesh_lib.make_mesh((1, 1, 1), jax.devices()[:1]), EngineShape(1, 1, 8, 260)
     for cache, lengths in (("paged", [268]), ("dense", [128, 192, 268])):
         model = decoder.model(dataclasses.replace(sizes, cache=cache))
@@ -189,34 +192,36 @@ def test_a_cache_of_which_what_is_filled_is_read_has_one_length(sizes):
         assert Engine(model, abstract, mesh, shape).cache_lengths == lengths
 
 
-def test_heads_of_a_device_that_the_kernel_does_not_take_are_named():
+def test_an_unsupported_number_of_heads_per_device_is_an_error():
     cache = {"pages": jnp.zeros((1, 1, paged.PAGE, 2 * 12, 128))}
-    with pytest.raises(ValueError, match="a device has 12 key-value heads of 128; its"):
+    with pytest.raises(
+        ValueError, match="each device has 12 key-value heads of size 128; expected"
+    ):
         paged.attend(jnp.zeros((1, 1, 24, 128)), cache, jnp.zeros((1, 1), jnp.int32))
 
 
-def test_auto_is_paged_where_the_kernel_runs(monkeypatch, sizes):
-    assert decoder.sizes(config_lib.preset("qwen3-8b")).cache == "dense"
+def test_auto_is_paged_on_a_tpu_if_the_kernel_supports_the_sizes(monkeypatch, sizes):
+    assert decoder.config_of(config_lib.preset("qwen3-8b")).cache == "dense"
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     small = config_lib.preset("qwen2.5-0.5b")
-    assert decoder.sizes(config_lib.preset("qwen3-8b")).cache == "paged"
-    assert decoder.sizes(config_lib.preset("qwen3-8b", cache="dense")).cache == "dense"
-    assert decoder.sizes(small).cache == "dense"  # heads of 64
+    assert decoder.config_of(config_lib.preset("qwen3-8b")).cache == "paged"
+    assert decoder.config_of(config_lib.preset("qwen3-8b", cache="dense")).cache == "dense"
+    assert decoder.config_of(small).cache == "dense"  # head_dim is 64
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"cache": "ragged"}, "cache is 'ragged'; expected 'auto', 'dense' or 'paged'"),
-        ({"head_dim": 64}, "cache is 'paged', with model.head_dim = 64"),
-        ({"num_heads": 6, "num_kv_heads": 6}, "model.num_kv_heads = 6; its kernel takes"),
+        ({"cache": "ragged"}, "cache is 'ragged'; expected one of 'auto', 'dense', 'paged'"),
+        ({"head_dim": 64}, "cache is 'paged' with model.head_dim = 64"),
+        ({"num_heads": 6, "num_kv_heads": 6}, "model.num_kv_heads = 6; its kernel needs"),
     ],
 )
-def test_a_cache_that_cannot_be_is_named(sizes, changes, message):
+def test_an_unsupported_cache_is_an_error(sizes, changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(sizes, **changes)
 
 
-def test_config_json_does_not_tell_the_cache(sizes):
+def test_config_json_does_not_depend_on_the_cache(sizes):
     dense = dataclasses.replace(sizes, cache="dense")
     assert architecture.to_json(sizes, "float32") == architecture.to_json(dense, "float32")

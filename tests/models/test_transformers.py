@@ -1,4 +1,4 @@
-"""Against Hugging Face transformers on torch: its directories load here, and ours load there."""
+"""Parity with Hugging Face transformers: its directories load here, and ours load there."""
 
 import copy
 import pathlib
@@ -14,6 +14,7 @@ from conftest import random_tokens
 from opsd_jax import config as config_lib
 from opsd_jax import policy
 from opsd_jax.cli import main
+from opsd_jax.config.run_options import parse_run
 from opsd_jax.models import decoder, pretrained, safetensors
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel.mesh import abstract_of
@@ -45,7 +46,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 1024,
 }
-CASES = {  # the class, its rotary embedding, what else differs
+CASES = {  # name -> (class prefix, rotary embedding, other changes)
     "qwen3": ("Qwen3", {"rope_theta": 5e5}, {}),
     "qwen3-tied": ("Qwen3", {"rope_theta": 1e6}, {"tie_word_embeddings": True}),
     "qwen3-yarn": ("Qwen3", {"rope_theta": 1e6, **YARN}, {}),
@@ -63,14 +64,16 @@ CASES = {  # the class, its rotary embedding, what else differs
 
 
 class Pair(NamedTuple):
-    directory: pathlib.Path  # theirs
+    """A transformers model, and the same model loaded from its directory."""
+
+    directory: pathlib.Path
     hf: "transformers.PreTrainedModel"
     model: policy.Model
     params: policy.Params
 
 
 def random_hf(case: str) -> "transformers.PreTrainedModel":
-    """A model of weights of standard deviation 0.2, and norms and biases that do something."""
+    """A model with random norms, biases and weights, of standard deviation 0.2."""
     family, rope, changes = CASES[case]
     rope = {"rope_type": "default", **rope}
     config = getattr(transformers, f"{family}Config")(**SIZES | changes, rope_parameters=rope)
@@ -120,21 +123,21 @@ def hf_logits(hf, tokens, positions):
 
 
 def padded_positions(kind):
-    """[2, 40], -1 for padding."""
+    """Positions [2, 40], with -1 for padding."""
     counted = np.broadcast_to(np.arange(40), (2, 40)).copy()
     if kind == "left":
         counted -= np.array([[5], [11]])
         return np.maximum(counted, -1)
     if kind == "right":
         return np.where(counted < np.array([[33], [27]]), counted, -1)
-    if kind == "far":  # up to the last of 8,192
+    if kind == "far":  # random positions below 8,192
         chosen = np.random.default_rng(0).permuted(np.tile(np.arange(8191), (2, 1)), axis=1)
         return np.concatenate([np.sort(chosen[:, :39]), [[8191], [8191]]], axis=1)
     return counted
 
 
 @pytest.mark.parametrize("kind", ["whole", "left", "right", "far"])
-def test_logits(pair, kind):
+def test_logits_equal_those_of_transformers(pair, kind):
     tokens, positions = np.array(random_tokens(3, (2, 40))), padded_positions(kind)
     expected = hf_logits(pair.hf, tokens, positions)
     logits = logits_of(pair.model, pair.params, tokens, positions)
@@ -142,7 +145,7 @@ def test_logits(pair, kind):
     np.testing.assert_allclose(logits[real], expected[real], atol=1e-4, rtol=1e-4)
 
 
-def test_greedy_continuation(pair):
+def test_greedy_decoding_equals_that_of_transformers(pair):
     prompt = np.array(random_tokens(4, (1, 7)))
     with torch.no_grad():
         expected = pair.hf.generate(
@@ -152,7 +155,7 @@ def test_greedy_continuation(pair):
     params = jax.device_put(pair.params, mesh_lib.replicated(mesh))
     shardings = jax.tree.map(lambda x: x.sharding, params)
     engine = Engine(pair.model, abstract_of(params, shardings), mesh, EngineShape(2, 1, 8, 200))
-    assert len(engine.cache_lengths) == 2  # the cache grows on the way
+    assert len(engine.cache_lengths) == 2  # the cache grows during decoding
     sampling_params = sampling.params(pair.model.vocab_size, stop=(), temperature=0.0)
     (ended,) = engine(
         params, prompt.tolist(), [[0]], key=jax.random.key(0), sampling_params=sampling_params
@@ -172,7 +175,7 @@ def test_cached_decoding_equals_the_full_forward(pair):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_import_and_export_leave_every_byte(pair, dtype, tmp_path):
+def test_loading_and_saving_preserve_every_byte(pair, dtype, tmp_path):
     source = tmp_path / "source"
     hf = copy.deepcopy(pair.hf).to(getattr(torch, dtype))
     hf.save_pretrained(source, max_shard_size="20KB")
@@ -188,7 +191,7 @@ def test_import_and_export_leave_every_byte(pair, dtype, tmp_path):
         assert stored.read(0, count).tobytes() == here[name].read(0, count).tobytes()
 
 
-def test_what_is_exported_loads_there(pair, tmp_path):
+def test_an_export_loads_in_transformers(pair, tmp_path):
     pair.model.save(pair.params, tmp_path / "out")
     hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
     assert hf.dtype == torch.float32
@@ -209,7 +212,7 @@ def test_what_is_exported_loads_there(pair, tmp_path):
     ],
     ids=["qwen3", "qwen3-yarn", "qwen2", "llama3", "linear"],
 )
-def test_a_decoder_of_ours_loads_there(changes, tmp_path):
+def test_a_decoder_with_random_weights_loads_in_transformers(changes, tmp_path):
     model = decoder.from_config(tiny_config.decoder(**changes))
     params = jax.tree.map(
         lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape),
@@ -222,14 +225,14 @@ def test_a_decoder_of_ours_loads_there(changes, tmp_path):
     np.testing.assert_allclose(logits, hf_logits(hf, tokens, positions), atol=1e-4, rtol=1e-4)
 
 
-def test_the_result_of_a_run_loads_there(config, tmp_path):
+def test_the_result_of_a_run_loads_in_transformers(config, tmp_path):
     run = config.copy_and_resolve_references()
     run.stages = ("sft",)
-    pipeline.run(run, tmp_path / "run")
+    pipeline.run(parse_run(run), tmp_path / "run")
     out = tmp_path / "out"
     assert main.main(["convert", "--workdir", str(tmp_path / "run"), "--out", str(out)]) == 0
     hf = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
-    this = Parameters(run, tmp_path / "run")
+    this = Parameters(parse_run(run), tmp_path / "run")
     tokens, positions = np.array(random_tokens(8, (2, 40))), padded_positions("whole")
     logits = logits_of(this.model, this.of("sft"), tokens, positions)
     np.testing.assert_allclose(logits, hf_logits(hf, tokens, positions), atol=1e-4, rtol=1e-4)

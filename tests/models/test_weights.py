@@ -1,4 +1,4 @@
-"""Weights of Hugging Face directories: read onto any mesh, checked, and written as they were."""
+"""Loading, checking and saving the weights of Hugging Face directories."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def directory(tmp_path, tensors):
     return hf_files.write(tmp_path / "source", tensors, hf_files.CONFIG, files=3)
 
 
-def test_every_parameter_is_the_tensor_of_its_name(directory, tensors):
+def test_every_parameter_holds_the_tensor_of_its_name(directory, tensors):
     params = load(opened(directory))
     for i in range(3):
         stored = lambda name, i=i: tensors[f"model.layers.{i}.{name}"]
@@ -62,7 +62,7 @@ def test_every_parameter_is_the_tensor_of_its_name(directory, tensors):
 
 @pytest.mark.parametrize("piece", [weights.PIECE, 100], ids=["whole", "pieces"])
 @pytest.mark.parametrize("shape", [(1, 8, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2)])
-def test_on_every_mesh_they_are_the_same(directory, shape, piece, monkeypatch, tmp_path):
+def test_parameters_are_equal_on_every_mesh(directory, shape, piece, monkeypatch, tmp_path):
     expected = load(opened(directory))
     monkeypatch.setattr(weights, "PIECE", piece)
     model = opened(directory)
@@ -83,7 +83,7 @@ def assert_same_tensors(a, b):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_what_goes_through_float32_comes_out_to_the_byte(dtype, tmp_path, monkeypatch):
+def test_weights_saved_after_loading_are_equal_to_the_byte(dtype, tmp_path, monkeypatch):
     tensors = hf_files.tensors_of(hf_files.CONFIG, dtype)
     source = hf_files.write(tmp_path / "source", tensors, hf_files.CONFIG)
     model = opened(source)
@@ -99,17 +99,17 @@ def test_what_goes_through_float32_comes_out_to_the_byte(dtype, tmp_path, monkey
     assert index["weight_map"].keys() == tensors.keys()
 
 
-def test_parameters_may_be_bfloat16(directory, tensors):
+def test_parameters_can_be_bfloat16(directory, tensors):
     norm = load(opened(directory, param_dtype="bfloat16"))["norm"]
     np.testing.assert_array_equal(norm, tensors["model.norm.weight"].astype(ml_dtypes.bfloat16))
 
 
-def test_a_dtype_and_its_companions_go_along(directory, tmp_path):
+def test_an_export_has_the_requested_dtype_and_the_companion_files(directory, tmp_path):
     (directory / "tokenizer.json").write_text("{}")
     (directory / "chat_template.jinja").write_text("{{ messages }}")
     (directory / "additional_chat_templates").mkdir()
     (directory / "additional_chat_templates" / "tool.jinja").write_text("x")
-    (directory / "README.md").write_text("not of the model")
+    (directory / "README.md").write_text("not part of the model")
     model = opened(directory)
     for out in (tmp_path / "saved", tmp_path / "written"):
         if out.name == "saved":
@@ -130,7 +130,7 @@ def test_a_dtype_and_its_companions_go_along(directory, tmp_path):
         assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
-def test_all_that_is_wrong_is_listed_at_once(tmp_path, tensors):
+def test_all_wrong_tensors_are_listed_in_one_error(tmp_path, tensors):
     del tensors["model.layers.1.mlp.up_proj.weight"]
     tensors["model.layers.2.self_attn.q_norm.weight"] = np.ones(8, np.float32)
     tensors["model.norm.weight"] = np.ones(15, np.float32)
@@ -148,19 +148,19 @@ def test_all_that_is_wrong_is_listed_at_once(tmp_path, tensors):
     ]
 
 
-def test_a_tied_head_may_be_there_and_has_to_be_the_embedding(tmp_path):
+def test_a_stored_head_must_equal_a_tied_embedding(tmp_path):
     config = hf_files.CONFIG | {"tie_word_embeddings": True}
     tensors = hf_files.tensors_of(config)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
     model = opened(hf_files.write(tmp_path / "equal", tensors, config))
     params = load(model)
     assert "head" not in params
-    model.save(params, tmp_path / "out")  # transformers ties it
+    model.save(params, tmp_path / "out")  # transformers restores the tie
     assert "lm_head.weight" not in safetensors.tensors_of(tmp_path / "out")
     tensors["lm_head.weight"][39, 15] += 1
     other = hf_files.write(tmp_path / "other", tensors, config)
     for use in (lambda: load(opened(other)), lambda: pretrained.rewrite(other, tmp_path / "no")):
-        with pytest.raises(WeightsError, match=r"lm_head\.weight that is not the embedding"):
+        with pytest.raises(WeightsError, match=r"lm_head\.weight that differs from the embedding"):
             use()
 
 
@@ -204,23 +204,23 @@ def twice(directory):
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (cut_off, r"model-00002-of-00003\.safetensors has \d+ bytes; its header says \d+"),
-        (no_header, r"model-00002-of-00003\.safetensors is damaged or no safetensors file"),
-        (empty, r"model-00002-of-00003\.safetensors is damaged or no safetensors file"),
-        (wrong_offsets, r"model-00002-of-00003\.safetensors is damaged .*in bytes 1 to"),
-        (absent, r"index\.json names model-00002-of-00003\.safetensors, absent from"),
+        (cut_off, r"model-00002-of-00003\.safetensors has \d+ bytes, but its header describes \d+"),
+        (no_header, r"model-00002-of-00003\.safetensors is damaged or is not a safetensors file"),
+        (empty, r"model-00002-of-00003\.safetensors is damaged or is not a safetensors file"),
+        (wrong_offsets, r"model-00002-of-00003\.safetensors is damaged .* is in bytes 1 to"),
+        (absent, r"index\.json lists model-00002-of-00003\.safetensors, missing in"),
         (damaged_index, r"index\.json cannot be used \(JSONDecodeError"),
-        (nothing, r"has no model\.safetensors, no model\.safetensors\.index\.json"),
+        (nothing, r"has no weights; expected model\.safetensors, model\.safetensors\.index"),
         (twice, r"00002-of-00003\.safetensors and .*00004-of-00003\.safetensors both have"),
     ],
 )
-def test_a_damaged_directory_is_refused(directory, harm, message):
+def test_a_damaged_directory_is_an_error(directory, harm, message):
     harm(directory)
     with pytest.raises(WeightsError, match=message):
         opened(directory)
 
 
-def test_a_file_that_is_cut_off_later_is_noticed(directory):
+def test_a_file_that_is_cut_off_after_the_check_is_an_error(directory):
     model = opened(directory)
     for path in directory.glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-64])
@@ -228,12 +228,12 @@ def test_a_file_that_is_cut_off_later_is_noticed(directory):
         load(model)
 
 
-def test_files_without_an_index_are_found(directory):
+def test_files_are_found_without_an_index(directory):
     (directory / "model.safetensors.index.json").unlink()
     assert load(opened(directory))["norm"].shape == (16,)
 
 
-def test_an_export_is_whole_or_not_there(directory, tmp_path, monkeypatch):
+def test_a_failed_export_leaves_nothing_behind(directory, tmp_path, monkeypatch):
     model = opened(directory)
     params = load(model)
     with pytest.raises(WeightsError, match="is not empty; expected a new or an empty directory"):
@@ -279,8 +279,8 @@ print((peak() - before) >> 20)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_neither_reading_nor_writing_holds_the_model(tmp_path):
-    """256 MiB of weights: beside the arrays there is room for a third of them."""
+def test_loading_and_saving_do_not_hold_the_model_in_host_memory(tmp_path):
+    """With 256 MiB of weights, the memory besides the arrays stays below a third of that."""
     config = hf_files.CONFIG | {
         "vocab_size": 65_536,
         "hidden_size": 512,
@@ -326,7 +326,7 @@ for number, shape in enumerate([(1, 4, 1), (1, 2, 2), (2, 2, 1)]):
 
 
 @pytest.mark.slow
-def test_two_processes_read_and_write_one_model(directory, tmp_path):
+def test_two_processes_load_and_save_one_model(directory, tmp_path):
     processes.run(PROCESS, str(directory), processes=2, devices=2)
     for number in range(3):
         assert_same_tensors(directory, tmp_path / f"out{number}")

@@ -1,4 +1,4 @@
-"""Several hosts as one program: processes of four devices each, over the loopback."""
+"""Several hosts as one program, simulated by processes with CPU devices on one machine."""
 
 import shutil
 import signal
@@ -13,7 +13,7 @@ from opsd_jax.cli import main
 from opsd_jax.parallel import hosts
 
 
-def test_what_hosts_tell_one_another():
+def test_hosts_exchange_values_and_errors():
     script = """
 from opsd_jax.config import ConfigError
 from opsd_jax.parallel import hosts
@@ -22,9 +22,9 @@ assert hosts.gathered("x" * number) == ["", "x"]
 assert hosts.largest(5 * number) == 5
 assert hosts.from_first(lambda: ("first", number)) == ("first", 0)
 assert hosts.each(lambda: number) == [0, 1]
-assert hosts.together(lambda: lambda: number)() == number  # what cannot be pickled stays
+assert hosts.together(lambda: lambda: number)() == number  # a result that cannot be pickled
 
-class Local(Exception):  # which cannot be pickled
+class Local(Exception):  # cannot be pickled
     def __init__(self, what, whose):
         super().__init__(f"{what} {whose}")
 
@@ -56,7 +56,7 @@ def wait_for(path, seconds=200):
 
 @pytest.fixture(scope="module")
 def alone(config, tmp_path_factory):
-    """The run of one process of eight devices."""
+    """The work directory of a run in one process with eight devices."""
     workdir = tmp_path_factory.mktemp("hosts") / "alone"
     ((code, errors),) = Run(config, workdir, processes=1, devices=8).ended()
     assert code == 0, errors[-3000:]
@@ -64,17 +64,17 @@ def alone(config, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_hosts_do_what_one_does(config, alone, tmp_path):
+def test_two_hosts_give_the_results_of_one(config, alone, tmp_path):
     (code, errors), other = Run(config, tmp_path / "two").ended()
     assert code == 0, errors[-3000:]
     assert other[0] == 0, other[1][-3000:]
     assert_equal_runs(alone, tmp_path / "two")
     assert "evaluate opsd" in errors
-    assert "evaluate" not in other[1]  # the first speaks for both
+    assert "evaluate" not in other[1]  # only the first host prints progress
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_host_stops_both_and_they_go_on(config, alone, tmp_path):
+def test_a_signal_to_one_host_stops_both_and_the_run_resumes(config, alone, tmp_path):
     workdir = tmp_path / "two"
     stopped = Run(config, workdir)
     wait_for(workdir / "rlvr" / "metrics.jsonl")
@@ -82,7 +82,7 @@ def test_a_signal_to_one_host_stops_both_and_they_go_on(config, alone, tmp_path)
     for code, errors in stopped.ended(120):
         assert code == 128 + signal.SIGTERM, errors[-3000:]
         assert "SIGTERM: saved; the same command goes on from here" in errors
-    # By one host as well, which has all of the devices.
+    # A single host with all eight devices can resume the run as well.
     shutil.copytree(workdir, tmp_path / "one")
     ((code, errors),) = Run(config, tmp_path / "one", processes=1, devices=8).ended()
     assert code == 0, errors[-3000:]
@@ -93,7 +93,7 @@ def test_a_signal_to_one_host_stops_both_and_they_go_on(config, alone, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_lost_host_ends_the_other_and_the_pair_goes_on(config, alone, tmp_path):
+def test_a_lost_host_ends_the_other_and_the_run_resumes(config, alone, tmp_path):
     workdir = tmp_path / "two"
     pair = Run(config, workdir)
     wait_for(workdir / "rlvr" / "metrics.jsonl")
@@ -101,7 +101,7 @@ def test_a_lost_host_ends_the_other_and_the_pair_goes_on(config, alone, tmp_path
     began = time.monotonic()
     (code, errors), _ = pair.ended(120)
     assert time.monotonic() - began < 60
-    # 75 where a collective fails; where a save waits for the lost one JAX ends the process.
+    # The code is 75 if a collective fails. If a checkpoint waits for the lost host, JAX aborts.
     said = {75: "another host is lost", -signal.SIGABRT: "This most likely indicates that another"}
     assert said[code] in errors
     for code, errors in Run(config, workdir).ended():
@@ -110,8 +110,8 @@ def test_a_lost_host_ends_the_other_and_the_pair_goes_on(config, alone, tmp_path
 
 
 @pytest.mark.slow
-def test_many_programs_in_flight_do_not_starve_one_another():
-    """More than XLA's CPU client lets wait (32), each with a collective over both hosts."""
+def test_many_programs_in_flight_do_not_deadlock():
+    """More programs than the CPU client queues (32), each with a collective over both hosts."""
     script = """
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -128,7 +128,7 @@ assert [float(s) for s in sums] == [2.0**32 * i for i in range(200)], sums
     processes.run(script, processes=2, devices=4)
 
 
-def test_a_checkpoint_that_one_host_cannot_read_is_left_out_by_both(tmp_path):
+def test_a_checkpoint_that_one_host_cannot_read_is_skipped_by_both(tmp_path):
     script = """
 import pathlib
 import numpy as np
@@ -160,7 +160,7 @@ assert (directory.parent / "damaged" / "2.0").is_dir()
     processes.run(script, str(tmp_path), processes=2, devices=2)
 
 
-def test_which_errors_mean_that_a_host_is_lost(monkeypatch):
+def test_errors_that_mean_a_lost_host(monkeypatch):
     monkeypatch.setattr(hosts, "count", lambda: 16)
     error = jax.errors.JaxRuntimeError
     assert hosts.is_loss(error("UNAVAILABLE: the coordination service is gone"))
@@ -174,7 +174,7 @@ def test_which_errors_mean_that_a_host_is_lost(monkeypatch):
     assert not hosts.is_loss(None)
 
 
-def test_one_host_that_fails_by_itself_ends_all_at_once(config, tmp_path):
+def test_a_failure_on_one_host_ends_all_hosts_at_once(config, tmp_path):
     began = time.monotonic()
     other = "--config", str(tmp_path / "none.py")
     for code, errors in Run(config, tmp_path / "run", (), other).ended(120):
@@ -183,7 +183,7 @@ def test_one_host_that_fails_by_itself_ends_all_at_once(config, tmp_path):
     assert time.monotonic() - began < 60
 
 
-def test_hosts_that_were_given_different_configs_say_so(config, tmp_path):
+def test_different_configs_on_two_hosts_are_an_error(config, tmp_path):
     for code, errors in Run(config, tmp_path / "run", (), ("--config.seed=7",)).ended(120):
         assert code == 2, errors[-3000:]
         assert "hosts differ" in errors
@@ -191,16 +191,16 @@ def test_hosts_that_were_given_different_configs_say_so(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_hosts_that_share_no_directory_say_so(config, tmp_path):
+def test_different_directories_on_two_hosts_are_an_error(config, tmp_path):
     other = "--workdir", str(tmp_path / "other")
     for code, errors in Run(config, tmp_path / "run", (), other).ended(120):
         assert code == 2, errors[-3000:]
         assert "host 1 does not see the config.json that host 0 has written" in errors
 
 
-def test_a_process_is_one_of_several(capsys, tmp_path):
+def test_a_missing_or_wrong_process_number_is_an_error(capsys, tmp_path):
     arguments = ["train", "--config", str(QUICKSTART), "--workdir", str(tmp_path)]
     for more in ([], ["--processes", "2"], ["--processes", "2", "--process", "2"]):
         with pytest.raises(SystemExit):
             main.main([*arguments, "--coordinator", "localhost", *more])
-        assert "expected how many there are and which of them" in capsys.readouterr().err
+        assert "expected --processes N, the number of processes" in capsys.readouterr().err

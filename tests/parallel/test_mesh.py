@@ -1,6 +1,7 @@
-"""The mesh and its rules: what does not go together is refused by name, before it compiles."""
+"""The device mesh and its sharding rules: errors that name the leaf, and layouts that compile."""
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -16,29 +17,32 @@ LEAF = {"layers": {"q": jax.ShapeDtypeStruct((6, 8), "float32")}}
         ([(r"layers", P())], r"no sharding rule matches the parameter layers/q\[6, 8\]"),
         (
             [(r"layers/q", P("fsdp"))],
-            r"layers/q\[6, 8\]: its dimension of 6 is split over .* 'fsdp' of 4",
+            r"parameter layers/q\[6, 8\] has a dimension of 6, split over .* 'fsdp' of 4, which",
         ),
         (
             [(r"layers/q", P(None, "fsdp", "tensor"))],
-            r"layers/q\[6, 8\]: its rule .* is for 3 dimensions or more",
+            r"layers/q\[6, 8\] has 2 dimensions; its sharding rule .* is for 3",
         ),
         (
             [(r"layers/q", P("tensor", "tensor"))],
-            r"layers/q\[6, 8\]: its rule .* uses a mesh axis twice",
+            r"layers/q\[6, 8\] has the sharding rule .* which uses a mesh axis twice",
         ),
         (
             [(r"layers/q", P(("tensor", "fsdp"), "fsdp"))],
-            r"layers/q\[6, 8\]: its rule .* uses a mesh axis twice",
+            r"layers/q\[6, 8\] has the sharding rule .* which uses a mesh axis twice",
         ),
-        ([(r"layers/q", P("model"))], r"its rule .* names \['model'\]; the mesh has \['data', "),
+        (
+            [(r"layers/q", P("model"))],
+            r"with the axes \['model'\]; expected axes of the mesh, \['data', ",
+        ),
     ],
 )
-def test_rules_are_strict(rules, message):
+def test_a_rule_that_does_not_fit_a_parameter_is_an_error(rules, message):
     with pytest.raises(ValueError, match=message):
         mesh_lib.tree_shardings(mesh_lib.make_mesh((1, 4, 2)), rules, LEAF)
 
 
-def test_the_first_rule_that_matches_decides():
+def test_the_first_matching_rule_applies():
     mesh = mesh_lib.make_mesh((1, 4, 2))
     rules = [(r"layers/q", P("tensor")), (r".*", P())]
     sharding = mesh_lib.tree_shardings(mesh, rules, LEAF)["layers"]["q"]
@@ -48,12 +52,32 @@ def test_the_first_rule_that_matches_decides():
     assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
 
 
+def test_parameters_of_the_decoder_take_their_rules_and_an_unknown_one_is_an_error(model, params):
+    mesh = mesh_lib.make_mesh((2, 2, 2))
+    shardings = mesh_lib.tree_shardings(mesh, model.rules, params)
+    assert shardings["layers"]["gate"].spec == P(None, "fsdp", "tensor")
+    assert shardings["layers"]["attention_norm"].spec == P()
+    assert shardings["norm"].spec == P()
+    with pytest.raises(ValueError, match=r"no sharding rule matches the parameter extra/w\[3\]"):
+        mesh_lib.tree_shardings(mesh, model.rules, {"extra": {"w": np.zeros(3)}})
+    with pytest.raises(ValueError, match=r"embedding\[31, 16\].*dimension of 31.*'tensor' of 2"):
+        mesh_lib.tree_shardings(mesh, model.rules, {"embedding": np.zeros((31, 16))})
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1), (2, 2), (-1, -1, 1), (0, 1, 8), (-1, 3, 1)])
+def test_a_mesh_that_does_not_fit_the_devices_is_an_error(shape):
+    with pytest.raises(ValueError, match="mesh"):
+        mesh_lib.make_mesh(shape)
+
+
+def test_minus_one_takes_the_remaining_devices():
+    assert dict(mesh_lib.make_mesh((-1, 2, 1)).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+
+
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (4, 2, 1), (4, 1, 2)])
-def test_no_layout_is_one_that_the_partitioner_cannot_go_to(
-    config, shape, sequence_parallel, capfd
-):
-    """Where it cannot, it puts the whole of an array on every device, and says so."""
+def test_the_partitioner_can_reshard_every_layout(config, shape, sequence_parallel, capfd):
+    """Otherwise it replicates an array on all devices, and XLA prints a warning."""
     section = config.model.copy_and_resolve_references()
     section.sequence_parallel = sequence_parallel
     mesh, model = mesh_lib.make_mesh(shape), decoder.from_config(section)

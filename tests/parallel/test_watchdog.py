@@ -1,5 +1,6 @@
-"""What is said of a step that takes too long."""
+"""The watchdog: which steps it warns about, and what the warning contains."""
 
+import logging
 import time
 
 import pytest
@@ -9,9 +10,10 @@ from opsd_jax.parallel.watchdog import Watchdog, waiting
 
 
 @pytest.fixture
-def dog(monkeypatch):
+def dog(monkeypatch, caplog):
     monkeypatch.setattr(watchdog, "LEAST_SECONDS", 0.3)
     monkeypatch.setattr(watchdog, "LOOK_SECONDS", 0.01)
+    caplog.set_level(logging.WARNING, "opsd_jax")
     with Watchdog("rlvr") as dog:
         yield dog
 
@@ -22,29 +24,30 @@ def take(dog, seconds):
         time.sleep(length)
 
 
-def test_a_long_step_says_what_it_waits_for(dog, capfd):
+def test_a_long_step_is_reported_with_what_it_waits_for(dog, caplog, capfd):
     take(dog, [0.01] * 5)
     dog.begin(5)
     with waiting("the verifier"), waiting("other hosts"):
         time.sleep(0.5)
-    said = capfd.readouterr().err
-    assert said.count("opsd-jax: rlvr, step 5, has taken") == 1
-    assert "the median is 0.0 s. It has waited 0 s for the verifier > other hosts. Its" in said
-    assert "test_watchdog.py" in said  # where it is
+    (warning,) = caplog.messages
+    assert warning.startswith("opsd-jax: step 5 of rlvr has taken 0 s. The median step time is 0.0")
+    assert "has been waiting for the verifier > other hosts for 0 s" in warning
+    assert "test_watchdog.py" in capfd.readouterr().err  # the stacks
+    caplog.clear()
     time.sleep(0.6)  # twice as long
-    said = capfd.readouterr().err
-    assert said.count("step 5, has taken") == 1
-    assert "for its own Python" in said
+    (warning,) = caplog.messages
+    assert "step 5 of rlvr has taken" in warning
+    assert "for its own Python code" in warning
 
 
-def test_a_first_step_that_hangs_is_told_of_too(dog, monkeypatch, capfd):
+def test_a_first_step_that_hangs_is_reported(dog, monkeypatch, caplog):
     monkeypatch.setattr(watchdog, "FIRST_SECONDS", 0.3)
     dog.begin(0)
     time.sleep(0.5)
-    assert "step 0, has taken 0 s; the median is unknown yet" in capfd.readouterr().err
+    assert "has taken 0 s. The median step time is not known yet" in caplog.text
 
 
-def test_the_first_steps_and_ordinary_ones_are_not_told_of(dog, capfd):
-    take(dog, [0.4, 0.02, 0.02])  # the first compiles
+def test_first_steps_and_ordinary_steps_are_not_reported(dog, caplog):
+    take(dog, [0.4, 0.02, 0.02])  # the first one compiles
     take(dog, [0.05] * 5)
-    assert "has taken" not in capfd.readouterr().err
+    assert not caplog.messages

@@ -1,4 +1,4 @@
-"""Rollouts of problems: in groups, verified while the device samples, the same on any devices."""
+"""Collecting rollouts: groups, verification while the device samples, any number of devices."""
 
 import time
 from concurrent.futures import Future
@@ -9,7 +9,6 @@ import pytest
 
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel.mesh import abstract_of
-from opsd_jax.rollout import engine as engine_lib
 from opsd_jax.rollout import sampling
 from opsd_jax.rollout.collect import Collector, concatenate
 from opsd_jax.rollout.engine import Engine, EngineShape
@@ -19,39 +18,62 @@ from opsd_jax.verify.verdict import Verdict
 
 
 @pytest.fixture(scope="module")
-def collector(model, params, task):
-    def make(mesh_shape=(1, 1, 1), slots=16):
+def arguments(model, task):
+    """How rollouts are sampled in these tests."""
+    stop = task.tokenizer.eos_ids
+    return {
+        "key": jax.random.key(3),
+        "sampling_params": sampling.params(model.vocab_size, stop=stop),
+    }
+
+
+@pytest.fixture(scope="module")
+def make_engine(model, params):
+    """`make_engine(mesh_shape, slots) -> (engine, params)`, the parameters as it takes them."""
+
+    def make_engine(mesh_shape=(1, 1, 1), slots=16):
         mesh = mesh_lib.make_mesh(mesh_shape, jax.devices()[: int(np.prod(mesh_shape))])
         placed = jax.device_put(params, mesh_lib.tree_shardings(mesh, model.rules, params))
         abstract = abstract_of(placed, jax.tree.map(lambda x: x.sharding, placed))
         layout = decode_layout(model, abstract, mesh)
         shape = EngineShape(slots, mesh_lib.row_shards(mesh), 16, 40)
-        engine = Engine(model, layout.abstract, mesh, shape)
-        collector = Collector(engine, task, VerifierPool(task.verify), 2)
-        arguments = {
-            "key": jax.random.key(3),
-            "sampling_params": sampling.params(model.vocab_size, stop=task.tokenizer.eos_ids),
-        }
-        params_there = layout.convert(placed)
-        return lambda problems, by=Collector.__call__, **kw: by(
-            collector, params_there, problems, **(arguments | kw)
-        )
+        return Engine(model, layout.abstract, mesh, shape), layout.convert(placed)
 
-    return make
+    return make_engine
 
 
 @pytest.fixture(scope="module")
-def collect(collector):
-    return collector()
+def one_device(make_engine):
+    return make_engine()
+
+
+@pytest.fixture(scope="module")
+def collector(task, arguments):
+    """`collector(engine, params) -> collect`, where `collect(problems)` gives their rollouts."""
+
+    def collector(engine, params, pool=None):
+        made = Collector(engine, task, pool or VerifierPool(task.verify), 2)
+        return lambda problems, by=Collector.__call__, **options: by(
+            made, params, problems, **(arguments | options)
+        )
+
+    return collector
+
+
+@pytest.fixture(scope="module")
+def collect(collector, one_device):
+    return collector(*one_device)
 
 
 @pytest.mark.parametrize(
     "mesh_shape",
     [(8, 1, 1), *(pytest.param(m, marks=pytest.mark.slow) for m in ((2, 4, 1), (2, 2, 2)))],
 )
-def test_eight_devices_and_other_slots_make_the_same(collector, collect, task, mesh_shape):
+def test_devices_and_slots_do_not_change_rollouts(
+    make_engine, collector, collect, task, mesh_shape
+):
     problems = [task.train[i] for i in range(11)]
-    one, eight = collect(problems), collector(mesh_shape, slots=8)(problems)
+    one, eight = collect(problems), collector(*make_engine(mesh_shape, slots=8))(problems)
     for a, b in zip(one.responses, eight.responses, strict=True):
         np.testing.assert_array_equal(a, b)
     for field in ("sampling_logprobs", "model_logprobs"):
@@ -61,10 +83,10 @@ def test_eight_devices_and_other_slots_make_the_same(collector, collect, task, m
     assert [v.reason for v in one.judged.verdicts] == [v.reason for v in eight.judged.verdicts]
 
 
-def test_groups_are_disjoint_and_cover(collect, task):
+def test_outcomes_are_disjoint_and_complete(collect, task):
     rollouts = collect([task.train[i] for i in range(32)])
-    groups = np.stack(rollouts.judged.outcomes)
-    np.testing.assert_array_equal(groups.sum(axis=0), 1)
+    outcomes_3xN = np.stack(rollouts.judged.outcomes)
+    np.testing.assert_array_equal(outcomes_3xN.sum(axis=0), 1)
     np.testing.assert_array_equal(
         rollouts.judged.outcomes.truncated,
         [r[-1] not in task.tokenizer.eos_ids for r in rollouts.responses],
@@ -72,8 +94,8 @@ def test_groups_are_disjoint_and_cover(collect, task):
     assert rollouts.judged.outcomes.truncated.any()
 
 
-def test_a_problem_comes_when_its_last_rollout_has_ended(collect, task):
-    """In another order than the problems'; those that come are those that are collected."""
+def test_a_problem_is_yielded_when_its_last_rollout_ends(collect, task):
+    """Problems come in another order, with the same rollouts that a call returns."""
     problems = [task.train[i] for i in range(24)]
     whole = collect(problems)
     parts = list(collect(problems, Collector.by_problem))
@@ -86,7 +108,7 @@ def test_a_problem_comes_when_its_last_rollout_has_ended(collect, task):
             np.testing.assert_array_equal(part.responses[j], whole.responses[2 * i + j])
 
 
-def test_numbers_choose_the_noise(collect, task):
+def test_numbers_select_the_random_numbers(collect, task):
     problems = [task.train[i] for i in range(6)]
     whole = collect(problems)
     some = dict(collect(problems[3:], Collector.by_problem, numbers=[3, 4, 5]))
@@ -95,28 +117,36 @@ def test_numbers_choose_the_noise(collect, task):
             np.testing.assert_array_equal(some[i].responses[j], whole.responses[2 * (i + 3) + j])
 
 
-def test_the_device_s_wait_is_measured(collect, task, monkeypatch):
-    """What is judged while the device samples costs nothing; what it waits for is told."""
-    problems = [task.train[i] for i in range(8)]
-    assert 0 <= collect(problems).judged.wait_seconds < 0.05
+@pytest.mark.parametrize("is_idle", [False, True])
+def test_only_idle_time_of_the_device_is_counted(collector, one_device, task, is_idle):
+    """Submitting a response counts as waiting if the device has nothing to do meanwhile."""
+    engine, params = one_device
 
-    def slow(self, problem, response):
-        time.sleep(0.02)
-        verdict = Future()
-        verdict.set_result(Verdict(True, "match"))
-        return verdict
+    class Watched:
+        shape = engine.shape
 
-    monkeypatch.setattr(VerifierPool, "submit", slow)
-    for idle in (False, True):
-        monkeypatch.setattr(engine_lib, "_is_done", lambda chunk, idle=idle: idle)
-        rollouts = collect(problems)
-        asked = int((~rollouts.truncated).sum())
-        assert asked > 3
-        assert (rollouts.judged.wait_seconds >= 0.02 * asked) == idle
+        def __call__(self, *args, **options):
+            for ended in engine(*args, **options):
+                yield ended._replace(device_is_idle=lambda: is_idle)
+
+    class Slow:
+        def submit(self, problem, response):
+            time.sleep(0.02)
+            (future := Future()).set_result(Verdict(True, "match"))
+            return future
+
+    rollouts = collector(Watched(), params, Slow())([task.train[i] for i in range(8)])
+    submitted = int((~rollouts.truncated).sum())
+    assert submitted > 3
+    assert (rollouts.judged.wait_seconds >= 0.02 * submitted) == is_idle
 
 
-def test_settled_rollouts_go_before_others(collect, task):
-    """As dynamic sampling adds them: in order, with the time that was waited."""
+def test_verdicts_that_arrive_while_the_device_samples_cost_no_time(collect, task):
+    assert 0 <= collect([task.train[i] for i in range(8)]).judged.wait_seconds < 0.05
+
+
+def test_settled_rollouts_concatenate_with_others(collect, task):
+    """Dynamic sampling does this. The order and the time spent waiting are kept."""
     first, second = collect([task.train[0]]), collect([task.train[1], task.train[2]])
     waited = first.judged.wait_seconds
     both = concatenate([first.settled(), second])

@@ -1,8 +1,10 @@
-"""The engine: behaviour log-probabilities, reproducibility, stopping, slots, what it costs."""
+"""The engine: log-probabilities, reproducibility, stopping, slots, compilation and memory."""
 
+import contextlib
 import itertools
 import json
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +15,12 @@ from scipy import stats
 from scipy.special import log_softmax
 
 from opsd_jax.models import decoder
+from opsd_jax.parallel import aot
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel.mesh import abstract_of
+from opsd_jax.parallel.program import ProgramKind
 from opsd_jax.rollout import engine as engine_lib
+from opsd_jax.rollout import programs as programs_lib
 from opsd_jax.rollout import sampling, slots
 from opsd_jax.rollout.engine import STOP_EOS, STOP_LENGTH, Engine, EngineShape, left_pad
 from opsd_jax.rollout.layout import decode_layout
@@ -25,9 +30,35 @@ PROMPTS = [[1, 9, 20], [1, 5, 6, 7, 8, 3], [4], [1, 7], [9, 9, 4], [3, 1, 2, 30,
 IDS = [[4 * i + j for j in range(4)] for i in range(len(PROMPTS))]
 
 
+class Programs:
+    """The compiled programs of an engine.
+
+    Within `watched(hook)`, a call runs `hook(key, program, *args)`, which returns the outputs.
+    """
+
+    def __init__(self):
+        self.by_key, self.hook = {}, None
+
+    def compile(self, key, lowered):
+        program = self.by_key[key] = lowered.compile()
+
+        def call(*args):
+            return program(*args) if self.hook is None else self.hook(key, program, *args)
+
+        return call
+
+    @contextlib.contextmanager
+    def watched(self, hook):
+        self.hook = hook
+        try:
+            yield
+        finally:
+            self.hook = None
+
+
 @pytest.fixture(scope="module")
 def make(model, params):
-    """`make(slots, mesh_shape, ...) -> sample`, with engines of one kind made once."""
+    """`make(slots, mesh_shape, ...) -> sample`. Engines with equal arguments are compiled once."""
     made = {}
 
     def make(slots=8, mesh_shape=(1, 1, 1), prompts=None, decode_mesh=(), budget=BUDGET, **options):
@@ -41,9 +72,11 @@ def make(model, params):
             )
             shards = mesh_lib.row_shards(layout.mesh)
             shape = EngineShape(slots, prompts or shards, 8, budget)
-            engine = Engine(model, layout.abstract, layout.mesh, shape, **options)
-            made[which] = engine, layout.convert(placed)
-        engine, placed = made[which]
+            programs = Programs()
+            with mock.patch.object(aot, "compiled", programs.compile):
+                engine = Engine(model, layout.abstract, layout.mesh, shape, **options)
+            made[which] = engine, layout.convert(placed), programs
+        engine, placed, programs = made[which]
 
         def sample(prompts=PROMPTS, ids=IDS, seed=5, budgets=None, stop=(EOS,), **options):
             sampling_params = sampling.params(V, stop=stop, **options)
@@ -53,7 +86,7 @@ def make(model, params):
             )
             return [response for batch in ended for response in batch.responses]
 
-        sample.engine, sample.params = engine, placed
+        sample.engine, sample.params, sample.programs = engine, placed, programs
         return sample
 
     return make
@@ -80,7 +113,7 @@ def rollouts(make):
 
 
 def full_logits(score, params, tokens):
-    """Logits [T, V] in float64 of a full forward over the tokens."""
+    """Logits [T, V] in float64 of one forward pass over all tokens, without a cache."""
     padded, positions = np.zeros((1, 32), np.int32), np.full((1, 32), -1, np.int32)
     padded[0, : len(tokens)], positions[0, : len(tokens)] = tokens, np.arange(len(tokens))
     return np.asarray(score(params, padded, positions), np.float64)[0, : len(tokens)]
@@ -129,7 +162,7 @@ def test_eight_devices_sample_what_one_does(make, rollouts, mesh_shape, decode_m
 
 
 def test_a_rollout_depends_on_its_id_alone(make, rollouts):
-    """Not on the order of the prompts, on those beside it, or on what was sampled before."""
+    """It does not depend on the order of prompts, on other rollouts, or on earlier calls."""
     order = [3, 5, 0, 4, 2, 1]
     ids = [IDS[i][::-1] for i in order]
     assert_same(by_id(make()([PROMPTS[i] for i in order], ids), ids), rollouts)
@@ -139,14 +172,14 @@ def test_a_rollout_depends_on_its_id_alone(make, rollouts):
     assert make()(PROMPTS[:2], [[], []]) == []
 
 
-def test_steps_and_rollouts_have_noise_of_their_own(make, rollouts):
+def test_steps_and_rollouts_have_their_own_random_numbers(make, rollouts):
     first = {tuple(r.tokens) for r in rollouts.values()}
     assert len(first) == len(rollouts)
     other = {tuple(r.tokens) for r in make()(seed=6)}
     assert len({row for row in first & other if len(row) > 4}) == 0
 
 
-def test_greedy_takes_the_likeliest(make, score, params):
+def test_greedy_takes_the_most_likely_token(make, score, params):
     for response in make()(ids=[[i] for i in range(len(PROMPTS))], temperature=0.0):
         prompt = PROMPTS[response.prompt]
         logits = full_logits(score, params, [*prompt, *response.tokens])[len(prompt) - 1 : -1]
@@ -161,17 +194,17 @@ def test_sampled_frequencies_are_the_distribution(make, score, params, options):
     responses = make(64)([PROMPTS[0]], [range(n)], budgets=[[1] * n], **options)
     logits = full_logits(score, params, PROMPTS[0])[-1] / options.get("temperature", 1)
     p = np.exp(log_softmax(logits))
-    likeliest = np.argsort(-p)[: options.get("top_k", V)]
-    before = np.cumsum(p[likeliest]) - p[likeliest]
-    kept = likeliest[before < options.get("top_p", 1.0) * p[likeliest].sum()]
+    top = np.argsort(-p)[: options.get("top_k", V)]
+    before = np.cumsum(p[top]) - p[top]
+    kept = top[before < options.get("top_p", 1.0) * p[top].sum()]
     counts = np.bincount([r.tokens[0] for r in responses], minlength=V)
     assert counts[kept].sum() == n
     often = kept[p[kept] * n >= 5]
-    share = p[often] / p[often].sum()
-    assert stats.chisquare(counts[often], share * counts[often].sum()).pvalue > 1e-3
+    expected = p[often] / p[often].sum() * counts[often].sum()
+    assert stats.chisquare(counts[often], expected).pvalue > 1e-3
 
 
-def test_budgets_are_each_rollout_s_own(make, rollouts):
+def test_every_rollout_has_its_own_budget(make, rollouts):
     budgets = [[1 + (5 * i + j) % 7 for j in range(4)] for i in range(len(PROMPTS))]
     for i, response in by_id(make()(budgets=budgets)).items():
         budget = budgets[i // 4][i % 4]
@@ -181,17 +214,16 @@ def test_budgets_are_each_rollout_s_own(make, rollouts):
 
 
 def test_any_stop_token_ends_a_response(make, rollouts):
-    words = (EOS, 5, 11)
-    for i, response in by_id(make()(stop=words)).items():
+    stop = (EOS, 5, 11)
+    for i, response in by_id(make()(stop=stop)).items():
         tokens = rollouts[i].tokens.tolist()
-        # A rollout that an EOS ended goes no further; all three words end one here.
-        at = next((t for t, token in enumerate(tokens) if token in words), len(tokens) - 1)
+        at = next((t for t, token in enumerate(tokens) if token in stop), len(tokens) - 1)
         assert response.tokens.tolist() == tokens[: at + 1]
-        assert (response.stop == STOP_EOS) == (response.tokens[-1] in words)
+        assert (response.stop == STOP_EOS) == (response.tokens[-1] in stop)
     assert all(len(r.tokens) == BUDGET for r in make()(stop=()))
 
 
-def test_forbidden_words_never_come(make):
+def test_forbidden_tokens_are_never_sampled(make):
     forbidden = [EOS, *range(3, 32, 2)]
     responses = make()(forbidden=forbidden)
     assert not {int(t) for r in responses for t in r.tokens} & set(forbidden)
@@ -199,65 +231,65 @@ def test_forbidden_words_never_come(make):
     assert all((r.sampling_logprobs > r.model_logprobs).all() for r in responses)
 
 
-def test_a_long_rollout_holds_nobody_up(make, monkeypatch):
-    """Two slots, one of them taken for long: the others go through the second one by one, in as
-    many steps as the long one takes.
-    """
+def test_a_long_rollout_does_not_delay_others(make):
+    """While one of two slots decodes a long rollout, the other decodes the short ones."""
     sample, steps = make(2), []
-    decode = sample.engine._decode[BUDGET + 8]
 
-    def watched(*args):
-        after, chunk = decode(*args)
-        steps.append(int(chunk.drawn.max()))
-        return after, chunk
+    def record_steps(key, program, *args):
+        outputs = program(*args)
+        if key.kind is ProgramKind.DECODE:
+            steps.append(int(outputs[1].drawn.max()))
+        return outputs
 
-    monkeypatch.setitem(sample.engine._decode, BUDGET + 8, watched)
     ids = [[0], [1], [2], [3], [4], [5]]
     budgets = [[24], [4], [4], [4], [4], [4]]
-    order = [r.prompt for r in sample(ids=ids, budgets=budgets, stop=())]
+    with sample.programs.watched(record_steps):
+        order = [r.prompt for r in sample(ids=ids, budgets=budgets, stop=())]
     assert order[:4] == [1, 2, 3, 4]
     assert sum(steps) == 24
 
 
-def test_ended_rollouts_are_handed_out_while_others_go_on(make, monkeypatch):
+def test_ended_rollouts_are_yielded_while_others_are_decoded(make, monkeypatch):
     """Each prompt is prefilled once, each chunk fetched once, and the device is a chunk ahead."""
-    sample = make(2, prompts=1)
-    engine, calls, length = sample.engine, [], BUDGET + 8
-    monkeypatch.setattr(engine, "_prefill", counted(engine._prefill, calls, "prefill"))
-    decode = engine._decode[length]
-    monkeypatch.setitem(engine._decode, length, counted(decode, calls, "decode"))
-    monkeypatch.setattr(jax, "device_get", counted(jax.device_get, calls, "fetch"))
+    sample, calls, fetch = make(2, prompts=1), [], jax.device_get
+
+    def record_call(key, program, *args):
+        calls.append(key.kind)
+        return program(*args)
+
+    def record_fetch(tree):
+        calls.append("fetch")
+        return fetch(tree)
+
+    monkeypatch.setattr(jax, "device_get", record_fetch)
     ids = [[0, 1, 2], [3, 4, 5]]
     sampling_params, key = sampling.params(V, stop=()), jax.random.key(0)
-    budgets = [[3, 9, 5], [4, 4, 4]]
-    for batch in engine(
-        sample.params, PROMPTS[:2], ids, key=key, sampling_params=sampling_params, budgets=budgets
-    ):
-        calls.append("ended")
-        assert batch.responses
-    assert calls.count("prefill") == 2
-    assert calls.count("decode") == calls.count("fetch")
+    with sample.programs.watched(record_call):
+        for batch in sample.engine(
+            sample.params,
+            PROMPTS[:2],
+            ids,
+            key=key,
+            sampling_params=sampling_params,
+            budgets=[[3, 9, 5], [4, 4, 4]],
+        ):
+            calls.append("ended")
+            assert batch.responses
+    assert calls.count(ProgramKind.PREFILL) == 2
+    assert calls.count(ProgramKind.DECODE) == calls.count("fetch")
     assert calls.count("ended") >= 4
-    # What a chunk ended is handed out when the next is on its way; only the last has no next.
-    order = [c for c in calls if c != "prefill"]
+    # The engine yields the rollouts of a chunk after it starts the next one. The last has no next.
+    order = [call for call in calls if call in (ProgramKind.DECODE, "fetch", "ended")]
     assert order == [
-        "decode",
-        *["fetch", "decode", "ended"] * (len(order) // 3 - 1),
+        ProgramKind.DECODE,
+        *["fetch", ProgramKind.DECODE, "ended"] * (len(order) // 3 - 1),
         "fetch",
         "ended",
     ]
 
 
-def counted(function, calls, name):
-    def call(*args, **kwargs):
-        calls.append(name)
-        return function(*args, **kwargs)
-
-    return call
-
-
-def test_nothing_is_traced_after_the_warm_up(make):
-    """Rules, budgets, stop tokens, prompts and slots in use change; no program does."""
+def test_changed_arguments_do_not_recompile(make):
+    """Sampling parameters, budgets, stop tokens, prompts and the number of active slots change."""
     sample = make()
     sample()
     with jax.no_tracing(True):
@@ -271,27 +303,30 @@ def test_nothing_is_traced_after_the_warm_up(make):
         sample(PROMPTS[:1], IDS[:1], budgets=[[1, 2, 3, 4]])
 
 
-def test_a_cache_of_any_length_gives_the_same(make, rollouts, monkeypatch):
-    """It grows with the longest rollout in the making and shrinks when that has ended, be it
-    shorter than the longest prompt.
+def test_the_length_of_the_cache_changes_nothing(make, rollouts, monkeypatch):
+    """The cache grows with the longest active rollout and shrinks when that rollout ends.
+
+    It can become shorter than the longest prompt.
     """
-    monkeypatch.setattr(engine_lib, "STEPS_PER_CHUNK", 2)
-    sample = make(4, cache_lengths=(4, 8, 16, 24, 32))
-    used = []
-    for length, decode in list(sample.engine._decode.items()):
-        monkeypatch.setitem(sample.engine._decode, length, counted(decode, used, length))
-    assert_same(by_id(sample()), rollouts)
+    monkeypatch.setattr(programs_lib, "STEPS_PER_CHUNK", 2)
+    sample, used = make(4, cache_lengths=(4, 8, 16, 24, 32)), []
+
+    def record_length(key, program, *args):
+        if key.kind is ProgramKind.DECODE:
+            used.append(key.cache_length)
+        return program(*args)
+
+    with sample.programs.watched(record_length):
+        assert_same(by_id(sample()), rollouts)
     assert {4, 8, 16, 24} <= set(used)
     assert any(b < a for a, b in itertools.pairwise(used))
 
 
-def test_the_lengths_of_the_cache():
+def test_default_cache_lengths():
     shape = EngineShape(8, 8, 1024, 8192)
     assert engine_lib.default_cache_lengths(shape) == [128, 192, 320, 576, 1152, 2304, 4608, 9216]
     double = engine_lib.default_cache_lengths(shape._replace(response_tokens=2 * 9216 - 1024))
-    assert double[:-1] == engine_lib.default_cache_lengths(
-        shape
-    )  # what is read of it does not grow
+    assert double[:-1] == engine_lib.default_cache_lengths(shape)  # a larger budget reads no more
     assert engine_lib.default_cache_lengths(EngineShape(8, 8, 16, 88)) == [104]
 
 
@@ -299,11 +334,11 @@ def test_the_lengths_of_the_cache():
     ("slots", "group_size", "rollouts", "shards", "expected"),
     [
         (64, 8, 512, 1, (64, 2)),  # a prefill of 2 prompts fills a quarter of the slots
-        (64, 1, 20, 8, (24, 8)),  # no more than there are rollouts, but for what every shard has
+        (64, 1, 20, 8, (24, 8)),  # 20 rollouts, rounded up to a multiple of the shards
         (8, 8, 512, 4, (8, 4)),
     ],
 )
-def test_an_engine_has_no_slots_that_nothing_fills(slots, group_size, rollouts, shards, expected):
+def test_an_engine_has_no_more_slots_than_rollouts(slots, group_size, rollouts, shards, expected):
     shape = engine_lib.shape_for(
         slots=slots,
         group_size=group_size,
@@ -317,21 +352,29 @@ def test_an_engine_has_no_slots_that_nothing_fills(slots, group_size, rollouts, 
 
 @pytest.mark.parametrize("mesh_shape", [(1, 1, 1), (2, 2, 2)])
 def test_the_cache_is_updated_in_place(make, mesh_shape):
-    """The decode program holds no copy of a layer's keys or values, and gives back its buffers."""
-    (length,) = (engine := make(8, mesh_shape, budget=112).engine).cache_lengths
-    program, leaves = engine._decode[length], jax.tree.leaves(engine._state[length].cache)
-    shape = leaves[0].sharding.shard_shape(leaves[0].shape)
-    text = program.as_text()
-    copies = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", text)
-    assert np.prod(shape) > 8 * engine_lib.STEPS_PER_CHUNK  # larger than what it draws
-    assert not [c for c in copies if np.prod([int(d) for d in c.split(",")]) >= np.prod(shape)]
-    memory = program.memory_analysis()
+    """The decode program copies no layer's keys or values, and reuses the buffers of its input."""
+    sample, leaves = make(8, mesh_shape, budget=112), []
+
+    def record_cache(key, program, *args):
+        outputs = program(*args)
+        if key.kind is ProgramKind.DECODE:
+            leaves[:] = jax.tree.leaves(outputs[0].cache)
+        return outputs
+
+    with sample.programs.watched(record_cache):
+        sample(PROMPTS[:1], IDS[:1])
+    (program,) = (p for key, p in sample.programs.by_key.items() if key.kind is ProgramKind.DECODE)
+    size = np.prod(leaves[0].sharding.shard_shape(leaves[0].shape))
+    copies = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", program.as_text())
+    assert size > 8 * programs_lib.STEPS_PER_CHUNK  # larger than the sampled tokens of a chunk
+    assert not [c for c in copies if np.prod([int(d) for d in c.split(",")]) >= size]
     cache_bytes = sum(4 * np.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
-    assert memory.alias_size_in_bytes >= cache_bytes
+    assert program.memory_analysis().alias_size_in_bytes >= cache_bytes
+    assert sample.engine.cache_bytes == cache_bytes
 
 
-def test_idle_slots_and_left_padding_write_nowhere(model, params):
-    """Prompts fill what they have, and rows without a rollout leave the cache as it is."""
+def test_empty_slots_and_padding_do_not_write_to_the_cache(model, params):
+    """A prompt fills one cache entry per token. Empty slots leave the cache unchanged."""
     prefill = jax.jit(lambda *prompts: slots.prefill(model.policy, params, *prompts))
     cache = prefill(*left_pad([ids[:-1] for ids in PROMPTS], 8, 0))
     for layer in cache:
@@ -359,19 +402,23 @@ def test_idle_slots_and_left_padding_write_nowhere(model, params):
 @pytest.mark.parametrize(
     ("prompts", "budgets", "message"),
     [
-        ([[1], [2] * 9], None, "prompt 1 has 9 tokens; between 1 and 8 fit"),
+        ([[1], [2] * 9], None, "prompt 1 has 9 tokens; expected 1 to 8"),
         ([[1], []], None, "prompt 1 has 0 tokens"),
-        ([[1], [2]], [[1], [25]], r"budgets of prompt 1 are \[25\]; expected 1 of 1 to 24 tokens"),
-        ([[1], [2]], [[1, 1], [2]], r"budgets of prompt 0 are \[1, 1\]; expected 1 of 1 to 24"),
+        (
+            [[1], [2]],
+            [[1], [25]],
+            r"budgets of prompt 1 are \[25\]; .* each of its 1 rollouts, from 1 to 24",
+        ),
+        ([[1], [2]], [[1, 1], [2]], r"budgets of prompt 0 are \[1, 1\]; .* each of its 1 rollouts"),
     ],
 )
-def test_what_does_not_fit_is_named(make, prompts, budgets, message):
+def test_prompts_and_budgets_that_do_not_fit_are_named(make, prompts, budgets, message):
     with pytest.raises(ValueError, match=message):
         make()(prompts, [[0], [1]], budgets=budgets)
 
 
 def test_polling_ends_the_sampling(make):
-    """Between chunks, with what had ended by then handed out."""
+    """`poll` is called between chunks. Rollouts that ended before it raised are yielded."""
     sample, polls = make(2), iter([None, None, RuntimeError("stop")])
 
     def poll():
@@ -389,32 +436,32 @@ def test_polling_ends_the_sampling(make):
         budgets=budgets,
         poll=poll,
     )
-    handed_out = [next(batches), next(batches)]
-    assert [len(batch.responses) for batch in handed_out] == [2, 2]
+    yielded = [next(batches), next(batches)]
+    assert [len(batch.responses) for batch in yielded] == [2, 2]
     with pytest.raises(RuntimeError, match="stop"):
         next(batches)
 
 
-def test_a_resized_cache_is_not_there_twice(make, monkeypatch):
-    """A leaf is let go when its new form is made, before the next one is resized."""
-    engine = make(4, cache_lengths=(8, 16, 24, 32)).engine
-    state, length = engine._start(), engine.cache_lengths[0]
-    leaves, alive = jax.tree.leaves(state.cache), []
-    for pair, program in list(engine._resize.items()):
+def test_a_resize_holds_at_most_one_leaf_twice(make):
+    """Each leaf of the cache is deleted after it is resized and before the next one is resized."""
+    sample, leaves, kept = make(4, cache_lengths=(8, 16, 24, 32)), [], []
 
-        def watched(leaf, program=program):
-            alive.append(sum(not old.is_deleted() for old in leaves))
-            return program(leaf)
+    def record_leaves(key, program, *args):
+        if key.kind is ProgramKind.RESIZE:
+            kept.append(sum(not leaf.is_deleted() for leaf in leaves))
+            return program(*args)
+        outputs = program(*args)
+        if key.kind is ProgramKind.START:
+            leaves[:] = jax.tree.leaves(outputs.cache)
+        return outputs
 
-        monkeypatch.setitem(engine._resize, pair, watched)
-    rollout = engine_lib._Rollout(0, 0, [1, 2, 3], 0, BUDGET)
-    state, length = engine._resized(state, length, [None, rollout])
-    assert length == 32
-    assert alive == [*range(len(leaves), 0, -1)]
+    with sample.programs.watched(record_leaves):
+        sample(PROMPTS[:1], [[0]])
+    assert kept == [*range(len(leaves), 0, -1)]
 
 
-def test_any_kind_of_key_will_do(make):
-    """The numbers are threefry's; a key of another kind makes one."""
+def test_keys_of_any_implementation_are_accepted(make):
+    """The engine derives a threefry key from a key of another implementation."""
     sample, sampling_params = make(), sampling.params(V, stop=(EOS,))
     seen = []
     for seed in (0, 0, 1):
@@ -437,16 +484,14 @@ def test_sampling_params_of_another_vocabulary_are_refused(make):
 
 
 @pytest.mark.parametrize("lengths", [(16, 8, 32), (16, 16, 32), (8, 30)])
-def test_lengths_have_to_ascend_to_what_may_be_asked_for(make, lengths):
-    with pytest.raises(
-        ValueError, match=r"cache_lengths are .* expected them to ascend to 31 or more"
-    ):
+def test_cache_lengths_have_to_ascend_to_the_longest_rollout(make, lengths):
+    with pytest.raises(ValueError, match=r"cache_lengths are .* ascending .* at least 31"):
         make(2, cache_lengths=lengths)
 
 
 PROCESS = """
 import json, pathlib
-from opsd_jax import config as config_lib
+from opsd_jax.config import loading
 from opsd_jax.models import decoder
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.rollout.layout import decode_layout
@@ -454,7 +499,7 @@ from opsd_jax.rollout import sampling
 from opsd_jax.rollout.engine import Engine, EngineShape
 from opsd_jax.parallel.mesh import abstract_of
 
-model = decoder.from_config(tiny_config.decoder())
+model = decoder.from_config(loading.read("quickstart").model)
 mesh = mesh_lib.make_mesh((2, 2, 2))
 shapes = jax.eval_shape(model.init, jax.random.key(0))
 shardings = mesh_lib.tree_shardings(mesh, model.rules, shapes)
@@ -479,7 +524,7 @@ pathlib.Path(sys.argv[4], f"{processes}-{number}.json").write_text(json.dumps(ma
 
 @pytest.mark.slow
 def test_two_processes_sample_what_one_does(tmp_path):
-    """Both of them, in the same order: a host's decisions are every host's."""
+    """Both processes return the rollouts in the same order, so they make the same decisions."""
     processes.run(PROCESS, str(tmp_path), processes=1, devices=8)
     processes.run(PROCESS, str(tmp_path), processes=2, devices=4)
     one, *two = (
@@ -493,7 +538,7 @@ def test_two_processes_sample_what_one_does(tmp_path):
 
 
 class Counter:
-    """A policy that remembers in its cache how many tokens it has seen: a state without length."""
+    """A policy whose cache counts the tokens it has seen: a state that has no length axis."""
 
     @staticmethod
     def forward(params, tokens, positions, cache=None):
@@ -510,7 +555,7 @@ class Counter:
 
 
 def test_every_token_is_fed_once():
-    """For a policy with a recurrent state: the words count the tokens before them."""
+    """With a recurrent state: each sampled token is the number of tokens before it."""
     from opsd_jax.policy import Model, Policy
 
     policy = Policy(Counter.forward, Counter.unembed, Counter.init_cache)
@@ -531,7 +576,7 @@ def test_every_token_is_fed_once():
 
 
 def test_weights_are_cast_once_and_norms_are_not(config):
-    """Rollouts are those of a model that casts its weights at every step."""
+    """The rollouts equal those of a model that casts its weights in every step."""
     section = config.model.copy_and_resolve_references()
     section.update({"dtype": "bfloat16"})
     model = decoder.from_config(section)

@@ -1,4 +1,4 @@
-"""The parameters' layout while rollouts are sampled."""
+"""The parameters' layout for decoding."""
 
 import jax
 import numpy as np
@@ -8,7 +8,7 @@ from opsd_jax.parallel.mesh import abstract_of
 from opsd_jax.rollout.layout import decode_layout
 
 
-def test_the_layout_moves_what_it_must_and_nothing_else(model, params):
+def test_the_layout_moves_only_parameters_that_differ(model, params):
     mesh = mesh_lib.make_mesh((1, 4, 2))
     placed = jax.device_put(params, mesh_lib.tree_shardings(mesh, model.rules, params))
     abstract = abstract_of(placed, jax.tree.map(lambda x: x.sharding, placed))

@@ -1,4 +1,4 @@
-"""The sampling rule: which words are left, their probabilities, and both log-probabilities."""
+"""Sampling: which tokens remain, their probabilities, and both log-probabilities."""
 
 import itertools
 
@@ -31,19 +31,19 @@ OPTIONS = [
 
 
 def distribution(logits, temperature, top_k=0, top_p=1.0, min_p=0.0, forbidden=()):
-    """Word -> probability, word by word in float64."""
-    words = [word for word in range(len(logits)) if word not in forbidden]
-    words = sorted(words, key=lambda word: (-logits[word], word))[: top_k or None]
-    mass = np.exp(np.float64(logits[words]) / temperature)
+    """Token id -> probability, computed token by token in float64."""
+    tokens = [token for token in range(len(logits)) if token not in forbidden]
+    tokens = sorted(tokens, key=lambda token: (-logits[token], token))[: top_k or None]
+    mass = np.exp(np.float64(logits[tokens]) / temperature)
     mass /= mass.sum()
     kept, reached = [], 0.0
-    for word, share in zip(words, mass, strict=True):
-        if (kept and reached >= top_p) or share < min_p * mass[0]:
+    for token, p in zip(tokens, mass, strict=True):
+        if (kept and reached >= top_p) or p < min_p * mass[0]:
             break
-        kept.append((word, share))
-        reached += share
-    total = sum(share for _, share in kept)
-    return {word: share / total for word, share in kept if share > 0}
+        kept.append((token, p))
+        reached += p
+    total = sum(p for _, p in kept)
+    return {token: p / total for token, p in kept if p > 0}
 
 
 @pytest.fixture(scope="module")
@@ -64,22 +64,21 @@ def draws(logits, n, seed=1, stop=(), **options):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
-def test_what_is_drawn_is_the_distribution(logits, temperature, options):
-    """20,000 draws: no other word, every log-probability right, chi-square with a fixed seed."""
+def test_draws_follow_the_distribution(logits, temperature, options):
+    """20,000 draws: no excluded token, correct log-probabilities, chi-square with a fixed seed."""
     n = 20_000
     drawn = draws(logits, n, temperature=temperature, **options)
     expected = distribution(logits, temperature, **options)
     assert set(drawn.token.tolist()) <= expected.keys()
-    right = np.log([expected[word] for word in drawn.token.tolist()])
-    np.testing.assert_allclose(drawn.sampling_logprob, right, atol=2e-6, rtol=2e-6)
+    correct = np.log([expected[token] for token in drawn.token.tolist()])
+    np.testing.assert_allclose(drawn.sampling_logprob, correct, atol=2e-6, rtol=2e-6)
     untouched = log_softmax(logits.astype(np.float64))[drawn.token]
     np.testing.assert_allclose(drawn.model_logprob, untouched, atol=2e-6, rtol=2e-6)
-    often = [word for word, share in expected.items() if share * n >= 5]
+    often = [token for token, p in expected.items() if p * n >= 5]
     if len(often) > 1:
-        among = np.isin(drawn.token, often)
-        observed = [np.sum(drawn.token == word) for word in often]
-        shares = np.array([expected[word] for word in often])
-        assert stats.chisquare(observed, shares / shares.sum() * among.sum()).pvalue > 1e-3
+        observed = np.array([np.sum(drawn.token == token) for token in often])
+        p = np.array([expected[token] for token in often])
+        assert stats.chisquare(observed, p / p.sum() * observed.sum()).pvalue > 1e-3
 
 
 def test_changed_sampling_parameters_do_not_recompile(logits):
@@ -92,21 +91,21 @@ def test_changed_sampling_parameters_do_not_recompile(logits):
 
 @pytest.mark.parametrize("size", [7, 33, 250, 1000, 4096])
 def test_blocks_of_any_size(size):
-    """Vocabularies that 128 divides or not: the frequencies of groups of words."""
+    """Vocabularies that 128 divides or not: the frequencies of bins of tokens."""
     n, logits = 20_000, np.random.default_rng(size).normal(0, 1.5, size).astype(np.float32)
     drawn = draws(logits, n)
     p = np.exp(log_softmax(logits.astype(np.float64)))
     observed = np.bincount(drawn.token, minlength=size)
-    order = np.argsort(p)  # words in groups of at least 10 expected draws
-    group = np.minimum((np.cumsum(p[order]) * n // 10).astype(int), n // 10 - 1)
-    groups = lambda x: np.array([s for s in np.bincount(group, x[order])])
-    kept = groups(p) > 0
-    assert stats.chisquare(groups(observed)[kept], groups(p)[kept] * n).pvalue > 1e-3
-    right = log_softmax(logits.astype(np.float64))[drawn.token]
-    np.testing.assert_allclose(drawn.model_logprob, right, atol=5e-6)
+    order = np.argsort(p)  # tokens in bins of at least 10 expected draws
+    index = np.minimum((np.cumsum(p[order]) * n // 10).astype(int), n // 10 - 1)
+    binned = lambda x: np.bincount(index, x[order])
+    kept = binned(p) > 0
+    assert stats.chisquare(binned(observed)[kept], binned(p)[kept] * n).pvalue > 1e-3
+    correct = log_softmax(logits.astype(np.float64))[drawn.token]
+    np.testing.assert_allclose(drawn.model_logprob, correct, atol=5e-6)
 
 
-def test_of_equal_words_the_first_are_kept():
+def test_ties_at_a_cutoff_keep_the_lowest_ids():
     equal = np.zeros(6, np.float32)
     drawn = draws(equal, 64, top_k=2)
     assert set(drawn.token.tolist()) == {0, 1}
@@ -117,8 +116,8 @@ def test_of_equal_words_the_first_are_kept():
     assert set(draws(some, 256, top_k=3).token.tolist()) == {0, 1, 2}
 
 
-def test_a_word_s_probability_decides_whatever_the_scale():
-    """Logits far from 0, very flat, very steep, and with words that cannot occur."""
+def test_logits_of_any_scale():
+    """Logits that are far from 0, very flat or very steep, with tokens that cannot occur."""
     for scale, shift in itertools.product((1e-6, 1.0, 1e3), (-1e4, 0.0, 1e4)):
         logits = (np.random.default_rng(1).normal(0, scale, 64) + shift).astype(np.float32)
         logits[5:9] = -np.inf
@@ -129,22 +128,22 @@ def test_a_word_s_probability_decides_whatever_the_scale():
             assert np.isfinite(drawn.sampling_logprob).all()
 
 
-def test_greedy_takes_the_likeliest_under_any_options(logits):
+def test_greedy_takes_the_most_likely_allowed_token(logits):
     best = int(logits.argmax())
     for options in ({}, {"top_k": 5}, {"top_p": 0.5}, {"forbidden": (best,)}):
         drawn = draws(logits, 4, temperature=0.0, **options)
         allowed = np.where(np.isin(np.arange(V), options.get("forbidden", ())), -np.inf, logits)
         np.testing.assert_array_equal(drawn.token, allowed.argmax())
         np.testing.assert_array_equal(drawn.sampling_logprob, 0)
-        right = log_softmax(logits.astype(np.float64))[allowed.argmax()]
-        np.testing.assert_allclose(drawn.model_logprob, right, atol=1e-6)
+        correct = log_softmax(logits.astype(np.float64))[allowed.argmax()]
+        np.testing.assert_allclose(drawn.model_logprob, correct, atol=1e-6)
     equal = draws(np.zeros(256, np.float32), 2, temperature=0.0)
     np.testing.assert_array_equal(equal.token, 0)
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 9, "top_p": 0.9}], ids=str)
 def test_a_vocabulary_on_several_devices(options):
-    """Rows over four devices and words over two: the same words as on one."""
+    """Rows on four devices and the vocabulary on two give the same tokens as one device."""
     logits = np.random.default_rng(3).normal(0, 2, (8, 256)).astype(np.float32)
     keys = jax.random.split(jax.random.key(4), 8)
     sampling_params = sampling.params(256, stop=(), **options)
@@ -161,16 +160,16 @@ def test_a_vocabulary_on_several_devices(options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -1.0}, "temperature is -1.0; expected 0"),
+        ({"temperature": -1.0}, r"temperature is -1.0; expected 0 \(greedy\)"),
         ({"temperature": float("nan")}, "temperature is nan"),
-        ({"top_k": -1}, "top_k is -1; expected 0, for all"),
-        ({"top_p": 0.0}, r"top_p is 0.0; expected a mass in \(0, 1\]"),
-        ({"min_p": 1.5}, r"min_p is 1.5; expected a share in \[0, 1\]"),
-        ({"stop": (40,)}, "stop has the word 40; the vocabulary has 40"),
-        ({"forbidden": (-1,)}, "forbidden has the word -1"),
-        ({"forbidden": range(V)}, "forbidden has every word"),
+        ({"top_k": -1}, r"top_k is -1; expected 0 \(keep all tokens\)"),
+        ({"top_p": 0.0}, r"top_p is 0.0; expected a probability in \(0, 1\]"),
+        ({"min_p": 1.5}, r"min_p is 1.5; expected a fraction in \[0, 1\]"),
+        ({"stop": (40,)}, "stop contains the token id 40; expected ids from 0 to 39"),
+        ({"forbidden": (-1,)}, "forbidden contains the token id -1"),
+        ({"forbidden": range(V)}, "forbidden contains all 40 tokens"),
     ],
 )
-def test_what_is_out_of_bounds_is_named(options, message):
+def test_values_out_of_bounds_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         sampling.params(V, **{"stop": (), **options})

@@ -1,4 +1,4 @@
-"""A model directory and a data file through `configs/*_hf.py`: RLVR, export, OPSD, evaluation."""
+"""`configs/*_hf.py` on a model directory and a data file: RLVR, export, OPSD, evaluation."""
 
 import hashlib
 import json
@@ -25,16 +25,17 @@ CONTEXTS = ("solution", "answer", "sibling", "concise", "memo", "column", "none"
 
 
 def coin(problem, response):
-    """Half of all responses are correct, always the same ones: a model of random weights solves
-    nothing.
+    """A verifier that accepts half of all responses, by their hash.
+
+    A model with random weights solves no problem.
     """
     return hashlib.sha256(response.encode()).digest()[0] % 2 == 0
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A small random Qwen3 with a BPE tokenizer trained on the problems, and their file: of MATH
-    where it is at hand.
+    """A directory with a small random Qwen3, a BPE tokenizer trained on the problems, and a file of
+    problems: from MATH if that file exists here, else generated.
     """
     root = tmp_path_factory.mktemp("own")
     if MATHS.is_file():
@@ -51,7 +52,7 @@ def files(tmp_path_factory):
     (root / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     texts = [text for row in rows for text in row.values()]
     sizes = tiny_config.decoder(
-        vocab_size=640,  # more than the tokenizer's
+        vocab_size=640,  # larger than the tokenizer's
         hidden_size=32,
         intermediate_size=48,
         num_layers=2,
@@ -63,7 +64,7 @@ def files(tmp_path_factory):
     model = decoder.from_config(sizes)
     model.save(jax.jit(model.init)(jax.random.key(0)), root / "model")
     tiny_tokenizer.write(root / "model", "qwen3", texts, vocab_size=600)
-    # One token in six ends a response: else a random model would run out of room every time.
+    # One token in six ends a response. Otherwise a random model would truncate every response.
     ends = {"eos_token_id": [3, *range(300, 400)]}
     (root / "model" / "generation_config.json").write_text(json.dumps(ends))
     return root
@@ -71,7 +72,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    """Programs for one device compile sooner; other tests see to meshes."""
+    """Uses one device, for which programs compile faster; other tests cover meshes."""
     first = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: first)
 
@@ -123,7 +124,7 @@ def overrides(files, stage, model="model", **changes):
 
 
 def train(files, stage, workdir, model="model", **changes):
-    """The command line's `train` with `configs/<stage>_hf.py`; the rows of its metrics."""
+    """Runs `opsd-jax train` with `configs/<stage>_hf.py`; returns the rows of its metrics."""
     arguments = ["train", "--config", str(CONFIGS / f"{stage}_hf.py"), "--workdir", str(workdir)]
     arguments += [f"--config.{k}={v}" for k, v in overrides(files, stage, model, **changes).items()]
     assert main.main(arguments) == 0
@@ -131,7 +132,7 @@ def train(files, stage, workdir, model="model", **changes):
 
 
 def test_from_rlvr_to_opsd(files, tmp_path):
-    """The result of the one, exported, is the model of the other; a run stopped between goes on."""
+    """Exports the result of an RLVR run and trains it with OPSD."""
     rows = train(files, "rlvr", tmp_path / "rlvr")
     assert len(rows) == 2
     assert any(row["grad_norm"] > 0 for row in rows if "grad_norm" in row)
@@ -151,14 +152,14 @@ def test_from_rlvr_to_opsd(files, tmp_path):
     before = (tmp_path / "rlvr" / "rlvr" / "responses.jsonl").read_text().splitlines()
     same = (tmp_path / "opsd" / "untrained" / "responses.jsonl").read_text().splitlines()
     get = lambda lines: [json.loads(line)["tokens"] for line in lines]
-    assert get(before) == get(same)  # what was exported and read is what was trained
+    assert get(before) == get(same)  # the exported model is the trained one
     assert (tmp_path / "opsd" / "report" / "index.html").is_file()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", CONTEXTS)
-def test_each_context_in_turn(files, tmp_path, kind):
-    """With reminders and a teacher that follows the model, and each a checkpoint to go on from."""
+def test_each_kind_of_context(files, tmp_path, kind):
+    """With reminders, an EMA teacher and a checkpoint after every step."""
     rows = train(
         files,
         "opsd",
@@ -178,7 +179,7 @@ def test_each_context_in_turn(files, tmp_path, kind):
         assert row["active_rows"] + row["no_context"] == 16
         assert np.isfinite(row.get("loss", 0))
     assert sum(row["active_rows"] for row in rows) > 0
-    if kind == "none":  # without reminders in it, and the first step's teacher is the student
+    if kind == "none":  # no reminders, and in the first step the teacher equals the student
         assert abs(rows[0]["token_divergence"]) < 1e-5
     else:
         divergences = [row["token_divergence"] for row in rows if row["active_rows"]]
@@ -192,28 +193,30 @@ def test_each_context_in_turn(files, tmp_path, kind):
     ("algorithm", "teacher"), [*(("opsd", kind) for kind in teacher_lib.TEACHERS), ("rlvr", "")]
 )
 def test_the_loss_falls_on_a_fixed_batch(files, tmp_path, algorithm, teacher):
-    """Batch, loss and teacher as a run makes them; thirty updates on the one batch."""
+    """Makes batch, loss and teacher as a run does, then updates thirty times on that batch."""
     changes = {"rlvr.updates": "1"}
     if algorithm == "opsd":
         changes = {"opsd.teacher.kind": teacher, "opsd.gate": "all", "opsd.teacher.rate": "0.1"}
     path = CONFIGS / f"{algorithm}_hf.py"
     run = pipeline.assemble(loading.load(path, overrides(files, algorithm, **changes)), tmp_path)
     with run.pool:
-        stage, params = run.stage(algorithm), run.parameters.of("")
+        stage, params = pipeline.make_stage(run, algorithm), run.parameters.of("")
         (batch,), *_ = stage.batches(0, params)
-    optimizer = make_optimizer(run.config[algorithm].optimizer, 100)
-    abstract = abstract_state(run.parameters.abstract, optimizer, stage.teacher, run.mesh)
-    step = compile_train_step(stage, optimizer, abstract, run.mesh)
+    optimizer = make_optimizer(run.config.sections[algorithm].optimizer, 100)
+    abstract = abstract_state(
+        run.parameters.abstract, optimizer, stage.teacher, run.parameters.mesh
+    )
+    step = compile_train_step(stage, optimizer, abstract, run.parameters.mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     init = lambda p: init_state(p, optimizer, stage.teacher)
     state = jax.jit(init, out_shardings=shardings)(params)
-    losses, where = [], batch_shardings(batch, run.mesh)
+    losses, where = [], batch_shardings(batch, run.parameters.mesh)
     for _ in range(30):
         state, metrics = step(state, jax.device_put(batch, where))
         losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
     if algorithm == "opsd":
         assert losses[-1] < 0.7 * losses[0]
-    else:  # the surrogate: minus the advantage, until it is clipped
+    else:  # the surrogate loss falls until its ratio is clipped
         assert losses[-1] < losses[0] - 0.05
 
 
@@ -228,7 +231,7 @@ def test_the_loss_falls_on_a_fixed_batch(files, tmp_path, algorithm, teacher):
         ({"data.contexts.solution": "Hm"}, "data.contexts.solution is 'Hm'; expected {context} in"),
     ],
 )
-def test_what_is_missing_is_said_before_anything_compiles(
+def test_a_bad_field_is_an_error_before_anything_compiles(
     files, tmp_path, capsys, changes, message
 ):
     arguments = ["train", "--config", str(CONFIGS / "opsd_hf.py"), "--workdir", str(tmp_path)]

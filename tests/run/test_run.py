@@ -1,4 +1,4 @@
-"""Whole runs: what they write, that they learn, and that stopping one does it no harm."""
+"""Whole runs: their files, what they learn, and how they resume after an interruption."""
 
 import json
 import os
@@ -18,9 +18,10 @@ from paths import SUPPORT
 
 from opsd_jax import config as config_lib
 from opsd_jax.cli import main
-from opsd_jax.config import checks as validation
 from opsd_jax.config import loading
+from opsd_jax.config.run_options import parse_run
 from opsd_jax.data.arithmetic import informed_prompt
+from opsd_jax.evaluation.evaluator import Evaluator
 from opsd_jax.losses import reverse_kl
 from opsd_jax.run import pipeline
 from opsd_jax.run import workdir as workdir_lib
@@ -33,12 +34,12 @@ TIMES = {"seconds", "verifier_wait_seconds"}
 
 
 def run(config, workdir):
-    pipeline.run(config, workdir)
-    return pipeline.write_report(config, workdir)
+    pipeline.run(parse_run(config), workdir)
+    return pipeline.write_report(parse_run(config), workdir)
 
 
 def outcome(workdir, stages=("sft", "rlvr", "opsd")):
-    """All of a run that does not tell the time: parameters to the bit, metrics, responses."""
+    """The results of a run, without times: parameters, metrics, responses, divergence curves."""
     with ocp.StandardCheckpointer() as checkpointer:
         params = {s: checkpointer.restore((workdir / s / "params").absolute()) for s in stages}
     metrics = {
@@ -73,7 +74,7 @@ def undisturbed(config, tmp_path_factory):
     return workdir
 
 
-def test_a_run_leaves_what_it_promises(config, undisturbed):
+def test_a_run_writes_its_records_and_its_report(config, undisturbed):
     report = json.loads((undisturbed / "report" / "report.json").read_text())
     assert [s["name"] for s in report["stages"]] == ["sft", "rlvr", "opsd"]
     fields = [
@@ -99,7 +100,7 @@ def test_a_run_leaves_what_it_promises(config, undisturbed):
         assert list((undisturbed / stage["name"]).glob("events.out.tfevents.*"))
     for stage in report["stages"][1:]:
         rows = metrics_lib.read(undisturbed / stage["name"])
-        # The embedded task settles everything at once. A busy machine may pause within it, once.
+        # The arithmetic task judges at once, but a busy machine may pause during one verification.
         assert min(row["verifier_wait_seconds"] / row["seconds"] for row in rows[1:]) < 0.01
         assert 0 <= stage["verifier_wait_share"] < 1
         section = config[stage["name"]]
@@ -115,15 +116,15 @@ def test_a_run_leaves_what_it_promises(config, undisturbed):
     assert (undisturbed / "report" / "report.md").read_text().count("±") >= 11
 
 
-def test_the_same_command_again_does_nothing(config, undisturbed, monkeypatch):
+def test_repeating_a_finished_run_changes_nothing(config, undisturbed, monkeypatch):
     before = outcome(undisturbed)
     monkeypatch.setattr(pipeline, "run_stage", None)
     run(config, undisturbed)
     assert_same(outcome(undisturbed), before)
 
 
-def test_the_teacher_is_the_stage_s_start_to_the_bit(config, undisturbed):
-    """The checkpoint's teacher at the end of OPSD is RLVR's result."""
+def test_the_frozen_teacher_keeps_the_initial_parameters_exactly(config, undisturbed):
+    """The teacher in the last OPSD checkpoint is the result of RLVR, bit for bit."""
     directory = (undisturbed / "opsd" / "checkpoints").absolute()
     with ocp.CheckpointManager(directory) as manager:
         state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore())
@@ -136,54 +137,54 @@ def test_the_teacher_is_the_stage_s_start_to_the_bit(config, undisturbed):
 
 
 class Crash(BaseException):
-    """What nothing in the library catches."""
+    """An exception that the library never catches."""
 
 
-def test_a_run_that_dies_between_any_two_steps_ends_the_same(
+def test_a_run_that_crashes_before_any_step_resumes_exactly(
     config, undisturbed, tmp_path, monkeypatch
 ):
-    """It dies before each step of each stage in turn, and once in each evaluation."""
+    """It crashes once before each step of each stage, and once in each evaluation."""
     pending = [(s, i) for s in config.stages for i in [*range(config[s].steps), "evaluation"]]
-    make_stage, evaluate = pipeline.Run.stage, pipeline.Run.evaluate
+    make_stage, evaluate = pipeline.make_stage, Evaluator.__call__
 
-    def die_at(point):
+    def crash_at(point):
         if pending and pending[0] == point:
             raise Crash(pending.pop(0))
 
-    def mortal_stage(self, name, poll):
-        stage = make_stage(self, name, poll)
+    def crashing_stage(this, name, poll):
+        stage = make_stage(this, name, poll)
 
         def batches(step, params):
-            die_at((name, step))
+            crash_at((name, step))
             return stage.batches(step, params)
 
         return stage._replace(batches=batches)
 
-    def mortal_evaluate(self, name, *arguments, **options):
-        die_at((name, "evaluation"))
+    def crashing_evaluate(self, name, *arguments, **options):
+        crash_at((name, "evaluation"))
         return evaluate(self, name, *arguments, **options)
 
-    monkeypatch.setattr(pipeline.Run, "stage", mortal_stage)
-    monkeypatch.setattr(pipeline.Run, "evaluate", mortal_evaluate)
-    deaths = 0
+    monkeypatch.setattr(pipeline, "make_stage", crashing_stage)
+    monkeypatch.setattr(Evaluator, "__call__", crashing_evaluate)
+    crashes = 0
     while pending:
         with pytest.raises(Crash):
             run(config, tmp_path)
-        deaths += 1
+        crashes += 1
     run(config, tmp_path)
-    assert deaths == 6 + 3 + 3 + 3
+    assert crashes == 6 + 3 + 3 + 3
     assert_same(outcome(tmp_path), outcome(undisturbed))
 
 
-@pytest.mark.parametrize(("stage", "kept"), [("sft", "2"), ("opsd", "1")])
-def test_a_signal_saves_and_the_run_goes_on(
-    config, undisturbed, tmp_path, monkeypatch, stage, kept
+@pytest.mark.parametrize(("stage", "saved"), [("sft", "2"), ("opsd", "1")])
+def test_a_signal_saves_a_checkpoint_and_the_run_resumes(
+    config, undisturbed, tmp_path, monkeypatch, stage, saved
 ):
-    """Where it comes before rollouts they are not sampled to their end."""
-    signalled, make_stage = stage, pipeline.Run.stage
+    """A signal before the rollouts of a step ends the sampling early."""
+    signalled, make_stage = stage, pipeline.make_stage
 
-    def signalled_stage(self, name, poll):
-        stage = make_stage(self, name, poll)
+    def signalled_stage(this, name, poll):
+        stage = make_stage(this, name, poll)
 
         def batches(step, params):
             if (name, step) == (signalled, 1):
@@ -192,12 +193,12 @@ def test_a_signal_saves_and_the_run_goes_on(
 
         return stage._replace(batches=batches)
 
-    monkeypatch.setattr(pipeline.Run, "stage", signalled_stage)
+    monkeypatch.setattr(pipeline, "make_stage", signalled_stage)
     with pytest.raises(Interrupted) as stop:
         run(config, tmp_path)
     assert stop.value.exit_code == 143
     checkpoints = [p.name for p in (tmp_path / stage / "checkpoints").iterdir()]
-    assert checkpoints == [kept]  # no step lost
+    assert checkpoints == [saved]  # no completed step is lost
     monkeypatch.undo()
     run(config, tmp_path)
     assert_same(outcome(tmp_path), outcome(undisturbed))
@@ -215,7 +216,7 @@ def lose_a_shard(directory):
 
 @pytest.fixture
 def stopped(config, undisturbed, tmp_path):
-    """The undisturbed run as if it had stopped at the end of SFT's last step."""
+    """A copy of the undisturbed run as it was after the last step of SFT."""
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed, workdir)
     for name in ("rlvr", "opsd", "report"):
@@ -225,63 +226,62 @@ def stopped(config, undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize("damage", [halve_files, lose_a_shard])
-def test_a_damaged_checkpoint_is_left_out_and_named(config, undisturbed, stopped, damage, capfd):
+def test_a_damaged_checkpoint_is_moved_aside(config, undisturbed, stopped, damage, caplog):
     damage(stopped / "sft" / "checkpoints" / "6")
     run(config, stopped)
-    said = capfd.readouterr().err
-    assert f"{stopped}/sft/checkpoints/6 cannot be restored" in said
-    assert f"It is in {stopped}/sft/damaged/6.0 now; an older one is used" in said
+    assert f"{stopped}/sft/checkpoints/6 cannot be restored" in caplog.text
+    assert f"It has been moved to {stopped}/sft/damaged/6.0" in caplog.text
     assert (stopped / "sft" / "damaged" / "6.0").is_dir()
     assert_same(outcome(stopped), outcome(undisturbed))
 
 
-def test_a_damaged_result_is_named_and_once_deleted_made_again(config, undisturbed, tmp_path):
+def test_a_damaged_stage_result_can_be_deleted_and_is_made_again(config, undisturbed, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed, workdir)
     shutil.rmtree(workdir / "opsd")
     halve_files(workdir / "rlvr" / "params")
     with pytest.raises(RecordError, match=f"{workdir}/rlvr/params cannot be restored.*made again"):
-        pipeline.run(config, workdir)
+        pipeline.run(parse_run(config), workdir)
     shutil.rmtree(workdir / "rlvr" / "params")
     run(config, workdir)
     assert_same(outcome(workdir), outcome(undisturbed))
 
 
-def test_a_half_written_checkpoint_is_not_seen(config, undisturbed, stopped):
+def test_a_half_written_checkpoint_is_ignored(config, undisturbed, stopped):
     directory = stopped / "sft" / "checkpoints"
     (directory / "6").rename(directory / "6.orbax-checkpoint-tmp")
     run(config, stopped)
     assert_same(outcome(stopped), outcome(undisturbed))
 
 
-def test_where_no_checkpoint_can_be_restored_nothing_is_moved(config, stopped):
+def test_if_every_checkpoint_is_damaged_none_is_moved(config, stopped):
     for step in ("3", "6"):
         halve_files(stopped / "sft" / "checkpoints" / step)
     message = f"{stopped}/sft/checkpoints/6 cannot be restored.*delete that directory"
     with pytest.raises(RecordError, match=message):
-        pipeline.run(config, stopped)
+        pipeline.run(parse_run(config), stopped)
     assert (stopped / "sft" / "checkpoints" / "6").is_dir()
 
 
-def test_a_checkpoint_of_another_run_is_refused(config, stopped):
-    """Put there by hand: a directory's own config is compared before."""
+def test_a_checkpoint_of_another_run_is_an_error(config, stopped):
+    """The config in the directory is changed too, because it is compared first."""
     other = config.copy_and_resolve_references()
     other.sft.optimizer.learning_rate, other.seed = 0.1, 5
     (stopped / "config.json").write_text(loading.to_json(other))
     with pytest.raises(RecordError, match=r"sft/checkpoints/6 is a checkpoint of another run") as e:
-        pipeline.run(other, stopped)
+        pipeline.run(parse_run(other), stopped)
     assert "seed: 0 there, 5 now" in str(e.value)
     assert "sft.optimizer.learning_rate: 0.003 there, 0.1 now" in str(e.value)
     assert (stopped / "sft" / "checkpoints" / "6").is_dir()
 
 
-def test_which_checkpoints_stay(config, tmp_path):
-    """The last, every third, and that of the best reward."""
+def test_which_checkpoints_are_kept(config, tmp_path):
+    """The last one, every third one, and the one with the lowest loss."""
     short = config.copy_and_resolve_references()
     short.sft.update({"steps": 8, "checkpoint_every": 1})
     short.stages = ("sft",)
     short.checkpoints.update({"last": 1, "period": 3, "best": "-loss"})
-    pipeline.run(short, tmp_path)
+    pipeline.run(parse_run(short), tmp_path)
     kept = {int(p.name) for p in (tmp_path / "sft" / "checkpoints").iterdir()}
     losses = [row["loss"] for row in metrics_lib.read(tmp_path / "sft")]
     assert kept == {8, 3, 6, 1 + int(np.argmin(losses))}
@@ -289,10 +289,8 @@ def test_which_checkpoints_stay(config, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("room", [8 << 10, 64 << 10])
-def test_a_disk_that_takes_no_more_is_named_and_nothing_is_damaged(
-    config, undisturbed, tmp_path, room
-):
-    """Files may not grow beyond `room` bytes: the first records do, or the first checkpoint."""
+def test_a_full_disk_is_named_and_damages_nothing(config, undisturbed, tmp_path, room):
+    """No file may exceed `room` bytes. The first records do, or the first checkpoint does."""
     workdir = tmp_path / "run"
     workdir.mkdir()
     (workdir / "config.json").write_text(loading.to_json(config))
@@ -316,16 +314,16 @@ sys.exit(main.main(["train", "--config", "-", "--workdir", {str(workdir)!r}]))
         text=True,
     )
     assert done.returncode == 1, done.stderr[-3000:]
-    # Behind it Orbax may say that its event loop is closed.
-    said = [line for line in done.stderr.splitlines() if line.startswith("opsd-jax: ")][-1]
-    assert re.search(rf"^opsd-jax: {workdir}\S* cannot be (used|written)", said)
-    assert "the same command goes on" in said
+    # Orbax may print an error about its event loop after this line.
+    message = [line for line in done.stderr.splitlines() if line.startswith("opsd-jax: ")][-1]
+    assert re.search(rf"^opsd-jax: {workdir}\S* cannot be (used|written)", message)
+    assert "the same command" in message
     run(config, workdir)
     assert_same(outcome(workdir), outcome(undisturbed))
 
 
-def test_a_run_goes_on_under_another_mesh(config, undisturbed, stopped):
-    """Equal parameters come back; what follows rounds otherwise."""
+def test_a_run_resumes_on_another_mesh(config, undisturbed, stopped):
+    """The restored parameters are equal; later steps differ by rounding."""
     other = config.copy_and_resolve_references()
     other.mesh = (2, 2, 2)
     assert len(metrics_lib.read(stopped / "sft")) == 6
@@ -339,9 +337,9 @@ def test_a_run_goes_on_under_another_mesh(config, undisturbed, stopped):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 8, 1), (2, 2, 2)])
-def test_a_run_is_that_of_any_mesh(config, undisturbed, tmp_path, monkeypatch, mesh):
-    """Of `undisturbed`, on (8, 1, 1): equal ids in all rollouts and responses, and numbers to
-    rounding, which Adam carries on over the steps.
+def test_a_run_gives_the_same_results_on_any_mesh(config, undisturbed, tmp_path, monkeypatch, mesh):
+    """Compares with `undisturbed`, on an (8, 1, 1) mesh: equal token ids in all rollouts and
+    responses, and metrics that are equal but for rounding, which Adam amplifies.
     """
     other = config.copy_and_resolve_references()
     other.mesh = mesh
@@ -358,7 +356,7 @@ def test_a_run_is_that_of_any_mesh(config, undisturbed, tmp_path, monkeypatch, m
 
 
 def test_damaged_records_are_named(config, undisturbed, tmp_path):
-    """A torn last line of metrics is what a kill leaves, and no damage; the rest is."""
+    """An incomplete last line of metrics is no damage: a killed run leaves one."""
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed, workdir)
     rows = metrics_lib.read(workdir / "sft")
@@ -373,16 +371,16 @@ def test_damaged_records_are_named(config, undisturbed, tmp_path):
         if path.is_file():
             path.write_bytes(b"")
     with pytest.raises(RecordError, match=r"rlvr/params cannot be restored.*delete that directory"):
-        pipeline.assemble(config, workdir).parameters.of("rlvr")
+        pipeline.assemble(parse_run(config), workdir).parameters.of("rlvr")
     (workdir / "opsd" / "evaluation.json").write_text("{")
     with pytest.raises(RecordError, match=r"opsd/evaluation.json is damaged"):
-        pipeline.write_report(config, workdir)
+        pipeline.write_report(parse_run(config), workdir)
     (workdir / "config.json").write_text("{")
     with pytest.raises(RecordError, match=r"config.json is damaged"):
         workdir_lib.config_of(workdir)
 
 
-def test_a_run_of_another_version_is_named(config, tmp_path):
+def test_a_run_of_another_version_is_an_error(config, tmp_path):
     flat = loading.flatten(config)
     for field in ("decode_mesh", "rlvr.slots"):
         del flat[field]
@@ -391,7 +389,7 @@ def test_a_run_of_another_version_is_named(config, tmp_path):
         workdir_lib.config_of(tmp_path)
 
 
-def test_evaluate_reproduces_the_recorded_figures(config, undisturbed, capsys):
+def test_evaluate_reproduces_the_recorded_metrics(config, undisturbed, capsys):
     recorded = json.loads((undisturbed / "rlvr" / "evaluation.json").read_text())
     assert main.main(["evaluate", "--workdir", str(undisturbed), "--stage", "rlvr"]) == 0
     figures = json.loads(capsys.readouterr().out)
@@ -401,8 +399,10 @@ def test_evaluate_reproduces_the_recorded_figures(config, undisturbed, capsys):
     assert "expected one of untrained, sft, rlvr, opsd" in capsys.readouterr().err
 
 
-def test_divergence_by_position_is_that_of_a_full_forward(config, undisturbed, task, model, score):
-    """The curve before OPSD, recomputed response by response."""
+def test_divergence_by_position_is_that_of_full_forward_passes(
+    config, undisturbed, task, model, score
+):
+    """Recomputes the curve before OPSD, one response at a time."""
     with ocp.StandardCheckpointer() as checkpointer:
         params = checkpointer.restore((undisturbed / "rlvr" / "params").absolute())
     lines = (undisturbed / "rlvr" / "responses.jsonl").read_text().splitlines()
@@ -428,8 +428,8 @@ def test_divergence_by_position_is_that_of_a_full_forward(config, undisturbed, t
         np.testing.assert_allclose(mean, np.mean(at), rtol=1e-3, atol=1e-5)
 
 
-def test_nothing_active_is_counted_and_leaves_the_model_alone(config, undisturbed, tmp_path):
-    """An untrained model has no correct rollout: Correct-only OPSD then does nothing."""
+def test_steps_without_active_rows_are_counted_and_change_nothing(config, undisturbed, tmp_path):
+    """An untrained model has no correct rollout, so Correct-only OPSD does nothing."""
     idle = config.copy_and_resolve_references()
     with idle.unlocked():
         idle.stages = ("opsd",)
@@ -440,13 +440,13 @@ def test_nothing_active_is_counted_and_leaves_the_model_alone(config, undisturbe
     assert [row["empty"] for row in rows] == [float(n == 0) for n in active]
     assert 0 in active
     if not any(active):
-        start = pipeline.assemble(idle, tmp_path).parameters.initial()
-        end = pipeline.assemble(idle, tmp_path).parameters.of("opsd")
+        start = pipeline.assemble(parse_run(idle), tmp_path).parameters.initial()
+        end = pipeline.assemble(parse_run(idle), tmp_path).parameters.of("opsd")
         for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(end), strict=True):
             np.testing.assert_array_equal(a, b)
 
 
-def test_a_run_that_diverges_stops_and_says_so(config, tmp_path):
+def test_a_run_that_diverges_stops_with_an_error(config, tmp_path):
     wild = config.copy_and_resolve_references()
     with wild.unlocked():
         wild.max_nonfinite = 2
@@ -459,7 +459,7 @@ def test_a_run_that_diverges_stops_and_says_so(config, tmp_path):
 
 @pytest.fixture
 def tiny(config):
-    """The miniature of a minute: three stages on a task of a few tokens."""
+    """A config that trains three stages in about a minute, on a task of a few tokens."""
     tiny = config.copy_and_resolve_references()
     with tiny.unlocked():
         tiny.task = "tiny_task:task"
@@ -477,13 +477,14 @@ def tiny(config):
         tiny.opsd.update({"teacher_prompt_tokens": 5, "teacher_buckets": ()})
         tiny.evaluation.update({"prompt_tokens": 3, "response_tokens": 12})
         tiny.evaluation.update({"problems": 200, "samples": 4, "slots": 400})
-    validation.validate(tiny)
+    parse_run(tiny)
     return tiny
 
 
 def test_the_miniature_learns(tiny, tmp_path, monkeypatch):
-    """Bounds fixed beforehand: SFT imitates demonstrations that are right in 76 % of cases, RLVR
-    has to do clearly better than they, and OPSD to shorten by a quarter at that accuracy."""
+    """The bounds were fixed in advance. SFT imitates demonstrations of which 76 % are correct, RLVR
+    must be clearly more accurate, and OPSD must shorten responses by a quarter at equal accuracy.
+    """
     monkeypatch.syspath_prepend(SUPPORT)
     began = time.monotonic()
     with jax.default_device(jax.devices()[0]):
@@ -497,11 +498,11 @@ def test_the_miniature_learns(tiny, tmp_path, monkeypatch):
     assert rlvr["accuracy"] > 0.9
     assert opsd["accuracy"] > rlvr["accuracy"] - 0.05
     assert opsd["mean_length"] < 0.75 * rlvr["mean_length"]
-    assert seconds < 120  # a minute on two idle cores; the machine may be busy
+    assert seconds < 120  # a minute on two idle cores, more on a busy machine
 
 
-def test_a_model_of_one_s_own_runs(tiny, tmp_path, monkeypatch):
-    """Three stages with the plain-dict model of tiny_model.py, on all eight devices."""
+def test_a_user_s_own_model_trains(tiny, tmp_path, monkeypatch):
+    """Runs three stages with the plain-dict model of tiny_model.py on eight devices."""
     monkeypatch.syspath_prepend(SUPPORT)
     with tiny.unlocked():
         tiny.model.make = "tiny_model:make"
@@ -517,9 +518,9 @@ def test_a_model_of_one_s_own_runs(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_kill_nine_at_random_moments(config, tmp_path):
-    """A process of its own, killed five times wherever it is, ends as one that was left alone."""
+    """A run that is killed five times ends with the same results as one that is not."""
     (tmp_path / "tiny.py").write_text(
-        "from opsd_jax import config_files\n"
+        "from opsd_jax.config import loading\n"
         f"def get_config():\n    return loading.from_flat({loading.flatten(config)!r})\n"
     )
 
@@ -542,7 +543,7 @@ def test_kill_nine_at_random_moments(config, tmp_path):
         if process.wait() == 0:
             if kills:
                 break
-            # It ran to its end before its time: the machine was busier while `whole` was measured.
+            # It ended before its first kill: the machine was busier while `whole` was measured.
             whole = min(0.9 * whole, time.monotonic() - began)
             shutil.rmtree(tmp_path / "killed")
     assert start(tmp_path / "killed").wait() == 0

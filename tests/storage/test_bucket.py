@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 from processes import Run, assert_equal_runs, free_port
 
-from opsd_jax.cli import main
+from opsd_jax.cli import arguments, main
 from opsd_jax.config import ConfigError
 from opsd_jax.evaluation import records as evaluate
 from opsd_jax.run import workdir as workdir_lib
@@ -27,7 +27,7 @@ from opsd_jax.training.checkpoint import Checkpoints
 
 @pytest.fixture(scope="module")
 def storage():
-    """The fake buckets, and the environment variables that make this and other processes use them."""
+    """The fake buckets, and the environment variables that make processes use them."""
     port = free_port()
     with pytest.MonkeyPatch.context() as patch, fake_gcs.serve(port) as server:
         environment = fake_gcs.environment(port)
@@ -38,7 +38,7 @@ def storage():
 
 @pytest.fixture
 def directory(storage, request):
-    return main.directory(f"gs://bucket/{request.node.name}")
+    return arguments.directory(f"gs://bucket/{request.node.name}")
 
 
 def test_a_bucket_is_given_as_a_gs_url(directory, capsys):
@@ -56,7 +56,7 @@ def test_a_bucket_is_given_as_a_gs_url(directory, capsys):
 
 
 def test_a_missing_gcs_extra_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(main.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         main.main(["report", "--workdir", "gs://bucket/run"])
     assert "pip install 'opsd-jax[gcs]'" in capsys.readouterr().err
@@ -237,10 +237,10 @@ def test_two_hosts_that_share_nothing_but_a_bucket_survive_a_kill(config, storag
     for code, errors in Run(config, "gs://bucket/pair").ended():
         assert code == 0, errors[-3000:]
     assert_equal_runs(tmp_path / "alone", download(buckets, "pair", tmp_path / "pair"))
-    arguments = [sys.executable, "-m", "opsd_jax"]
-    report = [*arguments, "report", "--workdir", "gs://bucket/pair"]
+    command = [sys.executable, "-m", "opsd_jax"]
+    report = [*command, "report", "--workdir", "gs://bucket/pair"]
     assert b"report: gs://bucket/pair/report/index.html" in subprocess.check_output(report)
     model = tmp_path / "model"
-    convert = [*arguments, "convert", "--workdir", "gs://bucket/pair", "--out", str(model)]
+    convert = [*command, "convert", "--workdir", "gs://bucket/pair", "--out", str(model)]
     subprocess.run(convert, check=True)
     assert (model / "model.safetensors").exists()

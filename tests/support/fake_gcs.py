@@ -57,7 +57,7 @@ class Buckets:
         }
 
     def _check(self, bucket, name, query):
-        """Raises Refused if a precondition of the request fails; KeyError for the bucket `missing`."""
+        """Raises Refused if a precondition fails, and KeyError for the bucket `missing`."""
         if bucket == "missing":
             raise KeyError(bucket)
         now = self.objects.get((bucket, name), (b"", 0))[1]
@@ -249,6 +249,6 @@ def environment(port: int) -> dict[str, str]:
     return {
         "STORAGE_EMULATOR_HOST": url,
         "TENSORSTORE_GCS_HTTP_URL": url,
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # else it asks Google for the type of a bucket
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # else it asks Google
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
     }

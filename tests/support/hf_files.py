@@ -1,4 +1,4 @@
-"""Hugging Face directories for tests, written without the code under test."""
+"""Writes small Hugging Face directories for tests, independently of the code under test."""
 
 import json
 import pathlib
@@ -27,7 +27,7 @@ CONFIG = {
 
 
 def tensors_of(config: dict, dtype: str = "float32", seed: int = 0) -> dict[str, np.ndarray]:
-    """Random tensors of a Qwen2, by name; float16 and bfloat16 are of all magnitudes."""
+    """Random tensors of a Qwen2 model, by name. Some float16 values are subnormal."""
     D, F, V = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     Q, K = (config[f"num_{x}_heads"] * config["head_dim"] for x in ("attention", "key_value"))
     layer = {
@@ -51,7 +51,7 @@ def tensors_of(config: dict, dtype: str = "float32", seed: int = 0) -> dict[str,
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
     rng = np.random.default_rng(seed)
     kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
-    scale = 2.0**-12 if dtype == "float16" else 1.0  # some are subnormal
+    scale = 2.0**-12 if dtype == "float16" else 1.0
     return {
         name: (rng.standard_normal(shape, np.float32) * np.float32(scale)).astype(kind)
         for name, shape in shapes.items()
@@ -59,6 +59,7 @@ def tensors_of(config: dict, dtype: str = "float32", seed: int = 0) -> dict[str,
 
 
 def write_file(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes one safetensors file."""
     header, end = {}, 0
     for name, value in tensors.items():
         offsets = [end, end := end + value.nbytes]
@@ -72,7 +73,7 @@ def write_file(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def write(directory: pathlib.Path, tensors: dict[str, np.ndarray], config: dict, files: int = 1):
-    """A directory with the tensors in so many files; returns it."""
+    """Writes a directory with the tensors split over `files` files, and returns it."""
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))
     names = list(tensors)

@@ -1,7 +1,7 @@
 """The losses in float64 NumPy, one token at a time, written from their equations.
 
-Where a loss holds a quantity fixed in its gradient, `frozen` logits give that quantity, so that a
-difference quotient in `student` has the derivative that the loss is to have.
+Some losses hold a quantity fixed in their gradient. That quantity is computed from `frozen` logits
+here. A difference quotient in `student` then has the derivative that the loss must have.
 """
 
 import numpy as np
@@ -14,13 +14,13 @@ def log_softmax(x):
 
 
 def kl(p, q):
-    """KL(p || q) of probabilities [V]."""
-    there = p > 0
-    return float((p[there] * (np.log(p[there]) - np.log(q[there]))).sum())
+    """Computes KL(p || q) of probabilities [V]."""
+    possible = p > 0
+    return float((p[possible] * (np.log(p[possible]) - np.log(q[possible]))).sum())
 
 
 def divergence(name, s, t, *, beta=0.5, alpha=0.5):
-    """Of probabilities s (student) and t (teacher), [V]."""
+    """Computes a divergence of probabilities s (student) and t (teacher), [V] each."""
     if name == "reverse_kl" or (name == "jsd" and beta == 1):
         return kl(s, t)
     if name == "forward_kl" or (name == "jsd" and beta == 0):
@@ -32,20 +32,20 @@ def divergence(name, s, t, *, beta=0.5, alpha=0.5):
 
 
 def supported(s, t, chosen, rest):
-    """Probabilities over the chosen words, and a bucket with the others."""
+    """Restricts probabilities to the chosen vocabulary entries, with a bucket or renormalised."""
     if rest == "renormalise":
         return s[chosen] / s[chosen].sum(), t[chosen] / t[chosen].sum()
     bucket = lambda p: np.append(p[chosen], max(1 - p[chosen].sum(), 1e-7))
     return bucket(s), bucket(t)
 
 
-def chosen_words(s, t, k, support):
-    likeliest = lambda p: set(np.argsort(-p, kind="stable")[:k].tolist())
+def chosen_entries(s, t, k, support):
+    most_likely = lambda p: set(np.argsort(-p, kind="stable")[:k].tolist())
     return sorted(
         {
-            "teacher": likeliest(t),
-            "student": likeliest(s),
-            "union": likeliest(s) | likeliest(t),
+            "teacher": most_likely(t),
+            "student": most_likely(s),
+            "union": most_likely(s) | most_likely(t),
         }[support]
     )
 
@@ -60,7 +60,7 @@ def position(kind, i, n, o):
 
 
 def row_scale(o, tokens):
-    """(divisor of a row's tokens, what the row adds to the normaliser for each unit of weight)."""
+    """Returns a row's divisor, and what it adds to the normaliser for a row weight of 1."""
     return {
         "sequence": (len(tokens), 1),
         "token": (1, len(tokens)),
@@ -69,14 +69,23 @@ def row_scale(o, tokens):
 
 
 def opsd(
-    student, teacher, mask, groups, tokens, behaviour, o, temperature=1.0, frozen=None, row_weight=1
+    student,
+    teacher,
+    mask,
+    outcomes,
+    tokens,
+    behaviour,
+    o,
+    temperature=1.0,
+    frozen=None,
+    row_weight=1,
 ):
-    """(sum, weight) of `losses.opsd`."""
+    """Computes (sum, weight) of `losses.opsd`."""
     frozen = student if frozen is None else frozen
     total = normaliser = 0.0
     for b in range(len(mask)):
-        group = [g for g in range(3) if groups[g][b]]
-        weight = o.gate[group[0]] * row_weight if group else 0.0
+        outcome = [i for i in range(3) if outcomes[i][b]]
+        weight = o.gate[outcome[0]] * row_weight if outcome else 0.0
         end = o.first_only or None
         counted = np.flatnonzero(mask[b])[o.skip_first : end]
         if not weight or not len(counted):
@@ -84,13 +93,13 @@ def opsd(
         divisor, units = row_scale(o, counted)
         normaliser += weight * units
         w = np.array([position(o.position, i, len(counted), o) for i in range(len(counted))])
-        for share, at in zip(w / w.mean(), counted, strict=True):
+        for factor, at in zip(w / w.mean(), counted, strict=True):
             y = tokens[b, at]
             log_s, log_t, log_f = (
                 log_softmax(x[b, at].astype(np.float64) / temperature)
                 for x in (student, teacher, frozen)
             )
-            name = o.divergences[group[0]]
+            name = o.divergences[outcome[0]]
             if name == "sampled_kl":
                 advantage = log_t[y] - log_f[y]
                 if o.control_variate:
@@ -101,7 +110,7 @@ def opsd(
                 s, t, f = np.exp(log_s), np.exp(log_t), np.exp(log_f)
                 compare = lambda s, t, name=name: divergence(name, s, t, beta=o.beta, alpha=o.alpha)
                 if o.top_k:
-                    chosen = chosen_words(f, t, o.top_k, o.support)
+                    chosen = chosen_entries(f, t, o.top_k, o.support)
                     value = compare(*supported(s, t, chosen, o.rest))
                     fixed = compare(*supported(f, t, chosen, o.rest))
                 else:
@@ -110,14 +119,14 @@ def opsd(
                 value *= min(1.0, o.clip / max(abs(fixed), 1e-30))
             if o.importance_cap:
                 value *= min(np.exp(log_f[y] - behaviour[b, at]), o.importance_cap)
-            total += weight * share * value / divisor
+            total += weight * factor * value / divisor
     return total, normaliser
 
 
 def policy_gradient(
     student, mask, tokens, advantages, behaviour, old, reference, o, temperature=1.0, frozen=None
 ):
-    """(sum, weight) of `losses.policy_gradient`; advantages [B]."""
+    """Computes (sum, weight) of `losses.policy_gradient`, with advantages [B]."""
     frozen = student if frozen is None else frozen
     total = normaliser = 0.0
     start = behaviour if old is None else old
@@ -154,7 +163,7 @@ def policy_gradient(
 
 
 def gradient(f, x, h=1e-5):
-    """The central difference quotient of f(x)[0] in float64: exact to some 1e-9 here."""
+    """Computes the central difference quotient of f(x)[0] in float64; its error is about 1e-9."""
     x = np.asarray(x, np.float64)
     out = np.zeros_like(x)
     for i in np.ndindex(x.shape):

@@ -1,4 +1,4 @@
-"""A model of a user's own as a plain dict of arrays: the next word from the last word alone."""
+"""A user's own model as a plain dict of arrays. It predicts a token from the previous one only."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def unembed(params, hidden):
 
 
 def init_cache(batch, length):
-    return jnp.zeros((batch, 1))  # nothing to remember
+    return jnp.zeros((batch, 1))  # the model has no state
 
 
 def make(config):

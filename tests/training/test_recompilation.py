@@ -2,6 +2,7 @@
 
 import jax
 
+from opsd_jax.config.run_options import parse_run
 from opsd_jax.run import pipeline
 from opsd_jax.training.loop import LoopOptions, run_stage
 from opsd_jax.training.optimizer import make_optimizer
@@ -21,17 +22,17 @@ def test_nothing_compiles_after_the_first_steps(config, tmp_path):
     section = config.copy_and_resolve_references()
     section.opsd.update({"gate": "0,1,0", "steps": 10, "checkpoint_every": 100, "init_from": ""})
     section.stages = ("opsd",)
-    this, seen = pipeline.assemble(section, tmp_path), []
+    this, seen = pipeline.assemble(parse_run(section), tmp_path), []
     jax.monitoring.register_event_duration_secs_listener(count)
     try:
         with this.pool, StopSignal() as stop:
-            stage = this.stage("opsd")
+            stage = pipeline.make_stage(this, "opsd")
             run_stage(
                 stage,
-                make_optimizer(section.opsd.optimizer, 10),
+                make_optimizer(this.config.sections["opsd"].optimizer, 10),
                 lambda: this.parameters.of(""),
                 abstract_params=this.parameters.abstract,
-                mesh=this.mesh,
+                mesh=this.parameters.mesh,
                 directory=tmp_path / "opsd",
                 options=LoopOptions(checkpoint_every=100, max_nonfinite=10),
                 stop=stop,

@@ -1,0 +1,112 @@
+"""A fourth algorithm in one file, tests/support/best_of_n.py: it trains, is checked, planned and
+reported without another line of the package.
+"""
+
+import json
+
+import best_of_n
+import jax
+import numpy as np
+import pytest
+from paths import SUPPORT
+
+from opsd_jax.config.run_options import parse_run
+from opsd_jax.options import ConfigError, section
+from opsd_jax.parallel import aot
+from opsd_jax.planning.chips import CHIPS
+from opsd_jax.planning.keys import PhaseKey
+from opsd_jax.planning.phases import Phases
+from opsd_jax.planning.programs import Compiler
+from opsd_jax.run import pipeline
+from opsd_jax.stages import ALGORITHMS
+
+
+@pytest.fixture
+def own(config):
+    """A run of SFT and then best-of-n."""
+    own = config.copy_and_resolve_references()
+    with own.unlocked():
+        own.best = section(
+            best_of_n.BestOfNOptions(
+                init_from="sft",
+                steps=2,
+                prompts=16,
+                group_size=2,
+                slots=16,
+                microbatch=8,
+                prompt_tokens=16,
+                response_tokens=88,
+                buckets=(64, 103),
+                checkpoint_every=1,
+            )  # fmt: skip
+        )
+        own.best.optimizer.warmup = 0
+        own.stages = ("sft", "best")
+    return own
+
+
+def test_the_file_is_short():
+    assert len((SUPPORT / "best_of_n.py").read_text().splitlines()) < 80
+    assert best_of_n.ALGORITHM not in ALGORITHMS.values()  # nothing of the package knows it
+
+
+def test_it_trains_and_reports(own, tmp_path):
+    options = parse_run(own)
+    pipeline.run(options, tmp_path)
+    pipeline.write_report(options, tmp_path)
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert [stage["algorithm"] for stage in report["stages"]] == ["sft", "best_of_n:ALGORITHM"]
+    assert (tmp_path / "report" / "training_best.svg").exists()
+    assert "sft → best" in (tmp_path / "report" / "index.html").read_text()
+    rows = [json.loads(line) for line in (tmp_path / "best" / "metrics.jsonl").open()]
+    assert [row["problems"] for row in rows] == [16, 16]
+
+
+def test_it_chooses_the_shortest_correct_rollout():
+    options = best_of_n.BestOfNOptions(group_size=2)
+
+    class Rollouts:
+        class judged:
+            class outcomes:
+                correct = np.array([True, True, False, True, False, False])
+
+        lengths = np.array([7, 5, 1, 9, 1, 2])
+
+    assert best_of_n.chosen(options, Rollouts) == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("least", 3, "config.best.least is 3; expected at most group_size = 2"),
+        ("buckets", (64, 90), "config.best.buckets is .*; expected a last length of at least 103"),
+        ("algorithm", "nothing:HERE", "config.best.algorithm is 'nothing:HERE'; expected 'package"),
+        ("algorithm", "json:dumps", "expected the name of an opsd_jax.stages.algorithm.Algorithm"),
+    ],
+)
+def test_it_validates(own, field, value, message):
+    own.best[field] = value
+    with pytest.raises(ConfigError, match=message):
+        parse_run(own)
+
+
+def test_its_data_and_slots_are_checked(own, tmp_path):
+    own.best.prompt_tokens = 8
+    with pytest.raises(ConfigError, match="best.prompt_tokens is 8; expected at least 16"):
+        pipeline.assemble(parse_run(own), tmp_path)
+    own.best.update({"prompt_tokens": 16, "slots": 12})
+    with pytest.raises(ConfigError, match="best.slots is 12; expected a multiple of data x fsdp"):
+        pipeline.assemble(parse_run(own), tmp_path)
+
+
+def test_it_is_planned(own):
+    """The plan compiles what the stage samples and its train step, here for CPUs."""
+    compiler = Compiler()
+    own.model.update({"attention": "dense", "cache": "dense"})
+    with aot.planning(compiler):
+        plan = Phases(parse_run(own), jax.devices(), compiler, CHIPS["TPU v4"], 0.5)
+        plan.stage("best")
+    phases = {phase.key: phase for phase in plan.phases}
+    assert {PhaseKey("best", "rollouts"), PhaseKey("best", "step")} <= phases.keys()
+    assert 0 < phases[PhaseKey("best", "step")].useful_tokens <= 1
+    assert all(phase.times == 2 for phase in plan.phases)
