@@ -202,7 +202,7 @@ def test_an_invalid_template_is_an_error():
 
 
 def test_tokenizer_config_adds_tokens(tmp_path):
-    """Tokens that `tokenizer.json` lacks are added in the order of their ids, as in transformers."""
+    """Tokens that `tokenizer.json` lacks are added in the order of their ids."""
     tiny_tokenizer.write(tmp_path, "qwen3")
     last = PretrainedTokenizer(tmp_path).vocab_size
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())

@@ -1,6 +1,7 @@
-"""A task from files: duplicates, mixtures, prompts, what is refused, and a run on it."""
+"""The task of problems from files: duplicates, mixtures, prompts, errors, and a whole run."""
 
 import json
+import logging
 import pathlib
 import re
 import subprocess
@@ -13,6 +14,7 @@ import jax
 import pytest
 import tiny_config
 from paths import ROOT
+from tiny_config import stage_options
 
 from opsd_jax import config as config_lib
 from opsd_jax.cli import main
@@ -24,8 +26,7 @@ from opsd_jax.data.duplicates import normalise, without_duplicates
 from opsd_jax.data.mixture import mixture
 from opsd_jax.data.tokenizer import ByteTokenizer
 from opsd_jax.problem import DataError, Problem
-from opsd_jax.run import checks as sizes
-from opsd_jax.run import pipeline, workdir
+from opsd_jax.run import checks, pipeline, workdir
 from opsd_jax.stages import sft
 from opsd_jax.training import metrics
 
@@ -52,7 +53,7 @@ from opsd_jax.training import metrics
         ("x\u200b \u2011\xad1 \u22c5 \uff11\uff12", r"x - 1 \cdot 12"),
     ],
 )
-def test_what_is_typed_in_two_ways_is_the_same(a, b):
+def test_two_ways_to_type_a_question_are_equal(a, b):
     assert normalise(a) == normalise(b)
 
 
@@ -76,19 +77,18 @@ def test_what_is_typed_in_two_ways_is_the_same(a, b):
         ("x²", "x2"),
     ],
 )
-def test_numbers_and_operators_tell_questions_apart(a, b):
+def test_questions_with_other_numbers_or_operators_differ(a, b):
     assert normalise(a) != normalise(b)
 
 
-def test_dots_within_a_question_take_no_time():
+def test_normalise_takes_linear_time():
+    """A search for the end of the text at every colon would take half a minute."""
     began = time.monotonic()
     normalise(": " * 100_000 + "x")
-    assert (
-        time.monotonic() - began < 5
-    )  # it was half a minute where each one began a search for the end
+    assert time.monotonic() - began < 5
 
 
-def test_without_duplicates():
+def test_without_duplicates_keeps_the_first_of_equal_questions():
     def problems(*questions):
         return [Problem(i, question, "", "1") for i, question in enumerate(questions)]
 
@@ -102,27 +102,27 @@ def test_without_duplicates():
 
 
 SOURCES = {name: [f"{name}{i}" for i in range(n)] for name, n in (("a", 40), ("b", 99), ("c", 7))}
-WEIGHTS = {"a": 3.0, "b": 1.0, "c": 0.5, "of another source": 9.0}
+WEIGHTS = {"a": 3.0, "b": 1.0, "c": 0.5, "a name without elements": 9.0}
 
 
-def test_every_source_is_gone_through_in_new_orders():
+def test_every_epoch_of_a_source_has_its_own_order():
     data = mixture(SOURCES, WEIGHTS, seed=1)
     drawn = [data[i] for i in range(4545)]
     for name, elements in SOURCES.items():
         own = [element for element in drawn if element[0] == name]
         n = len(elements)
-        rounds = [own[i : i + n] for i in range(0, len(own) - n + 1, n)]
-        assert len(rounds) > 9
-        assert all(sorted(r) == sorted(elements) for r in rounds)
-        assert len({tuple(r) for r in rounds}) == len(rounds)
-    shares = {name: count / len(drawn) for name, count in Counter(e[0] for e in drawn).items()}
-    assert shares == pytest.approx({"a": 3 / 4.5, "b": 1 / 4.5, "c": 0.5 / 4.5}, abs=1e-3)
+        epochs = [own[i : i + n] for i in range(0, len(own) - n + 1, n)]
+        assert len(epochs) > 9
+        assert all(sorted(epoch) == sorted(elements) for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+    fractions = {name: count / len(drawn) for name, count in Counter(e[0] for e in drawn).items()}
+    assert fractions == pytest.approx({"a": 3 / 4.5, "b": 1 / 4.5, "c": 0.5 / 4.5}, abs=1e-3)
     other = mixture(SOURCES, WEIGHTS, seed=2)
     assert [other[i] for i in range(100)] != drawn[:100]
 
 
-def test_a_mixture_s_length_is_one_pass_or_more():
-    """What a check that looks at the whole of it relies on."""
+def test_a_mixture_s_length_includes_every_element():
+    """The checks before a run rely on it."""
     for sources, weights in (
         (SOURCES, WEIGHTS),
         (SOURCES, {"a": 1.009, "b": 1.0, "c": 5.0}),
@@ -130,11 +130,11 @@ def test_a_mixture_s_length_is_one_pass_or_more():
     ):
         data = mixture(sources, weights, seed=0)
         assert {data[i] for i in range(len(data))} == {e for part in sources.values() for e in part}
-    assert len(data) == 80  # of forty
+    assert len(data) == 80  # for forty elements
 
 
 def test_an_element_is_a_function_of_seed_and_index(tmp_path):
-    """Also in a process of its own, which reads nothing else."""
+    """A new process that reads no other element gets the same one."""
     data = mixture(SOURCES, WEIGHTS, seed=1)
     indices = [1000, 3, 10**9]
     backwards = [mixture(SOURCES, WEIGHTS, seed=1)[i] for i in reversed(indices)]
@@ -150,7 +150,7 @@ def test_an_element_is_a_function_of_seed_and_index(tmp_path):
 
 
 def test_grain_shuffles_each_epoch_anew(task):
-    """What a task without a stream of its own relies on."""
+    """A task without `stream` relies on it."""
     data = grain.MapDataset.source(list(range(20))).shuffle(seed=3).repeat()
     epochs = [[data[20 * e + i] for i in range(20)] for e in range(5)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
@@ -158,7 +158,7 @@ def test_grain_shuffles_each_epoch_anew(task):
     assert task.stream is None
 
 
-def test_byte_tokenizer():
+def test_byte_tokenizer_decodes_what_it_encodes():
     tokenizer = ByteTokenizer()
     ids = tokenizer.encode("π = {3}\n")
     assert max(ids) < tokenizer.vocab_size
@@ -167,7 +167,7 @@ def test_byte_tokenizer():
     assert tokenizer.decode([2 + b for b in range(256)]).startswith("\0\1")
 
 
-def test_templates_are_filled_in_one_pass():
+def test_fill_does_not_fill_placeholders_in_values():
     template = r"{question}|{context}|\boxed{}|{{context}}|{other}"
     filled = text.fill(template, question="{context} \\1", context="{question}")
     assert filled == r"{context} \1|{question}|\boxed{}|{{question}}|{other}"
@@ -180,7 +180,7 @@ def write(path, rows):
 
 @pytest.fixture
 def config(config, tmp_path, monkeypatch):
-    """Three stages on a dozen little problems, on one device."""
+    """Three stages on a dozen small problems, on one device."""
     first = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: first)
     rows = [
@@ -211,50 +211,77 @@ def config(config, tmp_path, monkeypatch):
         config.opsd.update({"teacher_prompt_tokens": 20, "teacher_buckets": ()})
         config.evaluation.update({"problems": 2, "slots": 4, "samples": 2})
         config.evaluation.update({"prompt_tokens": 8, "response_tokens": 12})
-    parse_run(config)
     return config.lock()
 
 
-def test_load_counts_what_it_leaves_out(config, capsys):
-    data = load.load(config.data)
+@pytest.fixture
+def logged(caplog):
+    """A function that returns the messages that the package has logged so far."""
+    caplog.set_level(logging.INFO, "opsd_jax")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def loaded(config):
+    """The data of a config."""
+    return load.load(parse_run(config).data)
+
+
+def task_of(config):
+    """The task of a config."""
+    return text.task(parse_run(config).data)
+
+
+def assemble(config, workdir):
+    """Builds a run, with all checks of a config and its data."""
+    options = parse_run(config)
+    options.data.check_sources("data")
+    return pipeline.assemble(options, workdir)
+
+
+def test_load_counts_the_rows_that_it_leaves_out(config, logged):
+    data = loaded(config)
     assert {name: tuple(counts[:2]) for name, counts in data.counts.items()} == {
         "more": (2, 2), "sums": (14, 10), "tests": (2, 2), "others": (1, 1),
     }  # fmt: skip
     assert data.counts["sums"].overlap == {"tests": 2, "others": 1}
-    assert data.counts["sums"].repeated == 1  # "$1+1$": sources are taken by name
+    assert (
+        data.counts["sums"].repeated == 1
+    )  # "$1+1$": sources are processed in the order of their names
     assert [p.id for p in data.train["sums"]] == [f"sums/{i}" for i in (1, *range(3, 12))]
     assert [p.id for p in data.heldout["tests"]] == ["tests/12", "tests/13"]
-    out = capsys.readouterr().err
     counts = "14 rows, 1 also in others, 2 also in tests, 1 repeated, 10 kept, 1 without a solution"
-    assert f"data: train.sums: {counts}\n" in out
-    assert "data: heldout.tests: 2 rows, 2 kept\n" in out
-    assert "data: exclude.others: 1 rows, 1 kept\n" in out
+    assert logged() == [
+        "data: heldout.tests: 2 rows, 2 kept",
+        "data: exclude.others: 1 rows, 1 kept",
+        "data: train.more: 2 rows, 2 kept, 2 without a solution",
+        f"data: train.sums: {counts}",
+    ]
 
 
-def test_without_a_heldout_source_some_of_train_are_held_out(config, tmp_path, capsys):
-    """Chosen by their question alone, whatever the order of the rows."""
+def test_without_a_heldout_source_training_problems_are_held_out(config, logged):
+    """The choice depends on the questions, not on the order of the rows."""
     with config.unlocked():
         config.data.heldout = {}
         config.data.heldout_problems = 4
-    data = load.load(config.data)
+    data = loaded(config)
     held = {p.question for part in data.heldout.values() for p in part}
     trained = {p.question for part in data.train.values() for p in part}
     assert len(held) == 4
     assert not held & trained
     assert len(trained) == 10
-    assert "data: held out of these: 4 of sums\n" in capsys.readouterr().err
+    assert logged()[-1] == "data: held out of these: 4 of sums"
     path = pathlib.Path(config.data.train.sums.path)
     path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
-    again = load.load(config.data)
+    again = loaded(config)
     assert {p.question for part in again.heldout.values() for p in part} == held
-    assert text.task(config.data).verify(data.heldout["sums"][0], "?").reason == "no answer"
+    assert task_of(config).verify(data.heldout["sums"][0], "?").reason == "no answer"
     config.data.heldout_problems = 14
     with pytest.raises(DataError, match="heldout_problems is 14; expected fewer than the 14 probl"):
-        load.load(config.data)
+        loaded(config)
 
 
 def test_a_task_from_files(config):
-    task = text.task(config.data)
+    task = task_of(config)
     decode = task.tokenizer.decode
     assert [task.train[i].source for i in range(len(task.train))] == ["more"] * 2 + ["sums"] * 10
     problem = next(task.train[i] for i in range(12) if task.train[i].id == "sums/5")
@@ -267,7 +294,7 @@ def test_a_task_from_files(config):
     assert {stream[i].id for i in range(99)} == {task.train[i].id for i in range(12)}
     shown = task.demonstrations(0)
     texts = {decode(shown[i].prompt) + decode(shown[i].response) for i in range(len(shown))}
-    assert len(texts) == 9  # of ten sums one has no solution, nor have the others
+    assert len(texts) == 9  # one of ten sums has no solution, and `more` has none
     assert r"1 + 2 = \boxed{3}" in texts
     assert all(shown[i].response[-1] == task.tokenizer.eos_ids[0] for i in range(len(shown)))
 
@@ -279,12 +306,12 @@ def test_a_task_from_files(config):
         (
             "data.prompt",
             "{question} {answer}",
-            "{answer} is not filled in there, expected only {qu",
+            "expected only {question} in it, because {answer} is not filled in",
         ),
         ("data.teacher_prompt", "{context}", "data.teacher_prompt is '{context}'; expected {quest"),
         ("data.teacher_prompt", "{question}", "teacher_prompt is '{question}'; expected {context}"),
         ("data.contexts.answer", "Hm", "data.contexts.answer is 'Hm'; expected {context} in it"),
-        ("data.memo.correct", "{question}", "memo.correct is '{question}'; {question} is not fill"),
+        ("data.memo.correct", "{question}", "expected only {answer} and {solution} in it, because"),
         ("data.chat_template", "absent", "data.chat_template is 'absent'; expected '' for the to"),
         ("data.tokenizer", "absent", "there is no absent/tokenizer.json; expected a Hugging Face"),
         (
@@ -306,88 +333,91 @@ def test_a_task_from_files(config):
         ),
         ("data.train.sums.columns.solution", "", "SFT imitates solutions, and no problem of"),
         ("rlvr.prompt_tokens", "7", "prompt_tokens is 7; expected at least 8, which problem "),
-        ("opsd.teacher_prompt_tokens", "10", "tokens without the privileged text; 10 fit"),
+        (
+            "opsd.teacher_prompt_tokens",
+            "10",
+            "tokens without any of the privileged context; only 10",
+        ),
         ("sft.buckets", "(16,)", "at least 17, which the demonstration to '. . . = ' has"),
         ("model.vocab_size", "257", "model.vocab_size is 257; expected at least 258"),
     ],
 )
-def test_what_does_not_fit_fails_before_compiling(config, tmp_path, field, value, message):
+def test_a_config_that_does_not_fit_its_data_fails_before_compiling(
+    config, tmp_path, field, value, message
+):
     loading.override(config, field, value)
     message = message.replace("(", r"\(").replace("{", r"\{")
     with pytest.raises((config_lib.ConfigError, DataError), match=f"(?s){message}"):
-        pipeline.assemble(parse_run(config), tmp_path)
+        assemble(config, tmp_path)
 
 
-def test_of_many_problems_the_longest_are_looked_at(config, tmp_path, monkeypatch, capsys):
+def test_of_many_problems_the_longest_are_checked(config, tmp_path, monkeypatch, logged):
     rows = [{"problem": f"{i} + 0", "answer": f"{i}", "solution": f"{i}"} for i in range(10, 60)]
     rows[1]["problem"] = "11 + 0 + 0"
     rows[2]["solution"] = "a rather long solution"
-    for name in ("WHOLLY_LOOKED_AT", "LONGEST", "LOOKED_AT"):
-        monkeypatch.setattr(sizes, name, 1)
+    for name in ("WHOLE", "LONGEST", "FIRST"):
+        monkeypatch.setattr(checks, name, 1)
     with config.unlocked():
         config.data.train = {"sums": config_lib.source(write(tmp_path / "many.jsonl", rows))}
     message = "rlvr.prompt_tokens is 8; expected at least 13, which problem sums/2 has"
     with pytest.raises(config_lib.ConfigError, match=message):
-        pipeline.assemble(parse_run(config), tmp_path)
+        assemble(config, tmp_path)
     config.rlvr.prompt_tokens = config.opsd.prompt_tokens = 13
-    pipeline.assemble(parse_run(config), tmp_path)
+    assemble(config, tmp_path)
     cut = "opsd: of 3 problems looked at, 3 have a solution, and 1 of these lose a part of it to"
-    assert cut in capsys.readouterr().err
+    assert any(message.startswith(cut) for message in logged())
 
 
 def test_a_demonstration_that_is_too_long_is_named(config, tmp_path):
-    task = pipeline.assemble(parse_run(config), tmp_path).task
-    section = config.sft.copy_and_resolve_references()
-    section.buckets = (16,)
-    stage = sft.stage(section, task, None, seed=0)
-    with pytest.raises(DataError, match=r"to '. . . = ' has 18 tokens; the last of .* is 16"):
+    task = assemble(config, tmp_path).task
+    stage = sft.stage(stage_options(config.sft, buckets=(16,)), task, None, seed=0)
+    with pytest.raises(DataError, match=r"for '. . . = ' has 18 tokens; expected at most 17, one"):
         stage.batches(0, None)
 
 
-def test_without_data_there_is_no_task(config, tmp_path):
+def test_a_task_needs_data(config, tmp_path):
     empty = tiny_config.quickstart()
     with pytest.raises(DataError, match=r"config.data.heldout is empty; expected sources"):
-        text.task(empty.data)
+        task_of(empty)
     empty.data.heldout = config.data.heldout
-    assert len(text.task(empty.data).train) == 0  # enough for an evaluation
+    assert len(task_of(empty).train) == 0  # enough for an evaluation
     untaught = config.copy_and_resolve_references()
     with untaught.unlocked():
         untaught.data.train = {}
     with pytest.raises(config_lib.ConfigError, match=r"config.data.train is empty; expected sour"):
-        pipeline.assemble(parse_run(untaught), pathlib.Path())
+        assemble(untaught, pathlib.Path())
     empty.data.train.copy = config.data.heldout.tests
     with pytest.raises(DataError, match=r"train.copy: no problem is left: 2 rows, 2 also in tests"):
-        text.task(empty.data)
-    with pytest.raises(ValueError, match=r"it reads no files, and config.data names some"):
-        arithmetic.task(config.data)
+        task_of(empty)
+    with pytest.raises(ValueError, match=r"it reads no files, but config.data has sources"):
+        arithmetic.task(parse_run(config).data)
     loading.override(config, "task", "opsd_jax.data.arithmetic:task")
     with pytest.raises(
         config_lib.ConfigError, match=r"config.task is '.*arithmetic:task': it reads"
     ):
-        pipeline.assemble(parse_run(config), tmp_path)
+        assemble(config, tmp_path)
 
 
-def test_infinite_bounds_are_kept_as_strict_json(tmp_path):
+def test_infinite_bounds_are_saved_as_strict_json(tmp_path):
     config = tiny_config.quickstart()
     config.data.train.a = config_lib.source("a")
     config.lock()
     loading.override(config, "data.train.a.difficulty.high", "inf")
     assert config.data.train.a.difficulty.high == float("inf")
-    parse_run(config)
-    text = loading.to_json(config)
+    text = loading.to_json(parse_run(config))
     assert "Infinity" not in text
-    saved = loading.from_flat(json.loads(text))
+    saved = parse_run(loading.from_flat(json.loads(text)))
     loading.check_same(config, saved, tmp_path)
-    assert saved.data.train.a.difficulty.high > 1e308
+    assert saved.data.train["a"].difficulty.high > 1e308
 
 
-def test_the_config_of_the_documentation(tmp_path, monkeypatch):
-    """It loads; then it asks for its files."""
+def test_the_config_in_the_documentation_loads(tmp_path, monkeypatch):
+    """It fails only because its files do not exist. The page describes every field of a source."""
     page = (ROOT / "docs" / "data.md").read_text()
     path = tmp_path / "maths.py"
     path.write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
     config = loading.load(path, {"data.train.maths.weight": "3"})
-    assert config.data.train.maths.weight == 3.0
+    assert config.data.train["maths"].weight == 3.0
     monkeypatch.chdir(tmp_path)
     assert main.main(["train", "--config", str(path), "--workdir", "run"]) == 2
     with pytest.raises(DataError, match=r"math500.path is 'data/math500.jsonl'; there is no such"):
@@ -398,8 +428,8 @@ def test_the_config_of_the_documentation(tmp_path, monkeypatch):
         assert field in table or parts[0] in table or f".{parts[-1]}" in table
 
 
-def test_a_run_goes_on_with_the_data_that_it_began_with(config, tmp_path):
-    check = lambda: workdir.check_data(text.task(config.data), tmp_path)
+def test_a_run_resumes_only_with_the_data_that_it_began_with(config, tmp_path):
+    check = lambda: workdir.check_data(task_of(config), tmp_path)
     check()
     check()
     path = pathlib.Path(config.data.train.more.path)
@@ -417,7 +447,7 @@ def test_a_run_goes_on_with_the_data_that_it_began_with(config, tmp_path):
 
 
 def test_a_run_on_files(config, tmp_path):
-    """SFT, RLVR, OPSD, the report; and the config that it leaves is the one that it had."""
+    """It runs SFT, RLVR, OPSD and the report, and saves its config."""
     workdir = tmp_path / "run"
     pipeline.run(parse_run(config), workdir)
     assert main.main(["report", "--workdir", str(workdir)]) == 0
@@ -430,8 +460,8 @@ def test_a_run_on_files(config, tmp_path):
     assert loading.flatten(loading.from_flat(saved)) == loading.flatten(config)
 
 
-def test_another_tokenizer_at_the_same_path_is_refused(config, tmp_path):
-    task = text.task(config.data)
+def test_a_run_does_not_resume_with_another_tokenizer(config, tmp_path):
+    task = task_of(config)
     workdir.check_data(task, tmp_path)
     other = task._replace(prompt=lambda problem: [id + 1 for id in task.prompt(problem)])
     message = (
