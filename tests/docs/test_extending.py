@@ -110,8 +110,8 @@ def test_a_verifier(example):
     example("A verifier")
     verifier = verifiers.from_options(verifiers.VerifierOptions(kind="ends_well"))
     problem = Problem(0, "q", "", "46")
-    question = verifier.ask(problem, "It is 46.")
-    assert verifier.judge(question) == Verdict(True, "match")
+    job = verifier.prepare(problem, "It is 46.")
+    assert verifier.judge(job) == Verdict(True, "match")
 
 
 def test_a_model_family(example, tmp_path):

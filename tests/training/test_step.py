@@ -160,14 +160,14 @@ def test_the_useful_fraction_counts_the_tokens_that_are_computed(rows):
 
 
 def test_an_empty_prompt_is_an_error(rows):
-    with pytest.raises(ValueError, match="the prompt 'teacher' is empty; expected one token"):
+    with pytest.raises(ValueError, match="the prompt 'teacher' of a row is empty; expected at"):
         pack([rows[0] | {"teacher": []}])
 
 
 def test_too_many_or_too_long_rows_are_an_error(rows):
     with pytest.raises(ValueError, match="12 rows for a batch of capacity 8"):
         pack(rows, capacity=8)
-    with pytest.raises(ValueError, match=r"a row of .*; the longest bucket holds .*30"):
+    with pytest.raises(ValueError, match=r"a row has .*; expected at most those of the last bucket, .*30"):
         pack(rows, buckets=((20, 55), (30, 80)))
 
 
