@@ -80,13 +80,13 @@ class SourceOptions:
         "", "A .jsonl, .jsonl.gz, .parquet or .arrow file, or a folder of a Hugging Face dataset."
     )
     split: str = option("", "Split to read from a folder that has several.")
-    columns: ColumnOptions = option(ColumnOptions(), "Names of the columns.")
+    columns: ColumnOptions = option(ColumnOptions(), "Names of the source's columns.")
     answer_after: str = option(
         "", "The answer is the text after the last occurrence of this in its column, e.g. '####'."
     )
     extra: tuple[str, ...] = option((), "Further columns, kept in Problem.extra for the verifier.")
     weight: float = option(
-        1.0, "Fraction of training problems from this source, relative to other sources.", above=0
+        1.0, "Training problems are drawn from sources in proportion to their weights.", above=0
     )
     verifier: VerifierOptions = option(VerifierOptions(), "How responses are verified.")
     difficulty: DifficultyOptions = option(DifficultyOptions(), "Keeps rows by difficulty.")
