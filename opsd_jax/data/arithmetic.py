@@ -236,7 +236,7 @@ def _think(
 
 
 def demonstrate(number: int, rng: np.random.Generator) -> Demonstration:
-    """Returns a demonstration for SFT.
+    """Returns a demonstration for problem `number`, for SFT.
 
     Most demonstrations reason verbosely from the printed question. PRIVILEGED_FRACTION of them are
     nearly concise. Their prompt shows the solution, from which they take the carried values and the

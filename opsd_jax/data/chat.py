@@ -16,6 +16,8 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
+from opsd_jax.options import fail
+
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
 # Placeholder for a response in a rendered chat; the response's own token ids replace it.
@@ -163,7 +165,8 @@ class Chat:
           options: further variables of the template.
 
         Raises:
-          ValueError: the template fails, or an option has no effect on it.
+          ConfigError: an option has no effect on the prompts.
+          ValueError: the template fails.
         """
         self._tokenizer, self._template = tokenizer, template
         self.templated = template is not None
@@ -177,20 +180,18 @@ class Chat:
             only_templates = {"system": system, "thinking": thinking, "template_options": options}
             for name, value in only_templates.items():
                 if value:
-                    raise ValueError(
-                        f"data.{name} is {value!r}, but the prompts are plain text, because the "
-                        "tokenizer has no chat template; expected none, or the file of a template "
-                        "in data.chat_template."
+                    expected = (
+                        "none, because the prompts are plain text: the tokenizer has no chat "
+                        "template. Set config.data.chat_template to the file of one"
                     )
+                    fail(f"data.{name}", value, expected)
             return
         self._render(template, [_ANY_TURN])
         if thinking:
             other = self._options | {"enable_thinking": thinking != "on"}
             if template.render([_ANY_TURN], self._options) == template.render([_ANY_TURN], other):
-                raise ValueError(
-                    f"data.thinking is {thinking!r}, but the chat template renders the same text "
-                    "with 'on' and 'off'; expected ''."
-                )
+                expected = "'', because the chat template renders the same text with 'on' and 'off'"
+                fail("data.thinking", thinking, expected)
 
     def _render(self, template: ChatTemplate, turns: Sequence[Message]) -> str:
         """Returns the text of a chat that starts with the system message, if there is one."""
@@ -231,7 +232,7 @@ class Chat:
         if not found:
             raise ValueError(
                 "the chat template does not render the assistant's turns, which memos need; "
-                "expected another data.chat_template, or no 'memo' among the contexts."
+                "expected another config.data.chat_template, or no 'memo' among the contexts."
             )
         return self._tokenizer.encode(rest)
 

@@ -39,7 +39,7 @@ class ColumnOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DifficultyOptions:
-    """Keeps the rows whose difficulty is in [low, high]."""
+    """Selects the rows of a source whose difficulty is in [low, high]."""
 
     column: str = option("", "Column with the difficulty, a number; '' keeps all rows.")
     low: float = option(-float("inf"), "Lowest difficulty that is kept.", finite=False)
@@ -52,7 +52,7 @@ class DifficultyOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PassRateOptions:
-    """Keeps the problems that earlier rollouts solved at a rate in [low, high]."""
+    """Selects the problems that earlier rollouts solved at a rate in [low, high]."""
 
     path: str = option("", "JSON lines with the results of earlier rollouts; '' keeps all rows.")
     low: float = option(
@@ -68,6 +68,7 @@ class PassRateOptions:
 
 
 def _check_range(low: float, high: float, field: str) -> None:
+    """Raises ConfigError if `low` is above `high`."""
     if low > high:
         fail(f"{field}.low", low, f"at most {high}, which is {field}.high")
 
@@ -80,13 +81,13 @@ class SourceOptions:
         "", "A .jsonl, .jsonl.gz, .parquet or .arrow file, or a folder of a Hugging Face dataset."
     )
     split: str = option("", "Split to read from a folder that has several.")
-    columns: ColumnOptions = option(ColumnOptions(), "Names of the columns.")
+    columns: ColumnOptions = option(ColumnOptions(), "Names of the source's columns.")
     answer_after: str = option(
         "", "The answer is the text after the last occurrence of this in its column, e.g. '####'."
     )
     extra: tuple[str, ...] = option((), "Further columns, kept in Problem.extra for the verifier.")
     weight: float = option(
-        1.0, "Fraction of training problems from this source, relative to other sources.", above=0
+        1.0, "Training problems are drawn from sources in proportion to their weights.", above=0
     )
     verifier: VerifierOptions = option(VerifierOptions(), "How responses are verified.")
     difficulty: DifficultyOptions = option(DifficultyOptions(), "Keeps rows by difficulty.")
@@ -100,7 +101,7 @@ class SourceOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoWording:
-    """How the user asks for a memo on a response. "{answer}" and "{solution}" are filled in."""
+    """The messages that ask for a memo on a response; {answer} and {solution} are filled in."""
 
     correct: str = option(
         "That is right: the answer is {answer}. Write a short memo for solving problems like this "

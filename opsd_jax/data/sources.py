@@ -202,6 +202,7 @@ class _Reader:
     """
 
     def __init__(self, row: files.Row):
+        """Creates a reader of a row, which may already have an error."""
         self._columns = row.columns  # None if the row cannot be read, which is an error already
         self._all_columns = row.all_columns or row.columns or ()
         self.row = _Row(row.location, [row.error] if row.error else [])

@@ -33,7 +33,7 @@ def check_fits(ids: list[int], limit: int, problem: Problem, field: str) -> list
 
 
 class Demonstration(NamedTuple):
-    """An example for SFT.
+    """An example for SFT: a prompt and the response to imitate.
 
     Attributes:
       prompt: token ids of the prompt.

@@ -211,8 +211,8 @@ def make_chat(options: DataOptions, tokenizer: Tokenizer) -> Chat:
     """Returns the `Chat` that renders messages of the user as prompts.
 
     Raises:
-      ConfigError: the file of the chat template does not exist.
-      ValueError: the chat template fails, or does not support an option.
+      ConfigError: the file of the chat template does not exist, or an option has no effect.
+      ValueError: the chat template fails.
     """
     template: ChatTemplate | None = getattr(tokenizer, "chat_template", None)
     if options.chat_template == "none":

@@ -13,7 +13,7 @@ from opsd_jax.data.chat import ChatTemplate
 
 
 class ByteTokenizer:
-    """Uses the bytes of UTF-8 as tokens.
+    """A tokenizer whose tokens are the bytes of UTF-8.
 
     Id 0 is padding, id 1 ends a response, and byte b has id b + 2.
     """

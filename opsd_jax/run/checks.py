@@ -92,7 +92,7 @@ def check_data(
         algorithm.check_data(options, name, look(seed=stage_seed(name)))
 
 
-def _looked_at(task: Task, data: grain.MapDataset, whole: int = WHOLE) -> Iterable[int]:
+def _looked_at(task: Task, data: grain.MapDataset, whole: int) -> Iterable[int]:
     """The indices of the rows of a data set that the checks look at."""
     if len(data) <= whole:
         return range(len(data))
@@ -119,7 +119,7 @@ def _longest(task: Task) -> Callable[[Any, Callable[[Any], Sequence[int]]], tupl
 
     @functools.cache
     def longest(data: Any, tokens: Callable[[Any], Sequence[int]]) -> tuple[int, str]:
-        length, i = max((len(tokens(data[i])), i) for i in _looked_at(task, data))
+        length, i = max((len(tokens(data[i])), i) for i in _looked_at(task, data, WHOLE))
         row = data[i]
         if isinstance(row, Problem):
             return length, f"problem {row.id}"

@@ -125,7 +125,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _chain(text: str) -> list[str]:
-    """Splits a chain at its relations, except for relations inside braces.
+    """Splits a chain such as `x = 2 + 2 = 4` at its relations, except inside braces.
 
     Returns:
       Terms and relations in turn: `[term, relation, term, ...]`.

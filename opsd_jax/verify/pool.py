@@ -93,6 +93,7 @@ class _Pending:
     """
 
     def __init__(self, key: bytes, job: bytes):
+        """Creates a future for the verdict of a pickled job."""
         self.key, self.job, self.attempts = key, job, 0
         self.future: Future[Verdict] = Future()
         # Several callers may share the future, so none of them may cancel it.
@@ -112,6 +113,7 @@ class _Worker:
     """
 
     def __init__(self, judge: bytes, options: PoolOptions):
+        """Starts a process that runs a pickled `judge`."""
         self.pipe, theirs = _CONTEXT.Pipe()
         self._process = _CONTEXT.Process(
             target=_worker_main, args=(theirs, judge, options), name="verifier", daemon=True

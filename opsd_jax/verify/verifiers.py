@@ -253,9 +253,9 @@ def combine(verifiers: Sequence[Verifier], *, every: bool) -> Verifier:
 
 
 def _combined(prepared: list[Verdict | Job], every: bool) -> Verdict | Job:
-    """Returns the combined verdict if the known verdicts decide it, otherwise one joint job.
+    """Combines what `prepare` returned for each part into one verdict or one joint job.
 
-    The joint job has the index and the job of each part that has no verdict yet.
+    A joint job has the index and the job of each part without a verdict.
     """
     verdicts = [part for part in prepared if isinstance(part, Verdict)]
     for verdict in verdicts:
@@ -352,7 +352,9 @@ def from_options(options: VerifierOptions) -> Verifier:
     for convention in options.answer:
         if convention not in extract.CONVENTIONS:
             known = ", ".join(extract.CONVENTIONS)
-            raise ValueError(f"answer has {convention!r}; expected some of {known}.")
+            raise ValueError(
+                f"answer has {convention!r}, which is unknown; expected some of {known}."
+            )
     every = " and " in options.kind
     if every and " or " in options.kind:
         raise ValueError(f"kind is {options.kind!r}; expected only ' and ' or only ' or ' in it.")

@@ -166,10 +166,18 @@ def test_a_system_message_about_thinking_does_not_begin_it(directories):
 @pytest.mark.parametrize(
     ("family", "arguments", "message"),
     [
-        ("r1", {"thinking": "off"}, "data.thinking is 'off', but the chat template renders the sa"),
-        ("qwen2", {"thinking": "on"}, "data.thinking is 'on', but the chat template renders the s"),
-        (None, {"system": "Hm"}, "data.system is 'Hm', but the prompts are plain text"),
-        (None, {"thinking": "on"}, "data.thinking is 'on', but the prompts are plain text"),
+        (
+            "r1",
+            {"thinking": "off"},
+            "data.thinking is 'off'; expected '', because the chat template",
+        ),
+        (
+            "qwen2",
+            {"thinking": "on"},
+            "data.thinking is 'on'; expected '', because the chat template",
+        ),
+        (None, {"system": "Hm"}, "data.system is 'Hm'; expected none, because the prompts are pl"),
+        (None, {"thinking": "on"}, "data.thinking is 'on'; expected none, because the prompts are"),
     ],
 )
 def test_an_option_without_effect_is_an_error(directories, family, arguments, message):

@@ -173,6 +173,9 @@ def test_fill_does_not_fill_placeholders_in_values():
     assert filled == r"{context} \1|{question}|\boxed{}|{{question}}|{other}"
 
 
+TOKENIZER = "opsd_jax.data.tokenizer:ByteTokenizer"
+
+
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -332,13 +335,13 @@ def test_a_task_from_files(config):
             "config.data.train.sums.verifier: kind is 'nos",
         ),
         ("data.train.sums.columns.solution", "", "SFT imitates solutions, and no problem of"),
-        ("rlvr.prompt_tokens", "7", "prompt_tokens is 7; expected at least 8, which problem "),
+        ("rlvr.prompt_tokens", "7", "prompt_tokens is 7; expected at least 8, the tokens of pr"),
         (
             "opsd.teacher_prompt_tokens",
             "10",
             "tokens without any of the privileged context; only 10",
         ),
-        ("sft.buckets", "(16,)", "at least 17, which the demonstration to '. . . = ' has"),
+        ("sft.buckets", "(16,)", "at least 17, the tokens of the demonstration for '. . . ="),
         ("model.vocab_size", "257", "model.vocab_size is 257; expected at least 258"),
     ],
 )
@@ -359,7 +362,7 @@ def test_of_many_problems_the_longest_are_checked(config, tmp_path, monkeypatch,
         monkeypatch.setattr(checks, name, 1)
     with config.unlocked():
         config.data.train = {"sums": config_lib.source(write(tmp_path / "many.jsonl", rows))}
-    message = "rlvr.prompt_tokens is 8; expected at least 13, which problem sums/2 has"
+    message = "rlvr.prompt_tokens is 8; expected at least 13, the tokens of problem sums/2"
     with pytest.raises(config_lib.ConfigError, match=message):
         assemble(config, tmp_path)
     config.rlvr.prompt_tokens = config.opsd.prompt_tokens = 13
@@ -416,7 +419,8 @@ def test_the_config_in_the_documentation_loads(tmp_path, monkeypatch):
     page = (ROOT / "docs" / "data.md").read_text()
     path = tmp_path / "maths.py"
     path.write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
-    config = loading.load(path, {"data.train.maths.weight": "3"})
+    overrides = {"data.train.maths.weight": "3", "data.tokenizer": TOKENIZER}
+    config = loading.load(path, overrides)
     assert config.data.train["maths"].weight == 3.0
     monkeypatch.chdir(tmp_path)
     assert main.main(["train", "--config", str(path), "--workdir", "run"]) == 2

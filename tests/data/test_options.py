@@ -63,7 +63,7 @@ def parsed(config):
         ),
         (
             {"train": {"a": source(pass_rates={"high": 90.0})}},
-            "a.pass_rates.high is 90.0; expected at least 0 and at most 1",
+            "a.pass_rates.high is 90.0; expected a number in [0, 1]",
         ),
         ({"train": {"a": source(extra=("b", 1))}}, "extra is ('b', 1); expected a tuple of str"),
         (
@@ -72,7 +72,7 @@ def parsed(config):
         ),
         (
             {"train": {"a": source(bad_rows="keep")}},
-            "a.bad_rows is 'keep'; expected one of 'refuse', 'drop'",
+            "a.bad_rows is 'keep'; expected 'refuse' or 'drop'",
         ),
         ({"thinking": "yes"}, "data.thinking is 'yes'; expected one of '', 'on', 'off'"),
         ({"date": "2026-1-1"}, "data.date is '2026-1-1'; expected a day such as '2026-01-31'"),

@@ -226,7 +226,7 @@ def test_the_loss_falls_on_a_fixed_batch(files, tmp_path, algorithm, teacher):
         ({"model.path": ""}, "model.path is ''; expected a directory with a Hugging Face"),
         ({"data.train.problems.path": ""}, "data.train.problems.path is ''; expected a file"),
         ({"data.heldout_problems": "0"}, "config.data.heldout is empty; expected sources"),
-        ({"data.thinking": "maybe"}, "data.thinking is 'maybe'; expected 'on', 'off' or ''"),
+        ({"data.thinking": "maybe"}, "data.thinking is 'maybe'; expected one of '', 'on', 'off'"),
         ({"opsd.memo.request_tokens": "0"}, "opsd.memo.request_tokens is 0; expected at least 1"),
         ({"data.contexts.solution": "Hm"}, "data.contexts.solution is 'Hm'; expected {context} in"),
     ],

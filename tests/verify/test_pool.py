@@ -179,7 +179,7 @@ def test_an_exception_in_the_calling_process_costs_only_its_own_verdict():
 def test_several_threads_can_share_a_pool():
     """math-verify itself works only in a main thread."""
     results = {}
-    with VerifierPool(maths(), PoolOptions(workers=2)) as pool:
+    with VerifierPool(maths(), PoolOptions(workers=2, seconds=30.0)) as pool:
 
         def submit(i):
             future = pool.submit(

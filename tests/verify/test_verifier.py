@@ -398,7 +398,10 @@ def test_from_options_makes_every_kind():
         ({"kind": "math"}, "kind is 'math'; expected maths, exact, numeric, choice"),
         ({"kind": "maths and exact or choice"}, "only ' and ' or only ' or '"),
         ({"kind": "no_such_module:f"}, "cannot be imported"),
-        ({"answer": ("box",)}, "answer has 'box'; expected some of boxed, ####, answer, text"),
+        (
+            {"answer": ("box",)},
+            "answer has 'box', which is unknown; expected some of boxed, ####, answer, text",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             from_options(VerifierOptions(**changes))
