@@ -122,7 +122,7 @@ def test_a_config_that_cannot_run_is_refused(field, text, message):
         ("task", "opsd_jax.data.nothing:task", "config.task is 'opsd_jax.data.nothing:task'"),
         ("model.make", "nonsense", "config.model.make is 'nonsense'; expected 'package.module:fun"),
         ("model.vocab_size", "16", "vocab_size is 16; expected at least 32, the tokenizer's"),
-        ("model.scan_unroll", "2", "scan_unroll is 2; expected a divisor of model.num_layers"),
+        ("model.scan_unroll", "2", "scan_unroll is 2, which does not divide"),
         ("model.num_kv_heads", "3", "num_heads is 4"),
         (
             "mesh",
@@ -199,7 +199,7 @@ def test_a_device_has_as_many_key_value_heads_as_the_paged_kernel_takes(tmp_path
     model = {f"model.{name}": str(size) for name, size in sizes.items()}
     fields = {"decode_mesh": "(4, 1, 2)", "model.cache": "paged"} | model
     config = loading.load(QUICKSTART, fields)
-    message = "config.decode_mesh: model.cache is 'paged', and a device has 12 key-value heads"
+    message = "config.decode_mesh: model.cache is 'paged', but each device has 12 key-value heads"
     with pytest.raises(config_lib.ConfigError, match=message):
         pipeline.assemble(config, tmp_path)
 

@@ -167,7 +167,9 @@ def test_an_empty_prompt_is_an_error(rows):
 def test_too_many_or_too_long_rows_are_an_error(rows):
     with pytest.raises(ValueError, match="12 rows for a batch of capacity 8"):
         pack(rows, capacity=8)
-    with pytest.raises(ValueError, match=r"a row has .*; expected at most those of the last bucket, .*30"):
+    with pytest.raises(
+        ValueError, match=r"a row has .*; expected at most those of the last bucket, .*30"
+    ):
         pack(rows, buckets=((20, 55), (30, 80)))
 
 
