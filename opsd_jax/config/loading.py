@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 import opsd_jax
 from opsd_jax.config.run_options import RunOptions, parse_run, run_section
+from opsd_jax.models.options import PretrainedOptions
 from opsd_jax.options import ConfigError, describe
 from opsd_jax.stages import algorithm_of
 
@@ -54,6 +55,12 @@ def load(
     options = parse_run(config)
     if data:
         options.data.check_sources("data")
+        if isinstance(options.model, PretrainedOptions) and not options.model.path:
+            raise ConfigError(
+                "config.model.path is ''; expected a directory with a Hugging Face config.json and "
+                "*.safetensors, such as --config.model.path=/models/Qwen3-1.7B. A config that "
+                "relied on the small model of earlier defaults finds it in configs/quickstart.py."
+            )
     return options
 
 
@@ -194,7 +201,10 @@ def missing_fields(config: ConfigDict) -> list[str]:
 
 def identity(config: ConfigDict | RunOptions) -> dict[str, Any]:
     """The flattened fields that decide what a run computes: a resumed run may not change them."""
-    return {field: value for field, value in flatten(config).items() if not field.startswith(FREE)}
+    flat = flatten(config)
+    stages = {field.removesuffix(".algorithm") for field in flat if field.endswith(".algorithm")}
+    free = (*FREE, *(f"{name}." for name in stages - set(flat["stages"])))
+    return {field: value for field, value in flat.items() if not field.startswith(free)}
 
 
 def check_same(

@@ -284,7 +284,7 @@ class Part:
     """The questions at [low, high) in one fixed permutation of all questions.
 
     A slice of a shuffled grain dataset would change with the epoch, because grain shuffles each
-    epoch anew before it slices.
+    epoch again before it slices.
     """
 
     def __init__(self, low: int, high: int):

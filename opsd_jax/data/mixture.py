@@ -15,7 +15,7 @@ def mixture(
 ) -> grain.MapDataset:
     """Returns the elements of several sources, interleaved in proportion to their weights.
 
-    Each source is shuffled on its own, and anew for each epoch. Element i is a pure function of
+    Each source is shuffled on its own, and again for each epoch. Element i is a pure function of
     (seed, i) and the sources, so there is no iterator state to save, and any host can read any
     element.
 

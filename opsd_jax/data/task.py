@@ -91,7 +91,7 @@ class Task(NamedTuple):
       note: what a reader of the results should know. The report shows it.
       stream: `seed -> dataset` with the problems of `train` in the order of training. Its indices
         continue beyond its length. None is `train.shuffle(seed=seed).repeat()`, which grain
-        shuffles anew for each epoch.
+        shuffles again for each epoch.
       in_memory: whether problems are cheap to read, so that the checks before a run may read all of
         them to find the longest.
       begun: text with which the prompt begins the response, such as "<think>". Verifiers and

@@ -185,5 +185,5 @@ def read_json(path: Path) -> Any:
     except json.JSONDecodeError as error:
         raise RecordError(
             f"{path} is damaged: it is not JSON ({error}). Delete it and run the same command "
-            "again, which creates it anew."
+            "again, which creates a new one."
         ) from error

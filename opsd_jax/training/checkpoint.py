@@ -177,10 +177,11 @@ class Checkpoints:
         if not metadata:
             raise ValueError("it does not say which run it belongs to")
         saved, mine = json.loads(metadata["about"]), json.loads(self._identity)
-        different = sorted(n for n in saved.keys() | mine.keys() if saved.get(n) != mine.get(n))
+        # Earlier versions also saved the config of stages that do not run.
+        different = sorted(n for n in mine if saved.get(n) != mine[n])
         if different:
             listed = "\n".join(
-                f"  {n}: {saved.get(n, 'absent')!r} there, {mine.get(n, 'absent')!r} now"
+                f"  {n}: {saved.get(n, 'absent')!r} there, {mine[n]!r} now"
                 for n in different
             )
             raise Foreign(

@@ -38,7 +38,7 @@ def own(config):
                 response_tokens=88,
                 buckets=(64, 103),
                 checkpoint_every=1,
-            )  # fmt: skip
+            )
         )
         own.best.optimizer.warmup = 0
         own.stages = ("sft", "best")
