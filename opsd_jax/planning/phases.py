@@ -175,7 +175,7 @@ class Phases:
         self.programs += new
         return new
 
-    def phase(
+    def add_phase(
         self,
         key: PhaseKey,
         parts: Mapping[Part, float],
@@ -206,24 +206,24 @@ class Phases:
         )
 
     def engine(
-        self, shape: EngineShape, filters: bool, reads: float
+        self, shape: EngineShape, filters_tokens: bool, reads: float
     ) -> tuple[Engine, list[ProgramCosts]]:
         """Returns the engine of a shape and the costs of its programs; compiles them once.
 
         Args:
           shape: the engine's sizes.
-          filters: whether sampling filters tokens by top-k, top-p or min-p.
+          filters_tokens: whether sampling filters tokens by top-k, top-p or min-p.
           reads: cached tokens that a decoding step reads, if it reads only the filled part.
         """
-        if (shape, filters) not in self.engines:
+        if (shape, filters_tokens) not in self.engines:
             engine = Engine(self.model, self.layout.abstract, self.layout.mesh, shape)
             programs = self.account(
                 {(DECODE_STEPS,): STEPS},
                 kernel_bytes=self.kernel_bytes(engine, reads),
-                lightest=not filters,
+                lightest=not filters_tokens,
             )
-            self.engines[shape, filters] = engine, programs
-        return self.engines[shape, filters]
+            self.engines[shape, filters_tokens] = engine, programs
+        return self.engines[shape, filters_tokens]
 
     def kernel_bytes(self, engine: Engine, reads: float) -> float:
         """Returns the bytes on one device of `reads` cached tokens; 0 for a dense cache.
@@ -233,7 +233,7 @@ class Phases:
         token_bytes = engine.cache_bytes / engine.shape.slots / engine.lengths[-1]
         return reads * token_bytes if self.model.ragged else 0.0
 
-    def sampling(
+    def add_sampling(
         self,
         key: PhaseKey,
         resident: Mapping[Part, float],
@@ -244,9 +244,9 @@ class Phases:
         prompt_tokens: int,
         response_tokens: int,
         times: int,
-        filters: bool = False,
+        filters_tokens: bool = False,
         samples: int | None = None,
-        unused: float = 0,
+        unused_prompt_tokens: float = 0,
     ) -> None:
         """Adds a phase that samples rollouts.
 
@@ -255,9 +255,9 @@ class Phases:
           resident: bytes of the arrays that stay in memory while the engine samples.
           slots, group_size, rollouts, prompt_tokens, response_tokens: as in `shape_for`.
           times: how often the run goes through the phase.
-          filters: as in `engine`.
+          filters_tokens: as in `engine`.
           samples: number of rollouts that the phase samples; by default `rollouts`.
-          unused: mean number of tokens by which prompts are shorter than `prompt_tokens`.
+          unused_prompt_tokens: `prompt_tokens` minus the mean length of the prompts.
         """
         self.compiler.prefix = f"{key}: "
         shape = shape_for(
@@ -271,16 +271,17 @@ class Phases:
         samples = rollouts if samples is None else samples
         responses = workload.response_lengths(samples, response_tokens, self.length)
         steps = workload.decode_steps(responses, shape.slots)
-        reads = workload.cache_tokens_read(prompt_tokens - unused, responses) / steps
-        engine, programs = self.engine(shape, filters, reads)
+        reads = workload.cache_tokens_read(prompt_tokens - unused_prompt_tokens, responses) / steps
+        engine, programs = self.engine(shape, filters_tokens, reads)
         kernel_bytes = self.kernel_bytes(engine, reads)
+        costs = [program.with_kernel_bytes(kernel_bytes, self.chip) for program in programs]
         executions = _engine_executions(
             engine,
             prefills=-(-samples // (group_size * shape.prompts)),
             samples=samples,
             steps=steps,
         )
-        self.phase(
+        self.add_phase(
             key,
             {
                 **resident,
@@ -288,14 +289,11 @@ class Phases:
                 Part.CACHE: engine.cache_bytes,
                 Part.PROMPT_CACHE: engine.prompts_bytes,
             },
-            matched_executions(
-                [program.with_kernel_bytes(kernel_bytes, self.chip) for program in programs],
-                executions,
-            ),
+            matched_executions(costs, executions),
             times,
         )
 
-    def memos(
+    def add_memos(
         self,
         key: PhaseKey,
         resident: Mapping[Part, float],
@@ -322,7 +320,7 @@ class Phases:
         closed = max(1, int((written == section.memo.tokens).sum()))
         phases = (key, count), (key._replace(kind=CLOSED[key.kind]), closed)
         for (phase_key, samples), (prompt, response) in zip(phases, longest, strict=True):
-            self.sampling(
+            self.add_sampling(
                 phase_key,
                 resident,
                 slots=section.memo.slots,
@@ -332,10 +330,10 @@ class Phases:
                 response_tokens=response,
                 times=times,
                 samples=samples,
-                unused=(1 - self.length) * sampled.response_tokens,
+                unused_prompt_tokens=(1 - self.length) * sampled.response_tokens,
             )
 
-    def stage(self, name: str) -> None:
+    def add_stage(self, name: str) -> None:
         """Adds the phases of a stage; `name` is its section of the config."""
         section, policy = self.config[name], self.model.policy
         keep, seed = self.model.decode_params, 0
@@ -361,8 +359,8 @@ class Phases:
             if self.reshard:
                 reshard = matched_executions(self.reshard, {ProgramKey(ProgramKind.RESHARD): 1})
                 key = PhaseKey(name, PhaseKind.RESHARD)
-                self.phase(key, resident | moved, reshard, stage.steps)
-            self.sampling(
+                self.add_phase(key, resident | moved, reshard, stage.steps)
+            self.add_sampling(
                 PhaseKey(name, PhaseKind.ROLLOUTS),
                 resident,
                 slots=section.slots,
@@ -374,12 +372,12 @@ class Phases:
             )
         if has_memos:
             count, key = opsd.capacity(section), PhaseKey(name, PhaseKind.MEMOS)
-            self.memos(key, resident, section, section, count, stage.steps)
+            self.add_memos(key, resident, section, section, count, stage.steps)
         self.compiler.prefix = f"{name}: "
         compile_train_step(stage, optimizer, abstract, self.mesh)
         trip_counts, useful = self._trip_counts(section)
         (step,) = self.account(trip_counts)
-        self.phase(
+        self.add_phase(
             PhaseKey(name, PhaseKind.STEP),
             {**resident, Part.BATCH: step.arguments - sum(resident.values())},
             matched_executions([step], {ProgramKey(ProgramKind.TRAIN_STEP): stage.updates}),
@@ -387,9 +385,9 @@ class Phases:
             useful,
         )
         if section.algorithm == "opsd":
-            self._probe(name, section, has_memos)
+            self._add_probe(name, section, has_memos)
 
-    def _probe(self, name: str, section: ConfigDict, has_memos: bool) -> None:
+    def _add_probe(self, name: str, section: ConfigDict, has_memos: bool) -> None:
         """Adds the phases that measure the divergence from a stage's teacher.
 
         A run goes through them before and after the stage `name`.
@@ -403,7 +401,7 @@ class Phases:
         }
         if has_memos:
             key = PhaseKey(name, PhaseKind.PROBE_MEMOS)
-            self.memos(key, resident, section, evaluation, count, 2)
+            self.add_memos(key, resident, section, evaluation, count, 2)
         self.compiler.prefix = f"{name}: "
         weights = self.parameters.abstract
         divergence.DivergenceProbe(
@@ -413,7 +411,7 @@ class Phases:
         (probe,) = self.account({(LOSS_CHUNKS,): self._chunks(section, tokens)})
         batch: dict[Part, float] = {Part.BATCH: probe.arguments - sum(resident.values())}
         microbatches = -(-count // section.microbatch)
-        self.phase(
+        self.add_phase(
             PhaseKey(name, PhaseKind.PROBE),
             resident | batch,
             matched_executions([probe], {ProgramKey(ProgramKind.PROBE): microbatches}),
@@ -468,10 +466,10 @@ class Phases:
         held_out = DEFAULT_PROBLEMS if data.get("heldout") else data.get("heldout_problems")
         return self.config.evaluation.problems or held_out or DEFAULT_PROBLEMS
 
-    def evaluation(self) -> None:
+    def add_evaluation(self) -> None:
         """Adds the evaluations of the initial parameters and of each stage's result."""
         section = self.config.evaluation
-        self.sampling(
+        self.add_sampling(
             PhaseKey("evaluation", PhaseKind.EVALUATION),
             {Part.PARAMETERS: self.weights},
             slots=section.slots,
@@ -480,7 +478,7 @@ class Phases:
             prompt_tokens=section.prompt_tokens,
             response_tokens=section.response_tokens,
             times=1 + len(self.config.stages),
-            filters=section.top_k > 0 or section.top_p < 1 or section.min_p > 0,
+            filters_tokens=section.top_k > 0 or section.top_p < 1 or section.min_p > 0,
         )
 
 

@@ -254,11 +254,7 @@ def program_costs(
         )
     times = lambda loops: hlo.trip_count(loops, trip_counts)
     live = liveness.peak(program)
-    flops = sum(m.flops * times(m.loops) for m in costs.matmuls(program)) + sum(
-        _splash_flops(program, computation, i) * times(loops)
-        for computation, i, loops in program.executed()
-        if i.op == "custom-call"
-    )
+    flops = _flops(program, trip_counts)
     moved = float(sum(a.bytes * times(a.loops) for a in costs.accesses(program)))
     found = costs.collectives(program)
     network = sum(_collective_seconds(c, chip) * times(c.loops) for c in found)
@@ -277,11 +273,7 @@ def program_costs(
         hbm_bytes=moved,
         decode_steps=trip_counts[DECODE_STEPS,] if decodes else 0,
         kernel_bytes=0.0,
-        seconds={
-            "compute": flops / chip.flops,
-            "memory": moved / chip.hbm,
-            "network": network,
-        },
+        seconds={"compute": flops / chip.flops, "memory": moved / chip.hbm, "network": network},
         collectives=_collective_table(found, trip_counts),
         loops=sorted({loop.name for *_, loops in program.executed() for loop in loops}),
         dynamic_loops=frozenset(dynamic_loops),
@@ -337,6 +329,16 @@ def _largest_tensors(live: list[liveness.Buffer]) -> list[dict[str, Any]]:
         {"shape": shape, "made_by": made_by, "count": len(sizes), "bytes": sum(sizes)}
         for (shape, made_by), sizes in largest
     ]
+
+
+def _flops(program: hlo.Program, trip_counts: TripCounts) -> int:
+    """Returns the operations of all matmuls, with those in splash attention kernels."""
+    matmuls = sum(m.flops * hlo.trip_count(m.loops, trip_counts) for m in costs.matmuls(program))
+    return matmuls + sum(
+        _splash_flops(program, computation, i) * hlo.trip_count(loops, trip_counts)
+        for computation, i, loops in program.executed()
+        if i.op == "custom-call"
+    )
 
 
 def _collective_table(
