@@ -71,6 +71,7 @@ def peak(program: Program, computation: str = "ENTRY") -> list[Buffer]:
 
 
 def _total_bytes(buffers: list[Buffer]) -> int:
+    """Returns the bytes of all buffers."""
     return sum(buffer.bytes for buffer in buffers)
 
 

@@ -196,7 +196,7 @@ class Phases:
         self.programs += new
         return new
 
-    def phase(
+    def add_phase(
         self,
         key: PhaseKey,
         parts: Mapping[Part, float],
@@ -227,24 +227,24 @@ class Phases:
         )
 
     def engine(
-        self, shape: EngineShape, filters: bool, reads: float
+        self, shape: EngineShape, filters_tokens: bool, reads: float
     ) -> tuple[Engine, list[ProgramCosts]]:
         """Returns the engine of a shape and the costs of its programs; compiles them once.
 
         Args:
           shape: the engine's sizes.
-          filters: whether sampling filters tokens by top-k, top-p or min-p.
+          filters_tokens: whether sampling filters tokens by top-k, top-p or min-p.
           reads: cached tokens that a decoding step reads, if it reads only the filled part.
         """
-        if (shape, filters) not in self.engines:
+        if (shape, filters_tokens) not in self.engines:
             engine = Engine(self.model, self.layout.abstract, self.layout.mesh, shape)
             programs = self.account(
                 {(DECODE_STEPS,): STEPS_PER_CHUNK},
                 kernel_bytes=self.kernel_bytes(engine, reads),
-                lightest=not filters,
+                lightest=not filters_tokens,
             )
-            self.engines[shape, filters] = engine, programs
-        return self.engines[shape, filters]
+            self.engines[shape, filters_tokens] = engine, programs
+        return self.engines[shape, filters_tokens]
 
     def kernel_bytes(self, engine: Engine, reads: float) -> float:
         """Returns the bytes on one device of `reads` cached tokens; 0 for a dense cache.
@@ -254,14 +254,14 @@ class Phases:
         token_bytes = engine.cache_bytes / engine.shape.slots / engine.cache_lengths[-1]
         return reads * token_bytes if self.model.ragged else 0.0
 
-    def sampling(
+    def add_sampling(
         self,
         key: PhaseKey,
         resident: Mapping[Part, float],
         sampling: Sampling,
         *,
         times: int,
-        filters: bool = False,
+        filters_tokens: bool = False,
     ) -> None:
         """Adds a phase that samples rollouts.
 
@@ -270,7 +270,7 @@ class Phases:
           resident: bytes of the arrays that stay in memory while the engine samples.
           sampling: the sizes of the engine, and what it samples.
           times: how often the run goes through the phase.
-          filters: as in `engine`.
+          filters_tokens: as in `engine`.
         """
         self.compiler.prefix = f"{key}: "
         shards = mesh_lib.row_shards(self.layout.mesh)
@@ -279,7 +279,7 @@ class Phases:
         steps = workload.decode_steps(responses, shape.slots)
         prompts = sampling.prompt_tokens - (1 - self.length) * sampling.response_in_prompt
         reads = workload.cache_tokens_read(prompts, responses) / steps
-        engine, programs = self.engine(shape, filters, reads)
+        engine, programs = self.engine(shape, filters_tokens, reads)
         kernel_bytes = self.kernel_bytes(engine, reads)
         executions = _engine_executions(
             engine,
@@ -287,7 +287,7 @@ class Phases:
             samples=sampling.samples,
             steps=steps,
         )
-        self.phase(
+        self.add_phase(
             key,
             {
                 **resident,
@@ -302,7 +302,7 @@ class Phases:
             times,
         )
 
-    def _samplings(
+    def _add_samplings(
         self,
         stage: str,
         samplings: Sequence[Sampling],
@@ -327,7 +327,7 @@ class Phases:
             if sampling.continues:
                 sampling = sampling._replace(samples=max(1, filled))
             key = PhaseKey(stage, prefix + sampling.name)
-            self.sampling(key, resident, sampling, times=times)
+            self.add_sampling(key, resident, sampling, times=times)
             lengths = self._response_lengths(sampling.samples, sampling.response_tokens)
             filled = int((lengths == sampling.response_tokens).sum())
 
@@ -335,7 +335,7 @@ class Phases:
         """Returns assumed lengths of `count` responses with a token budget, int [count]."""
         return workload.response_lengths(count, budget, self.length)
 
-    def stage(self, name: str) -> None:
+    def add_stage(self, name: str) -> None:
         """Adds the phases of a stage; `name` is its section of the config."""
         options = self.config.sections[name]
         algorithm = algorithm_of(options.algorithm, f"{name}.algorithm")
@@ -354,13 +354,13 @@ class Phases:
             moved = {Part.SAMPLING_WEIGHTS: self.layout.moved_bytes}
             reshard = matched_executions(self.reshard, {ProgramKey(ProgramKind.RESHARD): 1})
             key = PhaseKey(name, PhaseKind.RESHARD)
-            self.phase(key, resident | moved, reshard, stage.steps)
-        self._samplings(name, samplings, resident, stage.steps)
+            self.add_phase(key, resident | moved, reshard, stage.steps)
+        self._add_samplings(name, samplings, resident, stage.steps)
         self.compiler.prefix = f"{name}: "
         compile_train_step(stage, optimizer, abstract, self.mesh)
         trip_counts, useful = self._trip_counts(algorithm, options)
         (step,) = self.account(trip_counts)
-        self.phase(
+        self.add_phase(
             PhaseKey(name, PhaseKind.STEP),
             {**resident, Part.BATCH: step.arguments - sum(resident.values())},
             matched_executions([step], {ProgramKey(ProgramKind.TRAIN_STEP): stage.updates}),
@@ -368,9 +368,9 @@ class Phases:
             useful if samplings else None,
         )
         if algorithm.privileged is not None:
-            self._probe(name, algorithm, options)
+            self._add_probe(name, algorithm, options)
 
-    def _probe(self, name: str, algorithm: Algorithm, options: Any) -> None:
+    def _add_probe(self, name: str, algorithm: Algorithm, options: Any) -> None:
         """Adds the phases that measure the divergence from a stage's teacher.
 
         A run goes through them before and after the stage `name`.
@@ -383,7 +383,7 @@ class Phases:
             Part.PROBE_TEACHER: self.weights,
         }
         samplings = algorithm.privileged_sampling(options, evaluation, count)
-        self._samplings(name, samplings, resident, 2, prefix=f"{PhaseKind.PROBE} ")
+        self._add_samplings(name, samplings, resident, 2, prefix=f"{PhaseKind.PROBE} ")
         self.compiler.prefix = f"{name}: "
         weights = self.parameters.abstract
         divergence.DivergenceProbe(
@@ -393,7 +393,7 @@ class Phases:
         (probe,) = self.account({(LOSS_CHUNKS,): self._chunks(options, tokens)})
         batch: dict[Part, float] = {Part.BATCH: probe.arguments - sum(resident.values())}
         microbatches = -(-count // options.microbatch)
-        self.phase(
+        self.add_phase(
             PhaseKey(name, PhaseKind.PROBE),
             resident | batch,
             matched_executions([probe], {ProgramKey(ProgramKind.PROBE): microbatches}),
@@ -434,11 +434,11 @@ class Phases:
         held_out = DEFAULT_PROBLEMS if data.heldout else data.heldout_problems
         return self.config.evaluation.problems or held_out or DEFAULT_PROBLEMS
 
-    def evaluation(self) -> None:
+    def add_evaluation(self) -> None:
         """Adds the evaluations of the initial parameters and of each stage's result."""
         options = self.config.evaluation
         responses = self._evaluated() * options.samples
-        self.sampling(
+        self.add_sampling(
             PhaseKey("evaluation", PhaseKind.EVALUATION),
             {Part.PARAMETERS: self.weights},
             Sampling(
@@ -452,7 +452,7 @@ class Phases:
                 samples=responses,
             ),
             times=1 + len(self.config.stages),
-            filters=options.top_k > 0 or options.top_p < 1 or options.min_p > 0,
+            filters_tokens=options.top_k > 0 or options.top_p < 1 or options.min_p > 0,
         )
 
 

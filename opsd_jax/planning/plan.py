@@ -43,8 +43,8 @@ def plan(config: RunOptions, topology: str, *, slices: int = 1, length: float = 
     with aot.planning(compiler):
         run = Phases(config, devices, compiler, chip, length)
         for name in config.stages:
-            run.stage(name)
-        run.evaluation()
+            run.add_stage(name)
+        run.add_evaluation()
     collectives = [c for program in run.programs for c in program.collectives]
     return {
         "topology": topology,

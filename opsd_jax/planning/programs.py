@@ -254,11 +254,7 @@ def program_costs(
         )
     times = lambda loops: hlo.trip_count(loops, trip_counts)
     live = liveness.peak(program)
-    flops = sum(m.flops * times(m.loops) for m in costs.matmuls(program)) + sum(
-        _splash_flops(program, computation, i) * times(loops)
-        for computation, i, loops in program.executed()
-        if i.op == "custom-call"
-    )
+    flops = _flops(program, trip_counts)
     moved = float(sum(a.bytes * times(a.loops) for a in costs.accesses(program)))
     found = costs.collectives(program)
     network = sum(_collective_seconds(c, chip) * times(c.loops) for c in found)
@@ -333,6 +329,16 @@ def _largest_tensors(live: list[liveness.Buffer]) -> list[dict[str, Any]]:
         {"shape": shape, "made_by": made_by, "count": len(sizes), "bytes": sum(sizes)}
         for (shape, made_by), sizes in largest
     ]
+
+
+def _flops(program: hlo.Program, trip_counts: TripCounts) -> int:
+    """Returns the operations of all matmuls, with those in splash attention kernels."""
+    matmuls = sum(m.flops * hlo.trip_count(m.loops, trip_counts) for m in costs.matmuls(program))
+    return matmuls + sum(
+        _splash_flops(program, computation, i) * hlo.trip_count(loops, trip_counts)
+        for computation, i, loops in program.executed()
+        if i.op == "custom-call"
+    )
 
 
 def _collective_table(

@@ -63,8 +63,8 @@ def test_a_run_holds_the_memory_of_its_plan(small, tmp_path, monkeypatch):
     with aot.planning(compiler):
         plan = Phases(small, jax.devices(), compiler, CHIPS["TPU v4"], 0.5)
         for name in small.stages:
-            plan.stage(name)
-        plan.evaluation()
+            plan.add_stage(name)
+        plan.add_evaluation()
 
     held = collections.defaultdict(list)
     before = on_a_device()

@@ -105,7 +105,7 @@ def test_it_is_planned(own):
     own.model.update({"attention": "dense", "cache": "dense"})
     with aot.planning(compiler):
         plan = Phases(parse_run(own), jax.devices(), compiler, CHIPS["TPU v4"], 0.5)
-        plan.stage("best")
+        plan.add_stage("best")
     phases = {phase.key: phase for phase in plan.phases}
     assert {PhaseKey("best", "rollouts"), PhaseKey("best", "step")} <= phases.keys()
     assert 0 < phases[PhaseKey("best", "step")].useful_tokens <= 1
