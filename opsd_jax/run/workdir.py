@@ -172,11 +172,11 @@ def _check_data(now: dict[str, str], workdir: Path) -> None:
     if not (workdir / DATA).exists():
         files.write_atomically(workdir / DATA, files.to_json(now, indent=1) + "\n")
         return
-    there = files.read_json(workdir / DATA)
+    recorded = files.read_json(workdir / DATA)
     different = [
-        f"  config.data.{name}: {there.get(name, 'absent')} there, {now.get(name, 'absent')} now"
-        for name in sorted(there.keys() | now.keys())
-        if there.get(name) != now.get(name)
+        f"  config.data.{name}: {recorded.get(name, 'absent')} there, {now.get(name, 'absent')} now"
+        for name in sorted(recorded.keys() | now.keys())
+        if recorded.get(name) != now.get(name)
     ]
     if different:
         raise ConfigError(

@@ -4,10 +4,10 @@ A stage is a `Stage`: it makes the batches of each step on the host, and it has 
 the device. `run_stage` does the rest: the train step, sharding, metrics, checkpoints, signals. This
 minimal stage fits the slope of a line:
 
-    def pack(x_M):  # one bucket of up to 4 microbatches of 8 rows each
+    def pack(x_N):  # one bucket of up to 4 microbatches of 8 rows each
         x_Mxm = np.zeros((4, 8), np.float32)
-        x_Mxm[: len(x_M) // 8] = x_M.reshape(-1, 8)
-        return ({"count": np.int32(len(x_M) // 8), "rows": {"x": x_Mxm}},)
+        x_Mxm[: len(x_N) // 8] = x_N.reshape(-1, 8)
+        return ({"count": np.int32(len(x_N) // 8), "rows": {"x": x_Mxm}},)
 
     def batches(step, params):
         x_N = np.random.default_rng(step).normal(size=16).astype(np.float32)
@@ -49,7 +49,7 @@ Metric = tuple[jax.Array, jax.Array]
 
 
 class Teacher(NamedTuple):
-    """Rules that make and update the teacher's parameters, which are part of a stage's state.
+    """The functions that make and update the teacher's parameters, a part of a stage's state.
 
     Both functions are pure and run inside jit.
 

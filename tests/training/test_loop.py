@@ -13,10 +13,10 @@ from opsd_jax.training.signals import StopSignal
 from opsd_jax.training.stage import Stage, StepData
 
 
-def pack(x_M):
+def pack(x_N):
     x_Mxm = np.zeros((4, 8), np.float32)
-    x_Mxm[: len(x_M) // 8] = x_M.reshape(-1, 8)
-    return ({"count": np.int32(len(x_M) // 8), "rows": {"x": x_Mxm}},)
+    x_Mxm[: len(x_N) // 8] = x_N.reshape(-1, 8)
+    return ({"count": np.int32(len(x_N) // 8), "rows": {"x": x_Mxm}},)
 
 
 def batches(step, params):
