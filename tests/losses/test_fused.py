@@ -440,7 +440,10 @@ def test_bad_arguments_are_named_before_anything_runs(data, changes, message):
 
 
 BAD_POLICY = {
-    "reference": ({"options": losses.PRESETS["grpo"]}, "reference_logprobs is None; expected"),
+    "reference": (
+        {"options": losses.PRESETS["grpo"]},
+        "reference_logprobs is None with kl_coefficient 0.04; expected",
+    ),
     "advantages": ({"advantages": np.ones(3)}, r"advantages has shape \[3\]; expected \[8\]"),
     "behaviour": (
         {"behaviour_logprobs": np.ones((B, 1))},
