@@ -1,4 +1,4 @@
-"""The arguments of the commands. Importing this module imports no JAX, so that --help is quick."""
+"""The arguments of the commands. This module does not import JAX, so --help is fast."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ saved. After 75, 130, 134 and 143 the same command, on all hosts, resumes from t
 TRAIN = "Run the stages of a config, evaluate each, and write the report."
 REPORT = "Write the report of a run again, from its records."
 CONVERT = "Write the result of a stage, or a Hugging Face model, as a directory for transformers."
-PLAN = "Compile a run for TPUs that are not there: does it fit, what does it move, how long?"
+PLAN = "Compile a run for TPUs that are not attached; print its memory, traffic and time."
 PLAN_EPILOG = """\
 Takes minutes: XLA's compiler for TPUs (pip install 'opsd-jax[tpu]') compiles every program of the
 run on this machine, without a TPU, data or weights; a config that names a preset takes its sizes.
@@ -91,7 +91,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     while left:
         argument = left.pop(0)
         if argument == "--mesh" and left:
-            argument += f"={left.pop(0)}"  # argparse takes a value such as -1,1,1 for an option
+            argument += f"={left.pop(0)}"  # argparse would read a value such as -1,1,1 as an option
         if not argument.startswith(OVERRIDE):
             rest.append(argument)
             continue
@@ -125,7 +125,7 @@ def directory(text: str) -> Any:
     import fsspec.config
     from etils import epath
 
-    # No cached listings: other hosts, and runs before this one, write there too.
+    # Listings are not cached, because other hosts and earlier runs write to the directory too.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     return epath.Path(text)
 
@@ -171,13 +171,13 @@ def _add_config(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_hosts(sub: argparse.ArgumentParser) -> None:
-    """Adds the arguments that make a process one of several."""
+    """Adds the arguments of a run with several processes."""
     sub.add_argument(
         "--coordinator",
         default="",
         metavar="HOST[:PORT]",
         help="address of the first of several hosts, all of which run this command; "
-        "auto: as Cloud TPU or GKE says",
+        "auto: the address that Cloud TPU or GKE provides",
     )
     sub.add_argument("--processes", type=count, help="number of processes, unless auto")
     sub.add_argument("--process", type=int, help="number of this process, from 0, unless auto")
@@ -277,4 +277,4 @@ def _add_convert(sub: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="dtype of the weights (default: the dtype that they have in the source)",
     )
-    sub.add_argument("--out", required=True, type=local, help="directory to write; a new one")
+    sub.add_argument("--out", required=True, type=local, help="directory to write; new or empty")

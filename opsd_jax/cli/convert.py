@@ -22,7 +22,7 @@ def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     """Runs the command; returns the exit code.
 
     Raises:
-      ConfigError: the model cannot be converted, or not be written.
+      ConfigError: the model cannot be converted or written.
     """
     del overrides  # the command takes none
     dtype = arguments.dtype or ""
@@ -51,19 +51,19 @@ def convert_stage(
 ) -> None:
     """Writes the result of a stage as a directory that transformers loads.
 
-    The parameters are sharded over the devices as the config says. If there are fewer devices, they
-    are sharded over all of them, or held by the first.
+    The parameters are sharded over the devices as the config specifies. With fewer devices they are
+    sharded over all devices or, if that is not possible, stored on the first one.
 
     Args:
-      config: of the run in `workdir`; its data are not read.
+      config: the options of the run in `workdir`. Its data are not read.
       workdir: the work directory.
       stage: a finished stage, or UNTRAINED; None for the last finished one.
-      directory: to write; absent or empty.
-      dtype: of the weights: "float32", "bfloat16" or "float16". "" takes the dtypes of the
-        directory that the run began with or, without one, `config.model.param_dtype`.
+      directory: the directory to write. It must be absent or empty.
+      dtype: dtype of the weights: "float32", "bfloat16" or "float16". "" takes the dtypes of the
+        directory that the run started from or, without one, `config.model.param_dtype`.
 
     Raises:
-      ConfigError: there is no such stage, it is not finished, or its model has no such form.
+      ConfigError: there is no such stage, it is not finished, or its model has no `save`.
       WeightsError: the directory has files in it, or cannot be written.
     """
     weights.check_new(directory)
@@ -83,7 +83,7 @@ def convert_stage(
 
 
 def _parameters(config: RunOptions, workdir: Path) -> Parameters:
-    """The parameters on the run's mesh, else sharded over all devices, else on the first one."""
+    """Parameters on the run's mesh or, with too few devices, on all devices or on the first one."""
     every = jax.devices()
     for mesh, devices in ((config.mesh, every), ((1, -1, 1), every), ((1, 1, 1), every[:1])):
         try:

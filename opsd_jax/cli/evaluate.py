@@ -1,12 +1,12 @@
 """The command `evaluate`: a stage's result, or a model directory, on held-out problems.
 
-    OUT/settings.json      what the statistics depend on; other settings are refused
+    OUT/settings.json      the settings of the evaluation; other settings are refused
     OUT/responses.jsonl    every response, judged
-    OUT/evaluation.json    the statistics and the settings; with this file the evaluation is done
-    OUT/comparison.json    what changed since the evaluation in --compare
+    OUT/evaluation.json    the statistics and the settings; written last
+    OUT/comparison.json    the changes since the evaluation in --compare
     OUT/report.md, index.html, *.svg
 
-An evaluation that is started again, after whatever stopped it, resumes where it was.
+An interrupted evaluation resumes when the same command runs again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from opsd_jax.training.signals import StopSignal
 
 logger = logging.getLogger(__name__)
 
-# How the paper (arXiv 2605.06188) evaluates on benchmarks.
+# The evaluation settings of the paper (arXiv 2605.06188) for benchmarks.
 PAPER = {
     "samples": 8,
     "temperature": 0.6,
@@ -62,15 +62,16 @@ def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Evaluates as the arguments say.
+    """Runs the evaluation that the arguments describe.
 
     Returns:
-      The statistics, with the `directory` of the records, and in `comparison` what changed.
+      The statistics, the directory of the records as `directory`, and the changes since the earlier
+      evaluation as `comparison`.
 
     Raises:
-      ConfigError: the arguments do not go together, or not with the model or the directory.
+      ConfigError: the arguments contradict each other, the model or the directory.
       DataError: a benchmark cannot be used.
-      Interrupted: a signal came; finished problems are recorded.
+      Interrupted: a signal arrived. The finished problems are recorded.
     """
     stage, config = hosts.together(lambda: config_of(arguments))
     workdir = arguments.workdir
@@ -120,10 +121,10 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 def config_of(arguments: argparse.Namespace) -> tuple[str, RunOptions]:
     """The stage that is evaluated, or UNTRAINED, and the config of its evaluation.
 
-    The config runs no stage, and reads training data only if a part of them is held out.
+    The config runs no stage, and reads training data only if some of them are held out.
 
     Raises:
-      ConfigError: the arguments do not go together, or not with the run.
+      ConfigError: the arguments contradict each other or the run.
     """
     if arguments.problems is not None and arguments.problems < 0:
         raise ConfigError(f"--problems {arguments.problems}: expected 0, for all, or more.")
@@ -174,7 +175,7 @@ def _of_model(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
 
 
 def _take_benchmarks(config: ConfigDict, named: list[str]) -> None:
-    """Makes the held-out problems those of benchmarks, evaluated as the paper does."""
+    """Replaces the held-out problems by benchmarks and takes the paper's evaluation settings."""
     sources = dict(benchmarks.source(text) for text in named)
     if len(sources) < len(named):
         raise ConfigError("--benchmark: a name comes twice; expected each once.")

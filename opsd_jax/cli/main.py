@@ -24,13 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser().error(f"{arguments.command} takes the run's own config, without {OVERRIDE}…")
     _log_to_stderr()
 
-    # Imported late: --help and a wrong argument need no JAX.
+    # Imported here, because --help and usage errors need no JAX.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     if arguments.command == "plan":
-        os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu compiles, and looks for no TPU
+        os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu compiles without looking for a TPU
     from opsd_jax.parallel import hosts
 
-    sys.path.append(os.getcwd())  # a task or a model of the user's own may be there
+    sys.path.append(os.getcwd())  # the user's task or model may be there
     if arguments.command in ("train", "evaluate"):
         try:
             hosts.start(arguments.coordinator, arguments.processes, arguments.process)
@@ -53,7 +53,7 @@ def _log_to_stderr() -> None:
     logger = logging.getLogger("opsd_jax")
     for handler in logger.handlers:
         logger.removeHandler(handler)
-    handler = logging.StreamHandler()  # the standard error of now
+    handler = logging.StreamHandler()  # writes to the current sys.stderr
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -103,7 +103,7 @@ def say(message: str) -> None:
 
 
 def _storage_message(error: Exception, arguments: argparse.Namespace) -> str | None:
-    """The message for a disk or bucket that is full or gone; None for any other error."""
+    """The message for a disk or bucket that is full or missing; None for any other error."""
     from opsd_jax.storage import files
 
     given = [path for name in ("workdir", "out") if (path := getattr(arguments, name, None))]
@@ -112,7 +112,7 @@ def _storage_message(error: Exception, arguments: argparse.Namespace) -> str | N
     )
     if not in_bucket and not (isinstance(error, OSError) and error.strerror):
         return None
-    # A failed write does not say which file it was.
+    # The error of a failed write does not name the file.
     where = getattr(error, "filename", None) or (given[0] if given else "a file")
     why = getattr(error, "strerror", None) or files.reason(error)
     return (

@@ -1,4 +1,4 @@
-"""The command `plan`: compiles a run for TPUs that are not there, and prints what it needs."""
+"""The command `plan`: compiles a run for absent TPUs, and prints its memory and time."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     """Runs the command; returns the exit code, 1 for a run that does not fit.
 
     Raises:
-      PlanError: the topology cannot be compiled for.
-      ConfigError: the config cannot be run on it.
+      PlanError: XLA cannot compile for the topology.
+      ConfigError: the config cannot run on the topology.
     """
     config = loading.load(arguments.config, overrides, data=False)
     made = plan(

@@ -1,4 +1,4 @@
-"""Reads a config from a file, changes it by arguments, and keeps it as JSON."""
+"""Reads a config from a file, applies overrides, and saves it as JSON."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from opsd_jax.models.options import PretrainedOptions
 from opsd_jax.options import ConfigError, describe
 from opsd_jax.stages import algorithm_of
 
-# Fields that a resumed run may change: they say where it computes and what it keeps, not what it
-# computes.
+# Fields that a resumed run may change. They decide where the run computes and which files it keeps,
+# but not its results.
 FREE = ("mesh", "decode_mesh", "pool.", "checkpoints.", "wandb_project")
 
 
@@ -94,15 +94,16 @@ def read(name: str | pathlib.Path) -> ConfigDict:
 
 
 def override(config: ConfigDict, field: str, text: str) -> None:
-    """Sets a field of a config from text, in the type that it has; changes `config` in place.
+    """Sets a field of a config from text, parsed as the type of the field, in place.
 
     Args:
       config: the config.
-      field: dotted.
+      field: the dotted name of the field.
       text: the new value, as on the command line.
 
     Raises:
-      ConfigError: there is no such field (suggests the nearest), or the text is of another type.
+      ConfigError: there is no such field (the message suggests the nearest), or the text has
+        another type.
     """
     section, name = config, field
     while "." in name:
@@ -129,7 +130,7 @@ def override(config: ConfigDict, field: str, text: str) -> None:
 
 
 def _parse(text: str, kind: type) -> Any:
-    """The value of a text in a type, strictly: "3" is a float too, but "3.0" is no int."""
+    """Parses a text as a value of a type, strictly: "3" is a float too, but "3.0" is not an int."""
     if kind is str:
         return text
     if kind is float:
@@ -173,7 +174,7 @@ def to_json(config: ConfigDict | RunOptions) -> str:
 
 
 def from_flat(flat: Mapping[str, Any]) -> ConfigDict:
-    """The config that `flatten` flattened."""
+    """Builds a config from its flattened fields; inverts `flatten`."""
     config = ConfigDict()
     for field, value in flat.items():
         *sections, name = field.split(".")

@@ -1,4 +1,4 @@
-"""Configs to start from when you train a Hugging Face model on problems of your own."""
+"""Configs to start from when you train a Hugging Face model on your own problems."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def opsd(preset: str = "") -> ConfigDict:
 def paper_opsd(preset: str = "") -> ConfigDict:
     """Returns `opsd` with the paper's context: a memo that the model writes, given the answer.
 
-    A memo has up to 8,192 tokens, and 2,048 more where its thinking had to be closed.
+    A memo has up to 8,192 tokens, and 2,048 more if its thinking had to be closed.
 
     Args:
       preset: as in `own_model`.

@@ -1,4 +1,4 @@
-"""The options of a whole run, as dataclasses: what the package takes instead of a `ConfigDict`."""
+"""The options of a whole run, as dataclasses. The package uses them instead of a `ConfigDict`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from opsd_jax.training.checkpoint import CheckpointOptions
 from opsd_jax.verify.pool import PoolOptions
 
 # Options class of a `model` section, by the function that makes the model. Any other function, such
-# as one of a user's own, gets the section itself, as a ConfigDict.
+# as a user's, gets the section itself as a ConfigDict.
 MODELS: dict[str, type] = {
     "opsd_jax.models.decoder:from_config": DecoderOptions,
     "opsd_jax.models.pretrained:from_config": PretrainedOptions,
@@ -86,10 +86,10 @@ class RunOptions:
 
 
 def parse_run(config: ConfigDict) -> RunOptions:
-    """The options that a config holds, checked; nothing is built and no file is read.
+    """Parses and checks the options of a config. Builds nothing and reads no file.
 
     Raises:
-      ConfigError: names the first field that cannot be used, its value and what was expected.
+      ConfigError: names the first invalid field, its value and what was expected.
     """
     own = [name for name in fields_of(RunOptions) if name != "sections"]
     sections: dict[str, StageOptions] = {}
@@ -118,7 +118,7 @@ def parse_run(config: ConfigDict) -> RunOptions:
 
 
 def run_section(options: RunOptions) -> ConfigDict:
-    """The config that holds the options: `parse_run` of it returns them."""
+    """Converts options to a config, from which `parse_run` returns equal options."""
     config = section(options, omit=("sections",)).unlock()
     for name, stage in options.sections.items():
         config[name] = section(stage)

@@ -42,7 +42,7 @@ def default() -> ConfigDict:
 
 
 def _changed(options: Any, changes: Mapping[str, Any]) -> ConfigDict:
-    """The section of some options, with changes to its fields and to those of sections in it."""
+    """Converts options to a section, with changes to its fields and to its subsections."""
     config = section(options)
     config.update(changes)
     return config

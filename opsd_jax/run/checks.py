@@ -21,16 +21,16 @@ from opsd_jax.stages.algorithm import LookedAt
 # How much of a data set is tokenized before a run begins:
 WHOLE = 50_000  # all rows of a data set with at most this many;
 LONGEST = 256  # of a larger one in memory, the problems with the longest questions and solutions;
-FIRST = 64  # of any other, the first rows, since each may have to be made
+FIRST = 64  # of any other, the first rows, because each row may have to be generated
 
 
 def check_devices(
     config: RunOptions, mesh: jax.sharding.Mesh, decode_mesh: jax.sharding.Mesh
 ) -> None:
-    """Raises ConfigError if a field does not go with the devices; looks at no data.
+    """Raises ConfigError if a field does not fit the devices. Reads no data.
 
     Args:
-      config: of the run.
+      config: the options of the run.
       mesh: the devices while training.
       decode_mesh: the devices while sampling.
     """
@@ -63,13 +63,13 @@ def check_devices(
 def check_data(
     config: RunOptions, task: Task, vocab_size: int, stage_seed: Callable[[str], int]
 ) -> None:
-    """Raises ConfigError if a field does not go with the data, as far as a first look tells.
+    """Raises ConfigError if a field does not fit the data. Reads only a part of large data sets.
 
     Args:
-      config: of the run.
-      task: its data.
-      vocab_size: the model's.
-      stage_seed: name of a stage -> its seed.
+      config: the options of the run.
+      task: the data of the run.
+      vocab_size: the vocabulary size of the model.
+      stage_seed: the name of a stage -> its seed.
     """
     needed = task.tokenizer.vocab_size
     if vocab_size < needed:
@@ -93,7 +93,7 @@ def check_data(
 
 
 def _looked_at(task: Task, data: grain.MapDataset, whole: int) -> Iterable[int]:
-    """The indices of the rows of a data set that the checks look at."""
+    """Returns the indices of the rows of a data set that the checks read."""
     if len(data) <= whole:
         return range(len(data))
     if not (task.in_memory and (data is task.train or data is task.heldout)):
@@ -108,14 +108,14 @@ def _looked_at(task: Task, data: grain.MapDataset, whole: int) -> Iterable[int]:
 
 
 def _problems(task: Task) -> Callable[[], Sequence[Problem]]:
-    """The function that gives the training and held-out problems that a check looks at."""
+    """Returns the function for `LookedAt.problems`: the problems that a check reads."""
     return lambda: [
         data[i] for data in (task.train, task.heldout) for i in _looked_at(task, data, LONGEST)
     ]
 
 
 def _longest(task: Task) -> Callable[[Any, Callable[[Any], Sequence[int]]], tuple[int, str]]:
-    """The function that finds the longest row of a data set: `LookedAt.longest`."""
+    """Returns the function for `LookedAt.longest`, which finds the longest row of a data set."""
 
     @functools.cache
     def longest(data: Any, tokens: Callable[[Any], Sequence[int]]) -> tuple[int, str]:

@@ -40,12 +40,12 @@ def stage_seed(config: RunOptions, name: str) -> int:
 
 
 def chosen_stage(stages: Sequence[str], workdir: Path, stage: str | None) -> str | None:
-    """The stage that `--stage` names or, without it, the last finished one; None if there is none.
+    """Returns the stage that `--stage` names, else the last finished stage, else None.
 
     Args:
       stages: the stages of the run, in order.
-      workdir: of the run.
-      stage: the argument; a stage or UNTRAINED.
+      workdir: the work directory of the run.
+      stage: the value of `--stage`: a stage or UNTRAINED; None if it is absent.
 
     Raises:
       ConfigError: the run has no stage of that name.
@@ -64,10 +64,10 @@ def meshes(
     Args:
       mesh: `config.mesh`.
       decode_mesh: `config.decode_mesh`.
-      devices: by default all devices.
+      devices: the devices to use; all devices by default.
 
     Raises:
-      ConfigError: the number of devices does not go with one of the shapes; names it.
+      ConfigError: the number of devices does not fit one of the shapes; names the field.
     """
     field = "mesh"
     try:
@@ -81,7 +81,7 @@ def meshes(
 class Parameters:
     """The model of a run, its meshes, and its parameters by stage.
 
-    Making one compiles nothing and reads neither weights nor data.
+    The constructor compiles nothing and reads neither weights nor data.
     """
 
     def __init__(
@@ -92,12 +92,12 @@ class Parameters:
     ):
         """
         Args:
-          config: of the run.
-          workdir: of the run; later stages read the results of earlier ones from it.
-          devices: by default all devices.
+          config: the options of the run.
+          workdir: the work directory of the run, with the results of its finished stages.
+          devices: the devices to use; all devices by default.
 
         Raises:
-          ConfigError: the model, its sharding rules and the meshes do not go together.
+          ConfigError: the model, its sharding rules and the meshes do not fit together.
         """
         self.config, self.workdir = config, workdir
         make_model = import_function(config.model.make, "model.make")
@@ -122,7 +122,7 @@ class Parameters:
         return layout_lib.decode_layout(self.model, self.abstract, self.decode_mesh)
 
     def initial(self) -> Params:
-        """The parameters that the run begins with, made or read on their shardings.
+        """Returns the initial parameters of the run, created or read with their shardings.
 
         Raises:
           ConfigError: the weights cannot be read.
@@ -137,7 +137,7 @@ class Parameters:
         return init(jax.random.key(seed_of(self.config, "init")))
 
     def of(self, stage: str) -> Params:
-        """The result of a finished stage, or the initial parameters for "" and UNTRAINED.
+        """Returns the result of a finished stage, or the initial parameters for "" and UNTRAINED.
 
         Raises:
           ConfigError: the stage has no result yet.

@@ -2,18 +2,18 @@
 
     workdir/config.json               the config; a run of another config is refused
     workdir/data.json                 digests of the problems of files; other problems are refused
-    workdir/note.txt                  what the task says to the reader of the report
+    workdir/note.txt                  the task's note to the reader of the report
     workdir/<stage>/checkpoints/      checkpoints to resume from
     workdir/<stage>/params/           the stage's result, from which later stages start
-    workdir/<stage>/metrics.jsonl     one row per step; TensorBoard events lie beside it
+    workdir/<stage>/metrics.jsonl     one row per step; TensorBoard events are next to it
     workdir/<stage>/groups.jsonl      how many rollouts of each problem were correct
-    workdir/<stage>/settings.json     what the evaluation of the result depends on
+    workdir/<stage>/settings.json     the settings of the evaluation of the result
     workdir/<stage>/responses.jsonl   judged responses of the result to held-out problems
     workdir/<stage>/evaluation.json   their statistics; with this file the stage is finished
     workdir/untrained/                the evaluation of the initial parameters
     workdir/report/                   tables and plots
 
-A run that is started again, after whatever stopped it, resumes where it was.
+An interrupted run resumes when the same command runs again.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ NOTE = "note.txt"  # the task's note for the reader of the report
 
 
 class Run(NamedTuple):
-    """What the stages and evaluations of a run share. Nothing has been compiled or read yet.
+    """The objects that the stages and evaluations of a run use. Nothing is compiled or read yet.
 
     Attributes:
-      config: of the run.
+      config: the options of the run.
       workdir: its work directory.
       parameters: the model and its parameters.
       task: the data.
@@ -82,7 +82,7 @@ def run(config: RunOptions, workdir: Path) -> None:
     Raises:
       ConfigError: the config cannot be run, or the work directory holds a run of another config or
         on other data. Nothing has been compiled yet.
-      Interrupted: a signal came; a checkpoint was saved.
+      Interrupted: a signal arrived; a checkpoint was saved.
     """
     this = hosts.together(lambda: assemble(config, workdir))
     with (
@@ -104,7 +104,7 @@ def run(config: RunOptions, workdir: Path) -> None:
         for name in config.stages:
             if name in finished:
                 continue
-            # Steps that an earlier process did count with the time that they took.
+            # Steps of an earlier process count with their own time.
             rows = hosts.from_first(functools.partial(metrics_lib.read, workdir / name))
             began = time.monotonic() - sum(row["seconds"] for row in rows)
             params = train(this, name, progress, stop)
@@ -114,10 +114,10 @@ def run(config: RunOptions, workdir: Path) -> None:
 
 
 def assemble(config: RunOptions, workdir: Path) -> Run:
-    """Builds the parts of a run and checks that they go together.
+    """Builds the parts of a run and checks that they fit together.
 
     Raises:
-      ConfigError: names the field that does not go with the devices, the model or the data.
+      ConfigError: names the field that does not fit the devices, the model or the data.
       DataError: a source cannot be used.
     """
     parameters = Parameters(config, workdir)
@@ -139,7 +139,7 @@ def assemble(config: RunOptions, workdir: Path) -> Run:
 
 
 def make_task(config: RunOptions) -> Task:
-    """The task that `config.task` makes from `config.data`.
+    """Makes the task with the function `config.task` from `config.data`.
 
     Raises:
       ConfigError: the function cannot be imported, or refuses the section.
@@ -161,11 +161,11 @@ def is_finished(workdir: Path, name: str) -> bool:
 
 
 def stage_parts(this: Run, seed: int, poll: Callable[[], None]) -> Parts:
-    """What a stage is built from.
+    """Returns the parts from which a stage is built.
 
     Args:
       this: the run.
-      seed: of the stage.
+      seed: the seed of the stage.
       poll: called while it samples; an exception that it raises ends the sampling.
     """
     return Parts(
@@ -180,11 +180,11 @@ def stage_parts(this: Run, seed: int, poll: Callable[[], None]) -> Parts:
 
 
 def make_stage(this: Run, name: str, poll: Callable[[], None] = lambda: None) -> Stage:
-    """The stage of a section of the config; compiles the engines that sample for it.
+    """Builds the stage of a section of the config; compiles its sampling engines.
 
     Args:
       this: the run.
-      name: of the section.
+      name: the name of the section.
       poll: called while it samples; an exception that it raises ends the sampling.
     """
     options = this.config.sections[name]
@@ -227,13 +227,13 @@ def train(this: Run, name: str, progress: Progress, stop: StopSignal) -> Params:
 def evaluation_settings(
     this: Run, model: str, weights: str, problems: Sequence[Problem]
 ) -> dict[str, Any]:
-    """Everything that the responses of an evaluation depend on: `records.settings`."""
+    """Returns everything that the responses of an evaluation depend on, from `records.settings`."""
     return records.settings(
         model,
         weights,
         evaluation=this.config.evaluation,
         data=this.config.data,
-        dtype=getattr(this.config.model, "dtype", ""),  # a user's own model may have no such field
+        dtype=getattr(this.config.model, "dtype", ""),  # a user's model may lack this field
         task=this.task,
         problems=problems,
     )
@@ -249,11 +249,11 @@ def evaluate_and_record(
       name: the stage, or UNTRAINED.
       params: its result.
       progress: shows the evaluation.
-      stop: ends it.
-      began: the time.monotonic() from which the stage's seconds count.
+      stop: ends the evaluation.
+      began: the time.monotonic() at which the stage began.
     """
     problems, directory = this.evaluator.problems(), this.workdir / name
-    # No fingerprint of the weights: the directory belongs to the run, and so do they.
+    # No fingerprint of the weights is needed: they are the result of the run in this directory.
     settings = evaluation_settings(this, name, "", problems)
     hosts.from_first(lambda: records.check_settings(directory, settings))
     responses, summary = this.evaluator(

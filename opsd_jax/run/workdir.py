@@ -113,11 +113,11 @@ def _check_shared(workdir: Path) -> None:
 
 
 def check_equal(mine: dict[str, Any], what: str) -> None:
-    """Raises ConfigError, with the names, if a host has other values than the first host.
+    """Raises ConfigError if a host has other values than the first host; names the values.
 
     Args:
-      mine: name -> value of this host.
-      what: prefix of the names, for the error.
+      mine: name -> value on this host.
+      what: a prefix of the names, for the error.
     """
     first, *others = hosts.gathered(mine)
     for number, other in enumerate(others, 1):
@@ -133,10 +133,10 @@ def check_equal(mine: dict[str, Any], what: str) -> None:
 
 
 def check_data(task: Task, workdir: Path) -> None:
-    """Checks that the data are those that the run began with, and the same on every host.
+    """Checks that the data equal the data at the start of the run, and are equal on all hosts.
 
     The first call of a run records the number and a digest of the problems of each source, and a
-    digest of some tokenized prompts. Later calls compare. Generated problems are not checked.
+    digest of some tokenized prompts. Later calls compare them. Generated problems are not checked.
 
     Raises:
       ConfigError: the data differ from those recorded, or between hosts. Names the sources.

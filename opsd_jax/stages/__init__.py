@@ -1,7 +1,7 @@
 """The training algorithms: SFT, RLVR, OPSD. `ALGORITHMS` is the one table of them.
 
 A stage's section of the config names its algorithm: a key of the table, or
-"package.module:ALGORITHM" for an `Algorithm` of your own. docs/extending.md adds one.
+"package.module:ALGORITHM" for your own `Algorithm`. docs/extending.md adds one.
 """
 
 from opsd_jax.options import fail, import_function
@@ -16,11 +16,11 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 
 def algorithm_of(name: str, field: str = "algorithm") -> Algorithm:
-    """The algorithm of a name.
+    """Returns the algorithm with a name.
 
     Args:
       name: a key of `ALGORITHMS`, or "package.module:ALGORITHM".
-      field: the config field that holds the name.
+      field: the config field with the name, for the error.
 
     Raises:
       ConfigError: there is no such algorithm.

@@ -1,7 +1,8 @@
-"""What the library knows of a training algorithm: one `Algorithm`, an entry of `ALGORITHMS`.
+"""`Algorithm`: everything that the library needs to know about a training algorithm.
 
-The loader checks a stage's section with it, the pipeline builds the stage, the plan compiles what
-it samples and trains, and the report draws its curves. docs/extending.md adds one.
+The loader checks a stage's section with it, and the pipeline builds the stage with it. The plan
+compiles the stage's sampling and training, and the report draws its curves. docs/extending.md adds
+an algorithm.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ class LookedAt(NamedTuple):
 
     Attributes:
       task: the data.
-      problems: gives training and held-out problems, as many as the check may look at.
+      problems: returns training and held-out problems, as many as the check may read.
       longest: `(data set, row -> token ids) -> (tokens, description of the row)`: the longest row
-        of a data set, among as many as the check may look at.
+        of a data set, among the rows that the check may read.
       seed: seed of the stage.
     """
 
@@ -57,7 +58,7 @@ Responses = Callable[[int, int], np.ndarray]  # (count, budget) -> assumed lengt
 
 
 def no_sampling(*_: Any) -> tuple[Sampling, ...]:
-    """The sampling of a stage that trains on given data: none."""
+    """Returns (), the sampling of a stage that trains on given data."""
     return ()
 
 
@@ -74,16 +75,16 @@ class Algorithm(NamedTuple):
       step_rows: `(options, Responses) -> (response lengths, [Lengths])`: the rows that one
         optimiser update computes, for responses of assumed lengths. A plan reads it.
       sampling: `(options, task=None) -> (Sampling, ...)`: what each step samples; () if it samples
-        nothing. Without a task, lengths that depend on its tokens leave those tokens out.
+        nothing. Without a task, the lengths do not count the tokens that only the task knows.
       privileged: `(options, Parts, Sampled, group_size, seed) -> Privileged`: finds the privileged
         contexts of rollouts that were sampled with these options, `group_size` of each prompt. The
         run then also measures the divergence from the teacher by position, before and after the
         stage. None for an algorithm without a teacher that sees more than the student.
       privileged_sampling: `(options, Sampled, rollouts, task=None) -> (Sampling, ...)`: what
-        `privileged` samples for so many rollouts.
+        `privileged` samples for this number of rollouts.
       curves: the metrics that the report draws of the training.
-      headline: what the report shows first of the change that the stage makes: "accuracy" or
-        "length"; "" leaves the stage out.
+      headline: the statistic whose change the report shows first: "accuracy" or "length"; ""
+        leaves the stage out.
       before_and_after: whether the report compares the responses before and after the stage.
       reported: fields of the options that the report records.
     """

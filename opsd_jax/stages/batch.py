@@ -97,7 +97,7 @@ def arranged(
 
 
 def first_that_holds(buckets: Sequence[Lengths], needed: Lengths) -> int:
-    """The index of the first bucket that holds a row; raises ValueError if none does."""
+    """The index of the first bucket in which a row fits; raises ValueError if there is none."""
     for b, bucket in enumerate(buckets):
         if all(needed[name] <= size for name, size in bucket.items()):
             return b
@@ -140,7 +140,7 @@ def collate(
     per_row: Sequence[str] = (),
     pad_id: int,
 ) -> Microbatch:
-    """Makes the arrays of a microbatch of m = `microbatch` rows; missing rows are all padding.
+    """Makes the arrays of a microbatch of m = `microbatch` rows. Missing rows are all padding.
 
     The values of a response token are in the column of the student's sequence that predicts it,
     where the token's logits are.

@@ -43,14 +43,14 @@ def memo_sampling(
     memos: int,
     task: Task | None = None,
 ) -> tuple[Sampling, Sampling]:
-    """The sampling of memos, and of what follows where the thinking of a memo was closed.
+    """Returns the sampling of memos, and of the continuation of memos whose thinking was closed.
 
     Args:
-      options: of memos.
-      prompt_tokens: longest prompt of a rollout.
+      options: the options of memos.
+      prompt_tokens: longest prompt of a rollout, in tokens.
       response_tokens: token budget of a rollout.
       memos: memos per step.
-      task: knows the tokens that close the thinking; None counts no such tokens.
+      task: gives the tokens that close the thinking; None counts no such tokens.
     """
     before = prompt_tokens + response_tokens + options.request_tokens
     write = Sampling(
@@ -76,7 +76,7 @@ def memo_sampling(
 def make_memos(
     options: MemoOptions, parts: Parts, seed: int, prompt_tokens: int, response_tokens: int
 ) -> Memos:
-    """The memos on rollouts of these lengths; compiles the engines that sample them."""
+    """Makes the `Memos` for rollouts of these lengths; compiles their engines."""
     write, close = (
         each.engine(parts.engines)
         for each in memo_sampling(options, prompt_tokens, response_tokens, 0, parts.task)
@@ -100,10 +100,10 @@ class Memos:
     ):
         """
         Args:
-          options: of memos.
+          options: the options of memos.
           task: the data; it has a `memo_request`.
-          seed: of the random numbers.
-          vocab_size: the model's.
+          seed: the seed of the random numbers.
+          vocab_size: the vocabulary size of the model.
           write, close: engines with the shapes of `memo_sampling`.
           poll: called while they sample; an exception that it raises ends the sampling.
         """
@@ -121,11 +121,11 @@ class Memos:
         """Writes the memo on each of some rollouts.
 
         Args:
-          step: of the stage.
-          params: of the model that writes.
-          rollouts: with their verdicts.
-          rows: indices of the rollouts.
-          offset: the number of memos that the step has already.
+          step: the number of the step in the stage.
+          params: the parameters of the model that writes.
+          rollouts: the rollouts, with their verdicts.
+          rows: the indices of the rollouts.
+          offset: the number of memos that this step has already sampled.
 
         Returns:
           The texts; None where the model wrote nothing.
@@ -142,7 +142,7 @@ class Memos:
         return [(after_thinking(self._text(ids)) or "").strip() or None for ids in memos]
 
     def _prompt(self, rollouts: Rollouts, i: int) -> list[int]:
-        """The dialogue up to where the memo begins: prompt, response, request."""
+        """The prompt of a memo: the rollout's prompt, its response and the request for a memo."""
         problem, response = rollouts.problems[i], rollouts.responses[i].tolist()
         outcomes = rollouts.judged.outcomes
         outcome = next(name for name in Outcomes._fields if getattr(outcomes, name)[i])

@@ -5,7 +5,7 @@ Each step:
 2. keep the rollouts that the gate gives weight and that have a privileged context (`Privileged`);
    the other rollouts cost nothing from here on;
 3. score the tokens of each rollout twice: the student from its own prompt, the teacher
-   (`options.teacher`, by default the parameters that the stage began with) from the prompt that
+   (`options.teacher`, by default the parameters from the start of the stage) from the prompt that
    shows the context;
 4. minimise KL(student || teacher) over the whole vocabulary, as the mean over rollouts of the mean
    over their tokens, weighted by the gate; `options.loss` selects other divergences and weights.
@@ -94,7 +94,7 @@ class OPSDOptions(PrivilegedOptions):
 
     @property
     def capacity(self) -> int:
-        """The most rollouts that a step trains on."""
+        """The largest number of rollouts that a step trains on."""
         return min(self.max_rows or self.rollouts, self.rollouts)
 
     def loss_options(self) -> losses.OPSD:
@@ -157,7 +157,7 @@ def buckets(options: OPSDOptions) -> list[Lengths]:
 
 
 def trains(options: OPSDOptions, outcomes: Outcomes) -> np.ndarray:
-    """Which rollouts the gate gives weight, bool [N]."""
+    """Whether the gate gives weight to each rollout, bool [N]."""
     return losses.gate_weights(*outcomes, losses.parse_gate(options.gate)) != 0
 
 
@@ -169,15 +169,15 @@ def stage(
     privileged: Privileged,
     keep: teacher_lib.Keep = lambda params: params,
 ) -> Stage:
-    """The OPSD stage.
+    """Makes the OPSD stage.
 
     Args:
-      options: of the stage.
+      options: the options of the stage.
       task: the data.
       policy: the model.
       roll_out: `(step, params) -> Rollouts` of the step, in whole groups.
       privileged: finds the contexts of rollouts.
-      keep: how the parameters of the teacher are stored.
+      keep: converts parameters to the form in which the teacher stores them.
     """
     batch_of = functools.partial(
         pack,

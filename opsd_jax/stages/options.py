@@ -1,4 +1,4 @@
-"""The options that every stage has, and those that every stage with rollouts has."""
+"""The options of every stage, and the options of every stage with rollouts."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from opsd_jax.training.optimizer import OptimizerOptions
 
 
 def ascending(lengths: tuple[int, ...]) -> str:
-    """The check of a field of padded lengths: what was expected, or "" if they are good."""
+    """Checks padded lengths; returns what was expected, or "" if the lengths are valid."""
     good = lengths and lengths[0] > 0 and list(lengths) == sorted(set(lengths))
     return "" if good else "lengths above 0 in ascending order"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageOptions:
-    """What the run, the training loop and the plan read of any stage.
+    """The options of a stage that the run, the training loop and the plan use.
 
-    An algorithm's own options class extends this one; its section of the config has a field for
-    each.
+    The options class of an algorithm extends this one. A stage's section of the config has one
+    field for each option.
     """
 
     algorithm: str = option(
@@ -48,7 +48,7 @@ class StageOptions:
         return self.steps
 
     def check(self, field: str) -> None:
-        """Raises ConfigError where the options do not go together; `field` is their section."""
+        """Raises ConfigError if options contradict each other; `field` names their section."""
         updates = self.optimizer_updates()
         if self.optimizer.warmup >= updates:
             expected = f"less than {updates}, the number of optimiser updates of the stage"

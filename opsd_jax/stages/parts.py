@@ -1,4 +1,4 @@
-"""What a run gives a stage to be built from, and what the stage samples with it."""
+"""The parts of a run from which a stage is built, and the sampling of a stage."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ class Sampling(NamedTuple):
     """One kind of sampling that a step of a stage does: the shape of its engine and its load.
 
     Attributes:
-      name: what a plan calls it, such as "rollouts".
+      name: its name in a plan, such as "rollouts".
       field: the field of the stage's section that sets `slots`.
       slots: decoding slots, over all devices.
       group_size: responses per prompt.
-      rollouts: responses that one call of the engine samples at most.
+      rollouts: the most responses that one call of the engine samples.
       prompt_tokens: longest prompt.
       response_tokens: token budget of a response.
       samples: responses per step.
       response_in_prompt: tokens of the prompt that are an earlier response at its full budget. The
         plan assumes shorter responses, and therefore shorter prompts.
-      continues: only those samples of the entry before this one are sampled that filled their
-        budget.
+      continues: whether this sampling continues the responses of the entry before this one that
+        filled their budget.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Sampling(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What a run gives a stage to be built from.
+    """The parts of a run from which a stage is built.
 
     Attributes:
       task: the data: problems, prompts, verifier.

@@ -1,4 +1,4 @@
-"""What the teacher is given of each rollout: its prompt with the context, and reminders."""
+"""The teacher's inputs for each rollout: a prompt with the context, and reminders."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def inserted_tokens(options: PrivilegedOptions, response_tokens: int) -> int:
 
 
 class Taught(NamedTuple):
-    """What the teacher is given of some rollouts.
+    """The teacher's inputs for some rollouts.
 
     Attributes:
       rows: index of a rollout -> `{"teacher": prompt ids, "teacher/inserts": Inserts}`, in the
@@ -103,7 +103,7 @@ class Taught(NamedTuple):
 
 
 class Privileged:
-    """Finds the privileged contexts of rollouts, as the options of an OPSD stage say."""
+    """Finds the privileged contexts of rollouts, with the options of an OPSD stage."""
 
     def __init__(
         self,
@@ -114,9 +114,9 @@ class Privileged:
     ):
         """
         Args:
-          options: of the stage.
+          options: the options of the stage.
           task: the data.
-          group_size: rollouts per problem; those of a problem are adjacent.
+          group_size: rollouts per problem. The rollouts of a problem are adjacent.
           memos: writes the contexts of kind "memo", if the options have that kind.
         """
         self._options, self._task, self._memos = options, task, memos
@@ -137,13 +137,13 @@ class Privileged:
         *,
         capacity: int,
     ) -> Taught:
-        """What the teacher is given of the first `capacity` wanted rollouts with a context.
+        """Returns the teacher's inputs for the first `capacity` wanted rollouts with a context.
 
         Args:
-          step: of the stage; memos depend on it.
+          step: the number of the step in the stage; memos depend on it.
           params: the current parameters, which write memos.
-          rollouts: with their verdicts, in whole groups.
-          wanted: indices of rollouts, ascending.
+          rollouts: the rollouts, with their verdicts, in whole groups.
+          wanted: the indices of the wanted rollouts, ascending.
           capacity: the most rollouts to return.
 
         Raises:
@@ -249,10 +249,10 @@ class Privileged:
 
 
 def reminder_places(pieces: Sequence[str], every: int, *, thinking: bool = False) -> list[int]:
-    """The places of reminders in a response: at ends of sentences, about `every` tokens apart.
+    """Returns the places of reminders in a response: ends of sentences, about `every` tokens apart.
 
-    In a response with thinking all places are inside the thinking. In any other response they are
-    anywhere but at its end.
+    In a response with thinking, all places are inside the thinking. In any other response, places
+    can be anywhere except at the end.
 
     Args:
       pieces: the text of each token, without EOS.
@@ -261,7 +261,7 @@ def reminder_places(pieces: Sequence[str], every: int, *, thinking: bool = False
       thinking: whether the prompt has already opened the thinking.
 
     Returns:
-      Indices of the tokens that reminders stand before, ascending.
+      Indices of the tokens before which reminders are inserted, ascending.
     """
     text = "".join(pieces)
     ends = np.cumsum([len(piece) for piece in pieces])
@@ -281,7 +281,7 @@ def reminder_places(pieces: Sequence[str], every: int, *, thinking: bool = False
 
 
 def _ends_sentence(pieces: Sequence[str], at: int) -> bool:
-    """Whether a sentence ends before piece `at`, and not inside a number or after a list's."""
+    """Whether a sentence ends before piece `at`; dots of numbers and of list items do not count."""
     before, after = pieces[at - 1], pieces[at][:1]
     if not _ENDS_SENTENCE.search(before):
         return False
@@ -299,7 +299,7 @@ def check_contexts(
     Logs how many of the problems lack a context or lose a part of it.
 
     Args:
-      options: of the stage.
+      options: the options of the stage.
       stage: its name, for messages.
       task: the data.
       problems: training and held-out problems to look at.
@@ -326,12 +326,12 @@ def check_contexts(
 def _check_context(
     options: PrivilegedOptions, stage: str, task: Task, problems: Sequence[Problem], kind: str
 ) -> None:
-    """`check_contexts` of one kind."""
+    """Checks the contexts of one kind, as `check_contexts` does."""
     if kind == "memo" and task.memo_request is None:
         fail(f"{stage}.contexts", kind, "kinds without 'memo': the task has no memo_request")
     limit, wording = options.teacher_prompt_tokens, worded_as(kind)
     found = context_kind(kind, f"{stage}.contexts")
-    # The text of a memo, of a sibling or of the user's own function depends on rollouts.
+    # The text of a memo, a sibling or a user's function depends on rollouts.
     find = None if found.needs_group or found.find is None else found.find(options)
     texts = ["" if find is None else find(problem, 0, ()) for problem in problems]
     cut = 0

@@ -1,7 +1,7 @@
 """RLVR: policy gradient on rewards of 1 for a correct rollout and 0 for any other.
 
-`options.objective` combines the parts that make up GRPO, Dr.GRPO, DAPO, GSPO, RLOO, REINFORCE++ and
-CISPO (opsd_jax/losses/policy_gradient.py).
+`options.objective` combines the parts of GRPO, Dr.GRPO, DAPO, GSPO, RLOO, REINFORCE++ and CISPO
+(opsd_jax/losses/policy_gradient.py).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class RLVROptions(RolloutOptions):
 
     @property
     def capacity(self) -> int:
-        """The most rollouts that a step trains on."""
+        """The largest number of rollouts that a step trains on."""
         return self.rollouts
 
     def optimizer_updates(self) -> int:
@@ -92,7 +92,7 @@ def loss_fn(
 ):
     """The sum over response tokens of the policy-gradient loss, its normaliser, and metrics.
 
-    `temperature` is the sampling temperature: the ratio compares the distributions sampled from.
+    `temperature` is the sampling temperature, at which the ratio compares the distributions.
     `teacher` is the reference model, if the objective has a KL term.
     """
     tokens_mxT, mask_mxT = microbatch["targets"], microbatch["mask"]
@@ -130,7 +130,7 @@ def loss_fn(
 
 
 def trains(options: RLVROptions, outcomes: Outcomes) -> np.ndarray:
-    """Which rollouts have a learning signal, bool [N]; all, unless the objective drops some."""
+    """Whether each rollout trains, bool [N]; all if the objective keeps uninformative groups."""
     if not options.objective.drop_uninformative:
         return np.ones(len(outcomes.correct), bool)
     return losses.informative(outcomes.correct.astype(np.float32), options.group_size)
@@ -140,8 +140,8 @@ def rewards_of(options: RLVROptions, outcomes: Outcomes, lengths: np.ndarray) ->
     """The reward of each rollout, float32 [N]: its correctness, less the length penalty if any.
 
     Args:
-      options: of the stage.
-      outcomes: masks [N].
+      options: the options of the stage.
+      outcomes: a mask [N] of each outcome.
       lengths: tokens of the responses, int [N].
     """
     rewards = outcomes.correct.astype(np.float32)
@@ -167,14 +167,14 @@ def stage(
     roll_out: RollOut,
     keep: Keep = lambda params: params,
 ) -> Stage:
-    """The RLVR stage.
+    """Makes the RLVR stage.
 
     Args:
-      options: of the stage.
+      options: the options of the stage.
       task: the data.
       policy: the model.
       roll_out: `(step, params) -> Rollouts` of the step, in whole groups.
-      keep: how the parameters of the reference model are stored.
+      keep: converts parameters to the form in which the reference model is stored.
     """
     batch_of = functools.partial(
         pack,

@@ -1,4 +1,4 @@
-"""What the stages with rollouts share: the problems of a step, its rows, and its metrics."""
+"""Functions of all stages with rollouts: sampling a step, its rows, and its metrics."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ RollOut = Callable[[int, Params], Rollouts]  # (step, params) -> the rollouts of
 
 
 def rollout_sampling(options: RolloutOptions, task: Task | None = None) -> tuple[Sampling, ...]:
-    """`Algorithm.sampling` of a stage that samples its rollouts and nothing else."""
-    del task  # the lengths are the options'
+    """`Algorithm.sampling` of a stage that samples only its rollouts."""
+    del task  # the lengths come from the options
     return (
         Sampling(
             name="rollouts",
@@ -42,7 +42,7 @@ def rollout_sampling(options: RolloutOptions, task: Task | None = None) -> tuple
 
 
 def check_prompts(options: RolloutOptions, name: str, data: LookedAt) -> None:
-    """`Algorithm.check_data` of a stage with rollouts: raises ConfigError for a prompt too long."""
+    """`Algorithm.check_data` of a stage with rollouts: checks the lengths of prompts."""
     task = data.task
     data.check_fits(f"{name}.prompt_tokens", options.prompt_tokens, task.train, task.prompt)
 
@@ -62,7 +62,7 @@ def make_roll_out(
     capacity: int,
     trains: Callable[[Outcomes], np.ndarray],
 ) -> RollOut:
-    """`step_rollouts` of a stage that is built from the parts of a run; compiles the engine."""
+    """Calls `step_rollouts` with the parts of a run; compiles the engine."""
     (rollouts,) = rollout_sampling(options)
     engine = rollouts.engine(parts.engines)
     return step_rollouts(
@@ -88,22 +88,22 @@ def step_rollouts(
     trains: Callable[[Outcomes], np.ndarray],
     poll: Callable[[], None] = lambda: None,
 ) -> RollOut:
-    """The function `(step, params) -> Rollouts` that samples and verifies a step's rollouts.
+    """Makes the function `(step, params) -> Rollouts` that samples and verifies a step's rollouts.
 
-    The problems and the random numbers depend on (seed, step) alone, on any number of hosts.
+    The problems and the random numbers depend only on (seed, step), not on the number of hosts.
 
     Dynamic sampling (DAPO, arXiv 2503.14476): when fewer than `capacity` rollouts train, up to
-    `options.resample_rounds` further rounds roll out other problems, drawn apart from the epoch's
-    order: as many as would do if all of their rollouts trained.
+    `options.resample_rounds` further rounds roll out other problems. These come from another stream
+    than the epoch's. A round has just enough problems to fill the step if all its rollouts train.
 
     Args:
-      options: of the stage.
+      options: the options of the stage.
       task: the data.
       collector: samples and verifies rollouts.
-      seed: of the stage.
-      vocab_size: the model's.
+      seed: the seed of the stage.
+      vocab_size: the vocabulary size of the model.
       capacity: the number of rollouts that a step trains on.
-      trains: which of N rollouts train, bool [N].
+      trains: outcomes of N rollouts -> whether each trains, bool [N].
       poll: called while sampling; an exception that it raises ends the sampling.
     """
 
@@ -142,9 +142,10 @@ def step_rollouts(
 def student_rows(
     rollouts: Rollouts, task: Task, group_size: int
 ) -> Callable[[int], dict[str, Any]]:
-    """The function `index of a rollout -> row for pack`: its prompt, response, log-probabilities.
+    """Returns a function from the index of a rollout to its row for `pack`.
 
-    The prompts are made at once, which the host does while the verifier is still working.
+    The prompts are made immediately, while the verifier is still working. A row has the prompt, the
+    response and the log-probabilities.
     """
     prompts = {p.id: task.prompt(p) for p in rollouts.problems[::group_size]}
     return lambda i: {
@@ -177,7 +178,7 @@ def rollout_metrics(rollouts: Rollouts, group_size: int) -> dict[str, float]:
 
 
 def group_records(rollouts: Rollouts, group_size: int) -> list[dict[str, Any]]:
-    """One JSON-ready record per problem: how many of how many rollouts were correct."""
+    """One JSON-ready record per problem: its number of rollouts and of correct ones."""
     correct = rollouts.judged.outcomes.correct.reshape(-1, group_size).sum(axis=1)
     return [
         {

@@ -57,7 +57,7 @@ def buckets(options: SFTOptions) -> list[Lengths]:
 
 
 def stage(options: SFTOptions, task: Task, policy: Policy, seed: int) -> Stage:
-    """The SFT stage: demonstrations of the task, in an order that the seed decides."""
+    """Makes the SFT stage, which trains on the task's demonstrations in a random order."""
     demonstrations = task.demonstrations(seed)
 
     def length(row: Demonstration) -> int:
@@ -80,7 +80,7 @@ def stage(options: SFTOptions, task: Task, policy: Policy, seed: int) -> Stage:
 
     @functools.lru_cache(maxsize=1)
     def window(index: int) -> list[list[Demonstration]]:
-        """The demonstrations of WINDOW steps; those of one step have similar lengths."""
+        """The demonstrations of WINDOW steps. Those of one step have similar lengths."""
         size = options.batch_size * WINDOW
         rows = sorted((demonstrations[index * size + i] for i in range(size)), key=length)
         order = np.random.default_rng((seed, index)).permutation(WINDOW)
@@ -117,7 +117,7 @@ def _check_data(options: SFTOptions, name: str, data: LookedAt) -> None:
 
 
 def _step_rows(options: SFTOptions, responses: Responses) -> tuple[list[int], list[Lengths]]:
-    """Rows as long as they can be: a plan knows nothing of the demonstrations."""
+    """Returns rows of the largest length, because a plan does not read the demonstrations."""
     targets = [options.buckets[-1]] * options.batch_size
     return targets, [{"student": tokens} for tokens in targets]
 

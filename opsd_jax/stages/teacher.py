@@ -1,16 +1,16 @@
-"""Teachers of an OPSD stage: which parameters they have, and when these change.
+"""Teachers of an OPSD stage: their parameters, and when these change.
 
 | kind | the teacher |
 |---|---|
-| "frozen" | the parameters that the stage began with |
-| "ema" | their moving average: after each update t <- (1 - rate) t + rate p, in float32 |
+| "frozen" | the parameters from the start of the stage |
+| "ema" | a moving average: after each update t <- (1 - rate) t + rate p, in float32 |
 | "refresh" | a copy, renewed after every `every` updates (CRISP, arXiv 2603.05433) |
 | "trust_region" | logits (1 - rate) frozen + rate current (SDPO, arXiv 2601.20802) |
 | "live" | the current parameters |
 
-No gradient flows into a teacher. A teacher that is a copy of parameters is stored as sampling has
-them (`Model.decode_params`). A bfloat16 model's teacher then takes half the memory of its float32
-master weights, and its logits are the same, since every matmul casts the weights anyway.
+No gradient flows into a teacher. A teacher that is a copy of parameters is stored in the
+form for sampling (`Model.decode_params`). A bfloat16 model's teacher then takes half the memory of
+its float32 master weights, and its logits are the same, since every matmul casts the weights.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from opsd_jax.policy import Params, Policy
 from opsd_jax.stages.batch import response_head
 from opsd_jax.training.stage import Teacher
 
-COLLAPSES_BELOW = 40  # updates between two copies; CRISP's ablation saw models collapse below
+COLLAPSES_BELOW = 40  # updates between two copies; in CRISP's ablation models collapsed below this
 
 
 Keep = Callable[[Params], Params]  # parameters -> the form in which a teacher stores them
 
 
 def frozen(keep: Keep = lambda params: params) -> Teacher:
-    """A teacher that stays the parameters which the stage began with."""
+    """A teacher that keeps the parameters from the start of the stage."""
     return Teacher(lambda params: jax.tree.map(jnp.copy, keep(params)))
 
 
@@ -60,8 +60,8 @@ def refresh(every: int, keep: Keep = lambda params: params) -> Teacher:
 
     def copy(teacher, params, number, applied):
         del applied
-        # A branch, not a select: the inputs of a branch are computed once, so that the copy equals
-        # the parameters to the last bit.
+        # A branch, not a select: the inputs of a branch are computed once, so the copy equals the
+        # parameters to the last bit.
         return jax.lax.cond(number % every == 0, lambda: keep(params), lambda: teacher)
 
     return Teacher(frozen(keep).init, copy)
@@ -122,11 +122,11 @@ class Kind(NamedTuple):
     """One kind of teacher, an entry of `TEACHERS`.
 
     Attributes:
-      make: `(options, keep) -> Teacher`: the part of the training state that the teacher is; None
-        for a teacher without state of its own.
-      head: makes the function that gives the teacher's logits.
-      lag: `options -> updates`: how many updates the teacher is behind the student at most; None if
-        it falls behind without a bound.
+      make: `(options, keep) -> Teacher`: the teacher's part of the training state; None for a
+        teacher without its own state.
+      head: makes the function that returns the teacher's logits.
+      lag: `options -> updates`: the most updates that the teacher can be behind the student;
+        None if there is no bound.
       check: `(options, field)`: raises ConfigError for options that the kind cannot use.
     """
 
@@ -149,7 +149,7 @@ TEACHERS: dict[str, Kind] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherOptions:
-    """Who the teacher of a stage is."""
+    """The kind of a stage's teacher, and its options."""
 
     kind: str = option(
         "frozen",
@@ -162,17 +162,17 @@ class TeacherOptions:
     every: int = option(50, "Updates between two copies of 'refresh'.", at_least=1)
 
     def check(self, field: str) -> None:
-        """Raises ConfigError where the options do not suit the kind."""
+        """Raises ConfigError for options that the kind cannot use."""
         TEACHERS[self.kind].check(self, field)
 
 
 def make_teacher(options: TeacherOptions, keep: Keep = lambda params: params) -> Teacher | None:
-    """The teacher as a part of the training state; None for a teacher without state of its own."""
+    """Makes the teacher's part of the training state; None for a teacher without its own state."""
     return TEACHERS[options.kind].make(options, keep)
 
 
 def make_head(policy: Policy, options: TeacherOptions) -> Callable[[Params, Params, Any], Head]:
-    """The function `(params, teacher, sequences) -> Head` that gives the teacher's logits.
+    """Returns the function `(params, teacher, sequences) -> Head` of the teacher's logits.
 
     Its arguments are the student's parameters, the teacher in the training state (or None), and the
     teacher's sequences of a microbatch. No gradient flows through the student's parameters.
@@ -184,7 +184,7 @@ def make_head(policy: Policy, options: TeacherOptions) -> Callable[[Params, Para
 
 
 def warning(options: TeacherOptions) -> str:
-    """A warning about a teacher that follows the student too closely; "" if it does not."""
+    """Returns a warning about a teacher that follows the student too closely, else ""."""
     lag = TEACHERS[options.kind].lag
     if lag is None or lag(options) >= COLLAPSES_BELOW:
         return ""

@@ -1,4 +1,4 @@
-"""`opsd-jax convert`, and runs that begin with the weights of a directory."""
+"""`opsd-jax convert`, and runs that start from the weights of a directory."""
 
 import json
 import pathlib
@@ -43,7 +43,7 @@ TINY = {
 
 @pytest.fixture
 def source(tmp_path):
-    """A model of 40 words, in bfloat16, with a tokenizer's file."""
+    """The directory of a bfloat16 model with a vocabulary of 40 tokens and a tokenizer file."""
     config = hf_files.CONFIG | {"torch_dtype": "bfloat16"}
     tensors = hf_files.tensors_of(config, "bfloat16")
     tensors = {name: (value * 0.1).astype(value.dtype) for name, value in tensors.items()}
@@ -61,7 +61,7 @@ def config_file(tmp_path):
 
 @pytest.fixture
 def finished(config, tmp_path):
-    """The directory of a run whose first stage has ended, as far as `convert` looks at it."""
+    """A work directory with the files of a finished first stage that `convert` reads."""
     workdir = tmp_path / "run"
     (workdir / "sft").mkdir(parents=True)
     (workdir / "config.json").write_text(loading.to_json(config))
@@ -99,7 +99,7 @@ def test_a_run_of_a_pod_is_converted_on_one_device(finished, tmp_path):
     np.testing.assert_array_equal(tensor(tmp_path / "out", "model.norm.weight"), np.full(16, 2.0))
 
 
-def test_a_directory_is_written_anew(source, tmp_path):
+def test_a_model_directory_is_rewritten_in_another_dtype(source, tmp_path):
     assert convert("--model", source, "--out", tmp_path / "out", "--dtype", "float32") == 0
     norm = tensor(tmp_path / "out", "model.norm.weight")
     assert norm.dtype == np.float32
@@ -117,7 +117,9 @@ def test_a_directory_is_written_anew(source, tmp_path):
         (("--model", "EMPTY", "--stage", "sft"), "--stage goes with --workdir"),
     ],
 )
-def test_what_cannot_be_converted_is_said(finished, tmp_path, capsys, arguments, message):
+def test_a_model_that_cannot_be_converted_is_an_error(
+    finished, tmp_path, capsys, arguments, message
+):
     (tmp_path / "empty").mkdir()
     places = {"RUN": finished, "EMPTY": tmp_path / "empty"}
     arguments = [places.get(argument, argument) for argument in arguments]
@@ -138,7 +140,7 @@ def test_a_run_without_a_finished_stage_has_nothing_to_convert(finished, tmp_pat
     assert "no stage of the run in" in capsys.readouterr().err
 
 
-def test_a_model_of_one_s_own_has_no_such_form(finished, tmp_path, capsys):
+def test_a_model_without_save_cannot_be_converted(finished, tmp_path, capsys):
     path = finished / "config.json"
     changes = {"model.make": "tiny_model:make"}
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -147,8 +149,8 @@ def test_a_model_of_one_s_own_has_no_such_form(finished, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_begins_with_the_weights_of_a_directory(source, config_file, tmp_path):
-    """And goes on, evaluates and is converted as any other."""
+def test_a_run_starts_from_the_weights_of_a_directory(source, config_file, tmp_path):
+    """The run also evaluates, resumes and converts like a run with random initial weights."""
     fields = TINY | {"model.path": str(source)}
     arguments = [f"--config.{field}={value}" for field, value in fields.items()]
     workdir = tmp_path / "run"
@@ -176,17 +178,13 @@ def test_a_run_begins_with_the_weights_of_a_directory(source, config_file, tmp_p
         ("/nowhere", "model.path is '/nowhere'; expected a directory on this machine"),
     ],
 )
-def test_a_path_without_a_model_is_an_error_of_the_config(
-    config_file, tmp_path, capsys, path, message
-):
+def test_a_path_without_a_model_is_a_config_error(config_file, tmp_path, capsys, path, message):
     arguments = ["--config", str(config_file), "--workdir", str(tmp_path / "run")]
     assert main.main(["train", *arguments, f"--config.model.path={path}"]) == 2
     assert f"config.{message}" in capsys.readouterr().err
 
 
-def test_weights_that_are_gone_when_they_are_read_are_an_error_of_the_config(
-    source, config, tmp_path
-):
+def test_weights_that_disappear_before_they_are_read_are_a_config_error(source, config, tmp_path):
     config = config.copy_and_resolve_references()
     config.unlock()
     config.model = config_lib.pretrained(source)
@@ -196,7 +194,7 @@ def test_weights_that_are_gone_when_they_are_read_are_an_error_of_the_config(
         this.parameters.initial()
 
 
-def test_the_fields_of_a_pretrained_model_are_of_their_types(config_file):
+def test_a_pretrained_model_has_typed_fields(config_file):
     changes = {"model.path": "/m", "model.param_dtype": "bfloat16", "model.remat": "none"}
     config = loading.load(config_file, changes)
     assert (config.model.path, config.model.remat) == ("/m", "none")

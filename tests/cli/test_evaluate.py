@@ -1,4 +1,4 @@
-"""The command `evaluate`: benchmarks, resuming, comparing, and what is refused."""
+"""The command `evaluate`: benchmarks, resuming, comparing, and the errors of bad arguments."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def questions(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def workdir(config, questions, tmp_path_factory):
-    """A run on files that has not trained anything; its training data are gone."""
+    """The directory of a run that has trained nothing. Its file of training data does not exist."""
     workdir = tmp_path_factory.mktemp("runs") / "text"
     workdir.mkdir()
     run = config.copy_and_resolve_references()
@@ -55,7 +55,7 @@ def workdir(config, questions, tmp_path_factory):
     run.data.train = {"gone": config_lib.source("gone.jsonl")}
     run.data.heldout = {"sums": config_lib.source(questions)}
     run.data.prompt = "{question}"
-    # Some responses end and others fill the budget, so that problems are not done in their order.
+    # Some responses end early and others fill the budget, so problems do not finish in order.
     run.evaluation.update({"problems": 0, "slots": 6, "response_tokens": 160})
     (workdir / "config.json").write_text(loading.to_json(run.lock()))
     return workdir
@@ -63,7 +63,7 @@ def workdir(config, questions, tmp_path_factory):
 
 @pytest.fixture
 def command(workdir, capsys):
-    """`evaluate` of the run: (exit code, what it printed as JSON, or its errors)."""
+    """Runs `evaluate` on the run; returns the exit code, and the printed JSON or the errors."""
 
     def run(*arguments):
         code = main.main(["evaluate", "--workdir", str(workdir), *map(str, arguments)])
@@ -78,16 +78,16 @@ FEW = ("--samples", 2, "--response-tokens", 6, "--prompt-tokens", 16)
 
 @pytest.fixture(scope="module")
 def whole(workdir, tmp_path_factory):
-    """An evaluation that nothing disturbed."""
+    """The directory of an evaluation that was not interrupted."""
     out = tmp_path_factory.mktemp("evaluations") / "whole"
     arguments = ["evaluate", "--workdir", str(workdir), "--out", str(out)]
     assert main.main(arguments) == 0
     return out
 
 
-def test_every_number_stands_with_its_settings(whole, command):
-    figures = json.loads((whole / "evaluation.json").read_text())
-    settings = figures["settings"]
+def test_the_statistics_come_with_their_settings(whole, command):
+    statistics = json.loads((whole / "evaluation.json").read_text())
+    settings = statistics["settings"]
     names = ("problems", "samples", "temperature", "top_p", "top_k", "min_p")
     assert {k: settings[k] for k in names} == {
         "problems": 9, "samples": 2, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
@@ -111,11 +111,11 @@ def test_every_number_stands_with_its_settings(whole, command):
 
 
 class Crash(BaseException):
-    """What nothing in the library catches."""
+    """An exception that the library does not catch."""
 
 
 def problem_of(made):
-    """The problem of the records that are written down together: all of its own, and no others."""
+    """Returns the problem of records that are written together: all records of one problem."""
     (problem,) = {record["problem"] for record in made}
     assert [record["sample"] for record in made] == [0, 1]
     return problem
@@ -130,13 +130,13 @@ FILES = ("settings.json", "responses.jsonl", "evaluation.json", "report.md", "in
 
 
 @pytest.mark.parametrize("done", [1, 3, 8])
-def test_after_a_kill_it_goes_on_to_the_same_files(whole, command, tmp_path, monkeypatch, done):
-    """Killed within the writing of a problem's records; the torn line is dropped, and what stands
-    before it, in the order in which problems ended, is not sampled again.
+def test_after_a_kill_it_resumes_to_the_same_files(whole, command, tmp_path, monkeypatch, done):
+    """The kill comes while the records of a problem are written. The resumed evaluation drops the
+    torn line. It keeps the complete problems, which are in the order in which they finished.
     """
     append, written = records_lib.append, []
 
-    def mortal(file, made):
+    def append_or_crash(file, made):
         if len(written) == done:
             torn = records_lib.to_lines(made)
             file.write(torn[: torn.index("\n") + 20])
@@ -144,7 +144,7 @@ def test_after_a_kill_it_goes_on_to_the_same_files(whole, command, tmp_path, mon
         written.append(problem_of(made))
         append(file, made)
 
-    monkeypatch.setattr(records_lib, "append", mortal)
+    monkeypatch.setattr(records_lib, "append", append_or_crash)
     with pytest.raises(Crash):
         command("--out", tmp_path)
     assert len(written) == done
@@ -157,14 +157,14 @@ def test_after_a_kill_it_goes_on_to_the_same_files(whole, command, tmp_path, mon
     assert_same(tmp_path, whole, FILES)
 
 
-def test_killed_before_the_records_are_put_in_order(whole, command, tmp_path, monkeypatch):
-    """All are there, as they ended: nothing is left to sample."""
+def test_after_a_kill_before_sorting_nothing_is_sampled(whole, command, tmp_path, monkeypatch):
+    """The records are complete, but in the order in which the problems finished."""
 
-    def mortal(file, responses):
+    def crash(file, responses):
         raise Crash
 
     with monkeypatch.context() as patched:
-        patched.setattr(records_lib, "rewrite", mortal)
+        patched.setattr(records_lib, "rewrite", crash)
         with pytest.raises(Crash):
             command("--out", tmp_path)
     there, expected = ((d / "responses.jsonl").read_text() for d in (tmp_path, whole))
@@ -175,21 +175,21 @@ def test_killed_before_the_records_are_put_in_order(whole, command, tmp_path, mo
     assert_same(tmp_path, whole, FILES)
 
 
-def test_an_evaluation_within_a_run_goes_on_too(config, tmp_path, monkeypatch):
+def test_an_evaluation_within_a_run_resumes_too(config, tmp_path, monkeypatch):
     run = config.copy_and_resolve_references()
     with run.unlocked():
         run.stages = ()
-        run.evaluation.problems = 20  # of which eight are in the making at once
+        run.evaluation.problems = 20  # eight of them are sampled at the same time
     pipeline.run(parse_run(run), tmp_path / "whole")
     append, written = records_lib.append, []
 
-    def mortal(file, made):
+    def append_or_crash(file, made):
         append(file, made)
         written.append(problem_of(made))
         if len(written) == 7:
             raise Crash
 
-    monkeypatch.setattr(records_lib, "append", mortal)
+    monkeypatch.setattr(records_lib, "append", append_or_crash)
     with pytest.raises(Crash):
         pipeline.run(parse_run(run), tmp_path / "killed")
     before = sorted(written)
@@ -200,17 +200,17 @@ def test_an_evaluation_within_a_run_goes_on_too(config, tmp_path, monkeypatch):
     assert len({*in_order}) == len(written) == 20
     assert {*written} == {*in_order}
     assert written != in_order
-    assert before != sorted(in_order[:7])  # not the first ones: what is left has gaps
+    assert before != sorted(in_order[:7])  # the remaining problems have gaps between them
     assert_same(killed, whole, ("responses.jsonl", "settings.json"))
     times = {"seconds", "peak_rss_gib"}
-    figures = [json.loads((d / "evaluation.json").read_text()) for d in (whole, killed)]
-    a, b = ({k: v for k, v in f.items() if k not in times} for f in figures)
+    statistics = [json.loads((d / "evaluation.json").read_text()) for d in (whole, killed)]
+    a, b = ({k: v for k, v in f.items() if k not in times} for f in statistics)
     assert a == b
     assert a["majority"] is not None
 
 
-def test_a_signal_ends_it_before_the_next_chunk(whole, command, tmp_path, monkeypatch):
-    append, check, written, looks = records_lib.append, StopSignal.check, [], []
+def test_a_signal_stops_it_before_the_next_chunk(whole, command, tmp_path, monkeypatch):
+    append, check, written, checks = records_lib.append, StopSignal.check, [], []
 
     def signalled(file, made):
         append(file, made)
@@ -218,16 +218,16 @@ def test_a_signal_ends_it_before_the_next_chunk(whole, command, tmp_path, monkey
         if len(written) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def look(stop):
-        looks.append(len(written))
+    def counted_check(stop):
+        checks.append(len(written))
         check(stop)
 
     monkeypatch.setattr(records_lib, "append", signalled)
-    monkeypatch.setattr(StopSignal, "check", look)
+    monkeypatch.setattr(StopSignal, "check", counted_check)
     code, errors = command("--out", tmp_path)
     assert code == 143
     assert "the same command goes on" in errors
-    assert [*map(bool, looks)].count(True) == 1  # the first look after the signal is the last one
+    assert [*map(bool, checks)].count(True) == 1  # the first check after the signal is the last one
     assert 1 <= len(written) < 9
     lines = (tmp_path / "responses.jsonl").read_text().splitlines()
     assert [json.loads(line)["problem"] for line in lines[::2]] == written
@@ -238,7 +238,7 @@ def test_a_signal_ends_it_before_the_next_chunk(whole, command, tmp_path, monkey
 
 
 def test_a_signal_loses_no_problem_that_was_sampled(whole, command, tmp_path, monkeypatch):
-    """Their verdicts are late, and waited for."""
+    """The evaluation waits for the late verdicts of sampled problems before it stops."""
     by_problem, sampled = Collector.by_problem, []
 
     def watched(*args, **kwargs):
@@ -259,7 +259,7 @@ def test_a_signal_loses_no_problem_that_was_sampled(whole, command, tmp_path, mo
     assert_same(tmp_path, whole, FILES)
 
 
-def test_an_evaluation_of_before_min_p_has_none():
+def test_earlier_settings_without_min_p_mean_zero():
     assert not records_lib.differences({"top_k": 1}, {"top_k": 1, "min_p": 0.0})
     assert records_lib.differences({}, {"min_p": 0.1}) == [("min_p", 0.0, 0.1)]
 
@@ -272,7 +272,7 @@ def test_neither_slots_nor_mesh_change_a_response(whole, command, tmp_path, size
     assert_same(tmp_path, whole, FILES)
 
 
-def test_a_run_of_a_pod_is_evaluated_on_the_mesh_that_is_given(whole, workdir, tmp_path, capsys):
+def test_a_run_of_a_pod_is_evaluated_on_the_given_mesh(whole, workdir, tmp_path, capsys):
     pod = {"mesh": [1, 16, 1], "decode_mesh": [8, 1, 2]}
     there = json.loads((workdir / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(there | pod))
@@ -292,7 +292,7 @@ def test_an_evaluation_of_unknown_settings_is_left_alone(command, tmp_path):
     assert (tmp_path / "responses.jsonl").read_text() == "{}\n"
 
 
-def test_an_extraction_that_raises_costs_its_answer_alone(task):
+def test_an_extraction_that_raises_loses_only_its_answer(task):
     def fail(problem, response):
         raise ValueError(response)
 
@@ -310,11 +310,11 @@ def test_an_extraction_that_raises_costs_its_answer_alone(task):
     assert record["verdict"] == "mismatch"
 
 
-def test_a_finished_one_is_not_done_again(whole, command, monkeypatch):
+def test_a_finished_evaluation_is_not_repeated(whole, command, monkeypatch):
     monkeypatch.setattr(records_lib, "append", None)
-    code, figures = command("--out", whole)
+    code, statistics = command("--out", whole)
     assert code == 0
-    assert figures["directory"] == str(whole)
+    assert statistics["directory"] == str(whole)
 
 
 def test_other_settings_are_refused(whole, command):
@@ -327,8 +327,8 @@ def test_other_settings_are_refused(whole, command):
     assert expected in errors
 
 
-def test_other_weights_are_refused_and_another_place_is_not(tmp_path):
-    """A model is known by what is in it, not by where it lies."""
+def test_other_weights_are_refused_but_another_path_is_not(tmp_path):
+    """A model is identified by the contents of its files, not by its path."""
     for name, content in {"a": b"x" * 10**6, "b": b"x" * 10**6, "c": b"x" * 10**6}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(content)
@@ -344,19 +344,19 @@ def test_other_weights_are_refused_and_another_place_is_not(tmp_path):
         records_lib.check_settings(out, {"model": "a", "weights": c})
 
 
-def test_a_mesh_that_begins_with_a_minus():
-    words, _ = main.split_overrides(["evaluate", "--model", "m", "--mesh", "-1,1,1"])
-    assert main.parser().parse_args(words).mesh == (-1, 1, 1)
+def test_a_mesh_may_begin_with_a_minus():
+    arguments, _ = main.split_overrides(["evaluate", "--model", "m", "--mesh", "-1,1,1"])
+    assert main.parser().parse_args(arguments).mesh == (-1, 1, 1)
 
 
-def test_comparing(whole, command, workdir):
-    code, figures = command(*FEW[:2], "--top-k", 5, "--min-p", 0.1, "--compare", whole)
+def test_an_evaluation_is_compared_with_an_earlier_one(whole, command, workdir):
+    code, statistics = command(*FEW[:2], "--top-k", 5, "--min-p", 0.1, "--compare", whole)
     assert code == 0
-    directory = pathlib.Path(figures["directory"])
+    directory = pathlib.Path(statistics["directory"])
     assert directory.parent == workdir / "evaluations" / "untrained"
     assert directory.name.startswith("sums-")
     change = json.loads((directory / "comparison.json").read_text())
-    assert change == figures["comparison"]
+    assert change == statistics["comparison"]
     assert change["settings"] == [["top_k", 0, 5], ["min_p", 0.0, 0.1]]
     records = (records_lib.read(side)[0] for side in (whole, directory))
     lengths = [sum(r["length"] for r in side) for side in records]
@@ -381,16 +381,16 @@ def test_a_comparison_with_other_problems_is_refused_before_anything_is_sampled(
     assert "holds no finished evaluation: evaluation.json is missing" in errors
 
 
-def test_benchmarks_take_the_place_of_the_held_out_problems(command, questions, tmp_path):
+def test_benchmarks_replace_the_held_out_problems(command, questions, tmp_path):
     more = write_rows(tmp_path / "more.jsonl", [{"problem": "1?", "answer": "1"}])
     arguments = ("--benchmark", f"b={questions}", "--benchmark", f"a={more}", *FEW)
-    code, figures = command(*arguments, "--problems", 2)
+    code, statistics = command(*arguments, "--problems", 2)
     assert code == 0
-    assert {k: v["problems"] for k, v in figures["sources"].items()} == {"a": 1, "b": 2}
-    settings = figures["settings"]
+    assert {k: v["problems"] for k, v in statistics["sources"].items()} == {"a": 1, "b": 2}
+    settings = statistics["settings"]
     assert [settings[k] for k in ("temperature", "top_p", "top_k", "min_p")] == [0.6, 0.95, 20, 0]
-    assert "a+b-" in figures["directory"]
-    text = (pathlib.Path(figures["directory"]) / "report.md").read_text()
+    assert "a+b-" in statistics["directory"]
+    text = (pathlib.Path(statistics["directory"]) / "report.md").read_text()
     assert text.count("\n| all |") == 2
 
 
@@ -415,13 +415,13 @@ def test_benchmarks_take_the_place_of_the_held_out_problems(command, questions, 
         (["--problems", "-2"], "--problems -2: expected 0, for all, or more"),
     ],
 )
-def test_what_cannot_be_run_is_refused(command, arguments, message):
+def test_invalid_arguments_are_refused(command, arguments, message):
     code, errors = command(*arguments)
     assert code == 2
     assert re.search(message, errors), errors
 
 
-def test_what_a_run_had_of_tpus_is_as_the_machine_has_it(tmp_path):
+def test_kernels_of_a_tpu_run_become_auto(tmp_path):
     config = tiny_config.quickstart()
     config.model.update({"cache": "paged", "attention": "splash"})
     (tmp_path / "config.json").write_text(loading.to_json(config))
@@ -430,7 +430,7 @@ def test_what_a_run_had_of_tpus_is_as_the_machine_has_it(tmp_path):
     assert (evaluated.model.cache, evaluated.model.attention) == ("auto", "auto")
 
 
-def test_a_model_wants_benchmarks_and_a_directory(capsys, tmp_path):
+def test_a_model_needs_benchmarks_and_a_directory(capsys, tmp_path):
     assert main.main(["evaluate", "--model", str(tmp_path)]) == 2
     assert "expected --benchmark and --out" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -439,15 +439,17 @@ def test_a_model_wants_benchmarks_and_a_directory(capsys, tmp_path):
 
 @pytest.fixture(scope="module")
 def model_directory(tmp_path_factory):
-    """A small random Qwen2 with a tokenizer and a chat template that knows thinking."""
+    """A small random Qwen2 with a tokenizer and a chat template that supports thinking."""
     config = hf_files.CONFIG | {"vocab_size": 500}
     path = tmp_path_factory.mktemp("models") / "tiny"
     hf_files.write(path, hf_files.tensors_of(config), config)
     return tiny_tokenizer.write(path, "qwen3")
 
 
-def test_a_model_of_hugging_face(model_directory, questions, tmp_path, capsys):
-    """By the paper's settings on all devices, then without thinking, compared with before."""
+def test_a_hugging_face_model(model_directory, questions, tmp_path, capsys):
+    """The first evaluation has the paper's settings. The second one is without thinking and is
+    compared with the first.
+    """
 
     def run(out, *arguments):
         command = ["evaluate", "--model", model_directory, "--benchmark", f"sums={questions}"]
@@ -457,17 +459,17 @@ def test_a_model_of_hugging_face(model_directory, questions, tmp_path, capsys):
         return json.loads(printed.out), printed.err
 
     few = ("--response-tokens", 5, "--prompt-tokens", 120)
-    figures, _ = run(tmp_path / "a", *few)
-    settings = figures["settings"]
+    statistics, _ = run(tmp_path / "a", *few)
+    settings = statistics["settings"]
     assert settings["model"] == str(model_directory)
     assert (settings["samples"], settings["temperature"], settings["top_k"]) == (8, 0.6, 20)
-    assert (figures["name"], figures["problems"], figures["responses"]) == ("tiny", 9, 72)
+    assert (statistics["name"], statistics["problems"], statistics["responses"]) == ("tiny", 9, 72)
     again, errors = run(tmp_path / "b", *few, "--thinking", "off", "--compare", tmp_path / "a")
     assert again["settings"]["prompts_digest"] != settings["prompts_digest"]
     assert "not sampled alike: thinking '' and 'off', prompts_digest" in errors
 
 
-def test_a_download_that_fails_tells_to_give_a_path(monkeypatch):
+def test_a_failed_download_suggests_a_path(monkeypatch):
     def fail(*arguments, **options):
         raise OSError("no route to host")
 
@@ -476,7 +478,7 @@ def test_a_download_that_fails_tells_to_give_a_path(monkeypatch):
         benchmarks.source("aime24")
 
 
-def test_a_download_is_read_by_the_hub_s_columns(monkeypatch, tmp_path):
+def test_a_download_is_read_with_the_columns_of_the_hub(monkeypatch, tmp_path):
     rows = [{"question": "2+3?", "answer": "Two and three.\n#### 5"}]
     path = write_rows(tmp_path / "test.jsonl", rows)
     asked = []
@@ -490,7 +492,7 @@ def test_a_download_is_read_by_the_hub_s_columns(monkeypatch, tmp_path):
     assert found[0].solution == rows[0]["answer"]
 
 
-def test_an_answer_is_what_follows_the_mark(tmp_path):
+def test_an_answer_follows_the_marker(tmp_path):
     rows = [{"problem": "a", "answer": "#### 1\n#### 1,234 "}, {"problem": "b", "answer": "7"}]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     section = config_lib.source(path, answer_after="####", bad_rows="drop")
@@ -513,7 +515,7 @@ def test_an_answer_is_what_follows_the_mark(tmp_path):
     ],
 )
 def test_copies_of_the_benchmarks(name, file, rows):
-    """Each as it lies here: read by the default columns; every gold verifies (test_data.py)."""
+    """The local copies are readable with the default columns."""
     name, section = benchmarks.source(f"{name}={BENCHMARKS / file}")
     check = lambda problems: [""] * len(problems)
     found, _ = sources.problems(name, section, f"data.heldout.{name}", check)

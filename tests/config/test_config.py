@@ -23,7 +23,7 @@ def load(**overrides):
     return loading.load(QUICKSTART, {k.replace("__", "."): v for k, v in overrides.items()})
 
 
-def test_overrides_take_the_field_s_type():
+def test_overrides_take_the_type_of_the_field():
     config = load(
         opsd__gate="1,0.5,0",
         seed="7",
@@ -160,7 +160,9 @@ def test_a_config_that_cannot_run_is_refused(field, text, message):
         ("sft.buckets", "(56, 80)", "sft.buckets is 80; expected at least"),
     ],
 )
-def test_parts_that_do_not_fit_are_refused_before_compiling(tmp_path, field, text, message):
+def test_fields_that_do_not_fit_together_are_refused_before_compiling(
+    tmp_path, field, text, message
+):
     config = loading.load(QUICKSTART, {field: text})
     with pytest.raises(config_lib.ConfigError, match=message):
         pipeline.assemble(config, tmp_path)
@@ -179,7 +181,7 @@ def test_parts_that_do_not_fit_are_refused_before_compiling(tmp_path, field, tex
         ),
     ],
 )
-def test_padded_lengths_are_cut_evenly_over_tensor(tmp_path, fields, message):
+def test_padded_lengths_must_divide_evenly_over_tensor(tmp_path, fields, message):
     fields |= {"mesh": "(4, 1, 2)", "model.sequence_parallel": "True"}
     config = loading.load(QUICKSTART, fields)
     with pytest.raises(config_lib.ConfigError, match=message):
@@ -194,7 +196,7 @@ def test_memos_have_slots_on_every_device(tmp_path):
         pipeline.assemble(config, tmp_path)
 
 
-def test_a_device_has_as_many_key_value_heads_as_the_paged_kernel_takes(tmp_path):
+def test_too_many_key_value_heads_per_device_for_the_paged_kernel_are_refused(tmp_path):
     sizes = {"vocab_size": 128, "num_heads": 24, "num_kv_heads": 24, "head_dim": 128}
     model = {f"model.{name}": str(size) for name, size in sizes.items()}
     fields = {"decode_mesh": "(4, 1, 2)", "model.cache": "paged"} | model
@@ -205,7 +207,7 @@ def test_a_device_has_as_many_key_value_heads_as_the_paged_kernel_takes(tmp_path
 
 
 @pytest.mark.parametrize(("field", "form"), [("cache", "paged"), ("attention", "splash")])
-def test_what_tpus_run_alone_is_refused_elsewhere(tmp_path, field, form):
+def test_tpu_kernels_are_refused_on_other_devices(tmp_path, field, form):
     fields = {"model.vocab_size": "128", "model.head_dim": "128", f"model.{field}": form}
     config = loading.load(QUICKSTART, fields)
     message = f"model.{field} is '{form}'; expected 'auto' on a cpu: only TPUs run it"
@@ -213,8 +215,10 @@ def test_what_tpus_run_alone_is_refused_elsewhere(tmp_path, field, form):
         pipeline.assemble(config, tmp_path)
 
 
-def test_sampling_may_have_a_mesh_of_its_own(tmp_path):
-    """Rows of batches go with the one mesh, slots with the other; problems of a step with none."""
+def test_sampling_may_have_its_own_mesh(tmp_path):
+    """Microbatches must divide over the training mesh, and decoding slots over the sampling mesh.
+    The problems of a step need not divide over either.
+    """
     fields = {"decode_mesh": "(-1, 1, 2)", "rlvr.slots": "12", "rlvr.prompts": "6"}
     fields |= {"rlvr.microbatch": "16", "rlvr.updates": "1"}
     made = lambda **changes: pipeline.assemble(loading.load(QUICKSTART, fields | changes), tmp_path)
@@ -247,7 +251,7 @@ def test_a_task_is_found_in_the_current_directory(tmp_path, monkeypatch):
         main.main([*command, "--config.task=task_of_mine:task"])
 
 
-def test_a_config_file_with_a_field_too_many(tmp_path):
+def test_a_config_file_with_an_error_is_named(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
         "from opsd_jax.config import default\n"
@@ -275,7 +279,7 @@ def test_json_keeps_a_config():
 
 
 def test_a_workdir_of_another_config_is_refused(tmp_path):
-    for _ in range(2):  # the same is fine
+    for _ in range(2):  # the same config is accepted again
         with claimed(load(), tmp_path):
             pass
     other = claimed(load(opsd__gate="all", seed="1"), tmp_path)
@@ -309,9 +313,7 @@ def test_a_workdir_in_use_is_refused(tmp_path):
         (["report"], "holds no run"),
     ],
 )
-def test_the_command_line_says_what_is_wrong_and_writes_nothing(
-    tmp_path, capsys, arguments, message
-):
+def test_the_command_line_reports_errors_and_writes_nothing(tmp_path, capsys, arguments, message):
     workdir = tmp_path / "run"
     assert main.main([*arguments, "--workdir", str(workdir)]) == 2
     assert message in capsys.readouterr().err
@@ -331,7 +333,7 @@ def test_help_shows_the_commands_and_an_example(capsys):
         main.main(["--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    assert all(word in out for word in ("train", "evaluate", "report", "--config quickstart"))
+    assert all(text in out for text in ("train", "evaluate", "report", "--config quickstart"))
 
 
 def test_help_of_train_lists_the_fields(capsys):
@@ -342,7 +344,7 @@ def test_help_of_train_lists_the_fields(capsys):
         field for field in loading.flatten(tiny_config.quickstart()) if "contexts." not in field
     ]
     assert all(f"--config.{field}=" in out for field in shown)
-    assert "Decoding slots" in out  # what the fields do
+    assert "Decoding slots" in out  # the description of a field
 
 
 def test_config_json_is_readable(tmp_path):
@@ -363,7 +365,7 @@ def test_every_config_loads_and_names_itself(path):
 
 def test_the_page_of_fields_is_current():
     page = (ROOT / "docs" / "config.md").read_text()
-    assert page == fields.for_page(), "remake it: python -m opsd_jax.config.fields > docs/config.md"
+    assert page == fields.for_page(), "run: python -m opsd_jax.config.fields > docs/config.md"
 
 
 def test_every_field_says_what_it_does():

@@ -48,8 +48,8 @@ def test_the_engine_in_the_docs_of_rollouts(capsys):
     re.findall(r"^opsd-jax (.*?)(?:\s+#.*)?$", README.replace("\\\n", ""), re.MULTILINE),
 )
 def test_the_commands_in_the_readme(command):
-    words, overrides = main.split_overrides(command.split())
-    arguments = main.parser().parse_args(words)
+    remaining, overrides = main.split_overrides(command.split())
+    arguments = main.parser().parse_args(remaining)
     if arguments.command == "train":
         loading.load(ROOT / arguments.config, overrides)
 

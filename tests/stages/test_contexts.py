@@ -1,4 +1,4 @@
-"""Privileged contexts: who gets which, what the teacher's prompt is made of, and the alignment."""
+"""Privileged contexts: the context of each rollout, the teacher's prompt, and the alignment."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ GROUP = [
 ]
 
 
-def test_what_the_data_give():
+def test_contexts_from_the_columns_of_a_problem():
     assert contexts.solution(PROBLEM, 0, ()) == "12 + 34 is 46."
     assert contexts.solution(PROBLEM._replace(solution=""), 0, ()) is None
     assert contexts.answer(PROBLEM, 0, ()) == "46"
@@ -49,7 +49,7 @@ def test_what_the_data_give():
         ("first", False, 0, "So 46."),
         ("first", False, 1, "It is 46."),
         ("first", True, 1, "<think>long</think> It is 46."),
-        ("shortest", False, 0, "So 46."),  # one that thinks without end has nothing to show
+        ("shortest", False, 0, "So 46."),  # unfinished thinking leaves no text to show
         ("shortest", False, 1, "46 too."),
         ("shortest", True, 0, "<think>hm"),
         ("shortest", False, 2, "So 46."),  # an incorrect rollout learns from a correct one
@@ -59,7 +59,7 @@ def test_a_correct_sibling(which, thinking, rollout, expected):
     assert contexts.sibling(which, thinking=thinking)(PROBLEM, rollout, GROUP) == expected
 
 
-def test_a_lone_success_has_no_sibling():
+def test_the_only_correct_rollout_has_no_sibling():
     find = contexts.sibling()
     assert find(PROBLEM, 0, [GROUP[0], GROUP[2]]) is None
     assert find(PROBLEM, 1, [GROUP[0], GROUP[2]]) == "It is 46."
@@ -102,7 +102,9 @@ def task(config):
 
 def rollouts_of(task, responses, verdicts, per_problem=2):
     problems = [task.train[i] for i in range(len(task.train)) if task.train[i].solution]
-    encoded = [[*task.tokenizer.encode(said), task.tokenizer.eos_ids[0]] for said in responses]
+    encoded = [
+        [*task.tokenizer.encode(response), task.tokenizer.eos_ids[0]] for response in responses
+    ]
     return Rollouts(
         problems=[problems[i // per_problem] for i in range(len(responses))],
         responses=[np.array(ids, np.int32) for ids in encoded],
@@ -140,7 +142,7 @@ def taught(config, task, rollouts, *kinds, wanted=range(6), capacity=6, memos=No
     return finder(0, None, rollouts, wanted, capacity=capacity)
 
 
-def test_each_kind_goes_into_the_users_turn_in_its_own_words(config, task, rollouts):
+def test_each_kind_has_its_own_wording_in_the_users_turn(config, task, rollouts):
     end = "<|im_end|>\n<|im_start|>assistant\n"
     for kind, shown in {
         "solution": "Here is a reference solution:\nWe add 3 to",
@@ -150,17 +152,17 @@ def test_each_kind_goes_into_the_users_turn_in_its_own_words(config, task, rollo
         "column": "\n\ncount on from ",
     }.items():
         rows, metrics = taught(config, task, rollouts, kind)
-        said = decoded(task, rows[0]["teacher"])
+        prompt_text = decoded(task, rows[0]["teacher"])
         question = rollouts.problems[0].question
-        assert said.startswith(f"<|im_start|>user\n{question}\n\n")
-        assert shown in said
-        assert said.endswith(f"within \\boxed{{}}.{end}")
-        assert said.count("<|im_start|>") == 2  # nothing in the assistant's turn
-        assert "{context}" not in said
+        assert prompt_text.startswith(f"<|im_start|>user\n{question}\n\n")
+        assert shown in prompt_text
+        assert prompt_text.endswith(f"within \\boxed{{}}.{end}")
+        assert prompt_text.count("<|im_start|>") == 2  # nothing in the assistant's turn
+        assert "{context}" not in prompt_text
         assert metrics[f"context/{kind}"] == len(rows)
 
 
-def test_none_is_the_students_prompt(config, task, rollouts):
+def test_kind_none_gives_the_students_prompt(config, task, rollouts):
     rows, metrics = taught(config, task, rollouts, "none")
     for i, row in rows.items():
         assert row["teacher"] == task.prompt(rollouts.problems[i])
@@ -169,7 +171,7 @@ def test_none_is_the_students_prompt(config, task, rollouts):
 
 def test_a_rollout_without_a_context_is_inactive_and_counted(config, task, rollouts):
     rows, metrics = taught(config, task, rollouts, "sibling")
-    assert list(rows) == [0, 1, 2]  # 3 is alone in being right, 4 and 5 have no right sibling
+    assert list(rows) == [0, 1, 2]  # 3 is the only correct one; 4 and 5 have no correct sibling
     assert metrics["no_context"] == 3
     rows, metrics = taught(config, task, rollouts, "sibling", "answer")
     assert list(rows) == list(range(6))
@@ -181,7 +183,7 @@ def test_a_rollout_without_a_context_is_inactive_and_counted(config, task, rollo
     assert metrics["no_context"] == 2
 
 
-def test_the_stage_trains_on_those_with_a_context(config, task, rollouts):
+def test_the_stage_trains_on_rollouts_with_a_context(config, task, rollouts):
     with config.unlocked():
         config.opsd.contexts = ("sibling",)
     model = tiny_model.make(config.model)
@@ -195,7 +197,7 @@ def test_the_stage_trains_on_those_with_a_context(config, task, rollouts):
     assert sum(bool(row.any()) for row in batch[0]["rows"]["mask"].reshape(-1, 160)) == 3
 
 
-def test_a_context_that_is_too_long_loses_its_end_and_nothing_else(config, task, rollouts):
+def test_a_context_that_is_too_long_loses_only_its_end(config, task, rollouts):
     problem = rollouts.problems[0]._replace(solution="abc " * 300)
     context = Context("solution", problem.solution)
     whole, cut = task.teacher_prompt(problem, context, 10_000)
@@ -204,19 +206,19 @@ def test_a_context_that_is_too_long_loses_its_end_and_nothing_else(config, task,
         ids, cut = task.teacher_prompt(problem, context, limit)
         assert cut
         assert limit - 8 < len(ids) <= limit
-        said, all_of_it = decoded(task, ids), decoded(task, whole)
-        before = all_of_it.index("abc ")
-        after = all_of_it[all_of_it.rindex("abc ") + 4 :]
-        assert said.startswith(all_of_it[:before])
-        assert said.endswith(after)
-        assert set(said[before : len(said) - len(after)]) <= set("abc ")
+        prompt_text, whole_text = decoded(task, ids), decoded(task, whole)
+        before = whole_text.index("abc ")
+        after = whole_text[whole_text.rindex("abc ") + 4 :]
+        assert prompt_text.startswith(whole_text[:before])
+        assert prompt_text.endswith(after)
+        assert set(prompt_text[before : len(prompt_text) - len(after)]) <= set("abc ")
     with pytest.raises(
         DataError, match=r"the teacher's prompt of problem sums/2 has \d+ tokens wi"
     ):
         task.teacher_prompt(problem, context, 40)
 
 
-def test_reminders_stand_at_ends_of_sentences_while_it_thinks():
+def test_reminders_are_at_ends_of_sentences_in_the_thinking():
     pieces = ["<think>", "Let", " x", ".", " So", " 3", ".", "14", " is", "!", "\n\n", "Hm", " a"]
     assert reminder_places(pieces, 4) == [4, 11]  # 7 would be inside 3.14
     assert reminder_places(pieces, 5) == [4, 10]
@@ -224,18 +226,18 @@ def test_reminders_stand_at_ends_of_sentences_while_it_thinks():
     closed = [*pieces[:9], "</think>", ".", " b", ".", " c", "."]
     assert reminder_places(closed, 4) == [4]
     assert reminder_places(["a"] * 20, 4) == []
-    # The prompt may have begun the thought; where nobody thinks, anywhere will do.
+    # The prompt may open the thinking. A response without thinking can have reminders anywhere.
     assert reminder_places(closed[1:], 4, thinking=True) == [3]
     assert reminder_places(closed[1:], 4) == []
     assert reminder_places(closed[10:], 2) == [1, 3]
-    # Before a thought begins there is none to stand in, nor after the number of a list.
+    # No reminder is before the thinking, or after the number of a list item.
     assert reminder_places(["Hm", ".", " So", "<think>", "a", ".", " b"], 2) == [6]
     assert reminder_places(["a", "\n", "1", ".", " Add", " x"], 4) == [2]
-    assert reminder_places(["So", " it", " is", " 4", "."], 5) == []  # EOS is what follows
+    assert reminder_places(["So", " it", " is", " 4", "."], 5) == []  # only EOS follows
 
 
-def test_responses_keep_their_ids_around_reminders(config, task, rollouts):
-    """The same ids in the same order, each predicted by the column of the token before it."""
+def test_reminders_do_not_change_the_ids_of_a_response(config, task, rollouts):
+    """The ids keep their order, and the column of the token before an id predicts it."""
     with config.unlocked():
         config.opsd.update({"reinject_every": 4, "reminder_tokens": 30})
     rows, _ = taught(config, task, rollouts, "answer")
@@ -262,10 +264,10 @@ def test_responses_keep_their_ids_around_reminders(config, task, rollouts):
         columns = data["teacher"]["columns"][at][data["mask"][at]][:-1] + 1
         np.testing.assert_array_equal(tokens[columns], rollouts.responses[i][:-1])
         others = np.delete(np.flatnonzero(there), np.searchsorted(np.flatnonzero(there), columns))
-        said = decoded(task, tokens[others].tolist())
+        prompt_text = decoded(task, tokens[others].tolist())
         known = decoded(task, rows[i]["teacher"])
-        assert said.startswith(known)
-        for reminder in said[len(known) :].split("Wait, I recall this.")[1:]:
+        assert prompt_text.startswith(known)
+        for reminder in prompt_text[len(known) :].split("Wait, I recall this.")[1:]:
             assert reminder.startswith(
                 f" The correct final answer is {rollouts.problems[i].answer}"
             )
@@ -277,8 +279,8 @@ def test_responses_keep_their_ids_around_reminders(config, task, rollouts):
 @pytest.mark.parametrize("kind", contexts.CONTEXTS)
 @pytest.mark.parametrize("every", [0, 4])
 def test_only_the_context_makes_a_divergence(config, task, rollouts, kind, every):
-    """A model that looks at the last token alone sees no context. Whatever the lengths of prompts,
-    responses and reminders, it must find no divergence: but for the tokens after a reminder.
+    """The model reads only the last token, so it sees no context. For any lengths of prompts,
+    responses and reminders, only tokens right after a reminder may have a divergence.
     """
     with config.unlocked():
         config.opsd.update({"reinject_every": every, "reminder_tokens": 250, "contexts": (kind,)})
@@ -310,7 +312,7 @@ def token_divergence(model, params, rows):
         opsd.response_head(model.policy, params, jax.tree.map(jnp.asarray, rows[name]))
         for name in ("student", "teacher")
     ]
-    said = losses.opsd(
+    loss = losses.opsd(
         student=heads[0],
         teacher=heads[1],
         mask=jnp.asarray(rows["mask"]),
@@ -319,11 +321,11 @@ def token_divergence(model, params, rows):
         ),
         options=losses.OPSD(gate=losses.GATES["all"]),
     )
-    return np.asarray(said.tokens["divergence"])
+    return np.asarray(loss.tokens["divergence"])
 
 
 def test_the_control_has_no_divergence_in_a_model_that_sees_everything(config, task, rollouts):
-    """Other widths, another place for the prompt: the rounding of float32 is all that is left."""
+    """The padded lengths and the places of the prompts differ, so only float32 rounding remains."""
     from opsd_jax.models import decoder
 
     with config.unlocked():
@@ -346,8 +348,8 @@ def test_the_control_has_no_divergence_in_a_model_that_sees_everything(config, t
 
 
 class Writer:
-    """An engine that says what it is told, and remembers what it was asked. Its responses end as
-    those of an engine do: in any order, here the last first, and some of them together.
+    """A fake engine that returns given replies and records its prompts. As in a real engine, the
+    responses end in another order than the prompts, here in reverse and two at a time.
     """
 
     def __init__(self, replies):
@@ -358,10 +360,10 @@ class Writer:
         poll()
         self.asked += prompts
         self.draws += [(str(jax.random.key_data(key)), rollout_id) for (rollout_id,) in ids]
-        said, self.replies = self.replies[: len(prompts)], self.replies[len(prompts) :]
+        replies, self.replies = self.replies[: len(prompts)], self.replies[len(prompts) :]
         made = [
             Response(i, 0, np.array(tokens), np.zeros(len(tokens)), np.zeros(len(tokens)), STOP_EOS)
-            for i, tokens in enumerate(said)
+            for i, tokens in enumerate(replies)
         ]
         assert len(made) == len(prompts)
         for start in range(0, len(made), 2):
@@ -378,7 +380,7 @@ def test_memos(config, task, rollouts):
         [
             [*encode("<think>Hm.</think>\n\nAdd 3."), eos],
             encode("<think>and so on and on"),
-            [*encode("<think>I stop here."), eos],  # ended, and yet in mid-thought
+            [*encode("<think>I stop here."), eos],  # EOS inside the thinking
             [*encode("<think>Hm.</think>  "), eos],
         ],
     )
@@ -392,7 +394,7 @@ def test_memos(config, task, rollouts):
     assert metrics == {"no_context": 1, "context_cut": 0, "context/memo": 3}
     for i, memo in {0: "Add 3.", 2: "In short: 3.", 3: "Count."}.items():
         assert f"recall:\n{memo}\nUse it" in decoded(task, rows[i]["teacher"])
-    # The dialogue that they were asked for in: the response to the token, its thinking too.
+    # Memos are requested in a dialogue that has every token of the response, with its thinking.
     for i, asked in zip([0, 2, 3, 5], write.asked, strict=True):
         problem = rollouts.problems[i]
         before = [*task.prompt(problem), *rollouts.responses[i].tolist()]
@@ -401,7 +403,7 @@ def test_memos(config, task, rollouts):
         assert request.startswith("\n<|im_start|>user\nThat is " + ("right" if RIGHT[i] else "wro"))
         assert f"the answer is {problem.answer}." in request
         assert request.endswith("<|im_end|>\n<|im_start|>assistant\n")
-    # Thinking that did not end is closed, and goes on from there.
+    # Thinking that did not end is closed, and the memo follows.
     for i, thought in {1: "<think>and so on and on", 2: "<think>I stop here."}.items():
         closed = close.asked[i - 1]
         assert closed[: len(write.asked[i])] == write.asked[i]
@@ -423,8 +425,8 @@ def stop():
     raise RuntimeError("stop")
 
 
-def test_a_memo_depends_on_seed_step_and_turn(config, task, rollouts):
-    """And on nothing else; no two draws of a step are the same."""
+def test_a_memo_depends_on_seed_step_and_place(config, task, rollouts):
+    """It depends on nothing else, and no two memos of a step have the same random numbers."""
     eos = task.tokenizer.eos_ids[0]
     encode = task.tokenizer.encode
 
@@ -440,10 +442,10 @@ def test_a_memo_depends_on_seed_step_and_turn(config, task, rollouts):
     assert len({*one, *draws(0, 4), *draws(1, 3)}) == 3 * len(one) == 27
 
 
-def test_a_memo_that_comes_to_nothing_leaves_its_place_to_the_next(config, task, rollouts):
+def test_an_empty_memo_leaves_its_place_to_the_next_rollout(config, task, rollouts):
     eos = task.tokenizer.eos_ids[0]
-    said = [[eos], *([*task.tokenizer.encode(f"Memo {i}."), eos] for i in range(5))]
-    write = Writer(said)
+    replies = [[eos], *([*task.tokenizer.encode(f"Memo {i}."), eos] for i in range(5))]
+    write = Writer(replies)
     memos = memos_of(config, task, write, Writer([]))
     rows, metrics = taught(config, task, rollouts, "memo", memos=memos, capacity=2)
     assert list(rows) == [1, 2]
@@ -467,7 +469,7 @@ def test_memos_of_truncated_rollouts(config, task, rollouts):
     assert request.startswith("<think>So</think> 46.<|im_end|>\n<|im_start|>user\nYou ran out of ")
 
 
-def test_where_there_is_no_memo_the_next_kind_is_tried(config, task, rollouts):
+def test_without_a_memo_the_next_kind_is_tried(config, task, rollouts):
     write = Writer([[task.tokenizer.eos_ids[0]], task.tokenizer.encode("Add.")])
     memos = memos_of(config, task, write, Writer([]))
     rows, metrics = taught(
@@ -478,7 +480,7 @@ def test_where_there_is_no_memo_the_next_kind_is_tried(config, task, rollouts):
     assert metrics["context/answer"] == metrics["context/memo"] == metrics["context/sibling"] == 1
 
 
-def test_memos_fit_their_sizes(config, task):
+def test_memos_fit_the_lengths_of_their_engines(config, task):
     memo = config.opsd.memo
     write, close = memo_sampling(memo, 120, 40, 6, task)
     assert write.prompt_tokens == 120 + 40 + memo.request_tokens
@@ -499,11 +501,11 @@ def test_memos_fit_their_sizes(config, task):
 
 
 def shout(problem, rollout, group):
-    """A context of a user's own."""
+    """A context function that a user could write."""
     return problem.question.upper() if group[rollout].correct else None
 
 
-def test_a_context_of_ones_own(config, task, rollouts):
+def test_a_context_function_of_the_user(config, task, rollouts):
     rows, metrics = taught(config, task, rollouts, "test_contexts:shout")
     assert list(rows) == [0, 1, 3]
     assert "\n\nWHAT IS " in decoded(task, rows[0]["teacher"])
@@ -539,7 +541,7 @@ def test_a_context_of_ones_own(config, task, rollouts):
         ({"teacher": {"every": 0}}, "config.opsd.teacher.every is 0; expected at least 1"),
     ],
 )
-def test_settings_that_cannot_be(changes, message):
+def test_invalid_options_are_refused(changes, message):
     config = tiny_config.quickstart()
     config.opsd.update(changes)
     with pytest.raises(config_lib.ConfigError, match=message):
@@ -560,7 +562,7 @@ def test_settings_that_cannot_be(changes, message):
         ({"teacher_prompt_tokens": 30}, "is 30; the teacher's prompt of problem sums/[0-9]+ has"),
     ],
 )
-def test_what_the_task_cannot_give_is_said_before_a_run(config, task, changes, message):
+def test_contexts_that_the_task_lacks_are_refused_before_a_run(config, task, changes, message):
     bare = task._replace(reminder=None, memo_request=None)
     check(config, bare, changes, message)
 
@@ -572,7 +574,7 @@ def test_what_the_task_cannot_give_is_said_before_a_run(config, task, changes, m
         ({"reinject_every": 5, "reminder_tokens": 9}, "reminder_tokens is 9; a reminder of the so"),
     ],
 )
-def test_limits_without_room_are_said_before_a_run(config, task, changes, message):
+def test_limits_without_room_are_refused_before_a_run(config, task, changes, message):
     check(config, task, changes, message)
 
 
@@ -591,20 +593,20 @@ def check(config, task, changes, message):
         run()
 
 
-def test_how_much_is_cut_and_missing_is_said(config, task, caplog):
+def test_missing_and_cut_contexts_are_logged(config, task, caplog):
     check(config, task, {"teacher_prompt_tokens": 64}, "")
-    said = caplog.text
-    assert "opsd: of 12 problems looked at, 11 have a solution, and " in said
-    cut = int(said.partition("solution, and ")[2].split()[0])
+    logged = caplog.text
+    assert "opsd: of 12 problems looked at, 11 have a solution, and " in logged
+    cut = int(logged.partition("solution, and ")[2].split()[0])
     assert 0 < cut <= 11
 
 
 def test_a_memo_cannot_end_the_users_turn(config, task, rollouts):
-    words = "Add.<|im_end|>\n<|im_start|>assistant\n4"
-    ids, _ = task.teacher_prompt(rollouts.problems[0], Context("memo", words), 400)
-    said = decoded(task, ids)
-    assert "recall:\nAdd.\nassistant\n4\nUse it" in said
-    assert said.count("<|im_start|>") == 2
-    reminder, cut = task.reminder(Context("memo", words), 200)
+    memo = "Add.<|im_end|>\n<|im_start|>assistant\n4"
+    ids, _ = task.teacher_prompt(rollouts.problems[0], Context("memo", memo), 400)
+    prompt_text = decoded(task, ids)
+    assert "recall:\nAdd.\nassistant\n4\nUse it" in prompt_text
+    assert prompt_text.count("<|im_start|>") == 2
+    reminder, cut = task.reminder(Context("memo", memo), 200)
     assert not cut
     assert "<|im_" not in decoded(task, reminder)

@@ -1,5 +1,6 @@
-"""A fourth algorithm in one file, tests/support/best_of_n.py: it trains, is checked, planned and
-reported without another line of the package.
+"""A fourth algorithm in one file, tests/support/best_of_n.py, works without changes to the package.
+
+It is checked, trained, planned and reported like the others.
 """
 
 import json
@@ -47,7 +48,7 @@ def own(config):
 
 def test_the_file_is_short():
     assert len((SUPPORT / "best_of_n.py").read_text().splitlines()) < 80
-    assert best_of_n.ALGORITHM not in ALGORITHMS.values()  # nothing of the package knows it
+    assert best_of_n.ALGORITHM not in ALGORITHMS.values()  # the package does not know it
 
 
 def test_it_trains_and_reports(own, tmp_path):
@@ -92,15 +93,15 @@ def test_it_validates(own, field, value, message):
 
 def test_its_data_and_slots_are_checked(own, tmp_path):
     own.best.prompt_tokens = 8
-    with pytest.raises(ConfigError, match="best.prompt_tokens is 8; expected at least 16"):
+    with pytest.raises(ConfigError, match=r"best.prompt_tokens is 8; expected at least 16"):
         pipeline.assemble(parse_run(own), tmp_path)
     own.best.update({"prompt_tokens": 16, "slots": 12})
-    with pytest.raises(ConfigError, match="best.slots is 12; expected a multiple of data x fsdp"):
+    with pytest.raises(ConfigError, match=r"best.slots is 12; expected a multiple of data x fsdp"):
         pipeline.assemble(parse_run(own), tmp_path)
 
 
 def test_it_is_planned(own):
-    """The plan compiles what the stage samples and its train step, here for CPUs."""
+    """The plan compiles the sampling and the train step of the stage, here for CPUs."""
     compiler = Compiler()
     own.model.update({"attention": "dense", "cache": "dense"})
     with aot.planning(compiler):

@@ -27,7 +27,7 @@ from opsd_jax.verify.verdict import Verdict
 
 @pytest.fixture(scope="module")
 def rollouts(task):
-    """32 rollouts of 16 problems, every response another, all three outcomes among them."""
+    """32 rollouts of 16 problems, with different responses and all three outcomes."""
     rng = np.random.default_rng(0)
     responses = [
         np.array([3, i, *rng.integers(1, 32, rng.integers(0, 80))], np.int32) for i in range(32)
@@ -44,7 +44,7 @@ def rollouts(task):
 
 
 def rows_of(batch):
-    """The rows of a batch that hold anything, by the second token of their response."""
+    """The rows of a batch that are not padding, by the second token of their response."""
     found = {}
     for bucket in batch:
         data = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), bucket["rows"])
@@ -91,8 +91,8 @@ def test_opsd_trains_on_what_the_gate_keeps(config, task, model, rollouts, gate,
         assert prompt_of(row, "student") == task.prompt(rollouts.problems[i])
         problem = rollouts.problems[i]
         assert prompt_of(row, "teacher") == informed_prompt(problem, problem.solution)
-    live = sum(int(bucket["count"]) for bucket in batch)
-    assert live <= -(-len(rows) // section.microbatch) + 1  # what is dropped is not computed
+    computed = sum(int(bucket["count"]) for bucket in batch)
+    assert computed <= -(-len(rows) // section.microbatch) + 1  # dropped rows are not computed
 
 
 def test_opsd_takes_the_first_rows_up_to_its_cap(config, task, model, rollouts):
@@ -122,7 +122,7 @@ def test_rlvr_gives_each_rollout_its_advantage(config, task, model, rollouts):
 
 
 def test_rlvr_leaves_out_groups_without_signal(config, task, model, rollouts):
-    """They are not computed, and not counted in the mean."""
+    """Dropped groups are not computed and do not count in the mean."""
     section = stage_options(config.rlvr, objective=config_lib.objective("dapo"))
     parts, *_ = rlvr(section, task, model.policy, lambda step, params: rollouts).batches(0, None)
     rewards = rollouts.judged.outcomes.correct.reshape(-1, 2)
@@ -145,7 +145,7 @@ def test_rlvr_punishes_overlong_responses_in_tokens(config, task, model, rollout
 
 @pytest.mark.parametrize("preset", ["grpo", "gspo"])
 def test_other_objectives_of_rlvr(config, task, model, params, rollouts, preset):
-    """With a KL to the reference, and with a ratio of the sequence."""
+    """GRPO has a KL term to the reference model, and GSPO has a ratio per sequence."""
     section = stage_options(config.rlvr, objective=config_lib.objective(preset))
     stage = rlvr(section, task, model.policy, lambda *_: rollouts)
     assert (stage.teacher is not None) == (preset == "grpo")
@@ -163,7 +163,7 @@ def test_other_objectives_of_rlvr(config, task, model, params, rollouts, preset)
 
 
 def test_other_losses_of_opsd(config, task, model, params, rollouts):
-    """What the config says is what `losses.opsd` gets."""
+    """The loss of the stage equals `losses.opsd` with the options of the config."""
     changes = {
         "divergence": "jsd,forward_kl,reverse_kl",
         "top_k": 5,
@@ -203,8 +203,9 @@ def test_other_losses_of_opsd(config, task, model, params, rollouts):
 
 @pytest.fixture
 def collector(task):
-    """Stands in for the device: responses are their problem's id and number, and right where the
-    id is divisible by `right`; the problems asked for are kept, and how they were to be sampled."""
+    """A fake collector that records its problems, keys and sampling parameters. A response has the
+    id of its problem and its own number, and `right(id, number)` says whether it is correct.
+    """
 
     class Collector:
         def __init__(self, right):
@@ -235,11 +236,11 @@ def collector(task):
 
 
 def poll():
-    """Stands in for the look at signals."""
+    """A fake check for signals."""
 
 
 def stage_with(module, section, task, model, collector):
-    """The stage as a run makes it, with a collector of the test's."""
+    """Makes the stage as a run does, but with the given collector."""
     roll_out = step_rollouts(
         section,
         task,
@@ -254,46 +255,46 @@ def stage_with(module, section, task, model, collector):
     return module.stage(section, task, model.policy, roll_out, *more)
 
 
-@pytest.mark.parametrize("share", [2, 5, 1000])
-def test_dynamic_sampling_replaces_problems_without_signal(config, task, model, collector, share):
-    """One in `share` problems has one right rollout of two; the others have none or both."""
+@pytest.mark.parametrize("every", [2, 5, 1000])
+def test_dynamic_sampling_replaces_problems_without_signal(config, task, model, collector, every):
+    """One in `every` problems has one correct rollout of two; the others have none or both."""
     section = stage_options(
         config.rlvr, objective=config_lib.objective("dapo"), prompts=8, resample_rounds=3
     )
-    right = lambda problem, i: i == 0 if problem % share == 0 else problem % 2 == 0
+    right = lambda problem, i: i == 0 if problem % every == 0 else problem % 2 == 0
     sampled = collector(right)
     stage = stage_with(rlvr_lib, section, task, model, sampled)
     parts, metrics, records = stage.batches(3, None)
     ids = [i for call in sampled.calls for i in call]
     assert len(set(ids)) == len(ids) == metrics["problems"] == len(records)
-    informative = [i for i in ids if i % share == 0]
+    informative = [i for i in ids if i % every == 0]
     rows = [row["targets"][row["mask"]][1] for part in parts for row in all_rows(part)]
     assert rows == [i % 30 for i in informative[:8] for _ in range(2)]
     assert len(sampled.calls) <= 4
     assert len(rows) == 16 or len(sampled.calls) == 4
-    assert (len(sampled.calls) > 1) == (share > 1)
-    all_right = sum(i % share > 0 and i % 2 == 0 for i in ids)
-    all_wrong = sum(i % share > 0 and i % 2 == 1 for i in ids)
+    assert (len(sampled.calls) > 1) == (every > 1)
+    all_right = sum(i % every > 0 and i % 2 == 0 for i in ids)
+    all_wrong = sum(i % every > 0 and i % 2 == 1 for i in ids)
     assert metrics["groups_all_correct"] == all_right
     assert metrics["groups_all_incorrect"] == all_wrong
     sizes = [len(all_rows(part)) for part in parts]
     assert max(sizes) - min(sizes) <= 1
     assert [r["correct"] for r in records] == [
-        1 if i % share == 0 else 2 * (i % 2 == 0) for i in ids
+        1 if i % every == 0 else 2 * (i % 2 == 0) for i in ids
     ]
     before, keys = list(sampled.calls), list(sampled.keys)
     sampled.calls.clear()
     stage.batches(4, None)
     assert not set(before[0]) & set(sampled.calls[0])
-    assert len(set(sampled.keys)) == len(sampled.keys)  # no two rounds have the same numbers
+    assert len(set(sampled.keys)) == len(sampled.keys)  # no two rounds have the same random numbers
     sampled.calls.clear()
     sampled.keys.clear()
-    stage.batches(3, None)  # of the step alone: a resumed run asks for the same
+    stage.batches(3, None)  # a resumed run samples the same problems with the same keys
     assert (sampled.calls, sampled.keys) == (before, keys)
 
 
 def test_a_stage_samples_from_its_own_distribution(config, task, model, collector):
-    """At its temperature, of all words, to the tokenizer's end; signals are looked at meanwhile."""
+    """The temperature is the stage's, no token is excluded, and EOS comes from the tokenizer."""
     section = stage_options(config.rlvr, prompts=8, temperature=0.75)
     sampled = collector(lambda problem, i: i == 0)
     stage_with(rlvr_lib, section, task, model, sampled).batches(0, None)
@@ -303,8 +304,8 @@ def test_a_stage_samples_from_its_own_distribution(config, task, model, collecto
     assert sampled.poll is poll
 
 
-def test_resampled_problems_do_not_come_again_in_the_next_step(config, task, model, collector):
-    """A round has the problems that would do if all of theirs did, and no more."""
+def test_resampled_problems_are_not_repeated_in_later_steps(config, task, model, collector):
+    """A round has just enough problems to fill the batch if all of them are informative."""
     section = stage_options(
         config.rlvr, objective=config_lib.objective("dapo"), prompts=6, resample_rounds=3
     )
@@ -325,8 +326,8 @@ def test_resampled_problems_do_not_come_again_in_the_next_step(config, task, mod
 
 
 @pytest.mark.parametrize("preset", ["dapo", "reinforce++"])
-def test_what_is_dropped_changes_no_advantage(config, task, model, rollouts, preset):
-    """Statistics of the whole batch, too, are of what trains."""
+def test_dropped_rollouts_change_no_advantage(config, task, model, rollouts, preset):
+    """Batch statistics also use only the rollouts that train."""
     objective = config_lib.objective(preset, drop_uninformative=True)
     section = stage_options(config.rlvr, objective=objective)
     parts, *_ = rlvr(section, task, model.policy, lambda *_: rollouts).batches(0, None)
@@ -342,7 +343,7 @@ def test_what_is_dropped_changes_no_advantage(config, task, model, rollouts, pre
 
 
 def all_rows(batch):
-    """The rows of a batch that hold anything, in order."""
+    """The rows of a batch that are not padding, in order."""
     found = []
     for bucket in batch:
         data = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), bucket["rows"])
@@ -367,8 +368,8 @@ def test_opsd_resamples_until_its_rows_are_full(config, task, model, collector):
     assert len(sampled.calls) == 1
 
 
-def test_a_stage_asks_for_verdicts_late(config, task, model, rollouts):
-    """Prompts are made before the masks are asked for; the wait is measured."""
+def test_a_stage_waits_for_verdicts_after_making_prompts(config, task, model, rollouts):
+    """Prompts are made before the stage waits for outcomes, and the wait is measured."""
     late = Future()
     replies = [late, *rollouts.replies[1:]]
     pending = dataclasses.replace(rollouts, replies=replies)
@@ -396,7 +397,7 @@ def test_a_stage_asks_for_verdicts_late(config, task, model, rollouts):
 
 
 def test_every_reason_is_counted(config, task, model, rollouts):
-    """Those that nothing had, too: a curve of time-outs begins at 0."""
+    """A reason without rollouts has a count of 0, so a curve of time-outs begins at 0."""
     reasons = ["timeout", "crash", "memory", "no answer", "verifier ValueError"]
     replies = [Verdict(False, reason) for reason in reasons] + rollouts.replies[5:]
     marked = dataclasses.replace(rollouts, replies=replies)
@@ -404,7 +405,7 @@ def test_every_reason_is_counted(config, task, model, rollouts):
         0, None
     )
     counts = {k.removeprefix("verdict/"): v for k, v in metrics.items() if k.startswith("verdict/")}
-    assert counts.pop("") == 27  # the fixture's verdicts give none
+    assert counts.pop("") == 27  # verdicts of the fixture have no reason
     assert counts == {
         **dict.fromkeys(["match", "mismatch", "truncated"], 0),
         **dict.fromkeys(["timeout", "crash", "memory", "no_answer", "verifier_ValueError"], 1),

@@ -1,4 +1,4 @@
-"""Each teacher does what its name says, seen on the parameters, and on the logits that it gives."""
+"""The parameters and the logits of each kind of teacher."""
 
 import jax
 import jax.numpy as jnp
@@ -25,18 +25,19 @@ def weights(params):
 
 
 def run(weights, kind, *, dtype=jnp.float32, skipped=(), **options):
-    """The states after each of STEPS steps of a loss that moves the weights; `skipped` ones have a
-    batch without weight.
+    """Returns the initial state and the state after each of STEPS train steps.
+
+    The batches of the steps in `skipped` have no weight, so these steps are skipped.
     """
 
     def loss(params, teacher, row):
         squares = sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(params))
         return row["weight"] * squares, (row["weight"], {})
 
-    rule = teacher_lib.make_teacher(section(kind, **options))
+    teacher = teacher_lib.make_teacher(section(kind, **options))
     optimizer = optax.adam(1e-2)
-    step = jax.jit(make_train_step(loss, optimizer, rule), donate_argnums=0)
-    state = init_state(jax.tree.map(lambda x: x.astype(dtype), weights), optimizer, rule)
+    step = jax.jit(make_train_step(loss, optimizer, teacher), donate_argnums=0)
+    state = init_state(jax.tree.map(lambda x: x.astype(dtype), weights), optimizer, teacher)
     states = [jax.tree.map(np.asarray, state)]
     for i in range(STEPS):
         row = {"weight": jnp.full(1, 0.0 if i in skipped else 1.0)}
@@ -58,8 +59,8 @@ def test_frozen_is_unchanged_to_the_bit(weights, kind):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_ema_is_a_recurrence_in_float32(weights, dtype):
-    """Against float64, of parameters as they are after each update; the error of an addition a step
-    at most.
+    """The expected average is computed in float64 from the parameters after each update. The
+    tolerance is the rounding error of one addition per step.
     """
     states = run(weights, "ema", dtype=dtype, rate=0.1, skipped=(2, 5))
     expected = jax.tree.map(lambda x: x.astype(np.float64), states[0]["params"])
@@ -73,10 +74,10 @@ def test_ema_is_a_recurrence_in_float32(weights, dtype):
         ):
             assert got.dtype == np.float32
             np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-7)
-    assert equal(states[3]["teacher"], states[2]["teacher"])  # skipped: to the bit
+    assert equal(states[3]["teacher"], states[2]["teacher"])  # step 2 is skipped
 
 
-def test_refresh_copies_every_so_many_updates(weights):
+def test_refresh_copies_after_every_few_updates(weights):
     states = run(weights, "refresh", every=3)
     copied = [0, 0, 0, 3, 3, 3, 6, 6]
     for state, of in zip(states, copied, strict=True):
@@ -109,7 +110,7 @@ def logits(model, kind, params, teacher, sequences, **options):
 
 
 @pytest.mark.parametrize("kind", teacher_lib.TEACHERS)
-def test_the_logits_are_those_of_the_teacher(model, params, score, sequences, kind):
+def test_logits_of_each_kind(model, params, score, sequences, kind):
     other = jax.tree.map(lambda x: 1.1 * x, params)
     of = lambda p: np.asarray(score(p, sequences["tokens"], sequences["positions"]))
     expected = {
@@ -120,7 +121,7 @@ def test_the_logits_are_those_of_the_teacher(model, params, score, sequences, ki
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_words_that_cannot_occur_stay_so_in_a_mixture():
+def test_tokens_with_probability_zero_keep_it_in_a_mixture():
     unembed = lambda params, hidden: jnp.where(jnp.arange(4) == 2, -jnp.inf, params * hidden)
     mixed = teacher_lib._mix(unembed, 0.25, (1.0, 2.0), jnp.ones((3, 8)))
     np.testing.assert_array_equal(mixed, [[1.25, 1.25, -np.inf, 1.25]] * 3)
@@ -138,8 +139,8 @@ def test_no_gradient_flows_into_a_teacher(model, params, sequences, kind):
         np.testing.assert_array_equal(leaf, 0)
 
 
-def test_a_teacher_kept_in_bfloat16_is_the_same_teacher(sequences):
-    """The products of a bfloat16 model cast float32 weights; a teacher may be cast once."""
+def test_a_teacher_stored_in_bfloat16_has_the_same_logits(sequences):
+    """The matmuls of a bfloat16 model cast float32 weights, so a teacher can be cast once."""
     config = tiny_config.decoder(dtype="bfloat16", num_layers=2, scan_unroll=1)
     model = decoder.from_config(config)
     params = jax.tree.map(lambda x: 3 * x, model.init(jax.random.key(0)))
