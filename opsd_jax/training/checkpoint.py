@@ -181,8 +181,7 @@ class Checkpoints:
         different = sorted(n for n in mine if saved.get(n) != mine[n])
         if different:
             listed = "\n".join(
-                f"  {n}: {saved.get(n, 'absent')!r} there, {mine[n]!r} now"
-                for n in different
+                f"  {n}: {saved.get(n, 'absent')!r} there, {mine[n]!r} now" for n in different
             )
             raise Foreign(
                 f"{path} is a checkpoint of another run, with other values of:\n{listed}\n"

@@ -110,11 +110,14 @@ def test_a_model_directory_is_rewritten_in_another_dtype(source, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--workdir", "RUN", "--stage", "rlvr"), "the stage 'rlvr' has not ended"),
+        (("--workdir", "RUN", "--stage", "rlvr"), "the stage 'rlvr' has not finished"),
         (("--workdir", "RUN", "--stage", "rl"), "--stage rl: expected one of untrained, sft"),
         (("--workdir", "EMPTY"), "holds no run"),
         (("--model", "EMPTY"), r"config.json cannot be read: No such file"),
-        (("--model", "EMPTY", "--stage", "sft"), "--stage goes with --workdir"),
+        (
+            ("--model", "EMPTY", "--stage", "sft"),
+            "--stage: --model has no stages; expected --workdir",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_converted_is_an_error(
@@ -137,7 +140,7 @@ def test_nothing_is_overwritten(finished, source, capsys):
 def test_a_run_without_a_finished_stage_has_nothing_to_convert(finished, tmp_path, capsys):
     shutil.rmtree(finished / "sft")
     assert convert("--workdir", finished, "--out", tmp_path / "out") == 2
-    assert "no stage of the run in" in capsys.readouterr().err
+    assert "no stage of the run has finished" in capsys.readouterr().err
 
 
 def test_a_model_without_save_cannot_be_converted(finished, tmp_path, capsys):

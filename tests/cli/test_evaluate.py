@@ -226,7 +226,7 @@ def test_a_signal_stops_it_before_the_next_chunk(whole, command, tmp_path, monke
     monkeypatch.setattr(StopSignal, "check", counted_check)
     code, errors = command("--out", tmp_path)
     assert code == 143
-    assert "the same command goes on" in errors
+    assert "the same command resumes from here" in errors
     assert [*map(bool, checks)].count(True) == 1  # the first check after the signal is the last one
     assert 1 <= len(written) < 9
     lines = (tmp_path / "responses.jsonl").read_text().splitlines()
@@ -399,9 +399,9 @@ def test_benchmarks_replace_the_held_out_problems(command, questions, tmp_path):
     [
         (["--benchmark", "mmlu"], "expected NAME=PATH, or one of math500, aime24, aime25, gsm8k"),
         (["--benchmark", "a=none.jsonl"], "config.data.heldout.a.path is 'none.jsonl'"),
-        (["--top-p", "0"], r"config.evaluation.top_p is 0.0; expected a mass in \(0, 1\]"),
-        (["--top-k", "-1"], "config.evaluation.top_k is -1; expected a number not below 0"),
-        (["--min-p", "1.5"], r"config.evaluation.min_p is 1.5; expected a share in \[0, 1\]"),
+        (["--top-p", "0"], r"config.evaluation.top_p is 0.0; expected a number in \(0, 1\]"),
+        (["--top-k", "-1"], "config.evaluation.top_k is -1; expected at least 0"),
+        (["--min-p", "1.5"], r"config.evaluation.min_p is 1.5; expected a number in \[0, 1\]"),
         (["--slots", "0"], "config.evaluation.slots is 0; expected at least 1"),
         (
             ["--mesh", "8,1,1"],
@@ -410,7 +410,7 @@ def test_benchmarks_replace_the_held_out_problems(command, questions, tmp_path):
         (["--problems", "1"], "config.evaluation.problems is 1; expected at least 2"),
         (["--problems", "10"], "config.evaluation.problems is 10; expected at most 9"),
         (["--stage", "dpo"], "--stage dpo: expected one of untrained, sft, rlvr, opsd"),
-        (["--stage", "rlvr"], "the stage 'rlvr' has not ended"),
+        (["--stage", "rlvr"], "the stage 'rlvr' has not finished"),
         (["--mesh", "3,1,1"], r"mesh \(3, 1, 1\) over .* takes 3 devices"),
         (["--problems", "-2"], "--problems -2: expected 0, for all, or more"),
     ],
