@@ -116,7 +116,7 @@ def test_a_model_directory_is_rewritten_in_another_dtype(source, tmp_path):
         (("--model", "EMPTY"), r"config.json cannot be read: No such file"),
         (
             ("--model", "EMPTY", "--stage", "sft"),
-            "--stage: --model has no stages; expected --workdir",
+            "--stage: --model has no stages; expected",
         ),
     ],
 )
