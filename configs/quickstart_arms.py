@@ -2,9 +2,9 @@
 
     opsd-jax train --config quickstart_arms --workdir runs/arms
 
-Hardware: two CPU cores, 2 GB of memory; about seven minutes. Expect all three arms to shorten the
-responses by similar amounts, Correct-only to keep the accuracy, and Incorrect-only to lose ten
-points or more.
+Hardware: two CPU cores, 2 GB of memory; about six minutes. Expect all three arms to shorten the
+responses by similar amounts, Correct-only to keep the accuracy, and Incorrect-only to lose 9 to 20
+points, depending on the seed.
 """
 
 from opsd_jax.config import loading

@@ -128,7 +128,7 @@ def test_a_model_family(example, tmp_path):
 
 def test_a_benchmark(example):
     example("A benchmark")
-    assert BENCHMARKS["minerva"].source == {"columns": {"question": "question"}}
+    assert BENCHMARKS["minerva"].source.columns.question == "question"
 
 
 def test_a_stage(example, tmp_path):
