@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 
 import opsd_jax
 from opsd_jax.config.run_options import RunOptions, parse_run, run_section
-from opsd_jax.models.options import PretrainedOptions
 from opsd_jax.options import ConfigError, describe
 from opsd_jax.stages import algorithm_of
 
@@ -55,12 +54,6 @@ def load(
     options = parse_run(config)
     if data:
         options.data.check_sources("data")
-        if isinstance(options.model, PretrainedOptions) and not options.model.path:
-            raise ConfigError(
-                "config.model.path is ''; expected a directory with a Hugging Face config.json and "
-                "*.safetensors, such as --config.model.path=/models/Qwen3-1.7B. A config that "
-                "relied on the small model of earlier defaults finds it in configs/quickstart.py."
-            )
     return options
 
 
