@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
 # Runs the linter, the type checker and the tests in .venv, with the `test` extra installed.
 #
-#   ./launch/test.sh [--slow] [PYTEST ARGUMENT ...]
+#   ./launch/test.sh [--slow | --pod] [PYTEST ARGUMENT ...]
 #
 # --slow runs the tests marked "slow" instead of the others. They also need torch, transformers and
-# the compiler for TPUs, which it installs.
+# the compiler for TPUs, which it installs. --pod runs the tests marked "pod" instead: each compiles
+# a whole run for a TPU pod, for ten minutes or more.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/setup.sh
 . launch/setup.sh
 
-which_tests="not slow" extra=test
-if [ "${1:-}" = --slow ]; then which_tests="slow" extra=test,parity,tpu; shift; fi
+which_tests="not slow and not pod" extra=test
+case ${1:-} in
+  --slow) which_tests="slow and not pod" extra=test,parity,tpu; shift ;;
+  --pod) which_tests="pod" extra=test,parity,tpu; shift ;;
+esac
 setup "$extra"
 ruff format --check .
 ruff check .

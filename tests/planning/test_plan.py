@@ -128,7 +128,7 @@ def test_slices_differ_along_data():
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.pod
 def test_the_papers_run_fits_and_no_loop_moves_a_weight():
     """Qwen3-8B OPSD on 16 v5p chips, 32 rollouts of up to 8,192 tokens with memos as context."""
     plan, code = planned(PAPERS, "v5p:2x2x4")
@@ -139,7 +139,7 @@ def test_the_papers_run_fits_and_no_loop_moves_a_weight():
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.pod
 def test_a_step_of_64_rows_of_4096_tokens_takes_less_than_a_plain_one():
     """The temporaries of the plain step are 15.1 GiB."""
     plan, code = planned(
