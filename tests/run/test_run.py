@@ -298,10 +298,11 @@ def test_a_full_disk_is_named_and_damages_nothing(config, undisturbed, tmp_path,
 import pathlib, resource, sys
 sys.path.insert(0, {str(SUPPORT)!r})
 from opsd_jax.config import loading
+from opsd_jax.config.run_options import parse_run
 from opsd_jax.cli import main
 from opsd_jax.run import pipeline
 from opsd_jax.run import workdir as workdir_lib
-config = workdir_lib.config_of(pathlib.Path({str(workdir)!r}))
+config = parse_run(workdir_lib.config_of(pathlib.Path({str(workdir)!r})))
 loading.load = lambda *_: config
 resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, resource.RLIM_INFINITY))
 sys.exit(main.main(["train", "--config", "-", "--workdir", {str(workdir)!r}]))
