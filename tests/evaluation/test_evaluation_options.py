@@ -20,9 +20,9 @@ def test_numbers_of_problems(problems):
         ("temperature", -0.1, "at least 0"),
         ("temperature", float("inf"), "a finite number"),
         ("top_k", -1, "at least 0"),
-        ("top_p", 0.0, "above 0 and at most 1"),
-        ("min_p", 1.5, "at least 0 and at most 1"),
-        ("seed", 2**31, "at least 0 and below 2\\^31"),
+        ("top_p", 0.0, r"a number in \(0, 1\]"),
+        ("min_p", 1.5, r"a number in \[0, 1\]"),
+        ("seed", 2**31, r"a number in \[0, 2\^31\)"),
     ],
 )
 def test_values_out_of_bounds_are_refused(field, value, expected):
