@@ -61,6 +61,6 @@ class PhaseKey(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> PhaseKey:
-        """Returns the key that `str` turned into text; raises ValueError if there is none."""
+        """Returns the key that `str` turned into text."""
         section, _, kind = text.partition(" ")
         return cls(section, kind)

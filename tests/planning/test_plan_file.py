@@ -7,12 +7,12 @@ import re
 import shlex
 
 import pytest
+import tiny_config
 from paths import CONFIGS
 
-from opsd_jax import config as config_lib
-from opsd_jax.cli import main
+from opsd_jax.cli import main, plan
 from opsd_jax.config import loading
-from opsd_jax.planning import plan, plan_file
+from opsd_jax.planning import plan_file
 
 PLANS = sorted((CONFIGS / "plans").glob("*.txt"))
 
@@ -62,7 +62,7 @@ def test_a_config_quotes_the_memory_and_time_of_its_plan(planned):
     hbm = re.search(r"HBM of a device, in GiB, of ([\d.]+)", text)[1]
     assert f"the fullest phase leaves {left:.1f} GiB of {hbm} GiB free on each chip" in header
     low, high = re.search(r"total: (\S+) to (\S+) hours", text).groups()
-    assert f"Time: {low} to {high} hours for {config[stage].steps} steps" in header
+    assert f"Time: {low} to {high} hours for {config.sections[stage].steps} steps" in header
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_config_quotes_the_memory_and_time_of_its_plan(planned):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_the_hash_depends_on_the_fields_that_change_a_plan(change, is_same):
-    config = loading.flatten(config_lib.default()) | {"stages": ["opsd"]}
+    config = loading.flatten(tiny_config.quickstart()) | {"stages": ["opsd"]}
     assert change.keys() <= config.keys()
     before, after = plan_file.config_hash(config), plan_file.config_hash(config | change)
     assert (before == after) is is_same
@@ -104,19 +104,19 @@ def test_the_command_of_a_plan_has_the_arguments_that_are_not_defaults():
     importlib.util.find_spec("libtpu") is None, reason="pip install 'opsd-jax[tpu]'"
 )
 def test_the_command_line_writes_a_plan_file(tmp_path, monkeypatch, capsys):
-    flat = loading.flatten(config_lib.default())
+    flat = loading.flatten(tiny_config.quickstart())
     made = {
         "topology": "v5e:2x2", "slices": 1, "devices": 4, "chip": "TPU v5 lite", "hbm": 2.0**34,
         "mesh": {"data": 4}, "decode_mesh": {"data": 4}, "config": flat, "phases": [],
         "programs": [], "seconds_at_best": 3600.0, "seconds_in_turn": 7200.0,
         "response_length": 0.5, "largest_collective": {}, "smallest_weight": 7, "fits": True,
     }  # fmt: skip
-    monkeypatch.setattr(plan, "run", lambda arguments, overrides: made)
+    monkeypatch.setattr(plan, "plan", lambda *arguments, **options: made)
     out = tmp_path / "plan.txt"
-    arguments = ["plan", "--config", "c.py", "--topology", "v5e:2x2", "--out", str(out)]
+    arguments = ["plan", "--config", "quickstart", "--topology", "v5e:2x2", "--out", str(out)]
     assert main.main(arguments) == 0
     text = out.read_text()
-    assert text.startswith(f"opsd-jax plan --config c.py --topology v5e:2x2 --out {out}\n")
+    assert text.startswith(f"opsd-jax plan --config quickstart --topology v5e:2x2 --out {out}\n")
     assert field(text, "config sha256") == plan_file.config_hash(flat)
     assert {"date", "jax", "libtpu"} <= {line.partition(":")[0] for line in text.splitlines()}
     assert "  total: 1 to 2 hours, or 4 to 8 device-hours" in text
