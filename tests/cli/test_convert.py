@@ -21,10 +21,11 @@ from opsd_jax.training import checkpoint
 
 CONFIG = """
 from opsd_jax import config as config_lib
+from opsd_jax.config import loading
 
 
 def get_config():
-    config = tiny_config.quickstart()
+    config = loading.read("quickstart")
     config.model = config_lib.pretrained(dtype="float32", scan_unroll=3)
     config.stages = ("sft",)
     return config
