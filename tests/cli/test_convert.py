@@ -202,7 +202,7 @@ def test_a_pretrained_model_has_typed_fields(config_file):
     changes = {"model.path": "/m", "model.param_dtype": "bfloat16", "model.remat": "none"}
     config = loading.load(config_file, changes)
     assert (config.model.path, config.model.remat) == ("/m", "none")
-    assert loading.from_flat(loading.flatten(config)).model == config.model
+    assert parse_run(loading.from_flat(loading.flatten(config))) == config
     with pytest.raises(config_lib.ConfigError, match=r"no such field"):
         loading.load(config_file, {"model.hidden_size": "64"})
 
