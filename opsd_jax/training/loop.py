@@ -73,8 +73,7 @@ def run_stage(
         are donated to the state. Not called if there is a checkpoint.
       abstract_params: shapes, dtypes and shardings of the parameters.
       mesh: the mesh of the parameters.
-      directory: directory for `checkpoints/`, `metrics.jsonl`, `groups.jsonl` and TensorBoard
-        events.
+      directory: where `checkpoints/`, metrics, `groups.jsonl` and TensorBoard events are written.
       options: checkpoints and limits.
       stop: asks the run to stop; checked after every step. A stage that samples checks it too.
       report: called with the number and the metrics of each step, one step late.
@@ -83,10 +82,8 @@ def run_stage(
       The final parameters.
 
     Raises:
-      Interrupted: `stop` received a signal. A checkpoint has been saved, unless no step was
-        completed.
-      Diverged: the gradient was not finite in `options.max_nonfinite` steps in a row. Earlier
-        checkpoints stay.
+      Interrupted: `stop` received a signal; the completed steps, if any, are in a checkpoint.
+      Diverged: `options.max_nonfinite` steps in a row had no finite gradient.
     """
     abstract = abstract_state(abstract_params, optimizer, stage.teacher, mesh)
     with contextlib.ExitStack() as stack:
