@@ -16,16 +16,16 @@ MAX_ENGINES = 8  # kept per `Engines`
 class Engines:
     """Compiles engines of one model when they are first requested, and keeps the last ones used."""
 
-    def __init__(self, model: Model, layout: Layout | Callable[[], Layout], pad_id: int):
+    def __init__(self, model: Model, layout: Callable[[], Layout], pad_id: int):
         """Stores the model and its layout; nothing is compiled yet.
 
         Args:
           model: the model.
-          layout: the parameters' layout for decoding, or a function that returns it. The function
-            is called at the first request of an engine.
+          layout: returns the parameters' layout for decoding. Called at the first request of an
+            engine.
           pad_id: the token id of padding.
         """
-        self._model, self._given_layout, self._pad_id = model, layout, pad_id
+        self._model, self._make_layout, self._pad_id = model, layout, pad_id
         self._engine = functools.lru_cache(maxsize=MAX_ENGINES)(self._compile)
 
     def __call__(
@@ -60,9 +60,7 @@ class Engines:
     @functools.cached_property
     def _layout(self) -> Layout:
         """The parameters' layout for decoding."""
-        return (
-            self._given_layout if isinstance(self._given_layout, Layout) else self._given_layout()
-        )
+        return self._make_layout()
 
     def _compile(self, shape: EngineShape) -> Engine:
         """Compiles an engine of this shape."""

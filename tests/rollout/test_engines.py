@@ -31,7 +31,7 @@ def layout():
 
 
 def test_a_shape_is_compiled_once(compiled, layout):
-    engines = Engines("model", layout, pad_id=7)
+    engines = Engines("model", lambda: layout, pad_id=7)
     first = engines(**SIZES)
     shape = EngineShape(64, 8, 16, 32)  # prompts are a multiple of 4 x 2 shards
     assert compiled == [("model", layout.abstract, layout.mesh, shape, 7)]
@@ -57,7 +57,7 @@ def test_the_layout_is_made_at_the_first_request(compiled, layout):
 
 
 def test_the_last_eight_engines_are_kept(compiled, layout):
-    engines = Engines("model", layout, pad_id=0)
+    engines = Engines("model", lambda: layout, pad_id=0)
     made = [engines(**SIZES | {"response_tokens": n}) for n in range(1, 10)]
     assert engines(**SIZES | {"response_tokens": 2}) is made[1]
     assert engines(**SIZES | {"response_tokens": 1}) is not made[0]
