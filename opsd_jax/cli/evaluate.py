@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from opsd_jax.config import sections
 from opsd_jax.config.run_options import RunOptions, parse_run
 from opsd_jax.evaluation import benchmarks, records, summary
+from opsd_jax.models.options import TPU_ONLY
 from opsd_jax.options import ConfigError, section
 from opsd_jax.parallel import hosts
 from opsd_jax.parallel import mesh as mesh_lib
@@ -130,7 +131,7 @@ def config_of(arguments: argparse.Namespace) -> tuple[str, RunOptions]:
         raise ConfigError(f"--problems {arguments.problems}: expected 0, for all, or more.")
     stage, config = _of_run(arguments) if arguments.model is None else _of_model(arguments)
     config.stages = ()
-    for name, form in (("cache", "paged"), ("attention", "splash")):
+    for name, form in TPU_ONLY.items():
         if config.model.get(name) == form:
             config.model[name] = "auto"  # the machine that evaluates may have no TPU
     if arguments.mesh is not None:

@@ -15,6 +15,7 @@ from opsd_jax.evaluation.options import EvaluationOptions
 from opsd_jax.models.options import DecoderOptions, PretrainedOptions
 from opsd_jax.options import ConfigError, fail, fields_of, lock, option, parse, section
 from opsd_jax.stages import algorithm_of
+from opsd_jax.stages.algorithm import Algorithm
 from opsd_jax.stages.options import StageOptions
 from opsd_jax.training.checkpoint import CheckpointOptions
 from opsd_jax.verify.pool import PoolOptions
@@ -67,6 +68,10 @@ class RunOptions:
     sections: Mapping[str, StageOptions] = dataclasses.field(
         default_factory=lambda: types.MappingProxyType({})
     )
+
+    def algorithm(self, name: str) -> Algorithm:
+        """Returns the algorithm of the stage in section `name`."""
+        return algorithm_of(self.sections[name].algorithm, f"{name}.algorithm")
 
     def check_stages(self) -> None:
         """Raises ConfigError where the stages do not form a sequence that can run."""

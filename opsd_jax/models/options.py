@@ -14,6 +14,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 REMAT = ("none", "full", "attention", "products")
 ATTENTION = ("auto", "dense", "splash")
 CACHE = ("auto", "dense", "paged")
+TPU_ONLY = {"cache": "paged", "attention": "splash"}  # field -> its form that only TPUs run
 
 
 def _even(value: int) -> str:

@@ -41,7 +41,6 @@ from opsd_jax.rollout.engine import (
 )
 from opsd_jax.run import checks
 from opsd_jax.run.parameters import Parameters
-from opsd_jax.stages import algorithm_of
 from opsd_jax.stages.algorithm import Algorithm
 from opsd_jax.stages.options import StageOptions
 from opsd_jax.stages.parts import Parts, Sampling
@@ -338,7 +337,7 @@ class Phases:
     def add_stage(self, name: str) -> None:
         """Adds the phases of a stage; `name` is its section of the config."""
         options = self.config.sections[name]
-        algorithm = algorithm_of(options.algorithm, f"{name}.algorithm")
+        algorithm = self.config.algorithm(name)
         stage = algorithm.make(options, _parts(self.model))
         optimizer = make_optimizer(options.optimizer, stage.steps * stage.updates)
         abstract = state_lib.abstract_state(

@@ -12,10 +12,10 @@ import jax
 
 from opsd_jax.config.run_options import RunOptions
 from opsd_jax.data.task import Task
+from opsd_jax.models.options import TPU_ONLY
 from opsd_jax.options import ConfigError, fail
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.problem import Problem
-from opsd_jax.stages import algorithm_of
 from opsd_jax.stages.algorithm import LookedAt
 
 # How much of a data set is tokenized before a run begins:
@@ -35,7 +35,7 @@ def check_devices(
       decode_mesh: the devices while sampling.
     """
     kind, tensor = mesh.devices.flat[0].platform, mesh.shape["tensor"]
-    for name, form in (("cache", "paged"), ("attention", "splash")):
+    for name, form in TPU_ONLY.items():
         if getattr(config.model, name, None) == form and kind != "tpu":
             fail(f"model.{name}", form, f"'auto' on a {kind}: only TPUs run it")
 
@@ -47,7 +47,7 @@ def check_devices(
     check_divides("evaluation.slots", config.evaluation.slots, decode_mesh)
     for name in config.stages:
         options = config.sections[name]
-        algorithm = algorithm_of(options.algorithm, f"{name}.algorithm")
+        algorithm = config.algorithm(name)
         check_divides(f"{name}.microbatch", options.microbatch, mesh)
         if getattr(config.model, "sequence_parallel", False):
             shapes = algorithm.buckets(options)
@@ -88,7 +88,7 @@ def check_data(
                 "config_lib.source('maths.jsonl')."
             )
         options = config.sections[name]
-        algorithm = algorithm_of(options.algorithm, f"{name}.algorithm")
+        algorithm = config.algorithm(name)
         algorithm.check_data(options, name, look(seed=stage_seed(name)))
 
 

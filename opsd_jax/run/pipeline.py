@@ -38,7 +38,6 @@ from opsd_jax.rollout.engines import Engines
 from opsd_jax.run import checks
 from opsd_jax.run import workdir as workdir_lib
 from opsd_jax.run.parameters import UNTRAINED, Parameters, seed_of, stage_seed
-from opsd_jax.stages import algorithm_of
 from opsd_jax.stages.parts import Parts
 from opsd_jax.storage import files
 from opsd_jax.storage.files import Path
@@ -188,7 +187,7 @@ def make_stage(this: Run, name: str, poll: Callable[[], None] = lambda: None) ->
       poll: called while it samples; an exception that it raises ends the sampling.
     """
     options = this.config.sections[name]
-    algorithm = algorithm_of(options.algorithm, f"{name}.algorithm")
+    algorithm = this.config.algorithm(name)
     stage = algorithm.make(options, stage_parts(this, stage_seed(this.config, name), poll))
     if not algorithm.sampling(options):
         return stage
@@ -286,7 +285,7 @@ def measure_divergence(
       stop: ends the sampling of memos.
     """
     options, evaluation = this.config.sections[name], this.config.evaluation
-    algorithm = algorithm_of(options.algorithm, f"{name}.algorithm")
+    algorithm = this.config.algorithm(name)
     if algorithm.privileged is None:
         return
     seed = seed_of(this.config, "probe")
