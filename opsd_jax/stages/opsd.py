@@ -40,6 +40,7 @@ from opsd_jax.stages.rollouts import (
     make_roll_out,
     rollout_metrics,
     rollout_sampling,
+    student_lengths,
     student_rows,
 )
 from opsd_jax.stages.teacher import TeacherOptions
@@ -250,13 +251,11 @@ def _check_data(options: OPSDOptions, name: str, data: LookedAt) -> None:
 
 
 def _step_rows(options: OPSDOptions, responses: Responses) -> tuple[list[int], list[Lengths]]:
-    targets = responses(options.capacity, options.response_tokens).tolist()
+    targets, students = student_lengths(options, options.capacity, responses)
+    longest = options.teacher_prompt_tokens
     rows: list[Lengths] = [
-        {
-            "student": options.prompt_tokens + n - 1,
-            "teacher": options.teacher_prompt_tokens + inserted_tokens(options, n) + n - 1,
-        }
-        for n in targets
+        {**student, "teacher": longest + inserted_tokens(options, n) + n - 1}
+        for student, n in zip(students, targets, strict=True)
     ]
     return targets, rows
 
