@@ -148,22 +148,26 @@ OPSD_OPTIONS = {
 }
 
 
+def opsd_loss(batch, options, student, teacher, temperature=1.0):
+    return losses.opsd(
+        student=student,
+        teacher=teacher,
+        mask=batch["mask"],
+        outcomes=tuple(batch["outcomes"]),
+        tokens=batch["tokens"],
+        behaviour_logprobs=batch["behaviour"],
+        options=options,
+        temperature=temperature,
+        chunk=CHUNK,
+    )
+
+
 @pytest.mark.parametrize("options", OPSD_OPTIONS.values(), ids=OPSD_OPTIONS)
 def test_opsd(batch, options):
     temperature = 1.3 if options.top_k or options.importance_cap else 1.0
 
     def loss(student, teacher):
-        return losses.opsd(
-            student=student,
-            teacher=teacher,
-            mask=batch["mask"],
-            outcomes=tuple(batch["outcomes"]),
-            tokens=batch["tokens"],
-            behaviour_logprobs=batch["behaviour"],
-            options=options,
-            temperature=temperature,
-            chunk=CHUNK,
-        )
+        return opsd_loss(batch, options, student, teacher, temperature)
 
     def expected(logits=batch["logits"]):
         names = ("teacher_logits", "mask", "outcomes", "tokens", "behaviour")
@@ -332,17 +336,7 @@ def test_equal_logits_have_a_divergence_of_exactly_0(divergence, logits):
 @pytest.mark.parametrize("options", OPSD_OPTIONS.values(), ids=OPSD_OPTIONS)
 def test_equal_student_and_teacher_have_a_loss_of_exactly_0(batch, options):
     for same in (batch["logits"], head(batch["student"])):
-        loss = losses.opsd(
-            student=same,
-            teacher=same,
-            mask=batch["mask"],
-            outcomes=tuple(batch["outcomes"]),
-            tokens=batch["tokens"],
-            behaviour_logprobs=batch["behaviour"],
-            options=options,
-            chunk=CHUNK,
-        )
-        assert float(loss.sum) == 0
+        assert float(opsd_loss(batch, options, same, same).sum) == 0
 
 
 @each_divergence
