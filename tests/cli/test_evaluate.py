@@ -149,7 +149,7 @@ def test_after_a_kill_it_resumes_to_the_same_files(whole, command, tmp_path, mon
         command("--out", tmp_path)
     assert len(written) == done
     monkeypatch.setattr(
-        evaluate, "append", lambda *a: (written.append(problem_of(a[1])), append(*a))
+        records_lib, "append", lambda *a: (written.append(problem_of(a[1])), append(*a))
     )
     assert command("--out", tmp_path)[0] == 0
     assert sorted(written) == [f"sums/{i}" for i in range(9)]
@@ -407,7 +407,10 @@ def test_benchmarks_replace_the_held_out_problems(command, questions, tmp_path):
             ["--mesh", "8,1,1"],
             "config.evaluation.slots is 6; expected a multiple of data x fsdp = 8",
         ),
-        (["--problems", "1"], "config.evaluation.problems is 1; expected at least 2"),
+        (
+            ["--problems", "1"],
+            "config.evaluation.problems is 1; expected 0 for all problems, or at least 2",
+        ),
         (["--problems", "10"], "config.evaluation.problems is 10; expected at most 9"),
         (["--stage", "dpo"], "--stage dpo: expected one of untrained, sft, rlvr, opsd"),
         (["--stage", "rlvr"], "the stage 'rlvr' has not finished"),

@@ -121,7 +121,7 @@ def test_tied_embeddings_replace_the_head(config):
         ("num_kv_heads", 3, "num_heads is 4.*num_kv_heads = 3"),
         ("head_dim", 7, "head_dim is 7"),
         ("num_layers", 0, "num_layers is 0"),
-        ("dtype", "float16", "dtype is 'float16'; expected one of"),
+        ("dtype", "float16", "dtype is 'float16'; expected 'float32' or 'bfloat16'"),
     ],
 )
 def test_an_unsupported_size_is_named(config, field, value, message):
