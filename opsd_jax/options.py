@@ -35,44 +35,48 @@ class ConfigError(ValueError):
 
 
 def fail(field: str, value: Any, expected: str) -> NoReturn:
-    """Raises the ConfigError of a config field whose value cannot be used.
+    """Raises a ConfigError for a config field whose value cannot be used.
 
     Args:
-      field: dotted, without "config.".
-      value: what it is.
-      expected: what it should be, as a phrase that follows "expected".
+      field: path of the field, without "config.", such as "model.dtype".
+      value: the value found.
+      expected: the valid values, as a phrase that follows the word "expected".
+
+    Raises:
+      ConfigError: always.
     """
     raise ConfigError(f"config.{field} is {value!r}; expected {expected}.")
 
 
 def import_function(dotted: str, field: str) -> Any:
-    """The object that "package.module:function" names.
+    """Imports the object that a name of the form "package.module:function" refers to.
 
     Args:
       dotted: the name.
-      field: the config field that holds it, for the error.
+      field: the config field that holds the name, for the error message.
 
     Raises:
-      ConfigError: it cannot be imported.
+      ConfigError: the object cannot be imported.
     """
     module, _, name = dotted.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"config.{field} is {dotted!r}; expected 'package.module:function' ({error})."
+            f"config.{field} is {dotted!r}; expected 'package.module:function' that Python can "
+            f"import ({error})."
         ) from error
 
 
 class Bounds(NamedTuple):
-    """What `option` knows of a field beside its type and default.
+    """The description of a field and the bounds on its value.
 
     Attributes:
       description: one line for `--help` and docs/config.md.
-      at_least, above, at_most, below: numeric bounds; None for none.
-      choices: the values that a string may have; () for any.
-      check: `value -> phrase`: what was expected, or "" if the value is good.
-      omit: fields of a nested NamedTuple that have no field in the config.
+      at_least, above, at_most, below: numeric bounds; None for no bound.
+      choices: the values that a string may have; () for any string.
+      check: `value -> phrase`, where the phrase says what was expected, or is "" for a valid value.
+      omit: names of the fields of a nested NamedTuple that the config leaves out.
       finite: whether infinity is refused.
     """
 
@@ -87,7 +91,7 @@ class Bounds(NamedTuple):
     finite: bool = True
 
     def text(self) -> str:
-        """The bounds as a phrase, such as "at least 1" or "a number in [0, 1)"; "" without any."""
+        """Returns the bounds as a phrase, such as "at least 1"; "" if there are no bounds."""
         if len(self.choices) == 2:
             return " or ".join(map(repr, self.choices))
         if self.choices:
@@ -99,14 +103,14 @@ class Bounds(NamedTuple):
             return f"a number in {brackets[0]}{_number(low)}, {_number(high)}{brackets[1]}"
         numeric = (
             ("at least", self.at_least),
-            ("above", self.above),
+            ("a number above", self.above),
             ("at most", self.at_most),
-            ("below", self.below),
+            ("a number below", self.below),
         )
         return "".join(f"{phrase} {_number(b)}" for phrase, b in numeric if b is not None)
 
     def expected(self, value: Any) -> str:
-        """What was expected in place of a value that breaks the bounds; "" if it does not."""
+        """Returns a phrase for what was expected, or "" if `value` is within the bounds."""
         if self.check is not None and (phrase := self.check(value)):
             return phrase
         if self.choices:
@@ -115,7 +119,7 @@ class Bounds(NamedTuple):
             return ""
         if math.isnan(value):
             return "a number"
-        if self.finite and not abs(value) < sys.float_info.max:  # which stands for infinity in JSON
+        if self.finite and not abs(value) < sys.float_info.max:  # JSON has this for infinity
             return "a finite number"
         good = (
             (self.at_least is None or value >= self.at_least)
@@ -135,12 +139,12 @@ _NO_BOUNDS = Bounds("")
 
 
 def option(default: Any, description: str, **bounds: Any) -> Any:
-    """A field of an options dataclass.
+    """Declares a field of an options dataclass, with its default value and description.
 
     Args:
-      default: its default; a nested options dataclass or NamedTuple makes a section of its own.
-      description: one line that says what it does, with its unit.
-      bounds: the other attributes of `Bounds`.
+      default: the default value. A nested options dataclass or NamedTuple becomes a subsection.
+      description: one line that says what the field does, with its unit.
+      bounds: bounds on the value, as the other attributes of `Bounds`.
     """
     metadata = {"bounds": Bounds(description, **bounds)}
     if isinstance(default, Mapping):
@@ -149,7 +153,7 @@ def option(default: Any, description: str, **bounds: Any) -> Any:
 
 
 def required(description: str, **bounds: Any) -> Any:
-    """A field of an options dataclass that has no default; the arguments are those of `option`."""
+    """Declares a field of an options dataclass that has no default value; see `option`."""
     return dataclasses.field(metadata={"bounds": Bounds(description, **bounds)})
 
 
@@ -163,7 +167,7 @@ def _is_options_class(kind: Any) -> bool:
 
 @functools.cache
 def _fields(cls: Any) -> dict[str, tuple[Any, Any, Bounds]]:
-    """Field -> (type, default or MISSING, bounds) of an options dataclass or a NamedTuple."""
+    """Returns the type, the default value (or MISSING) and the bounds of each field, by name."""
     hints = typing.get_type_hints(cls)
     if _is_tuple_class(cls):
         defaults, about = getattr(cls, "_field_defaults"), attributes(cls.__doc__ or "")  # noqa: B009
@@ -185,7 +189,10 @@ def _fields(cls: Any) -> dict[str, tuple[Any, Any, Bounds]]:
 
 
 def attributes(docstring: str) -> dict[str, str]:
-    """Name -> text of the section "Attributes:" of a docstring; "a, b: text" describes both."""
+    """Reads the description of each attribute from the section "Attributes:" of a docstring.
+
+    An entry "a, b: text" describes both `a` and `b`.
+    """
     _, _, listed = docstring.partition("Attributes:\n")
     found: dict[str, str] = {}
     names: list[str] = []
@@ -202,11 +209,14 @@ def attributes(docstring: str) -> dict[str, str]:
 
 
 def section(options: Any, omit: tuple[str, ...] = ()) -> ConfigDict:
-    """Options as the locked `ConfigDict` that a config file changes.
+    """Converts options to a locked `ConfigDict`, whose values a config file can change.
 
     Args:
       options: an instance of an options dataclass or a NamedTuple.
-      omit: fields to leave out.
+      omit: names of fields to leave out.
+
+    Returns:
+      The config section, with one field for each option and a subsection for nested options.
     """
     config = ConfigDict()
     for name, (_, _, bounds) in _fields(options.__class__).items():
@@ -216,11 +226,14 @@ def section(options: Any, omit: tuple[str, ...] = ()) -> ConfigDict:
 
 
 def lock(config: ConfigDict, options: Any) -> ConfigDict:
-    """Locks a config against new fields, except where its fields are the user's to name.
+    """Locks a config against new fields, except in sections whose fields the user names.
 
     Args:
-      config: made from `options`; changed in place and returned.
+      config: the config of `options`, from `section`; changed in place.
       options: an instance of an options dataclass or a NamedTuple.
+
+    Returns:
+      The argument `config`.
     """
     config.lock()
     for name in fields_of(options.__class__):
@@ -235,7 +248,7 @@ def lock(config: ConfigDict, options: Any) -> ConfigDict:
 
 
 def fields_of(cls: type) -> list[str]:
-    """The names of the fields of an options dataclass or a NamedTuple."""
+    """Returns the names of the fields of an options dataclass or a NamedTuple."""
     return list(_fields(cls))
 
 
@@ -250,16 +263,19 @@ def _plain(value: Any, omit: tuple[str, ...] = ()) -> Any:
 
 
 def parse(cls: type[Options], config: Mapping[str, Any], field: str) -> Options:
-    """The options that a section of the config holds, checked.
+    """Checks a section of the config and converts it to typed options.
 
     Args:
-      cls: an options dataclass or a NamedTuple.
+      cls: the class of the options: an options dataclass or a NamedTuple.
       config: the section.
-      field: the place of the section in the config, for errors; "" for the whole.
+      field: path of the section in the config, for error messages; "" for the whole config.
+
+    Returns:
+      An instance of `cls`.
 
     Raises:
-      ConfigError: a field is missing, unknown, of another type or out of bounds, or does not go
-        with another. Names the field, its value and what was expected.
+      ConfigError: a field is missing, unknown, of the wrong type or out of bounds, or two fields
+        contradict each other. The message names the field, its value and what was expected.
     """
     return _parse_section(cls, config, field, ())
 
@@ -278,8 +294,14 @@ def _parse_section(cls: Any, config: Any, field: str, omit: tuple[str, ...]) -> 
     for name, (kind, default, bounds) in known.items():
         if name not in config:
             if default is dataclasses.MISSING:
-                raise ConfigError(f"config.{place}{name} is missing: {bounds.description}")
-            raise ConfigError(f"config.{place}{name} is missing; its default is {default!r}.")
+                raise ConfigError(
+                    f"config.{place}{name} is missing, and it has no default value. Set it. Its "
+                    f"description: {bounds.description}"
+                )
+            raise ConfigError(
+                f"config.{place}{name} is missing. Set it, for example to its default value, "
+                f"{default!r}."
+            )
         value = _typed(kind, config[name], f"{place}{name}", bounds)
         if expected := bounds.expected(value):
             fail(f"{place}{name}", value, expected)
@@ -297,13 +319,13 @@ def _parse_section(cls: Any, config: Any, field: str, omit: tuple[str, ...]) -> 
 
 
 def _typed(kind: Any, value: Any, field: str, bounds: Bounds) -> Any:
-    """A value of a field as its type has it; raises ConfigError where it is of another."""
+    """Converts a value to the type of its field; raises ConfigError if it has another type."""
     if _is_options_class(kind) or _is_tuple_class(kind):
         return _parse_section(kind, value, field, bounds.omit)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping | ConfigDict):
-            fail(field, value, "a section")
+            fail(field, value, "a section, that is, a dict")
         return types.MappingProxyType(
             {
                 name: _typed(arguments[1], item, f"{field}.{name}", _NO_BOUNDS)
@@ -312,32 +334,45 @@ def _typed(kind: Any, value: Any, field: str, bounds: Bounds) -> Any:
         )
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            fail(field, value, f"a tuple of {arguments[0].__name__}")
+            fail(field, value, f"a tuple of {_type_name(arguments[0], plural=True)}")
         for item in value:
             if not _is_of(arguments[0], item):
-                fail(field, tuple(value), f"a tuple of {arguments[0].__name__}")
+                fail(field, tuple(value), f"a tuple of {_type_name(arguments[0], plural=True)}")
         return tuple(value)
     if kind is Any or kind is ConfigDict:
         return value
     if not _is_of(kind, value):
-        fail(field, value, {float: "a number", int: "an integer"}.get(kind, f"a {kind.__name__}"))
+        fail(field, value, _type_name(kind))
     return float(value) if kind is float else value
 
 
+_TYPE_NAMES = {
+    str: ("a string", "strings"),
+    int: ("an integer", "integers"),
+    float: ("a number", "numbers"),
+    bool: ("True or False", "booleans"),
+}
+
+
+def _type_name(kind: type, plural: bool = False) -> str:
+    """Returns the name of a type for an error message, such as "a string" or "strings"."""
+    return _TYPE_NAMES.get(kind, (f"a {kind.__name__}", kind.__name__))[plural]
+
+
 def _is_of(kind: type, value: Any) -> bool:
-    """Whether a value is of a type; an int is a float too, a bool is no int."""
+    """Returns whether a value has a type. An int also counts as a float, but a bool never does."""
     return type(value) is kind or (kind is float and type(value) is int)
 
 
 class Field(NamedTuple):
-    """One line of the list of all fields.
+    """A config field as `--help` and docs/config.md show it.
 
     Attributes:
-      name: dotted.
+      name: path of the field in the config, such as "model.dtype".
       kind: its type, as text.
-      default: its default; MISSING of a field that has to be given.
+      default: its default value; MISSING if the field is required.
       description: what it does.
-      bounds: what its value has to be, as a phrase; "" for any value of the type.
+      bounds: the bounds on its value, as a phrase; "" for no bounds.
     """
 
     name: str
@@ -348,12 +383,15 @@ class Field(NamedTuple):
 
 
 def describe(cls: type, field: str = "", default: Any = None) -> Iterator[Field]:
-    """Every field of an options class, those of its sections included.
+    """Yields every field of an options class, including the fields of its subsections.
 
     Args:
       cls: an options dataclass or a NamedTuple.
-      field: the place of the section in the config.
-      default: an instance with the defaults; None takes those of the class.
+      field: path of the section in the config; "" for the whole config.
+      default: an instance with the default values; None uses the default values of the class.
+
+    Yields:
+      One `Field` for each field that has no fields of its own.
     """
     yield from _describe(cls, f"{field}." if field else "", default, ())
 

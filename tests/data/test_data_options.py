@@ -27,7 +27,7 @@ def parsed(config):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train": {"a": {"path": "a"}}}, "data.train.a.split is missing; its default is ''"),
+        ({"train": {"a": {"path": "a"}}}, "data.train.a.split is missing. Set it, for"),
         ({"train": {"problems": None}}, "data.train.problems is None; expected a section with the"),
         (
             {"train": {"a/b": source()}},
@@ -38,13 +38,13 @@ def parsed(config):
             "config.data.train has a source named 'x', as another section has",
         ),
         ({"train": {"a": source(path="")}}, "data.train.a.path is ''; expected a file or folder"),
-        ({"train": {"a": source(weight=0.0)}}, "a.weight is 0.0; expected above 0"),
+        ({"train": {"a": source(weight=0.0)}}, "a.weight is 0.0; expected a number above 0"),
         ({"train": {"a": source(weight=None)}}, "a.weight is None; expected a number"),
         (
             {"train": {"a": source(weight=1e-7)}},
             "data.train.a.weight is 1e-07; expected at least a millionth of 1, the sum",
         ),
-        ({"train": {"a": source(columns={"id": None})}}, "columns.id is None; expected a str"),
+        ({"train": {"a": source(columns={"id": None})}}, "columns.id is None; expected a string"),
         (
             {"train": {"a": source(columns={"question": ""})}},
             "columns.question is ''; expected the name of a column",
@@ -65,10 +65,13 @@ def parsed(config):
             {"train": {"a": source(pass_rates={"high": 90.0})}},
             "a.pass_rates.high is 90.0; expected a number in [0, 1]",
         ),
-        ({"train": {"a": source(extra=("b", 1))}}, "extra is ('b', 1); expected a tuple of str"),
+        (
+            {"train": {"a": source(extra=("b", 1))}},
+            "extra is ('b', 1); expected a tuple of strings",
+        ),
         (
             {"train": {"a": source(verifier={"ignore_case": None})}},
-            "data.train.a.verifier.ignore_case is None; expected a bool",
+            "data.train.a.verifier.ignore_case is None; expected True or False",
         ),
         (
             {"train": {"a": source(bad_rows="keep")}},
