@@ -23,7 +23,7 @@ class ProgramKind(enum.Enum):
     RESHARD = "reshard"
     START = "start"
     PREFILL = "prefill"
-    INSERT = "admit to"
+    INSERT = "insert into"
     DECODE = "decode in"
     RESIZE = "resize"
     TRAIN_STEP = "train step"

@@ -45,7 +45,7 @@ CHIPS = {
 
 
 class PlanError(Exception):
-    """A plan cannot be made."""
+    """Raised when a run cannot be planned."""
 
 
 def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
@@ -76,8 +76,8 @@ def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
 def hbm_bytes(device: jax.Device) -> float:
     """Returns the bytes of HBM that programs can use on a device.
 
-    The compiler states this limit only when it refuses a program, so this function compiles one
-    that is too large.
+    The compiler states this limit only when it refuses a program, so this function compiles a
+    program that is too large.
 
     Raises:
       PlanError: the compiler accepted the program.
@@ -91,6 +91,6 @@ def hbm_bytes(device: jax.Device) -> float:
             return float(found[1]) * GIB
         raise
     raise PlanError(
-        f"The compiler reports no memory limit for {device.device_kind}; expected it to refuse an "
-        "array of 256 GiB."
+        f"The HBM size of {device.device_kind} is unknown, because the compiler accepted an array "
+        "of 256 GiB; expected an error with the size. Install the libtpu of constraints.txt."
     )

@@ -158,14 +158,14 @@ def matmuls(program: Program) -> list[Matmul]:
 
 
 def _dot_flops(i: Instruction, lhs: list[int]) -> int:
-    """Returns the operations of a dot whose left operand has dimensions `lhs`."""
+    """Returns the number of operations of a dot whose left operand has dimensions `lhs`."""
     contracted = re.findall(r"lhs_contracting_dims=\{([\d,]*)\}", i.line)[0]
     terms = math.prod(lhs[int(d)] for d in contracted.split(",") if d)
     return 2 * terms * math.prod(dims(i.shape)[0])
 
 
 def _convolution_flops(i: Instruction, lhs: list[int], rhs: list[int]) -> int:
-    """Returns the operations of a convolution with operands of dimensions `lhs` and `rhs`.
+    """Returns the number of operations of a convolution; `lhs` and `rhs` are operand dimensions.
 
     XLA:TPU turns every matmul into a convolution and can make batch and contracted dimensions
     spatial. Positions that fall on padding or between dilated elements cost no operation.
@@ -192,17 +192,17 @@ def _convolution_flops(i: Instruction, lhs: list[int], rhs: list[int]) -> int:
 
 
 def accesses(program: Program, *, vmem: bool = False) -> list[Access]:
-    """Returns what the instructions of a compiled TPU program read from HBM and write to it.
+    """Returns the HBM traffic of each instruction that a compiled TPU program executes.
 
     An instruction reads its operands and writes its result if their layouts place them in HBM. A
     slice or gather, also inside a fusion, reads only the part that it returns. An update in place
     (of a slice, or a scatter) reads and writes only the size of the update. A custom call, such as
-    a Pallas kernel, reads its operands except the largest; the caller adds what it reads of that
-    one. The padding of arrays to tiles is not counted.
+    a Pallas kernel, reads all its operands except the largest; the caller adds the bytes read from
+    the largest. The padding of arrays to tiles is not counted.
 
     Args:
       program: the compiled program.
-      vmem: also count arrays in VMEM, and both ends of asynchronous copies. XLA's
+      vmem: whether to count arrays in VMEM too, and both ends of asynchronous copies. XLA's
         `cost_analysis` counts this way.
     """
     in_memory = functools.partial(size_of, hbm=not vmem)
@@ -245,7 +245,7 @@ def _overlapped_bytes(
       program: the compiled program.
       fusion: the fusion.
       sizes: bytes of each operand.
-      hbm: count only results in HBM.
+      hbm: whether to count only results in HBM.
     """
     aliased = aliased_results(fusion)
     results = enumerate(array_sizes(fusion.shape, hbm=hbm))
@@ -256,14 +256,14 @@ def _overlapped_bytes(
 
 
 class _Traffic:
-    """Bytes that a program's instructions read of their operands and write of their results."""
+    """Computes the bytes that instructions read from operands and write to results."""
 
     def __init__(self, program: Program):
         self._program = program
         self._read_of_value: dict[tuple[str, str], int] = {}
 
     def read(self, computation: str, i: Instruction, number: int) -> int:
-        """Returns the bytes that an instruction reads of its operand `number`."""
+        """Returns the number of bytes that an instruction reads from its operand `number`."""
         instructions = self._program.instructions(computation)
         if i.op in _SLICES and number == 0:
             return size_of(i.shape)
@@ -276,7 +276,7 @@ class _Traffic:
         return size_of(instructions[i.operands[number]].shape)
 
     def _read_by_users(self, computation: str, name: str) -> int:
-        """Returns the bytes of a value that the computation's other instructions read."""
+        """Returns how many bytes of a value are read by other instructions of its computation."""
         if (computation, name) not in self._read_of_value:
             instructions = self._program.instructions(computation)
             value = instructions[name]
@@ -291,7 +291,7 @@ class _Traffic:
         return self._read_of_value[computation, name]
 
     def written(self, computation: str, i: Instruction) -> int:
-        """Returns the bytes of a result or, if it updates an operand in place, of the update."""
+        """Returns the bytes that an instruction writes; for an in-place update, only the update."""
         instructions = self._program.instructions(computation)
         if i.op in UPDATES:
             return size_of(instructions[i.operands[UPDATES[i.op]]].shape)

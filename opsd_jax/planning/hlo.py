@@ -46,12 +46,12 @@ class Loop(NamedTuple):
 
 
 def path_of(loops: tuple[Loop, ...]) -> tuple[str, ...]:
-    """Returns the key in `TripCounts` of the innermost of nested loops, outermost first."""
+    """Returns the path of a nested loop: the names of all loops, from the outermost to it."""
     return tuple(loop.name for loop in loops)
 
 
 def trip_count(loops: tuple[Loop, ...], given: TripCounts | None = None) -> int:
-    """Returns how often the body of the innermost of nested loops runs.
+    """Returns the number of times that the body of the innermost of several nested loops runs.
 
     Args:
       loops: nested loops, from the outermost to the innermost.
@@ -149,7 +149,7 @@ class Program:
                 yield from self.executed(self._choose_branch(i.called, key=result_bytes), loops)
 
     def dynamic_loops(self) -> set[tuple[str, ...]]:
-        """Returns the paths of the named loops whose trip count is not in the text."""
+        """Returns the paths of the named loops whose trip count is not in the program's text."""
         return {
             path_of(loops)
             for *_, loops in self.executed()
@@ -176,7 +176,7 @@ class Program:
         return Loop(name, -(-bound // next((step for step in steps if step), 1)))
 
     def _bound(self, condition: str) -> tuple[int | None, int]:
-        """Returns a loop counter's constant upper bound, or None, and its index in the state."""
+        """Returns the upper bound of a loop counter (None if not constant) and its state index."""
         instructions = self.instructions(condition)
         compared = next((x for x in instructions.values() if x.is_root), None)
         if compared is None or "direction=LT" not in compared.line:
@@ -216,7 +216,7 @@ def _parse(line: str) -> Instruction | None:
 
 
 def array_sizes(shape: str, *, hbm: bool = False) -> list[int]:
-    """Returns the bytes of each array in a shape; with `hbm`, 0 for arrays in other memories."""
+    """Returns the size of each array in a shape, in bytes; with `hbm`, 0 for arrays elsewhere."""
     sizes = []
     for dtype, text, layout in _ARRAY.findall(shape):
         bits = re.search(r"\d+", dtype)
@@ -227,7 +227,7 @@ def array_sizes(shape: str, *, hbm: bool = False) -> list[int]:
 
 
 def size_of(shape: str, *, hbm: bool = False) -> int:
-    """Returns the bytes of all arrays in a shape; with `hbm`, of the arrays in HBM only."""
+    """Returns the total size of a shape's arrays, in bytes; with `hbm`, of arrays in HBM only."""
     return sum(array_sizes(shape, hbm=hbm))
 
 
@@ -242,7 +242,7 @@ def _dimensions(text: str) -> list[int]:
 
 
 def aliased_results(i: Instruction) -> dict[int, int]:
-    """Returns which results of a fusion share memory with an operand, as result -> operand."""
+    """Maps each result of a fusion that shares memory with an operand to that operand's index."""
     aliasing = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", i.line)
     pairs = re.findall(r"\{(\d*)\}: \((\d+),", aliasing[1]) if aliasing else []
     return {int(result or 0): int(operand) for result, operand in pairs}

@@ -15,7 +15,7 @@ class Part(enum.StrEnum):
     PARAMETERS = "parameters"
     OPTIMIZER = "optimizer"
     TEACHER = "teacher"
-    PROBE_TEACHER = "the teacher's"
+    PROBE_TEACHER = "teacher parameters"
     SAMPLING_WEIGHTS = "weights for sampling"
     CACHE = "cache"
     PROMPT_CACHE = "prompts' cache"
@@ -37,7 +37,7 @@ class PhaseKind(enum.StrEnum):
     EVALUATION = ""
 
 
-# The phase that writes memos -> the phase that finishes the memos whose thinking filled its budget.
+# Phase that writes memos -> phase that completes the memos whose thinking filled its budget.
 CLOSED = {
     PhaseKind.MEMOS: PhaseKind.CLOSED_MEMOS,
     PhaseKind.PROBE_MEMOS: PhaseKind.CLOSED_PROBE_MEMOS,
@@ -61,6 +61,6 @@ class PhaseKey(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> PhaseKey:
-        """Returns the key that `str` turned into text."""
+        """Parses the text that `str` makes of a key."""
         section, _, kind = text.partition(" ")
         return cls(section, kind)

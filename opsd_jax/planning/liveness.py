@@ -140,7 +140,7 @@ class _Lifetimes:
 
 
 def _updated_operands(program: Program, i: Instruction) -> dict[int, int]:
-    """Returns which results are operands updated in place, as result -> operand."""
+    """Maps each result that updates an operand in place to the index of that operand."""
     if i.op in hlo.UPDATES:
         return {0: 0}
     if i.op != "fusion":

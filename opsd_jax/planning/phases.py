@@ -54,8 +54,11 @@ DEFAULT_PROBLEMS = 500
 
 
 def _no_data(*arguments: Any) -> NoReturn:
-    """Stands for a function of the data; raises RuntimeError because a plan has no data."""
-    raise RuntimeError("A plan reads no data and samples no rollouts.")
+    """Placeholder for the functions of a task; raises RuntimeError, because a plan has no data."""
+    raise RuntimeError(
+        "A function of the task was called while planning, but a plan has no data; expected the "
+        "programs to depend on shapes only."
+    )
 
 
 # The shapes of programs do not depend on the data, except for the tokens that close a memo's
@@ -75,11 +78,11 @@ NO_DATA = Task(
 
 
 def _no_engine(**sizes: int) -> Any:
-    """Stands for the engines of a stage, which the plan compiles itself."""
+    """Placeholder for a stage's engines; does nothing, because the plan compiles them itself."""
 
 
 def _parts(model: Model) -> Parts:
-    """Returns what a stage is built from when only its shapes and its loss matter."""
+    """Returns placeholder parts, for building a stage of which only shapes and loss are used."""
     pool = VerifierPool(NO_DATA.verify)
     return Parts(NO_DATA, model, _no_engine, pool, seed=0, seed_of=lambda name: 0)
 
@@ -90,8 +93,8 @@ class Phase(NamedTuple):
     Attributes:
       key: which phase it is.
       times: how often the run goes through it.
-      parts: bytes of each part of its memory. Temporaries are those of the program that needs most,
-        because programs run one at a time.
+      parts: bytes of each part of its memory. Programs run one at a time, so the temporaries are
+        the largest of any program.
       programs: names of the programs that it executes.
       seconds_at_best: seconds if compute, memory traffic and network overlap completely.
       seconds_in_turn: seconds if they follow one another.
@@ -127,7 +130,7 @@ class Phase(NamedTuple):
 
 
 class Phases:
-    """Compiles the programs of a config's run as `pipeline.Run` does, and accounts for its phases.
+    """Compiles the programs of a run, and computes the memory and the time of each of its phases.
 
     Attributes:
       phases: the phases accounted for so far, in the order of the run.
@@ -143,7 +146,7 @@ class Phases:
         chip: Chip,
         length: float,
     ):
-        """Compiles the resharding of the weights for sampling.
+        """Builds the model and compiles the program that reshards its weights for sampling.
 
         Args:
           config: the config of the run.
@@ -185,7 +188,7 @@ class Phases:
           **options: keyword arguments of `program_costs`.
 
         Raises:
-          PlanError: the loops in the programs are not those in `trip_counts`.
+          PlanError: the loops in the programs differ from the loops in `trip_counts`.
         """
         new = [
             program_costs(built, self.chip, trip_counts, **options)
@@ -267,9 +270,9 @@ class Phases:
         Args:
           key: which phase it is.
           resident: bytes of the arrays that stay in memory while the engine samples.
-          sampling: the sizes of the engine, and what it samples.
+          sampling: the sizes of the engine, and the number and lengths of the responses.
           times: how often the run goes through the phase.
-          filters_tokens: as in `engine`.
+          filters_tokens: whether sampling filters tokens by top-k, top-p or min-p.
         """
         self.compiler.prefix = f"{key}: "
         shards = mesh_lib.row_shards(self.layout.mesh)
@@ -309,17 +312,17 @@ class Phases:
         times: int,
         prefix: str = "",
     ) -> None:
-        """Adds the phases of what a stage samples.
+        """Adds one phase for each sampling of a stage.
 
-        A sampling that continues the one before it samples for the responses that fill their
-        budget; at least one is assumed to.
+        A sampling that continues the one before it samples only for the responses that filled their
+        budget. The plan assumes that at least one did.
 
         Args:
-          stage: its name.
-          samplings: what it samples, in order.
+          stage: the name of the stage.
+          samplings: the samplings of the stage, in order.
           resident: bytes of the arrays that stay in memory while the engines sample.
           times: how often the run goes through the phases.
-          prefix: what the names of the phases begin with.
+          prefix: text at the beginning of the names of the phases.
         """
         filled = 0  # responses of the sampling before that fill their budget
         for sampling in samplings:

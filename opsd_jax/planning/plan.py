@@ -1,4 +1,4 @@
-"""Plans a run: compiles it for TPUs that need not exist, and reports memory, traffic and time.
+"""Plans a run: compiles it for TPUs without using any, and reports memory, traffic and time.
 
 XLA:TPU compiles every program of a config's run for a topology. The plan reads the compiled text:
 memory by phase and part, operations and traffic with loops counted, and the collectives with the
@@ -18,13 +18,13 @@ from opsd_jax.planning.programs import Compiler
 
 
 def plan(config: RunOptions, topology: str, *, slices: int = 1, length: float = 0.5) -> dict:
-    """Returns the plan of a config's run on a topology, ready for JSON.
+    """Compiles a run for a TPU topology and returns its plan, ready for JSON.
 
     Args:
       config: the config of the run; the paths of data and weights need not exist.
-      topology: as in `topology_devices`.
+      topology: the chip and its arrangement, such as "v5p:2x2x4".
       slices: number of slices with that topology, connected by the data centre's network.
-      length: mean response length as a fraction of the budget, which the times assume.
+      length: assumed mean response length, as a fraction of the budget, in (0, 1].
 
     Raises:
       PlanError: the topology is unknown, libtpu is missing, or a program cannot be compiled.

@@ -24,7 +24,7 @@ def write(
     Args:
       arguments: the arguments of `opsd-jax plan`.
       overrides: the config fields changed on the command line.
-      plan: what `opsd_jax.planning.plan.plan` returns.
+      plan: the plan that `opsd_jax.planning.plan.plan` returns.
     """
     lines = [
         command(arguments, overrides),
@@ -41,7 +41,7 @@ def write(
 
 
 def command(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> str:
-    """Returns the command line that makes the plan again."""
+    """Returns the command line that reproduces a plan."""
     words = ["opsd-jax", "plan", "--config", arguments.config, "--topology", arguments.topology]
     if arguments.slices != 1:
         words += ["--slices", str(arguments.slices)]

@@ -53,7 +53,7 @@ class CompiledProgram(NamedTuple):
 
 
 class Compiler:
-    """Compiles programs and keeps what a plan reads of each in `built`.
+    """Compiles programs and keeps the text and the sizes of each in `built`.
 
     Attributes:
       built: the programs in the order in which they were compiled.
@@ -118,7 +118,7 @@ def memory_needed(error: str) -> float | None:
 def _refused_program(
     key: ProgramKey, name: str, lowered: jax.stages.Lowered, began: float, total: float
 ) -> CompiledProgram:
-    """Returns what is known of a program that the compiler refused because of its memory.
+    """Returns the sizes of a program that the compiler refused because it needs too much memory.
 
     The text is the compiler's last dump of the program; it is empty if there is no dump.
     """
@@ -149,7 +149,7 @@ def _argument_bytes(text: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class ProgramCosts:
-    """What one execution of a program costs on one device.
+    """Costs of one execution of a program on one device.
 
     Attributes:
       key: which program it is.
@@ -157,10 +157,10 @@ class ProgramCosts:
       compile_seconds: compile time.
       arguments: bytes of arguments, and of results that reuse no argument's memory.
       temporaries: bytes of temporaries, as the compiler assigns them.
-      temp_size_in_bytes: XLA's figure for them, which counts some twice.
+      temp_size_in_bytes: XLA's own number for temporaries, which counts some of them twice.
       refused: whether the compiler refused the program because of its memory.
       live_bytes: bytes of the temporaries that are live at the peak, without the padding of tiles.
-      largest: the largest of these, as rows for JSON.
+      largest: the largest of these temporaries, as rows for JSON.
       flops: floating-point operations.
       hbm_bytes: bytes read from HBM and written to it.
       decode_steps: trip count of the loop over decoding steps; 0 for other programs.
@@ -249,8 +249,8 @@ def program_costs(
     dynamic_loops = program.dynamic_loops()
     if unknown := dynamic_loops - trip_counts.keys():
         raise PlanError(
-            f"{built.name} has loops of unknown trip count: {_listed(unknown)}; expected only "
-            f"{_listed(trip_counts)}."
+            f"{built.name} has named loops without a trip count: {_listed(unknown)}; expected only "
+            f"the loops in `trip_counts`: {_listed(trip_counts)}."
         )
     times = lambda loops: hlo.trip_count(loops, trip_counts)
     live = liveness.peak(program)
@@ -288,7 +288,8 @@ def check_loops_exist(programs: Sequence[ProgramCosts], trip_counts: TripCounts)
     if unmatched := trip_counts.keys() - found:
         names = ", ".join(program.name for program in programs)
         raise PlanError(
-            f"{names}: no loop has the name {_listed(unmatched)}; expected one of {_listed(found)}."
+            f"`trip_counts` has loops that are not in {names}: {_listed(unmatched)}; expected "
+            f"only these loops: {_listed(found)}."
         )
 
 
@@ -308,8 +309,8 @@ def matched_executions(
     executed = {key for key, count in executions.items() if count}
     if compiled - executions.keys() or executed - compiled:
         raise PlanError(
-            f"the compiled programs are {', '.join(sorted(map(str, compiled)))}; expected "
-            f"{', '.join(sorted(map(str, executions)))}."
+            f"The phase compiled the programs {', '.join(sorted(map(str, compiled)))}; expected "
+            f"the programs that it executes: {', '.join(sorted(map(str, executions)))}."
         )
     return [(executions[program.key], program) for program in programs]
 
@@ -320,7 +321,7 @@ def _listed(paths: Iterable[tuple[str, ...]]) -> str:
 
 
 def _largest_tensors(live: list[liveness.Buffer]) -> list[dict[str, Any]]:
-    """Returns rows of the largest tensors, grouped by shape and origin."""
+    """Returns the largest tensors as rows for JSON, grouped by shape and origin."""
     together: dict[tuple[str, str], list[int]] = {}
     for buffer in live:
         together.setdefault((buffer.shape, buffer.made_by), []).append(buffer.bytes)
@@ -332,7 +333,7 @@ def _largest_tensors(live: list[liveness.Buffer]) -> list[dict[str, Any]]:
 
 
 def _flops(program: hlo.Program, trip_counts: TripCounts) -> int:
-    """Returns the operations of all matmuls, with those in splash attention kernels."""
+    """Returns the number of operations of all matmuls, including splash attention kernels."""
     matmuls = sum(m.flops * hlo.trip_count(m.loops, trip_counts) for m in costs.matmuls(program))
     return matmuls + sum(
         _splash_flops(program, computation, i) * hlo.trip_count(loops, trip_counts)
@@ -344,7 +345,7 @@ def _flops(program: hlo.Program, trip_counts: TripCounts) -> int:
 def _collective_table(
     found: list[costs.Collective], trip_counts: TripCounts
 ) -> list[dict[str, Any]]:
-    """Returns rows of the collectives, grouped by operation and loops, most bytes first.
+    """Returns the collectives as rows for JSON, grouped by operation and loops, largest first.
 
     If the compiler split a collective into a loop of its own, `elements` counts all its trips.
     """
@@ -365,7 +366,7 @@ def _collective_table(
 
 
 def _collective_seconds(c: costs.Collective, chip: Chip) -> float:
-    """Returns the seconds of a collective on a ring of its devices, along one axis of the torus."""
+    """Returns the time of a collective, in seconds, on a ring along one axis of the torus."""
     if c.op.startswith("collective-"):
         return c.bytes / (chip.ici / 2)  # in one direction
     passes = 2 if c.op == "all-reduce" else 1
@@ -373,7 +374,7 @@ def _collective_seconds(c: costs.Collective, chip: Chip) -> float:
 
 
 def _splash_flops(program: hlo.Program, computation: str, i: hlo.Instruction) -> int:
-    """Returns the operations of a causal splash attention kernel; 0 for other kernels."""
+    """Returns the number of operations of a causal splash attention kernel; 0 for others."""
     kernel = re.match(r"splash_m[hq]a_(fwd|dq|dkv)", i.name)
     if kernel is None:
         return 0

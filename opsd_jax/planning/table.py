@@ -15,10 +15,10 @@ _LOOPS = {DECODE_STEPS: "the decode loop", LOSS_CHUNKS: "the loss loop"}
 
 
 def lines(plan: dict[str, Any]) -> Iterator[str]:
-    """Yields the lines of a plan, of at most 100 columns.
+    """Yields the lines of a plan's text.
 
     Args:
-      plan: what `opsd_jax.planning.plan.plan` returns.
+      plan: the plan that `opsd_jax.planning.plan.plan` returns.
     """
     yield from summary(plan)
     yield ""
@@ -28,7 +28,7 @@ def lines(plan: dict[str, Any]) -> Iterator[str]:
             if c["bytes"] > 2**20:
                 where = " > ".join(c["loops"]) or "no loop"
                 size = f"{c['times']} x, up to {c['largest'] / 2**20:.1f} MiB"
-                yield f"  {program['name']:<36}{c['op']:<19}{size:<27}{where}"
+                yield f"  {program['name']:<38}{c['op']:<19}{size:<27}{where}"
     largest = plan["largest_collective"]
     elements = [f"at most {n:,} in {_LOOPS[loop]}" for loop, n in largest.items()]
     weight = f"the smallest weight has {plan['smallest_weight']:,}"
@@ -46,7 +46,7 @@ def lines(plan: dict[str, Any]) -> Iterator[str]:
 
 
 def summary(plan: dict[str, Any]) -> Iterator[str]:
-    """Yields the lines about memory, programs and times, which a plan file contains."""
+    """Yields the lines of a plan file: memory, programs and times."""
     mesh, decode = (" x ".join(map(str, plan[name].values())) for name in ("mesh", "decode_mesh"))
     slices = f"{plan['slices']} x " if plan["slices"] > 1 else ""
     yield f"{slices}{plan['topology']}: {plan['devices']} x {plan['chip']}"
@@ -60,8 +60,8 @@ def summary(plan: dict[str, Any]) -> Iterator[str]:
 
 
 def _memory(plan: dict[str, Any]) -> Iterator[str]:
-    """Yields the memory of each phase, its parts, and what it leaves free."""
-    yield f"HBM of a device, in GiB, of {plan['hbm'] / GIB:.2f}"
+    """Yields lines with the memory of each phase: total, free memory, and parts."""
+    yield f"HBM of a device, in GiB, out of {plan['hbm'] / GIB:.2f}"
     for phase in plan["phases"]:
         left = (plan["hbm"] - phase["total"]) / GIB
         verdict = f"{left:.2f} left" if left >= 0 else f"DOES NOT FIT, by {-left:.2f}"
@@ -72,14 +72,14 @@ def _memory(plan: dict[str, Any]) -> Iterator[str]:
 
 
 def _programs(plan: dict[str, Any]) -> Iterator[str]:
-    """Yields the compile time of each program, and the costs of one execution."""
+    """Yields lines with the compile time of each program and the costs of one execution."""
     columns = "compile     HBM  temporaries    TFLOP    moved  network"
-    yield f"{'one execution on one device:':<38}{columns}"
-    yield f"{'':<44}s     GiB          GiB               GiB      GiB"
+    yield f"{'one execution on one device:':<40}{columns}"
+    yield f"{'':<46}s     GiB          GiB               GiB      GiB"
     for program in plan["programs"]:
         network = sum(c["bytes"] for c in program["collectives"])
         yield (
-            f"  {program['name']:<36}{program['compile_seconds']:7.0f}"
+            f"  {program['name']:<38}{program['compile_seconds']:7.0f}"
             f"{(program['arguments'] + program['temporaries']) / GIB:8.2f}"
             f"{program['temporaries'] / GIB:13.2f}{_short(program['flops'] / 1e12)}"
             f"{_short(program['hbm_bytes'] / GIB)}{_short(network / GIB)}"
@@ -87,7 +87,7 @@ def _programs(plan: dict[str, Any]) -> Iterator[str]:
 
 
 def _times(plan: dict[str, Any]) -> Iterator[str]:
-    """Yields the roofline times of each phase and of the run, and their assumptions."""
+    """Yields lines with the roofline times of each phase and of the run, and the assumptions."""
     yield "roofline, in s: at best; with compute, memory and network one after the other; how often"
     for phase in plan["phases"]:
         best, in_turn = phase["seconds_at_best"], phase["seconds_in_turn"]
@@ -112,7 +112,7 @@ def _short(number: float) -> str:
 
 
 def _advice(plan: dict[str, Any], phase: dict[str, Any]) -> Iterator[str]:
-    """Yields the largest tensors of a phase that does not fit, and changes that reduce them."""
+    """Yields lines with the largest tensors of a phase that does not fit, and how to fix it."""
     name, parts = phase["name"], phase["parts"]
     yield f"{name} does not fit. Its largest parts:"
     for part, size in sorted(parts.items(), key=lambda item: -item[1])[:3]:
@@ -130,7 +130,7 @@ def _advice(plan: dict[str, Any], phase: dict[str, Any]) -> Iterator[str]:
 
 
 def _changes(plan: dict[str, Any], key: PhaseKey, largest: Part) -> list[str]:
-    """Returns changes that reduce the largest part of a phase, without those already made."""
+    """Returns config changes that reduce the largest part of a phase and are not made yet."""
     config, (stage, kind) = plan["config"], key
     slots, budget, group_size = _sampling_fields(key)
     more_devices = ["a mesh with more devices along `fsdp`", "more devices"]
@@ -170,7 +170,7 @@ def _sampling_fields(key: PhaseKey) -> tuple[str, str, str]:
 
 
 def _activation_changes(plan: dict[str, Any], key: PhaseKey) -> list[str]:
-    """Returns changes that reduce the temporaries of a train step or a probe."""
+    """Returns config changes that reduce the temporaries of a train step or a probe."""
     config, mesh = plan["config"], plan["mesh"]
     microbatch = f"{key.section}.microbatch"
     can_shrink = config[microbatch] > mesh["data"] * mesh["fsdp"]

@@ -76,7 +76,7 @@ def cache_tokens_read(prompt: float, responses: np.ndarray) -> float:
 def packed(
     rows: Sequence[Lengths], targets: Sequence[int], buckets: Sequence[Lengths], microbatch: int
 ) -> Packed:
-    """Returns the microbatches into which `stages.batch.pack` packs the rows of a step.
+    """Returns the sizes of the microbatches into which `stages.batch.pack` packs a step's rows.
 
     Args:
       rows: the number of computed tokens in each row's sequences.

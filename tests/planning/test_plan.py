@@ -49,9 +49,9 @@ def test_a_plan_accounts_for_every_program_of_the_run(tiny):
     assert plan["devices"] == 4
     assert abs(plan["hbm"] / GIB - 15.75) < 0.01
     names = [program["name"] for program in plan["programs"]]
-    decoding = lambda n: ["start", "prefill", f"admit to {n}", f"decode in {n}"]
+    decoding = lambda n: ["start", "prefill", f"insert into {n}", f"decode in {n}"]
     of_memos, of_closed = decoding(1024 + 2 * 128), decoding(1024 + 3 * 128)
-    of_engine = ["start", "prefill", "admit to 1024", "decode in 1024"]
+    of_engine = ["start", "prefill", "insert into 1024", "decode in 1024"]
     assert names == [
         "reshard",
         *(f"opsd rollouts: {name}" for name in of_engine),
@@ -317,7 +317,7 @@ def test_the_table_has_every_phase_and_the_loops_of_collectives():
             "a smaller evaluation.response_tokens; a smaller rl.microbatch",
         ),
         ("rl probe", "batch", "a smaller evaluation.response_tokens or rl.microbatch"),
-        ("rl probe", "the teacher's", "a mesh with more devices along `fsdp`"),
+        ("rl probe", "teacher parameters", "a mesh with more devices along `fsdp`"),
         ("evaluation", "cache", "a smaller evaluation.slots or evaluation.response_tokens"),
         ("evaluation", "temporaries", "a smaller evaluation.slots"),
     ],

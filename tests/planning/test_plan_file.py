@@ -59,7 +59,7 @@ def test_a_config_quotes_the_memory_and_time_of_its_plan(planned):
     header = path.read_text()
     (stage,) = config.stages
     left = min(float(gib) for gib in re.findall(r"([\d.]+) left$", text, re.MULTILINE))
-    hbm = re.search(r"HBM of a device, in GiB, of ([\d.]+)", text)[1]
+    hbm = re.search(r"HBM of a device, in GiB, out of ([\d.]+)", text)[1]
     assert f"the fullest phase leaves {left:.1f} GiB of {hbm} GiB free on each chip" in header
     low, high = re.search(r"total: (\S+) to (\S+) hours", text).groups()
     assert f"Time: {low} to {high} hours for {config.sections[stage].steps} steps" in header

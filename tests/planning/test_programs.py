@@ -46,7 +46,7 @@ def test_a_loop_without_a_trip_count_is_an_error():
 def test_a_trip_count_without_a_loop_is_an_error():
     costs = decode(DECODE_STEPS, {(DECODE_STEPS,): 64})
     programs.check_loops_exist([costs], {(DECODE_STEPS,): 64})
-    with pytest.raises(PlanError, match="no loop has the name bucket_0 > loss_chunks; expected"):
+    with pytest.raises(PlanError, match="decode in 1024: bucket_0 > loss_chunks; expected"):
         programs.check_loops_exist([costs], {("bucket_0", "loss_chunks"): 3})
 
 
@@ -66,7 +66,7 @@ def test_executions_are_matched_by_key():
 )
 def test_a_program_or_execution_without_a_match_is_an_error(executions):
     costs = decode(DECODE_STEPS, {(DECODE_STEPS,): 64})
-    with pytest.raises(PlanError, match=r"the compiled programs are decode in 1024; expected"):
+    with pytest.raises(PlanError, match=r"compiled the programs decode in 1024; expected"):
         programs.matched_executions([costs], executions)
 
 
