@@ -13,7 +13,7 @@ SCALES = ("group", "batch", "none")
 def advantages(
     rewards, group_size: int, *, baseline: str = "group", scale: str = "group", eps: float = 1e-6
 ):
-    """Computes the advantage of each rollout over a baseline, (reward - b) / (s + eps).
+    """Computes the advantage of each rollout over a baseline: (reward - b) / (s + eps).
 
     A group is the `group_size` rollouts of one prompt. The choices of published algorithms:
 
@@ -80,7 +80,7 @@ def _split_into_groups(rewards, group_size: int, at_least: int):
 
 
 def informative(rewards, group_size: int):
-    """Returns which rollouts belong to a group whose rewards are not all equal.
+    """Returns a mask of the rollouts that belong to a group whose rewards are not all equal.
 
     A group is the `group_size` rollouts of one prompt. The rollouts of the other groups have an
     advantage of 0 with a group baseline. DAPO's dynamic sampling (arXiv 2503.14476) drops them and

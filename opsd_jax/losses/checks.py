@@ -1,4 +1,4 @@
-"""Checks of arguments, made while a loss is traced.
+"""Checks of the arguments of losses, which run while a loss is traced.
 
 Every error message names the argument, the value or shape found, and what was expected.
 """
@@ -38,7 +38,7 @@ def check_mask(mask: Any) -> jax.Array:
 
 
 def check_row_weight(row_weight: Any, mask: Any) -> None:
-    """Raises ValueError unless `row_weight` is a number or has one for each row of `mask`."""
+    """Raises ValueError unless `row_weight` is one number, or one number per row of `mask`."""
     if jnp.ndim(row_weight):
         check_shape(mask.shape[:1], "one number for each row of mask", row_weight=row_weight)
 
@@ -52,4 +52,5 @@ def check_option(name: str, value: Any, choices: Collection[Any]) -> None:
 def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
     """Raises ValueError if `value` is outside [low, high] or NaN. Traced values are not checked."""
     if not isinstance(value, jax.core.Tracer) and not low <= value <= high:
-        raise ValueError(f"{name} is {value}; expected a number in [{low}, {high}].")
+        bounds = f"in [{low}, {high}]" if high < float("inf") else f"that is at least {low}"
+        raise ValueError(f"{name} is {value}; expected a number {bounds}.")

@@ -56,7 +56,7 @@ def reverse_kl(
       float32 [...], in nats.
 
     Raises:
-      ValueError: the shapes of the logits differ.
+      ValueError: the shapes of the logits differ, or `temperature` is not above 0.
 
     Reference: OPSD (arXiv 2605.06188), eq. 1.
     """
@@ -79,7 +79,7 @@ def forward_kl(
       float32 [...], in nats.
 
     Raises:
-      ValueError: the shapes of the logits differ.
+      ValueError: the shapes of the logits differ, or `temperature` is not above 0.
     """
     return _divergence(_forward, student_logits, teacher_logits, temperature)
 
@@ -109,7 +109,7 @@ def jsd(
       float32 [...], in nats.
 
     Raises:
-      ValueError: the shapes of the logits differ, or `beta` is out of range.
+      ValueError: the shapes of the logits differ, or `temperature` or `beta` is out of range.
 
     Reference: GKD (arXiv 2306.13649), eq. 1.
     """
@@ -128,8 +128,8 @@ def skewed_kl(
 ) -> jax.Array:
     """Computes KL(S || alpha T + (1 - alpha) S), a reverse KL to a target near the student.
 
-    It is at most -log(1 - alpha), and alpha = 1 is the reverse KL. The gradient is that of the
-    whole expression: it also flows through S in the target.
+    The value is at most -log(1 - alpha), and alpha = 1 gives the reverse KL. The gradient also
+    flows through S in the target.
 
     Args:
       student_logits: [..., V].
@@ -141,7 +141,7 @@ def skewed_kl(
       float32 [...], in nats.
 
     Raises:
-      ValueError: the shapes of the logits differ, or `alpha` is out of range.
+      ValueError: the shapes of the logits differ, or `temperature` or `alpha` is out of range.
 
     Reference: the skewed reverse KL of DistiLLM (arXiv 2402.03898). TROPD uses it as a trust
     region, with the reward log(alpha T + (1 - alpha) S) - log S.
@@ -179,7 +179,7 @@ def sampled_kl(
       float32 [...], in nats.
 
     Raises:
-      ValueError: the shapes of the arguments do not match.
+      ValueError: the shapes of the arguments do not match, or `temperature` is not above 0.
 
     Reference: OPSD (arXiv 2605.06188), eq. 3. SDPO, Tinker and verl use the same form.
     """
@@ -324,7 +324,7 @@ def _check_same_vocabulary(student_logits: Any, teacher_logits: Any) -> None:
 
 
 def _divergence(term: Term, student_logits, teacher_logits, temperature) -> jax.Array:
-    """Sums a term over the vocabulary, after the check of shapes and the temperature."""
+    """Checks the logits and the temperature, and sums `term` over the vocabulary."""
     _check_same_vocabulary(student_logits, teacher_logits)
     return _sum_of_terms(
         term,
@@ -354,7 +354,7 @@ def _sum_of_terms_bwd(term, residuals, cotangent):
     student_logits, teacher_logits, totals, value = residuals
 
     def slope_and_probability(totals, side):
-        """Returns the derivative of each term by log S(v) or log T(v), and that probability."""
+        """Returns each term's derivative by one side's log-probability, and that probability."""
         log_s, log_t = student_logits - totals[0][..., None], teacher_logits - totals[1][..., None]
         tangents = [
             jnp.ones_like(x) if i == side else jnp.zeros_like(x)
@@ -404,16 +404,16 @@ def _log_mix(d: jax.Array, weight: float) -> jax.Array:
 
 
 def _reverse(log_s: jax.Array, log_t: jax.Array) -> jax.Array:
-    """Returns the terms of KL(S || T)."""
+    """Returns the contribution of each vocabulary entry to KL(S || T)."""
     return _kl_term(log_s, log_t, 1.0)
 
 
 def _forward(log_s: jax.Array, log_t: jax.Array) -> jax.Array:
-    """Returns the terms of KL(T || S)."""
+    """Returns the contribution of each vocabulary entry to KL(T || S)."""
     return _kl_term(log_t, log_s, 1.0)
 
 
 def _jensen_shannon(beta: float, log_s: jax.Array, log_t: jax.Array) -> jax.Array:
-    """Returns the terms of the generalised Jensen-Shannon divergence."""
+    """Returns the contribution of each entry to the generalised Jensen-Shannon divergence."""
     teacher = _kl_term(log_t, log_s, 1 - beta)
     return beta * teacher + (1 - beta) * _kl_term(log_s, log_t, beta)

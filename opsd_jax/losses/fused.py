@@ -1,8 +1,8 @@
-"""Losses from hidden states that hold the logits of only one chunk of tokens at a time.
+"""Computes losses from hidden states, with the logits of only one chunk of tokens in memory.
 
 With a vocabulary of 151,936 entries, the float32 logits of 8,192 tokens take 5 GB, and a divergence
-with its gradient needs several arrays of this size. This module runs a loss that is written on
-logits in a loop over chunks of tokens.
+with its gradient needs several arrays of this size. This module takes a loss that is written as
+a function of logits, and runs it in a loop over chunks of tokens.
 
 The weight of each token in the loss is known before the loop. The gradients of a chunk can
 therefore be computed in the same pass as its loss, while its logits exist. The logits are computed
@@ -54,7 +54,9 @@ def weighted_loss(
     chunk: int | None = None,
     partition: P | None = None,
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Computes sum_t weights_t loss_t for any loss of logits, in chunks of tokens for a `Head`.
+    """Computes the weighted sum over tokens of any loss that is a function of logits.
+
+    The sum is sum_t weights_t loss_t. With a `Head`, it is computed one chunk of tokens at a time.
 
     Gradients flow only to the student: to its logits, or to the `params` and `hidden` of its
     `Head`. They are available in reverse mode. Logits and heads give equal values and gradients, up
@@ -123,9 +125,10 @@ def token_values(
     chunk: int | None = None,
     partition: P | None = None,
 ) -> jax.Array:
-    """Computes the loss of each token in the mask, in chunks of tokens for a `Head`.
+    """Computes the loss of each token in the mask.
 
-    Use it for objectives that are not a weighted sum of these values.
+    Use it for objectives that are not a weighted sum of these values. With a `Head`, the loss is
+    computed one chunk of tokens at a time.
 
     Any function of the result can be differentiated. The backward pass therefore computes the
     chunks of a `Head` a second time. `weighted_loss` computes them once.
@@ -204,7 +207,7 @@ def chunk_tokens(chunk: int | None, width: int, vocab_size: int) -> int:
     """Returns the number of tokens that a device computes at once.
 
     Args:
-      chunk: the number that was asked for; None or 0 for the default.
+      chunk: the requested number; None or 0 for the default.
       width: width of the hidden states.
       vocab_size: number of vocabulary entries.
     """
@@ -274,7 +277,7 @@ def _prepare(
 
 
 def _run(loop: _Loop, trained, fixed, weights_BxT, *, differentiated: bool):
-    """Runs the loop, on every device of the mesh for its own tokens.
+    """Runs the loop over chunks on every device of the mesh, each for its own tokens.
 
     Args:
       loop, trained, fixed: from `_prepare`.
@@ -311,7 +314,7 @@ def _run(loop: _Loop, trained, fixed, weights_BxT, *, differentiated: bool):
 
 
 def _run_on_device(loop: _Loop, trained, fixed, weights_BxT, *, differentiated: bool):
-    """Runs the loop for the tokens of one device; arguments and results are those of `_run`."""
+    """Runs the loop over chunks for the tokens of one device; see `_run` for the arguments."""
     (head, hidden_BxTxD), (params, arrays_BxT) = trained, fixed
     shape, n = weights_BxT.shape, weights_BxT.size
     size = min(loop.chunk_size, n)

@@ -11,13 +11,18 @@ GATES = {
 
 
 def parse_gate(text: str) -> tuple[float, float, float]:
-    """Returns the gate weights `(correct, incorrect, truncated)` that a string describes.
+    """Parses a gate from a string, such as "correct" or "1,0.5,0".
 
     Args:
-      text: a name in `GATES`, or three numbers with commas, such as "1,0.5,0".
+      text: a name in `GATES`, or three numbers separated by commas: the weights of correct,
+        incorrect and truncated rollouts.
+
+    Returns:
+      The weights `(correct, incorrect, truncated)`.
 
     Raises:
-      ValueError: `text` is neither, a weight is negative or not finite, or all weights are 0.
+      ValueError: `text` is neither of these, a weight is negative or not finite, or all weights
+        are 0.
     """
     if text in GATES:
         return GATES[text]

@@ -44,7 +44,7 @@ LogitsOrHead = jax.Array | Head  # logits [B, T, V], or the Head that computes t
 
 
 def logits_of(source: LogitsOrHead | None) -> jax.Array | None:
-    """Returns logits [B, T, V] in float32, computed at once for a `Head`; None for None."""
+    """Returns float32 logits [B, T, V]. A `Head` computes all of them at once. None gives None."""
     if source is None:
         return None
     if isinstance(source, Head):
@@ -55,7 +55,7 @@ def logits_of(source: LogitsOrHead | None) -> jax.Array | None:
 
 
 def trim(head: Head) -> tuple[Callable[..., jax.Array], dict[int, jax.Array], dict[int, jax.Array]]:
-    """Separates the parameters that a head reads from the rest of the model's.
+    """Separates the parameters that a head reads from the model's other parameters.
 
     A loss that carried all parameters through its loop would gather the whole model on every device
     and carry gradients of zeros for it.

@@ -116,7 +116,7 @@ def joint(
 
 
 def _part(diagnostics: dict[str, jax.Array], weights, total) -> Loss:
-    """Returns one of the two parts as a loss of its own, without gradients."""
+    """Returns the `Loss` of one of the two parts, without gradients."""
     return Loss(weighted_sum(diagnostics["loss"], weights), total, weights, diagnostics)
 
 
@@ -141,9 +141,10 @@ def _joint_token_loss(
     distillation_weight,
     temperature: float,
 ) -> TokenLoss:
-    """Returns the weighted sum of both losses of a token, as a function for `weighted_loss`.
+    """Returns a function that computes the weighted sum of both losses of each token.
 
-    The weights of tokens are among its inputs, because the two parts weigh tokens differently.
+    `weighted_loss` takes such a function. The weights of the tokens are among its inputs, because
+    the two losses weight tokens differently.
     """
     policy_loss = policy_token_loss(policy, temperature)
     opsd_loss = opsd_token_loss(distillation, temperature)

@@ -51,7 +51,8 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array, temperature: float = 1.
       float32 [...], in nats.
 
     Raises:
-      ValueError: the shape of `tokens` is not the shape of `logits` without its last axis.
+      ValueError: the shape of `tokens` is not the shape of `logits` without its last axis, or
+        `temperature` is not above 0.
     """
     check_shape(logits.shape[:-1], "the shape of the logits without V", tokens=tokens)
     logits, vocab_size = at_temperature(logits, temperature), logits.shape[-1]
@@ -72,6 +73,9 @@ def entropy(logits: jax.Array, temperature: float = 1.0) -> jax.Array:
 
     Returns:
       float32 [...], in nats.
+
+    Raises:
+      ValueError: `temperature` is not above 0.
     """
     logits = at_temperature(logits, temperature)
     logprobs = logits - log_normaliser(logits)[..., None]

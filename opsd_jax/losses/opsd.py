@@ -44,8 +44,8 @@ class OPSD(NamedTuple):
       gate: weights of correct, incorrect and truncated rollouts in the loss, in this order;
         `losses.GATES` has the choices of the paper.
       divergence: divergence of the student from the teacher: "reverse_kl", "forward_kl", "jsd",
-        "skewed_kl", "sampled_kl" or another name in `losses.DIVERGENCES`; or three names with
-        commas, for correct, incorrect and truncated rollouts.
+        "skewed_kl", "sampled_kl" or another name in `losses.DIVERGENCES`; or three names
+        separated by commas, for correct, incorrect and truncated rollouts.
       beta: weight of the teacher in the mixture of divergence "jsd", from 0 (defined as the forward
         KL) to 1 (defined as the reverse KL).
       alpha: weight of the teacher in the target of divergence "skewed_kl", above 0 and at most 1.
@@ -53,8 +53,8 @@ class OPSD(NamedTuple):
         which reduces the variance of the gradient.
       top_k: number of most likely vocabulary entries that the divergence compares; 0 for the whole
         vocabulary.
-      support: with top_k, whose most likely entries are compared: those of the "teacher", of the
-        "student", or the "union" of both.
+      support: with top_k, the model whose most likely entries are compared: "teacher", "student",
+        or "union" for the entries of both.
       rest: with top_k, what happens to the probability of the other entries: "bucket" makes it one
         more entry, "renormalise" scales the kept probabilities to a sum of 1.
       clip: bound on the absolute value of each token's divergence, whose gradient is scaled down by
@@ -121,8 +121,8 @@ class OPSD(NamedTuple):
             check_range("gate", weight, 0)
         if len(self.divergences) != 3:
             raise ValueError(
-                f"divergence is {self.divergence!r}; expected one name, or three with commas for "
-                "correct, incorrect and truncated rollouts."
+                f"divergence is {self.divergence!r}; expected one name, or three names "
+                "separated by commas, for correct, incorrect and truncated rollouts."
             )
         for name in self.divergences:
             check_option("divergence", name, DIVERGENCES)
@@ -218,7 +218,7 @@ def opsd(
     )
     checkify.debug_check(
         jnp.all(jnp.isfinite(diagnostics["divergence"])),
-        "the divergence is not finite somewhere; check the teacher's logits.",
+        "the divergence is not finite somewhere; check the teacher's logits for NaN and infinity.",
     )
     return Loss(value, total, weights, diagnostics)
 
@@ -277,7 +277,10 @@ def opsd_weights(
 def opsd_inputs(
     *, mask, outcomes: Outcomes, tokens, behaviour_logprobs, options: OPSD
 ) -> dict[str, Any]:
-    """Returns the arrays [B, T] that `opsd_token_loss` reads; the arguments are those of `opsd`."""
+    """Checks the arrays [B, T] of the OPSD loss and returns those that the options need.
+
+    The arguments are described in `opsd`. The result is the argument `inputs` of `opsd_token_loss`.
+    """
     check_shape(
         mask.shape, "the shape of mask", tokens=tokens, behaviour_logprobs=behaviour_logprobs
     )
@@ -303,7 +306,7 @@ def _required(name: str, array, options: OPSD):
 
 
 def opsd_token_loss(options: OPSD, temperature: float) -> TokenLoss:
-    """Returns the OPSD loss of a token, as a function for `weighted_loss`."""
+    """Returns a function that computes the OPSD loss of each token, for `weighted_loss`."""
 
     def token_loss(student, teacher, inputs):
         student, teacher = (at_temperature(logits, temperature) for logits in (student, teacher))
@@ -328,7 +331,7 @@ def opsd_token_loss(options: OPSD, temperature: float) -> TokenLoss:
 
 
 def _divergence_by_outcome(options: OPSD, student_logits, teacher_logits, inputs) -> jax.Array:
-    """Computes for each token the divergence that the options name for its rollout's outcome."""
+    """Computes the divergence of each token; the outcome of its rollout selects the divergence."""
     values = jnp.zeros(student_logits.shape[:-1], jnp.float32)
     for name in sorted(set(options.divergences)):
         outcomes = [i for i, chosen in enumerate(options.divergences) if chosen == name]
@@ -343,7 +346,7 @@ def _divergence_by_outcome(options: OPSD, student_logits, teacher_logits, inputs
 
 
 def _divergence_loss(name: str, options: OPSD) -> TokenLoss:
-    """Returns a divergence with its options, as the loss of a token."""
+    """Returns a function that computes one divergence, with the given options, for each token."""
 
     def loss(student, teacher, inputs):
         if options.top_k:
@@ -363,7 +366,7 @@ def _divergence_loss(name: str, options: OPSD) -> TokenLoss:
 
 
 def _parameters(divergence: str) -> list[str]:
-    """Returns the parameter names of a divergence, without those that functools.partial has set."""
+    """Returns the names of a divergence's parameters, except those set by functools.partial."""
     function = DIVERGENCES[divergence]
     bound = getattr(function, "keywords", {})
     return [name for name in inspect.signature(function).parameters if name not in bound]

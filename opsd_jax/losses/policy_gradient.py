@@ -120,7 +120,7 @@ PRESETS = {
     ),
     # arXiv 2501.03262, without the KL penalty in the reward.
     "reinforce++": PolicyGradient(baseline="batch", scale="batch", aggregation="token"),
-    # MiniMax-M1, arXiv 2506.13585. The paper does not give the upper bound; 5 is the one of TRL.
+    # MiniMax-M1, arXiv 2506.13585. The paper does not give the upper bound; TRL uses 5.
     "cispo": PolicyGradient(clip="cispo", clip_low=1.0, clip_high=4.0, aggregation="token"),
 }
 
@@ -250,9 +250,10 @@ def policy_inputs(
     chunk,
     partition,
 ) -> dict[str, jax.Array]:
-    """Returns the arrays [B, T] that `policy_token_loss` reads.
+    """Checks the arguments of the policy-gradient loss and returns the arrays [B, T] it needs.
 
-    The arguments are those of `policy_gradient`, which are checked here.
+    The arguments are described in `policy_gradient`. The result is the argument `inputs` of
+    `policy_token_loss`.
     """
     if not isinstance(options, PolicyGradient):
         raise ValueError(f"options is {options!r}; expected a PolicyGradient, or one of PRESETS.")
@@ -310,23 +311,27 @@ def _per_token(advantages, mask: jax.Array) -> jax.Array:
 def _check_values(mask, advantages_BxT, behaviour_logprobs_BxT) -> None:
     """Adds checks of the values in the mask, which run only under checkify."""
     checkify.debug_check(
-        jnp.all(jnp.where(mask, jnp.isfinite(advantages_BxT), True)), "advantages are not finite."
+        jnp.all(jnp.where(mask, jnp.isfinite(advantages_BxT), True)),
+        "advantages are not finite somewhere; expected no NaN or infinity.",
     )
     valid = jnp.isfinite(behaviour_logprobs_BxT) & (behaviour_logprobs_BxT < 1e-4)
     checkify.debug_check(
         jnp.all(jnp.where(mask, valid, 1)),
-        "behaviour_logprobs are above 0, or not finite.",
+        "behaviour_logprobs are above 0, or not finite, somewhere; expected log-probabilities.",
     )
 
 
 def policy_token_loss(options: PolicyGradient, temperature: float) -> TokenLoss:
-    """Returns the policy-gradient loss of a token, as a function for `weighted_loss`."""
+    """Returns a function that computes the policy-gradient loss of each token.
+
+    `weighted_loss` takes such a function.
+    """
 
     def token_loss(logits, _, inputs):
         logprobs = token_logprobs(logits, inputs["tokens"], temperature)
         log_ratio = logprobs - inputs["old"]
         if "sequence_log_ratio" in inputs:
-            # The value is that of the whole response, and the gradient that of this token.
+            # The value comes from the whole response, and the gradient from this token.
             zero = logprobs - jax.lax.stop_gradient(logprobs)
             log_ratio = inputs["sequence_log_ratio"] + zero
         ratio = importance_ratio(log_ratio)

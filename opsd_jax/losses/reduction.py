@@ -66,7 +66,10 @@ def token_weights(
     check_option("aggregation", aggregation, AGGREGATIONS)
     check_range("length", length, 1e-6)
     weight_B = jnp.broadcast_to(jnp.asarray(row_weight, jnp.float32), mask.shape[:1])
-    checkify.debug_check(jnp.all(weight_B >= 0), "row_weight is negative or NaN somewhere.")
+    checkify.debug_check(
+        jnp.all(weight_B >= 0),
+        "row_weight is negative or NaN somewhere; expected numbers of at least 0.",
+    )
     weight_B = jnp.where(weight_B < 0, jnp.nan, weight_B)
 
     tokens_B = jnp.sum(mask, axis=1, dtype=jnp.float32)

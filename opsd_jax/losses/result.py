@@ -30,7 +30,7 @@ class Loss(NamedTuple):
 
     @property
     def mean(self) -> jax.Array:
-        """sum / weight, or 0 if the weight is 0."""
+        """The mean loss: sum / weight, or 0 if the weight is 0."""
         return self.sum / jnp.where(self.weight == 0, 1.0, self.weight)
 
     def metric(self, name: str) -> tuple[jax.Array, jax.Array]:

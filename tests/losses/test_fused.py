@@ -1,4 +1,4 @@
-"""Losses from hidden states: any head, any mesh, and no array [tokens, vocabulary]."""
+"""Losses from hidden states: for any head and mesh, and without an array [tokens, vocabulary]."""
 
 import jax
 import jax.numpy as jnp
@@ -207,7 +207,7 @@ def test_memory_does_not_grow_with_the_tokens():
 
 
 def test_tokens_without_weight_have_no_effect(data):
-    """NaN and infinity in their states and inputs change no value, gradient or diagnostic."""
+    """NaN and infinity in hidden states and inputs change no value, gradient or diagnostic."""
     masked = ~data["mask"]
     spoilt = dict(data)
     for name in ("hidden", "teacher_hidden"):
@@ -228,7 +228,7 @@ def test_tokens_without_weight_have_no_effect(data):
 
 
 def test_padding_on_either_side_has_no_effect(data):
-    """Compares with rows one by one without padding, and with more padding on either side."""
+    """Compares with each row alone without padding, and with more padding on either side."""
     expected, (_, of_hidden) = value_and_grad(data, True)
     by_token = [k for k, x in data.items() if np.shape(x)[:2] == (B, T)]
     total = 0.0
@@ -408,7 +408,7 @@ BAD = {
     ),
     "two divergences": (
         {"options": losses.OPSD(divergence="jsd,jsd")},
-        "divergence is 'jsd,jsd'; expected one name, or three with commas",
+        "divergence is 'jsd,jsd'; expected one name, or three names separated by commas",
     ),
     "beta": ({"options": losses.OPSD(beta=1.5)}, r"beta is 1.5; expected a number in \[0, 1\]"),
     "alpha": ({"options": losses.OPSD(alpha=0.0)}, "alpha is 0.0"),
@@ -450,7 +450,7 @@ BAD_POLICY = {
         r"behaviour_logprobs has shape \[8, 1\]",
     ),
     "options": ({"options": "grpo"}, "options is 'grpo'; expected a PolicyGradient"),
-    "length": ({"options": losses.PRESETS["dr_grpo"]}, "length is 0.0; expected a number in"),
+    "length": ({"options": losses.PRESETS["dr_grpo"]}, "length is 0.0; expected a number that is"),
     "dual clip of cispo": (
         {"options": losses.PolicyGradient(clip="cispo", dual_clip=3.0)},
         "dual_clip is 3.0 with clip 'cispo'; expected dual_clip 0",

@@ -84,8 +84,13 @@ def both_forms(loss, batch):
 
 
 def check_both_forms(loss, batch, expected, frozen_expected):
-    """Compares both forms of a loss with `expected`, (sum, weight), and with the gradient of
-    `frozen_expected(logits)`.
+    """Compares both forms of a loss and their gradients with the reference.
+
+    Args:
+      loss: `(student, teacher) -> Loss`, on logits or heads.
+      batch: the fixture.
+      expected: the reference's (sum, weight).
+      frozen_expected: `(logits) -> (sum, weight)`, whose gradient is expected.
     """
     (value, slope), (fused_value, (of_params, of_hidden)) = both_forms(loss, batch)
     assert_near(value, expected)
@@ -680,7 +685,8 @@ def test_overlong_penalty_by_hand():
         losses.overlong_penalty(lengths, max_tokens=100, buffer=101)
 
 
-A = np.sqrt(0.5)  # of rewards 1, 0: 0.5 above the mean, divided by a sample deviation of sqrt(1/2)
+# The advantage of the first of two rewards 1, 0: 0.5 above the mean, divided by sqrt(1/2).
+A = np.sqrt(0.5)
 PRESETS_BY_HAND = {
     # Row 0: (-1.2 A - A) / 2, with its first ratio clipped; row 1: 0.8 A, with its ratio clipped.
     # The advantages of the other two are 0. Row 3 is half as likely as under the reference.

@@ -1,4 +1,4 @@
-"""Compares losses and gradients with PyTorch, where it defines the same (slow; needs torch)."""
+"""Compares losses and gradients with PyTorch's own functions (slow; needs torch)."""
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ def torch_gradient(loss, logits):
 
 
 def check(ours, theirs, logits):
-    """Compares the values of tokens, and the gradient of their sum."""
+    """Compares the values of all tokens, and the gradient of the sum of the values."""
     value, gradient = torch_gradient(theirs, logits[0])
     assert_near(ours(logits[0]), value)
     assert_near(jax.grad(lambda x: ours(x).sum())(logits[0]), gradient)
