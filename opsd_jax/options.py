@@ -262,13 +262,18 @@ def _plain(value: Any, omit: tuple[str, ...] = ()) -> Any:
     return value
 
 
-def parse(cls: type[Options], config: Mapping[str, Any], field: str) -> Options:
+def parse(
+    cls: type[Options], config: Mapping[str, Any], field: str, *, whole: bool = True
+) -> Options:
     """Checks a section of the config and converts it to typed options.
 
     Args:
       cls: the class of the options: an options dataclass or a NamedTuple.
       config: the section.
       field: path of the section in the config, for error messages; "" for the whole config.
+      whole: whether no field may be missing, and the fields have to fit each other. False is for
+        a section that does not run: a missing field then has its default value, and each field is
+        checked on its own.
 
     Returns:
       An instance of `cls`.
@@ -277,10 +282,12 @@ def parse(cls: type[Options], config: Mapping[str, Any], field: str) -> Options:
       ConfigError: a field is missing, unknown, of the wrong type or out of bounds, or two fields
         contradict each other. The message names the field, its value and what was expected.
     """
-    return _parse_section(cls, config, field, ())
+    return _parse_section(cls, config, field, (), whole)
 
 
-def _parse_section(cls: Any, config: Any, field: str, omit: tuple[str, ...]) -> Any:
+def _parse_section(
+    cls: Any, config: Any, field: str, omit: tuple[str, ...], whole: bool
+) -> Any:
     known = {name: about for name, about in _fields(cls).items() if name not in omit}
     place = f"{field}." if field else ""
     if not isinstance(config, Mapping | ConfigDict):
@@ -298,16 +305,19 @@ def _parse_section(cls: Any, config: Any, field: str, omit: tuple[str, ...]) -> 
                     f"config.{place}{name} is missing, and it has no default value. Set it. Its "
                     f"description: {bounds.description}"
                 )
-            raise ConfigError(
-                f"config.{place}{name} is missing. Set it, for example to its default value, "
-                f"{default!r}."
-            )
-        value = _typed(kind, config[name], f"{place}{name}", bounds)
+            if whole:
+                raise ConfigError(
+                    f"config.{place}{name} is missing. Set it, for example to its default value, "
+                    f"{default!r}."
+                )
+            values[name] = default
+            continue
+        value = _typed(kind, config[name], f"{place}{name}", bounds, whole)
         if expected := bounds.expected(value):
             fail(f"{place}{name}", value, expected)
         values[name] = value
     options = cls(**values)
-    check = getattr(options, "check", None)
+    check = getattr(options, "check", None) if whole else None
     if check is not None and _is_tuple_class(cls):
         try:
             check()
@@ -318,17 +328,17 @@ def _parse_section(cls: Any, config: Any, field: str, omit: tuple[str, ...]) -> 
     return options
 
 
-def _typed(kind: Any, value: Any, field: str, bounds: Bounds) -> Any:
+def _typed(kind: Any, value: Any, field: str, bounds: Bounds, whole: bool) -> Any:
     """Converts a value to the type of its field; raises ConfigError if it has another type."""
     if _is_options_class(kind) or _is_tuple_class(kind):
-        return _parse_section(kind, value, field, bounds.omit)
+        return _parse_section(kind, value, field, bounds.omit, whole)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping | ConfigDict):
             fail(field, value, "a section, that is, a dict")
         return types.MappingProxyType(
             {
-                name: _typed(arguments[1], item, f"{field}.{name}", _NO_BOUNDS)
+                name: _typed(arguments[1], item, f"{field}.{name}", _NO_BOUNDS, whole)
                 for name, item in value.items()
             }
         )

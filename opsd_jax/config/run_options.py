@@ -107,7 +107,8 @@ def parse_run(config: ConfigDict) -> RunOptions:
                 "stage: a section with the field `algorithm`."
             )
         algorithm = algorithm_of(value.algorithm, f"{name}.algorithm")
-        sections[name] = parse(algorithm.options, value, name)
+        # A stage that does not run may keep values that contradict each other.
+        sections[name] = parse(algorithm.options, value, name, whole=name in config.stages)
     top = {name: config[name] for name in own if name in config}
     options = parse(RunOptions, top | {"sections": {}}, "")
     model = options.model
