@@ -23,7 +23,9 @@ logger = logging.getLogger(__name__)
 
 
 class Counts(NamedTuple):
-    """What happened to the rows of a source. The rows from `bad` to `repeated` were left out.
+    """Numbers of a source's rows: all, kept, and left out for each reason.
+
+    The rows from `bad` to `repeated` were left out.
 
     Attributes:
       rows: rows in the source.
@@ -95,7 +97,7 @@ class _Candidate(NamedTuple):
 def problems(
     name: str, options: SourceOptions, field: str, check_golds: CheckGolds
 ) -> tuple[list[Problem], Counts]:
-    """Returns the problems of a source in the order of its rows, and what happened to all rows.
+    """Returns the problems of a source in the order of its rows, and counts of all rows.
 
     Args:
       name: name of the source. The id of every problem starts with it.
@@ -229,7 +231,8 @@ class _Reader:
             found = f"is {_shown(value)}"
             has = ""
             if value is None:
-                found, has = "is missing", f" (has {', '.join(self._all_columns) or 'none'})"
+                listed = ", ".join(self._all_columns) or "no columns"
+                found, has = "is missing", f" (the row has {listed})"
             self.row.errors.append(f"field {column!r} {found}; expected {expected}{has}")
             return absent
 
