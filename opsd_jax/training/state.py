@@ -25,7 +25,7 @@ def init_state(
     Args:
       params: the parameters that the stage starts from.
       optimizer: the stage's optimizer.
-      teacher: how to make the teacher's parameters; None for a stage without its own.
+      teacher: how to make the teacher's parameters; None for a stage that stores none.
     """
     return {
         "step": jnp.zeros((), jnp.int32),
