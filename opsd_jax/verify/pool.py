@@ -207,11 +207,11 @@ class VerifierPool:
         return self._submit(self._verifier.prepare, problem, response)
 
     def submit_gold(self, problem: Problem) -> Future[Verdict]:
-        """Like `submit`, but checks whether the problem's own answer verifies against itself."""
+        """Queues a check that a problem's own answer verifies against itself, like `submit`."""
         return self._submit(self._verifier.prepare_gold, problem)
 
     def _submit(self, prepare: Callable[..., Verdict | Job], *arguments) -> Future[Verdict]:
-        """Returns the future of what `prepare(*arguments)` returns: a verdict or a job."""
+        """Returns a future of the verdict that `prepare(*arguments)` returns, or of its job."""
         try:
             prepared = prepare(*arguments)
             job = b"" if isinstance(prepared, Verdict) else pickle.dumps(prepared)
