@@ -65,7 +65,7 @@ Responses = Callable[[int, int], np.ndarray]  # (count, token budget) -> assumed
 
 
 def no_sampling(*_: Any) -> tuple[Sampling, ...]:
-    """Returns (), because a stage that trains on given data samples nothing."""
+    """Returns an empty tuple, for algorithms that train on given data and sample nothing."""
     return ()
 
 

@@ -158,7 +158,7 @@ def buckets(options: OPSDOptions) -> list[Lengths]:
 
 
 def trains(options: OPSDOptions, outcomes: Outcomes) -> np.ndarray:
-    """Returns whether the gate gives weight to each rollout, bool [N]."""
+    """Returns a mask of the rollouts to which the gate gives weight, bool [N]."""
     return losses.gate_weights(*outcomes, losses.parse_gate(options.gate)) != 0
 
 

@@ -9,7 +9,7 @@ from opsd_jax.training.optimizer import OptimizerOptions
 
 
 def ascending(lengths: tuple[int, ...]) -> str:
-    """Checks padded lengths; returns what was expected, or "" if the lengths are valid."""
+    """Returns "" for valid padded lengths, otherwise a description of valid ones."""
     good = lengths and lengths[0] > 0 and list(lengths) == sorted(set(lengths))
     return "" if good else "lengths above 0 in ascending order"
 

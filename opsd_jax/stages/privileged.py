@@ -305,7 +305,7 @@ def _ends_sentence(pieces: Sequence[str], at: int) -> bool:
 def check_contexts(
     options: PrivilegedOptions, stage: str, task: Task, problems: Sequence[Problem]
 ) -> None:
-    """Checks the contexts of a stage on some problems before anything is compiled.
+    """Checks that problems can have a stage's privileged contexts, before anything is compiled.
 
     Logs how many of the problems lack a context or lose a part of it.
 

@@ -132,7 +132,7 @@ def loss_fn(
 
 
 def trains(options: RLVROptions, outcomes: Outcomes) -> np.ndarray:
-    """Returns whether each rollout trains, bool [N].
+    """Returns a mask of the rollouts that train, bool [N].
 
     All of them train if the objective keeps uninformative groups.
     """

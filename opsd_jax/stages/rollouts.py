@@ -157,7 +157,7 @@ def step_rollouts(
 def student_rows(
     rollouts: Rollouts, task: Task, group_size: int
 ) -> Callable[[int], dict[str, Any]]:
-    """Returns a function from the index of a rollout to its row for `pack`.
+    """Returns a function that makes the row of a rollout for `pack`, given the rollout's index.
 
     The prompts are made immediately, while the verifier is still working. A row has the prompt, the
     response and the log-probabilities.

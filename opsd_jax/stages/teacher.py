@@ -181,7 +181,7 @@ def make_teacher(options: TeacherOptions, keep: Keep = lambda params: params) ->
 
 
 def make_head(policy: Policy, options: TeacherOptions) -> Callable[[Params, Params, Any], Head]:
-    """Returns the function `(params, teacher, sequences) -> Head` of the teacher's logits.
+    """Returns the function `(params, teacher, sequences) -> Head` that gives the teacher's logits.
 
     Its arguments are the student's parameters, the teacher in the training state (or None), and the
     teacher's sequences of a microbatch. No gradient flows through the student's parameters.
