@@ -206,7 +206,7 @@ class Chat:
         return self._tokenizer.encode(self._render(self._template, turns))
 
     def next_turn(self, request: str) -> list[int]:
-        """Returns the token ids between a response and the response to the user's next message.
+        """Returns the token ids from the end of a response to the start of the next one.
 
         Prompt, response and these ids form a chat. It contains the response exactly as it was
         sampled, including its thinking, which a template might remove. The response must not

@@ -29,7 +29,7 @@ class Context(NamedTuple):
 
 
 class Attempt(NamedTuple):
-    """A rollout as the function that finds a context sees it.
+    """A rollout's text, length and correctness, for functions that find a context in it.
 
     Attributes:
       text: the decoded response.

@@ -101,7 +101,7 @@ def _verifier(source: SourceOptions, field: str) -> Verifier:
 def _log(
     options: DataOptions, counts: Mapping[str, Counts], heldout: Mapping[str, list[Problem]]
 ) -> None:
-    """Logs what happened to the rows of each source, and which problems are held out."""
+    """Logs the row counts of each source, and how many problems of it are held out."""
     for section in ("heldout", "exclude", "train"):
         for name in sorted(getattr(options, section)):
             logger.info("data: %s.%s: %s", section, name, counts[name])

@@ -128,7 +128,7 @@ def _not_a_day(date: str) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """Where the problems come from, and how they become prompts."""
+    """The sources of a run's problems, and the wording of their prompts."""
 
     train: Mapping[str, SourceOptions] = option({}, "Sources to train on, by name.")
     heldout: Mapping[str, SourceOptions] = option({}, "Sources to evaluate on, by name.")

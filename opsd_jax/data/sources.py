@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Counts(NamedTuple):
-    """Numbers of a source's rows: all, kept, and left out for each reason.
+    """The numbers of rows of a source that were read, kept and left out.
 
     The rows from `bad` to `repeated` were left out.
 
@@ -289,7 +289,7 @@ def _key(value: Any) -> str:
 
 
 def _answer(value: Any) -> str:
-    """Returns a string that is not empty, an integer as a string, or the item of such a list."""
+    """Returns a string that is not empty, an integer as a string, or the text in a list of one."""
     if isinstance(value, list) and len(value) == 1:
         return _text(value[0])
     # Larger floats cannot represent every integer.
@@ -320,7 +320,7 @@ def _shown(value: Any) -> str:
 
 
 def _mark_repeated_ids(candidates: Sequence[_Candidate], column: str) -> None:
-    """Adds an error to each row whose id an earlier row has.
+    """Adds an error to each row whose id an earlier row already has.
 
     Args:
       candidates: rows without an error.

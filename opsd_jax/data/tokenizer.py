@@ -46,7 +46,7 @@ class PretrainedTokenizer:
     """
 
     def __init__(self, directory: str | pathlib.Path):
-        """Reads the directory.
+        """Reads the tokenizer's files in a directory.
 
         Raises:
           ValueError: a file is missing or cannot be used. Names the file and the reason.
