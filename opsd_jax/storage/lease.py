@@ -24,7 +24,7 @@ class InUse(RuntimeError):
 
 @contextlib.contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Context manager that holds a lease while its block runs.
+    """Context manager that holds a lease, a lock that expires, while its block runs.
 
     The holder writes a heartbeat to the file `path` every HEARTBEAT_SECONDS. The lease of a crashed
     holder expires after MISSED_HEARTBEATS of them.

@@ -42,7 +42,7 @@ class CheckpointOptions:
     )
 
     def policy(self) -> tuple[Any, Any]:
-        """Returns Orbax's preservation policy, and the function that ranks checkpoints or None."""
+        """Returns Orbax's preservation policy, and a function that ranks checkpoints, or None."""
         manager = ocp.checkpoint_managers
         policies: list[Any] = [manager.LatestN(self.last)]
         if self.period:

@@ -32,7 +32,7 @@ class Diverged(RuntimeError):
 
 
 class LoopOptions(NamedTuple):
-    """The options of `run_stage`.
+    """The options of a stage's training loop, `run_stage`.
 
     Attributes:
       checkpoint_every: number of steps between two checkpoints; the last step always saves one.

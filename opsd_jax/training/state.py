@@ -41,7 +41,7 @@ def abstract_state(
     teacher: Teacher | None,
     mesh: jax.sharding.Mesh,
 ) -> State:
-    """Returns the shapes, dtypes and shardings of `init_state`, without computing it.
+    """Returns the shapes, dtypes and shardings of the initial state, without computing it.
 
     Args:
       abstract_params: shapes, dtypes and shardings of the parameters.
