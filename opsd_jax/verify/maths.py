@@ -148,7 +148,7 @@ def _value(parsed: Any) -> Any:
 
 
 def _near(a: Any, b: Any, percent: bool) -> bool:
-    """Returns whether two answers that math-verify rounds to six decimals are equal without that.
+    """Returns whether two answers are equal even without math-verify's rounding to six decimals.
 
     Numbers must agree to a relative 1e-4, and expressions without decimals must be exactly equal.
 

@@ -57,7 +57,7 @@ def settle(gold: str, answer: str, *, choice_removed: bool = False) -> Verdict |
 
 
 def _compare_notation(gold: str, answer: str, *, choice_removed: bool) -> Verdict | Pair | None:
-    """Compares equal texts and special notations, such as times, ratios, choices and bases.
+    """Compares answers that are equal texts or have a special notation, such as times or ratios.
 
     Returns:
       The verdict, or the job for a worker. None if the normalised answers use no such notation.

@@ -62,7 +62,7 @@ def as_verifier(judge: Verifier | Judge) -> Verifier:
 
 
 def _never_called(job: Job) -> Verdict:
-    """Raises AssertionError; the `judge` of a verifier whose `prepare` returns every verdict."""
+    """Raises AssertionError; the `judge` of verifiers whose `prepare` always gives the verdict."""
     raise AssertionError(f"unexpected job {job!r}; expected `prepare` to return a verdict.")
 
 
@@ -216,7 +216,7 @@ def letter_in(text: str) -> str | None:
 
 
 def choice(conventions: Sequence[str] = ("boxed",)) -> Verifier:
-    """Returns a verifier of multiple choice, which compares the letters of gold and answer.
+    """Returns a verifier for multiple-choice problems, which compares the letters of answers.
 
     Args:
       conventions: where a response has its answer: keys of `extract.CONVENTIONS`.
@@ -311,7 +311,7 @@ def _judge_tagged(judges: Mapping[str, Callable[[Job], Verdict]], job: Job) -> V
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VerifierOptions:
-    """How the responses to a source's problems are verified (docs/verifiers.md)."""
+    """The options that select the verifier of a source's problems (docs/verifiers.md)."""
 
     kind: str = option(
         "maths",
