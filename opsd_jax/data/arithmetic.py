@@ -85,8 +85,8 @@ class WordTokenizer:
             return [self._ids[token] for token in text.split()]
         except KeyError as error:
             raise ValueError(
-                f"the vocabulary has no token {error} of {text!r}; expected one of its "
-                f"{self.vocab_size} tokens."
+                f"the token {error} of {text!r} is not in the vocabulary; expected only its "
+                f"{self.vocab_size} tokens, with spaces between them."
             ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -173,7 +173,7 @@ def prompt(problem: Problem) -> list[int]:
 
 
 def informed_prompt(problem: Problem, text: str) -> list[int]:
-    """Returns a prompt that shows a text. With the worked solution it has 39 tokens."""
+    """Returns a prompt that shows a context. With the worked solution it has 39 tokens."""
     return TOKENIZER.encode(f"<bos> {problem.question} ? <ref> {text} </ref>")
 
 
@@ -306,8 +306,8 @@ def task(options: DataOptions) -> Task:
     """
     if options.train or options.heldout or options.exclude:
         raise ValueError(
-            "it reads no files, but config.data has sources; expected config.task = "
-            "'opsd_jax.data.text:task', or no sources."
+            "the arithmetic task reads no files, but config.data has sources; expected no sources, "
+            "or config.task = 'opsd_jax.data.text:task'."
         )
     heldout = grain.MapDataset.source(Part(0, HELD_OUT))
     train = grain.MapDataset.source(Part(HELD_OUT, SPACE))

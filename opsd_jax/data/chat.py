@@ -161,7 +161,7 @@ class Chat:
           template: None for prompts of plain text.
           system: system message; "" for none.
           thinking: "on" or "off" sets the template's `enable_thinking`; "" leaves its default.
-          date: "YYYY-MM-DD", the date for templates that ask for it; "" if it does not.
+          date: "YYYY-MM-DD", the date for templates that ask for it; "" for other templates.
           options: further variables of the template.
 
         Raises:
@@ -206,7 +206,7 @@ class Chat:
         return self._tokenizer.encode(self._render(self._template, turns))
 
     def next_turn(self, request: str) -> list[int]:
-        """Returns the token ids between a response and the response to the user's next message.
+        """Returns the token ids from the end of a response to the start of the next one.
 
         Prompt, response and these ids form a chat. It contains the response exactly as it was
         sampled, including its thinking, which a template might remove. The response must not
@@ -249,7 +249,7 @@ class Chat:
 
 
 def cut_to_fit(render: Callable[[str], list[int]], text: str, limit: int) -> tuple[list[int], bool]:
-    """Renders as much of a text as fits a number of tokens, from its beginning.
+    """Renders a text, without its end if the whole text has too many tokens.
 
     Args:
       render: text -> token ids.
@@ -268,7 +268,7 @@ def cut_to_fit(render: Callable[[str], list[int]], text: str, limit: int) -> tup
     fits, low, high = render(""), 0, len(text)
     if len(fits) > limit:
         raise ValueError(
-            f"{len(fits)} tokens without any of the privileged context; only {limit} fit."
+            f"{len(fits)} tokens even without the privileged context; expected at most {limit}."
         )
     while high - low > 1:
         middle = (low + high) // 2

@@ -1,4 +1,4 @@
-"""Privileged contexts: what the teacher's prompt contains and the student's does not.
+"""Privileged contexts: texts that the teacher's prompt contains and the student's does not.
 
 `CONTEXTS` is the table of all kinds. An OPSD stage names one or more of them, or a function of your
 own as "package.module:function". A rollout without a usable context is not trained on.
@@ -29,7 +29,7 @@ class Context(NamedTuple):
 
 
 class Attempt(NamedTuple):
-    """A rollout as the function that finds a context sees it.
+    """A rollout's text, length and correctness, for functions that find a context in it.
 
     Attributes:
       text: the decoded response.
@@ -76,7 +76,7 @@ def nothing(problem: Problem, rollout: int, group: Sequence[Attempt]) -> str | N
 
 
 def sibling(which: str = "shortest", *, thinking: bool = False) -> Find:
-    """Returns a `Find` that picks another correct rollout of the same problem.
+    """Returns a function that finds the text of another correct rollout of the same problem.
 
     Args:
       which: "shortest" picks the correct rollout with the fewest tokens, "first" the one with the
@@ -99,7 +99,7 @@ def sibling(which: str = "shortest", *, thinking: bool = False) -> Find:
 
 
 def column(name: str) -> Find:
-    """Returns a `Find` that reads a column of the data, one of those that `extra` lists."""
+    """Returns a function that finds the text in a column of the data that `extra` lists."""
 
     def find(problem: Problem, rollout: int, group: Sequence[Attempt]) -> str | None:
         value = problem.extra.get(name)
@@ -109,7 +109,7 @@ def column(name: str) -> Find:
 
 
 class ContextKind(NamedTuple):
-    """Everything that depends on the kind of a context.
+    """A kind of privileged context: how its text is found, and how it is worded.
 
     Attributes:
       find: takes the options of the OPSD stage and returns the function that finds the text. None

@@ -1,4 +1,4 @@
-"""Detects equal questions despite different typing, and removes them from the training data."""
+"""Removes repeated questions from the training data, even if they are typed differently."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ _SUBSTITUTIONS = [
 
 
 def normalise(question: str) -> str:
-    """Returns a text that is the same for all ways to type a question.
+    """Returns a normal form of a question, which is the same for all ways to type it.
 
     It ignores case, whitespace, dollar signs, commands for spaces and sizes, the style of
     fractions, quotes and dashes, and the full stop at the end. It keeps numbers and operators.
@@ -81,7 +81,7 @@ def normalise(question: str) -> str:
 def without_duplicates(
     train: Mapping[str, Iterable[Problem]], evaluated: Mapping[str, Iterable[str]]
 ) -> tuple[dict[str, list[Problem]], dict[str, tuple[dict[str, int], int]]]:
-    """Removes training problems whose question is evaluated, or equals an earlier question.
+    """Removes training problems whose question is in an evaluation set or occurred before.
 
     Args:
       train: source -> problems.

@@ -1,4 +1,4 @@
-"""Loads the data of a run: reads all sources, removes duplicates, and holds problems out.
+"""Loads the data of a run: reads all sources, removes duplicates, and holds out problems.
 
 Sources are processed in the order of their names, so the order of a config's fields has no effect.
 """
@@ -24,12 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 class Data(NamedTuple):
-    """The data of a run.
+    """The problems of a run by source, with the verifier and the row counts of each source.
 
     Attributes:
       train: source -> problems to train on.
       heldout: source -> problems to evaluate on.
-      counts: source -> what happened to its rows.
+      counts: source -> numbers of rows that were kept and left out.
       verifiers: source -> its verifier, for sources in `train` and `heldout`.
     """
 
@@ -81,8 +81,8 @@ def load(options: DataOptions) -> Data:
         )
         if not train[name]:
             raise DataError(
-                f"config.data.train.{name}: no problem is left: {counts[name]}; expected at least "
-                "one that is not evaluated and not in another training source."
+                f"config.data.train.{name}: no problem is left ({counts[name]}); expected at least "
+                "one that is not in an evaluation set or an earlier training source."
             )
     if not options.heldout:
         train, heldout = hold_out(train, options.heldout_problems)
@@ -101,7 +101,7 @@ def _verifier(source: SourceOptions, field: str) -> Verifier:
 def _log(
     options: DataOptions, counts: Mapping[str, Counts], heldout: Mapping[str, list[Problem]]
 ) -> None:
-    """Logs what happened to the rows of each source, and which problems are held out."""
+    """Logs the row counts of each source, and how many problems of it are held out."""
     for section in ("heldout", "exclude", "train"):
         for name in sorted(getattr(options, section)):
             logger.info("data: %s.%s: %s", section, name, counts[name])

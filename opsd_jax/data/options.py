@@ -122,13 +122,13 @@ class MemoWording:
 
 
 def _not_a_day(date: str) -> str:
-    """Returns what was expected in place of a date that is not a day; "" for a day or no date."""
+    """Returns "" for a valid date or no date, otherwise a description of a valid one."""
     return "" if not date or _DAY.fullmatch(date) else "a day such as '2026-01-31', or ''"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """Where the problems come from, and how they become prompts."""
+    """The sources of a run's problems, and the wording of their prompts."""
 
     train: Mapping[str, SourceOptions] = option({}, "Sources to train on, by name.")
     heldout: Mapping[str, SourceOptions] = option({}, "Sources to evaluate on, by name.")
@@ -188,8 +188,8 @@ class DataOptions:
                     )
                 if names[name] > 1:
                     raise ConfigError(
-                        f"{place} has a source named {name!r}, as another section has; expected "
-                        f"each name in only one of {', '.join(SECTIONS)}."
+                        f"{place} has a source named {name!r}, and so has another section; "
+                        f"expected each name in only one of {', '.join(SECTIONS)}."
                     )
         total = sum(source.weight for source in self.train.values())
         for name, source in self.train.items():

@@ -10,7 +10,7 @@ from opsd_jax.storage import files
 
 
 def pass_rates(path: str, source: str, field: str) -> dict[int | str, float]:
-    """Returns problem id -> fraction of its rollouts that were correct.
+    """Returns the fraction of correct rollouts of each problem, by problem id.
 
     Args:
       path: JSON lines `{"problem": id, "correct": bool or number of correct rollouts}`. A line may
@@ -34,7 +34,7 @@ def pass_rates(path: str, source: str, field: str) -> dict[int | str, float]:
         if not isinstance(columns, dict):
             raise DataError(
                 f"config.{field}: {path}:{number}: a JSON {type(columns).__name__}; expected an "
-                "object."
+                "object with the keys 'problem' and 'correct'."
             )
         if columns.get("source", source) != source:
             continue

@@ -23,7 +23,9 @@ logger = logging.getLogger(__name__)
 
 
 class Counts(NamedTuple):
-    """What happened to the rows of a source. The rows from `bad` to `repeated` were left out.
+    """The numbers of rows of a source that were read, kept and left out.
+
+    The rows from `bad` to `repeated` were left out.
 
     Attributes:
       rows: rows in the source.
@@ -95,7 +97,7 @@ class _Candidate(NamedTuple):
 def problems(
     name: str, options: SourceOptions, field: str, check_golds: CheckGolds
 ) -> tuple[list[Problem], Counts]:
-    """Returns the problems of a source in the order of its rows, and what happened to all rows.
+    """Returns the problems of a source in the order of its rows, and counts of all rows.
 
     Args:
       name: name of the source. The id of every problem starts with it.
@@ -229,7 +231,8 @@ class _Reader:
             found = f"is {_shown(value)}"
             has = ""
             if value is None:
-                found, has = "is missing", f" (has {', '.join(self._all_columns) or 'none'})"
+                listed = ", ".join(self._all_columns) or "no columns"
+                found, has = "is missing", f" (the row has {listed})"
             self.row.errors.append(f"field {column!r} {found}; expected {expected}{has}")
             return absent
 
@@ -286,7 +289,7 @@ def _key(value: Any) -> str:
 
 
 def _answer(value: Any) -> str:
-    """Returns a string that is not empty, an integer as a string, or the item of such a list."""
+    """Returns a string that is not empty, an integer as a string, or the text in a list of one."""
     if isinstance(value, list) and len(value) == 1:
         return _text(value[0])
     # Larger floats cannot represent every integer.
@@ -317,7 +320,7 @@ def _shown(value: Any) -> str:
 
 
 def _mark_repeated_ids(candidates: Sequence[_Candidate], column: str) -> None:
-    """Adds an error to each row whose id an earlier row has.
+    """Adds an error to each row whose id an earlier row already has.
 
     Args:
       candidates: rows without an error.

@@ -1,4 +1,4 @@
-"""The task of problems from files: questions and answers as text, prompts from templates.
+"""The task for problems from files, which makes prompts from wordings and chat templates.
 
     config.task = "opsd_jax.data.text:task"
     config.data.train.maths = config_lib.source("train.jsonl")
@@ -103,7 +103,10 @@ class Prompts:
         try:
             return cut_to_fit(render, context.text, limit)
         except ValueError as error:
-            raise DataError(f"the teacher's prompt of problem {problem.id} has {error}") from error
+            raise DataError(
+                f"the teacher's prompt of problem {problem.id} has {error} Increase "
+                "teacher_prompt_tokens."
+            ) from error
 
     def reminder(self, context: Context, limit: int) -> tuple[list[int], bool]:
         """Returns a reminder of a context in at most `limit` tokens, and whether it was cut.
@@ -121,10 +124,12 @@ class Prompts:
         try:
             return cut_to_fit(render, context.text, limit)
         except ValueError as error:
-            raise DataError(f"a reminder of the {context.kind} has {error}") from error
+            raise DataError(
+                f"a reminder of the {context.kind} has {error} Increase reminder_tokens."
+            ) from error
 
     def memo_request(self, problem: Problem, outcome: str) -> list[int]:
-        """Returns the tokens after a response with which the user asks for a memo on it.
+        """Returns the tokens that follow a response when the user asks for a memo on it.
 
         Args:
           problem: the problem of the response.
@@ -220,7 +225,7 @@ def make_chat(options: DataOptions, tokenizer: Tokenizer) -> Chat:
     elif options.chat_template:
         path = pathlib.Path(options.chat_template)
         if not path.is_file():
-            expected = "'' for the tokenizer's own, 'none' for plain text, or a file"
+            expected = "'' for the tokenizer's own, 'none' for plain text, or an existing file"
             fail("data.chat_template", options.chat_template, expected)
         special_tokens = getattr(tokenizer, "special_tokens", {})
         template = ChatTemplate(path.read_text(encoding="utf-8"), special_tokens)
@@ -268,10 +273,10 @@ def _check_placeholders(
     """
     found = set(_PLACEHOLDER.findall(wording))
     if missing := needed - found:
-        fail(f"data.{field}", wording, f"{{{min(missing)}}} in it")
+        fail(f"data.{field}", wording, f"a text that contains {{{min(missing)}}}")
     if forbidden := found - needed - optional:
         names = " and ".join(f"{{{name}}}" for name in sorted(needed | optional))
-        allowed = f"only {names} in it" if names else "no placeholder in it"
+        allowed = f"no placeholder except {names}" if names else "a text without placeholders"
         fail(f"data.{field}", wording, f"{allowed}, because {{{min(forbidden)}}} is not filled in")
 
 

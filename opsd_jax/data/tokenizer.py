@@ -1,4 +1,4 @@
-"""Tokenizers: one that needs no files, and those in the directories of Hugging Face models."""
+"""Tokenizers: one that needs no files, and one that reads a Hugging Face model's directory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class PretrainedTokenizer:
     """
 
     def __init__(self, directory: str | pathlib.Path):
-        """Reads the directory.
+        """Reads the tokenizer's files in a directory.
 
         Raises:
           ValueError: a file is missing or cannot be used. Names the file and the reason.
@@ -120,7 +120,7 @@ def _eos_ids(directory: pathlib.Path, first: int | None) -> tuple[int, ...]:
       first: id of the tokenizer's `eos_token`, if it has one.
 
     Raises:
-      ValueError: there are none, or a file has something else in their place.
+      ValueError: there is no such id, or a file has something else in its place.
     """
     ids = [] if first is None else [first]
     for file in ("generation_config.json", "config.json"):
@@ -176,7 +176,7 @@ def _add_missing(tokenizer: tokenizers.Tokenizer, listed: dict[str, Any]) -> Non
 
 
 def _chat_template(directory: pathlib.Path, settings: dict[str, Any]) -> str | None:
-    """Returns the chat template of a directory as text, or None; of several, the default one.
+    """Returns the text of a directory's chat template (of several, the default one), or None.
 
     Args:
       directory: directory of the model.

@@ -1,4 +1,4 @@
-"""The sizes of a decoder, and their form in a Hugging Face `config.json`."""
+"""`DecoderConfig`, the sizes of a decoder, and its conversion from and to `config.json`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from opsd_jax.parallel.aot import on_tpu
 
 
 class Architecture(NamedTuple):
-    """The options of the decoder that a Hugging Face architecture decides.
+    """The decoder options that follow from the name of a Hugging Face architecture.
 
     Attributes:
       qk_norm: Whether the queries and keys of each head are normalised.
@@ -130,18 +130,18 @@ class DecoderConfig:
             )
         if self.num_layers % self.scan_unroll:
             raise ConfigError(
-                f"model.scan_unroll is {self.scan_unroll}, which does not divide model.num_layers "
+                f"model.scan_unroll is {self.scan_unroll}; expected a divisor of model.num_layers "
                 f"= {self.num_layers}."
             )
         if self.head_dim % 2:
             raise ConfigError(
-                f"model.head_dim is {self.head_dim}; expected an even number, as rotary embeddings "
-                "need."
+                f"model.head_dim is {self.head_dim}; expected an even number, because rotary "
+                "embeddings rotate pairs of components."
             )
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Reads the object in a JSON file.
+    """Reads a JSON file that holds an object.
 
     Raises:
       ValueError: The file can't be read or doesn't hold an object. The message names the file.
@@ -152,7 +152,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path} cannot be read: {reason}.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}; expected an object.")
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}; expected a JSON object.")
     return value
 
 
@@ -179,7 +179,7 @@ def from_json(path: pathlib.Path, **options: Any) -> DecoderConfig:
 
 
 def _from_fields(fields: dict[str, Any], options: dict[str, Any]) -> DecoderConfig:
-    """The decoder that the fields of a `config.json` describe; raises what `from_json` raises."""
+    """Converts the fields of a `config.json` to a `DecoderConfig`, or raises ValueError."""
     names = fields.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
     if name not in ARCHITECTURES:
@@ -202,7 +202,7 @@ def _from_fields(fields: dict[str, Any], options: dict[str, Any]) -> DecoderConf
     # Older files have rope_theta and rope_scaling. Newer files have both in rope_parameters.
     rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise _unexpected("rope_scaling", rope, "one object that holds for all layers")
+        raise _unexpected("rope_scaling", rope, "one object with the scaling of all layers")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise _unexpected("partial_rotary_factor", rope["partial_rotary_factor"], _only(1.0))
     return DecoderConfig(
@@ -219,17 +219,17 @@ def _from_fields(fields: dict[str, Any], options: dict[str, Any]) -> DecoderConf
 
 
 def _unexpected(field: str, value: Any, expected: str) -> ValueError:
-    """The error for a field of a `config.json`; the value is shown as JSON."""
+    """Returns the error for a field of a `config.json`, with its value as JSON."""
     return ValueError(f"{field} is {json.dumps(value)}; expected {expected}.")
 
 
 def _only(value: Any) -> str:
-    """The expectation, for an error message, of a field with a single supported value."""
+    """Returns what to expect, for an error message, from a field with one supported value."""
     return f"{json.dumps(value)}, the only value that the decoder supports"
 
 
 def _integer(fields: dict[str, Any], name: str) -> int:
-    """The value of a field that must be a positive integer."""
+    """Returns the value of a field, or raises ValueError if it is not a positive integer."""
     value = fields.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise _unexpected(name, value, "an integer above 0")
@@ -237,7 +237,7 @@ def _integer(fields: dict[str, Any], name: str) -> int:
 
 
 def _number(fields: dict[str, Any], name: str) -> float:
-    """The value of a field that must be a positive number."""
+    """Returns the value of a field, or raises ValueError if it is not a positive number."""
     value = fields.get(name)
     if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
         raise _unexpected(name, value, "a number above 0")
@@ -255,11 +255,11 @@ def _check_window(fields: dict[str, Any], num_layers: int) -> None:
 
 
 def _rope_scaling(rope: dict[str, Any], max_position_embeddings: int | None) -> RopeScaling:
-    """The scaling that the object `rope_scaling` or `rope_parameters` describes.
+    """Reads the scaling of the rotary embeddings from `rope_scaling` or `rope_parameters`.
 
     Args:
-      rope: The object.
-      max_position_embeddings: The field of the same name; the default value of
+      rope: The value of one of these fields of `config.json`.
+      max_position_embeddings: The field with the same name, which is the default value of
         original_max_position_embeddings.
     """
     rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -278,7 +278,7 @@ def _rope_scaling(rope: dict[str, Any], max_position_embeddings: int | None) -> 
 
 
 def to_json(config: DecoderConfig, dtype: str) -> dict[str, Any]:
-    """The fields of the Hugging Face `config.json` for a decoder.
+    """Returns the fields of the Hugging Face `config.json` for a decoder.
 
     Args:
       config: The sizes.

@@ -1,4 +1,4 @@
-"""Grouped-query attention, written out and as JAX's splash attention kernel for TPUs.
+"""Grouped-query attention, with plain JAX operations and with the splash kernel for TPUs.
 
 Shapes: B rows, T queries, S keys, H query heads, K key-value heads, G = H / K, C head size.
 """
@@ -24,7 +24,7 @@ BLOCK = 512
 
 
 def mask(key_positions_BxS: jax.Array, positions_BxT: jax.Array) -> jax.Array:
-    """Which keys each query attends to, bool [B, T, S]: those at positions from 0 to its own."""
+    """Returns the mask, bool [B, T, S], of the keys at positions from 0 to the query's own."""
     return (key_positions_BxS[:, None] >= 0) & (
         key_positions_BxS[:, None] <= positions_BxT[..., None]
     )
@@ -33,12 +33,12 @@ def mask(key_positions_BxS: jax.Array, positions_BxT: jax.Array) -> jax.Array:
 def dense(
     q_BxTxHxC: jax.Array, k_BxKxCxS: jax.Array, v_BxKxSxC: jax.Array, mask_BxTxS: jax.Array
 ) -> jax.Array:
-    """Attention with a softmax in float32.
+    """Computes attention with plain JAX operations and a softmax in float32.
 
     Args:
       q_BxTxHxC: Queries.
-      k_BxKxCxS: Keys; their dtype is that of the queries.
-      v_BxKxSxC: Values; their dtype is that of the output.
+      k_BxKxCxS: Keys, of the same dtype as the queries.
+      v_BxKxSxC: Values. The output has their dtype.
       mask_BxTxS: bool, which keys each query attends to.
 
     Returns:
@@ -61,7 +61,7 @@ def dense(
 def splash(
     q_BxTxHxC: jax.Array, k_BxTxKxC: jax.Array, v_BxTxKxC: jax.Array, positions_BxT: jax.Array
 ) -> jax.Array:
-    """Causal attention of each token to its own row, by a Pallas kernel for TPUs.
+    """Computes the causal attention of each token to its own row with a Pallas kernel for TPUs.
 
     The kernel never stores a [T, T] array, and it skips the blocks above the diagonal. With a mesh
     in context, rows are sharded over `data` and `fsdp` and heads over `tensor`, and each device

@@ -62,7 +62,7 @@ LayerCache = dict[str, jax.Array]
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm over the last axis (Zhang and Sennrich, arXiv 1910.07467).
+    """Applies RMSNorm over the last axis (Zhang and Sennrich, arXiv 1910.07467).
 
     Args:
       x: Input [..., D] of any float dtype.
@@ -81,7 +81,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 def write(
     cache: LayerCache, k_BxTxKxC: jax.Array, v_BxTxKxC: jax.Array, positions_BxT: jax.Array
 ) -> LayerCache:
-    """Stores keys and values at their positions in the cache of a layer; returns the new cache.
+    """Returns the cache of a layer with new keys and values stored at their positions.
 
     Keys and values of padding, at position -1, are dropped.
     """
@@ -127,11 +127,11 @@ class Block(nnx.Module):
         self.down = weight(F, F, D, scale=depth)
 
     def _weight(self, param: nnx.Param) -> jax.Array:
-        """A parameter in the dtype of the matmuls."""
+        """Casts a parameter to the dtype of the matmuls."""
         return param[...].astype(self.config.dtype)
 
     def queries_keys_values(self, x_BxTxD, table):
-        """Queries [B, T, H, C], keys and values [B, T, K, C], with rotary embeddings applied."""
+        """Computes queries [B, T, H, C], keys and values [B, T, K, C], with rotary embeddings."""
         config, w = self.config, self._weight
         q_BxTxHxC = jnp.einsum("btd,dhc->bthc", x_BxTxD, w(self.q))
         k_BxTxKxC = jnp.einsum("btd,dkc->btkc", x_BxTxD, w(self.k))
@@ -146,18 +146,18 @@ class Block(nnx.Module):
         return rope.rotate(q_BxTxHxC, table), rope.rotate(k_BxTxKxC, table), v_BxTxKxC
 
     def project(self, out_BxTxHxC):
-        """The output projection [B, T, D] of the heads."""
+        """Applies the output projection to the heads' outputs; returns [B, T, D]."""
         # The matmul sums over one dimension. With two, XLA:CPU would transpose and copy both
         # operands.
         B, T, H, C = out_BxTxHxC.shape
         return out_BxTxHxC.reshape(B, T, H * C) @ self._weight(self.o).reshape(H * C, -1)
 
     def attention(self, x_BxTxD, positions_BxT, table, cache):
-        """Attention of each token to its own row, or to the cache of its row.
+        """Computes the attention of each token to its own row, or to the cache of its row.
 
         Returns:
-          The output [B, T, D], and the updated cache. Without a cache, the second is the pair of
-          keys and values [B, T, K, C].
+          `(output, cache)`: the output [B, T, D] and the updated cache. Without a cache, the second
+          element is the pair of keys and values, [B, T, K, C] each.
         """
         q_BxTxHxC, k_BxTxKxC, v_BxTxKxC = self.queries_keys_values(x_BxTxD, table)
         if cache is None:
@@ -180,14 +180,14 @@ class Block(nnx.Module):
         return self.project(out_BxTxHxC), cache
 
     def mlp(self, x_BxTxD):
-        """The SwiGLU MLP (Shazeer, arXiv 2002.05202)."""
+        """Applies the SwiGLU MLP (Shazeer, arXiv 2002.05202)."""
         w = self._weight
         gate_BxTxF = jnp.einsum("btd,df->btf", x_BxTxD, w(self.gate))
         up_BxTxF = jnp.einsum("btd,df->btf", x_BxTxD, w(self.up))
         return jnp.einsum("btf,fd->btd", jax.nn.silu(gate_BxTxF) * up_BxTxF, w(self.down))
 
     def __call__(self, x_BxTxD, positions_BxT, table, cache=None):
-        """Runs the layer on the residual stream [B, T, D]; returns what `attention` returns."""
+        """Runs the layer; returns the new residual stream and the second result of `attention`."""
         eps = self.config.rms_norm_eps
         with jax.named_scope("attention"):
             y, cache = self.attention(
@@ -202,7 +202,7 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """The whole decoder: embedding, layers, final norm and output head.
 
-    Use it through the `Policy` of `model`. The three public methods are those of `Policy`.
+    Use it through the `Policy` of `model`. The three public methods are the functions of `Policy`.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
@@ -222,7 +222,7 @@ class Decoder(nnx.Module):
             self.head = nnx.Param((normal(D, V) * D**-0.5).astype(config.param_dtype))
 
     def __call__(self, tokens_BxT, positions_BxT, cache=None):
-        """Hidden states [B, T, D] after the final norm, and the updated cache.
+        """Computes the hidden states [B, T, D] after the final norm, and the updated cache.
 
         With splash attention, a call with a cache and more than one token per row must be the
         first of its rows: the tokens attend to one another and not to the cache.
@@ -245,7 +245,7 @@ class Decoder(nnx.Module):
         return rms_norm(x_BxTxD, self.norm[...], config.rms_norm_eps), cache
 
     def _embed(self, tokens_BxT, *, shard: bool):
-        """The embeddings [B, T, D] of tokens; `shard` chooses the layout for training."""
+        """Looks up the embeddings [B, T, D] of tokens; `shard` selects the layout for training."""
         embedding_VxD = self.embedding[...].astype(self.config.dtype)
         if not shard:
             return embedding_VxD[tokens_BxT]
@@ -257,7 +257,7 @@ class Decoder(nnx.Module):
         return constrain(embedding_VxD[constrain(tokens_BxT, P("data"))], layout)
 
     def _scan_layers(self, x_BxTxD, positions_BxT, table, *, prefill: bool):
-        """Runs the layers in a scan, without a cache.
+        """Runs all layers in a scan, without a cache.
 
         Returns:
           The residual stream [B, T, D]. With `prefill` also the keys and values of all layers, both
@@ -278,7 +278,7 @@ class Decoder(nnx.Module):
             return jax.lax.scan(layer, x_BxTxD, stacked, unroll=config.scan_unroll)
 
     def _unrolled_layers(self, x_BxTxD, positions_BxT, table, cache):
-        """Runs the layers one by one on the cache of each; returns [B, T, D] and the new cache."""
+        """Runs all layers one by one, each with its cache; returns [B, T, D] and the new caches."""
         graphdef, stacked = nnx.split(self.layers)
         updated = []
         for i, layer_cache in enumerate(cache):
@@ -288,7 +288,7 @@ class Decoder(nnx.Module):
         return x_BxTxD, tuple(updated)
 
     def unembed(self, hidden):
-        """Float32 logits [..., V] of hidden states [..., D]."""
+        """Computes float32 logits [..., V] from hidden states [..., D]."""
         tied = self.config.tie_word_embeddings
         head_DxV = self.embedding[...].T if tied else self.head[...]
         return jnp.einsum(
@@ -299,9 +299,9 @@ class Decoder(nnx.Module):
         )
 
     def init_cache(self, batch, length):
-        """An empty cache: a tuple with one dict of arrays per layer.
+        """Returns an empty cache: a tuple with one dict of arrays per layer.
 
-        A paged cache is described in opsd_jax/models/paged.py. A dense one has keys [B, K, C, S]
+        A paged cache is described in opsd_jax/models/paged.py. A dense cache has keys [B, K, C, S]
         and values [B, K, S, C]. The keys have their positions last, because the matmul with a
         single query reads this layout sequentially.
         """
@@ -319,7 +319,7 @@ class Decoder(nnx.Module):
 
 
 def config_of(options: DecoderOptions | Mapping[str, Any]) -> DecoderConfig:
-    """The sizes and numerics that the config section `model` describes.
+    """Converts the config section `model` to a `DecoderConfig`.
 
     Args:
       options: The section, parsed or as it is in the config.
@@ -373,5 +373,12 @@ def model(config: DecoderConfig) -> policy_lib.Model:
 
 
 def from_config(options: DecoderOptions | Mapping[str, Any]) -> policy_lib.Model:
-    """The model that the config section `model` describes; arguments are those of `config_of`."""
+    """Builds the decoder that the config section `model` describes, with random parameters.
+
+    Args:
+      options: The section, parsed or as it is in the config.
+
+    Raises:
+      ConfigError: The decoder does not support a value. The message names the field.
+    """
     return model(config_of(options))

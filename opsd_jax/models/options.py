@@ -18,7 +18,7 @@ TPU_ONLY = {"cache": "paged", "attention": "splash"}  # field -> its form that o
 
 
 def _even(value: int) -> str:
-    """What is expected instead of an odd number; "" for an even one."""
+    """Returns what to expect instead of an odd number, or "" for an even number."""
     return (
         "an even number, because rotary embeddings rotate pairs of components" if value % 2 else ""
     )

@@ -41,20 +41,23 @@ HEADS = P(ROWS, None, "tensor")  # The sharding of queries, keys and values [B, 
 
 
 def fits(num_kv_heads: int, head_dim: int) -> bool:
-    """Whether the kernel supports these sizes; the key-value heads are those of one device."""
+    """Returns whether the kernel supports this number and size of key-value heads on a device."""
     return head_dim % 128 == 0 and (num_kv_heads in (1, 2, 4) or num_kv_heads % 8 == 0)
 
 
 def init(
     batch: int, length: int, num_kv_heads: int, head_dim: int, dtype: Any
 ) -> dict[str, jax.Array]:
-    """An empty cache of one layer, for `batch` rows of `length` tokens, rounded up to pages."""
+    """Returns an empty cache of one layer, for `batch` rows of at least `length` tokens.
+
+    The length is rounded up to whole pages.
+    """
     shape = (batch, -(-length // PAGE), PAGE, 2 * num_kv_heads, head_dim)
     return {"pages": jnp.zeros(shape, dtype)}
 
 
 def pages_per_block(pages: jax.Array) -> int:
-    """The number of pages that the kernel reads at once, for one device's part of a cache."""
+    """Returns the number of pages that the kernel reads at once from a device's part of a cache."""
     _, N, page, heads, C = pages.shape
     page_bytes = page * heads * C * pages.dtype.itemsize
     return max(1, min(BLOCK_TOKENS // page, BLOCK_BYTES // page_bytes, N))
@@ -66,7 +69,7 @@ def write(
     v_BxTxKxC: jax.Array,
     positions_BxT: jax.Array,
 ) -> dict[str, jax.Array]:
-    """Stores keys and values at their positions in the cache of a layer; returns the new cache.
+    """Returns the cache of a layer with new keys and values stored at their positions.
 
     Keys and values of padding, at position -1, are dropped.
     """
@@ -83,7 +86,7 @@ def write(
 
 
 def dense(cache: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """All keys [B, K, C, S] and all values [B, K, S, C] of the cache of a layer."""
+    """Returns all keys [B, K, C, S] and all values [B, K, S, C] in the cache of a layer."""
 
     def local(pages):
         B, N, page, heads, C = pages.shape
@@ -97,7 +100,7 @@ def dense(cache: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
 def attend(
     q_Bx1xHxC: jax.Array, cache: dict[str, jax.Array], positions_Bx1: jax.Array
 ) -> jax.Array:
-    """Attention of one query per row to the keys of its row at positions up to its own.
+    """Computes the attention of one query per row to the keys of its row up to its own position.
 
     Args:
       q_Bx1xHxC: Queries.
@@ -116,8 +119,8 @@ def attend(
         if not fits(heads // 2, C):
             raise ValueError(
                 f"model.cache is 'paged', but each device has {heads // 2} key-value heads of size "
-                f"{C}; expected 1, 2, 4 or a multiple of 8 heads, and a multiple of 128. Set "
-                "model.cache to 'dense', or change the size of `tensor` in decode_mesh."
+                f"{C}; expected 1, 2, 4 or a multiple of 8 heads, of a size that is a multiple of "
+                "128. Set model.cache to 'dense', or change the size of `tensor` in decode_mesh."
             )
         position_B = positions_Bx1[:, 0]
         # The kernel processes the first `num_seqs` rows, each with at least one key. The active

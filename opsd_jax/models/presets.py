@@ -15,7 +15,7 @@ SIZES = (
 
 
 def _sizes(*values: Any, **more: Any) -> dict[str, Any]:
-    """The fields of a preset: `values` in the order of SIZES, and `more` fields by name."""
+    """Returns the fields of a preset, from `values` in the order of SIZES and `more` by name."""
     return {**dict(zip(SIZES, values, strict=True)), **more}
 
 
@@ -27,7 +27,7 @@ _LLAMA3 = {"rope_theta": 5e5, "rms_norm_eps": 1e-5, "qk_norm": False, "attention
 
 
 def _llama3(factor: float) -> dict[str, Any]:
-    """The fields that Llama 3.1 and 3.2 share; `factor` is that of their `rope_scaling`."""
+    """Returns the fields that Llama 3.1 and 3.2 share, with their own factor of `rope_scaling`."""
     return {**_LLAMA3, "rope_scaling": {"rope_type": "llama3", "factor": factor}}
 
 

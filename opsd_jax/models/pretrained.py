@@ -36,17 +36,17 @@ COMPANIONS = (
 
 
 def from_config(options: PretrainedOptions | Mapping[str, Any]) -> Model:
-    """The model in the directory `options.path`.
+    """Builds the model in the directory `options.path`, without reading its weights.
 
-    This reads `config.json` and the headers of the safetensors files. `Model.load` reads the
-    weights. Within `opsd-jax plan`, a preset can replace the directory.
+    The function reads `config.json` and the headers of the safetensors files. `Model.load` reads
+    the weights. Within `opsd-jax plan`, a preset can replace the directory.
 
     Args:
       options: The config section `model`, parsed or as it is in the config.
 
     Raises:
       ConfigError: A field of the section has a value that is not supported.
-      ValueError: As `open_model`.
+      ValueError: `open_model` does not accept the directory.
     """
     if not isinstance(options, PretrainedOptions):
         options = parse(PretrainedOptions, options, "model")
@@ -80,7 +80,7 @@ def from_config(options: PretrainedOptions | Mapping[str, Any]) -> Model:
 
 
 def open_model(directory: pathlib.Path, **options: Any) -> Model:
-    """The model in a directory, after a check of `config.json` and the safetensors headers.
+    """Builds the model in a directory, after checking `config.json` and the safetensors headers.
 
     Args:
       directory: A Hugging Face directory.
@@ -109,12 +109,12 @@ def check_tensors(
     expected: Mapping[str, weights.TensorLayout],
     directory: pathlib.Path,
 ) -> None:
-    """Raises WeightsError if the stored tensors are not those that `config.json` describes.
+    """Raises WeightsError if the stored tensors do not match the sizes in `config.json`.
 
     Args:
       stored: The tensors in the safetensors files, by name.
       expected: The tensors that the model needs, by name.
-      directory: Where they are, for the message, which lists every wrong tensor.
+      directory: The directory of the files, for the error message, which lists every wrong tensor.
     """
     problems = [f"{name} is missing" for name in expected if name not in stored]
     for name, tensor in stored.items():
@@ -122,10 +122,10 @@ def check_tensors(
             # Older files contain the rotary frequencies. A model with tied embeddings may contain
             # the output head as well, which `check_tied` compares.
             if not name.endswith("rotary_emb.inv_freq") and name != HEAD:
-                problems.append(f"{name} {list(tensor.shape)} is unexpected")
+                problems.append(f"{name} of shape {list(tensor.shape)} is unexpected")
         elif tensor.shape != expected[name].shape:
             shape = list(expected[name].shape)
-            problems.append(f"{name} is {list(tensor.shape)}; expected {shape}")
+            problems.append(f"{name} has shape {list(tensor.shape)}; expected {shape}")
         elif tensor.code not in safetensors.DTYPES:
             codes = list(safetensors.DTYPES)
             problems.append(f"{name} is stored as {tensor.code}; expected one of {codes}")
@@ -142,7 +142,7 @@ def check_tied(
 ) -> None:
     """Raises WeightsError if the embeddings are tied but the stored head differs from them.
 
-    The arguments are those of `check_tensors`.
+    See `check_tensors` for the arguments.
     """
     if HEAD in expected or HEAD not in stored:
         return
@@ -165,11 +165,11 @@ def _ranges(stored: StoredTensor) -> list[tuple[int, int]]:
 
 
 def _files(directory: pathlib.Path, dtype: str) -> dict[str, Any]:
-    """The files of an export besides the weights: the companions, and `config.json`.
+    """Returns the files of an export besides the weights, such as the tokenizer and `config.json`.
 
     Args:
       directory: The directory that the model was loaded from.
-      dtype: The new dtype for `config.json`; "" keeps the old one.
+      dtype: The new dtype in `config.json`; "" keeps the old dtype.
 
     Returns:
       File name -> the path to copy, or the value to write as JSON.
@@ -188,7 +188,15 @@ def _save(
     directory: pathlib.Path,
     dtype: str = "",
 ) -> None:
-    """`Model.save` for a model from the directory `source`, which holds the tensors `stored`."""
+    """Writes the parameters of a pretrained model as a Hugging Face directory (`Model.save`).
+
+    Args:
+      source: The directory that the model was loaded from.
+      stored: The tensors in `source`, by name.
+      params: The parameters to write.
+      directory: The directory to write. It must be new or empty.
+      dtype: The dtype to store; "" keeps the dtype of each tensor.
+    """
     codes = {name: CODES[dtype] if dtype else tensor.code for name, tensor in stored.items()}
     weights.save(params, directory, codes, _files(source, dtype))
 
@@ -199,11 +207,12 @@ def rewrite(source: pathlib.Path, directory: pathlib.Path, dtype: str = "") -> N
     Args:
       source: The directory to read.
       directory: The directory to write. It must be new or empty.
-      dtype: The dtype to store, "float32", "bfloat16" or "float16"; "" keeps that of each tensor.
+      dtype: The dtype to store: "float32", "bfloat16" or "float16"; "" keeps each tensor's dtype.
 
     Raises:
-      ValueError: As `open_model`.
-      WeightsError: As `open_model`, or `directory` is not empty or cannot be written.
+      ValueError: `config.json` cannot be read, or the decoder does not support one of its fields.
+      WeightsError: A safetensors file is missing or damaged, a tensor does not match `config.json`,
+        or `directory` is not empty or cannot be written.
     """
     model = decoder.model(architecture.from_json(source / CONFIG))
     stored = safetensors.tensors_of(source)

@@ -16,12 +16,14 @@ TYPES = ("default", "linear", "yarn", "llama3")
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are scaled to a longer context.
+    """Options that scale the rotary frequencies to a longer context.
 
     The fields have the names and the meaning that they have in a Hugging Face `config.json`.
     """
 
-    rope_type: str = option("default", "Method of scaling; 'default' is none.", choices=TYPES)
+    rope_type: str = option(
+        "default", "Method of scaling; 'default' does not scale.", choices=TYPES
+    )
     factor: float = option(1.0, "Ratio of the longer context to the original.", at_least=1)
     original_max_position_embeddings: int = option(
         8192, "Original context in tokens, for 'llama3' and 'yarn'.", at_least=1
@@ -67,7 +69,7 @@ class RopeScaling:
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[np.ndarray, float]:
-    """The rotary frequencies and the factor of their cosines and sines.
+    """Computes the rotary frequencies and the factor that multiplies their cosines and sines.
 
     An error in the last bit of a frequency moves the angle at position 8,192 by 5e-4. The
     frequencies are therefore computed on the host, in the order and with the precisions of Hugging
@@ -75,11 +77,11 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[np.n
 
     Args:
       head_dim: C, the head size.
-      theta: The base.
+      theta: The base of the frequencies.
       scaling: How the frequencies are scaled. "yarn" is YaRN (Peng et al., arXiv 2309.00071).
 
     Returns:
-      The angle per position in radians, float32 [C / 2], and the factor.
+      `(frequencies, factor)`: the angles per position in radians, float32 [C / 2], and a number.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     inverse = np.power(theta, exponent, dtype=np.float64).astype(np.float32)
@@ -97,8 +99,10 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[np.n
 
 
 def _llama3(frequency: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """The frequencies [C / 2] of Llama 3.1: low ones divided by the factor, high ones unchanged,
-    and an interpolation in between.
+    """Scales frequencies [C / 2] as Llama 3.1 does.
+
+    Low frequencies are divided by the factor, high frequencies stay unchanged, and the frequencies
+    in between are interpolated.
     """
     factor = np.float32(scaling.factor)
     context = np.float32(scaling.original_max_position_embeddings)
@@ -111,7 +115,7 @@ def _llama3(frequency: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 
 
 def _yarn(inverse: np.ndarray, theta: float, head_dim: int, scaling: RopeScaling) -> np.ndarray:
-    """The frequencies [C / 2] of YaRN, from the inverse of the unscaled ones."""
+    """Computes the frequencies [C / 2] of YaRN from the inverse of the unscaled frequencies."""
     low, high = (
         head_dim
         * math.log(scaling.original_max_position_embeddings / (turns * 2 * math.pi))
@@ -129,11 +133,14 @@ def _yarn(inverse: np.ndarray, theta: float, head_dim: int, scaling: RopeScaling
 def table(
     positions_BxT: jax.Array, head_dim: int, theta: float, scaling: RopeScaling
 ) -> tuple[jax.Array, jax.Array]:
-    """The cosines and the sines of the rotary angles, both float32 [B, T, 1, C / 2].
+    """Computes the cosines and the sines of the rotary angles of each token.
 
     Args:
       positions_BxT: int32, the position of each token.
-      head_dim, theta, scaling: As for `frequencies`.
+      head_dim, theta, scaling: See `frequencies`.
+
+    Returns:
+      `(cosines, sines)`, both float32 [B, T, 1, C / 2].
     """
     frequency, factor = frequencies(head_dim, theta, scaling)
     # A TPU would round the positions to bfloat16 in an einsum. An elementwise product is exact.
@@ -142,7 +149,7 @@ def table(
 
 
 def rotate(x_BxTxNxC: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates each pair of components by the angle of its position.
+    """Applies rotary embeddings: rotates each pair of components by the angle of its position.
 
     Component i of the first half of C is paired with component i of the second half.
 

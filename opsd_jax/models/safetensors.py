@@ -21,7 +21,7 @@ import numpy as np
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 5 * 10**9  # The largest file of a model that is split into several.
+SHARD_BYTES = 5 * 10**9  # A larger model is split into several files of at most this size.
 # Name of a dtype -> its code in safetensors files, and code -> NumPy dtype. Weights of any other
 # dtype are not supported.
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -33,7 +33,7 @@ DTYPES = {
 
 
 class WeightsError(ValueError):
-    """Weights are missing, damaged, not those of the model, or cannot be written."""
+    """Weights are missing or damaged, do not belong to the model, or cannot be written."""
 
 
 class StoredTensor(NamedTuple):
@@ -53,7 +53,7 @@ class StoredTensor(NamedTuple):
 
     @property
     def dtype(self) -> np.dtype:
-        """The NumPy dtype."""
+        """The NumPy dtype of the tensor."""
         return DTYPES[self.code]
 
     def read(self, start: int, count: int) -> np.ndarray:
@@ -81,9 +81,9 @@ class StoredTensor(NamedTuple):
 
 
 def tensors_of(directory: pathlib.Path) -> dict[str, StoredTensor]:
-    """Finds the tensors of a model, by name. Only the headers of the files are read.
+    """Finds the tensors of a model, by name, in the headers of its safetensors files.
 
-    The files are `model.safetensors` if it exists, otherwise those that the index
+    The files are `model.safetensors` if it exists, otherwise the files that the index
     `model.safetensors.index.json` lists, otherwise all `*.safetensors`.
 
     Raises:
@@ -98,8 +98,8 @@ def tensors_of(directory: pathlib.Path) -> dict[str, StoredTensor]:
         missing = [str(file.name) for file in files if not file.is_file()]
         if missing:
             raise WeightsError(
-                f"{index} lists {', '.join(missing)}, missing in {directory}. Complete the "
-                "download."
+                f"{index} lists files that are missing in {directory}: {', '.join(missing)}. "
+                "Complete the download."
             )
     else:
         files = sorted(directory.glob("*.safetensors"))
@@ -120,7 +120,7 @@ def tensors_of(directory: pathlib.Path) -> dict[str, StoredTensor]:
 
 
 def _weight_map(index: pathlib.Path) -> dict[str, str]:
-    """Reads the name of the file for each tensor from an index.
+    """Reads from an index which file each tensor is in.
 
     Raises:
       WeightsError: The index cannot be read or used. The message names it.
@@ -131,7 +131,10 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
             raise ValueError("expected file names without a directory")
         return weight_map
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{index} cannot be used ({type(error).__name__}: {error}).") from error
+        raise WeightsError(
+            f"{index} cannot be used ({type(error).__name__}: {error}); expected a JSON object "
+            "whose weight_map has a file name for each tensor. Download it again."
+        ) from error
 
 
 def _read_header(file: pathlib.Path) -> dict[str, StoredTensor]:
@@ -145,7 +148,7 @@ def _read_header(file: pathlib.Path) -> dict[str, StoredTensor]:
             size = os.fstat(opened.fileno()).st_size
             (length,) = struct.unpack("<Q", opened.read(8).ljust(8, b"\xff"))
             if 8 + length > size:
-                raise ValueError(f"its header is longer than its {size} bytes")
+                raise ValueError(f"the header is longer than the file, which has {size} bytes")
             entries = json.loads(opened.read(length))
             entries.pop("__metadata__", None)
             tensors, end = {}, 0
@@ -154,25 +157,29 @@ def _read_header(file: pathlib.Path) -> dict[str, StoredTensor]:
                 first, last = entry["data_offsets"]
                 expected = _bytes(code, shape) if code in DTYPES else last - first
                 if first < 0 or last - first != expected:
-                    raise ValueError(f"{name} {code}{list(shape)} is in bytes {first} to {last}")
+                    raise ValueError(
+                        f"{name} has dtype {code} and shape {list(shape)}, but its data are bytes "
+                        f"{first} to {last}"
+                    )
                 tensors[name] = StoredTensor(file, code, shape, 8 + length + first)
                 end = max(end, 8 + length + last)
     except OSError as error:
         raise WeightsError(f"{file} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(
-            f"{file} is damaged or is not a safetensors file ({type(error).__name__}: {error})."
+            f"{file} is damaged or is not a safetensors file ({type(error).__name__}: {error}). "
+            "Download it again."
         ) from error
     if end != size:
         raise WeightsError(
-            f"{file} has {size} bytes, but its header describes {end}: it is cut off or damaged. "
-            "Download it again."
+            f"{file} has {size} bytes, but its header describes {end} bytes: it is cut off or "
+            "damaged. Download it again."
         )
     return tensors
 
 
 def _bytes(code: str, shape: tuple[int, ...]) -> int:
-    """The size of a tensor in bytes."""
+    """Returns the size of a tensor in bytes."""
     return math.prod(shape) * DTYPES[code].itemsize
 
 
@@ -183,7 +190,7 @@ Put = Callable[[str, int, np.ndarray], None]
 def writer(
     directory: pathlib.Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> Iterator[Put]:
-    """Creates the safetensors files of a model, and fills them range by range.
+    """Context manager that creates the safetensors files of a model and yields a write function.
 
     A model larger than SHARD_BYTES is split into several files with an index.
 
@@ -232,7 +239,7 @@ def writer(
 
 
 def _shards(sizes: Mapping[str, int]) -> list[list[str]]:
-    """Assigns tensors to files of at most SHARD_BYTES, or of a single tensor that is larger.
+    """Assigns tensors to files of at most SHARD_BYTES; a larger tensor gets a file of its own.
 
     Args:
       sizes: The size of each tensor in bytes.

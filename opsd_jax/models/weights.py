@@ -60,12 +60,12 @@ LAYER_LAYOUT = {
 
 
 class TensorLayout(NamedTuple):
-    """How a stored tensor becomes a parameter, or one layer of a stacked parameter.
+    """The mapping from a stored tensor to a parameter, or to one layer of a stacked parameter.
 
     Attributes:
       name: The name of the tensor in the file.
       shape: Its shape in the file.
-      view: The same elements with heads and their components in separate dimensions.
+      view: The shape with heads and their components in separate dimensions.
       order: The permutation of axes such that `view.transpose(order)` is the parameter.
       layer: The layer; None for a parameter that is not stacked.
     """
@@ -78,7 +78,7 @@ class TensorLayout(NamedTuple):
 
 
 def layouts_of(path: str, shape: tuple[int, ...]) -> list[TensorLayout]:
-    """The stored tensors of one parameter: one per layer for a stacked parameter, otherwise one.
+    """Returns the layouts of a parameter's stored tensors: one per layer if it is stacked.
 
     Args:
       path: The path of the parameter, such as "layers/q".
@@ -106,7 +106,7 @@ def layouts_of(path: str, shape: tuple[int, ...]) -> list[TensorLayout]:
 
 
 def all_layouts(params: Params) -> dict[str, TensorLayout]:
-    """The stored tensors of all parameters, by name; `params` may also be a tree of shapes."""
+    """Returns the layouts of all stored tensors, by name. `params` can be a tree of shapes."""
     return {
         layout.name: layout
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -115,7 +115,7 @@ def all_layouts(params: Params) -> dict[str, TensorLayout]:
 
 
 class Pieces(NamedTuple):
-    """How a stored tensor is cut into pieces of equal shape.
+    """The division of a stored tensor into pieces of equal shape.
 
     Piece i consists of `rows` rows of every shard, from row `starts[i]` of the shard on. A row is
     an entry along the first dimension of `TensorLayout.view`.
@@ -140,7 +140,7 @@ class Pieces(NamedTuple):
 
 
 def pieces_of(array: jax.Array, layout: TensorLayout, itemsize: int) -> Pieces:
-    """Cuts a stored tensor into pieces of at most PIECE bytes, or of one row per shard.
+    """Divides a stored tensor into pieces of at most PIECE bytes, but at least one row per shard.
 
     Args:
       array: The parameter, or its shape with a sharding.
@@ -178,7 +178,7 @@ def put_piece(array, piece, layer, start, *, order, mesh, specs):
       piece: The piece, of the shape `Pieces.shape`.
       layer: int32, the layer of a stacked parameter.
       start: int32, the first row of the piece within each shard.
-      order, mesh: As in `TensorLayout` and `Pieces`.
+      order, mesh: `TensorLayout.order` and `Pieces.mesh`.
       specs: `Pieces.spec` and `Pieces.piece_spec`.
     """
 
@@ -196,10 +196,10 @@ def put_piece(array, piece, layer, start, *, order, mesh, specs):
 
 @functools.partial(jax.jit, static_argnames=("order", "mesh", "specs", "rows", "dtype"))
 def take_piece(array, layer, start, *, order, mesh, specs, rows, dtype):
-    """Reads a piece of a stored tensor from its parameter: the inverse of `put_piece`.
+    """Extracts a piece of a stored tensor from its parameter. It is the inverse of `put_piece`.
 
     Args:
-      array, layer, start, order, mesh, specs: As for `put_piece`.
+      array, layer, start, order, mesh, specs: See `put_piece`. The array is not donated.
       rows: `Pieces.rows`.
       dtype: The dtype of the piece.
     """
@@ -221,12 +221,15 @@ def take_piece(array, layer, start, *, order, mesh, specs, rows, dtype):
 
 
 def load(stored: Mapping[str, StoredTensor], abstract: Params) -> Params:
-    """Reads parameters into arrays of the given shardings.
+    """Reads the parameters of a model from files into arrays with the given shardings.
 
     Args:
-      stored: The tensors of a directory, by name, after a check of their shapes.
+      stored: The tensors of a directory, by name. Their shapes must have been checked.
       abstract: The shape, dtype and sharding of each parameter. A sharding is a NamedSharding, or
-        holds the whole array on one device.
+        places the whole array on one device.
+
+    Returns:
+      The parameters, in the structure of `abstract`.
 
     Raises:
       WeightsError: A file cannot be read. The message names it.
@@ -270,7 +273,7 @@ def _read(array: jax.Array, layout: TensorLayout, stored: StoredTensor) -> jax.A
             mesh=pieces.mesh,
             specs=(pieces.spec, pieces.piece_spec),
         )
-        # Without this, pieces would accumulate in host memory.
+        # Without this wait, pieces would accumulate in host memory.
         array.block_until_ready()
     return array
 
@@ -303,7 +306,7 @@ def save(
 
 
 def _ranges(array: jax.Array, layout: TensorLayout, code: str) -> Iterator[tuple[int, np.ndarray]]:
-    """The elements of a stored tensor, piece by piece.
+    """Yields the elements of a stored tensor, piece by piece.
 
     Args:
       array: The parameter.
@@ -311,7 +314,7 @@ def _ranges(array: jax.Array, layout: TensorLayout, code: str) -> Iterator[tuple
       code: The code of the dtype to store.
 
     Yields:
-      The number of the first element in the flattened tensor, and the elements from there on.
+      `(start, values)`: consecutive elements of the flattened tensor, and the index of the first.
     """
     dtype = safetensors.DTYPES[code]
     pieces = pieces_of(array, layout, dtype.itemsize)
@@ -336,14 +339,14 @@ def _ranges(array: jax.Array, layout: TensorLayout, code: str) -> Iterator[tuple
 
 
 def check_new(directory: pathlib.Path) -> None:
-    """Raises WeightsError unless the directory is absent or empty."""
+    """Raises WeightsError if a directory to write exists already and is not empty."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise WeightsError(f"{directory} is not empty; expected a new or an empty directory.")
 
 
 @contextlib.contextmanager
 def new_directory(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary directory to fill, which is moved to `directory` at the end.
+    """Context manager that yields a temporary directory and moves it to `directory` at the end.
 
     Raises:
       WeightsError: The directory is not empty, or cannot be written.
@@ -362,7 +365,7 @@ def new_directory(directory: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def add_files(directory: pathlib.Path, files: Mapping[str, Any]) -> None:
-    """Adds files to a directory.
+    """Copies or writes files into a directory.
 
     Args:
       directory: The directory.

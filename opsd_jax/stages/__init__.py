@@ -1,4 +1,4 @@
-"""The training algorithms: SFT, RLVR, OPSD. `ALGORITHMS` is the one table of them.
+"""The training algorithms SFT, RLVR and OPSD, in the table `ALGORITHMS`.
 
 A stage's section of the config names its algorithm: a key of the table, or
 "package.module:ALGORITHM" for your own `Algorithm`. docs/extending.md adds one.
@@ -16,11 +16,11 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 
 def algorithm_of(name: str, field: str = "algorithm") -> Algorithm:
-    """Returns the algorithm with a name.
+    """Returns the algorithm that a config section names.
 
     Args:
       name: a key of `ALGORITHMS`, or "package.module:ALGORITHM".
-      field: the config field with the name, for the error.
+      field: the config field that holds the name, for the error.
 
     Raises:
       ConfigError: there is no such algorithm.
@@ -32,5 +32,6 @@ def algorithm_of(name: str, field: str = "algorithm") -> Algorithm:
         fail(field, name, known)
     found = import_function(name, field)
     if not isinstance(found, Algorithm):
-        fail(field, name, f"the name of an opsd_jax.stages.algorithm.Algorithm; it is {found!r}")
+        expected = "the name of an opsd_jax.stages.algorithm.Algorithm, but it names"
+        fail(field, name, f"{expected} {found!r}")
     return found

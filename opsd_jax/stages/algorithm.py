@@ -27,8 +27,8 @@ class LookedAt(NamedTuple):
     Attributes:
       task: the data.
       problems: returns training and held-out problems, as many as the check may read.
-      longest: `(data set, row -> token ids) -> (tokens, description of the row)`: the longest row
-        of a data set, among the rows that the check may read.
+      longest: `(dataset, row -> token ids) -> (tokens, description of the row)`: finds the longest
+        row of a dataset, among the rows that the check may read.
       seed: seed of the stage.
     """
 
@@ -40,30 +40,39 @@ class LookedAt(NamedTuple):
     def check_fits(
         self, field: str, limit: int, data: Any, tokens: Callable[[Any], Sequence[int]]
     ) -> None:
-        """Raises ConfigError if a row of a data set has more tokens than a config field allows."""
+        """Raises ConfigError if a row of a dataset has more tokens than a config field allows.
+
+        Args:
+          field: the config field, without "config.".
+          limit: its value, the largest number of tokens.
+          data: the dataset.
+          tokens: `row -> token ids` to count.
+        """
         length, row = self.longest(data, tokens)
         if length > limit:
-            fail(field, limit, f"at least {length}, the tokens of {row}")
+            fail(field, limit, f"at least {length}, the number of tokens of {row}")
 
 
 class Curve(NamedTuple):
-    """A training metric that the report draws: its name, its label, and a factor."""
+    """A training metric that the report plots: its name, its label, and its scale factor."""
 
     metric: str
     label: str
     scale: float = 1
 
 
-Responses = Callable[[int, int], np.ndarray]  # (count, budget) -> assumed lengths, int [count]
+Responses = Callable[[int, int], np.ndarray]  # (count, token budget) -> assumed lengths [count]
 
 
 def no_sampling(*_: Any) -> tuple[Sampling, ...]:
-    """Returns (), the sampling of a stage that trains on given data."""
+    """Returns an empty tuple, for algorithms that train on given data and sample nothing."""
     return ()
 
 
 class Algorithm(NamedTuple):
-    """An algorithm. Every function takes the stage's options first.
+    """A training algorithm, described by its options and the functions that run and plan it.
+
+    Every function takes the stage's options as its first argument.
 
     Attributes:
       options: the options class, a frozen dataclass that extends `StageOptions`. Its `check`
@@ -82,7 +91,7 @@ class Algorithm(NamedTuple):
         stage. None for an algorithm without a teacher that sees more than the student.
       privileged_sampling: `(options, Sampled, rollouts, task=None) -> (Sampling, ...)`: what
         `privileged` samples for this number of rollouts.
-      curves: the metrics that the report draws of the training.
+      curves: the training metrics that the report plots.
       headline: the statistic whose change the report shows first: "accuracy" or "length"; ""
         leaves the stage out.
       before_and_after: whether the report compares the responses before and after the stage.

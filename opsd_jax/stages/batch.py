@@ -50,11 +50,16 @@ def pack(
       capacity: largest number of rows in a batch. It fixes M = ceil(capacity / m).
       per_token, per_row, pad_id: as in `collate`.
 
+    Returns:
+      One bucket per shape, each with M microbatches: `count` (int32 []) of them have rows.
+
     Raises:
-      ValueError: a row fits no bucket, or there are more rows than `capacity`.
+      ValueError: a row fits no bucket, its prompt is empty, or there are more rows than `capacity`.
     """
     if len(rows) > capacity:
-        raise ValueError(f"{len(rows)} rows for a batch of capacity {capacity}.")
+        raise ValueError(
+            f"a batch has {len(rows)} rows; expected at most its capacity, {capacity}."
+        )
     lengths = [{name: _computed(row, name) for name in buckets[0]} for row in rows]
     batch = []
     for bucket, parts in zip(buckets, arranged(lengths, buckets, microbatch), strict=True):
@@ -79,7 +84,7 @@ def pack(
 def arranged(
     lengths: Sequence[Lengths], buckets: Sequence[Lengths], microbatch: int
 ) -> list[list[list[int]]]:
-    """The microbatches of each bucket, as lists of row indices.
+    """Returns the microbatches of each bucket, as lists of row indices.
 
     Args:
       lengths: tokens of each row's sequences.
@@ -97,27 +102,28 @@ def arranged(
 
 
 def first_that_holds(buckets: Sequence[Lengths], needed: Lengths) -> int:
-    """The index of the first bucket in which a row fits; raises ValueError if there is none."""
+    """Returns the index of the first bucket in which a row fits; raises ValueError without one."""
     for b, bucket in enumerate(buckets):
         if all(needed[name] <= size for name, size in bucket.items()):
             return b
     raise ValueError(
-        f"a row has {dict(needed)} tokens; expected at most those of the last bucket, "
-        f"{dict(buckets[-1])}."
+        f"a row has sequences of {dict(needed)} tokens; expected at most {dict(buckets[-1])}, the "
+        "last of the stage's buckets. Increase that bucket."
     )
 
 
 def _computed(row: Row, name: str) -> int:
-    """The number of tokens of a row's sequence that are computed: all but the last."""
+    """Returns the number of computed tokens of a row's sequence: all but the last one."""
     inserted = sum(len(ids) for _, ids in row.get(f"{name}/inserts", ()))
     return len(row[name]) + len(row["response"]) + inserted - 1
 
 
 def _sequence(row: Row, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A row's sequence, with its inserts, and the columns that predict the tokens of its response.
+    """Returns a row's sequence, and the columns that predict the tokens of its response.
 
     Returns:
-      `(token ids, columns)`, int32; one column per token of the response.
+      `(token ids, columns)`, int32. The ids include the row's inserts. There is one column per
+      token of the response.
     """
     prompt = np.asarray(row[name], np.int32)
     if not len(prompt):
@@ -192,7 +198,7 @@ def collate(
 
 
 def useful_fraction(batches: Sequence[Batch]) -> float:
-    """Fraction of the computed tokens that are not padding; 1.0 for batches without rows."""
+    """Returns the fraction of computed tokens that are not padding, or 1.0 without any rows."""
     useful = computed = 0
     for bucket in itertools.chain(*batches):
         for sequences in bucket["rows"].values():
@@ -203,7 +209,7 @@ def useful_fraction(batches: Sequence[Batch]) -> float:
 
 
 def response_head(policy: Policy, params: Params, sequences: dict[str, jax.Array]) -> Head:
-    """The logits [m, T, V] that predict the response tokens of a microbatch, not yet computed.
+    """Returns a `Head` that computes the logits [m, T, V] of a microbatch's response tokens.
 
     Args:
       policy: the model.

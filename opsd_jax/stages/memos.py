@@ -25,7 +25,7 @@ from opsd_jax.verify.outcomes import Outcomes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoOptions:
-    """The options of the context kind "memo"."""
+    """The options of memos: token budgets, decoding slots and sampling temperature."""
 
     request_tokens: int = option(256, "Longest request for a memo, in tokens.", at_least=1)
     tokens: int = option(1024, "Token budget of a memo, the model's thinking included.", at_least=1)
@@ -43,7 +43,7 @@ def memo_sampling(
     memos: int,
     task: Task | None = None,
 ) -> tuple[Sampling, Sampling]:
-    """Returns the sampling of memos, and of the continuation of memos whose thinking was closed.
+    """Returns how memos are sampled, and how memos whose thinking was closed are continued.
 
     Args:
       options: the options of memos.
@@ -76,7 +76,15 @@ def memo_sampling(
 def make_memos(
     options: MemoOptions, parts: Parts, seed: int, prompt_tokens: int, response_tokens: int
 ) -> Memos:
-    """Makes the `Memos` for rollouts of these lengths; compiles their engines."""
+    """Makes the `Memos` of a stage, and compiles the engines that sample them.
+
+    Args:
+      options: the options of memos.
+      parts: the parts of the run.
+      seed: the seed of the random numbers.
+      prompt_tokens: longest prompt of a rollout, in tokens.
+      response_tokens: token budget of a rollout.
+    """
     write, close = (
         each.engine(parts.engines)
         for each in memo_sampling(options, prompt_tokens, response_tokens, 0, parts.task)
@@ -86,7 +94,11 @@ def make_memos(
 
 
 class Memos:
-    """Writes memos on rollouts: a function of (seed, step), the parameters and the rollouts."""
+    """Writes memos on rollouts.
+
+    A memo depends only on the seed, the step, its place in the step, the parameters and the
+    rollout.
+    """
 
     def __init__(
         self,
@@ -98,7 +110,8 @@ class Memos:
         close: Engine,
         poll: Callable[[], None] = lambda: None,
     ):
-        """
+        """Creates a writer of memos.
+
         Args:
           options: the options of memos.
           task: the data; it has a `memo_request`.
@@ -106,9 +119,15 @@ class Memos:
           vocab_size: the vocabulary size of the model.
           write, close: engines with the shapes of `memo_sampling`.
           poll: called while they sample; an exception that it raises ends the sampling.
+
+        Raises:
+          ValueError: the task has no `memo_request`.
         """
         if task.memo_request is None:
-            raise ValueError("the task has no memo_request; expected one, to write memos.")
+            raise ValueError(
+                "task.memo_request is None; expected a function, because the teacher's contexts "
+                "include memos."
+            )
         self._request, self._task, self._seed = task.memo_request, task, seed
         self._options, self._write, self._close, self._poll = options, write, close, poll
         self._sampling_params = sampling.params(
@@ -118,17 +137,20 @@ class Memos:
     def __call__(
         self, step: int, params: Params, rollouts: Rollouts, rows: Sequence[int], offset: int = 0
     ) -> list[str | None]:
-        """Writes the memo on each of some rollouts.
+        """Writes a memo on each of the selected rollouts.
 
         Args:
           step: the number of the step in the stage.
           params: the parameters of the model that writes.
           rollouts: the rollouts, with their verdicts.
-          rows: the indices of the rollouts.
+          rows: the indices of the selected rollouts.
           offset: the number of memos that this step has already sampled.
 
         Returns:
-          The texts; None where the model wrote nothing.
+          The text of each memo; None if the model wrote nothing.
+
+        Raises:
+          DataError: a request for a memo has more than `request_tokens` tokens.
         """
         prompts = [self._prompt(rollouts, i) for i in rows]
         keys = [sampling.folded_key(self._seed, step, turn) for turn in range(2)]
@@ -142,7 +164,7 @@ class Memos:
         return [(after_thinking(self._text(ids)) or "").strip() or None for ids in memos]
 
     def _prompt(self, rollouts: Rollouts, i: int) -> list[int]:
-        """The prompt of a memo: the rollout's prompt, its response and the request for a memo."""
+        """Returns the prompt of a memo: the rollout's prompt, its response and the request."""
         problem, response = rollouts.problems[i], rollouts.responses[i].tolist()
         outcomes = rollouts.judged.outcomes
         outcome = next(name for name in Outcomes._fields if getattr(outcomes, name)[i])
@@ -158,7 +180,7 @@ class Memos:
     def _sample(
         self, engine: Engine, params: Params, prompts: list[list[int]], key: jax.Array, offset: int
     ) -> list[list[int]]:
-        """The response to each prompt, as token ids."""
+        """Returns the sampled response to each prompt, as token ids."""
         made: dict[int, list[int]] = {}
         numbers = [[offset + i] for i in range(len(prompts))]
         for ended in engine(

@@ -99,7 +99,7 @@ class OPSDOptions(PrivilegedOptions):
         return min(self.max_rows or self.rollouts, self.rollouts)
 
     def loss_options(self) -> losses.OPSD:
-        """The options of the loss, with the weights of the gate."""
+        """Returns the options of the loss, with the weights of the gate."""
         return self.loss._replace(gate=losses.parse_gate(self.gate))
 
     def check(self, field: str) -> None:
@@ -109,7 +109,8 @@ class OPSDOptions(PrivilegedOptions):
         there = self.teacher_buckets
         if there and (len(there) != len(self.buckets) or there[-1] < longest):
             expected = (
-                f"one for each of {field}.buckets, the last at least {longest}, or () for none"
+                f"one for each of {field}.buckets, the last at least {longest}, or () to compute "
+                "them"
             )
             fail(f"{field}.teacher_buckets", there, expected)
 
@@ -124,11 +125,10 @@ def loss_fn(
     teacher,
     microbatch,
 ):
-    """The sum over rollouts of gate weight x mean token divergence, the sum of the gate weights,
-    and metrics.
+    """Returns the weighted sum of the rollouts' divergences, the sum of the weights, and metrics.
 
-    This is the loss with the default options; see `losses.opsd` for others. `teacher_head` comes
-    from `teacher.make_head`.
+    With the default options, a rollout's divergence is the mean over its tokens, and its weight is
+    the gate's. See `losses.opsd` for other options. `teacher_head` comes from `teacher.make_head`.
     """
     loss = losses.opsd(
         student=response_head(policy, params, microbatch["student"]),
@@ -146,7 +146,7 @@ def loss_fn(
 
 
 def buckets(options: OPSDOptions) -> list[Lengths]:
-    """The padded shapes of a microbatch: lengths of the student's and the teacher's sequences."""
+    """Returns the padded shapes of a microbatch: student and teacher lengths in tokens."""
     inserted = inserted_tokens(options, options.response_tokens)
     teacher = options.teacher_buckets or [
         student + options.teacher_prompt_tokens + inserted for student in options.buckets
@@ -158,7 +158,7 @@ def buckets(options: OPSDOptions) -> list[Lengths]:
 
 
 def trains(options: OPSDOptions, outcomes: Outcomes) -> np.ndarray:
-    """Whether the gate gives weight to each rollout, bool [N]."""
+    """Returns a mask of the rollouts to which the gate gives weight, bool [N]."""
     return losses.gate_weights(*outcomes, losses.parse_gate(options.gate)) != 0
 
 
@@ -225,7 +225,7 @@ def stage(
 def _privileged(
     options: OPSDOptions, parts: Parts, sampled: Sampled, group_size: int, seed: int
 ) -> Privileged:
-    """Finds the contexts of rollouts; compiles the engines of memos, if there are any."""
+    """Makes the `Privileged` that finds contexts; compiles the engines of memos, if any."""
     memos = None
     if "memo" in options.contexts:
         lengths = sampled.prompt_tokens, sampled.response_tokens

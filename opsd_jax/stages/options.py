@@ -1,4 +1,4 @@
-"""The options of every stage, and the options of every stage with rollouts."""
+"""The options that all stages share, and the options that all stages with rollouts share."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from opsd_jax.training.optimizer import OptimizerOptions
 
 
 def ascending(lengths: tuple[int, ...]) -> str:
-    """Checks padded lengths; returns what was expected, or "" if the lengths are valid."""
+    """Returns "" for valid padded lengths, otherwise a description of valid ones."""
     good = lengths and lengths[0] > 0 and list(lengths) == sorted(set(lengths))
     return "" if good else "lengths above 0 in ascending order"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageOptions:
-    """The options of a stage that the run, the training loop and the plan use.
+    """The options that every stage has.
 
-    The options class of an algorithm extends this one. A stage's section of the config has one
-    field for each option.
+    The run, the training loop and the plan read them. The options class of an algorithm extends
+    this one. A stage's section of the config has one field for each option.
     """
 
     algorithm: str = option(
@@ -32,7 +32,7 @@ class StageOptions:
     microbatch: int = option(16, "Rows that the train step computes at once.", at_least=1)
     buckets: tuple[int, ...] = option(
         (1536, 3072, 5120, 9216),
-        "Padded lengths of prompt and response, in tokens, ascending; one program holds them all.",
+        "Padded lengths of prompt plus response, in tokens, ascending; all are in one program.",
         check=ascending,
     )
     loss_chunk: int = option(
@@ -44,7 +44,7 @@ class StageOptions:
     optimizer: OptimizerOptions = option(OptimizerOptions(), "AdamW with a schedule.")
 
     def optimizer_updates(self) -> int:
-        """The number of optimiser updates of the whole stage."""
+        """Returns the number of optimiser updates of the whole stage."""
         return self.steps
 
     def check(self, field: str) -> None:
@@ -57,7 +57,7 @@ class StageOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutOptions(StageOptions):
-    """The options of a stage that samples and verifies rollouts in each step (`step_rollouts`)."""
+    """The options of a stage that samples and verifies rollouts in each step."""
 
     prompts: int = option(32, "Problems per step.", at_least=1)
     group_size: int = option(8, "Rollouts per problem.", at_least=1)
@@ -88,4 +88,5 @@ class RolloutOptions(StageOptions):
             expected = f"a last length of at least {longest} = prompt_tokens + response_tokens - 1"
             fail(f"{field}.buckets", self.buckets, expected)
         if self.temperature == 0:
-            fail(f"{field}.temperature", 0, "above 0: a stage learns from what it samples")
+            expected = "above 0, because a stage trains on random samples"
+            fail(f"{field}.temperature", 0, expected)

@@ -11,11 +11,11 @@ from opsd_jax.rollout.engine import Engine
 from opsd_jax.verify.pool import VerifierPool
 
 Made = TypeVar("Made")
-MakeEngine = Callable[..., Engine]  # the sizes of `Engines` -> the engine
+MakeEngine = Callable[..., Engine]  # the sizes that `Sampling.engine` passes -> the engine
 
 
 class Sampled(Protocol):
-    """Options of a sampling: those of a stage with rollouts, or of the evaluation."""
+    """The token limits of sampled responses, which a stage and an evaluation both have."""
 
     @property
     def prompt_tokens(self) -> int: ...
@@ -25,7 +25,7 @@ class Sampled(Protocol):
 
 
 class Sampling(NamedTuple):
-    """One kind of sampling that a step of a stage does: the shape of its engine and its load.
+    """One kind of sampling in each step of a stage: the sizes of its engine, and its load.
 
     Attributes:
       name: its name in a plan, such as "rollouts".
@@ -54,7 +54,10 @@ class Sampling(NamedTuple):
     continues: bool = False
 
     def engine(self, engines: Callable[..., Made]) -> Made:
-        """Calls `engines` with the sizes; `Engines` returns an engine of this shape."""
+        """Calls `engines` with the sizes of this sampling, and returns its result.
+
+        `Parts.engines` returns the compiled engine.
+        """
         return engines(
             slots=self.slots,
             group_size=self.group_size,

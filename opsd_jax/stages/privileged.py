@@ -1,4 +1,4 @@
-"""The teacher's inputs for each rollout: a prompt with the context, and reminders."""
+"""The teacher's inputs for each rollout: a prompt with a privileged context, and reminders."""
 
 from __future__ import annotations
 
@@ -54,9 +54,11 @@ class PrivilegedOptions(RolloutOptions):
         "rollout has (opsd_jax/data/contexts.py).",
         check=_kinds,
     )
-    sibling: str = option("shortest", "Which correct sibling is shown.", choices=SIBLINGS)
-    sibling_thinking: bool = option(False, "Whether the thinking of a sibling is shown too.")
-    context_column: str = option("", "Column of 'column': one of the sources' `extra`.")
+    sibling: str = option("shortest", "Which correct sibling the teacher sees.", choices=SIBLINGS)
+    sibling_thinking: bool = option(False, "Whether the teacher also sees the sibling's thinking.")
+    context_column: str = option(
+        "", "Column that context kind 'column' shows: one of the sources' `extra` columns."
+    )
     memo: MemoOptions = option(MemoOptions(), "Memos that the model writes.")
     reinject_every: int = option(
         0,
@@ -83,7 +85,7 @@ class PrivilegedOptions(RolloutOptions):
 
 
 def inserted_tokens(options: PrivilegedOptions, response_tokens: int) -> int:
-    """The most tokens that reminders add to a response of `response_tokens` tokens."""
+    """Returns the largest number of tokens that reminders add to a response of a given length."""
     every = options.reinject_every
     return response_tokens // every * options.reminder_tokens if every else 0
 
@@ -112,12 +114,16 @@ class Privileged:
         group_size: int,
         memos: Memos | None = None,
     ):
-        """
+        """Looks up the kinds of context that the options name.
+
         Args:
           options: the options of the stage.
           task: the data.
           group_size: rollouts per problem. The rollouts of a problem are adjacent.
           memos: writes the contexts of kind "memo", if the options have that kind.
+
+        Raises:
+          ConfigError: a context function of the user's own cannot be imported.
         """
         self._options, self._task, self._memos = options, task, memos
         self._group_size = group_size
@@ -179,7 +185,7 @@ class Privileged:
         wanted: Iterable[int],
         capacity: int,
     ) -> dict[int, Context | None]:
-        """The context of each wanted rollout, or None, until `capacity` rollouts have one.
+        """Returns the context of each wanted rollout, or None, until `capacity` rollouts have one.
 
         Memos are sampled for as many rollouts at a time as could still be needed, since the model
         may write nothing for some of them.
@@ -212,7 +218,10 @@ class Privileged:
             if not pending:
                 break
             if self._memos is None:
-                raise ValueError("the options have contexts of kind 'memo'; expected `memos`.")
+                raise ValueError(
+                    "`memos` is None; expected a `Memos`, because the options have contexts of "
+                    "kind 'memo'."
+                )
             memos = self._memos(step, params, rollouts, pending, offset=asked)
             asked += len(pending)
             for i, text in zip(pending, memos, strict=True):
@@ -221,7 +230,7 @@ class Privileged:
         return found
 
     def _attempts(self, rollouts: Rollouts, first: int) -> list[Attempt]:
-        """The rollouts of the group that begins with rollout `first`."""
+        """Returns the rollouts of the group that begins with rollout `first`."""
         correct = rollouts.judged.outcomes.correct
         return [
             Attempt(
@@ -233,12 +242,14 @@ class Privileged:
         ]
 
     def _reminders(self, context: Context, response: np.ndarray) -> tuple[Inserts, bool]:
-        """The reminders inside a response, and whether they were cut."""
+        """Returns the reminders inside a response, and whether they were cut."""
         every, task = self._options.reinject_every, self._task
         if not every:
             return [], False
         if task.reminder is None:
-            raise ValueError("the options have reminders; expected a task with a `reminder`.")
+            raise ValueError(
+                f"task.reminder is None; expected a function, because reinject_every is {every}."
+            )
         ids, cut = task.reminder(context, self._options.reminder_tokens)
         own = response.tolist()
         if own[-1] in task.tokenizer.eos_ids:
@@ -257,7 +268,7 @@ def reminder_places(pieces: Sequence[str], every: int, *, thinking: bool = False
     Args:
       pieces: the text of each token, without EOS.
       every: distance in tokens. Each multiple of it moves back to the nearest end of a sentence,
-        and is left out if there is none after the place before.
+        and is left out if no sentence ends between it and the previous place.
       thinking: whether the prompt has already opened the thinking.
 
     Returns:
@@ -281,7 +292,7 @@ def reminder_places(pieces: Sequence[str], every: int, *, thinking: bool = False
 
 
 def _ends_sentence(pieces: Sequence[str], at: int) -> bool:
-    """Whether a sentence ends before piece `at`; dots of numbers and of list items do not count."""
+    """Returns whether a sentence ends before piece `at`; the dot of "3." or "3.14" ends none."""
     before, after = pieces[at - 1], pieces[at][:1]
     if not _ENDS_SENTENCE.search(before):
         return False
@@ -294,7 +305,7 @@ def _ends_sentence(pieces: Sequence[str], at: int) -> bool:
 def check_contexts(
     options: PrivilegedOptions, stage: str, task: Task, problems: Sequence[Problem]
 ) -> None:
-    """Checks the contexts of a stage on some problems before anything is compiled.
+    """Checks that problems can have a stage's privileged contexts, before anything is compiled.
 
     Logs how many of the problems lack a context or lose a part of it.
 
@@ -302,14 +313,14 @@ def check_contexts(
       options: the options of the stage.
       stage: its name, for messages.
       task: the data.
-      problems: training and held-out problems to look at.
+      problems: training and held-out problems to check.
 
     Raises:
       ConfigError: the task cannot give a context, no problem has one, or a token limit leaves no
         room for one.
     """
     if options.reinject_every and task.reminder is None:
-        expected = "0: the task has no reminder"
+        expected = "0, because the task has no `reminder`"
         fail(f"{stage}.reinject_every", options.reinject_every, expected)
     for kind in options.contexts:
         _check_context(options, stage, task, problems, kind)
@@ -319,16 +330,20 @@ def check_contexts(
             for outcome in Outcomes._fields:
                 needed = len(task.memo_request(problem, outcome))
                 if needed > limit:
-                    expected = f"at least {needed}, the tokens of the request for {problem.id}"
+                    expected = (
+                        f"at least {needed}, the number of tokens of the memo request for problem "
+                        f"{problem.id}"
+                    )
                     fail(f"{stage}.memo.request_tokens", limit, expected)
 
 
 def _check_context(
     options: PrivilegedOptions, stage: str, task: Task, problems: Sequence[Problem], kind: str
 ) -> None:
-    """Checks the contexts of one kind, as `check_contexts` does."""
+    """Checks that the problems can have contexts of one kind, and that these fit their limits."""
     if kind == "memo" and task.memo_request is None:
-        fail(f"{stage}.contexts", kind, "kinds without 'memo': the task has no memo_request")
+        expected = "kinds other than 'memo', because the task has no `memo_request`"
+        fail(f"{stage}.contexts", kind, expected)
     limit, wording = options.teacher_prompt_tokens, worded_as(kind)
     found = context_kind(kind, f"{stage}.contexts")
     # The text of a memo, a sibling or a user's function depends on rollouts.
@@ -348,10 +363,13 @@ def _check_context(
             raise ConfigError(f"config.{stage}.reminder_tokens is {limit}; {error}") from error
     with_context = len(texts) - texts.count(None)
     if not with_context and len(options.contexts) == 1:
-        expected = f"another kind: none of the problems that were looked at has a {kind}"
+        expected = (
+            f"another kind, because none of the {len(texts)} problems checked has such a context"
+        )
         fail(f"{stage}.contexts", (kind,), expected)
     if cut or with_context < len(texts):
         logger.warning(
-            f"{stage}: of {len(texts)} problems looked at, {with_context} have a {kind}, and {cut} "
-            f"of these lose a part of it to teacher_prompt_tokens = {limit}."
+            f"{stage}: of {len(texts)} problems checked, {with_context} have a context of kind "
+            f"{kind!r}, and {cut} of these contexts must be cut to fit teacher_prompt_tokens = "
+            f"{limit}."
         )

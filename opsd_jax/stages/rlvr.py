@@ -48,12 +48,14 @@ class RLVROptions(RolloutOptions):
     )
     objective: losses.PolicyGradient = option(
         losses.PRESETS["grpo"]._replace(kl_coefficient=0.0, aggregation="token"),
-        "The algorithm by its parts (opsd_jax.losses.PolicyGradient).",
+        "The parts of the policy-gradient objective (opsd_jax.losses.PolicyGradient).",
     )
     overlong_buffer: int = option(
         0, "Tokens before the budget where DAPO's length penalty begins; 0 for no penalty."
     )
-    overlong_factor: float = option(1.0, "The length penalty at the budget.", at_least=0)
+    overlong_factor: float = option(
+        1.0, "Length penalty of a response that fills its budget.", at_least=0
+    )
     optimizer: OptimizerOptions = option(
         OptimizerOptions(learning_rate=1e-6, warmup=10, b2=0.999, weight_decay=0.01),
         "AdamW with a schedule.",
@@ -75,10 +77,10 @@ class RLVROptions(RolloutOptions):
             expected = f"0 for no penalty, or up to the budget of {self.response_tokens} tokens"
             fail(f"{field}.overlong_buffer", self.overlong_buffer, expected)
         if self.resample_rounds and not self.objective.drop_uninformative:
-            expected = "0, or objective.drop_uninformative: no rollout is left out to be replaced"
+            expected = "0, or objective.drop_uninformative=True: otherwise no rollout is replaced"
             fail(f"{field}.resample_rounds", self.resample_rounds, expected)
         if self.prompts % self.updates:
-            fail(f"{field}.updates", self.updates, f"a divisor of {self.prompts} prompts")
+            fail(f"{field}.updates", self.updates, f"a divisor of {self.prompts} prompts per step")
 
 
 def loss_fn(
@@ -90,10 +92,10 @@ def loss_fn(
     teacher,
     microbatch,
 ):
-    """The sum over response tokens of the policy-gradient loss, its normaliser, and metrics.
+    """Returns the sum of the policy-gradient loss over response tokens, its divisor, and metrics.
 
-    `temperature` is the sampling temperature, at which the ratio compares the distributions.
-    `teacher` is the reference model, if the objective has a KL term.
+    `temperature` is the sampling temperature; the policy ratio compares the distributions at this
+    temperature. `teacher` holds the reference model's parameters, if the objective has a KL term.
     """
     tokens_mxT, mask_mxT = microbatch["targets"], microbatch["mask"]
     partition = rows_in_context()
@@ -130,18 +132,21 @@ def loss_fn(
 
 
 def trains(options: RLVROptions, outcomes: Outcomes) -> np.ndarray:
-    """Whether each rollout trains, bool [N]; all if the objective keeps uninformative groups."""
+    """Returns a mask of the rollouts that train, bool [N].
+
+    All of them train if the objective keeps uninformative groups.
+    """
     if not options.objective.drop_uninformative:
         return np.ones(len(outcomes.correct), bool)
     return losses.informative(outcomes.correct.astype(np.float32), options.group_size)
 
 
 def rewards_of(options: RLVROptions, outcomes: Outcomes, lengths: np.ndarray) -> np.ndarray:
-    """The reward of each rollout, float32 [N]: its correctness, less the length penalty if any.
+    """Returns rewards, float32 [N]: 1 for a correct rollout, else 0, minus any length penalty.
 
     Args:
       options: the options of the stage.
-      outcomes: a mask [N] of each outcome.
+      outcomes: the outcome masks, bool [N] each.
       lengths: tokens of the responses, int [N].
     """
     rewards = outcomes.correct.astype(np.float32)
@@ -156,7 +161,7 @@ def rewards_of(options: RLVROptions, outcomes: Outcomes, lengths: np.ndarray) ->
 
 
 def buckets(options: RLVROptions) -> list[Lengths]:
-    """The padded shapes of a microbatch."""
+    """Returns the padded shapes of a microbatch."""
     return [{"student": length} for length in options.buckets]
 
 

@@ -1,4 +1,4 @@
-"""Functions of all stages with rollouts: sampling a step, its rows, and its metrics."""
+"""Functions that all stages with rollouts share: sampling, rows for batches, and metrics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RollOut = Callable[[int, Params], Rollouts]  # (step, params) -> the rollouts of
 
 
 def rollout_sampling(options: RolloutOptions, task: Task | None = None) -> tuple[Sampling, ...]:
-    """`Algorithm.sampling` of a stage that samples only its rollouts."""
+    """Returns the sampling of a stage that samples only its rollouts (`Algorithm.sampling`)."""
     del task  # the lengths come from the options
     return (
         Sampling(
@@ -42,7 +42,7 @@ def rollout_sampling(options: RolloutOptions, task: Task | None = None) -> tuple
 
 
 def check_prompts(options: RolloutOptions, name: str, data: LookedAt) -> None:
-    """`Algorithm.check_data` of a stage with rollouts: checks the lengths of prompts."""
+    """Raises ConfigError if a training prompt is longer than `prompt_tokens`."""
     task = data.task
     data.check_fits(f"{name}.prompt_tokens", options.prompt_tokens, task.train, task.prompt)
 
@@ -50,7 +50,16 @@ def check_prompts(options: RolloutOptions, name: str, data: LookedAt) -> None:
 def student_lengths(
     options: RolloutOptions, count: int, responses: Responses
 ) -> tuple[list[int], list[Lengths]]:
-    """`Algorithm.step_rows` of `count` rollouts that are scored from the student's prompt alone."""
+    """Returns the response lengths and rows of rollouts that only the student scores.
+
+    Args:
+      options: the options of the stage.
+      count: number of rollouts.
+      responses: returns assumed lengths of responses.
+
+    Returns:
+      `(response lengths, rows)`, for `Algorithm.step_rows`.
+    """
     targets = responses(count, options.response_tokens).tolist()
     return targets, [{"student": options.prompt_tokens + n - 1} for n in targets]
 
@@ -62,7 +71,13 @@ def make_roll_out(
     capacity: int,
     trains: Callable[[Outcomes], np.ndarray],
 ) -> RollOut:
-    """Calls `step_rollouts` with the parts of a run; compiles the engine."""
+    """Compiles a stage's engine, and makes the function that samples and verifies its rollouts.
+
+    Args:
+      options: the options of the stage.
+      parts: the parts of the run.
+      capacity, trains: as in `step_rollouts`.
+    """
     (rollouts,) = rollout_sampling(options)
     engine = rollouts.engine(parts.engines)
     return step_rollouts(
@@ -142,7 +157,7 @@ def step_rollouts(
 def student_rows(
     rollouts: Rollouts, task: Task, group_size: int
 ) -> Callable[[int], dict[str, Any]]:
-    """Returns a function from the index of a rollout to its row for `pack`.
+    """Returns a function that makes the row of a rollout for `pack`, given the rollout's index.
 
     The prompts are made immediately, while the verifier is still working. A row has the prompt, the
     response and the log-probabilities.
@@ -156,8 +171,10 @@ def student_rows(
 
 
 def rollout_metrics(rollouts: Rollouts, group_size: int) -> dict[str, float]:
-    """Metrics of a step's rollouts: reward, length in tokens, fractions of the outcomes, problems
-    whose rollouts are all correct or all incorrect, and the number of verdicts by reason.
+    """Computes the metrics of a step's rollouts.
+
+    They include the reward, the length in tokens, the fractions of the outcomes, the number of
+    problems whose rollouts are all correct or all incorrect, and the number of verdicts by reason.
     """
     verdicts, (correct, incorrect, truncated), wait_seconds = rollouts.judged
     lengths = rollouts.lengths
@@ -178,7 +195,7 @@ def rollout_metrics(rollouts: Rollouts, group_size: int) -> dict[str, float]:
 
 
 def group_records(rollouts: Rollouts, group_size: int) -> list[dict[str, Any]]:
-    """One JSON-ready record per problem: its number of rollouts and of correct ones."""
+    """Returns a JSON-ready record per problem, with its numbers of rollouts and of correct ones."""
     correct = rollouts.judged.outcomes.correct.reshape(-1, group_size).sum(axis=1)
     return [
         {

@@ -39,7 +39,7 @@ class SFTOptions(StageOptions):
 
 
 def loss_fn(policy: Policy, chunk: int, params, teacher, microbatch):
-    """The sum over response tokens of -log p(token), the number of tokens, and metrics."""
+    """Returns the sum of -log p(token) over response tokens, their number, and metrics."""
     del teacher
     loss = losses.sft(
         student=response_head(policy, params, microbatch["student"]),
@@ -52,7 +52,7 @@ def loss_fn(policy: Policy, chunk: int, params, teacher, microbatch):
 
 
 def buckets(options: SFTOptions) -> list[Lengths]:
-    """The padded shapes of a microbatch."""
+    """Returns the padded shapes of a microbatch."""
     return [{"student": tokens} for tokens in options.buckets]
 
 
@@ -80,7 +80,7 @@ def stage(options: SFTOptions, task: Task, policy: Policy, seed: int) -> Stage:
 
     @functools.lru_cache(maxsize=1)
     def window(index: int) -> list[list[Demonstration]]:
-        """The demonstrations of WINDOW steps. Those of one step have similar lengths."""
+        """Returns the demonstrations of WINDOW steps, one list of similar lengths per step."""
         size = options.batch_size * WINDOW
         rows = sorted((demonstrations[index * size + i] for i in range(size)), key=length)
         order = np.random.default_rng((seed, index)).permutation(WINDOW)

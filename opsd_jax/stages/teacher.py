@@ -36,12 +36,15 @@ Keep = Callable[[Params], Params]  # parameters -> the form in which a teacher s
 
 
 def frozen(keep: Keep = lambda params: params) -> Teacher:
-    """A teacher that keeps the parameters from the start of the stage."""
+    """Returns a teacher that keeps the parameters from the start of the stage."""
     return Teacher(lambda params: jax.tree.map(jnp.copy, keep(params)))
 
 
 def ema(rate: float) -> Teacher:
-    """A moving average, t <- (1 - rate) t + rate p, in float32 for parameters of any dtype."""
+    """Returns a teacher that is a moving average of the parameters, t <- (1 - rate) t + rate p.
+
+    The average is in float32, whatever the dtype of the parameters.
+    """
 
     def follow(teacher, params, number, applied):
         del number
@@ -56,7 +59,10 @@ def ema(rate: float) -> Teacher:
 
 
 def refresh(every: int, keep: Keep = lambda params: params) -> Teacher:
-    """A copy of the parameters, renewed after every `every` updates; skipped updates count."""
+    """Returns a teacher that copies the parameters after every `every` updates.
+
+    Skipped updates count too.
+    """
 
     def copy(teacher, params, number, applied):
         del applied
@@ -73,12 +79,12 @@ MakeHead = Callable[[Policy, Any], Callable[[Params, Params, Any], Head]]
 
 
 def _stored_head(policy: Policy, options: TeacherOptions) -> Callable[[Params, Params, Any], Head]:
-    """The logits of the parameters that the teacher stores."""
+    """Returns a function that computes logits from the parameters that the teacher stores."""
     return lambda params, teacher, sequences: response_head(policy, teacher, sequences)
 
 
 def _average_head(policy: Policy, options: TeacherOptions) -> Callable[[Params, Params, Any], Head]:
-    """The logits of an average in float32, which is cast to the dtypes of the model."""
+    """Returns a function that computes logits from an average cast to the model's dtypes."""
 
     def head(params: Params, teacher: Params, sequences: Any) -> Head:
         cast = jax.tree.map(lambda t, p: t.astype(p.dtype), teacher, params)
@@ -88,12 +94,12 @@ def _average_head(policy: Policy, options: TeacherOptions) -> Callable[[Params, 
 
 
 def _current_head(policy: Policy, options: TeacherOptions) -> Callable[[Params, Params, Any], Head]:
-    """The logits of the current parameters."""
+    """Returns a function that computes logits from the current parameters."""
     return lambda params, teacher, sequences: response_head(policy, params, sequences)
 
 
 def _mixed_head(policy: Policy, options: TeacherOptions) -> Callable[[Params, Params, Any], Head]:
-    """The logits of the stored parameters, mixed with those of the current ones."""
+    """Returns a function that mixes the logits of the stored and of the current parameters."""
     unembed = functools.partial(_mix, policy.unembed, options.rate)
 
     def head(params: Params, teacher: Params, sequences: Any) -> Head:
@@ -105,11 +111,14 @@ def _mixed_head(policy: Policy, options: TeacherOptions) -> Callable[[Params, Pa
 
 
 def _mix(unembed: Callable, rate: float, params: tuple[Params, Params], hidden: jax.Array):
-    """Mixed logits [..., V] of hidden states [..., 2 D]: the stored model's, then the current's."""
+    """Returns mixed logits [..., V] of hidden states [..., 2 D].
+
+    The first D hidden states are the stored model's, the last D the current model's.
+    """
     stored, current = (
         unembed(p, h) for p, h in zip(params, jnp.split(hidden, 2, axis=-1), strict=True)
     )
-    # Not a weighted sum: -inf - -inf of a token that cannot occur would be NaN.
+    # A token that cannot occur has -inf in both, and -inf - -inf would be NaN.
     return jnp.where(stored == current, stored, stored + rate * (current - stored))
 
 
@@ -172,7 +181,7 @@ def make_teacher(options: TeacherOptions, keep: Keep = lambda params: params) ->
 
 
 def make_head(policy: Policy, options: TeacherOptions) -> Callable[[Params, Params, Any], Head]:
-    """Returns the function `(params, teacher, sequences) -> Head` of the teacher's logits.
+    """Returns the function `(params, teacher, sequences) -> Head` that gives the teacher's logits.
 
     Its arguments are the student's parameters, the teacher in the training state (or None), and the
     teacher's sequences of a microbatch. No gradient flows through the student's parameters.
@@ -189,6 +198,6 @@ def warning(options: TeacherOptions) -> str:
     if lag is None or lag(options) >= COLLAPSES_BELOW:
         return ""
     return (
-        f"the teacher is the student of at most {lag(options)} updates ago; models have been seen "
-        f"to collapse below {COLLAPSES_BELOW} (arXiv 2603.05433)."
+        f"the teacher is the student from at most {lag(options)} updates ago; models have been "
+        f"seen to collapse if it is less than {COLLAPSES_BELOW} updates behind (arXiv 2603.05433)."
     )

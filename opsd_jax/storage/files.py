@@ -28,7 +28,7 @@ class RecordError(RuntimeError):
 
 
 def in_bucket(path: Path) -> bool:
-    """Whether a path is in a bucket, where files cannot be appended to, locked or moved."""
+    """Returns whether a path is in a bucket, where no file can be appended to, locked or moved."""
     return "://" in str(path)
 
 
@@ -38,7 +38,7 @@ def absolute(path: Path) -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file such that readers see either its old content or the whole new one.
+    """Writes a file so that readers see either all of its old content or all of the new.
 
     Raises:
       RecordError: the bucket rejects the file.
@@ -103,7 +103,7 @@ class Lines:
 
 
 def is_bucket_error(error: BaseException) -> bool:
-    """Whether an exception comes from the Cloud Storage client or from its network connection."""
+    """Returns whether an exception comes from the Cloud Storage client or its connection."""
     return type(error).__module__.split(".")[0] in ("gcsfs", "aiohttp", "google", "requests")
 
 
@@ -114,7 +114,7 @@ def reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def writing(path: Any) -> Iterator[None]:
-    """Raises any exception of its block as a RecordError that names `path` as not writable.
+    """Context manager that turns exceptions of its block into a RecordError about `path`.
 
     Orbax, tensorstore and the Cloud Storage client each raise exceptions of many types. The loss of
     another host is raised unchanged.

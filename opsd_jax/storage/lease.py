@@ -24,7 +24,7 @@ class InUse(RuntimeError):
 
 @contextlib.contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Holds a lease while its block runs.
+    """Context manager that holds a lease, a lock that expires, while its block runs.
 
     The holder writes a heartbeat to the file `path` every HEARTBEAT_SECONDS. The lease of a crashed
     holder expires after MISSED_HEARTBEATS of them.
@@ -68,7 +68,7 @@ def held(path: Path) -> Iterator[None]:
 
 
 def _renew(path: Path, holder: str, beat: Callable[[], None], released: threading.Event) -> None:
-    """Calls `beat` until the lease is released; exits the process if another one has the lease."""
+    """Calls `beat` until the lease is released; exits if another process has taken the lease."""
     while not released.wait(HEARTBEAT_SECONDS):
         try:
             content = _read(path)

@@ -42,7 +42,7 @@ class CheckpointOptions:
     )
 
     def policy(self) -> tuple[Any, Any]:
-        """Returns Orbax's preservation policy, and the function that ranks checkpoints or None."""
+        """Returns Orbax's preservation policy, and a function that ranks checkpoints, or None."""
         manager = ocp.checkpoint_managers
         policies: list[Any] = [manager.LatestN(self.last)]
         if self.period:
@@ -102,11 +102,11 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """Number of completed steps in the newest complete checkpoint; None without any."""
+        """Number of completed steps in the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: State, metrics: Mapping[str, float] | None = None) -> None:
-        """Starts a save and returns when the arrays have been copied to the host.
+        """Starts to save a checkpoint, and returns when its arrays have been copied to the host.
 
         Does nothing if the newest checkpoint is of this step.
 
@@ -218,7 +218,7 @@ _IF_DAMAGED = " If it is damaged, delete that directory: "
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether an exception means a damaged checkpoint, rather than one that is out of reach."""
+    """Returns whether an exception means that a checkpoint is damaged, not just out of reach."""
     if isinstance(error, OSError):
         return isinstance(error, FileNotFoundError)
     other = isinstance(error, MemoryError | JaxRuntimeError) or files.is_bucket_error(error)
@@ -253,10 +253,10 @@ def _set_aside(directory: Path, step: int, error: Damaged) -> None:
 
 @contextlib.contextmanager
 def _restoring(path: Path, then: str) -> Iterator[None]:
-    """Raises any exception of its block as a RecordError, or Damaged for a damaged checkpoint.
+    """Context manager that turns exceptions of its block into RecordError or Damaged.
 
-    Orbax, tensorstore and the file system raise exceptions of many types. The loss of another host
-    is raised unchanged.
+    Damaged means that the checkpoint is damaged. Orbax, tensorstore and the file system raise
+    exceptions of many types. The loss of another host is raised unchanged.
 
     Args:
       path: the directory that is being restored.
@@ -285,7 +285,7 @@ def save_params(path: Path, params: Params) -> None:
 
 
 def has_params(path: Path) -> bool:
-    """Whether `path` holds parameters that `save_params` has saved completely."""
+    """Returns whether `path` holds parameters that `save_params` has saved completely."""
     # In a bucket, the directory exists before all of its files do.
     return path.exists() and bool(ocp.utils.is_checkpoint_finalized(files.absolute(path)))
 

@@ -32,7 +32,7 @@ class Diverged(RuntimeError):
 
 
 class LoopOptions(NamedTuple):
-    """The options of `run_stage`.
+    """The options of a stage's training loop, `run_stage`.
 
     Attributes:
       checkpoint_every: number of steps between two checkpoints; the last step always saves one.
@@ -49,7 +49,7 @@ class LoopOptions(NamedTuple):
     wandb_project: str = ""
 
 
-Report = Callable[[int, dict[str, float]], None]
+Report = Callable[[int, dict[str, float]], None]  # called with a step and its metrics
 
 
 def run_stage(
@@ -173,7 +173,10 @@ class _Recorder:
         max_nonfinite: int,
         began: float,
     ):
-        """`began` is the `time.monotonic()` from which the first step's seconds count."""
+        """Creates a recorder.
+
+        `began` is the `time.monotonic()` from which the first step's seconds count.
+        """
         self._checkpoints, self._writer, self._report = checkpoints, writer, report
         self._max_nonfinite, self._nonfinite = max_nonfinite, 0  # steps in a row
         self._pending: tuple[int, list[Any], StepData] | None = None

@@ -57,7 +57,7 @@ def _lines(rows: Iterable[dict[str, Any]]) -> str:
 
 
 class NoWriter(contextlib.nullcontext):
-    """A `MetricsWriter` that writes nothing."""
+    """A `MetricsWriter` that writes nothing, for hosts other than the first."""
 
     def __enter__(self) -> NoWriter:
         return self

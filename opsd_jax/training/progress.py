@@ -33,7 +33,7 @@ class Progress:
         self._bar: Any = None
 
     def start(self, name: str, total: int, unit: str) -> None:
-        """Replaces the bar by a new one.
+        """Starts a new bar, which replaces the previous one.
 
         Args:
           name: label of the bar, such as the name of a stage.

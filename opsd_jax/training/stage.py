@@ -100,12 +100,12 @@ class Stage(NamedTuple):
         product divides m.
       loss: `(params, teacher, microbatch) -> (sum, (weight, metrics))`. Pure; it runs inside jit,
         under the training mesh. `sum` (float32 []) is the sum of the losses of the microbatch, and
-        `weight` (float32 []) is what it is divided by: the train step adds up both over all
-        microbatches and devices, and divides once. An update of total weight 0 changes nothing.
+        `weight` (float32 []) is its divisor: the train step adds up both over all microbatches and
+        devices, and divides once. An update of total weight 0 changes nothing.
         `metrics` maps names to `Metric`s; the train step adds `loss`, `grad_norm`, `empty` and
         `nonfinite`.
-      teacher: how to make and update the parameters that the loss gets as `teacher`; None if it
-        gets None.
+      teacher: how to make and update the parameters that the loss gets as `teacher`; if None, the
+        loss gets None.
     """
 
     steps: int

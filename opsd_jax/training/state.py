@@ -25,7 +25,7 @@ def init_state(
     Args:
       params: the parameters that the stage starts from.
       optimizer: the stage's optimizer.
-      teacher: how to make the teacher's parameters; None for a stage without its own.
+      teacher: how to make the teacher's parameters; None for a stage that stores none.
     """
     return {
         "step": jnp.zeros((), jnp.int32),
@@ -41,7 +41,7 @@ def abstract_state(
     teacher: Teacher | None,
     mesh: jax.sharding.Mesh,
 ) -> State:
-    """Returns the shapes, dtypes and shardings of `init_state`, without computing it.
+    """Returns the shapes, dtypes and shardings of the initial state, without computing it.
 
     Args:
       abstract_params: shapes, dtypes and shardings of the parameters.

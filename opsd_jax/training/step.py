@@ -23,11 +23,12 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     teacher: Teacher | None = None,
 ) -> Callable[[State, Batch], tuple[State, dict[str, Any]]]:
-    """Makes the pure function `(state, batch) -> (state, metrics)`; jit it with the state donated.
+    """Makes the train step, a pure function `(state, batch) -> (state, metrics)`.
 
-    It computes only the first `count` microbatches of each bucket. The loss is sum / weight over
-    all microbatches of all devices. If no row has weight, or the gradient is not finite, the
-    parameters, the optimizer's moments and the teacher keep their exact values.
+    Jit it with the state donated. It computes only the first `count` microbatches of each bucket.
+    The loss is sum / weight over all microbatches of all devices. If no row has weight, or the
+    gradient is not finite, the parameters, the optimizer's moments and the teacher keep their exact
+    values.
 
     Args:
       loss: as `Stage.loss`.

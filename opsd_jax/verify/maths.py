@@ -40,7 +40,7 @@ def gold_of(answer: str) -> str:
 
 
 def judge(pair: Pair) -> Verdict:
-    """Compares two answers by math-verify and the guards of this module.
+    """Compares two answers with math-verify and the guards of this module.
 
     It has no limit on time or memory, so it should run in a worker.
     """
@@ -148,7 +148,7 @@ def _value(parsed: Any) -> Any:
 
 
 def _near(a: Any, b: Any, percent: bool) -> bool:
-    """Returns whether two parsed answers are equal beyond math-verify's rounding to six decimals.
+    """Returns whether two answers are equal even without math-verify's rounding to six decimals.
 
     Numbers must agree to a relative 1e-4, and expressions without decimals must be exactly equal.
 
@@ -237,7 +237,7 @@ def _prepare(conventions: Sequence[str], problem: Problem, response: str) -> Ver
 
 
 def _prepare_gold(problem: Problem) -> Verdict | Pair:
-    """Like `_prepare`, but checks whether the problem's own answer verifies against itself."""
+    """Returns the verdict on a problem's own answer against itself, or the job for a worker."""
     answer = gold_of(problem.answer).strip()
     if not answer or extract.boxed(rf"\boxed{{{answer}}}") != answer:
         return Verdict(False, "empty, or its braces do not match")

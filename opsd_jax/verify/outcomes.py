@@ -25,7 +25,7 @@ class Outcomes(NamedTuple):
 
 
 def outcomes_of(verdicts: Sequence[Verdict], truncated: np.ndarray) -> Outcomes:
-    """Returns the outcomes of N rollouts.
+    """Returns the outcome masks of N rollouts.
 
     Args:
       verdicts: one per rollout. The verdicts of truncated rollouts are ignored.

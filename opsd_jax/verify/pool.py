@@ -66,7 +66,7 @@ class PoolError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PoolOptions:
-    """The processes that verify responses, and what one response may cost."""
+    """The worker processes that verify responses, and their limits for one response."""
 
     workers: int = option(0, "Worker processes; 0 is one per core, at most 8.", at_least=0)
     seconds: float = option(
@@ -207,11 +207,11 @@ class VerifierPool:
         return self._submit(self._verifier.prepare, problem, response)
 
     def submit_gold(self, problem: Problem) -> Future[Verdict]:
-        """Like `submit`, but checks whether the problem's own answer verifies against itself."""
+        """Queues a check of a problem's own answer against itself, and returns a future verdict."""
         return self._submit(self._verifier.prepare_gold, problem)
 
     def _submit(self, prepare: Callable[..., Verdict | Job], *arguments) -> Future[Verdict]:
-        """Returns the future of what `prepare(*arguments)` returns: a verdict or a job."""
+        """Calls `prepare(*arguments)`, queues its job if it returns one, and returns a future."""
         try:
             prepared = prepare(*arguments)
             job = b"" if isinstance(prepared, Verdict) else pickle.dumps(prepared)

@@ -57,7 +57,7 @@ def settle(gold: str, answer: str, *, choice_removed: bool = False) -> Verdict |
 
 
 def _compare_notation(gold: str, answer: str, *, choice_removed: bool) -> Verdict | Pair | None:
-    """Compares equal texts and special notations, such as times, ratios, choices and bases.
+    """Compares answers that are equal texts or have a special notation, such as times or ratios.
 
     Returns:
       The verdict, or the job for a worker. None if the normalised answers use no such notation.
@@ -93,7 +93,7 @@ def _compare_notation(gold: str, answer: str, *, choice_removed: bool) -> Verdic
 
 
 def _compare_quantities(gold: str, answer: str) -> Verdict | Pair:
-    """Compares normalised answers after their units; returns a job unless both are numbers."""
+    """Compares the units and values of normalised answers; returns a job if it needs a parser."""
     (gold, gold_unit), (answer, answer_unit) = quantity(gold), quantity(answer)
     gold_number = plain_number(gold)
     if gold_number and (lone := _LONE_UNIT.fullmatch(answer)):
@@ -160,7 +160,7 @@ def _compare_numbers(gold: str, answer: str) -> Verdict | None:
 
 
 def close(a: Any, b: Any) -> bool:
-    """Returns whether two numbers agree to 5e-7 and to a relative 1e-4."""
+    """Returns whether two numbers differ by at most 5e-7, and by at most a relative 1e-4."""
     difference = abs(a - b)
     return bool(difference * 2_000_000 <= 1 and difference * 10_000 <= max(abs(a), abs(b)))
 

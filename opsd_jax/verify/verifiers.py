@@ -62,12 +62,12 @@ def as_verifier(judge: Verifier | Judge) -> Verifier:
 
 
 def _never_called(job: Job) -> Verdict:
-    """The `judge` of a verifier whose `prepare` always returns a verdict."""
-    raise AssertionError(f"unexpected verification job {job!r}; expected prepare to settle it.")
+    """Raises AssertionError; the `judge` of verifiers whose `prepare` always gives the verdict."""
+    raise AssertionError(f"unexpected job {job!r}; expected `prepare` to return a verdict.")
 
 
 def _whole_response(problem: Problem, response: str) -> Job:
-    """The `prepare` of a verifier that runs wholly in a worker."""
+    """Returns the job of a verifier that runs wholly in a worker: the problem and the response."""
     return problem, response
 
 
@@ -82,7 +82,7 @@ def _call(judge: Judge, job: Job) -> Verdict:
 
 
 def function(name: str) -> Verifier:
-    """Returns the verifier that a dotted name refers to.
+    """Returns the verifier that a name such as "package.module:function" refers to.
 
     Args:
       name: "package.module:name" of a `Verifier`, or of a pure function `(problem, response) ->
@@ -216,7 +216,7 @@ def letter_in(text: str) -> str | None:
 
 
 def choice(conventions: Sequence[str] = ("boxed",)) -> Verifier:
-    """Returns a verifier of multiple choice, which compares the letters of gold and answer.
+    """Returns a verifier for multiple-choice problems, which compares the letters of answers.
 
     Args:
       conventions: where a response has its answer: keys of `extract.CONVENTIONS`.
@@ -230,7 +230,7 @@ def choice(conventions: Sequence[str] = ("boxed",)) -> Verifier:
 
 
 def combine(verifiers: Sequence[Verifier], *, every: bool) -> Verifier:
-    """Returns a verifier that combines the verdicts of several.
+    """Returns a verifier that combines the verdicts of several verifiers.
 
     Args:
       verifiers: at least one.
@@ -253,9 +253,9 @@ def combine(verifiers: Sequence[Verifier], *, every: bool) -> Verifier:
 
 
 def _combined(prepared: list[Verdict | Job], every: bool) -> Verdict | Job:
-    """Combines what `prepare` returned for each part into one verdict or one joint job.
+    """Combines the verdicts and jobs of several verifiers into one verdict or one joint job.
 
-    A joint job has the index and the job of each part without a verdict.
+    A joint job has the index and the job of each verifier that has no verdict yet.
     """
     verdicts = [part for part in prepared if isinstance(part, Verdict)]
     for verdict in verdicts:
@@ -267,7 +267,7 @@ def _combined(prepared: list[Verdict | Job], every: bool) -> Verdict | Job:
 
 
 def _judge_combined(judges: Sequence[Callable[[Job], Verdict]], every: bool, job: Job) -> Verdict:
-    """Judges the parts of a joint job in order, until one decides the verdict."""
+    """Judges the jobs in a joint job in order, until one of them decides the verdict."""
     for i, part in job:
         verdict = judges[i](part)
         if verdict.correct != every:
@@ -304,14 +304,14 @@ def by_source(verifiers: Mapping[str, Verifier]) -> Verifier:
 
 
 def _judge_tagged(judges: Mapping[str, Callable[[Job], Verdict]], job: Job) -> Verdict:
-    """Judges a job that names its source, by the `judge` of that source."""
+    """Judges a job with the `judge` of the source that the job names."""
     source, inner = job
     return judges[source](inner)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VerifierOptions:
-    """How the responses to a source's problems are verified (docs/verifiers.md)."""
+    """The options that select the verifier of a source's problems (docs/verifiers.md)."""
 
     kind: str = option(
         "maths",

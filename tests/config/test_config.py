@@ -122,7 +122,7 @@ def test_a_config_that_cannot_run_is_refused(field, text, message):
         ("task", "opsd_jax.data.nothing:task", "config.task is 'opsd_jax.data.nothing:task'"),
         ("model.make", "nonsense", "config.model.make is 'nonsense'; expected 'package.module:fun"),
         ("model.vocab_size", "16", "vocab_size is 16; expected at least 32, the size of the"),
-        ("model.scan_unroll", "2", "scan_unroll is 2, which does not divide"),
+        ("model.scan_unroll", "2", "scan_unroll is 2; expected a divisor"),
         ("model.num_kv_heads", "3", "num_heads is 4"),
         (
             "mesh",
@@ -260,7 +260,7 @@ def test_a_config_file_with_an_error_is_named(tmp_path):
         "    config.opsd.gat = 'all'\n"
         "    return config\n"
     )
-    with pytest.raises(config_lib.ConfigError, match=r"mine.py: .*gat.*[\s\S]*gate"):
+    with pytest.raises(config_lib.ConfigError, match=r"mine.py failed with .*gat.*[\s\S]*gate"):
         loading.load(path)
     with pytest.raises(config_lib.ConfigError, match="there is no such Python file"):
         loading.load(tmp_path / "absent.py")
@@ -268,7 +268,7 @@ def test_a_config_file_with_an_error_is_named(tmp_path):
     with pytest.raises(config_lib.ConfigError, match="returned None; expected a ConfigDict"):
         loading.load(path)
     path.write_text("import nothing_of_this_name\n")
-    with pytest.raises(config_lib.ConfigError, match=r"mine.py: ModuleNotFoundError"):
+    with pytest.raises(config_lib.ConfigError, match=r"mine.py failed with ModuleNotFoundError"):
         loading.load(path)
 
 

@@ -31,7 +31,7 @@ OPTIONS = {"date_string": "26 Jul 2024"}
 @pytest.mark.slow  # needs the extra `parity`
 @pytest.mark.parametrize("thinking", ["", "on", "off"])
 @pytest.mark.parametrize("system", ["", "Be brief."])
-def test_prompts_are_those_of_transformers(directory, thinking, system):
+def test_prompts_equal_those_of_transformers(directory, thinking, system):
     transformers = pytest.importorskip("transformers", reason="needs the extra `parity`")
     theirs = transformers.AutoTokenizer.from_pretrained(directory)
     ours = PretrainedTokenizer(directory)
@@ -72,7 +72,7 @@ def test_prompts_are_those_of_transformers(directory, thinking, system):
 
 
 @pytest.mark.slow
-def test_a_prompt_with_today_s_date_is_that_of_transformers(directories):
+def test_a_prompt_with_todays_date_equals_that_of_transformers(directories):
     transformers = pytest.importorskip("transformers", reason="needs the extra `parity`")
     theirs = transformers.AutoTokenizer.from_pretrained(directories["llama3"])
     ours = PretrainedTokenizer(directories["llama3"])
@@ -135,7 +135,7 @@ def test_a_chat_template_is_found_wherever_it_is_stored(tmp_path):
 
 @pytest.mark.parametrize("thinking", ["", "off"])
 def test_a_next_turn_leaves_the_response_as_it_was_sampled(directory, thinking):
-    """Even if the template removes thinking or strips whitespace."""
+    """This holds even if the template removes thinking or strips whitespace."""
     tokenizer = PretrainedTokenizer(directory)
     switched = directory.name == "qwen3"
     thinking = thinking if switched else ""
@@ -268,6 +268,6 @@ def test_a_text_is_cut_to_the_longest_part_that_fits():
     assert cut_to_fit(render, "abcdef", 7) == (list("<abcde>"), True)
     assert cut_to_fit(render, "abcdef", 2) == (list("<>"), True)
     with pytest.raises(
-        ValueError, match="2 tokens without any of the privileged context; only 1 fit"
+        ValueError, match="2 tokens even without the privileged context; expected at most 1"
     ):
         cut_to_fit(render, "abcdef", 1)

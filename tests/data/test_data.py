@@ -48,7 +48,7 @@ def write_arrow(path, rows):
 
 
 def write_saved_dataset(folder, rows, split=None):
-    """Writes what Dataset.save_to_disk writes: two Arrow files, and a list of them."""
+    """Writes a folder like Dataset.save_to_disk: two Arrow files, and a list of them."""
     write_arrow(folder / "data-00000-of-00002.arrow", rows[:1])
     write_arrow(folder / "data-00001-of-00002.arrow", rows[1:])
     names = [{"filename": f"data-0000{i}-of-00002.arrow"} for i in range(2)]
@@ -58,7 +58,7 @@ def write_saved_dataset(folder, rows, split=None):
 
 
 def write_saved_dict(folder, rows):
-    """Writes what DatasetDict.save_to_disk writes."""
+    """Writes a folder like DatasetDict.save_to_disk: one dataset per split."""
     write_saved_dataset(folder / "train", rows, "train")
     write_saved_dataset(folder / "test", rows[:2], "test")
     (folder / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
@@ -158,7 +158,7 @@ def test_a_damaged_file_is_named(tmp_path, name):
 
 
 def test_an_arrow_file_with_damage_inside_is_named(tmp_path):
-    """At any byte: converting the values of a damaged batch would end the process."""
+    """The damage can be at any byte. Converting a damaged batch would end the process."""
     path = write_arrow(tmp_path / "a.arrow", ROWS)
     whole = path.read_bytes()
     code = (
@@ -258,12 +258,12 @@ BAD = [
     ),
     ({"problem": "q", "answer": 1e16}, "field 'answer' is 1e+16; expected a string"),
     ('"text"', "a JSON str; expected an object, column -> value"),
-    ({}, "field 'problem' is missing; .* (has none); field 'answer' is missing"),
-    ({"problem": "q"}, "field 'answer' is missing; expected a string .* (has problem)"),
+    ({}, "field 'problem' is missing; .* (the row has no columns); field 'answer' is missing"),
+    ({"problem": "q"}, "field 'answer' is missing; expected a string .* (the row has problem)"),
     ({"problem": "q", "answer": None}, "field 'answer' is missing"),
     (
         {"answer": "1"},
-        "field 'problem' is missing; expected a string that is not empty (has answer)",
+        "field 'problem' is missing; expected a string that is not empty (the row has answer)",
     ),
     (
         {"problem": " ", "answer": "1"},

@@ -1,4 +1,4 @@
-"""Which options of the data are refused, and what the error says."""
+"""The options of the data that are refused, and their error messages."""
 
 import pathlib
 import re
@@ -13,12 +13,12 @@ from opsd_jax.options import ConfigError, parse, section
 
 
 def source(**changes):
-    """A source that may be used, with changes."""
+    """Returns a valid source, with changes."""
     return config_lib.source(**({"path": "a.jsonl"} | changes))
 
 
 def parsed(config):
-    """The options of `config.data`, checked as for a run."""
+    """Returns the options of `config.data`, checked as for a run."""
     options = parse(DataOptions, config.data, "data")
     options.check_sources("data")
     return options
@@ -35,7 +35,7 @@ def parsed(config):
         ),
         (
             {"heldout": {"x": source()}},
-            "config.data.train has a source named 'x', as another section has",
+            "config.data.train has a source named 'x', and so has another section",
         ),
         ({"train": {"a": source(path="")}}, "data.train.a.path is ''; expected a file or folder"),
         ({"train": {"a": source(weight=0.0)}}, "a.weight is 0.0; expected a number above 0"),
@@ -116,7 +116,7 @@ def test_a_source_may_be_a_path_and_have_the_name_of_a_field():
     assert parsed(config).train["problems"].path == "a/b.jsonl"
 
 
-def test_default_values_are_those_of_the_config():
+def test_default_values_match_the_config():
     """The one field that differs is the tokenizer of the quickstart."""
     options = DataOptions(tokenizer=tiny_config.quickstart().data.tokenizer)
     assert loading.flatten(section(options)) == loading.flatten(tiny_config.quickstart().data)

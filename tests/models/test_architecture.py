@@ -106,7 +106,7 @@ def test_normalised_queries_with_biases_cannot_be_exported():
         ({"architectures": ["MistralForCausalLM"]}, r"architectures is \[\"MistralForCausalLM\"\]"),
         (
             {"rope_parameters": {"full_attention": {"rope_theta": 5e5}}},
-            "rope_scaling is .*; expected one object that holds for all layers",
+            "rope_scaling is .*; expected one object with the scaling of all layers",
         ),
         (
             {"rope_parameters": {"partial_rotary_factor": 0.5}},

@@ -29,7 +29,7 @@ def interpreted(monkeypatch):
     """Runs the kernel in Pallas' generic interpreter.
 
     The interpreter for TPUs does not support views of a memory with another shape. The generic one
-    in jax 0.10.2 reads the shape of an index that is an integer and has none.
+    in jax 0.10.2 reads the shape of each index, which an integer does not have.
     """
     monkeypatch.setattr(jax._src.literals.TypedInt, "shape", (), raising=False)
     with pltpu.force_tpu_interpret_mode(True):
@@ -42,7 +42,7 @@ def small_blocks(monkeypatch):
 
 
 def filled(dtype, positions=None):
-    """One query per row, and keys and values with their positions; by default all S positions."""
+    """Returns one query per row, and keys and values with their positions, by default all S."""
     keys = jax.random.split(jax.random.key(0), 3)
     positions = np.broadcast_to(np.arange(S), (B, S)) if positions is None else positions
     T = positions.shape[1]

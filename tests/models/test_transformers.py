@@ -73,7 +73,7 @@ class Pair(NamedTuple):
 
 
 def random_hf(case: str) -> "transformers.PreTrainedModel":
-    """A model with random norms, biases and weights, of standard deviation 0.2."""
+    """Returns a model with random norms, biases and weights, of standard deviation 0.2."""
     family, rope, changes = CASES[case]
     rope = {"rope_type": "default", **rope}
     config = getattr(transformers, f"{family}Config")(**SIZES | changes, rope_parameters=rope)
@@ -123,7 +123,7 @@ def hf_logits(hf, tokens, positions):
 
 
 def padded_positions(kind):
-    """Positions [2, 40], with -1 for padding."""
+    """Returns positions [2, 40], with -1 for padding."""
     counted = np.broadcast_to(np.arange(40), (2, 40)).copy()
     if kind == "left":
         counted -= np.array([[5], [11]])

@@ -141,10 +141,10 @@ def test_all_wrong_tensors_are_listed_in_one_error(tmp_path, tensors):
         opened(source)
     assert str(error.value).split("\n  ")[1:] == [
         "model.layers.1.mlp.up_proj.weight is missing",
-        "model.norm.weight is [15]; expected [16]",
+        "model.norm.weight has shape [15]; expected [16]",
         "model.layers.0.input_layernorm.weight is stored as I8; expected one of "
         "['F32', 'BF16', 'F16']",
-        "model.layers.2.self_attn.q_norm.weight [8] is unexpected",
+        "model.layers.2.self_attn.q_norm.weight of shape [8] is unexpected",
     ]
 
 
@@ -207,8 +207,11 @@ def twice(directory):
         (cut_off, r"model-00002-of-00003\.safetensors has \d+ bytes, but its header describes \d+"),
         (no_header, r"model-00002-of-00003\.safetensors is damaged or is not a safetensors file"),
         (empty, r"model-00002-of-00003\.safetensors is damaged or is not a safetensors file"),
-        (wrong_offsets, r"model-00002-of-00003\.safetensors is damaged .* is in bytes 1 to"),
-        (absent, r"index\.json lists model-00002-of-00003\.safetensors, missing in"),
+        (wrong_offsets, r"model-00002-of-00003\.safetensors is damaged .* are bytes 1 to"),
+        (
+            absent,
+            r"index\.json lists files that are missing in .*: model-00002-of-00003\.safetensors",
+        ),
         (damaged_index, r"index\.json cannot be used \(JSONDecodeError"),
         (nothing, r"has no weights; expected model\.safetensors, model\.safetensors\.index"),
         (twice, r"00002-of-00003\.safetensors and .*00004-of-00003\.safetensors both have"),

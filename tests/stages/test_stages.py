@@ -1,4 +1,4 @@
-"""How a stage turns rollouts into batches: the gate, the advantages, the parts."""
+"""How a stage turns rollouts into batches: its gate, advantages and optimizer updates."""
 
 import dataclasses
 import functools
@@ -44,7 +44,7 @@ def rollouts(task):
 
 
 def rows_of(batch):
-    """The rows of a batch that are not padding, by the second token of their response."""
+    """Returns the rows of a batch that are not padding, by the second token of their response."""
     found = {}
     for bucket in batch:
         data = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), bucket["rows"])
@@ -57,7 +57,7 @@ def rows_of(batch):
 
 
 def prompt_of(row, name):
-    """The ids of a row's prompt, without padding."""
+    """Returns the ids of a row's prompt, without padding."""
     first = np.argmax(row["mask"])
     last = first if name == "student" else row[name]["columns"][first]
     return row[name]["tokens"][: last + 1].tolist()
@@ -72,7 +72,9 @@ def prompt_of(row, name):
         ("1,0.5,0", (1, 0.5, 0)),
     ],
 )
-def test_opsd_trains_on_what_the_gate_keeps(config, task, model, rollouts, gate, weights):
+def test_opsd_trains_on_the_rollouts_that_the_gate_keeps(
+    config, task, model, rollouts, gate, weights
+):
     section = stage_options(config.opsd, gate=gate, prompts=32, max_rows=0)
     stage = opsd(
         section, task, model.policy, lambda step, params: rollouts, Privileged(section, task, 1)
@@ -343,7 +345,7 @@ def test_dropped_rollouts_change_no_advantage(config, task, model, rollouts, pre
 
 
 def all_rows(batch):
-    """The rows of a batch that are not padding, in order."""
+    """Returns the rows of a batch that are not padding, in order."""
     found = []
     for bucket in batch:
         data = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), bucket["rows"])

@@ -87,8 +87,8 @@ def test_refresh_copies_after_every_few_updates(weights):
 
 
 def test_refreshing_often_warns():
-    assert "of at most 39 updates ago" in teacher_lib.warning(section("refresh", every=39))
-    assert "of at most 1 updates ago" in teacher_lib.warning(section("live"))
+    assert "from at most 39 updates ago" in teacher_lib.warning(section("refresh", every=39))
+    assert "from at most 1 updates ago" in teacher_lib.warning(section("live"))
     assert teacher_lib.warning(section("refresh", every=40)) == ""
     assert teacher_lib.warning(section("ema", every=1)) == ""
 

@@ -39,7 +39,7 @@ class BestOfNOptions(RolloutOptions):
 
 
 def chosen(options, rollouts):
-    """The index of the shortest correct rollout of each problem with enough correct ones."""
+    """Returns the index of the shortest correct rollout of each problem with enough of them."""
     correct = rollouts.judged.outcomes.correct.reshape(-1, options.group_size)
     lengths = np.where(correct, rollouts.lengths.reshape(correct.shape), np.inf)
     best = np.arange(len(correct)) * options.group_size + lengths.argmin(axis=1)

@@ -27,7 +27,7 @@ CONFIG = {
 
 
 def tensors_of(config: dict, dtype: str = "float32", seed: int = 0) -> dict[str, np.ndarray]:
-    """Random tensors of a Qwen2 model, by name. Some float16 values are subnormal."""
+    """Returns random tensors of a Qwen2 model, by name. Some float16 values are subnormal."""
     D, F, V = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     Q, K = (config[f"num_{x}_heads"] * config["head_dim"] for x in ("attention", "key_value"))
     layer = {

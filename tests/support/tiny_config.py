@@ -6,19 +6,19 @@ from opsd_jax.stages import algorithm_of
 
 
 def quickstart():
-    """The quickstart's config, to be changed."""
+    """Returns the quickstart's config, which a test can change."""
     return loading.read("quickstart")
 
 
 def decoder(**changes):
-    """The section `model` of the quickstart's decoder, with changes."""
+    """Returns the section `model` of the quickstart's decoder, with changes."""
     model = quickstart().model
     model.update(changes)
     return model
 
 
 def stage_options(section, **changes):
-    """The options of a stage's section, with changes."""
+    """Returns the options of a stage's section, with changes."""
     section = section.copy_and_resolve_references()
     section.update(changes)
     algorithm = algorithm_of(section.algorithm, "algorithm")

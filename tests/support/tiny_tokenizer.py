@@ -5,7 +5,7 @@ import json
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-# What the template of each family does, in few lines: the headers of the turns, the generation
+# Each template imitates its family's in a few lines: the headers of the turns, the generation
 # prompt, and the treatment of thinking.
 TEMPLATES = {
     # Thinking by default; `enable_thinking=False` writes an empty thought. The thinking of earlier

@@ -13,7 +13,7 @@ from opsd_jax.training.signals import Interrupted, StopSignal
 
 @pytest.fixture
 def metadata(monkeypatch):
-    """A fake of Google's metadata server; yields the values that it returns, by key."""
+    """A fake of Google's metadata server. The fixture is the values that it returns, by key."""
     answers = {"preempted": "FALSE", "maintenance-event": "NONE"}
 
     class Handler(http.server.BaseHTTPRequestHandler):

@@ -165,16 +165,16 @@ def test_an_empty_prompt_is_an_error(rows):
 
 
 def test_too_many_or_too_long_rows_are_an_error(rows):
-    with pytest.raises(ValueError, match="12 rows for a batch of capacity 8"):
+    with pytest.raises(ValueError, match="a batch has 12 rows; expected at most its capacity, 8"):
         pack(rows, capacity=8)
     with pytest.raises(
-        ValueError, match=r"a row has .*; expected at most those of the last bucket, .*30"
+        ValueError, match=r"a row has sequences of .* tokens; expected at most .*30"
     ):
         pack(rows, buckets=((20, 55), (30, 80)))
 
 
 def response_logits(score, params, prompt, response):
-    """The logits [len(response), V] that predict a response, from a forward pass of one row."""
+    """Computes the logits [len(response), V] of a response in a forward pass of one row."""
     ids = [*prompt, *response]
     tokens, positions = np.zeros((1, 96), np.int32), np.full((1, 96), -1, np.int32)
     tokens[0, : len(ids)], positions[0, : len(ids)] = ids, np.arange(len(ids))
@@ -312,7 +312,7 @@ def test_eight_devices_compute_the_same_step_as_one(model, loss_fn, start, rows,
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_rlvr_gradient_is_that_of_grpo_by_hand(model, params, task, score, temperature):
+def test_rlvr_gradient_equals_grpo_computed_by_hand(model, params, task, score, temperature):
     """On-policy, a token's loss is -A and its gradient is -A grad log p."""
     rng = np.random.default_rng(1)
     problems = [task.train[i] for i in range(4)]

@@ -34,7 +34,7 @@ def is_running(process):
 
 
 def servers():
-    """The processes that fork this process's workers."""
+    """Returns the processes that fork this process's workers."""
     found = []
     for process in psutil.Process().children():
         with contextlib.suppress(psutil.Error):  # it ends while we look at it
@@ -44,7 +44,7 @@ def servers():
 
 
 def running_workers():
-    """The worker processes of this process."""
+    """Returns the worker processes of this process."""
     found = set()
     for server in servers():
         with contextlib.suppress(psutil.Error):

@@ -1,4 +1,4 @@
-"""Which answers the verifiers accept, which they reject, and which they cannot read."""
+"""The answers that the verifiers accept, the answers that they reject, and unreadable ones."""
 
 import json
 
