@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
-from opsd_jax.options import import_function
+from opsd_jax.options import fail, import_function
 from opsd_jax.problem import Problem
 from opsd_jax.verify.extract import after_thinking
 
@@ -47,8 +47,11 @@ class Attempt(NamedTuple):
 Find = Callable[[Problem, int, Sequence[Attempt]], str | None]
 
 
-class FindOptions(Protocol):
-    """The options of an OPSD stage that affect which context is found."""
+class ContextOptions(Protocol):
+    """The options of an OPSD stage that the kinds of context read."""
+
+    @property
+    def group_size(self) -> int: ...
 
     @property
     def sibling(self) -> str: ...
@@ -118,12 +121,27 @@ class ContextKind(NamedTuple):
         the teacher's prompt is the same as the student's.
       needs_group: whether the text depends on the other rollouts of the problem.
       needs_context: whether the wording must contain "{context}".
+      check: `(options, field of the section)`: raises ConfigError for options that the kind cannot
+        use.
     """
 
-    find: Callable[[FindOptions], Find] | None
+    find: Callable[[ContextOptions], Find] | None
     wording: str
     needs_group: bool = False
     needs_context: bool = True
+    check: Callable[[ContextOptions, str], None] = lambda options, field: None
+
+
+def _needs_siblings(options: ContextOptions, field: str) -> None:
+    if options.group_size < 2:
+        expected = "at least 2, so that a rollout has siblings"
+        fail(f"{field}.group_size", options.group_size, expected)
+
+
+def _needs_column(options: ContextOptions, field: str) -> None:
+    if not options.context_column:
+        expected = "the name of one of the sources' `extra` columns"
+        fail(f"{field}.context_column", "", expected)
 
 
 CONTEXTS: dict[str, ContextKind] = {
@@ -139,6 +157,7 @@ CONTEXTS: dict[str, ContextKind] = {
         find=lambda options: sibling(options.sibling, thinking=options.sibling_thinking),
         wording="Here is a correct solution:\n{context}",
         needs_group=True,
+        check=_needs_siblings,
     ),
     "concise": ContextKind(
         find=lambda options: nothing,
@@ -154,6 +173,7 @@ CONTEXTS: dict[str, ContextKind] = {
     "column": ContextKind(
         find=lambda options: column(options.context_column),
         wording="{context}",
+        check=_needs_column,
     ),
     # The control: student and teacher read the same prompt.
     "none": ContextKind(find=lambda options: nothing, wording="", needs_context=False),
@@ -174,6 +194,15 @@ def context_kind(name: str, field: str) -> ContextKind:
         return CONTEXTS[name]
     find: Find = import_function(name, field)
     return CONTEXTS[worded_as(name)]._replace(find=lambda options: find, needs_group=True)
+
+
+def is_written(name: str) -> bool:
+    """Returns whether the model writes the contexts of a kind during the run.
+
+    Args:
+      name: as for `context_kind`.
+    """
+    return ":" not in name and CONTEXTS[name].find is None
 
 
 def worded_as(name: str) -> str:

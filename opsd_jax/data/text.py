@@ -164,7 +164,9 @@ class Prompts:
         Control tokens are removed from the text. The model may have written it, and such a token
         would end the user's turn.
         """
-        return fill(self._options.contexts[kind], context=self._control_tokens.sub("", text))
+        # The config lacks a kind that was added after it was made.
+        wording = self._options.contexts.get(kind, CONTEXTS[kind].wording)
+        return fill(wording, context=self._control_tokens.sub("", text))
 
 
 def _demonstrations(

@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 import jax
 
 from opsd_jax.data.task import Task, check_fits
-from opsd_jax.options import option
+from opsd_jax.options import fail, option
 from opsd_jax.policy import Params
+from opsd_jax.problem import Problem
 from opsd_jax.rollout import sampling
 from opsd_jax.rollout.collect import Rollouts
 from opsd_jax.rollout.engine import Engine
@@ -71,6 +72,33 @@ def memo_sampling(
         continues=True,
     )
     return write, close
+
+
+def check_memos(options: MemoOptions, stage: str, task: Task, problems: Sequence[Problem]) -> None:
+    """Checks that a task can request memos, and that the requests fit, before compiling.
+
+    Args:
+      options: the options of memos.
+      stage: the name of the stage, for messages.
+      task: the data.
+      problems: training and held-out problems to check.
+
+    Raises:
+      ConfigError: the task has no `memo_request`, or a request is too long.
+    """
+    if task.memo_request is None:
+        expected = "kinds other than 'memo', because the task has no `memo_request`"
+        fail(f"{stage}.contexts", "memo", expected)
+    limit = options.request_tokens
+    for problem in problems:
+        for outcome in Outcomes._fields:
+            needed = len(task.memo_request(problem, outcome))
+            if needed > limit:
+                expected = (
+                    f"at least {needed}, the number of tokens of the memo request for problem "
+                    f"{problem.id}"
+                )
+                fail(f"{stage}.memo.request_tokens", limit, expected)
 
 
 def make_memos(

@@ -227,7 +227,7 @@ def _privileged(
 ) -> Privileged:
     """Makes the `Privileged` that finds contexts; compiles the engines of memos, if any."""
     memos = None
-    if "memo" in options.contexts:
+    if options.has_memos:
         lengths = sampled.prompt_tokens, sampled.response_tokens
         memos = make_memos(options.memo, parts, seed, *lengths)
     return Privileged(options, parts.task, group_size, memos)
@@ -263,7 +263,7 @@ def _step_rows(options: OPSDOptions, responses: Responses) -> tuple[list[int], l
 def _privileged_sampling(
     options: OPSDOptions, sampled: Sampled, rollouts: int, task: Task | None = None
 ) -> tuple[Sampling, ...]:
-    if "memo" not in options.contexts:
+    if not options.has_memos:
         return ()
     lengths = sampled.prompt_tokens, sampled.response_tokens
     return memo_sampling(options.memo, *lengths, rollouts, task)

@@ -7,7 +7,7 @@ import functools
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from opsd_jax.data.contexts import (
     Context,
     Find,
     context_kind,
+    is_written,
     worded_as,
 )
 from opsd_jax.data.task import Task
@@ -27,9 +28,8 @@ from opsd_jax.policy import Params
 from opsd_jax.problem import Problem
 from opsd_jax.rollout.collect import Rollouts
 from opsd_jax.stages.batch import Inserts
-from opsd_jax.stages.memos import MemoOptions, Memos
+from opsd_jax.stages.memos import MemoOptions, Memos, check_memos
 from opsd_jax.stages.options import RolloutOptions
-from opsd_jax.verify.outcomes import Outcomes
 
 logger = logging.getLogger(__name__)
 
@@ -76,12 +76,14 @@ class PrivilegedOptions(RolloutOptions):
 
     def check(self, field: str) -> None:
         super().check(field)
-        if "sibling" in self.contexts and self.group_size < 2:
-            expected = "at least 2, so that a rollout has siblings"
-            fail(f"{field}.group_size", self.group_size, expected)
-        if "column" in self.contexts and not self.context_column:
-            expected = "the name of one of the sources' `extra` columns"
-            fail(f"{field}.context_column", "", expected)
+        for kind in self.contexts:
+            if kind in CONTEXTS:
+                CONTEXTS[kind].check(self, field)
+
+    @property
+    def has_memos(self) -> bool:
+        """Whether the model writes contexts during the run."""
+        return any(map(is_written, self.contexts))
 
 
 def inserted_tokens(options: PrivilegedOptions, response_tokens: int) -> int:
@@ -120,15 +122,21 @@ class Privileged:
           options: the options of the stage.
           task: the data.
           group_size: rollouts per problem. The rollouts of a problem are adjacent.
-          memos: writes the contexts of kind "memo", if the options have that kind.
+          memos: writes contexts during the run, if the options have a kind that needs it.
 
         Raises:
           ConfigError: a context function of the user's own cannot be imported.
+          ValueError: `memos` is None, and the options have a kind that needs it.
         """
-        self._options, self._task, self._memos = options, task, memos
+        if options.has_memos and memos is None:
+            raise ValueError(
+                f"`memos` is None; expected a `Memos`, because contexts is {options.contexts}."
+            )
+        self._options, self._task = options, task
+        self._memos = memos if options.has_memos else None
         self._group_size = group_size
-        self._kinds = tuple(options.contexts)
-        kinds = {name: context_kind(name, "opsd.contexts") for name in self._kinds}
+        self._kinds = options.contexts
+        kinds = {name: context_kind(name, "contexts") for name in self._kinds}
         self._find: dict[str, Find] = {
             name: kind.find(options) for name, kind in kinds.items() if kind.find is not None
         }
@@ -191,45 +199,49 @@ class Privileged:
         may write nothing for some of them.
         """
         found: dict[int, Context | None] = {}
-        attempts = functools.cache(functools.partial(self._attempts, rollouts))
-        kinds = self._kinds
-        at = kinds.index("memo") if "memo" in kinds else len(kinds)
-
-        def find(i: int, kinds: Sequence[str]) -> Context | None:
-            first = i - i % self._group_size
-            group = attempts(first) if self._needs_group else ()
-            for kind in kinds:
-                text = self._find[kind](rollouts.problems[i], i - first, group)
-                if text is not None:
-                    return Context(worded_as(kind), text)
-            return None
-
-        ahead, usable, asked = iter(wanted), 0, 0
+        group_from = functools.cache(functools.partial(self._group_from, rollouts))
+        is_memo = [*map(is_written, self._kinds), True]
+        before, after = self._kinds[: is_memo.index(True)], self._kinds[is_memo.index(True) + 1 :]
+        remaining, usable, asked = iter(wanted), 0, 0
         while usable < capacity:
             pending: list[int] = []  # rollouts that need a memo
-            for i in ahead:
-                found[i] = find(i, kinds[:at])
+            for i in remaining:
+                found[i] = self._first_context(rollouts, i, before, group_from)
                 if found[i] is not None:
                     usable += 1
-                elif at < len(kinds):
+                elif self._memos is not None:
                     pending.append(i)
                 if usable + len(pending) == capacity:
                     break
-            if not pending:
+            if self._memos is None or not pending:
                 break
-            if self._memos is None:
-                raise ValueError(
-                    "`memos` is None; expected a `Memos`, because the options have contexts of "
-                    "kind 'memo'."
-                )
             memos = self._memos(step, params, rollouts, pending, offset=asked)
             asked += len(pending)
             for i, text in zip(pending, memos, strict=True):
-                found[i] = find(i, kinds[at + 1 :]) if text is None else Context("memo", text)
+                if text is None:
+                    found[i] = self._first_context(rollouts, i, after, group_from)
+                else:
+                    found[i] = Context(self._kinds[len(before)], text)
                 usable += found[i] is not None
         return found
 
-    def _attempts(self, rollouts: Rollouts, first: int) -> list[Attempt]:
+    def _first_context(
+        self,
+        rollouts: Rollouts,
+        i: int,
+        kinds: Sequence[str],
+        group_from: Callable[[int], Sequence[Attempt]],
+    ) -> Context | None:
+        """Returns the context of rollout `i` of the first kind that gives it one."""
+        first = i - i % self._group_size
+        group = group_from(first) if self._needs_group else ()
+        for kind in kinds:
+            text = self._find[kind](rollouts.problems[i], i - first, group)
+            if text is not None:
+                return Context(worded_as(kind), text)
+        return None
+
+    def _group_from(self, rollouts: Rollouts, first: int) -> list[Attempt]:
         """Returns the rollouts of the group that begins with rollout `first`."""
         correct = rollouts.judged.outcomes.correct
         return [
@@ -322,28 +334,16 @@ def check_contexts(
     if options.reinject_every and task.reminder is None:
         expected = "0, because the task has no `reminder`"
         fail(f"{stage}.reinject_every", options.reinject_every, expected)
+    if options.has_memos:
+        check_memos(options.memo, stage, task, problems)
     for kind in options.contexts:
         _check_context(options, stage, task, problems, kind)
-    if "memo" in options.contexts and task.memo_request is not None:
-        limit = options.memo.request_tokens
-        for problem in problems:
-            for outcome in Outcomes._fields:
-                needed = len(task.memo_request(problem, outcome))
-                if needed > limit:
-                    expected = (
-                        f"at least {needed}, the number of tokens of the memo request for problem "
-                        f"{problem.id}"
-                    )
-                    fail(f"{stage}.memo.request_tokens", limit, expected)
 
 
 def _check_context(
     options: PrivilegedOptions, stage: str, task: Task, problems: Sequence[Problem], kind: str
 ) -> None:
     """Checks that the problems can have contexts of one kind, and that these fit their limits."""
-    if kind == "memo" and task.memo_request is None:
-        expected = "kinds other than 'memo', because the task has no `memo_request`"
-        fail(f"{stage}.contexts", kind, expected)
     limit, wording = options.teacher_prompt_tokens, worded_as(kind)
     found = context_kind(kind, f"{stage}.contexts")
     # The text of a memo, a sibling or a user's function depends on rollouts.
