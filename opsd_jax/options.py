@@ -285,9 +285,7 @@ def parse(
     return _parse_section(cls, config, field, (), whole)
 
 
-def _parse_section(
-    cls: Any, config: Any, field: str, omit: tuple[str, ...], whole: bool
-) -> Any:
+def _parse_section(cls: Any, config: Any, field: str, omit: tuple[str, ...], whole: bool) -> Any:
     known = {name: about for name, about in _fields(cls).items() if name not in omit}
     place = f"{field}." if field else ""
     if not isinstance(config, Mapping | ConfigDict):

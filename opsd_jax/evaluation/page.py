@@ -11,9 +11,14 @@ from opsd_jax.stages import algorithm_of
 
 
 def title(stage: dict[str, Any]) -> str:
-    """Returns the name of a stage, with its gate in parentheses unless the name contains it."""
-    gate = stage.get("gate")
-    return f"{stage['name']} ({gate})" if gate and gate not in stage["name"] else stage["name"]
+    """Returns the name of a stage, and in parentheses the options that its algorithm reports.
+
+    A value that the name already contains is left out, such as the gate of "opsd_correct".
+    """
+    name = stage["name"]
+    fields = algorithm_of(stage["algorithm"]).reported if "algorithm" in stage else ()
+    values = [str(stage[field]) for field in fields if str(stage[field]) not in name]
+    return f"{name} ({', '.join(values)})" if values else name
 
 
 def arms(changes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -126,6 +131,7 @@ def render(
     return markup.render(
         "run.html.j2",
         title="opsd_jax report",
+        heading=" → ".join(stage["name"] for stage in results["stages"]) or "No finished stage",
         method=method(results),
         facts=_facts(results["changes"]),
         tables=tables_of(results),

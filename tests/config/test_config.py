@@ -278,6 +278,23 @@ def test_json_keeps_a_config():
     assert parse_run(loading.from_flat(saved)) == config
 
 
+def test_a_config_json_of_version_0_1_0_is_read():
+    """A stage that does not run may have fields that contradict each other."""
+    saved = json.loads((pathlib.Path(__file__).parent / "rlvr_hf_0_1_0.json").read_text())
+    config = parse_run(loading.from_flat(saved))
+    assert loading.flatten(config) == saved
+    loading.check_same(config, loading.load("rlvr_hf", data=False), "workdir")
+    saved["stages"] = ["rlvr", "opsd"]
+    with pytest.raises(config_lib.ConfigError, match="teacher_buckets is"):
+        parse_run(loading.from_flat(saved))
+
+
+def test_a_field_added_later_may_be_missing_from_a_stage_that_does_not_run():
+    flat = loading.flatten(loading.load("rlvr_hf", data=False))
+    del flat["opsd.gate"]
+    assert parse_run(loading.from_flat(flat)).sections["opsd"].gate == "correct"
+
+
 def test_a_workdir_of_another_config_is_refused(tmp_path):
     for _ in range(2):  # the same config is accepted again
         with claimed(load(), tmp_path):

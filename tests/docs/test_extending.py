@@ -10,12 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_config
+import tiny_tokenizer
 from paths import ROOT
 
 from opsd_jax import losses
 from opsd_jax.config.run_options import parse_run
-from opsd_jax.data.contexts import CONTEXTS
+from opsd_jax.data.contexts import CONTEXTS, Context
 from opsd_jax.data.options import DataOptions
+from opsd_jax.data.text import Prompts
+from opsd_jax.data.tokenizer import PretrainedTokenizer
 from opsd_jax.evaluation.benchmarks import BENCHMARKS
 from opsd_jax.models import architecture, presets
 from opsd_jax.problem import Problem
@@ -82,17 +85,21 @@ def test_a_divergence(example):
     np.testing.assert_allclose(loss.tokens["divergence"], expected, rtol=1e-5)
 
 
-def test_a_context(example):
+def test_a_context(example, tmp_path):
     example("A privileged context")
     config = tiny_config.quickstart()
     config.opsd.contexts = ("first_step",)
     options = parse_run(config).sections["opsd"]
     find = CONTEXTS["first_step"].find(options)
-    assert find(Problem(0, "q", "Add. Then stop.", "3"), 0, ()) == "Add"
+    problem = Problem(0, "q", "Add. Then stop.", "3")
+    assert find(problem, 0, ()) == "Add"
     assert find(Problem(0, "q", "", "3"), 0, ()) is None
-    # A kind that is there when the package is imported has its wording in the config.
-    wordings = {name: kind.wording for name, kind in CONTEXTS.items() if kind.wording}
-    assert set(DataOptions().contexts) == set(wordings) - {"first_step"}
+    tiny_tokenizer.write(tmp_path, "qwen3")
+    tokenizer = PretrainedTokenizer(tmp_path)
+    # The config was made before the kind was added, so it has no wording for it.
+    prompts = Prompts(DataOptions(), tokenizer)
+    ids, _ = prompts.teacher(problem, Context("first_step", "Add"), 400)
+    assert "The solution begins like this:\nAdd" in tokenizer.decode(ids)
 
 
 def test_a_teacher(example):
