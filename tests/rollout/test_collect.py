@@ -1,4 +1,4 @@
-"""Collecting rollouts: groups, verification while the device samples, any number of devices."""
+"""Collecting rollouts: groups, and verification while the device samples."""
 
 import time
 from concurrent.futures import Future
@@ -19,7 +19,7 @@ from opsd_jax.verify.verdict import Verdict
 
 @pytest.fixture(scope="module")
 def arguments(model, task):
-    """How rollouts are sampled in these tests."""
+    """The sampling arguments of all tests."""
     stop = task.tokenizer.eos_ids
     return {
         "key": jax.random.key(3),
@@ -29,7 +29,7 @@ def arguments(model, task):
 
 @pytest.fixture(scope="module")
 def make_engine(model, params):
-    """`make_engine(mesh_shape, slots) -> (engine, params)`, the parameters as it takes them."""
+    """A function `(mesh_shape, slots) -> (engine, params)`, with params in the engine's layout."""
 
     def make_engine(mesh_shape=(1, 1, 1), slots=16):
         mesh = mesh_lib.make_mesh(mesh_shape, jax.devices()[: int(np.prod(mesh_shape))])
@@ -49,7 +49,7 @@ def one_device(make_engine):
 
 @pytest.fixture(scope="module")
 def collector(task, arguments):
-    """`collector(engine, params) -> collect`, where `collect(problems)` gives their rollouts."""
+    """A function `(engine, params) -> collect`, where `collect(problems)` returns rollouts."""
 
     def collector(engine, params, pool=None):
         made = Collector(engine, task, pool or VerifierPool(task.verify), 2)
