@@ -21,7 +21,7 @@ LEAF = {"layers": {"q": jax.ShapeDtypeStruct((6, 8), "float32")}}
         ),
         (
             [(r"layers/q", P(None, "fsdp", "tensor"))],
-            r"layers/q\[6, 8\] has 2 dimensions; its sharding rule .* is for 3",
+            r"layers/q\[6, 8\] has 2 dimensions, but its sharding rule .* has 3 entries",
         ),
         (
             [(r"layers/q", P("tensor", "tensor"))],

@@ -123,8 +123,8 @@ def test_slices_differ_along_data():
     assert run("2x8x2", "2x8x2", "v5e:4x4") == [[0] * 16, [1] * 16]
     assert run("2x2x2", "2x2x2") == [[0] * 4, [1] * 4]
     assert run("4x2x1", "1x2x4") == [[0] * 2] * 2 + [[1] * 2] * 2
-    assert "data = 1; expected a multiple of 2, the slices" in run("1x8x1", "1x8x1")
-    assert "tensor = 8, over several slices; expected a size" in run("2x2x2", "1x1x8")
+    assert "data = 1; expected a multiple of 2, the number of slices" in run("1x8x1", "1x8x1")
+    assert "tensor = 8, which spans several slices; expected a size" in run("2x2x2", "1x1x8")
 
 
 @needs_compiler
