@@ -140,7 +140,7 @@ def left_pad(
 
 
 def default_cache_lengths(shape: EngineShape) -> list[int]:
-    """Returns the lengths that the slots' cache can take, in tokens, ascending.
+    """Returns the default lengths of the decoding slots' cache, in tokens, in ascending order.
 
     Each length is about twice the previous one. A decoding step reads the whole cache, so the
     engine keeps it only as long as its longest active rollout needs.
@@ -319,7 +319,7 @@ class _Rollout:
 
 
 class _Prefilled(NamedTuple):
-    """A rollout whose prompt is prefilled, in row `source` of `cache`, and that needs a slot."""
+    """A rollout that waits for a slot. Row `source` of `cache` holds its prefilled prompt."""
 
     cache: Cache
     source: int

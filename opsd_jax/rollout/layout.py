@@ -33,7 +33,7 @@ class Layout(NamedTuple):
 
 
 def check_fits(model: Model, shapes: Params, mesh: jax.sharding.Mesh) -> None:
-    """Checks that the mesh can decode with the model, without compiling anything.
+    """Checks that the model can decode on the mesh, without compiling anything.
 
     Args:
       model: the model.

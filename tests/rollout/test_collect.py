@@ -95,7 +95,7 @@ def test_outcomes_are_disjoint_and_complete(collect, task):
 
 
 def test_a_problem_is_yielded_when_its_last_rollout_ends(collect, task):
-    """Problems come in another order, with the same rollouts that a call returns."""
+    """Problems are yielded in another order, but with the rollouts that a call returns."""
     problems = [task.train[i] for i in range(24)]
     whole = collect(problems)
     parts = list(collect(problems, Collector.by_problem))
@@ -146,7 +146,7 @@ def test_verdicts_that_arrive_while_the_device_samples_cost_no_time(collect, tas
 
 
 def test_settled_rollouts_concatenate_with_others(collect, task):
-    """Dynamic sampling does this. The order and the time spent waiting are kept."""
+    """Dynamic sampling relies on this. The order and the time spent waiting are kept."""
     first, second = collect([task.train[0]]), collect([task.train[1], task.train[2]])
     waited = first.judged.wait_seconds
     both = concatenate([first.settled(), second])
