@@ -115,7 +115,7 @@ class Crash(BaseException):
 
 
 def problem_of(made):
-    """Returns the problem of records that are written together: all records of one problem."""
+    """Returns the problem of the records that one write contains."""
     (problem,) = {record["problem"] for record in made}
     assert [record["sample"] for record in made] == [0, 1]
     return problem
@@ -131,8 +131,8 @@ FILES = ("settings.json", "responses.jsonl", "evaluation.json", "report.md", "in
 
 @pytest.mark.parametrize("done", [1, 3, 8])
 def test_after_a_kill_it_resumes_to_the_same_files(whole, command, tmp_path, monkeypatch, done):
-    """The kill comes while the records of a problem are written. The resumed evaluation drops the
-    torn line. It keeps the complete problems, which are in the order in which they finished.
+    """The process is killed while it writes the records of a problem. The resumed evaluation drops
+    the incomplete line. It keeps the complete problems, in the order in which they finished.
     """
     append, written = records_lib.append, []
 
