@@ -89,7 +89,7 @@ def programs(width: int, tokens: int):
 
 
 def measure(form: str, width: int, tokens: int) -> dict:
-    """Runs one form of the loss, or both alternately, in this process.
+    """Measures one form of the loss, or both alternately, in this process.
 
     Args:
       form: "naive", "fused" or "both".

@@ -1,15 +1,16 @@
-"""Sampling speed of opsd_jax, Tunix and Hugging Face, in tokens per CPU-second on one core.
+"""Compares the sampling speed of opsd_jax, Tunix and Hugging Face on one CPU core.
 
     python benchmarks/rollout.py [--engines ours tunix ...] [--configs A ...] [--peers DIRECTORY]
 
-The model has Qwen3's shape in float32 with random weights (benchmarks/turns.py). Prompts have 64
-tokens, the temperature is 1, and no token is excluded. The configurations are:
+The speed is in tokens per CPU-second. The model has Qwen3's shape in float32 with random weights
+(benchmarks/turns.py). Prompts have 64 tokens, the temperature is 1, and no token is excluded. The
+configurations are:
 
     A       32 responses of 256 tokens, vocabulary of 4,096
     B       32 responses of 32 tokens, vocabulary of 151,936
     spread  256 responses of exponentially distributed lengths (mean 64, at most 256), vocabulary of
-            4,096; our engine has 32 slots, the others run static batches of 32, each to its longest
-            length. Only requested tokens count.
+            4,096; our engine has 32 slots, and the others run static batches of 32, each to its
+            longest length. Only requested tokens count.
 
 Our engine has two variants: `static` gets one batch of `spread` at a time, and `double` has a cache
 for twice the tokens of A.
@@ -86,7 +87,7 @@ class Child:
         )
 
     def tokens_per_cpu_s(self, request: dict) -> float:
-        """Runs one repetition; returns requested tokens per CPU-second of the process."""
+        """Runs one repetition; returns the requested tokens per CPU-second of the process."""
         print(json.dumps(request), file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
         if not line:

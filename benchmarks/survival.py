@@ -10,9 +10,10 @@ stopped run has written its metrics but no checkpoint includes it.
 
 The second part runs the three stages with fewer steps, also three times: as one process with eight
 devices, as two processes with four devices each, and as two processes of which one is killed
-`--losses` times. The second run must have the token ids of the first, and its metrics but for
-rounding. The third run must equal the second bit for bit. (The second part has fewer steps because
-SFT's 1,300 steps amplify rounding: two processes add numbers in another order than one.)
+`--losses` times. The second run must have the same token ids as the first, and the same metrics
+except for rounding. The third run must equal the second bit for bit. (The second part has fewer
+steps because SFT's 1,300 steps amplify rounding: two processes add numbers in a different order
+than one.)
 
 Prints where each signal hit, and as its last line a JSON object.
 """
@@ -76,17 +77,17 @@ def start_pair(workdir: pathlib.Path) -> list[subprocess.Popen]:
 
 
 def is_done(workdir: pathlib.Path) -> bool:
-    """Whether the run in a work directory has written its report."""
+    """Returns whether the run in a work directory has written its report."""
     return (workdir / "report" / "report.json").exists()
 
 
 def saves(workdir: pathlib.Path) -> set[pathlib.Path]:
-    """Temporary directories of saves that are in progress or were cut off by a kill."""
+    """Returns the temporary directories of saves that are in progress or were interrupted."""
     return {*workdir.glob("*/checkpoints/*tmp*"), *workdir.glob("*/*tmp*")}
 
 
 def where(workdir: pathlib.Path, cut_off: set[pathlib.Path]) -> str:
-    """Describes what a run is doing; `cut_off` are the unfinished saves of earlier processes."""
+    """Describes the current work of a run; `cut_off` are unfinished saves of earlier processes."""
     begun = [name for name in STAGES if (workdir / name).is_dir()]
     if not begun:
         return "before the first stage"
@@ -99,7 +100,7 @@ def where(workdir: pathlib.Path, cut_off: set[pathlib.Path]) -> str:
 
 
 def restored(workdir: pathlib.Path, process: subprocess.Popen, began: float) -> float | None:
-    """Seconds until a resumed run writes its first record; None if it ends without one."""
+    """Returns the seconds until a resumed run writes a record; None if it ends without one."""
     while process.poll() is None:
         for path in (*workdir.glob("*/metrics.jsonl"), *workdir.glob("*/responses.jsonl")):
             if path.stat().st_mtime > began:
@@ -226,7 +227,7 @@ def outcome(workdir: pathlib.Path) -> list:
 
 
 def equal(a, b) -> bool:
-    """Whether two trees are equal; arrays are compared exactly."""
+    """Returns whether two trees are exactly equal."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
     if isinstance(a, list):

@@ -1,4 +1,4 @@
-"""The protocol of the engines of benchmarks/rollout.py: each line of JSON requests a repetition.
+"""Protocol for the engines of benchmarks/rollout.py: a JSON line requests one repetition.
 
 It uses only the standard library, because each engine has its own virtual environment.
 """
@@ -30,7 +30,7 @@ def prompts(vocabulary: int, number: int) -> list[list[int]]:
 
 
 def batches(vocabulary: int, lengths: list[int]) -> list[tuple[list[list[int]], int]]:
-    """Returns the static batches in order: the prompts of each and its longest response length."""
+    """Returns the static batches in order: (prompts, longest response length) for each."""
     ids = prompts(vocabulary, len(lengths))
     starts = range(0, len(ids), ROWS)
     return [(ids[i : i + ROWS], max(lengths[i : i + ROWS])) for i in starts]

@@ -42,7 +42,7 @@ def read(path: pathlib.Path) -> list[Row]:
 
 
 def verify(rows: list[Row], verifier: Verifier) -> list[Any]:
-    """Returns the verdicts of a new pool, which has no cached verdicts, on the rows."""
+    """Verifies the rows with a new pool, which has no cached verdicts; returns the verdicts."""
     with VerifierPool(verifier) as pool:
         futures = [
             pool.submit(Problem(i, "", "", r["gold"]), r["pred"]) for i, r in enumerate(rows)

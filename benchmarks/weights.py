@@ -53,12 +53,12 @@ def make(directory: pathlib.Path, layers: int) -> None:
 
 
 def peak() -> int:
-    """The peak memory of this process in bytes."""
+    """Returns the peak memory of this process, in bytes."""
     return int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
 def reset_peak() -> None:
-    """Sets the peak memory of this process to the current memory."""
+    """Resets the recorded peak memory of this process to its current memory."""
     pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -100,7 +100,7 @@ def measure(directory: pathlib.Path, mesh: tuple[int, ...], param_dtype: str) ->
 
 
 def same(directory: pathlib.Path) -> bool:
-    """Whether the saved tensors are equal to the loaded ones to the byte."""
+    """Returns whether the saved tensors have the same bytes as the loaded tensors."""
     import numpy as np
 
     from opsd_jax.models import safetensors

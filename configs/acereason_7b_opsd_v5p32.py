@@ -18,8 +18,9 @@ from opsd_jax.config import recipes
 
 
 def get_config():
-    """The meshes are those of qwen3_8b_opsd_v5p32.py. The model has four key-value heads, so
-    sampling cannot split it over more than four chips.
+    """Returns the paper's OPSD config with the meshes of qwen3_8b_opsd_v5p32.py.
+
+    The model has four key-value heads, so sampling cannot split it over more than four chips.
     """
     config = recipes.paper_opsd("acereason-nemotron-7b")
     config.mesh = (1, 8, 2)

@@ -20,5 +20,5 @@ from opsd_jax.config import recipes
 
 
 def get_config():
-    """One OPSD stage that starts from the model's own parameters."""
+    """Returns a config with one OPSD stage that starts from the model's own parameters."""
     return recipes.opsd()

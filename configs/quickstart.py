@@ -11,7 +11,7 @@ from opsd_jax import config as config_lib
 
 
 def get_config():
-    """Three stages with a decoder of 0.1 million parameters."""
+    """Returns a config with three stages and a decoder of 0.1 million parameters."""
     config = config_lib.default()
     config.task = "opsd_jax.data.arithmetic:task"
     config.data.tokenizer = "opsd_jax.data.tokenizer:ByteTokenizer"

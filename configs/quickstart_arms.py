@@ -11,7 +11,7 @@ from opsd_jax.config import loading
 
 
 def get_config():
-    """The quickstart, with one OPSD stage for each gate."""
+    """Returns the quickstart config with one OPSD stage for each gate."""
     config = loading.read("quickstart")
     arms = {f"opsd_{gate}": gate for gate in ("correct", "incorrect", "all")}
     with config.unlocked():

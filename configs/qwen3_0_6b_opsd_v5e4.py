@@ -1,4 +1,4 @@
-"""OPSD (Correct-only) on Qwen3-0.6B, on the smallest TPU that one can rent.
+"""OPSD (Correct-only) on Qwen3-0.6B, on a small TPU with four chips.
 
     opsd-jax train --config configs/qwen3_0_6b_opsd_v5e4.py --workdir runs/qwen3_0_6b_opsd_v5e4 \
         --config.model.path=/models/Qwen3-0.6B --config.data.train.problems.path=problems.jsonl
@@ -18,7 +18,7 @@ from opsd_jax.config import recipes
 
 
 def get_config():
-    """The paper's settings, except that a memo has at most 2,048 tokens."""
+    """Returns the paper's OPSD config, except that a memo has at most 2,048 tokens."""
     config = recipes.paper_opsd("qwen3-0.6b")
     config.opsd.microbatch = 4
     config.opsd.memo.update({"tokens": 2048, "close_tokens": 512, "slots": 16})

@@ -18,8 +18,10 @@ from opsd_jax.config import recipes
 
 
 def get_config():
-    """A microbatch has 16 rows, each on four chips. Every decoding step reads all weights, so
-    sampling splits them over eight chips, as many as the model has key-value heads.
+    """Returns the paper's OPSD config with meshes for 64 chips.
+
+    A microbatch has 16 rows, each on four chips. Every decoding step reads all weights, so sampling
+    splits them over eight chips, as many as the model has key-value heads.
     """
     config = recipes.paper_opsd("qwen3-32b")
     config.mesh = (1, 16, 4)

@@ -18,8 +18,10 @@ from opsd_jax.config import recipes
 
 
 def get_config():
-    """Training splits heads, vocabulary and, between layers, tokens over four chips. Sampling
-    splits the weights over eight chips, as many as the model has key-value heads.
+    """Returns the paper's OPSD config with meshes for 64 chips.
+
+    Training splits heads, vocabulary and, between layers, tokens over four chips. Sampling splits
+    the weights over eight chips, as many as the model has key-value heads.
     """
     config = recipes.paper_opsd("qwen3-8b")
     config.mesh = (1, 16, 4)

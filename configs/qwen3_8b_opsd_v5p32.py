@@ -18,9 +18,10 @@ from opsd_jax.config import recipes
 
 
 def get_config():
-    """Every decoding step reads all weights, so sampling splits them over four chips. Training
-    splits each row over two chips: a step has 32 rows, and microbatches of 16 would need more
-    padding.
+    """Returns the paper's OPSD config with meshes for 16 chips.
+
+    Every decoding step reads all weights, so sampling splits them over four chips. Training splits
+    each row over two chips: a step has 32 rows, and microbatches of 16 would need more padding.
     """
     config = recipes.paper_opsd("qwen3-8b")
     config.mesh = (1, 8, 2)

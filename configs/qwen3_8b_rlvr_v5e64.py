@@ -17,9 +17,11 @@ from opsd_jax.config import recipes
 
 
 def get_config():
-    """Training splits heads, vocabulary and, between layers, tokens over four chips. Sampling
-    splits the weights over eight chips, as many as the model has key-value heads. This leaves
-    memory for twice as many decoding slots.
+    """Returns the paper's RLVR config with meshes for 64 chips.
+
+    Training splits heads, vocabulary and, between layers, tokens over four chips. Sampling splits
+    the weights over eight chips, as many as the model has key-value heads. This leaves memory for
+    twice as many decoding slots.
     """
     config = recipes.paper_rlvr("qwen3-8b")
     config.mesh = (1, 16, 4)

@@ -17,7 +17,7 @@ from opsd_jax.config import recipes
 
 
 def get_config():
-    """Sampling splits the weights over four chips."""
+    """Returns the paper's RLVR config; sampling splits the weights over four chips."""
     config = recipes.paper_rlvr("qwen3-8b")
     config.decode_mesh = (1, 4, 4)
     return config

@@ -18,5 +18,5 @@ from opsd_jax.config import recipes
 
 
 def get_config():
-    """One RLVR stage that starts from the model's own parameters."""
+    """Returns a config with one RLVR stage that starts from the model's own parameters."""
     return recipes.rlvr()

@@ -1,9 +1,9 @@
-"""Trains a model made of a dict of arrays with a policy gradient and OPSD in one step, on a mesh.
+"""Trains a model with policy gradient and OPSD in one step; its parameters are a dict of arrays.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python examples/dict_joint.py
 
-Rows are split over the mesh axis `data`, and the vocabulary of the head over `tensor`. The model is
-two functions of its arrays, without a class or a framework.
+The arrays are sharded over a mesh: rows over the axis `data`, and the vocabulary of the head over
+`tensor`. The model is two functions, without a class or a framework.
 """
 
 import jax
@@ -29,7 +29,7 @@ def init(key):
 
 
 def forward(params, tokens):
-    """Returns hidden states [B, T, D], each from its token and the mean of the tokens up to it."""
+    """Returns hidden states [B, T, D]; each depends on its token and on the tokens before it."""
     x = params["embedding"][tokens]
     mean = jnp.cumsum(x, axis=1) / jnp.arange(1, tokens.shape[1] + 1)[:, None]
     return jnp.tanh((x + mean) @ params["mix"])

@@ -13,7 +13,7 @@
 #   --project ID        project (default: the current project of gcloud)
 #   --spot | --reserved kind of capacity (default: on demand)
 #   --version RUNTIME   TPU software version (default: depends on TYPE)
-#   --slices N          slices, connected by the data center network (default: 1)
+#   --slices N          number of slices, connected by the data center network (default: 1)
 #   --attempts N        TPUs to request, one after another, before giving up (default: 20)
 #   --setup COMMAND     run COMMAND first, on every host, in the directory of the code: for example
 #                       to copy weights, mount disks or log in
@@ -25,8 +25,8 @@
 #
 # The workdir must outlive the TPU, or the run cannot resume on a new one. Put it in a bucket or on
 # a disk that all hosts mount.
-# Exit codes: that of opsd-jax (0 the run is done, 1 it failed, 2 the arguments are wrong); 3 the
-# script gave up; 4 the TPU may still exist.
+# Exit codes: the exit code of opsd-jax (0 the run is done, 1 it failed, 2 the arguments are wrong);
+# 3 the script gave up; 4 the TPU may still exist.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -179,7 +179,7 @@ set_up() {
     if install; then return 0; fi
     is_active || return 1
   done
-  log "the installation or --setup failed on $name"
+  log "the installation or --setup failed on $name; its output is above"
   exit 1
 }
 
@@ -241,7 +241,7 @@ short=0
 for ((attempt = 1; attempt <= attempts; attempt++)); do
   created=yes # from here on, the TPU may exist
   if ! create; then
-    [ "$attempt" -gt 1 ] || { log "the request for a TPU was refused"; exit 3; }
+    [ "$attempt" -gt 1 ] || { log "the request for a TPU was refused; gcloud printed the reason above"; exit 3; }
   elif wait_until_active && set_up; then
     while :; do
       code=0
@@ -267,5 +267,5 @@ for ((attempt = 1; attempt <= attempts; attempt++)); do
   created=""
   sleep "${POLL_SECONDS:-20}"
 done
-log "gave up after $attempts attempts"
+log "gave up after $attempts attempts; run the same command to try again"
 exit 3

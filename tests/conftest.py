@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """Compiles a program once if several tests, or a restarted run, compile it."""
+    """Caches compiled programs, so that several tests or restarted runs share them."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
@@ -59,7 +59,7 @@ def task():
 
 @pytest.fixture(scope="session")
 def config():
-    """A config whose whole run takes seconds; copy it before changing it."""
+    """A config whose whole run takes seconds. Copy it before you change it."""
     config = tiny_config.quickstart()
     changes = {
         "mesh": "(-1, 1, 1)",

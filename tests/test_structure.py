@@ -1,4 +1,4 @@
-"""The package's own rules: imports go one way, folders stay few, functions stay short."""
+"""Rules for the package: imports go one way, modules stay few, and functions stay short."""
 
 import ast
 import pathlib
@@ -17,7 +17,7 @@ LIMIT = 100
 
 
 def modules():
-    """Dotted name -> path of every module of the package; a package's is its `__init__`."""
+    """Returns dotted name -> path for every module; the name of a folder has its `__init__`."""
     found = {}
     for path in PACKAGE.rglob("*.py"):
         parts = ["opsd_jax", *path.relative_to(PACKAGE).with_suffix("").parts]
@@ -26,7 +26,7 @@ def modules():
 
 
 def imports(path, known):
-    """The modules of the package that a module imports, inside functions too."""
+    """Returns the modules of the package that a module imports, also inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -44,12 +44,12 @@ def graph():
 
 
 def folder(name):
-    """The folder of a module, or the module itself directly under the package."""
+    """Returns the folder of a module, or the module itself if it is in no folder."""
     return name.removeprefix("opsd_jax.").partition(".")[0]
 
 
-def circle(graph):
-    """A circle in a graph of sets, as a list of its nodes; [] if there is none."""
+def cycle(graph):
+    """Returns the nodes of a cycle in a graph; [] if the graph has none."""
     done, path = set(), []
 
     def visit(node):
@@ -71,13 +71,13 @@ def circle(graph):
     return []
 
 
-def test_the_search_finds_a_circle():
-    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
-    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+def test_the_search_finds_a_cycle():
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
+    assert cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
-def test_no_circle_between_modules(graph):
-    assert circle(graph) == []
+def test_modules_do_not_import_in_a_cycle(graph):
+    assert cycle(graph) == []
 
 
 def test_imports_between_folders_go_one_way(graph):
@@ -91,7 +91,7 @@ def test_imports_between_folders_go_one_way(graph):
     assert upward == []
 
 
-def test_losses_and_policy_import_nothing_of_ours(graph):
+def test_losses_and_policy_import_nothing_else_of_the_package(graph):
     for name, others in graph.items():
         if folder(name) in ("losses", "policy", "problem", "options"):
             assert {folder(other) for other in others} <= {folder(name)}, name
@@ -102,7 +102,7 @@ def test_few_modules_directly_under_the_package():
 
 
 def functions():
-    """(module, name, lines) of every function of the package, docstrings included."""
+    """Returns (module, name, number of lines) for every function; docstrings count as lines."""
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -117,7 +117,7 @@ def test_functions_are_short():
 
 @pytest.mark.parametrize("word", ["algorithm ==", "algorithm !=", "algorithm in ("])
 def test_only_stages_tell_algorithms_apart(word):
-    """Everything else reads the table `opsd_jax.stages.ALGORITHMS`."""
+    """All other modules use the table `opsd_jax.stages.ALGORITHMS`."""
     found = [
         str(path.relative_to(ROOT))
         for path in PACKAGE.rglob("*.py")
@@ -127,7 +127,7 @@ def test_only_stages_tell_algorithms_apart(word):
 
 
 def test_library_code_does_not_print():
-    """Messages go through `logging`; the results of a command go to standard output."""
+    """Library code uses `logging`. Only commands print, and they print results."""
     printing = {
         path.relative_to(PACKAGE).parts[0]
         for path in PACKAGE.rglob("*.py")

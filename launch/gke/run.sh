@@ -64,7 +64,7 @@ if [ -n "$xpk" ]; then
   [ -n "$type" ] || { log "--tpu-type is missing; give one, such as --tpu-type v5litepod-64"; exit 2; }
 else
   for option in accelerator topology hosts chips; do
-    [ -n "${!option}" ] || { log "--$option is missing"; exit 2; }
+    [ -n "${!option}" ] || { log "--$option is missing; give it, or --xpk CLUSTER"; exit 2; }
   done
 fi
 image=$image:$(git rev-parse --short HEAD)
@@ -161,7 +161,7 @@ if [ -n "$dry" ]; then call "${follow[@]}"; exit 0; fi
 while :; do
   case " $(status) " in
     *" Completed "*) exit 0 ;;
-    *" Failed "*) log "the JobSet $name failed"; exit 1 ;;
+    *" Failed "*) log "the JobSet $name failed; its log is above"; exit 1 ;;
     "  ") log "the JobSet $name no longer exists"; exit 1 ;;
   esac
   # The log ends with the pods. After a restart, read the log of the new pods.

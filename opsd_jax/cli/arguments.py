@@ -23,30 +23,30 @@ examples:
   opsd-jax report --workdir runs/quickstart
   opsd-jax convert --workdir runs/quickstart --stage opsd --out models/quickstart
 
-exit codes: 0 done; 1 the run failed, or a planned run does not fit; 2 bad usage or config; 75, or
-134 from JAX itself, one of several hosts is lost; 130 or 143 stopped by a signal with a checkpoint
-saved. After 75, 130, 134 and 143 the same command, on all hosts, resumes from the last checkpoint.
+exit codes: 0 done; 1 the run failed, or a planned run does not fit; 2 wrong arguments or config;
+75, or 134 from JAX itself, a host was lost; 130 or 143 stopped by a signal, a checkpoint was saved.
+After 75, 130, 134 and 143, run the same command on all hosts to resume from the last checkpoint.
 """
 TRAIN = "Run the stages of a config, evaluate each, and write the report."
 REPORT = "Write the report of a run again, from its records."
 CONVERT = "Write the result of a stage, or a Hugging Face model, as a directory for transformers."
 PLAN = "Compile a run for TPUs that are not attached; print its memory, traffic and time."
 PLAN_EPILOG = """\
-Takes minutes: XLA's compiler for TPUs (pip install 'opsd-jax[tpu]') compiles every program of the
-run on this machine, without a TPU, data or weights; a config that names a preset takes its sizes.
+This takes minutes: XLA's compiler for TPUs (pip install 'opsd-jax[tpu]') compiles every program
+of the run on this machine. It needs no TPU, data or weights if the config names a preset.
 The exit code is 1 if the run does not fit. docs/pods.md explains the table.
 """
 EVALUATE = "Evaluate the result of a stage, or a Hugging Face model, on held-out problems."
 EVALUATE_EPILOG = """\
-Without --benchmark all settings are the run's. With --benchmark the settings that you do not give
-are the paper's: 8 responses per problem at temperature 0.6, top_p 0.95 and top_k 20, of up to
-30,000 tokens, for prompts of up to 2,048 tokens, with 8 x data x fsdp decoding slots. After a stop
-or a crash the same command resumes. docs/evaluation.md explains every statistic.
+Without --benchmark, the default settings are those of the run. With --benchmark, they are those of
+the paper: 8 responses per problem at temperature 0.6, top_p 0.95 and top_k 20, of up to 30,000
+tokens, for prompts of up to 2,048 tokens, with 8 x data x fsdp decoding slots. To resume after a
+stop or a crash, run the same command again. docs/evaluation.md explains every statistic.
 """
 
 
 def parser(show_fields: bool = False) -> argparse.ArgumentParser:
-    """The parser of all arguments except `--config.FIELD=VALUE`.
+    """Returns the parser of all arguments except `--config.FIELD=VALUE`.
 
     Args:
       show_fields: whether the help of `train` lists the fields of the config, which needs JAX.
@@ -75,17 +75,17 @@ def parser(show_fields: bool = False) -> argparse.ArgumentParser:
 
 
 def _fields() -> str:
-    """The fields of the config, as text."""
+    """Returns the help text for the fields of the config."""
     from opsd_jax.config import fields  # needs JAX
 
     return fields.for_help()
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Takes `--config.FIELD=VALUE` and `--config.FIELD VALUE` out of the arguments.
+    """Separates `--config.FIELD=VALUE` and `--config.FIELD VALUE` from the other arguments.
 
     Returns:
-      The other arguments, and field -> value.
+      The other arguments, and a dictionary from field to value.
     """
     rest, overrides, left = [], {}, list(argv)
     while left:
@@ -98,7 +98,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         field, equals, value = argument.removeprefix(OVERRIDE).partition("=")
         if not equals:
             if not left or left[0].startswith("--"):
-                parser().error(f"{argument} needs a value")
+                parser().error(f"{argument} has no value; expected {argument}=VALUE")
             value = left.pop(0)
         overrides[field] = value
     return rest, overrides
@@ -108,20 +108,22 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def local(text: str) -> pathlib.Path:
-    """The absolute path of a directory on this machine."""
+    """Parses the path of a directory on this machine; returns it as an absolute path."""
     if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text}; expected a directory of this machine")
+        raise argparse.ArgumentTypeError(f"{text} is a URL; expected a directory on this machine")
     return pathlib.Path(text).absolute()
 
 
 def directory(text: str) -> Any:
-    """The path of a directory: absolute on this machine, or in a bucket (gs://BUCKET/...)."""
+    """Parses the path of a directory on this machine or in a bucket (gs://BUCKET/...)."""
     if "://" not in text:
         return local(text)
     if not re.match("gs://[^/]", text):
-        raise argparse.ArgumentTypeError(f"{text}; expected a directory or gs://BUCKET/...")
+        raise argparse.ArgumentTypeError(
+            f"{text} is not supported; expected a directory or gs://BUCKET/..."
+        )
     if importlib.util.find_spec("gcsfs") is None:
-        raise argparse.ArgumentTypeError(f"{text} needs an extra: pip install 'opsd-jax[gcs]'")
+        raise argparse.ArgumentTypeError(f"{text} needs gcsfs: pip install 'opsd-jax[gcs]'")
     import fsspec.config
     from etils import epath
 
@@ -131,19 +133,19 @@ def directory(text: str) -> Any:
 
 
 def mesh(text: str) -> tuple[int, ...]:
-    """The sizes of a mesh, from text such as "1,-1,1"."""
+    """Parses the sizes of a mesh, from text such as "1,-1,1"."""
     return tuple(int(size) for size in text.split(","))
 
 
 def count(text: str) -> int:
-    """An integer of at least 1."""
+    """Parses an integer of at least 1."""
     if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}; expected 1 or more")
+        raise argparse.ArgumentTypeError(f"{text} is too small; expected 1 or more")
     return int(text)
 
 
 def fraction(text: str) -> float:
-    """A number in (0, 1]."""
+    """Parses a number in (0, 1]."""
     if not 0 < float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text}; expected a fraction above 0 and at most 1")
     return float(text)
@@ -222,7 +224,7 @@ def _add_evaluate(sub: argparse.ArgumentParser) -> None:
     add(
         "--min-p",
         type=float,
-        help="sample from tokens at least this fraction as likely as the likeliest; 0: from all",
+        help="sample from tokens with this fraction of the top probability; 0: from all",
     )
     add("--response-tokens", type=int, help="token budget of a response")
     add("--prompt-tokens", type=int, help="longest prompt, in tokens")
@@ -237,7 +239,7 @@ def _add_evaluate(sub: argparse.ArgumentParser) -> None:
         "--compare",
         type=directory,
         metavar="DIR",
-        help="directory of an earlier evaluation, or of a stage: report what changed since",
+        help="directory of an earlier evaluation, or of a stage: report the changes since then",
     )
     add(
         "--out",
@@ -249,7 +251,9 @@ def _add_evaluate(sub: argparse.ArgumentParser) -> None:
 def _add_plan(sub: argparse.ArgumentParser) -> None:
     _add_config(sub)
     sub.add_argument(
-        "--topology", required=True, help="chips by their shape: v5e:4x4, v5p:2x2x4, v6e:8x8, ..."
+        "--topology",
+        required=True,
+        help="chips and their arrangement: v5e:4x4, v5p:2x2x4, v6e:8x8, ...",
     )
     sub.add_argument(
         "--slices",

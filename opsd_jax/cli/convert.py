@@ -19,7 +19,7 @@ from opsd_jax.storage.files import Path
 
 
 def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
-    """Runs the command; returns the exit code.
+    """Runs `opsd-jax convert`; returns the exit code.
 
     Raises:
       ConfigError: the model cannot be converted or written.
@@ -31,7 +31,7 @@ def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
             config = parse_run(workdir_lib.config_of(arguments.workdir))
             convert_stage(config, arguments.workdir, arguments.stage, arguments.out, dtype)
         elif arguments.stage is not None:
-            raise ConfigError("--stage: --model has no stages; expected --workdir with --stage.")
+            raise ConfigError("--stage: a --model directory has no stages; expected --workdir.")
         else:
             pretrained.rewrite(arguments.model, arguments.out, dtype)
     except ConfigError:
@@ -55,7 +55,7 @@ def convert_stage(
     sharded over all devices or, if that is not possible, stored on the first one.
 
     Args:
-      config: the options of the run in `workdir`. Its data are not read.
+      config: the options of the run in `workdir`. No data are read.
       workdir: the work directory.
       stage: a finished stage, or UNTRAINED; None for the last finished one.
       directory: the directory to write. It must be absent or empty.
@@ -70,20 +70,20 @@ def convert_stage(
     stage = chosen_stage(config.stages, workdir, stage)
     if stage is None:
         raise ConfigError(
-            f"--workdir {workdir}: no stage of the run has finished; expected a finished stage, or "
-            "--stage untrained."
+            f"--workdir {workdir}: no stage of the run has finished; expected a finished stage. "
+            "--stage untrained writes the initial parameters."
         )
     parameters = _parameters(config, workdir)
     if parameters.model.save is None:
         raise ConfigError(
-            f"config.model.make is {config.model.make!r}, whose Model has no `save`; expected a "
-            "function whose Model has one, such as opsd_jax.models.decoder:from_config."
+            f"config.model.make is {config.model.make!r}, and its Model has no `save`; expected a "
+            "function whose Model has `save`, such as opsd_jax.models.decoder:from_config."
         )
     parameters.model.save(parameters.of(stage), directory, dtype)
 
 
 def _parameters(config: RunOptions, workdir: Path) -> Parameters:
-    """Parameters on the run's mesh or, with too few devices, on all devices or on the first one."""
+    """Builds the parameters on the run's mesh or, if it does not fit, on all devices or one."""
     every = jax.devices()
     for mesh, devices in ((config.mesh, every), ((1, -1, 1), every), ((1, 1, 1), every[:1])):
         try:

@@ -1,7 +1,7 @@
-"""The command `evaluate`: a stage's result, or a model directory, on held-out problems.
+"""The command `evaluate`: evaluates a stage's result or a model directory on problems.
 
-    OUT/settings.json      the settings of the evaluation; other settings are refused
-    OUT/responses.jsonl    every response, judged
+    OUT/settings.json      the settings of the evaluation; different settings are refused
+    OUT/responses.jsonl    every response with its verdict
     OUT/evaluation.json    the statistics and the settings; written last
     OUT/comparison.json    the changes since the evaluation in --compare
     OUT/report.md, index.html, *.svg
@@ -53,7 +53,7 @@ TEXT_TASK = "opsd_jax.data.text:task"
 
 
 def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
-    """Runs the command; returns the exit code. Raises what `evaluate` raises."""
+    """Runs `opsd-jax evaluate`; returns the exit code. Errors are those of `evaluate`."""
     del overrides  # the command takes none
     statistics = evaluate(arguments)
     if hosts.is_first():
@@ -120,7 +120,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def config_of(arguments: argparse.Namespace) -> tuple[str, RunOptions]:
-    """The stage that is evaluated, or UNTRAINED, and the config of its evaluation.
+    """Returns the stage to evaluate, or UNTRAINED, and the config of the evaluation.
 
     The config runs no stage, and reads training data only if some of them are held out.
 
@@ -128,7 +128,9 @@ def config_of(arguments: argparse.Namespace) -> tuple[str, RunOptions]:
       ConfigError: the arguments contradict each other or the run.
     """
     if arguments.problems is not None and arguments.problems < 0:
-        raise ConfigError(f"--problems {arguments.problems}: expected 0, for all, or more.")
+        raise ConfigError(
+            f"--problems {arguments.problems}: expected a positive number, or 0 for all."
+        )
     stage, config = _of_run(arguments) if arguments.model is None else _of_model(arguments)
     config.stages = ()
     for name, form in TPU_ONLY.items():
@@ -153,21 +155,23 @@ def config_of(arguments: argparse.Namespace) -> tuple[str, RunOptions]:
 
 
 def _of_run(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
-    """The stage of a run that is evaluated, and the config of the run, unlocked."""
+    """Returns the stage of a run to evaluate, and the config of the run, unlocked."""
     config = workdir_lib.config_of(arguments.workdir)
     stage = chosen_stage(config.stages, arguments.workdir, arguments.stage) or UNTRAINED
     if arguments.benchmark and config.task != TEXT_TASK:
         raise ConfigError(
-            f"--benchmark: the run's config.task is {config.task!r}, which has problems of its "
-            f"own; expected a run of {TEXT_TASK!r}."
+            f"--benchmark: the run's config.task is {config.task!r}, which has its own problems; "
+            f"expected a run with {TEXT_TASK!r}."
         )
     return stage, config.unlock()
 
 
 def _of_model(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
-    """UNTRAINED, and the config of an evaluation of a model directory, unlocked."""
+    """Returns UNTRAINED and a config that evaluates a model directory, unlocked."""
     if not arguments.benchmark or arguments.out is None or arguments.stage is not None:
-        raise ConfigError("--model belongs to no run; expected --benchmark and --out, no --stage.")
+        raise ConfigError(
+            "--model names a directory, not a run; expected --benchmark and --out, and no --stage."
+        )
     config = sections.default().unlock()
     # Nothing is trained, so the weights can have the dtype of the matmuls.
     config.model = sections.pretrained(arguments.model, param_dtype="bfloat16").unlock()
@@ -176,10 +180,10 @@ def _of_model(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
 
 
 def _take_benchmarks(config: ConfigDict, named: list[str]) -> None:
-    """Replaces the held-out problems by benchmarks and takes the paper's evaluation settings."""
+    """Replaces the held-out problems with benchmarks, and sets the paper's evaluation settings."""
     sources = dict(benchmarks.source(text) for text in named)
     if len(sources) < len(named):
-        raise ConfigError("--benchmark: a name comes twice; expected each once.")
+        raise ConfigError(f"--benchmark is {', '.join(named)}; expected each name only once.")
     config.data.heldout = ConfigDict({name: section(options) for name, options in sources.items()})
     _, decode_mesh = meshes(config.mesh, config.decode_mesh)
     slots = 8 * mesh_lib.row_shards(decode_mesh)
@@ -187,7 +191,7 @@ def _take_benchmarks(config: ConfigDict, named: list[str]) -> None:
 
 
 def _first_of_each(problems: list[Problem], count: int) -> list[Problem]:
-    """The first problems of each source."""
+    """Returns the first `count` problems of each source."""
     seen: Counter[str] = Counter()
     first = []
     for problem in problems:
@@ -198,7 +202,7 @@ def _first_of_each(problems: list[Problem], count: int) -> list[Problem]:
 
 
 def _name(benchmarks: list[str], settings: dict[str, Any]) -> str:
-    """The name of an evaluation's directory, different for different settings."""
+    """Returns the name of an evaluation's directory, which depends on the settings."""
     named = {name: value for name, value in settings.items() if name != "model"}
     digest = hashlib.sha256(files.to_json(named, sort_keys=True).encode()).hexdigest()[:8]
     return f"{'+'.join(sorted(benchmarks)) or 'heldout'}-{digest}"

@@ -16,12 +16,14 @@ LOST = 75  # exit code EX_TEMPFAIL: try again
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code."""
+    """Runs a command of `opsd-jax`; returns the exit code."""
     rest, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     wants_help = rest[:1] == ["train"] and not {"-h", "--help"}.isdisjoint(rest)
     arguments = parser(show_fields=wants_help).parse_args(rest)
     if overrides and arguments.command not in ("train", "plan"):
-        parser().error(f"{arguments.command} takes the run's own config, without {OVERRIDE}…")
+        parser().error(
+            f"{arguments.command} uses the saved config of a run; expected no {OVERRIDE}FIELD"
+        )
     _log_to_stderr()
 
     # Imported here, because --help and usage errors need no JAX.
@@ -60,7 +62,7 @@ def _log_to_stderr() -> None:
 
 
 def _run(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
-    """Runs the module of the command; turns expected errors into one line and an exit code."""
+    """Runs the command's module; turns expected errors into a message and an exit code."""
     from opsd_jax.options import ConfigError
     from opsd_jax.parallel import hosts
     from opsd_jax.planning.chips import PlanError
@@ -75,7 +77,7 @@ def _run(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     try:
         return command.main(arguments, overrides)
     except Interrupted as stop:
-        say(f"{stop}: saved; the same command resumes from here.")
+        say(f"{stop}: progress is saved; run the same command again to resume.")
         return stop.exit_code
     except (ConfigError, DataError, PlanError) as error:
         say(str(error))
@@ -83,8 +85,8 @@ def _run(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     except Exception as error:
         if hosts.is_loss(error):
             say(
-                f"another host is lost ({files.reason(error)}): the same command on all hosts "
-                "resumes from the last checkpoint."
+                f"another host is lost ({files.reason(error)}). Run the same command on all hosts "
+                "to resume from the last checkpoint."
             )
             return LOST
         if isinstance(error, RecordError | Diverged | PoolError):
@@ -103,7 +105,7 @@ def say(message: str) -> None:
 
 
 def _storage_message(error: Exception, arguments: argparse.Namespace) -> str | None:
-    """The message for a disk or bucket that is full or missing; None for any other error."""
+    """Returns a message for a full or missing disk or bucket; None for any other error."""
     from opsd_jax.storage import files
 
     given = [path for name in ("workdir", "out") if (path := getattr(arguments, name, None))]
@@ -116,6 +118,6 @@ def _storage_message(error: Exception, arguments: argparse.Namespace) -> str | N
     where = getattr(error, "filename", None) or (given[0] if given else "a file")
     why = getattr(error, "strerror", None) or files.reason(error)
     return (
-        f"{where} cannot be used: {why}. Finished work is kept: once this is fixed, the same "
-        "command resumes."
+        f"{where} cannot be used: {why}. Finished work is kept. Fix this and run the same command "
+        "again to resume."
     )

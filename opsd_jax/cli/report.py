@@ -12,7 +12,7 @@ from opsd_jax.storage.files import Path
 
 
 def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
-    """Runs the command; returns the exit code.
+    """Runs `opsd-jax report`; returns the exit code.
 
     Raises:
       ConfigError: the directory holds no run.

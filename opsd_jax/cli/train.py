@@ -12,7 +12,7 @@ from opsd_jax.run import pipeline
 
 
 def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
-    """Runs the command; returns the exit code. Raises what `pipeline.run` raises."""
+    """Runs `opsd-jax train`; returns the exit code. Errors are those of `pipeline.run`."""
     config = hosts.together(lambda: loading.load(arguments.config, overrides))
     pipeline.run(config, arguments.workdir)
     return report.write(config, arguments.workdir)

@@ -25,7 +25,7 @@ FREE = ("mesh", "decode_mesh", "pool.", "checkpoints.", "wandb_project")
 
 
 def packaged() -> dict[str, pathlib.Path]:
-    """The config files that come with the package, by name: in a wheel, or in a checkout."""
+    """Returns the config files of the package, from a wheel or a checkout, as name -> path."""
     package = pathlib.Path(opsd_jax.__file__).parent
     for directory in (package / "configs", package.parent / "configs"):
         if found := {path.stem: path for path in sorted(directory.glob("*.py"))}:
@@ -36,15 +36,15 @@ def packaged() -> dict[str, pathlib.Path]:
 def load(
     name: str | pathlib.Path, overrides: Mapping[str, str] | None = None, *, data: bool = True
 ) -> RunOptions:
-    """The options of a config file with overrides, checked.
+    """Loads a config file, applies overrides, and returns the checked options.
 
     Args:
       name: a Python file, or the name of a packaged config such as "quickstart".
       overrides: dotted field -> text, as on the command line.
-      data: whether the sources of `config.data` have to be usable.
+      data: whether to check the sources of `config.data` too.
 
     Raises:
-      ConfigError: names the file or the field, its value, and what was expected.
+      ConfigError: the file cannot be loaded, or a field is unknown or has an invalid value.
     """
     config = read(name)
     for field, text in (overrides or {}).items():
@@ -58,7 +58,7 @@ def load(
 
 
 def read(name: str | pathlib.Path) -> ConfigDict:
-    """The config that the `get_config()` of a file returns, locked; it is not checked yet.
+    """Returns the config that `get_config()` of a file makes, locked but not checked.
 
     Args:
       name: a Python file, or the name of a packaged config such as "quickstart".
@@ -80,14 +80,14 @@ def read(name: str | pathlib.Path) -> ConfigDict:
         spec.loader.exec_module(module)
         config = module.get_config()
     except Exception as error:  # for an unknown field, ConfigDict suggests the nearest one
-        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{path} failed with {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"{path}: get_config() returned {config!r}; expected a ConfigDict.")
     return config.lock()
 
 
 def override(config: ConfigDict, field: str, text: str) -> None:
-    """Sets a field of a config from text, parsed as the type of the field, in place.
+    """Sets a field of a config in place, from text that is parsed as the field's type.
 
     Args:
       config: the config.
@@ -118,12 +118,12 @@ def override(config: ConfigDict, field: str, text: str) -> None:
         section[name] = _parse(text, type(old))
     except (ValueError, SyntaxError):
         raise ConfigError(
-            f"--config.{field}={text}: expected {type(old).__name__}, such as {old!r}."
+            f"--config.{field} is {text!r}; expected {type(old).__name__}, such as {old!r}."
         ) from None
 
 
 def _parse(text: str, kind: type) -> Any:
-    """Parses a text as a value of a type, strictly: "3" is a float too, but "3.0" is not an int."""
+    """Parses text as a value of exactly the given type; "3" is a float too, "3.0" no int."""
     if kind is str:
         return text
     if kind is float:
@@ -138,15 +138,16 @@ def _unknown(config: ConfigDict, field: str) -> ConfigError:
     known = list(flatten(config))
     near = difflib.get_close_matches(field, known, n=1, cutoff=0.5)
     last = [k for k in known if k.rsplit(".", 1)[-1] == field.rsplit(".", 1)[-1]]
-    hint = f" Did you mean --config.{(near or last)[0]}?" if near or last else ""
-    return ConfigError(f"--config.{field}: there is no such field.{hint}")
+    nearest = f"Did you mean --config.{(near or last)[0]}?" if near or last else ""
+    hint = nearest or "Expected one of the fields that `opsd-jax train --help` lists."
+    return ConfigError(f"--config.{field}: there is no such field. {hint}")
 
 
 def flatten(config: ConfigDict | RunOptions, prefix: str = "") -> dict[str, Any]:
-    """Dotted field -> value, over all sections of a config.
+    """Flattens a config to a dictionary: dotted field -> value.
 
-    An empty section becomes {}, a tuple a list, and infinity the largest float: the values are kept
-    as JSON, which has no infinity.
+    The values are JSON-ready: an empty section becomes {}, a tuple becomes a list, and infinity
+    becomes the largest float.
     """
     if isinstance(config, RunOptions):
         config = run_section(config)
@@ -162,12 +163,12 @@ def flatten(config: ConfigDict | RunOptions, prefix: str = "") -> dict[str, Any]
 
 
 def to_json(config: ConfigDict | RunOptions) -> str:
-    """The config as JSON, one field per line."""
+    """Returns the config as JSON, one field per line."""
     return json.dumps(flatten(config), indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
 def from_flat(flat: Mapping[str, Any]) -> ConfigDict:
-    """Builds a config from its flattened fields; inverts `flatten`."""
+    """Builds a config from flattened fields. This is the inverse of `flatten`."""
     config = ConfigDict()
     for field, value in flat.items():
         *sections, name = field.split(".")
@@ -182,7 +183,7 @@ def from_flat(flat: Mapping[str, Any]) -> ConfigDict:
 
 
 def missing_fields(config: ConfigDict) -> list[str]:
-    """The fields that the config of an earlier version lacks, except those of its model."""
+    """Returns the known fields that a saved config lacks, except fields of its model."""
     stages = [name for name in config.stages if "algorithm" in config.get(name, {})]
     known = [field for field in describe(RunOptions) if field.name != "sections"]
     for name in stages:
@@ -194,7 +195,7 @@ def missing_fields(config: ConfigDict) -> list[str]:
 
 
 def identity(config: ConfigDict | RunOptions) -> dict[str, Any]:
-    """The flattened fields that decide what a run computes: a resumed run may not change them."""
+    """Returns the flattened fields that a resumed run may not change."""
     flat = flatten(config)
     stages = {field.removesuffix(".algorithm") for field in flat if field.endswith(".algorithm")}
     free = (*FREE, *(f"{name}." for name in stages - set(flat["stages"])))
@@ -204,9 +205,9 @@ def identity(config: ConfigDict | RunOptions) -> dict[str, Any]:
 def check_same(
     config: ConfigDict | RunOptions, saved: ConfigDict | RunOptions, workdir: Any
 ) -> None:
-    """Raises ConfigError if the config saved in a work directory differs in what a run computes.
+    """Raises ConfigError if a config cannot resume the run that is saved in a work directory.
 
-    The message lists the fields of `identity` that differ.
+    The configs must agree in all fields of `identity`. The message lists the fields that differ.
     """
     there, now = identity(saved), identity(config)
     different = [
@@ -216,6 +217,6 @@ def check_same(
     ]
     if different:
         raise ConfigError(
-            f"{workdir} holds a run of another config:\n" + "\n".join(different) + "\n"
-            "Give the same config to resume it, or choose another --workdir."
+            f"{workdir} holds a run with a different config:\n" + "\n".join(different) + "\n"
+            "To resume the run, use the same config. Otherwise choose another --workdir."
         )

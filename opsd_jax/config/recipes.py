@@ -31,7 +31,7 @@ def rlvr(preset: str = "") -> ConfigDict:
     Problems whose rollouts are all correct or all incorrect are left out and replaced.
 
     Args:
-      preset: as in `own_model`.
+      preset: the released model whose sizes `opsd-jax plan` takes when there is no directory.
     """
     config = own_model(preset)
     config.stages = ("rlvr",)
@@ -53,7 +53,7 @@ def paper_rlvr(preset: str = "") -> ConfigDict:
     0.001 to the initial model.
 
     Args:
-      preset: as in `own_model`.
+      preset: the released model whose sizes `opsd-jax plan` takes when there is no directory.
     """
     config = own_model(preset)
     config.stages = ("rlvr",)
@@ -82,7 +82,7 @@ def opsd(preset: str = "") -> ConfigDict:
     of the problem or, if there is none, its answer.
 
     Args:
-      preset: as in `own_model`.
+      preset: the released model whose sizes `opsd-jax plan` takes when there is no directory.
     """
     config = own_model(preset)
     config.stages = ("opsd",)
@@ -91,12 +91,13 @@ def opsd(preset: str = "") -> ConfigDict:
 
 
 def paper_opsd(preset: str = "") -> ConfigDict:
-    """Returns `opsd` with the paper's context: a memo that the model writes, given the answer.
+    """Returns an OPSD config with the paper's context: a memo written by the model.
 
-    A memo has up to 8,192 tokens, and 2,048 more if its thinking had to be closed.
+    The model writes the memo from the answer. A memo has up to 8,192 tokens, and 2,048 more if its
+    thinking had to be closed.
 
     Args:
-      preset: as in `own_model`.
+      preset: the released model whose sizes `opsd-jax plan` takes when there is no directory.
     """
     config = opsd(preset)
     config.opsd.contexts = ("memo",)

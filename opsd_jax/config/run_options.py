@@ -1,4 +1,4 @@
-"""The options of a whole run, as dataclasses. The package uses them instead of a `ConfigDict`."""
+"""The options of a whole run: a typed dataclass that is parsed from a `ConfigDict`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RESERVED = ("untrained", "report")  # directories of a run that no stage may be 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Every option of a run. `sections` holds the options of each stage, by its name."""
+    """All options of a run. `sections` maps the name of each stage to its options."""
 
     seed: int = option(0, "Seed of the whole run.", at_least=0, below=2**31)
     stages: tuple[str, ...] = option(
@@ -59,7 +59,7 @@ class RunOptions:
     )
     max_nonfinite: int = option(
         10,
-        "Steps in a row with a gradient that is not finite after which the run ends.",
+        "Number of consecutive steps with a non-finite gradient after which the run stops.",
         at_least=1,
     )
     wandb_project: str = option(
@@ -74,27 +74,27 @@ class RunOptions:
         return algorithm_of(self.sections[name].algorithm, f"{name}.algorithm")
 
     def check_stages(self) -> None:
-        """Raises ConfigError where the stages do not form a sequence that can run."""
+        """Raises ConfigError if the stages cannot run in the given order."""
         if len({*self.stages, *RESERVED}) != len(self.stages) + len(RESERVED):
             reserved = " or ".join(map(repr, RESERVED))
-            fail("stages", self.stages, f"names that differ, none of them {reserved}")
+            fail("stages", self.stages, f"distinct names, none of them {reserved}")
         for i, name in enumerate(self.stages):
             if name not in self.sections:
                 known = ", ".join(self.sections)
-                fail("stages", self.stages, f"names of sections among {known}; there is no {name}")
+                fail("stages", self.stages, f"names of sections among {known}; {name!r} is not one")
             before = self.sections[name].init_from
             if before and before not in self.stages[:i]:
                 fail(f"{name}.init_from", before, "'' or a stage before this one")
         if self.wandb_project and importlib.util.find_spec("wandb") is None:
-            expected = "'' without the extra: pip install 'opsd-jax[wandb]'"
+            expected = "'', because wandb is missing: pip install 'opsd-jax[wandb]'"
             fail("wandb_project", self.wandb_project, expected)
 
 
 def parse_run(config: ConfigDict) -> RunOptions:
-    """Parses and checks the options of a config. Builds nothing and reads no file.
+    """Parses and checks the options of a config, without reading any file.
 
     Raises:
-      ConfigError: names the first invalid field, its value and what was expected.
+      ConfigError: a field is unknown or has an invalid value.
     """
     own = [name for name in fields_of(RunOptions) if name != "sections"]
     sections: dict[str, StageOptions] = {}
@@ -124,7 +124,7 @@ def parse_run(config: ConfigDict) -> RunOptions:
 
 
 def run_section(options: RunOptions) -> ConfigDict:
-    """Converts options to a config, from which `parse_run` returns equal options."""
+    """Converts options to a config. This is the inverse of `parse_run`."""
     config = section(options, omit=("sections",)).unlock()
     for name, stage in options.sections.items():
         config[name] = section(stage)

@@ -1,4 +1,4 @@
-"""Functions that make the sections of a config, each with its defaults and with changes."""
+"""Functions that make the sections of a config from default values and your changes."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ OWN_DIRECTORY = ("make", "path", "preset")  # fields of `PretrainedOptions` that
 def default() -> ConfigDict:
     """Returns the config with every field at its default value.
 
-    The stages are SFT, RLVR and OPSD; each starts from the result of the one before. The model is a
-    directory (`config.model.path`), and the problems come from files (`config.data.train`). A
-    config file starts here and changes what it needs.
+    The stages are SFT, RLVR and OPSD, and each starts from the result of the previous stage. The
+    model is a directory (`config.model.path`), and the problems come from files
+    (`config.data.train`). A config file starts here and changes what it needs.
     """
     stages = {
         "sft": SFTOptions(),
@@ -42,14 +42,14 @@ def default() -> ConfigDict:
 
 
 def _changed(options: Any, changes: Mapping[str, Any]) -> ConfigDict:
-    """Converts options to a section, with changes to its fields and to its subsections."""
+    """Converts options to a config section, and applies changes to its fields."""
     config = section(options)
     config.update(changes)
     return config
 
 
 def optimizer(**changes: Any) -> ConfigDict:
-    """Returns the section `optimizer` of a stage: AdamW, with changes."""
+    """Returns the section `optimizer` of a stage: the AdamW defaults with your changes."""
     return _changed(OptimizerOptions(), changes)
 
 
@@ -65,14 +65,16 @@ def objective(preset: str, **changes: Any) -> ConfigDict:
     """
     if preset not in losses.PRESETS:
         known = ", ".join(losses.PRESETS)
-        raise ConfigError(f"objective({preset!r}): expected one of {known}.")
+        raise ConfigError(
+            f"objective({preset!r}): there is no such preset; expected one of {known}."
+        )
     return ConfigDict(losses.PRESETS[preset]._asdict() | changes)
 
 
 def distillation(**changes: Any) -> ConfigDict:
-    """Returns the section `loss` of an OPSD stage: `opsd_jax.losses.OPSD` with changes.
+    """Returns the section `loss` of an OPSD stage: the fields of `opsd_jax.losses.OPSD`.
 
-    It has no field `gate`, which is a field of the stage itself.
+    `gate` is a field of the stage itself, so it is not in this section.
     """
     options = losses.OPSD()._asdict()
     del options["gate"]
@@ -80,7 +82,7 @@ def distillation(**changes: Any) -> ConfigDict:
 
 
 def verifier(kind: str = "maths", **changes: Any) -> ConfigDict:
-    """Returns the section `verifier` of a source: how responses to its problems are judged.
+    """Returns the section `verifier` of a source, which says how its responses are verified.
 
     Args:
       kind: a verifier (opsd_jax/verify/verifiers.py), such as "maths" or "choice".
@@ -90,7 +92,7 @@ def verifier(kind: str = "maths", **changes: Any) -> ConfigDict:
 
 
 def source(path: str | pathlib.Path = "", **changes: Any) -> ConfigDict:
-    """Returns a source of problems: `source("a.jsonl", columns={"answer": "gold"})`.
+    """Returns a source of problems, for example `source("a.jsonl", columns={"answer": "gold"})`.
 
     docs/data.md has an example of each field.
 
@@ -117,8 +119,8 @@ def decoder(**changes: Any) -> ConfigDict:
     ]
     if missing := [name for name in sizes if name not in changes]:
         raise ConfigError(
-            f"decoder(...) needs {', '.join(missing)}; the sizes of the quickstart's model are in "
-            "configs/quickstart.py, those of released models in preset(NAME)."
+            f"decoder(...) lacks {', '.join(missing)}; expected all sizes. configs/quickstart.py "
+            "has an example, and preset(NAME) has the sizes of released models."
         )
     given = {name: changes[name] for name in sizes}
     rest = {name: value for name, value in changes.items() if name not in sizes}
@@ -126,14 +128,14 @@ def decoder(**changes: Any) -> ConfigDict:
 
 
 def preset(name: str, **changes: Any) -> ConfigDict:
-    """Returns the reference decoder in the sizes of a released model, randomly initialised.
+    """Returns the section `model` of a decoder with a released model's sizes and random weights.
 
     Args:
       name: one of `opsd_jax.models.presets.PRESETS`.
       changes: fields of `decoder` -> values.
 
     Raises:
-      ConfigError: there is no such preset; the message lists the presets.
+      ConfigError: there is no such preset.
     """
     if name not in PRESETS:
         raise ConfigError(f"there is no preset {name!r}; expected one of {', '.join(PRESETS)}.")
@@ -143,7 +145,7 @@ def preset(name: str, **changes: Any) -> ConfigDict:
 
 
 def pretrained(path: str | pathlib.Path = "", preset: str = "", **changes: Any) -> ConfigDict:
-    """Returns the section `model` of a directory with `config.json` and safetensors files.
+    """Returns the section `model` of a Hugging Face directory: config.json and safetensors files.
 
     Args:
       path: the directory; `--config.model.path=...` sets it too.
@@ -154,7 +156,7 @@ def pretrained(path: str | pathlib.Path = "", preset: str = "", **changes: Any) 
 
 
 def rope_scaling(**changes: Any) -> ConfigDict:
-    """Returns the section `rope_scaling` of a decoder: how RoPE is scaled to a longer context."""
+    """Returns the section `rope_scaling` of a decoder, which scales RoPE to a longer context."""
     config = ConfigDict(dataclasses.asdict(RopeScaling()))
     config.update(changes)
     return config

@@ -47,7 +47,7 @@ VERIFIER = VerifierOptions(answer=("boxed", "answer"))
 
 
 def source(text: str) -> tuple[str, SourceOptions]:
-    """Finds the file of a benchmark and how to read it.
+    """Finds the file of a benchmark and the options for reading it.
 
     Args:
       text: "NAME", one of BENCHMARKS, which is downloaded; or "NAME=PATH", a file or folder with
@@ -65,7 +65,8 @@ def source(text: str) -> tuple[str, SourceOptions]:
     if not path:
         if known is None:
             raise ConfigError(
-                f"--benchmark {text}: expected NAME=PATH, or one of {', '.join(BENCHMARKS)}."
+                f"--benchmark {text}: there is no such benchmark; expected NAME=PATH, or one of "
+                f"{', '.join(BENCHMARKS)}."
             )
         path = _download(name, known)
     default = SourceOptions(path=path, verifier=VERIFIER)
@@ -73,7 +74,7 @@ def source(text: str) -> tuple[str, SourceOptions]:
         on_hub = default
     else:
         on_hub = dataclasses.replace(known.source, path=path, verifier=VERIFIER)
-    # A copy may have the default columns instead: its first row decides.
+    # A copy may have the default columns instead; the first row shows which.
     own = _required(on_hub.columns) - _required(default.columns)
     first = next(files.rows(path, "", f"data.heldout.{name}", own), None)
     values = (first and first.columns) or {}
@@ -82,7 +83,7 @@ def source(text: str) -> tuple[str, SourceOptions]:
 
 
 def _required(columns: ColumnOptions) -> set[str]:
-    """Returns the names of the columns that a row needs; it may lack a solution."""
+    """Returns the names of the columns that every row must have. The solution is optional."""
     return {columns.id, columns.question, columns.answer}
 
 

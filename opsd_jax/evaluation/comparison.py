@@ -62,9 +62,9 @@ def compare(before: Records, after: Records, *, seed: int = 0) -> dict[str, Any]
     old, new = statistics.by_problem(before), statistics.by_problem(after)
     if unpaired := [*(old.keys() - new.keys()), *(new.keys() - old.keys())]:
         raise ValueError(
-            "expected two evaluations of the same problems; the first has "
-            f"{len(old)} problems, the second {len(new)}, and {len(old.keys() & new.keys())} are "
-            f"in both. Problem {unpaired[0]!r} is in only one of them."
+            f"The first evaluation has {len(old)} problems, the second has {len(new)}, and "
+            f"{len(old.keys() & new.keys())} are in both; expected the same problems. For example, "
+            f"problem {unpaired[0]!r} is in only one of them."
         )
     sources = statistics.by_source(group[0] for group in new.values())
     pairs = {problem: (old[problem], group) for problem, group in new.items()}
@@ -77,7 +77,7 @@ def compare(before: Records, after: Records, *, seed: int = 0) -> dict[str, Any]
 
 
 def _changes(pairs: Sequence[tuple[Records, Records]], seed: int) -> dict[str, Any]:
-    """Returns the entries of `compare` but for `sources`; a pair is a problem's records."""
+    """Returns all entries of `compare` except `sources`, from pairs of a problem's records."""
     G = len(pairs)
     before, after = (statistics.sums(side) for side in zip(*pairs, strict=True))
     found: dict[str, Any] = {"problems": G}

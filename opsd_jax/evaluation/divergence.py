@@ -42,7 +42,7 @@ def token_kl(
       temperature: temperature of both distributions.
       chunk: number of tokens whose logits are computed at once; 0 chooses it.
       student, teacher: parameters.
-      rows: a microbatch of `stages.batch.collate`.
+      rows: a microbatch that `stages.batch.collate` made.
 
     Returns:
       float32 [m, T], in nats. The value of a response token is in the column that predicts it.
@@ -64,10 +64,7 @@ def token_kl(
 
 
 class DivergenceProbe:
-    """Measures the divergence of responses under a student and a teacher with privileged context.
-
-    The constructor compiles the only program that it uses.
-    """
+    """Measures the divergence of a student from a teacher that sees a privileged context."""
 
     def __init__(
         self,
@@ -78,7 +75,8 @@ class DivergenceProbe:
         mesh: jax.sharding.Mesh,
         abstract_params: Params,
     ):
-        """
+        """Compiles the program that computes the divergence.
+
         Args:
           config: options of the OPSD stage.
           evaluation: options of the evaluation that the responses come from.
@@ -108,7 +106,7 @@ class DivergenceProbe:
             self._token_kl = aot.compiled(ProgramKey(ProgramKind.PROBE), lowered)
 
     def _collate(self, rows: Sequence[Mapping[str, Any]]) -> Any:
-        """Returns the microbatch of up to m rows."""
+        """Returns a microbatch made of up to m rows."""
         pad_id = self._task.tokenizer.pad_id
         return collate(rows, self._lengths, microbatch=self._microbatch, pad_id=pad_id)
 
@@ -153,13 +151,13 @@ class DivergenceProbe:
         return curves
 
     def _row(self, rollouts: Rollouts, i: int, taught: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the row of a rollout for `collate`."""
+        """Returns a rollout as a row for `collate`."""
         prompt = self._task.prompt(rollouts.problems[i])
         return {**taught, "student": prompt, "response": rollouts.responses[i]}
 
 
 def by_position(values_NxR: np.ndarray, *, clusters_N: np.ndarray) -> Curve:
-    """Averages each column of an array, up to the first column with fewer than two clusters.
+    """Computes the mean of each column, up to the first column with fewer than two clusters.
 
     Args:
       values_NxR: one row per response and one column per position; nan after a response's end.

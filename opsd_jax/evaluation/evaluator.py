@@ -1,4 +1,4 @@
-"""Runs an evaluation: samples responses to problems, has them judged, and records them."""
+"""Runs an evaluation: samples responses to problems, verifies them, and records them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from opsd_jax.verify.pool import VerifierPool
 
 
 class Evaluator:
-    """Evaluates parameters of a model on problems, as the options say."""
+    """Evaluates a model: samples responses to problems, verifies them, and computes metrics."""
 
     def __init__(
         self,
@@ -36,20 +36,21 @@ class Evaluator:
         pool: VerifierPool,
         convert: Callable[[Params], Params],
     ):
-        """
+        """Creates an evaluator; compiles nothing.
+
         Args:
           options: how responses are sampled.
-          task: makes prompts and texts.
-          vocab_size: the model's.
-          engines: compiles the engine.
-          pool: judges the responses.
-          convert: parameters as training has them -> as the engine takes them.
+          task: makes prompts and decodes responses.
+          vocab_size: the vocabulary size of the model.
+          engines: compiles the engine that samples.
+          pool: verifies the responses.
+          convert: converts parameters from the training layout to the decode layout.
         """
         self._options, self._task, self._vocab_size = options, task, vocab_size
         self._engines, self._pool, self._convert = engines, pool, convert
 
     def problems(self) -> list[Problem]:
-        """The held-out problems that the options select."""
+        """Returns the held-out problems that the options select."""
         heldout = self._task.heldout
         return [heldout[i] for i in range(self._options.problems or len(heldout))]
 
@@ -64,24 +65,23 @@ class Evaluator:
         directory: Path,
         settings: dict[str, Any],
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Evaluates the problems that the directory has no records of yet.
+        """Evaluates the problems that have no records in the directory yet.
 
         Args:
-          name: of the evaluation.
-          params: of the model, as training has them.
+          name: name of the evaluation.
+          params: parameters of the model, in the training layout.
           progress: shows the responses as they are recorded.
           stop: ends the evaluation between two chunks of decoding.
           problems: the problems to evaluate.
-          directory: of the records; it belongs to an evaluation with these settings
-            (`records.check_settings`).
-          settings: `records.settings`.
+          directory: directory of the records. Check it first with `records.check_settings`.
+          settings: the settings that `records.settings` returns.
 
         Returns:
           `(responses, summary)`: the records of all responses, in the order of the problems, and
           the statistics with the settings.
 
         Raises:
-          Interrupted: a signal came. Problems whose responses were all sampled are recorded.
+          Interrupted: a signal arrived. Problems whose responses were all sampled are recorded.
         """
         samples = self._options.samples
         progress.start(f"evaluate {name}", len(problems) * samples, unit="response")
@@ -116,14 +116,14 @@ class Evaluator:
         left: Sequence[int],
         poll: Callable[[], None],
     ) -> Iterator[Rollouts]:
-        """Yields the rollouts of each problem in `left` when the last of them has been sampled."""
+        """Yields the rollouts of each problem in `left` once all of them have been sampled."""
         if not left:
             return
         options = self._options
         engine = self._engines(
             slots=options.slots,
             group_size=options.samples,
-            # All problems, also when some are recorded: in bfloat16 other shapes round differently.
+            # Count recorded problems too: other shapes would round differently in bfloat16.
             rollouts=len(problems) * options.samples,
             prompt_tokens=options.prompt_tokens,
             response_tokens=options.response_tokens,
@@ -131,7 +131,7 @@ class Evaluator:
         rollouts = Collector(engine, self._task, self._pool, options.samples).by_problem(
             self._convert(params),
             [problems[i] for i in left],
-            # The same random numbers for every model: the difference of two has less noise.
+            # Every model gets the same random numbers, so that differences are less noisy.
             key=jax.random.key(options.seed),
             sampling_params=sampling.params(
                 self._vocab_size,
@@ -148,7 +148,7 @@ class Evaluator:
 
 
 class _Pending:
-    """Sampled rollouts that are waiting for verdicts, and the records of those that have them."""
+    """Keeps sampled rollouts until they have verdicts, and then records them."""
 
     def __init__(
         self,
@@ -158,25 +158,26 @@ class _Pending:
         responses: list[dict[str, Any]],
         progress: Progress,
     ):
-        """
+        """Creates an empty queue of rollouts.
+
         Args:
-          file: gets the records on the first host; None on the others.
-          task: makes the texts of the records.
+          file: the file to append records to, on the first host; None on the others.
+          task: decodes the texts of the records.
           samples: responses per problem.
-          responses: gets the records; changed in place.
-          progress: shows how many there are.
+          responses: list to append records to, in place.
+          progress: shows the number of records.
         """
         self._file, self._task, self._samples = file, task, samples
         self._responses, self._progress = responses, progress
         self._unjudged: list[Rollouts] = []
 
     def add(self, rollouts: Rollouts) -> None:
-        """Adds the rollouts of a problem, and records those that have been judged everywhere."""
+        """Adds the rollouts of a problem, and records all rollouts that every host has judged."""
         self._unjudged.append(rollouts)
         self.record(wait=False)
 
     def record(self, *, wait: bool) -> None:
-        """Records the rollouts that every host has judged; with `wait`, all of them."""
+        """Records the rollouts that every host has judged; with `wait`, waits for all verdicts."""
         judged = hosts.gathered([wait or rollouts.are_judged for rollouts in self._unjudged])
         late = []
         for rollouts, *everywhere in zip(self._unjudged, *judged, strict=True):

@@ -1,4 +1,4 @@
-"""The examples of a report: responses of two models to the same problems, side by side."""
+"""Chooses the examples of a report: responses of two models to the same problem."""
 
 from __future__ import annotations
 

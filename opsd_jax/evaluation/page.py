@@ -22,7 +22,7 @@ def title(stage: dict[str, Any]) -> str:
 
 
 def arms(changes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the changes that get a section of their own: responses before and after."""
+    """Returns the changes that have their own section, with responses before and after."""
     return [change for change in changes if algorithm_of(change["algorithm"]).before_and_after]
 
 
@@ -51,7 +51,7 @@ def tables_of(results: dict[str, Any]) -> list[tables.Table]:
 
 
 def _arrow(change: dict[str, Any]) -> str:
-    """Returns what a change leads from and to, as text."""
+    """Returns the text "before → after" with the names of a change's two evaluations."""
     return f"{change['from']} → {title(change)}"
 
 
@@ -75,7 +75,7 @@ def _facts(changes: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 def _before_and_after(
     change: dict[str, Any], plots: Mapping[str, str], responses: Mapping[str, list[Record]]
 ) -> dict[str, Any]:
-    """Returns what the section of a change shows."""
+    """Returns the template values for the section of a change."""
     name, before = change["name"], change["from"]
     return {
         "title": title(change),
@@ -87,7 +87,7 @@ def _before_and_after(
 
 
 def _verification(stage: dict[str, Any]) -> str:
-    """Describes the verdicts on a stage's rollouts in a sentence or two; "" without rollouts."""
+    """Describes the verdicts on a stage's rollouts in one or two sentences; "" without rollouts."""
     if "verdicts" not in stage:
         return ""
     counts = ", ".join(
@@ -97,12 +97,12 @@ def _verification(stage: dict[str, Any]) -> str:
     text = f"Verdicts on its rollouts: {counts}."
     waited = stage["verifier_wait_share"]
     if waited is not None:
-        text += f" The device waited {waited:.2%} of the time for them, the first step apart."
+        text += f" The device waited for them {waited:.2%} of the time, without the first step."
     return text
 
 
 def _training(results: dict[str, Any], plots: Mapping[str, str]) -> list[dict[str, str]]:
-    """Returns what the page shows of the training of each stage."""
+    """Returns the template values for the training of each stage."""
     return [
         {
             "title": title(stage),

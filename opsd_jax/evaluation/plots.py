@@ -86,7 +86,7 @@ def stages(summaries: Sequence[dict[str, Any]]) -> str:
 
 
 def training(rows: Sequence[dict[str, float]], curves: Sequence[Curve]) -> str:
-    """Draws training metrics of a stage by step, raw and smoothed, in one panel each.
+    """Draws one panel per training metric of a stage, with raw and smoothed values by step.
 
     Args:
       rows: the metrics of each step.
@@ -110,7 +110,7 @@ def lengths(named: Mapping[str, Sequence[int]]) -> str:
     """Draws histograms of response lengths.
 
     Args:
-      named: name -> lengths in tokens, of one model, or of two: before and after.
+      named: name -> lengths in tokens, for one model, or for two models (before, after).
     """
 
     def draw(axis: Axes):
@@ -133,7 +133,8 @@ def accuracy_and_length(named: Mapping[str, Sequence[dict[str, Any]]]) -> str:
     """Draws accuracy against mean response length for each source, with two standard errors.
 
     Args:
-      named: source -> its metrics for one model, or for two, which a line joins: before and after.
+      named: source -> its metrics for one model, or for two models (before, after), which a line
+        joins.
     """
 
     def draw(axis: Axes):
@@ -160,7 +161,7 @@ def accuracy_and_length(named: Mapping[str, Sequence[dict[str, Any]]]) -> str:
 
 
 def _number(value: float | None) -> float:
-    """Returns nan for None, which JSON files hold in place of nan. No bar is drawn for it."""
+    """Converts None, which JSON files hold in place of nan, to nan. No bar is drawn for nan."""
     return np.nan if value is None else value
 
 
@@ -171,7 +172,7 @@ def divergence(curves: dict[str, dict[str, dict[str, list[float]]]]) -> str:
     there are no others.
 
     Args:
-      curves: "before" and "after" -> outcome -> `divergence.by_position`.
+      curves: "before" or "after" -> outcome -> curve from `divergence.by_position`.
     """
     found = curves["before"] | curves["after"]
     outcomes = [outcome for outcome in found if outcome != "truncated"] or ["truncated"]
@@ -202,7 +203,7 @@ def comparison(changes: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """Draws changes of accuracy against changes of mean length, with 95 % intervals.
 
     Args:
-      changes: (name, `comparison.compare`) of each change.
+      changes: pairs (name, result of `comparison.compare`).
     """
 
     def error_bar(change: dict[str, Any], name: str) -> list[list[float]]:

@@ -2,9 +2,9 @@
 
 settings.json      everything that the responses depend on; a directory with other settings is
                    refused
-responses.jsonl    one record per response; those of a problem are appended when the last of
-                   them is verified
-evaluation.json    the metrics and the settings; the evaluation is done if it exists
+responses.jsonl    one record per response; the records of a problem are appended together, when
+                   its last response is verified
+evaluation.json    the metrics and the settings; if this file exists, the evaluation is finished
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def settings(
         model only.
       evaluation: how the responses are sampled.
       data: how the prompts are made.
-      dtype: of the model's activations; "" if the model does not say.
+      dtype: dtype of the model's activations; "" if the model does not specify one.
       task: the task that makes the prompts.
       problems: the problems that are evaluated.
     """
@@ -173,7 +173,7 @@ def check_settings(directory: Path, settings: dict[str, Any]) -> None:
       settings: the settings of this evaluation.
 
     Raises:
-      ConfigError: the directory holds an evaluation with other or with unknown settings.
+      ConfigError: the directory holds an evaluation with different or unknown settings.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / SETTINGS
@@ -181,14 +181,14 @@ def check_settings(directory: Path, settings: dict[str, Any]) -> None:
         if (directory / SUMMARY).exists():
             raise ConfigError(
                 f"{directory} holds an evaluation without its {SETTINGS}, so it cannot be resumed; "
-                "expected another directory."
+                "expected another directory. Choose one, or delete this one."
             )
         (directory / RESPONSES).unlink(missing_ok=True)
         files.write_atomically(path, files.to_json(settings, indent=2) + "\n")
     recorded = files.read_json(path)
     if different := differences(recorded, settings):
         raise ConfigError(
-            f"{directory} holds an evaluation with other settings:\n"
+            f"{directory} holds an evaluation with different settings:\n"
             + "\n".join(f"  {name}: {a!r} in the directory, {b!r} now" for name, a, b in different)
             + "\nTo resume it, use the same settings. Otherwise delete the directory or choose "
             "another one."
@@ -217,7 +217,7 @@ def resume(directory: Path, samples: int) -> list[Record]:
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Returns the settings that differ, as (name, value before, value after).
+    """Returns the settings that differ between two evaluations, as (name, before, after).
 
     The value of a setting that is absent is None. The name of the model is ignored, because a
     directory may have been moved.
@@ -244,7 +244,7 @@ def append(file: files.Lines, made: Records) -> None:
 
 
 def rewrite(file: files.Lines, responses: Records) -> None:
-    """Replaces the content of the file by all records, in the given order."""
+    """Replaces the content of the file with all records, in the given order."""
     file.rewrite(to_lines(responses))
 
 

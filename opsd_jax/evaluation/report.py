@@ -26,7 +26,7 @@ class Report(NamedTuple):
     """Everything that a report shows.
 
     Attributes:
-      results: what `report.json` holds.
+      results: the content of `report.json`.
       plots: name -> SVG.
       responses: name of an evaluation -> its records.
     """
@@ -39,13 +39,13 @@ class Report(NamedTuple):
 def gather(
     sections: Mapping[str, StageOptions], workdir: Path, untrained: str, note: str
 ) -> Report:
-    """Reads the stages that are done, compares them, and draws the plots.
+    """Reads the finished stages, compares them, and draws the plots.
 
     Args:
       sections: name of a stage -> its options, in the order of the run.
       workdir: the work directory of the run.
       untrained: name of the evaluation of the initial parameters.
-      note: what a reader has to know about the task; "" for nothing.
+      note: a note about the task for the reader; "" for none.
     """
     evaluations = {
         name: records.read(workdir / name)
@@ -80,7 +80,7 @@ def gather(
 
 
 def _environment() -> dict[str, Any]:
-    """Returns the time, the machine and the versions of packages, for `report.json`."""
+    """Returns the current time, the machine and the package versions, for `report.json`."""
     return {
         "made": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
@@ -169,7 +169,7 @@ def markdown(report: Report) -> str:
 
 
 def write(sections: Mapping[str, StageOptions], workdir: Path, untrained: str, note: str) -> Path:
-    """Writes the report to `workdir/report/`; the arguments are those of `gather`.
+    """Writes the report to `workdir/report/`. `gather` explains the arguments.
 
     Returns:
       The path of the HTML page.

@@ -75,10 +75,10 @@ def sums(grouped: Sequence[Records]) -> dict[str, np.ndarray]:
 
 
 def ratio(numerator_G: np.ndarray, *, denominator_G: np.ndarray) -> tuple[float, float]:
-    """Divides two sums over problems, and estimates the standard error of the quotient.
+    """Computes the ratio of two sums over problems, and its standard error.
 
     The standard error is clustered by problem and comes from linearisation. With n_g and d_g the
-    numerator and denominator of problem g, and r the quotient, it is
+    numerator and denominator of problem g, and r the ratio, it is
     sqrt(G / (G - 1) sum_g (n_g - r d_g)^2) / sum_g d_g.
 
     Args:

@@ -20,10 +20,10 @@ def check_comparable(earlier: Path, problems: Sequence[Problem]) -> None:
 
     Args:
       earlier: the directory of the earlier evaluation.
-      problems: the problems of the present evaluation.
+      problems: the problems of the current evaluation.
 
     Raises:
-      ConfigError: the directory holds no finished evaluation, or one of other problems.
+      ConfigError: the directory holds no finished evaluation, or its problems are different.
     """
     if not (earlier / records.SUMMARY).is_file():
         raise ConfigError(
@@ -34,7 +34,7 @@ def check_comparable(earlier: Path, problems: Sequence[Problem]) -> None:
     now = {problem.id for problem in problems}
     if before != now:
         raise ConfigError(
-            f"--compare {earlier} holds an evaluation of other problems: it has {len(before)}, "
+            f"--compare {earlier} holds an evaluation of different problems: it has {len(before)}, "
             f"this one has {len(now)}, and {len(before & now)} are in both; expected an evaluation "
             "of the same problems."
         )
@@ -43,11 +43,11 @@ def check_comparable(earlier: Path, problems: Sequence[Problem]) -> None:
 def compared(
     before: dict[str, Any], after: dict[str, Any], changes: dict[str, Any]
 ) -> dict[str, Any]:
-    """Returns what `comparison.json` holds.
+    """Returns the content of `comparison.json`.
 
     Args:
       before, after: the summaries of the two evaluations (`evaluation.json`).
-      changes: `comparison.compare` of them.
+      changes: the result of `comparison.compare` for these evaluations.
 
     Returns:
       The changes, with the names of the models as `before` and `after`, and the settings that
@@ -65,7 +65,7 @@ def compared(
 def warning(changes: dict[str, Any]) -> str:
     """Returns a warning if the two compared evaluations have different settings, otherwise ""."""
     different = ", ".join(f"{name} {a!r} and {b!r}" for name, a, b in changes["settings"])
-    return f"The two evaluations were not sampled alike: {different}." if different else ""
+    return f"The two evaluations have different settings: {different}." if different else ""
 
 
 def write(directory: Path, earlier: Path | None = None) -> dict[str, Any] | None:
@@ -76,7 +76,7 @@ def write(directory: Path, earlier: Path | None = None) -> dict[str, Any] | None
       earlier: the directory of a finished evaluation to compare it with; None for none.
 
     Returns:
-      What `comparison.json` holds; None without an earlier evaluation.
+      The content of `comparison.json`; None without an earlier evaluation.
     """
     responses, summary = records.read(directory)
     old_responses, old_summary = records.read(earlier) if earlier else ([], None)
@@ -107,7 +107,7 @@ def write(directory: Path, earlier: Path | None = None) -> dict[str, Any] | None
 
 
 def _tables(summary: dict[str, Any], changes: dict[str, Any] | None) -> list[tables.Table]:
-    """Returns the tables of the report: metrics, lengths, and the changes if there are any."""
+    """Returns the tables of the report: correctness, lengths, and changes if there are any."""
     named = tables.with_sources(summary)
     shown = [tables.correctness(named, "benchmark", {}), tables.lengths(named, "benchmark")]
     if changes:
@@ -140,7 +140,7 @@ def _draw(
     old_responses: Sequence[Record],
     old_summary: dict[str, Any] | None,
 ) -> dict[str, str]:
-    """Draws the plots: name of a plot, which is also the name of its file -> SVG."""
+    """Draws the plots and returns them as name -> SVG. The name is also the name of the file."""
     old_sources = (old_summary or {}).get("sources") or {}
     points = {}
     for name, metrics in (summary["sources"] or {"all": summary}).items():

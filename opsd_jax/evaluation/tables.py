@@ -12,7 +12,7 @@ Named = Sequence[tuple[str, dict[str, Any]]]  # (name, metrics) or (name, change
 
 
 class Table(NamedTuple):
-    """A head, and rows with as many cells as the head."""
+    """A table of text: column headings, and rows with one cell per column."""
 
     head: list[str]
     rows: list[list[str]]
@@ -24,12 +24,12 @@ class Table(NamedTuple):
 
 
 def _is_finite(value: float | None) -> bool:
-    """Returns whether there is a value to print; JSON files hold None in place of nan."""
+    """Returns whether a value can be printed; JSON files hold None in place of nan."""
     return value is not None and math.isfinite(value)
 
 
 def number(value: float | None, error: float | None = None, sign: str = "", digits: int = 1) -> str:
-    """Formats a number with its standard error; a dash if the number is None or not finite.
+    """Formats a number with its standard error; returns a dash if it is None or not finite.
 
     Args:
       value: the number.
@@ -62,12 +62,12 @@ def _times_100(fraction: float | None) -> float | None:
 
 
 def correctness(named: Named, first_column: str, extra: Mapping[str, list[str]]) -> Table:
-    """Returns the table of accuracy, pass@k, majority, boxed and truncated responses.
+    """Returns the table of accuracy, pass@k, majority vote, boxed and truncated responses.
 
     Args:
-      named: (name, `statistics.metrics`) of each row.
-      first_column: head of the column with the names.
-      extra: head -> cells of further columns, which come last.
+      named: (name, result of `statistics.metrics`) of each row.
+      first_column: heading of the column with the names.
+      extra: heading -> cells of further columns, which come last.
     """
     tried = sorted({int(k) for _, m in named for k in m["pass_at"]} - {1})
     samples = {m["samples"] for _, m in named}
@@ -99,8 +99,8 @@ def lengths(named: Named, first_column: str) -> Table:
     """Returns the table of response lengths and of epistemic markers.
 
     Args:
-      named: (name, `statistics.metrics`) of each row.
-      first_column: head of the column with the names.
+      named: (name, result of `statistics.metrics`) of each row.
+      first_column: heading of the column with the names.
     """
     head = [first_column, "tokens, mean", "median", "95th %", "correct: mean", "median", "95th %"]
     rows = [
@@ -123,8 +123,8 @@ def changes(named: Named, first_column: str) -> Table:
     """Returns the table of changes between two evaluations, with their 95 % intervals.
 
     Args:
-      named: (name, `comparison.compare`) of each row.
-      first_column: head of the column with the names.
+      named: (name, result of `comparison.compare`) of each row.
+      first_column: heading of the column with the names.
     """
     head = [first_column, "accuracy, points", "length, %", "length if correct, %", "markers, %"]
     keys = ["accuracy_points", "length_percent", "length_correct_percent", "markers_percent"]
@@ -133,10 +133,10 @@ def changes(named: Named, first_column: str) -> Table:
 
 
 def with_sources(metrics: dict[str, Any]) -> Named:
-    """Returns the metrics (or changes) of each source and then those of all problems, with names.
+    """Returns named metrics (or changes): one entry per source, and then one for all problems.
 
     Args:
-      metrics: what `statistics.summarise` or `comparison.compare` returns.
+      metrics: the result of `statistics.summarise` or `comparison.compare`.
     """
     return [*metrics["sources"].items(), ("all", metrics)]
 
@@ -145,7 +145,7 @@ def method(summary: dict[str, Any]) -> str:
     """Describes how an evaluation was made, in a few sentences.
 
     Args:
-      summary: what its `evaluation.json` holds.
+      summary: the content of its `evaluation.json`.
     """
     settings = summary["settings"]
     sampling = f"temperature {settings['temperature']:g}"

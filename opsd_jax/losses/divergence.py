@@ -42,9 +42,10 @@ Term = Callable[[jax.Array, jax.Array], jax.Array]
 def reverse_kl(
     *, student_logits: jax.Array, teacher_logits: jax.Array, temperature: float = 1.0
 ) -> jax.Array:
-    """Computes KL(S || T) = sum_v S(v) (log S(v) - log T(v)) for each token.
+    """Computes the reverse KL divergence, KL(student || teacher), for each token.
 
-    This divergence is mode-seeking: the student avoids what the teacher finds unlikely.
+    It is sum_v S(v) (log S(v) - log T(v)). This divergence is mode-seeking: the student avoids what
+    the teacher finds unlikely.
 
     Args:
       student_logits: [..., V].
@@ -66,9 +67,10 @@ def reverse_kl(
 def forward_kl(
     *, student_logits: jax.Array, teacher_logits: jax.Array, temperature: float = 1.0
 ) -> jax.Array:
-    """Computes KL(T || S) = sum_v T(v) (log T(v) - log S(v)) for each token.
+    """Computes the forward KL divergence, KL(teacher || student), for each token.
 
-    This divergence is mode-covering: the student covers everything that the teacher finds likely.
+    It is sum_v T(v) (log T(v) - log S(v)). This divergence is mode-covering: the student covers
+    everything that the teacher finds likely.
 
     Args:
       student_logits: [..., V].
@@ -126,10 +128,11 @@ def skewed_kl(
     temperature: float = 1.0,
     alpha: float = 0.5,
 ) -> jax.Array:
-    """Computes KL(S || alpha T + (1 - alpha) S), a reverse KL to a target near the student.
+    """Computes the KL divergence of the student from a mixture of teacher and student.
 
-    The value is at most -log(1 - alpha), and alpha = 1 gives the reverse KL. The gradient also
-    flows through S in the target.
+    It is KL(S || alpha T + (1 - alpha) S), a reverse KL to a target near the student. The value is
+    at most -log(1 - alpha), and alpha = 1 gives the reverse KL. The gradient also flows through S
+    in the target.
 
     Args:
       student_logits: [..., V].
@@ -160,12 +163,12 @@ def sampled_kl(
     temperature: float = 1.0,
     control_variate: bool = False,
 ) -> jax.Array:
-    """Estimates KL(S || T) from one sampled token y, with a policy gradient as its gradient.
+    """Estimates the reverse KL divergence, KL(student || teacher), from one sampled token.
 
-    The value is log S(y) - log T(y), the estimate k1 of `kl_estimates`. It is unbiased if y is
-    sampled from S, and it can be negative. The derivative of this value would not depend on the
-    teacher. The gradient is therefore defined as -A d log S(y), with the advantage A = log T(y) -
-    log S(y) held fixed, which is an unbiased estimate of the gradient of KL(S || T).
+    The value for a sampled token y is log S(y) - log T(y), the estimate k1 of `kl_estimates`. It is
+    unbiased if y is sampled from S, and it can be negative. The derivative of this value would not
+    depend on the teacher. The gradient is therefore defined as -A d log S(y), with the advantage
+    A = log T(y) - log S(y) held fixed, which is an unbiased estimate of the gradient of KL(S || T).
 
     Args:
       student_logits: [..., V].
@@ -216,7 +219,7 @@ DIVERGENCES: dict[str, Callable[..., jax.Array]] = {
 def kl_estimates(
     *, student_logprobs: jax.Array, teacher_logprobs: jax.Array
 ) -> dict[str, jax.Array]:
-    """Estimates KL(S || T) from the log-probabilities of tokens that were sampled from S.
+    """Estimates KL(student || teacher) from log-probabilities of tokens that the student sampled.
 
     Args:
       student_logprobs: log S(y) of the sampled tokens, of any shape, in nats.
@@ -245,7 +248,9 @@ def top_k(
     support: str = "teacher",
     rest: str = "bucket",
 ) -> tuple[jax.Array, jax.Array]:
-    """Restricts two distributions to the k most likely vocabulary entries of one of them.
+    """Restricts the student's and the teacher's distribution to the k most likely entries.
+
+    The k entries are the most likely ones of the student, of the teacher, or of both.
 
     The results can be passed as logits to the divergences of this module. If you use a temperature,
     divide the logits by it before this function.

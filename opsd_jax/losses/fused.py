@@ -215,7 +215,7 @@ def chunk_tokens(chunk: int | None, width: int, vocab_size: int) -> int:
 
 
 class _Loop(NamedTuple):
-    """A loop over chunks of tokens, without its arrays.
+    """The static parts of the loop over chunks of tokens: functions, sizes and mesh axes.
 
     Attributes:
       loss: the loss of each token, written on logits.
@@ -265,9 +265,9 @@ def _prepare(
     # In a shard_map that checks replication, the type of an array has the axes that it varies over.
     if getattr(getattr(jax.typeof(student.hidden), "mat", None), "varying", ()):
         raise ValueError(
-            "student is a Head inside a shard_map that checks replication; expected the argument "
-            "`partition` instead of the shard_map, or check_vma=False in the shard_map, after "
-            "which you reduce the gradients yourself."
+            "student is a Head inside a shard_map that checks replication. Use the argument "
+            "`partition` instead of the shard_map, or set check_vma=False in the shard_map and "
+            "reduce the gradients yourself."
         )
     vocab_size, width = vocabulary_size("student", student), student.hidden.shape[-1]
     chunk_size = chunk_tokens(chunk, width, vocab_size)
@@ -451,8 +451,8 @@ def _mesh_axes(partition: P | None, shape: tuple[int, ...]) -> tuple[str, ...]:
             parts *= mesh.shape[name]
         if size % parts:
             raise ValueError(
-                f"hidden has [rows, tokens] {list(shape)}, and partition {partition} splits {size} "
-                f"over {parts} devices; expected a multiple of {parts}."
+                f"the hidden states have [rows, tokens] = {list(shape)}, but partition {partition} "
+                f"splits an axis of {size} over {parts} devices; expected a multiple of {parts}."
             )
         axes += names
     return tuple(axes)

@@ -116,9 +116,9 @@ def check_sources(weights_BxT, inputs, student: LogitsOrHead, teacher: LogitsOrH
             )
     if len(set(sizes.values())) > 1:
         raise ValueError(
-            f"student has a vocabulary of {sizes['student']} and teacher one of "
-            f"{sizes['teacher']}; expected the same size. If one is padded, pad the other logits "
-            "with -inf."
+            f"student has a vocabulary of {sizes['student']} entries, and teacher has "
+            f"{sizes['teacher']}; expected the same number. If one vocabulary is padded, pad the "
+            "other logits with -inf."
         )
 
 

@@ -36,12 +36,13 @@ def joint(
     chunk: int | None = None,
     partition: P | None = None,
 ) -> tuple[Loss, Loss, Loss]:
-    """Computes policy_weight * policy gradient + distillation_weight * OPSD on the same rollouts.
+    """Computes the weighted sum of the policy-gradient loss and the OPSD loss on the same rollouts.
 
-    Both parts are divided by the number of all rollouts (or of all their tokens, with aggregation
-    "token"). A rollout that the gate drops counts with a divergence of 0, and a rollout with a row
-    weight of 0 counts with a policy loss of 0. A batch with few correct rollouts therefore distils
-    less. The student's logits are computed once for both parts.
+    The weights are `policy_weight` and `distillation_weight`. Both parts are divided by the number
+    of all rollouts (or of all their tokens, with aggregation "token"). A rollout that the gate
+    drops counts with a divergence of 0, and a rollout with a row weight of 0 counts with a policy
+    loss of 0. A batch with few correct rollouts therefore distils less. The student's logits are
+    computed once for both parts.
 
     Args:
       student: logits [B, T, V], or a `Head` that computes them. Logits at column t predict

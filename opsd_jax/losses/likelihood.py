@@ -37,7 +37,7 @@ log_normaliser.defvjp(_log_normaliser_fwd, _log_normaliser_bwd)
 
 
 def token_logprobs(logits: jax.Array, tokens: jax.Array, temperature: float = 1.0) -> jax.Array:
-    """Computes log p(token) under softmax(logits / temperature).
+    """Computes the log-probability of each token under softmax(logits / temperature).
 
     The negative of the result is the cross-entropy loss.
 

@@ -38,7 +38,7 @@ Outcomes = tuple[jax.Array, jax.Array, jax.Array]  # masks correct, incorrect, t
 
 
 class OPSD(NamedTuple):
-    """Options of the OPSD loss. The defaults are the paper's Correct-only (arXiv 2605.06188).
+    """Options of the OPSD loss. The default values are those of Correct-only (arXiv 2605.06188).
 
     Attributes:
       gate: weights of correct, incorrect and truncated rollouts in the loss, in this order;
@@ -141,7 +141,7 @@ class OPSD(NamedTuple):
         if 0 < self.first_only <= self.skip_first:
             raise ValueError(
                 f"first_only is {self.first_only} and skip_first is {self.skip_first}, which "
-                "leaves no tokens; expected first_only 0 or above skip_first."
+                "leaves no tokens; expected first_only to be 0 or above skip_first."
             )
         for name in ("top_k", "clip", "importance_cap", "skip_first", "first_only"):
             check_range(name, getattr(self, name), 0)
@@ -250,7 +250,8 @@ def opsd_weights(
     )
     checkify.debug_check(
         jnp.all(sum(jnp.asarray(outcome, jnp.int32) for outcome in outcomes) <= 1),
-        "outcomes are not disjoint; expected a rollout to be correct, incorrect or truncated.",
+        "outcomes are not disjoint; expected each rollout to be at most one of correct, incorrect "
+        "and truncated.",
     )
     position_BxT = position_in_row(mask)
     window_BxT = mask & (position_BxT >= options.skip_first)

@@ -298,7 +298,8 @@ def to_json(config: DecoderConfig, dtype: str) -> dict[str, Any]:
     if name is None:
         raise ValueError(
             f"model.qk_norm is {config.qk_norm} and model.attention_bias is "
-            f"{config.attention_bias}; expected the values of one of {', '.join(ARCHITECTURES)}."
+            f"{config.attention_bias}; expected the values of one of {', '.join(ARCHITECTURES)}. "
+            "Other models cannot be exported to Hugging Face."
         )
     scaling = config.rope_scaling
     rope = {name: getattr(scaling, name) for name in ROPE_FIELDS[scaling.rope_type]}

@@ -24,7 +24,7 @@ BLOCK = 512
 
 
 def mask(key_positions_BxS: jax.Array, positions_BxT: jax.Array) -> jax.Array:
-    """Returns the mask, bool [B, T, S], of the keys at positions from 0 to the query's own."""
+    """Returns the causal mask, bool [B, T, S]: True for keys at positions from 0 to the query's."""
     return (key_positions_BxS[:, None] >= 0) & (
         key_positions_BxS[:, None] <= positions_BxT[..., None]
     )

@@ -187,7 +187,11 @@ class Block(nnx.Module):
         return jnp.einsum("btf,fd->btd", jax.nn.silu(gate_BxTxF) * up_BxTxF, w(self.down))
 
     def __call__(self, x_BxTxD, positions_BxT, table, cache=None):
-        """Runs the layer; returns the new residual stream and the second result of `attention`."""
+        """Runs the layer on the residual stream [B, T, D].
+
+        Returns:
+          `(stream, cache)`: the new residual stream, and the second result of `attention`.
+        """
         eps = self.config.rms_norm_eps
         with jax.named_scope("attention"):
             y, cache = self.attention(

@@ -30,26 +30,28 @@ class RopeScaling:
     )
     low_freq_factor: float = option(
         1.0,
-        "'llama3': frequencies with fewer turns in the original context are divided by factor.",
+        "'llama3': frequencies with fewer turns than this in the original context are divided by "
+        "factor.",
         at_least=1,
     )
     high_freq_factor: float = option(
         4.0,
-        "'llama3': frequencies with more turns in the original context are kept.",
+        "'llama3': frequencies with more turns than this in the original context are kept.",
         at_least=1,
     )
     beta_fast: float = option(
         32.0,
-        "'yarn': frequencies with more turns in the original context are kept.",
+        "'yarn': frequencies with more turns than this in the original context are kept.",
         at_least=1,
     )
     beta_slow: float = option(
         1.0,
-        "'yarn': frequencies with fewer turns in the original context are divided by factor.",
+        "'yarn': frequencies with fewer turns than this in the original context are divided by "
+        "factor.",
         at_least=1,
     )
     attention_factor: float = option(
-        0.0, "'yarn': factor of the cosines and sines; 0 is 1 + ln(factor) / 10.", at_least=0
+        0.0, "'yarn': factor of the cosines and sines; 0 means 1 + ln(factor) / 10.", at_least=0
     )
 
     def __post_init__(self):
@@ -99,7 +101,7 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[np.n
 
 
 def _llama3(frequency: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """Scales frequencies [C / 2] as Llama 3.1 does.
+    """Applies the scaling of Llama 3.1 to the frequencies [C / 2].
 
     Low frequencies are divided by the factor, high frequencies stay unchanged, and the frequencies
     in between are interpolated.

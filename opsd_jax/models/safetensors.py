@@ -37,7 +37,7 @@ class WeightsError(ValueError):
 
 
 class StoredTensor(NamedTuple):
-    """The place of a tensor in a file.
+    """The location, dtype and shape of a tensor in a safetensors file.
 
     Attributes:
       file: The safetensors file.
@@ -113,7 +113,7 @@ def tensors_of(directory: pathlib.Path) -> dict[str, StoredTensor]:
             if name in tensors:
                 raise WeightsError(
                     f"{tensors[name].file} and {file} both have the tensor {name}; expected it in "
-                    "one file."
+                    "only one of them."
                 )
             tensors[name] = stored
     return tensors

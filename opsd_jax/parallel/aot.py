@@ -31,15 +31,15 @@ _compile: contextvars.ContextVar[Compile | None] = contextvars.ContextVar("compi
 
 
 def compiled(key: ProgramKey, lowered: jax.stages.Lowered) -> Any:
-    """Compiles a program.
+    """Compiles a lowered program, or passes it to the plan within `planning`.
 
     Args:
       key: which program it is.
       lowered: the program, from `jax.jit(function).lower(*abstract_arguments)`.
 
     Returns:
-      The `jax.stages.Compiled` program. Within `planning`, what the function of the plan returns:
-      the program, which can't be executed here, or None if it doesn't fit into the memory.
+      The `jax.stages.Compiled` program. Within `planning`, the result of the plan's function: the
+      program, which can't be executed here, or None if it doesn't fit into the memory.
     """
     plan = _compile.get()
     return lowered.compile() if plan is None else plan(key, lowered)
@@ -47,7 +47,7 @@ def compiled(key: ProgramKey, lowered: jax.stages.Lowered) -> Any:
 
 @contextlib.contextmanager
 def planning(compile: Compile) -> Iterator[None]:
-    """A context in which programs are compiled for TPUs and inspected, but never executed.
+    """Context manager in which programs are compiled for TPUs and inspected, but never executed.
 
     In this context, `on_tpu` is True, so models choose their TPU kernels, and `compiled` calls the
     given function. The devices of the mesh are those of a topology
@@ -64,10 +64,10 @@ def planning(compile: Compile) -> Iterator[None]:
 
 
 def is_planned() -> bool:
-    """Whether programs are compiled for a plan and never executed; see `planning`."""
+    """Returns whether programs are compiled for a plan and never executed; see `planning`."""
     return _compile.get() is not None
 
 
 def on_tpu() -> bool:
-    """Whether programs are compiled for TPUs, attached or planned."""
+    """Returns whether programs are compiled for TPUs, attached or planned."""
     return is_planned() or jax.default_backend() == "tpu"

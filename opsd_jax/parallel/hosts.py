@@ -1,9 +1,9 @@
-"""Several hosts that run one program: how they start, exchange values and end.
+"""Functions for runs on several hosts: starting, exchanging values and ending.
 
 Every host runs the same Python code on the same numbers, so most decisions need no communication.
-What only one host knows, such as a file, a signal or a verdict, is sent to all hosts by a small
-all-gather. All hosts must make these calls in the same order. On a single host they communicate
-with nobody and return at once.
+If only one host has a piece of information, such as a file, a signal or a verdict, a small
+all-gather sends it to all hosts. All hosts must make these calls in the same order. On a single
+host, the calls return at once without communication.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ T = TypeVar("T")
 # (jax-ml/jax#35905).
 PORT = 8476
 HEARTBEAT_SECONDS = 30  # A host that is silent for this long is lost.
-LEAVE_SECONDS = 3.0  # The time that the first host gives the others to end by themselves.
+LEAVE_SECONDS = 3.0  # The time for which the first host lets the others end by themselves.
 # Parts of the error messages of collectives that failed because a host is lost.
 LOSS = ("UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "closed by peer", "reset by peer", "halted")
 # Threads in the pool of XLA:CPU, which both launches and executes programs. By default it has one
@@ -44,8 +44,8 @@ def start(coordinator: str, processes: int | None = None, process: int | None = 
     sets the environment variable NPROC, so that XLA creates enough threads.
 
     Args:
-      coordinator: "HOST:PORT" or "HOST" of process 0; "auto" takes all arguments from the metadata
-        of Cloud TPU or the environment of a GKE job; "" is a run of a single process.
+      coordinator: "HOST:PORT" or "HOST" of process 0. "auto" reads all arguments from the metadata
+        of Cloud TPU or the environment of a GKE job. "" means a run with a single process.
       processes: The number of processes; required unless `coordinator` is "auto" or "".
       process: The index of this process, from 0; required unless `coordinator` is "auto" or "".
 
@@ -67,7 +67,7 @@ def start(coordinator: str, processes: int | None = None, process: int | None = 
         raise ValueError(
             f"--coordinator {coordinator} with --processes {processes} and --process {process}; "
             "expected --processes N, the number of processes, and --process I, the index of this "
-            "one, from 0 to N - 1."
+            "process, from 0 to N - 1."
         )
     address = coordinator if ":" in coordinator else f"{coordinator}:{PORT}"
     jax.distributed.initialize(
@@ -76,25 +76,25 @@ def start(coordinator: str, processes: int | None = None, process: int | None = 
 
 
 def count() -> int:
-    """The number of hosts."""
+    """Returns the number of hosts in the run."""
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def number() -> int:
-    """The index of this host, from 0."""
+    """Returns the index of this host, from 0."""
     return jax.process_index() if count() > 1 else 0
 
 
 def is_first() -> bool:
-    """Whether this is the first host, which writes records and prints messages for all hosts."""
+    """Returns whether this is the first host, which writes records and messages for all hosts."""
     return number() == 0
 
 
 def is_loss(error: BaseException | None) -> bool:
-    """Whether an error, or one that caused it, means that another host is lost.
+    """Returns whether an error, or an error that caused it, means that another host is lost.
 
-    It does if a collective failed because a peer is gone. If the collective hangs instead, JAX ends
-    the process after HEARTBEAT_SECONDS.
+    This is so if a collective failed because a peer is gone. If the collective hangs instead, JAX
+    ends the process after HEARTBEAT_SECONDS.
     """
     while error is not None and count() > 1:
         if isinstance(error, jax.errors.JaxRuntimeError) and any(s in str(error) for s in LOSS):
@@ -104,11 +104,11 @@ def is_loss(error: BaseException | None) -> bool:
 
 
 def leave(code: int) -> None:
-    """Ends this process at once with an exit code, if it is one of several.
+    """Ends this process at once with an exit code, if the run has several processes.
 
-    A normal exit would wait for minutes for hosts that have failed too or are not as far. The first
-    host waits for LEAVE_SECONDS, because it runs the coordinator: without it, JAX aborts the
-    others.
+    A normal exit would wait for minutes for hosts that have failed too or that are behind. The
+    first host waits for LEAVE_SECONDS, because it runs the coordinator, and JAX aborts the other
+    hosts when the coordinator ends.
     """
     if count() == 1:
         return
@@ -120,12 +120,12 @@ def leave(code: int) -> None:
 
 
 def largest(value: int) -> int:
-    """The largest of the values that the hosts pass; an int32."""
+    """Returns the largest of the values that the hosts pass. The values must fit into an int32."""
     return value if count() == 1 else int(_all_gathered(np.int32(value)).max())
 
 
 def gathered(value: T) -> list[T]:
-    """The values that the hosts pass, in the order of the hosts. They must be picklable."""
+    """Returns the values that the hosts pass, in the order of the hosts; they must be picklable."""
     if count() == 1:
         return [value]
     data = pickle.dumps(value)
@@ -141,7 +141,7 @@ def each(make: Callable[[], T]) -> list[T]:
       make: Returns a picklable value.
 
     Raises:
-      Exception: If `make` fails on some hosts, every host raises the error of the first of them.
+      Exception: If `make` fails on some hosts, every host raises the error of the first such host.
     """
     if count() == 1:
         return [make()]
@@ -179,7 +179,7 @@ def together(make: Callable[[], T]) -> T:
     The result need not be picklable.
 
     Raises:
-      Exception: As `each`.
+      Exception: If `make` fails on some hosts, every host raises the error of the first such host.
     """
     made: list[T] = []
     each(lambda: made.append(make()))
@@ -193,7 +193,7 @@ class _Failure(NamedTuple):
 
 
 def _try(make: Callable[[], T]) -> T | _Failure:
-    """Calls `make`, and returns its result or its error.
+    """Calls `make` and returns its result, or a `_Failure` with its error.
 
     If the error cannot be pickled, a RuntimeError with its text takes its place.
     """
@@ -208,7 +208,7 @@ def _try(make: Callable[[], T]) -> T | _Failure:
 
 
 def _padded(data: bytes, length: int) -> np.ndarray:
-    """Bytes as uint8 [n], where n is the smallest power of two that is at least `length`.
+    """Pads bytes to uint8 [n], where n is the smallest power of two that is at least `length`.
 
     Every size of an all-gather compiles a program, so there should be few sizes.
     """
@@ -218,12 +218,12 @@ def _padded(data: bytes, length: int) -> np.ndarray:
 
 
 def _all_gathered(x: np.ndarray | np.generic) -> np.ndarray:
-    """The arrays of all hosts, stacked along a new first axis."""
+    """Gathers the arrays of all hosts and stacks them along a new first axis."""
     with waiting("other hosts"), jax.transfer_guard("allow"):
         return multihost_utils.process_allgather(x)
 
 
 def _from_first(x: np.ndarray | np.generic) -> np.ndarray:
-    """The array of the first host."""
+    """Returns the array that the first host passes."""
     with waiting("other hosts"), jax.transfer_guard("allow"):
         return multihost_utils.broadcast_one_to_all(x)

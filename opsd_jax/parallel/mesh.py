@@ -51,36 +51,36 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
 
 
 def reshaped(mesh: Mesh, shape: Sequence[int]) -> Mesh:
-    """A mesh of another shape over the same devices in the same order.
+    """Returns a mesh of another shape over the same devices in the same order.
 
     Args:
       mesh: The mesh.
-      shape: The sizes of its axes, as for `make_mesh`; () keeps those of `mesh`.
+      shape: The sizes of the new axes; see `make_mesh`. () keeps the sizes of `mesh`.
 
     Raises:
-      ValueError: As `make_mesh`, or `tensor` would span several slices. While rollouts are sampled,
-        every decoding step communicates over `tensor`.
+      ValueError: The product of the sizes is not the number of devices, or `tensor` would span
+        several slices. It must not, because every decoding step communicates over `tensor`.
     """
     sizes = _sizes(shape, mesh.size) if shape else mesh.devices.shape
     devices = mesh.devices.reshape(sizes)
     if any(len({_slice(device) for device in row}) > 1 for row in devices.reshape(-1, sizes[-1])):
         raise ValueError(
-            f"mesh {tuple(shape)} has tensor = {sizes[-1]}, over several slices; expected a size "
-            "that stays within a slice."
+            f"mesh {tuple(shape)} has tensor = {sizes[-1]}, which spans several slices; expected a "
+            "size that stays within one slice."
         )
     return Mesh(devices, AXES, axis_types=mesh.axis_types)
 
 
 def _slice(device: jax.Device) -> int:
-    """The index of the slice that a device belongs to; 0 if there are no slices."""
+    """Returns the index of the slice that a device belongs to; 0 if there are no slices."""
     return getattr(device, "slice_index", 0)
 
 
 def _sizes(shape: Sequence[int], devices: int) -> list[int]:
-    """The sizes of the axes of a mesh, with -1 replaced.
+    """Checks the sizes of the axes of a mesh and replaces -1 by the size that it stands for.
 
     Args:
-      shape: As for `make_mesh`.
+      shape: The sizes of the axes; see `make_mesh`.
       devices: The number of devices.
 
     Raises:
@@ -89,8 +89,8 @@ def _sizes(shape: Sequence[int], devices: int) -> list[int]:
     sizes = list(shape)
     if len(sizes) != len(AXES) or sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise ValueError(
-            f"mesh is {tuple(shape)}; expected sizes of {', '.join(AXES)} that are above 0, or one "
-            "of them -1 for the remaining devices."
+            f"mesh is {tuple(shape)}; expected sizes of {', '.join(AXES)}, each above 0. One of "
+            "them may be -1, for the remaining devices."
         )
     known = math.prod(size for size in sizes if size > 0)
     if -1 in sizes:
@@ -98,18 +98,19 @@ def _sizes(shape: Sequence[int], devices: int) -> list[int]:
     if math.prod(sizes) != devices:
         raise ValueError(
             f"mesh {tuple(shape)} over {AXES} takes {known} devices"
-            f"{' or a multiple' if -1 in shape else ''}; there are {devices}."
+            f"{' or a multiple' if -1 in shape else ''}; there are {devices}. Change the sizes "
+            "of the mesh to match the number of devices."
         )
     return sizes
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """The name of a pytree path, such as "layers/q"."""
+    """Returns the name of a pytree path, such as "layers/q"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def tree_shardings(mesh: Mesh, rules: Rules, tree: Any, what: str = "parameter") -> Any:
-    """The sharding of each leaf of a tree, as a tree of NamedSharding.
+    """Returns the sharding of each leaf of a tree, as a tree of NamedSharding.
 
     A leaf takes the first rule whose regular expression matches its whole path.
 
@@ -117,7 +118,7 @@ def tree_shardings(mesh: Mesh, rules: Rules, tree: Any, what: str = "parameter")
       mesh: The mesh.
       rules: Pairs of a regular expression and a PartitionSpec; see `opsd_jax.policy.Model.rules`.
       tree: Parameters, a cache, or their shapes.
-      what: What a leaf is called in error messages.
+      what: The word for a leaf in error messages.
 
     Raises:
       ValueError: No rule matches a leaf, or its rule does not fit the leaf or the mesh. The message
@@ -129,7 +130,7 @@ def tree_shardings(mesh: Mesh, rules: Rules, tree: Any, what: str = "parameter")
         leaf_text = f"{what} {name}{list(leaf.shape)}"
         spec = next((s for pattern, s in rules if re.fullmatch(pattern, name)), None)
         if spec is None:
-            raise ValueError(f"no sharding rule matches the {leaf_text}. Add a rule for it.")
+            raise ValueError(f"no sharding rule matches the {leaf_text}. Add a rule to the model.")
         _check_spec(spec, leaf.shape, mesh, leaf_text)
         return NamedSharding(mesh, spec)
 
@@ -137,18 +138,19 @@ def tree_shardings(mesh: Mesh, rules: Rules, tree: Any, what: str = "parameter")
 
 
 def _check_spec(spec: P, shape: Sequence[int], mesh: Mesh, leaf: str) -> None:
-    """Raises ValueError if an array of this shape cannot be sharded as `spec` says over the mesh.
+    """Raises ValueError if a sharding rule does not fit the shape of an array or the mesh.
 
     Args:
       spec: The rule.
       shape: The shape of the array.
       mesh: The mesh.
-      leaf: What the array is called in the message.
+      leaf: The name of the array, for the error message.
     """
     used = [axis for entry in spec for axis in _axes(entry)]
     if len(spec) > len(shape):
         raise ValueError(
-            f"{leaf} has {len(shape)} dimensions; its sharding rule {spec} is for {len(spec)}."
+            f"{leaf} has {len(shape)} dimensions, but its sharding rule {spec} has {len(spec)} "
+            f"entries; expected at most {len(shape)}."
         )
     if unknown := sorted({*used} - {*mesh.shape}):
         raise ValueError(
@@ -166,17 +168,17 @@ def _check_spec(spec: P, shape: Sequence[int], mesh: Mesh, leaf: str) -> None:
             axes = " x ".join(map(repr, _axes(entry)))
             raise ValueError(
                 f"{leaf} has a dimension of {size}, split over the mesh axis {axes} of {parts}, "
-                f"which does not divide {size}."
+                f"which does not divide {size}. Change the mesh or the sharding rule."
             )
 
 
 def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes in one entry of a PartitionSpec."""
+    """Returns the mesh axes in one entry of a PartitionSpec."""
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def abstract_of(tree: Any, shardings: Any) -> Any:
-    """The shape, dtype and sharding of each leaf of a tree, as `jax.ShapeDtypeStruct`.
+    """Returns the shape, dtype and sharding of each leaf, as a tree of `jax.ShapeDtypeStruct`.
 
     Args:
       tree: Arrays, or their shapes.
@@ -209,7 +211,7 @@ def placed(tree: Any, shardings: Any) -> Any:
 
 
 def shard_bytes(tree: Any) -> int:
-    """The memory in bytes that arrays, or shapes with shardings, need on one device."""
+    """Computes the bytes that arrays, or shapes with shardings, take on each device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -217,24 +219,25 @@ def shard_bytes(tree: Any) -> int:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array that every device holds as a whole."""
+    """Returns the sharding of an array of which every device holds a full copy."""
     return NamedSharding(mesh, P())
 
 
 def rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """The sharding of a batch, an array whose dimension `axis` counts the rows."""
+    """Returns the sharding that splits a batch over devices along `axis`, the dimension of rows."""
     return NamedSharding(mesh, P(*(None,) * axis, ROWS))
 
 
 def rows_in_context() -> P | None:
-    """The PartitionSpec of `rows` if a mesh is in context (`jax.set_mesh`), otherwise None."""
+    """Returns the PartitionSpec of a batch's rows, or None if no mesh is in context."""
     return None if jax.sharding.get_abstract_mesh().empty else P(ROWS)
 
 
 def on_each_device(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-    """A function that calls `function` on each device's part of the arguments.
+    """Wraps a function so that each device calls it on its own part of the arguments.
 
-    It is `jax.shard_map` over the mesh in context. Without one, it is `function` itself.
+    The wrapper is `jax.shard_map` over the mesh in context (`jax.set_mesh`). Without a mesh, the
+    result is `function` itself.
 
     Args:
       function: A function of arrays.
@@ -246,12 +249,12 @@ def on_each_device(function: Callable, in_specs: Any, out_specs: Any) -> Callabl
 
 
 def constrain(x: jax.Array, spec: P) -> jax.Array:
-    """Constrains an array within jit to the sharding `spec`, if a mesh is in context."""
+    """Constrains the sharding of an array within jit to `spec`, if a mesh is in context."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec)
 
 
 def row_shards(mesh: Mesh) -> int:
-    """The number of parts into which `rows` cuts a batch."""
+    """Returns the number of parts into which the mesh splits the rows of a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

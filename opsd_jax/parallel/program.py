@@ -18,7 +18,7 @@ def bucket_scope(bucket: int) -> str:
 
 
 class ProgramKind(enum.Enum):
-    """What a program does; the value is the text that a plan prints."""
+    """The kind of a compiled program. Its value is the text that a plan prints."""
 
     RESHARD = "reshard"
     START = "start"
@@ -42,6 +42,6 @@ class ProgramKey(NamedTuple):
     cache_length: int | None = None
 
     def __str__(self) -> str:
-        """The text that a plan prints, such as "decode in 9216"."""
+        """Returns the text that a plan prints, such as "decode in 9216"."""
         name = self.kind.value
         return name if self.cache_length is None else f"{name} {self.cache_length}"

@@ -1,4 +1,4 @@
-"""Warns about a step that takes too long, and says what the run is waiting for."""
+"""A watchdog that warns about a slow step and reports what the run is waiting for."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ logger = logging.getLogger(__name__)
 FACTOR = 10.0  # A step takes too long after this multiple of the median of recent steps,
 LEAST_SECONDS = 60.0  # and after at least this time.
 FIRST_SECONDS = 1800.0  # The limit while no median is known. It includes compilation.
-KNOWN = 3  # The number of finished steps from which a median is known.
-LAST = 50  # The number of recent steps in the median.
+KNOWN = 3  # The number of finished steps that a median needs.
+LAST = 50  # The number of recent steps that the median covers.
 LOOK_SECONDS = 1.0  # The time between two checks.
 
-# The nested waits of the main thread, outermost first: what for, and since when.
+# The nested waits of the main thread, outermost first: what it waits for, and since when.
 _waits: list[tuple[str, float]] = []
 
 
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """A context in which the run waits for `what`, such as "the verifier"; contexts can nest."""
+    """Context manager that records what the run waits for, such as "the verifier"; it can nest."""
     _waits.append((what, time.monotonic()))
     try:
         yield
@@ -36,7 +36,7 @@ def waiting(what: str) -> Iterator[None]:
 
 
 class Watchdog:
-    """A context manager that logs a warning about each step that takes too long.
+    """Context manager that logs a warning about each step that takes too long.
 
     A thread checks the current step. Once the step has taken a multiple of the median step time,
     the thread logs the times and what the run is waiting for (see `waiting`), and writes the stack

@@ -1,4 +1,4 @@
-"""Samples rollouts of problems and has them verified while the device samples further ones.
+"""Samples rollouts of problems, and verifies each one while the device samples the others.
 
 Verdicts are futures. The host waits for them only when it needs them.
 """
@@ -26,7 +26,7 @@ from opsd_jax.verify.outcomes import Outcomes, outcomes_of
 from opsd_jax.verify.pool import VerifierPool
 from opsd_jax.verify.verdict import TRUNCATED, Verdict
 
-# A verdict, the future of one, or None for a rollout that another host verifies.
+# A verdict, a future verdict, or None for a rollout that another host verifies.
 Reply = Verdict | Future[Verdict] | None
 
 
@@ -56,7 +56,7 @@ class Rollouts:
       model_logprobs: float32 arrays, log-probability of each token under the model's own
         distribution, at temperature 1.
       truncated: bool [N], whether the rollout reached its token budget.
-      replies: each rollout's verdict, the future of it, or None if another host verifies it.
+      replies: each rollout's verdict, its future verdict, or None if another host verifies it.
       wait_seconds: how long the device was idle so far because the host waited for verdicts.
     """
 
@@ -75,15 +75,15 @@ class Rollouts:
 
     @property
     def are_judged(self) -> bool:
-        """Whether all verdicts that this host asked for have arrived."""
+        """Whether all verdicts that this host requested have arrived."""
         return all(reply.done() for reply in self.replies if isinstance(reply, Future))
 
     @functools.cached_property
     def judged(self) -> Judged:
         """The verdicts and outcomes of all rollouts.
 
-        The first access waits until every host has the verdicts that it asked for. All hosts have
-        to access it at the same point of the program. Access it as late as possible.
+        The first access waits until every host has the verdicts that it requested. All hosts must
+        access this property at the same point of the program. Access it as late as possible.
         """
         began = time.monotonic()
         known = {i: reply for i, reply in enumerate(self.replies) if isinstance(reply, Verdict)}
@@ -96,20 +96,20 @@ class Rollouts:
         return Judged(verdicts, outcomes_of(verdicts, self.truncated), wait_seconds)
 
     def _await_own(self) -> dict[int, Verdict]:
-        """Waits for the verdicts that this host asked for; returns them by index."""
+        """Waits for the verdicts that this host requested and returns them by rollout index."""
         return {
             i: reply.result() for i, reply in enumerate(self.replies) if isinstance(reply, Future)
         }
 
     def settled(self) -> Rollouts:
-        """Waits for the verdicts; returns the same rollouts with verdicts in place of futures."""
+        """Waits for all verdicts and returns the rollouts with verdicts in place of futures."""
         return dataclasses.replace(
             self, replies=[*self.judged.verdicts], wait_seconds=self.judged.wait_seconds
         )
 
 
 def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
-    """Concatenates one or more sets of rollouts in their order."""
+    """Concatenates one or more `Rollouts` in the given order."""
     lists = {
         field: [value for part in parts for value in getattr(part, field)]
         for field in ("problems", "responses", "sampling_logprobs", "model_logprobs", "replies")
@@ -122,10 +122,10 @@ def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
 
 
 class Collector:
-    """Samples and verifies the rollouts of problems, `group_size` (G) for each problem."""
+    """Samples and verifies a group of `group_size` (G) rollouts for each problem."""
 
     def __init__(self, engine: Engine, task: Task, pool: VerifierPool, group_size: int):
-        """Stores the engine and the verifier pool; nothing is sampled yet.
+        """Creates a collector from an engine, a task and a verifier pool.
 
         Args:
           engine: samples the responses.
@@ -145,7 +145,7 @@ class Collector:
         numbers: Sequence[int] | None = None,
         poll: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[int, Rollouts]]:
-        """Samples rollouts, and yields those of each problem when the last of them has ended.
+        """Samples rollouts, and yields the group of each problem when its last rollout has ended.
 
         Args:
           params, key, sampling_params, poll: see `Engine.__call__`.
@@ -183,7 +183,7 @@ class Collector:
                     wait_seconds = 0.0
 
     def _verify(self, problem: Problem, response: Response) -> Reply:
-        """Starts the verification of a response if it is this host's turn; returns the reply."""
+        """Starts to verify a response, unless another host does so; returns the reply."""
         if response.stop == STOP_LENGTH:
             return TRUNCATED
         if (response.prompt * self.group_size + response.member) % hosts.count() != hosts.number():
@@ -200,9 +200,17 @@ class Collector:
         sampling_params: SamplingParams,
         poll: Callable[[], None] = lambda: None,
     ) -> Rollouts:
-        """Samples rollouts as `by_problem` does; returns all of them in the problems' order.
+        """Samples rollouts of at least one problem and returns them in the order of the problems.
 
-        There has to be at least one problem.
+        Args:
+          params, key, sampling_params, poll: see `Engine.__call__`.
+          problems: at least one problem.
+
+        Returns:
+          G rollouts of each problem. Their verdicts may still be pending.
+
+        Raises:
+          DataError: a prompt is too long.
         """
         parts = dict(
             self.by_problem(params, problems, key=key, sampling_params=sampling_params, poll=poll)
@@ -213,7 +221,7 @@ class Collector:
 def _rollouts(
     problem: Problem, group: Sequence[tuple[Response, Reply]], wait_seconds: float
 ) -> Rollouts:
-    """Builds the rollouts of one problem."""
+    """Builds the `Rollouts` of one problem from its responses and replies."""
     responses = [response for response, _ in group]
     return Rollouts(
         problems=[problem] * len(group),

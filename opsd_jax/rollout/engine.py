@@ -92,7 +92,7 @@ def shape_for(
     response_tokens: int,
     shards: int,
 ) -> EngineShape:
-    """Returns the sizes of an engine that fit a number of rollouts.
+    """Computes the sizes of an engine for a given number of rollouts.
 
     The engine has no more slots than rollouts, and one prefill fills a quarter of the slots. Both
     numbers are rounded up to a multiple of `shards`.
@@ -114,7 +114,7 @@ def shape_for(
 def left_pad(
     prompts: Sequence[Sequence[int]], width: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pads prompts on the left.
+    """Pads prompts on the left and computes the positions of their tokens.
 
     Args:
       prompts: N sequences of token ids.
@@ -131,14 +131,16 @@ def left_pad(
     positions = np.full((len(prompts), width), -1, np.int32)
     for i, ids in enumerate(prompts):
         if len(ids) > width:
-            raise ValueError(f"prompt {i} has {len(ids)} tokens; expected at most {width}.")
+            raise ValueError(
+                f"prompt {i} has {len(ids)} tokens; expected at most {width}, the padded length."
+            )
         tokens[i, width - len(ids) :] = ids
         positions[i, width - len(ids) :] = np.arange(len(ids))
     return tokens, positions
 
 
 def default_cache_lengths(shape: EngineShape) -> list[int]:
-    """Returns the lengths that the slots' cache can take, in tokens, ascending.
+    """Returns the default lengths of the decoding slots' cache, in tokens, in ascending order.
 
     Each length is about twice the previous one. A decoding step reads the whole cache, so the
     engine keeps it only as long as its longest active rollout needs.
@@ -169,7 +171,7 @@ class Engine:
         pad_id: int = 0,
         cache_lengths: Sequence[int] | None = None,
     ):
-        """Compiles the programs.
+        """Compiles the programs of the engine.
 
         Args:
           model: the model. Its `cache_rules` define the sharding of the cache.
@@ -234,7 +236,7 @@ class Engine:
         if len(sampling_params.stop) != self._vocab_size:
             raise ValueError(
                 f"sampling_params are for a vocabulary of {len(sampling_params.stop)} tokens; "
-                f"the model has {self._vocab_size}."
+                f"expected {self._vocab_size}, the vocabulary size of the model."
             )
         groups = self._groups(prompts, ids, budgets)
         if not groups:
@@ -259,7 +261,7 @@ class Engine:
         ids: Sequence[Sequence[int]],
         budgets: Sequence[Sequence[int]] | None,
     ) -> list[list[_Rollout]]:
-        """Checks the arguments; returns the rollouts of each prompt that has any."""
+        """Checks the arguments and returns the rollouts of each prompt, without empty groups."""
         P, L = self.shape.prompt_tokens, self.shape.response_tokens
         if budgets is None:
             budgets = [[L] * len(prompt_ids) for prompt_ids in ids]
@@ -284,14 +286,14 @@ class Engine:
 
 
 class _Rollout:
-    """One rollout, from its prompt to its response."""
+    """The state of one rollout: its prompt and the tokens sampled so far."""
 
     def __init__(
         self, prompt: int, member: int, prompt_ids: Sequence[int], rollout_id: int, budget: int
     ):
         self.prompt, self.member = prompt, member
         self.prompt_ids, self.rollout_id, self.budget = prompt_ids, rollout_id, budget
-        self.position = len(prompt_ids) - 1  # of its last token
+        self.position = len(prompt_ids) - 1  # position of the last token
         self._pieces: list[tuple[np.ndarray, ...]] = []
 
     def cache_length_after(self, steps: int) -> int:
@@ -317,7 +319,7 @@ class _Rollout:
 
 
 class _Prefilled(NamedTuple):
-    """A rollout whose prompt is prefilled, in row `source` of `cache`, and that needs a slot."""
+    """A rollout that waits for a slot. Row `source` of `cache` holds its prefilled prompt."""
 
     cache: Cache
     source: int
@@ -336,7 +338,7 @@ class _Batch:
         key: jax.Array,
         sampling_params: sampling.SamplingParams,
     ):
-        """Starts with empty slots and a queue of all prompts.
+        """Creates empty slots and a queue of all prompts.
 
         Args:
           programs: the engine's compiled programs.
@@ -358,7 +360,7 @@ class _Batch:
         return mesh_lib.placed(arrays, jax.tree.map(lambda _: self._programs.replicated, arrays))
 
     def fill_slots(self) -> None:
-        """Inserts rollouts into free slots, until no slot is free or no rollout is left."""
+        """Inserts rollouts until no slot is free or no rollout is left."""
         free = deque(slot for slot, rollout in enumerate(self._active) if rollout is None)
         while free and (self._prefilled or self._queue):
             if not self._prefilled:
@@ -383,10 +385,10 @@ class _Batch:
         return chunk
 
     def record(self, chunk: Chunk) -> list[Response]:
-        """Appends a fetched chunk to the rollouts; frees the slots of those that ended.
+        """Appends a chunk's tokens to the rollouts and frees the slots of the rollouts that ended.
 
         Returns:
-          The responses that ended.
+          The responses of the rollouts that ended.
         """
         ended = []
         for slot, rollout in enumerate(self._active):
@@ -440,12 +442,12 @@ class _Batch:
 
 
 def _threefry(key: jax.Array) -> jax.Array:
-    """Returns the key if it is a threefry key, else one that is derived from it."""
+    """Returns the key if it is a threefry key, otherwise a threefry key derived from it."""
     if str(jax.random.key_impl(key)) == PRNG:
         return key
     return jax.random.wrap_key_data(jax.random.bits(key, (2,), "uint32"), impl=PRNG)
 
 
 def _is_done(chunk: Chunk | None) -> bool:
-    """Returns whether the device has computed the chunk, or there is none."""
+    """Returns whether the device has finished the chunk. None counts as finished."""
     return chunk is None or chunk.tokens.is_ready()  # type: ignore[attr-defined] # not in its stub

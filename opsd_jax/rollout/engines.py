@@ -14,10 +14,10 @@ MAX_ENGINES = 8  # kept per `Engines`
 
 
 class Engines:
-    """Compiles engines of one model when they are first requested, and keeps the last ones used."""
+    """Compiles the rollout engines of a model on demand, and caches the most recently used ones."""
 
     def __init__(self, model: Model, layout: Callable[[], Layout], pad_id: int):
-        """Stores the model and its layout; nothing is compiled yet.
+        """Creates a cache of engines, which is empty at first.
 
         Args:
           model: the model.
@@ -37,7 +37,9 @@ class Engines:
         prompt_tokens: int,
         response_tokens: int,
     ) -> Engine:
-        """Returns an engine of the shape that `shape_for` chooses, compiled at its first request.
+        """Returns an engine for rollouts of the given sizes, and compiles it if it is not cached.
+
+        `shape_for` computes the shape of the engine.
 
         Args:
           slots: maximum number of decoding slots.
@@ -59,10 +61,10 @@ class Engines:
 
     @functools.cached_property
     def _layout(self) -> Layout:
-        """The parameters' layout for decoding."""
+        """The layout of the parameters for decoding."""
         return self._make_layout()
 
     def _compile(self, shape: EngineShape) -> Engine:
-        """Compiles an engine of this shape."""
+        """Compiles an engine of the given shape."""
         layout = self._layout
         return Engine(self._model, layout.abstract, layout.mesh, shape, pad_id=self._pad_id)

@@ -1,4 +1,4 @@
-"""The parameters' layout for decoding: their shardings and dtypes while rollouts are sampled."""
+"""The layout of the parameters for decoding: their shardings and dtypes while sampling."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Layout(NamedTuple):
 
 
 def check_fits(model: Model, shapes: Params, mesh: jax.sharding.Mesh) -> None:
-    """Checks that the mesh can decode with the model, without compiling anything.
+    """Checks that the model can decode on the mesh, without compiling anything.
 
     Args:
       model: the model.
@@ -63,9 +63,10 @@ def _rules(model: Model) -> mesh_lib.Rules:
 
 
 def decode_layout(model: Model, abstract_params: Params, mesh: jax.sharding.Mesh) -> Layout:
-    """Builds the layout that the model's `decode_params` and `decode_rules` describe.
+    """Builds the layout of a model's parameters for decoding.
 
-    Compiles the conversion program, if a parameter has to change.
+    The model's `decode_params` and `decode_rules` describe the layout. If a parameter has to
+    change, the function compiles the program that converts it.
 
     Args:
       model: the model.

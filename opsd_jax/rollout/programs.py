@@ -46,16 +46,16 @@ class Programs:
     Attributes:
       shape: the sizes.
       cache_lengths: the lengths that the slots' cache can take, in tokens, ascending.
-      prepare: `params -> params`, from the parameters in the layout for decoding to those that
-        `prefill` and `decode` take. Call it once per batch of rollouts.
+      prepare: `params -> params`, which converts the parameters from the layout for decoding to the
+        form that `prefill` and `decode` take. Call it once per batch of rollouts.
       start: `() -> Slots`. Empty slots whose cache has the shortest length.
-      prefill: `(params, tokens_nxP, positions_nxP) -> Cache`, as `slots.prefill`.
-      insert: for each cache length, `(state, prefilled, source_m, slot_m, rows) -> Slots`, as
+      prefill: `(params, tokens_nxP, positions_nxP) -> Cache`; see `slots.prefill`.
+      insert: for each cache length, `(state, prefilled, source_m, slot_m, rows) -> Slots`; see
         `slots.insert`. Donates the state.
       decode: for each cache length, `(params, state, key_data, sampling_params, stop_after) ->
-        (Slots, Chunk)`, as `slots.decode`. Donates the state.
-      replicated: the sharding of arguments that every device holds whole: the key and the sampling
-        parameters.
+        (Slots, Chunk)`; see `slots.decode`. Donates the state.
+      replicated: the sharding of the key and the sampling parameters, of which every device holds a
+        full copy.
       steps_per_chunk: maximum number of steps of `decode`.
       cache_bytes: bytes per device of the slots' cache at its longest.
       prefill_cache_bytes: bytes per device of the cache of one prefill.
@@ -69,7 +69,7 @@ class Programs:
         shape: EngineShape,
         cache_lengths: Sequence[int],
     ):
-        """Compiles all programs.
+        """Compiles all programs of an engine.
 
         Args:
           model: the model.
@@ -96,7 +96,7 @@ class Programs:
             self._resize = self._compile_resize()
 
     def resize(self, state: Slots, old: int, new: int) -> Slots:
-        """Returns the state with its cache resized from length `old` to length `new`.
+        """Resizes the cache of the slots from length `old` to length `new`; returns the new state.
 
         Resizes one leaf at a time and deletes its old form, so that the device never holds a
         second copy of more than one leaf.
@@ -127,17 +127,19 @@ class Programs:
         return Slots(rows, self._abstract_cache(S, length))
 
     def _abstract_arguments(self, *arguments: Any) -> Any:
-        """Returns the shapes of arguments that every device holds whole."""
+        """Returns the shapes of arguments of which every device holds a full copy."""
         return mesh_lib.abstract_of(arguments, jax.tree.map(lambda _: self.replicated, arguments))
 
     def _compile_prepare(
         self, abstract_params: Params
     ) -> tuple[Callable[[Params], Params], Params]:
-        """Compiles `Model.unrolled` for CPUs; other devices use the parameters as they are.
+        """Compiles the program that unrolls the parameters on CPUs (`Model.unrolled`).
+
+        Other devices use the parameters as they are.
 
         Returns:
-          `(prepare, abstract_params)`: a function from the parameters in the layout for decoding to
-          those that `prefill` and `decode` take, and the shapes of the latter.
+          `(prepare, abstract_params)`: a function that converts the parameters from the layout for
+          decoding to the form that `prefill` and `decode` take, and the shapes in this form.
         """
         unrolled = self._model.unrolled
         if unrolled is None or self._mesh.devices.flat[0].platform != "cpu":
@@ -210,7 +212,7 @@ class Programs:
         )
 
     def _compile_resize(self) -> dict[Any, Callable[[jax.Array], jax.Array]]:
-        """Compiles the programs that resize a cache leaf, by its old and new abstract value."""
+        """Compiles the programs that resize an array of the cache, by its old and new shape."""
         programs: dict[Any, Callable[[jax.Array], jax.Array]] = {}
         for states in itertools.permutations(self._states.values(), 2):
             old, new = (jax.tree.leaves(state.cache) for state in states)
@@ -226,11 +228,11 @@ class Programs:
 def _compile(
     key: ProgramKey, function: Callable, *arguments: Any, out: Any, donate: Any = ()
 ) -> Any:
-    """Compiles a function for abstract arguments, with these output shardings and donations."""
+    """Compiles a function for abstract arguments, with output shardings `out`."""
     jitted = jax.jit(function, donate_argnums=donate, out_shardings=out)
     return aot.compiled(key, jitted.lower(*arguments))
 
 
 def _shardings(tree: Any) -> Any:
-    """Returns the sharding of each leaf."""
+    """Returns the sharding of each leaf of a tree."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)

@@ -1,4 +1,4 @@
-"""Sampling parameters, and drawing the next token from logits.
+"""Sampling parameters, and functions that draw the next token from logits.
 
 A draw inverts the cumulative distribution with two uniform numbers per row: the first chooses a
 block of the vocabulary, the second a token within that block. The Gumbel trick needs one random
@@ -56,9 +56,9 @@ class SamplingParams(NamedTuple):
 
 
 def folded_key(seed: int, *data: int) -> jax.Array:
-    """Returns the PRNG key of a seed in [0, 2^32), with each of `data` folded in, in order.
+    """Creates the PRNG key of a seed in [0, 2^32) and folds each number in `data` into it.
 
-    Its transfers to the device are explicit (`jax.transfer_guard`).
+    The transfers to the device are explicit, so `jax.transfer_guard` allows them.
     """
     seed_, *data_ = jax.device_put([np.uint32(x) for x in (seed, *data)])
     return functools.reduce(jax.random.fold_in, data_, jax.random.key(seed_))
@@ -74,13 +74,16 @@ def params(
     min_p: float = 0.0,
     forbidden: Iterable[int] = (),
 ) -> SamplingParams:
-    """Returns sampling parameters as NumPy arrays, by default for the model's own distribution.
+    """Creates sampling parameters. By default, tokens follow the model's own distribution.
 
     Args:
       vocab_size: V, the number of logits that the model returns.
       stop: ids of the tokens that end a response.
       temperature, top_k, top_p, min_p: see `SamplingParams`.
       forbidden: ids of the tokens that are never sampled.
+
+    Returns:
+      The parameters as NumPy arrays.
 
     Raises:
       ValueError: a parameter or a token id is out of bounds, or every token is forbidden.
@@ -136,12 +139,12 @@ class Drawn(NamedTuple):
 
 
 def draw(logits_BxV: jax.Array, keys_B: jax.Array, sampling_params: SamplingParams) -> Drawn:
-    """Draws one token per row.
+    """Draws one token per row from the distribution that the sampling parameters describe.
 
     Args:
       logits_BxV: float32 logits.
       keys_B: one PRNG key per row.
-      sampling_params: the distribution.
+      sampling_params: parameters of the distribution.
 
     Returns:
       The tokens and their log-probabilities.
@@ -279,7 +282,7 @@ def _cutoff(mass_BxV: jax.Array, is_enough) -> jax.Array:
 
 
 def _keep(mass_BxV: jax.Array, cutoff_B: jax.Array, ties_kept_B: Array) -> jax.Array:
-    """Sets masses below the cutoff to 0, and masses equal to it after the first `ties_kept_B`."""
+    """Sets masses below the cutoff to 0, and all but the first `ties_kept_B` masses equal to it."""
     blocks_BxRxN = _blocks(mass_BxV)
     ties_BxRxN = blocks_BxRxN == cutoff_B[:, None, None]
     count_BxR = jnp.sum(ties_BxRxN, axis=-1)

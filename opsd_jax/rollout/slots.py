@@ -20,7 +20,7 @@ from opsd_jax.policy import Cache, Params, Policy
 from opsd_jax.rollout import sampling
 from opsd_jax.rollout.sampling import Array
 
-# Why a rollout stopped.
+# The reasons for which a rollout stops.
 STOP_EOS = 0
 STOP_LENGTH = 1  # it reached its token budget and is truncated
 RUNNING = 2  # it has not stopped
@@ -80,7 +80,7 @@ def empty_rows(slots: int) -> Rows:
 def prefill(
     policy: Policy, params: Params, tokens_nxP: jax.Array, positions_nxP: jax.Array
 ) -> Cache:
-    """Returns a new cache that holds the given tokens.
+    """Computes the keys and values of prompts and returns them in a new cache.
 
     The caller leaves out the last token of each prompt, because decoding starts with it.
 
@@ -94,10 +94,10 @@ def prefill(
 
 
 def length_axes(policy: Policy) -> Any:
-    """Returns the axis of each cache leaf that grows with the cache's length; -1 if none does.
+    """Finds the axis of each cache array that grows with the length of the cache; -1 for none.
 
     Raises:
-      ValueError: a leaf has several such axes, or its first axis is one.
+      ValueError: an array has several such axes, or its first axis is one of them.
     """
     short, long = (jax.eval_shape(lambda n=n: policy.init_cache(1, n)) for n in (1024, 2048))
 
@@ -108,8 +108,8 @@ def length_axes(policy: Policy) -> Any:
         if len(axes) > 1 or 0 in axes:
             raise ValueError(
                 f"init_cache(1, 1024) returns an array of shape {a.shape}, and init_cache(1, 2048) "
-                f"one of shape {b.shape}; expected at most one axis to grow with the length, and "
-                "not the first axis, which is the batch."
+                f"an array of shape {b.shape}; expected at most one axis to grow with the length, "
+                "and not the first axis, which is the batch."
             )
         return axes[0] if axes else -1
 
@@ -119,7 +119,7 @@ def length_axes(policy: Policy) -> Any:
 def insert(
     axes: Any, slots: Slots, prefilled: Cache, source_m: jax.Array, slot_m: jax.Array, rows: Rows
 ) -> Slots:
-    """Inserts m rollouts into slots: copies their prompts' keys and values, and sets their rows.
+    """Inserts m rollouts into decoding slots by copying the keys and values of their prompts.
 
     If the rows are sharded, every device receives the prompt caches of all m rollouts, so keep m
     small.
@@ -132,6 +132,9 @@ def insert(
       source_m: int32, the row of each rollout's prompt in `prefilled`.
       slot_m: int32, the slot of each rollout. A number past the last slot skips the rollout.
       rows: the new rows, int32 [m] each.
+
+    Returns:
+      The new state.
     """
 
     def copy(axis, leaf, new):
@@ -150,7 +153,7 @@ def insert(
 
 
 def resize(leaf: jax.Array, axis: int, size: int) -> jax.Array:
-    """Returns a cache leaf with a new size along `axis`, truncated or padded with zeros."""
+    """Returns a cache array with a new size along `axis`, truncated or padded with zeros."""
     if size <= leaf.shape[axis]:
         return jax.lax.slice_in_dim(leaf, 0, size, axis=axis)
     widths = [(0, size - leaf.shape[axis] if i == axis else 0) for i in range(leaf.ndim)]
@@ -218,7 +221,7 @@ def _record(
     sampled: sampling.Drawn,
     sampling_params: sampling.SamplingParams,
 ) -> tuple[Rows, Chunk]:
-    """Appends the tokens of step t to the chunk and advances the rows; empties stopped slots."""
+    """Adds the tokens of step t to the chunk, advances the rows, and empties stopped slots."""
     active_S = rows.position >= 0
     drawn_S = rows.drawn + active_S
     eos_S = active_S & jnp.asarray(sampling_params.stop)[sampled.token]

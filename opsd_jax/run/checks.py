@@ -18,21 +18,24 @@ from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.problem import Problem
 from opsd_jax.stages.algorithm import LookedAt
 
-# How much of a data set is tokenized before a run begins:
-WHOLE = 50_000  # all rows of a data set with at most this many;
-LONGEST = 256  # of a larger one in memory, the problems with the longest questions and solutions;
-FIRST = 64  # of any other, the first rows, because each row may have to be generated
+# The rows of a dataset that are tokenized before a run begins:
+WHOLE = 50_000  # all rows, if there are at most this many;
+LONGEST = 256  # in a larger dataset in memory, the rows with the longest questions and solutions;
+FIRST = 64  # in any other dataset, the first rows, because each row may have to be generated
 
 
 def check_devices(
     config: RunOptions, mesh: jax.sharding.Mesh, decode_mesh: jax.sharding.Mesh
 ) -> None:
-    """Raises ConfigError if a field does not fit the devices. Reads no data.
+    """Checks that the fields of a config fit the devices. Reads no data.
 
     Args:
       config: the options of the run.
       mesh: the devices while training.
       decode_mesh: the devices while sampling.
+
+    Raises:
+      ConfigError: a field does not fit the devices.
     """
     kind, tensor = mesh.devices.flat[0].platform, mesh.shape["tensor"]
     for name, form in TPU_ONLY.items():
@@ -63,17 +66,24 @@ def check_devices(
 def check_data(
     config: RunOptions, task: Task, vocab_size: int, stage_seed: Callable[[str], int]
 ) -> None:
-    """Raises ConfigError if a field does not fit the data. Reads only a part of large data sets.
+    """Checks that the fields of a config fit the data. Reads only a part of large datasets.
 
     Args:
       config: the options of the run.
       task: the data of the run.
       vocab_size: the vocabulary size of the model.
       stage_seed: the name of a stage -> its seed.
+
+    Raises:
+      ConfigError: a field does not fit the data.
     """
     needed = task.tokenizer.vocab_size
     if vocab_size < needed:
-        fail("model.vocab_size", vocab_size, f"at least {needed}, the tokenizer's")
+        fail(
+            "model.vocab_size",
+            vocab_size,
+            f"at least {needed}, the size of the tokenizer's vocabulary",
+        )
     there = len(task.heldout)
     if config.evaluation.problems > there:
         expected = f"at most {there}, the number of held-out problems"
@@ -93,7 +103,7 @@ def check_data(
 
 
 def _looked_at(task: Task, data: grain.MapDataset, whole: int) -> Iterable[int]:
-    """Returns the indices of the rows of a data set that the checks read."""
+    """Returns the indices of the rows of a dataset that the checks read."""
     if len(data) <= whole:
         return range(len(data))
     if not (task.in_memory and (data is task.train or data is task.heldout)):
@@ -108,14 +118,14 @@ def _looked_at(task: Task, data: grain.MapDataset, whole: int) -> Iterable[int]:
 
 
 def _problems(task: Task) -> Callable[[], Sequence[Problem]]:
-    """Returns the function for `LookedAt.problems`: the problems that a check reads."""
+    """Returns the function `LookedAt.problems`, which returns the problems that a check reads."""
     return lambda: [
         data[i] for data in (task.train, task.heldout) for i in _looked_at(task, data, LONGEST)
     ]
 
 
 def _longest(task: Task) -> Callable[[Any, Callable[[Any], Sequence[int]]], tuple[int, str]]:
-    """Returns the function for `LookedAt.longest`, which finds the longest row of a data set."""
+    """Returns the function `LookedAt.longest`, which finds the longest row of a dataset."""
 
     @functools.cache
     def longest(data: Any, tokens: Callable[[Any], Sequence[int]]) -> tuple[int, str]:

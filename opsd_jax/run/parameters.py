@@ -21,15 +21,15 @@ UNTRAINED = "untrained"  # the name under which the initial parameters are evalu
 
 
 def seed_of(config: RunOptions, name: str) -> int:
-    """The seed of a named part of the run, in [0, 2^31)."""
+    """Returns the seed of a named part of the run, in [0, 2^31)."""
     return zlib.crc32(f"{config.seed}/{name}".encode()) >> 1
 
 
 def stage_seed(config: RunOptions, name: str) -> int:
-    """The seed of a stage.
+    """Returns the seed of a stage.
 
-    Stages that start from the same model with the same algorithm draw the same problems and random
-    numbers. A stage that follows one with its own algorithm draws others.
+    Stages with the same algorithm that start from the same model draw the same problems and random
+    numbers. A stage that follows one with the same algorithm draws different ones.
     """
     algorithm, ancestor = config.sections[name].algorithm, name
     before = []  # algorithms of the stages that led to this one
@@ -40,7 +40,7 @@ def stage_seed(config: RunOptions, name: str) -> int:
 
 
 def chosen_stage(stages: Sequence[str], workdir: Path, stage: str | None) -> str | None:
-    """Returns the stage that `--stage` names, else the last finished stage, else None.
+    """Returns the stage that `--stage` names; without it, the last finished stage, or None.
 
     Args:
       stages: the stages of the run, in order.
@@ -59,7 +59,7 @@ def chosen_stage(stages: Sequence[str], workdir: Path, stage: str | None) -> str
 def meshes(
     mesh: Sequence[int], decode_mesh: Sequence[int], devices: Sequence[jax.Device] | None = None
 ) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:
-    """The mesh of training, and the mesh of the same devices while sampling.
+    """Returns the mesh for training, and the mesh of the same devices for sampling.
 
     Args:
       mesh: `config.mesh`.
@@ -67,7 +67,7 @@ def meshes(
       devices: the devices to use; all devices by default.
 
     Raises:
-      ConfigError: the number of devices does not fit one of the shapes; names the field.
+      ConfigError: the number of devices does not fit one of the shapes.
     """
     field = "mesh"
     try:
@@ -90,7 +90,8 @@ class Parameters:
         workdir: Path,
         devices: Sequence[jax.Device] | None = None,
     ):
-        """
+        """Builds the model and the meshes.
+
         Args:
           config: the options of the run.
           workdir: the work directory of the run, with the results of its finished stages.
@@ -146,5 +147,8 @@ class Parameters:
             return self.initial()
         path = self.workdir / stage / "params"
         if not checkpoint.has_params(path):
-            raise ConfigError(f"the stage {stage!r} has not finished: there is no {path}.")
+            raise ConfigError(
+                f"the stage {stage!r} has not finished: there is no {path}. Expected a finished "
+                "stage."
+            )
         return checkpoint.restore_params(path, self.abstract)

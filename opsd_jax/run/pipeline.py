@@ -1,15 +1,15 @@
 """A run: the stages in order, each followed by its evaluation, in one work directory.
 
-    workdir/config.json               the config; a run of another config is refused
-    workdir/data.json                 digests of the problems of files; other problems are refused
+    workdir/config.json               the config; a run with a different config is refused
+    workdir/data.json                 digests of the problems; different problems are refused
     workdir/note.txt                  the task's note to the reader of the report
     workdir/<stage>/checkpoints/      checkpoints to resume from
     workdir/<stage>/params/           the stage's result, from which later stages start
     workdir/<stage>/metrics.jsonl     one row per step; TensorBoard events are next to it
     workdir/<stage>/groups.jsonl      how many rollouts of each problem were correct
     workdir/<stage>/settings.json     the settings of the evaluation of the result
-    workdir/<stage>/responses.jsonl   judged responses of the result to held-out problems
-    workdir/<stage>/evaluation.json   their statistics; with this file the stage is finished
+    workdir/<stage>/responses.jsonl   responses to held-out problems, with verdicts
+    workdir/<stage>/evaluation.json   statistics; the stage is finished if this file exists
     workdir/untrained/                the evaluation of the initial parameters
     workdir/report/                   tables and plots
 
@@ -54,7 +54,7 @@ NOTE = "note.txt"  # the task's note for the reader of the report
 
 
 class Run(NamedTuple):
-    """The objects that the stages and evaluations of a run use. Nothing is compiled or read yet.
+    """The objects that the stages and evaluations of a run share.
 
     Attributes:
       config: the options of the run.
@@ -79,8 +79,9 @@ def run(config: RunOptions, workdir: Path) -> None:
     """Runs the stages of a config that are not finished yet.
 
     Raises:
-      ConfigError: the config cannot be run, or the work directory holds a run of another config or
-        on other data. Nothing has been compiled yet.
+      ConfigError: the config cannot be run, or the work directory holds a run with a different
+        config or different data. Nothing has been compiled yet.
+      DataError: a source cannot be used.
       Interrupted: a signal arrived; a checkpoint was saved.
     """
     this = hosts.together(lambda: assemble(config, workdir))
@@ -138,10 +139,10 @@ def assemble(config: RunOptions, workdir: Path) -> Run:
 
 
 def make_task(config: RunOptions) -> Task:
-    """Makes the task with the function `config.task` from `config.data`.
+    """Builds the task by calling the function that `config.task` names with `config.data`.
 
     Raises:
-      ConfigError: the function cannot be imported, or refuses the section.
+      ConfigError: the function cannot be imported, or rejects the section.
       DataError: a source cannot be used.
     """
     make = import_function(config.task, "task")
@@ -154,18 +155,18 @@ def make_task(config: RunOptions) -> Task:
 
 
 def is_finished(workdir: Path, name: str) -> bool:
-    """Whether a stage, or UNTRAINED, has its result and its evaluation."""
+    """Returns whether a stage, or UNTRAINED, has its result and its evaluation."""
     has_result = name == UNTRAINED or checkpoint.has_params(workdir / name / "params")
     return has_result and (workdir / name / records.SUMMARY).exists()
 
 
 def stage_parts(this: Run, seed: int, poll: Callable[[], None]) -> Parts:
-    """Returns the parts from which a stage is built.
+    """Returns the objects from which a stage is built.
 
     Args:
       this: the run.
       seed: the seed of the stage.
-      poll: called while it samples; an exception that it raises ends the sampling.
+      poll: called while the stage samples; an exception that it raises ends the sampling.
     """
     return Parts(
         task=this.task,
@@ -179,12 +180,12 @@ def stage_parts(this: Run, seed: int, poll: Callable[[], None]) -> Parts:
 
 
 def make_stage(this: Run, name: str, poll: Callable[[], None] = lambda: None) -> Stage:
-    """Builds the stage of a section of the config; compiles its sampling engines.
+    """Builds the stage that a section of the config describes, and compiles its engines.
 
     Args:
       this: the run.
       name: the name of the section.
-      poll: called while it samples; an exception that it raises ends the sampling.
+      poll: called while the stage samples; an exception that it raises ends the sampling.
     """
     options = this.config.sections[name]
     algorithm = this.config.algorithm(name)
@@ -226,7 +227,7 @@ def train(this: Run, name: str, progress: Progress, stop: StopSignal) -> Params:
 def evaluation_settings(
     this: Run, model: str, weights: str, problems: Sequence[Problem]
 ) -> dict[str, Any]:
-    """Returns everything that the responses of an evaluation depend on, from `records.settings`."""
+    """Returns the `records.settings` of an evaluation in this run."""
     return records.settings(
         model,
         weights,
@@ -241,12 +242,12 @@ def evaluation_settings(
 def evaluate_and_record(
     this: Run, name: str, params: Params, progress: Progress, stop: StopSignal, began: float
 ) -> None:
-    """Evaluates the result of a stage and writes its summary: the stage is then finished.
+    """Evaluates the result of a stage and writes the summary, which marks the stage as finished.
 
     Args:
       this: the run.
       name: the stage, or UNTRAINED.
-      params: its result.
+      params: the parameters to evaluate.
       progress: shows the evaluation.
       stop: ends the evaluation.
       began: the time.monotonic() at which the stage began.
@@ -272,15 +273,16 @@ def evaluate_and_record(
 def measure_divergence(
     this: Run, name: str, params: Params, responses: list[dict[str, Any]], stop: StopSignal
 ) -> None:
-    """Writes the divergence from a stage's teacher by position, before and after the stage.
+    """Writes the divergence of a stage's model from its teacher, before and after the stage.
 
-    Each model is measured on its own held-out responses. The teacher has the parameters from before
-    the stage. Stages without a privileged teacher have nothing to measure.
+    The divergence is averaged at each position of the response. Each model is measured on its own
+    held-out responses. The teacher has the parameters from before the stage. Nothing is written for
+    a stage without a privileged teacher.
 
     Args:
       this: the run.
       name: the stage.
-      params: its result.
+      params: the result of the stage.
       responses: the records of its evaluation.
       stop: ends the sampling of memos.
     """
@@ -291,7 +293,7 @@ def measure_divergence(
     seed = seed_of(this.config, "probe")
     parts = stage_parts(this, seed, stop.check)
     privileged = algorithm.privileged(options, parts, evaluation, evaluation.samples, seed)
-    # Only memos take parameters, in the decode layout.
+    # Only memos need parameters, in the decode layout.
     samples = algorithm.privileged_sampling(options, evaluation, 0)
     convert = this.parameters.decoding.convert if samples else lambda params: params
     parameters = this.parameters
@@ -323,7 +325,7 @@ def measure_divergence(
 
 
 def write_report(config: RunOptions, workdir: Path) -> Path:
-    """Writes `workdir/report/`; returns the path of its page."""
+    """Writes the report to `workdir/report/`; returns the path of its HTML page."""
     path = workdir / NOTE
     note = path.read_text() if path.exists() else ""
     sections = {name: config.sections[name] for name in config.stages}

@@ -30,7 +30,7 @@ VISIBLE_SECONDS = 10.0  # time until every host must see a file that another hos
 
 @contextlib.contextmanager
 def locked(directory: Path, flag: str) -> Iterator[None]:
-    """Locks a directory against other runs while its block runs; creates it if it is missing.
+    """Context manager that locks a directory against other processes; creates it if it is missing.
 
     Args:
       directory: the directory.
@@ -46,7 +46,7 @@ def locked(directory: Path, flag: str) -> Iterator[None]:
 
 
 def _lock(directory: Path, flag: str, stack: contextlib.ExitStack) -> None:
-    """Locks a directory as `locked` does, until the stack is closed."""
+    """Locks a directory from this host until the stack is closed."""
     in_use = ConfigError(
         f"{flag} {directory} is in use by another process; expected a free directory. Wait for "
         "that process or stop it."
@@ -80,11 +80,11 @@ def _lock(directory: Path, flag: str, stack: contextlib.ExitStack) -> None:
 
 @contextlib.contextmanager
 def claimed(config: RunOptions, workdir: Path) -> Iterator[None]:
-    """Locks a work directory for a run of this config while its block runs.
+    """Context manager that locks a work directory for a run with the given config.
 
     Raises:
-      ConfigError: the directory cannot be written, another process uses it, it holds a run of
-        another config, the hosts have different configs, or the hosts do not share the directory.
+      ConfigError: the directory cannot be written, another process uses it, it holds a run with a
+        different config, the hosts have different configs, or the hosts do not share the directory.
     """
 
     def check() -> None:
@@ -113,7 +113,7 @@ def _check_shared(workdir: Path) -> None:
 
 
 def check_equal(mine: dict[str, Any], what: str) -> None:
-    """Raises ConfigError if a host has other values than the first host; names the values.
+    """Raises ConfigError if the hosts have different values; the message lists the values.
 
     Args:
       mine: name -> value on this host.
@@ -133,13 +133,14 @@ def check_equal(mine: dict[str, Any], what: str) -> None:
 
 
 def check_data(task: Task, workdir: Path) -> None:
-    """Checks that the data equal the data at the start of the run, and are equal on all hosts.
+    """Checks that the data are the same as at the start of the run, and the same on all hosts.
 
     The first call of a run records the number and a digest of the problems of each source, and a
     digest of some tokenized prompts. Later calls compare them. Generated problems are not checked.
 
     Raises:
-      ConfigError: the data differ from those recorded, or between hosts. Names the sources.
+      ConfigError: the data differ from the recorded data, or between hosts. The message names the
+        sources.
     """
     if not task.in_memory:
         return
@@ -168,7 +169,7 @@ def check_data(task: Task, workdir: Path) -> None:
 
 
 def _check_data(now: dict[str, str], workdir: Path) -> None:
-    """Records the digests on the first call and compares them on later ones, as `check_data`."""
+    """Records the digests of the data on the first call, and compares them on later calls."""
     if not (workdir / DATA).exists():
         files.write_atomically(workdir / DATA, files.to_json(now, indent=1) + "\n")
         return
@@ -191,8 +192,7 @@ def config_of(workdir: Path) -> ConfigDict:
     """Returns the config of the run in a work directory.
 
     Raises:
-      ConfigError: the directory holds no run, or one of a version of opsd_jax with other fields.
-        Names the missing fields.
+      ConfigError: the directory holds no run, or a run of a version of opsd_jax with other fields.
       RecordError: the file is damaged.
     """
     path = workdir / CONFIG

@@ -115,7 +115,7 @@ class Crash(BaseException):
 
 
 def problem_of(made):
-    """Returns the problem of records that are written together: all records of one problem."""
+    """Returns the problem of the records that one write contains."""
     (problem,) = {record["problem"] for record in made}
     assert [record["sample"] for record in made] == [0, 1]
     return problem
@@ -131,8 +131,8 @@ FILES = ("settings.json", "responses.jsonl", "evaluation.json", "report.md", "in
 
 @pytest.mark.parametrize("done", [1, 3, 8])
 def test_after_a_kill_it_resumes_to_the_same_files(whole, command, tmp_path, monkeypatch, done):
-    """The kill comes while the records of a problem are written. The resumed evaluation drops the
-    torn line. It keeps the complete problems, which are in the order in which they finished.
+    """The process is killed while it writes the records of a problem. The resumed evaluation drops
+    the incomplete line. It keeps the complete problems, in the order in which they finished.
     """
     append, written = records_lib.append, []
 
@@ -226,7 +226,7 @@ def test_a_signal_stops_it_before_the_next_chunk(whole, command, tmp_path, monke
     monkeypatch.setattr(StopSignal, "check", counted_check)
     code, errors = command("--out", tmp_path)
     assert code == 143
-    assert "the same command resumes from here" in errors
+    assert "run the same command again to resume" in errors
     assert [*map(bool, checks)].count(True) == 1  # the first check after the signal is the last one
     assert 1 <= len(written) < 9
     lines = (tmp_path / "responses.jsonl").read_text().splitlines()
@@ -320,7 +320,7 @@ def test_a_finished_evaluation_is_not_repeated(whole, command, monkeypatch):
 def test_other_settings_are_refused(whole, command):
     code, errors = command("--out", whole, "--temperature", 0.5, "--samples", 4)
     assert code == 2
-    assert "holds an evaluation with other settings:" in errors
+    assert "holds an evaluation with different settings:" in errors
     expected = (
         "  samples: 2 in the directory, 4 now\n  temperature: 1.0 in the directory, 0.5 now\n"
     )
@@ -363,7 +363,7 @@ def test_an_evaluation_is_compared_with_an_earlier_one(whole, command, workdir):
     assert change["d_length_percent"] == pytest.approx(100 * (lengths[1] / lengths[0] - 1))
     assert change["d_length_percent_low"] <= change["d_length_percent"]
     text = (directory / "report.md").read_text()
-    assert "were not sampled alike: top_k 0 and 5, min_p 0.0 and 0.1." in text
+    assert "have different settings: top_k 0 and 5, min_p 0.0 and 0.1." in text
     assert "sampled at temperature 1, top_k 5, min_p 0.1, of up to 160 tokens" in text
     assert "| change | accuracy, points | length, % |" in text
     assert "before and after" in (directory / "index.html").read_text()
@@ -375,7 +375,7 @@ def test_a_comparison_with_other_problems_is_refused_before_anything_is_sampled(
     monkeypatch.setattr(records_lib, "append", None)
     code, errors = command("--problems", 5, "--compare", whole)
     assert code == 2
-    assert "of other problems: it has 9, this one has 5, and 5 are in both" in errors
+    assert "of different problems: it has 9, this one has 5, and 5 are in both" in errors
     code, errors = command("--compare", tmp_path)
     assert code == 2
     assert "holds no finished evaluation: evaluation.json is missing" in errors
@@ -415,7 +415,7 @@ def test_benchmarks_replace_the_held_out_problems(command, questions, tmp_path):
         (["--stage", "dpo"], "--stage dpo: expected one of untrained, sft, rlvr, opsd"),
         (["--stage", "rlvr"], "the stage 'rlvr' has not finished"),
         (["--mesh", "3,1,1"], r"mesh \(3, 1, 1\) over .* takes 3 devices"),
-        (["--problems", "-2"], "--problems -2: expected 0, for all, or more"),
+        (["--problems", "-2"], "--problems -2: expected a positive number, or 0 for all"),
     ],
 )
 def test_invalid_arguments_are_refused(command, arguments, message):
@@ -469,7 +469,7 @@ def test_a_hugging_face_model(model_directory, questions, tmp_path, capsys):
     assert (statistics["name"], statistics["problems"], statistics["responses"]) == ("tiny", 9, 72)
     again, errors = run(tmp_path / "b", *few, "--thinking", "off", "--compare", tmp_path / "a")
     assert again["settings"]["prompts_digest"] != settings["prompts_digest"]
-    assert "not sampled alike: thinking '' and 'off', prompts_digest" in errors
+    assert "have different settings: thinking '' and 'off', prompts_digest" in errors
 
 
 def test_a_failed_download_suggests_a_path(monkeypatch):

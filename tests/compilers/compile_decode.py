@@ -102,7 +102,7 @@ def compiled(model, mesh, name):
 
 
 def kernel_bytes(cache, mesh):
-    """Returns the bytes that the kernel reads on a device: whole blocks of pages of each row."""
+    """Returns the bytes that the kernel reads on a device, in whole blocks of pages per row."""
     rows = LENGTHS[:: mesh_lib.row_shards(mesh)]
     total = 0
     for layer in cache:

@@ -54,7 +54,7 @@ ENTRY %main (p: f32[2,4]) -> f32[8,4] {
 
 
 def test_collectives_within_fusions_count_once():
-    """A collective can span three fusions, and a reduce-scatter is a fusion of sum and slice."""
+    """A collective can span three fusions; a reduce-scatter is a fusion of a sum and a slice."""
     gather = "all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}"
     overlapped = f"{gather}, backend_config={{{{'async_collective_fusion_config':1}}}}"
     text = f"""HloModule jit_f
@@ -184,7 +184,7 @@ ENTRY %main (p: bf16[4,8,16]) -> bf16[2,64,16] {
 
 
 def compiled(script, *arguments):
-    """Runs a script beside this file; returns the JSON on its last line."""
+    """Runs a script in this file's folder; returns the JSON on its last line."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("the TPU compiler is not installed: pip install 'opsd-jax[tpu]'")
     quiet = {
@@ -263,7 +263,7 @@ def test_inserting_into_slots_moves_four_prompts_but_no_cache_or_weights(topolog
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", ["paged", "dense"])
 def test_bytes_are_counted_as_xla_counts_them(cache):
-    """For one step, XLA counts the bytes in VMEM too, but not those that the kernel reads."""
+    """For one step, XLA also counts bytes in VMEM, but not the bytes that the kernel reads."""
     arguments = "--program", "step", "--layers", "2"
     found = compiled("compile_decode.py", "v5p:2x2x1", "1x1x4", cache, *arguments)
     assert abs(found["account_by_xlas"] - 1) < 0.02

@@ -1,4 +1,4 @@
-"""Every example of docs/extending.md runs, and what it adds can be used."""
+"""Every example of docs/extending.md runs, and its addition can be used."""
 
 import json
 import re
@@ -42,7 +42,7 @@ TABLES = {
 
 @pytest.fixture
 def example(monkeypatch):
-    """`title -> module` of the examples under a title of the page. Restores the tables."""
+    """Returns a function `title -> module` that runs the examples of a section of the page."""
     before = {name: dict(table) for name, table in TABLES.items()}
 
     def run(title):

@@ -23,7 +23,7 @@ PATH = re.compile(
 
 
 def paths_in(text):
-    """The paths of the repository that a text names, without those of the wheel."""
+    """Returns the repository paths that a text names, without paths inside the wheel."""
     return {path for path in PATH.findall(text) if not path.startswith("opsd_jax/configs")}
 
 

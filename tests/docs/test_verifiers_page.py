@@ -25,7 +25,7 @@ SOURCES, COUNTDOWN, COUNTDOWN_SOURCE, ALONE = re.findall(r"```python\n(.*?)```",
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A directory with the module that the page shows and the data that it describes."""
+    """A directory with the module and the data of the examples on the page."""
     (tmp_path / "countdown.py").write_text(COUNTDOWN)
     row = json.loads(re.search(r"\{.*\}", COUNTDOWN)[0])
     (tmp_path / "countdown.jsonl").write_text(json.dumps(row))

@@ -1,4 +1,4 @@
-"""Tests of the launch scripts with stub programs that record their calls and give fixed answers."""
+"""Tests the launch scripts with stub programs that record calls and give fixed answers."""
 
 import json
 import os
@@ -45,7 +45,7 @@ ACTIVE = [0, "ACTIVE"]
 
 @pytest.fixture
 def launch(tmp_path):
-    """`launch(script, answers, *words) -> (CompletedProcess, calls)`.
+    """Returns `launch(script, answers, *words) -> (CompletedProcess, calls)`, which runs a script.
 
     A call is a list: the program, its arguments, its standard input.
     """
@@ -57,7 +57,7 @@ def launch(tmp_path):
         (stub.parent / name).symlink_to(stub)
 
     def run(script, answers, *words, signals=()):
-        """Sends SIGTERM to all processes once a call contains the first of `signals`, and so on."""
+        """Runs a script; sends SIGTERM when a call contains `signals[0]`, then `signals[1]`, …"""
         (tmp_path / "answers").write_text(json.dumps(answers))
         (tmp_path / "calls").write_text("")
         environment = os.environ | {
@@ -88,7 +88,7 @@ def launch(tmp_path):
 
 @pytest.fixture
 def tpu_vm(launch):
-    """`tpu_vm(answers, *options) -> (CompletedProcess, calls of gcloud)`."""
+    """Returns `tpu_vm(answers, *options) -> (CompletedProcess, calls of gcloud)`."""
 
     def run(
         answers,
@@ -105,7 +105,7 @@ def tpu_vm(launch):
 
 
 def steps(calls):
-    """One word per call of gcloud for what it does, without the calls of `describe`."""
+    """Returns one word for each call of gcloud, except for the calls of `describe`."""
     short = []
     for words in calls:
         verb = next(w for w in words if w in ("create", "describe", "delete", "scp", "ssh"))
@@ -340,7 +340,7 @@ COMPLETED = {"get jobset": [[0, "opsd "], [0, "opsd Completed"]]}
 
 @pytest.fixture
 def gke(launch):
-    """`gke(answers, *options) -> (CompletedProcess, calls, the verb of each call)`."""
+    """Returns `gke(answers, *options) -> (CompletedProcess, calls, verb of each call)`."""
 
     def run(answers, *options, command=TRAIN):
         done, calls = launch("gke/run.sh", answers, "opsd", "repo/opsd", *options, *command)

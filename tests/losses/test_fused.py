@@ -391,7 +391,7 @@ BAD = {
     ),
     "vocabularies": (
         {"teacher": np.zeros((B, T, V + 4))},
-        "student has a vocabulary of 12 and teacher one of 16; expected the same size",
+        "student has a vocabulary of 12 entries, and teacher has 16; expected the same number",
     ),
     "tokens": (
         {"tokens": np.zeros((B, T + 1), int)},
@@ -535,7 +535,7 @@ def test_other_bad_arguments(data):
     arguments = {"student": head, "tokens": data["tokens"][:6], "mask": data["mask"][:6]}
     with (
         jax.set_mesh(mesh),
-        pytest.raises(ValueError, match="splits 6 over 8 devices; expected a multiple"),
+        pytest.raises(ValueError, match="splits an axis of 6 over 8 devices; expected a multiple"),
     ):
         losses.sft(**arguments, partition=mesh_lib.rows_in_context())
     with pytest.raises(

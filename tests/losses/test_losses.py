@@ -483,7 +483,7 @@ def test_a_bucket_bounds_the_divergence_from_below(logits):
 
 
 def test_sampled_kl_is_unbiased(logits):
-    """Its expectation over the vocabulary is the KL, and so is the gradient's, in both variants."""
+    """The expected value is the KL, and the expected gradient is its gradient, in both variants."""
     student, teacher = jnp.asarray(logits[0, 0, 0]), jnp.asarray(logits[1, 0, 0])
     entries, p = jnp.arange(11), jax.nn.softmax(student)
     exact = lambda s: losses.reverse_kl(student_logits=s, teacher_logits=teacher)
@@ -707,7 +707,7 @@ PRESETS_BY_HAND = {
 
 @pytest.mark.parametrize("name", losses.PRESETS)
 def test_presets_by_hand(name):
-    """Two groups of two rollouts, with rewards 1, 0 and 1, 1, and 2, 1, 3 and 1 tokens."""
+    """Two groups of two rollouts: rewards (1, 0) and (1, 1), and 2, 1, 3 and 1 tokens."""
     new = np.array([[0.6, 0.5, 1, 1], [0.2, 1, 1, 1], [0.3, 0.3, 0.3, 1], [0.8, 1, 1, 1]])
     ratio = np.array([[1.5, 1, 1, 1], [0.5, 1, 1, 1], [1, 1, 1, 1], [2, 1, 1, 1]])
     mask = np.arange(4) < np.array([2, 1, 3, 1])[:, None]

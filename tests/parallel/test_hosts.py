@@ -81,7 +81,7 @@ def test_a_signal_to_one_host_stops_both_and_the_run_resumes(config, alone, tmp_
     stopped.processes[1].send_signal(signal.SIGTERM)
     for code, errors in stopped.ended(120):
         assert code == 128 + signal.SIGTERM, errors[-3000:]
-        assert "SIGTERM: saved; the same command resumes from here" in errors
+        assert "SIGTERM: progress is saved; run the same command again to resume" in errors
     # A single host with all eight devices can resume the run as well.
     shutil.copytree(workdir, tmp_path / "one")
     ((code, errors),) = Run(config, tmp_path / "one", processes=1, devices=8).ended()

@@ -21,7 +21,7 @@ LEAF = {"layers": {"q": jax.ShapeDtypeStruct((6, 8), "float32")}}
         ),
         (
             [(r"layers/q", P(None, "fsdp", "tensor"))],
-            r"layers/q\[6, 8\] has 2 dimensions; its sharding rule .* is for 3",
+            r"layers/q\[6, 8\] has 2 dimensions, but its sharding rule .* has 3 entries",
         ),
         (
             [(r"layers/q", P("tensor", "tensor"))],
@@ -77,7 +77,7 @@ def test_minus_one_takes_the_remaining_devices():
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (4, 2, 1), (4, 1, 2)])
 def test_the_partitioner_can_reshard_every_layout(config, shape, sequence_parallel, capfd):
-    """Otherwise it replicates an array on all devices, and XLA prints a warning."""
+    """If it cannot, it replicates an array on all devices, and XLA prints a warning."""
     section = config.model.copy_and_resolve_references()
     section.sequence_parallel = sequence_parallel
     mesh, model = mesh_lib.make_mesh(shape), decoder.from_config(section)

@@ -20,7 +20,7 @@ PROMPT, BUDGETS = 32, {"rlvr": 96, "opsd": 112, "evaluation": 128}
 
 
 def on_a_device():
-    """Bytes of all arrays on the first device; arrays that share a buffer count once."""
+    """Returns the bytes of all arrays on the first device; a shared buffer counts once."""
     first, buffers = jax.devices()[0], {}
     for array in jax.live_arrays():
         if not array.is_deleted() and first in array.sharding.device_set:
@@ -31,7 +31,7 @@ def on_a_device():
 
 @pytest.fixture
 def small(config, monkeypatch):
-    """A run whose budgets differ, so that the cache length of a program identifies its phase.
+    """A config with different budgets, so that a program's cache length identifies its phase.
 
     It saves no checkpoints while programs run: on a CPU, a save holds the arrays themselves.
     """

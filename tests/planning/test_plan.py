@@ -123,8 +123,8 @@ def test_slices_differ_along_data():
     assert run("2x8x2", "2x8x2", "v5e:4x4") == [[0] * 16, [1] * 16]
     assert run("2x2x2", "2x2x2") == [[0] * 4, [1] * 4]
     assert run("4x2x1", "1x2x4") == [[0] * 2] * 2 + [[1] * 2] * 2
-    assert "data = 1; expected a multiple of 2, the slices" in run("1x8x1", "1x8x1")
-    assert "tensor = 8, over several slices; expected a size" in run("2x2x2", "1x1x8")
+    assert "data = 1; expected a multiple of 2, the number of slices" in run("1x8x1", "1x8x1")
+    assert "tensor = 8, which spans several slices; expected a size" in run("2x2x2", "1x1x8")
 
 
 @needs_compiler
@@ -141,7 +141,7 @@ def test_the_papers_run_fits_and_no_loop_moves_a_weight():
 @needs_compiler
 @pytest.mark.pod
 def test_a_step_of_64_rows_of_4096_tokens_takes_less_than_a_plain_one():
-    """The temporaries of the plain step are 15.1 GiB."""
+    """A plain train step needs 15.1 GiB of temporaries."""
     plan, code = planned(
         PAPERS, "v5p:2x2x4", "mesh=(1,16,1)", "opsd.microbatch=16",
         "opsd.prompts=64", "opsd.slots=64", "opsd.contexts=('solution',)",
@@ -201,7 +201,7 @@ def test_the_command_reports_a_missing_compiler(monkeypatch, capsys):
     ],
 )
 def test_sizes_that_the_devices_do_not_divide_are_named(capsys, field, value):
-    """The checks are those before a run, without its data."""
+    """A plan makes the same checks as a run, except for the checks of the data."""
     arguments = ["plan", "--config", str(SUPPORT / "tiny_pod.py"), "--topology", "v5e:2x2"]
     arguments += [f"--config.{field}={value}", "--config.opsd.contexts=('memo',)"]
     if field == "model.sequence_parallel":

@@ -18,7 +18,7 @@ PLANS = sorted((CONFIGS / "plans").glob("*.txt"))
 
 
 def field(text, name):
-    """The value of a header line."""
+    """Returns the value of a header line."""
     return re.search(rf"^{name}: (.+)$", text, re.MULTILINE)[1]
 
 

@@ -27,7 +27,7 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 
 
 def decode(scope, trip_counts):
-    """The costs of a decoding program whose only loop has the given named scope."""
+    """Returns the costs of a decoding program whose only loop has the given named scope."""
     text = LOOP.replace("OP_NAME", f'metadata={{op_name="jit(decode)/{scope}/while"}}')
     key = ProgramKey(ProgramKind.DECODE, 1024)
     built = programs.CompiledProgram(key, f"rollouts: {key}", text, 1.0, 8, 16, 8)
@@ -77,5 +77,5 @@ def test_the_name_of_a_phase_can_be_parsed(kind):
 
 
 def test_a_phase_may_have_a_name_of_its_own():
-    """A stage of your own names what it samples."""
+    """A user's own stage chooses the names of its samplings."""
     assert PhaseKey.parse("mine drafts") == PhaseKey("mine", "drafts")

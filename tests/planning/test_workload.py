@@ -40,7 +40,7 @@ def test_decode_steps_equal_a_simulation_step_by_step(count, slots):
 
 
 def test_cache_reads_equal_the_sum_over_the_steps_of_every_response():
-    """A step also reads half of the token that it decodes, on average."""
+    """On average, a step also reads half of the token that it decodes."""
     lengths = workload.response_lengths(40, 400, 0.5)
     read_by_step = [np.arange(5, 5 + n) + 0.5 for n in lengths]
     assert workload.cache_tokens_read(5, lengths) == pytest.approx(sum(map(np.sum, read_by_step)))

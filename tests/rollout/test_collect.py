@@ -1,4 +1,4 @@
-"""Collecting rollouts: groups, verification while the device samples, any number of devices."""
+"""Collecting rollouts: groups, and verification while the device samples."""
 
 import time
 from concurrent.futures import Future
@@ -19,7 +19,7 @@ from opsd_jax.verify.verdict import Verdict
 
 @pytest.fixture(scope="module")
 def arguments(model, task):
-    """How rollouts are sampled in these tests."""
+    """The sampling arguments of all tests."""
     stop = task.tokenizer.eos_ids
     return {
         "key": jax.random.key(3),
@@ -29,7 +29,7 @@ def arguments(model, task):
 
 @pytest.fixture(scope="module")
 def make_engine(model, params):
-    """`make_engine(mesh_shape, slots) -> (engine, params)`, the parameters as it takes them."""
+    """A function `(mesh_shape, slots) -> (engine, params)`, with params in the engine's layout."""
 
     def make_engine(mesh_shape=(1, 1, 1), slots=16):
         mesh = mesh_lib.make_mesh(mesh_shape, jax.devices()[: int(np.prod(mesh_shape))])
@@ -49,7 +49,7 @@ def one_device(make_engine):
 
 @pytest.fixture(scope="module")
 def collector(task, arguments):
-    """`collector(engine, params) -> collect`, where `collect(problems)` gives their rollouts."""
+    """A function `(engine, params) -> collect`, where `collect(problems)` returns rollouts."""
 
     def collector(engine, params, pool=None):
         made = Collector(engine, task, pool or VerifierPool(task.verify), 2)
@@ -95,7 +95,7 @@ def test_outcomes_are_disjoint_and_complete(collect, task):
 
 
 def test_a_problem_is_yielded_when_its_last_rollout_ends(collect, task):
-    """Problems come in another order, with the same rollouts that a call returns."""
+    """Problems are yielded in another order, but with the rollouts that a call returns."""
     problems = [task.train[i] for i in range(24)]
     whole = collect(problems)
     parts = list(collect(problems, Collector.by_problem))
@@ -146,7 +146,7 @@ def test_verdicts_that_arrive_while_the_device_samples_cost_no_time(collect, tas
 
 
 def test_settled_rollouts_concatenate_with_others(collect, task):
-    """Dynamic sampling does this. The order and the time spent waiting are kept."""
+    """Dynamic sampling relies on this. The order and the time spent waiting are kept."""
     first, second = collect([task.train[0]]), collect([task.train[1], task.train[2]])
     waited = first.judged.wait_seconds
     both = concatenate([first.settled(), second])

@@ -58,7 +58,7 @@ class Programs:
 
 @pytest.fixture(scope="module")
 def make(model, params):
-    """`make(slots, mesh_shape, ...) -> sample`. Engines with equal arguments are compiled once."""
+    """A function `(slots, mesh_shape, ...) -> sample`, which compiles equal engines only once."""
     made = {}
 
     def make(slots=8, mesh_shape=(1, 1, 1), prompts=None, decode_mesh=(), budget=BUDGET, **options):
@@ -93,7 +93,7 @@ def make(model, params):
 
 
 def by_id(responses, ids=IDS):
-    """Rollout id -> response."""
+    """Returns the response of each rollout, by rollout id."""
     found = {ids[r.prompt][r.member]: r for r in responses}
     assert len(found) == len(responses) == sum(map(len, ids))
     return found
@@ -113,14 +113,14 @@ def rollouts(make):
 
 
 def full_logits(score, params, tokens):
-    """Logits [T, V] in float64 of one forward pass over all tokens, without a cache."""
+    """Computes float64 logits [T, V] in one forward pass over all tokens, without a cache."""
     padded, positions = np.zeros((1, 32), np.int32), np.full((1, 32), -1, np.int32)
     padded[0, : len(tokens)], positions[0, : len(tokens)] = tokens, np.arange(len(tokens))
     return np.asarray(score(params, padded, positions), np.float64)[0, : len(tokens)]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_equal_teacher_forced_ones(make, score, params, temperature):
+def test_logprobs_equal_those_of_a_full_forward_pass(make, score, params, temperature):
     for response in make()(temperature=temperature):
         prompt, n = PROMPTS[response.prompt], len(response.tokens)
         logits = full_logits(score, params, [*prompt, *response.tokens])[len(prompt) - 1 : -1]
@@ -157,7 +157,7 @@ def test_the_number_of_slots_changes_nothing(make, rollouts, count):
         pytest.param((2, 4, 1), (4, 1, 2), marks=pytest.mark.slow),
     ],
 )
-def test_eight_devices_sample_what_one_does(make, rollouts, mesh_shape, decode_mesh):
+def test_eight_devices_sample_the_same_rollouts_as_one(make, rollouts, mesh_shape, decode_mesh):
     assert_same(by_id(make(8, mesh_shape, decode_mesh=decode_mesh)()), rollouts)
 
 
@@ -478,7 +478,7 @@ def test_sampling_params_of_another_vocabulary_are_refused(make):
         sample.params, [], [], key=jax.random.key(0), sampling_params=sampling.params(7, stop=())
     )
     with pytest.raises(
-        ValueError, match="sampling_params are for a vocabulary of 7 tokens; the model has 32"
+        ValueError, match="sampling_params are for a vocabulary of 7 tokens; expected 32"
     ):
         next(ended)
 
@@ -523,7 +523,7 @@ pathlib.Path(sys.argv[4], f"{processes}-{number}.json").write_text(json.dumps(ma
 
 
 @pytest.mark.slow
-def test_two_processes_sample_what_one_does(tmp_path):
+def test_two_processes_sample_the_same_rollouts_as_one(tmp_path):
     """Both processes return the rollouts in the same order, so they make the same decisions."""
     processes.run(PROCESS, str(tmp_path), processes=1, devices=8)
     processes.run(PROCESS, str(tmp_path), processes=2, devices=4)

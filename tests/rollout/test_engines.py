@@ -14,7 +14,7 @@ SIZES = {"slots": 64, "group_size": 8, "rollouts": 512, "prompt_tokens": 16, "re
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """The shape and the options of every engine that is compiled, in place of compiling it."""
+    """Replaces `Engine` by a function that only records its arguments, in the returned list."""
     compiled = []
 
     def engine(model, abstract_params, mesh, shape, *, pad_id):

@@ -1,4 +1,4 @@
-"""The parameters' layout for decoding."""
+"""The layout of the parameters for decoding."""
 
 import jax
 import numpy as np

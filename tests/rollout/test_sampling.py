@@ -31,7 +31,7 @@ OPTIONS = [
 
 
 def distribution(logits, temperature, top_k=0, top_p=1.0, min_p=0.0, forbidden=()):
-    """Token id -> probability, computed token by token in float64."""
+    """Computes the probability of each token id, token by token in float64."""
     tokens = [token for token in range(len(logits)) if token not in forbidden]
     tokens = sorted(tokens, key=lambda token: (-logits[token], token))[: top_k or None]
     mass = np.exp(np.float64(logits[tokens]) / temperature)
@@ -91,7 +91,7 @@ def test_changed_sampling_parameters_do_not_recompile(logits):
 
 @pytest.mark.parametrize("size", [7, 33, 250, 1000, 4096])
 def test_blocks_of_any_size(size):
-    """Vocabularies that 128 divides or not: the frequencies of bins of tokens."""
+    """Compares frequencies for vocabularies whose size is, or is not, a multiple of 128."""
     n, logits = 20_000, np.random.default_rng(size).normal(0, 1.5, size).astype(np.float32)
     drawn = draws(logits, n)
     p = np.exp(log_softmax(logits.astype(np.float64)))

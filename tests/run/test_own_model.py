@@ -159,7 +159,7 @@ def test_from_rlvr_to_opsd(files, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", CONTEXTS)
 def test_each_kind_of_context(files, tmp_path, kind):
-    """With reminders, an EMA teacher and a checkpoint after every step."""
+    """The runs have reminders, an EMA teacher and a checkpoint after every step."""
     rows = train(
         files,
         "opsd",
@@ -193,7 +193,7 @@ def test_each_kind_of_context(files, tmp_path, kind):
     ("algorithm", "teacher"), [*(("opsd", kind) for kind in teacher_lib.TEACHERS), ("rlvr", "")]
 )
 def test_the_loss_falls_on_a_fixed_batch(files, tmp_path, algorithm, teacher):
-    """Makes batch, loss and teacher as a run does, then updates thirty times on that batch."""
+    """Builds the batch, loss and teacher of a run, then updates thirty times on that batch."""
     changes = {"rlvr.updates": "1"}
     if algorithm == "opsd":
         changes = {"opsd.teacher.kind": teacher, "opsd.gate": "all", "opsd.teacher.rate": "0.1"}

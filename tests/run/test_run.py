@@ -39,7 +39,7 @@ def run(config, workdir):
 
 
 def outcome(workdir, stages=("sft", "rlvr", "opsd")):
-    """The results of a run, without times: parameters, metrics, responses, divergence curves."""
+    """Returns a run's results without times: parameters, metrics, responses, divergence curves."""
     with ocp.StandardCheckpointer() as checkpointer:
         params = {s: checkpointer.restore((workdir / s / "params").absolute()) for s in stages}
     metrics = {
@@ -143,7 +143,7 @@ class Crash(BaseException):
 def test_a_run_that_crashes_before_any_step_resumes_exactly(
     config, undisturbed, tmp_path, monkeypatch
 ):
-    """It crashes once before each step of each stage, and once in each evaluation."""
+    """The run crashes once before each step of each stage, and once in each evaluation."""
     pending = [(s, i) for s in config.stages for i in [*range(config[s].steps), "evaluation"]]
     make_stage, evaluate = pipeline.make_stage, Evaluator.__call__
 
@@ -290,7 +290,7 @@ def test_which_checkpoints_are_kept(config, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("room", [8 << 10, 64 << 10])
 def test_a_full_disk_is_named_and_damages_nothing(config, undisturbed, tmp_path, room):
-    """No file may exceed `room` bytes. The first records do, or the first checkpoint does."""
+    """No file may exceed `room` bytes, which is too little for records or for a checkpoint."""
     workdir = tmp_path / "run"
     workdir.mkdir()
     (workdir / "config.json").write_text(loading.to_json(config))
@@ -357,7 +357,7 @@ def test_a_run_gives_the_same_results_on_any_mesh(config, undisturbed, tmp_path,
 
 
 def test_damaged_records_are_named(config, undisturbed, tmp_path):
-    """An incomplete last line of metrics is no damage: a killed run leaves one."""
+    """An incomplete last line of metrics is not damage, because a killed run leaves one."""
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed, workdir)
     rows = metrics_lib.read(workdir / "sft")
@@ -400,9 +400,7 @@ def test_evaluate_reproduces_the_recorded_metrics(config, undisturbed, capsys):
     assert "expected one of untrained, sft, rlvr, opsd" in capsys.readouterr().err
 
 
-def test_divergence_by_position_is_that_of_full_forward_passes(
-    config, undisturbed, task, model, score
-):
+def test_divergence_by_position_equals_full_forward_passes(config, undisturbed, task, model, score):
     """Recomputes the curve before OPSD, one response at a time."""
     with ocp.StandardCheckpointer() as checkpointer:
         params = checkpointer.restore((undisturbed / "rlvr" / "params").absolute())
@@ -518,7 +516,7 @@ def test_a_user_s_own_model_trains(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_kill_nine_at_random_moments(config, tmp_path):
+def test_a_run_killed_at_random_moments_gives_the_same_results(config, tmp_path):
     """A run that is killed five times ends with the same results as one that is not."""
     (tmp_path / "tiny.py").write_text(
         "from opsd_jax.config import loading\n"

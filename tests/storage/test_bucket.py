@@ -52,7 +52,7 @@ def test_a_bucket_is_given_as_a_gs_url(directory, capsys):
         assert "expected a directory or gs://BUCKET/" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main.main(["convert", "--workdir", "runs", "--out", "gs://bucket/model"])
-    assert "expected a directory of this machine" in capsys.readouterr().err
+    assert "expected a directory on this machine" in capsys.readouterr().err
 
 
 def test_a_missing_gcs_extra_is_named(monkeypatch, capsys):
