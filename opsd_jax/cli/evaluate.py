@@ -29,7 +29,7 @@ from opsd_jax.options import ConfigError, section
 from opsd_jax.parallel import hosts
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.problem import Problem
-from opsd_jax.run import pipeline
+from opsd_jax.run import assembly, pipeline
 from opsd_jax.run import workdir as workdir_lib
 from opsd_jax.run.parameters import UNTRAINED, chosen_stage, meshes
 from opsd_jax.storage import files
@@ -76,7 +76,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     stage, config = hosts.together(lambda: config_of(arguments))
     workdir = arguments.workdir
-    this = hosts.together(lambda: pipeline.assemble(config, workdir or arguments.out))
+    this = hosts.together(lambda: assembly.assemble(config, workdir or arguments.out))
     problems = this.evaluator.problems()
     if arguments.benchmark and arguments.problems:
         problems = _first_of_each(problems, arguments.problems)

@@ -23,7 +23,7 @@ from opsd_jax.parallel.program import ProgramKey, ProgramKind
 from opsd_jax.policy import Params, Policy
 from opsd_jax.rollout.collect import Rollouts
 from opsd_jax.stages.batch import collate, response_head
-from opsd_jax.stages.privileged import inserted_tokens
+from opsd_jax.stages.privileged import PrivilegedOptions, inserted_tokens
 
 FILE = "divergence.json"
 PROBED = 1024  # largest number of held-out responses whose divergence a run measures
@@ -63,12 +63,22 @@ def token_kl(
     )
 
 
+def probed(evaluation: EvaluationOptions, problems: int) -> int:
+    """Returns how many of the evaluated problems have the divergence of their responses measured.
+
+    Args:
+      evaluation: options of the evaluation.
+      problems: the number of evaluated problems.
+    """
+    return min(problems, max(1, PROBED // evaluation.samples))
+
+
 class DivergenceProbe:
     """Measures the divergence of a student from a teacher that sees a privileged context."""
 
     def __init__(
         self,
-        config: Any,
+        options: PrivilegedOptions,
         evaluation: EvaluationOptions,
         task: Task,
         policy: Policy,
@@ -78,25 +88,25 @@ class DivergenceProbe:
         """Compiles the program that computes the divergence.
 
         Args:
-          config: options of the OPSD stage.
+          options: options of the stage.
           evaluation: options of the evaluation that the responses come from.
           task: the task that the problems belong to.
           policy: the model of both student and teacher.
           mesh: the mesh to compute on.
           abstract_params: shapes of the parameters, with their shardings.
         """
-        self._microbatch, self._task = config.microbatch, task
+        self._microbatch, self._task = options.microbatch, task
         self._response_tokens = evaluation.response_tokens
-        inserted = inserted_tokens(config, evaluation.response_tokens)
+        inserted = inserted_tokens(options, evaluation.response_tokens)
         round_up = lambda tokens: -(-tokens // MULTIPLE) * MULTIPLE
         self._lengths = {
             "student": round_up(evaluation.prompt_tokens + evaluation.response_tokens),
             "teacher": round_up(
-                config.teacher_prompt_tokens + evaluation.response_tokens + inserted
+                options.teacher_prompt_tokens + evaluation.response_tokens + inserted
             ),
         }
         self._rows = mesh_lib.rows(mesh)
-        score = functools.partial(token_kl, policy, config.temperature, config.loss_chunk)
+        score = functools.partial(token_kl, policy, options.temperature, options.loss_chunk)
         empty = self._collate([])
         rows = mesh_lib.abstract_of(empty, jax.tree.map(lambda _: self._rows, empty))
         with jax.set_mesh(mesh):

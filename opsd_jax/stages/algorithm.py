@@ -88,7 +88,8 @@ class Algorithm(NamedTuple):
       privileged: `(options, Parts, Sampled, group_size, seed) -> Privileged`: finds the privileged
         contexts of rollouts that were sampled with these options, `group_size` of each prompt. The
         run then also measures the divergence from the teacher by position, before and after the
-        stage. None for an algorithm without a teacher that sees more than the student.
+        stage. None for an algorithm without a teacher that sees more than the student. The options
+        extend `PrivilegedOptions`.
       privileged_sampling: `(options, Sampled, rollouts, task=None) -> (Sampling, ...)`: what
         `privileged` samples for this number of rollouts.
       curves: the training metrics that the report plots.

@@ -15,7 +15,7 @@ from opsd_jax.cli import main
 from opsd_jax.config import loading
 from opsd_jax.config.run_options import parse_run
 from opsd_jax.models import safetensors
-from opsd_jax.run import pipeline
+from opsd_jax.run import assembly
 from opsd_jax.run.parameters import Parameters
 from opsd_jax.training import checkpoint
 
@@ -192,7 +192,7 @@ def test_weights_that_disappear_before_they_are_read_are_a_config_error(source, 
     config = config.copy_and_resolve_references()
     config.unlock()
     config.model = config_lib.pretrained(source)
-    this = pipeline.assemble(parse_run(config), tmp_path)
+    this = assembly.assemble(parse_run(config), tmp_path)
     (source / "model.safetensors").unlink()
     with pytest.raises(config_lib.ConfigError, match=r"config\.model: .*model\.safetensors cannot"):
         this.parameters.initial()

@@ -13,7 +13,7 @@ from opsd_jax import config as config_lib
 from opsd_jax.cli import main
 from opsd_jax.config import fields, loading
 from opsd_jax.config.run_options import parse_run
-from opsd_jax.run import pipeline
+from opsd_jax.run import assembly
 from opsd_jax.run.workdir import claimed
 
 QUICKSTART = str(CONFIGS / "quickstart.py")
@@ -165,7 +165,7 @@ def test_fields_that_do_not_fit_together_are_refused_before_compiling(
 ):
     config = loading.load(QUICKSTART, {field: text})
     with pytest.raises(config_lib.ConfigError, match=message):
-        pipeline.assemble(config, tmp_path)
+        assembly.assemble(config, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_padded_lengths_must_divide_evenly_over_tensor(tmp_path, fields, message
     fields |= {"mesh": "(4, 1, 2)", "model.sequence_parallel": "True"}
     config = loading.load(QUICKSTART, fields)
     with pytest.raises(config_lib.ConfigError, match=message):
-        pipeline.assemble(config, tmp_path)
+        assembly.assemble(config, tmp_path)
 
 
 def test_memos_have_slots_on_every_device(tmp_path):
@@ -193,7 +193,7 @@ def test_memos_have_slots_on_every_device(tmp_path):
     config = loading.load(QUICKSTART, fields)
     message = "opsd.memo.slots is 12; expected a multiple of data x fsdp = 8"
     with pytest.raises(config_lib.ConfigError, match=message):
-        pipeline.assemble(config, tmp_path)
+        assembly.assemble(config, tmp_path)
 
 
 def test_too_many_key_value_heads_per_device_for_the_paged_kernel_are_refused(tmp_path):
@@ -203,7 +203,7 @@ def test_too_many_key_value_heads_per_device_for_the_paged_kernel_are_refused(tm
     config = loading.load(QUICKSTART, fields)
     message = "config.decode_mesh: model.cache is 'paged', but each device has 12 key-value heads"
     with pytest.raises(config_lib.ConfigError, match=message):
-        pipeline.assemble(config, tmp_path)
+        assembly.assemble(config, tmp_path)
 
 
 @pytest.mark.parametrize(("field", "form"), [("cache", "paged"), ("attention", "splash")])
@@ -212,7 +212,7 @@ def test_tpu_kernels_are_refused_on_other_devices(tmp_path, field, form):
     config = loading.load(QUICKSTART, fields)
     message = f"model.{field} is '{form}'; expected 'auto' on a cpu: only TPUs run it"
     with pytest.raises(config_lib.ConfigError, match=message):
-        pipeline.assemble(config, tmp_path)
+        assembly.assemble(config, tmp_path)
 
 
 def test_sampling_may_have_its_own_mesh(tmp_path):
@@ -221,7 +221,7 @@ def test_sampling_may_have_its_own_mesh(tmp_path):
     """
     fields = {"decode_mesh": "(-1, 1, 2)", "rlvr.slots": "12", "rlvr.prompts": "6"}
     fields |= {"rlvr.microbatch": "16", "rlvr.updates": "1"}
-    made = lambda **changes: pipeline.assemble(loading.load(QUICKSTART, fields | changes), tmp_path)
+    made = lambda **changes: assembly.assemble(loading.load(QUICKSTART, fields | changes), tmp_path)
     run = made()
     mesh = run.parameters.mesh
     assert dict(mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}

@@ -26,7 +26,7 @@ from opsd_jax.data.duplicates import normalise, without_duplicates
 from opsd_jax.data.mixture import mixture
 from opsd_jax.data.tokenizer import ByteTokenizer
 from opsd_jax.problem import DataError, Problem
-from opsd_jax.run import checks, pipeline, workdir
+from opsd_jax.run import assembly, checks, pipeline, workdir
 from opsd_jax.stages import sft
 from opsd_jax.training import metrics
 
@@ -238,7 +238,7 @@ def assemble(config, workdir):
     """Builds a run, with all checks of a config and its data."""
     options = parse_run(config)
     options.data.check_sources("data")
-    return pipeline.assemble(options, workdir)
+    return assembly.assemble(options, workdir)
 
 
 def test_load_counts_the_rows_that_it_leaves_out(config, logged):

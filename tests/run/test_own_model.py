@@ -13,7 +13,7 @@ from paths import CONFIGS, SHARED
 from opsd_jax.cli import main
 from opsd_jax.config import loading
 from opsd_jax.models import decoder
-from opsd_jax.run import pipeline
+from opsd_jax.run import assembly
 from opsd_jax.stages import teacher as teacher_lib
 from opsd_jax.training import metrics as metrics_lib
 from opsd_jax.training.optimizer import make_optimizer
@@ -198,9 +198,9 @@ def test_the_loss_falls_on_a_fixed_batch(files, tmp_path, algorithm, teacher):
     if algorithm == "opsd":
         changes = {"opsd.teacher.kind": teacher, "opsd.gate": "all", "opsd.teacher.rate": "0.1"}
     path = CONFIGS / f"{algorithm}_hf.py"
-    run = pipeline.assemble(loading.load(path, overrides(files, algorithm, **changes)), tmp_path)
+    run = assembly.assemble(loading.load(path, overrides(files, algorithm, **changes)), tmp_path)
     with run.pool:
-        stage, params = pipeline.make_stage(run, algorithm), run.parameters.of("")
+        stage, params = assembly.make_stage(run, algorithm), run.parameters.of("")
         (batch,), *_ = stage.batches(0, params)
     optimizer = make_optimizer(run.config.sections[algorithm].optimizer, 100)
     abstract = abstract_state(

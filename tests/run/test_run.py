@@ -23,7 +23,7 @@ from opsd_jax.config.run_options import parse_run
 from opsd_jax.data.arithmetic import informed_prompt
 from opsd_jax.evaluation.evaluator import Evaluator
 from opsd_jax.losses import reverse_kl
-from opsd_jax.run import pipeline
+from opsd_jax.run import assembly, pipeline
 from opsd_jax.run import workdir as workdir_lib
 from opsd_jax.storage.files import RecordError
 from opsd_jax.training import loop
@@ -372,7 +372,7 @@ def test_damaged_records_are_named(config, undisturbed, tmp_path):
         if path.is_file():
             path.write_bytes(b"")
     with pytest.raises(RecordError, match=r"rlvr/params cannot be restored.*delete that directory"):
-        pipeline.assemble(parse_run(config), workdir).parameters.of("rlvr")
+        assembly.assemble(parse_run(config), workdir).parameters.of("rlvr")
     (workdir / "opsd" / "evaluation.json").write_text("{")
     with pytest.raises(RecordError, match=r"opsd/evaluation.json is damaged"):
         pipeline.write_report(parse_run(config), workdir)
@@ -439,8 +439,8 @@ def test_steps_without_active_rows_are_counted_and_change_nothing(config, undist
     assert [row["empty"] for row in rows] == [float(n == 0) for n in active]
     assert 0 in active
     if not any(active):
-        start = pipeline.assemble(parse_run(idle), tmp_path).parameters.initial()
-        end = pipeline.assemble(parse_run(idle), tmp_path).parameters.of("opsd")
+        start = assembly.assemble(parse_run(idle), tmp_path).parameters.initial()
+        end = assembly.assemble(parse_run(idle), tmp_path).parameters.of("opsd")
         for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(end), strict=True):
             np.testing.assert_array_equal(a, b)
 

@@ -18,7 +18,7 @@ from opsd_jax.planning.chips import CHIPS
 from opsd_jax.planning.keys import PhaseKey
 from opsd_jax.planning.phases import Phases
 from opsd_jax.planning.programs import Compiler
-from opsd_jax.run import pipeline
+from opsd_jax.run import assembly, pipeline
 from opsd_jax.stages import ALGORITHMS
 
 
@@ -94,10 +94,10 @@ def test_it_validates(own, field, value, message):
 def test_its_data_and_slots_are_checked(own, tmp_path):
     own.best.prompt_tokens = 8
     with pytest.raises(ConfigError, match=r"best.prompt_tokens is 8; expected at least 16"):
-        pipeline.assemble(parse_run(own), tmp_path)
+        assembly.assemble(parse_run(own), tmp_path)
     own.best.update({"prompt_tokens": 16, "slots": 12})
     with pytest.raises(ConfigError, match=r"best.slots is 12; expected a multiple of data x fsdp"):
-        pipeline.assemble(parse_run(own), tmp_path)
+        assembly.assemble(parse_run(own), tmp_path)
 
 
 def test_it_is_planned(own):

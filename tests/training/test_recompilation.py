@@ -3,7 +3,7 @@
 import jax
 
 from opsd_jax.config.run_options import parse_run
-from opsd_jax.run import pipeline
+from opsd_jax.run import assembly
 from opsd_jax.training.loop import LoopOptions, run_stage
 from opsd_jax.training.optimizer import make_optimizer
 from opsd_jax.training.signals import StopSignal
@@ -22,11 +22,11 @@ def test_nothing_compiles_after_the_first_steps(config, tmp_path):
     section = config.copy_and_resolve_references()
     section.opsd.update({"gate": "0,1,0", "steps": 10, "checkpoint_every": 100, "init_from": ""})
     section.stages = ("opsd",)
-    this, seen = pipeline.assemble(parse_run(section), tmp_path), []
+    this, seen = assembly.assemble(parse_run(section), tmp_path), []
     jax.monitoring.register_event_duration_secs_listener(count)
     try:
         with this.pool, StopSignal() as stop:
-            stage = pipeline.make_stage(this, "opsd")
+            stage = assembly.make_stage(this, "opsd")
             run_stage(
                 stage,
                 make_optimizer(this.config.sections["opsd"].optimizer, 10),

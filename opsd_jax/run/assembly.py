@@ -1,0 +1,120 @@
+"""Builds the objects that the stages and evaluations of a run use, and checks that they fit."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+from opsd_jax.config.run_options import RunOptions
+from opsd_jax.data.task import Task
+from opsd_jax.evaluation.evaluator import Evaluator
+from opsd_jax.options import ConfigError, import_function
+from opsd_jax.problem import DataError
+from opsd_jax.rollout.engines import Engines
+from opsd_jax.run import checks
+from opsd_jax.run.parameters import Parameters, seed_of, stage_seed
+from opsd_jax.stages.parts import Parts
+from opsd_jax.storage.files import Path
+from opsd_jax.training.stage import Stage
+from opsd_jax.verify.pool import VerifierPool
+
+
+class Run(NamedTuple):
+    """The objects that the stages and evaluations of a run share.
+
+    Attributes:
+      config: the options of the run.
+      workdir: its work directory.
+      parameters: the model and its parameters.
+      task: the data.
+      pool: worker processes that judge responses.
+      engines: compiles engines that sample.
+      evaluator: evaluates parameters on held-out problems.
+    """
+
+    config: RunOptions
+    workdir: Path
+    parameters: Parameters
+    task: Task
+    pool: VerifierPool
+    engines: Engines
+    evaluator: Evaluator
+
+
+def assemble(config: RunOptions, workdir: Path) -> Run:
+    """Builds the parts of a run and checks that they fit together.
+
+    Raises:
+      ConfigError: names the field that does not fit the devices, the model or the data.
+      DataError: a source cannot be used.
+    """
+    parameters = Parameters(config, workdir)
+    checks.check_devices(config, parameters.mesh, parameters.decode_mesh)
+    task = make_task(config)
+    seed = functools.partial(stage_seed, config)
+    checks.check_data(config, task, parameters.model.vocab_size, seed)
+    pool = VerifierPool(task.verify, config.pool)
+    engines = Engines(parameters.model, lambda: parameters.decoding, task.tokenizer.pad_id)
+    evaluator = Evaluator(
+        config.evaluation,
+        task,
+        parameters.model.vocab_size,
+        engines,
+        pool,
+        lambda params: parameters.decoding.convert(params),
+    )
+    return Run(config, workdir, parameters, task, pool, engines, evaluator)
+
+
+def make_task(config: RunOptions) -> Task:
+    """Builds the task by calling the function that `config.task` names with `config.data`.
+
+    Raises:
+      ConfigError: the function cannot be imported, or rejects the section.
+      DataError: a source cannot be used.
+    """
+    make = import_function(config.task, "task")
+    try:
+        return make(config.data)
+    except (ConfigError, DataError):
+        raise
+    except ValueError as error:
+        raise ConfigError(f"config.task is {config.task!r}: {error}") from error
+
+
+def stage_parts(this: Run, seed: int, poll: Callable[[], None]) -> Parts:
+    """Returns the objects from which a stage is built.
+
+    Args:
+      this: the run.
+      seed: the seed of the stage.
+      poll: called while the stage samples; an exception that it raises ends the sampling.
+    """
+    return Parts(
+        task=this.task,
+        model=this.parameters.model,
+        engines=this.engines,
+        pool=this.pool,
+        seed=seed,
+        seed_of=functools.partial(seed_of, this.config),
+        poll=poll,
+    )
+
+
+def make_stage(this: Run, name: str, poll: Callable[[], None] = lambda: None) -> Stage:
+    """Builds the stage that a section of the config describes, and compiles its engines.
+
+    Args:
+      this: the run.
+      name: the name of the section.
+      poll: called while the stage samples; an exception that it raises ends the sampling.
+    """
+    options = this.config.sections[name]
+    algorithm = this.config.algorithm(name)
+    stage = algorithm.make(options, stage_parts(this, stage_seed(this.config, name), poll))
+    if not algorithm.sampling(options):
+        return stage
+    # One conversion per step to the decode layout, whatever the step samples.
+    convert = this.parameters.decoding.convert
+    return stage._replace(batches=lambda step, params: stage.batches(step, convert(params)))

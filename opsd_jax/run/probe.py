@@ -1,0 +1,67 @@
+"""Measures a stage's divergence from its privileged teacher, before and after the stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from opsd_jax.evaluation import divergence, records
+from opsd_jax.parallel import hosts
+from opsd_jax.policy import Params
+from opsd_jax.run.assembly import Run, stage_parts
+from opsd_jax.run.parameters import UNTRAINED, seed_of
+from opsd_jax.storage import files
+from opsd_jax.training.signals import StopSignal
+
+
+def measure(
+    this: Run, name: str, params: Params, responses: list[dict[str, Any]], stop: StopSignal
+) -> None:
+    """Writes the divergence of a stage's model from its teacher, before and after the stage.
+
+    The divergence is averaged at each position of the response. Each model is measured on its own
+    held-out responses. The teacher has the parameters from before the stage. Nothing is written for
+    a stage without a privileged teacher.
+
+    Args:
+      this: the run.
+      name: the stage.
+      params: the result of the stage.
+      responses: the records of its evaluation.
+      stop: ends the sampling of memos.
+    """
+    evaluation = this.config.evaluation
+    options: Any = this.config.sections[name]  # PrivilegedOptions if the algorithm is privileged
+    algorithm = this.config.algorithm(name)
+    if algorithm.privileged is None:
+        return
+    seed = seed_of(this.config, "probe")
+    parts = stage_parts(this, seed, stop.check)
+    privileged = algorithm.privileged(options, parts, evaluation, evaluation.samples, seed)
+    # Only memos need parameters, in the decode layout.
+    samples = algorithm.privileged_sampling(options, evaluation, 0)
+    convert = this.parameters.decoding.convert if samples else lambda params: params
+    parameters = this.parameters
+    probe = divergence.DivergenceProbe(
+        options,
+        evaluation,
+        this.task,
+        parameters.model.policy,
+        parameters.mesh,
+        parameters.abstract,
+    )
+    teacher = parameters.of(options.init_from)
+    started_from = this.workdir / (options.init_from or UNTRAINED)
+    before, _ = hosts.from_first(lambda: records.read(started_from))
+    count = divergence.probed(evaluation, len(before) // evaluation.samples)
+    problems = [this.task.heldout[i] for i in range(count)]
+
+    def curve(student: Params, responses: list[dict[str, Any]]) -> dict[str, Any]:
+        rollouts = records.rollouts_of(problems, responses)
+        n = len(rollouts.responses)
+        taught = privileged(0, convert(student), rollouts, range(n), capacity=n)
+        return probe(student=student, teacher=teacher, rollouts=rollouts, taught=taught.rows)
+
+    curves = {"before": curve(teacher, before), "after": curve(params, responses)}
+    if hosts.is_first():
+        path = this.workdir / name / divergence.FILE
+        files.write_atomically(path, files.to_json(curves) + "\n")
