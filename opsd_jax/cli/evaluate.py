@@ -31,8 +31,9 @@ from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.problem import Problem
 from opsd_jax.run import assembly, pipeline
 from opsd_jax.run import workdir as workdir_lib
-from opsd_jax.run.parameters import UNTRAINED, chosen_stage, meshes
+from opsd_jax.run.parameters import chosen_stage, meshes
 from opsd_jax.storage import files
+from opsd_jax.storage.names import EVALUATIONS, PARAMS, UNTRAINED
 from opsd_jax.training.progress import Progress
 from opsd_jax.training.signals import StopSignal
 
@@ -81,12 +82,12 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.benchmark and arguments.problems:
         problems = _first_of_each(problems, arguments.problems)
     model = workdir / stage if workdir else arguments.model
-    weights = model / "params" if workdir else model
+    weights = model / PARAMS if workdir else model
     fingerprint = hosts.together(lambda: records.fingerprint(weights))
     settings = pipeline.evaluation_settings(this, str(model), fingerprint, problems)
     workdir_lib.check_equal(settings, "settings")
     directory = arguments.out or (
-        workdir / "evaluations" / stage / _name(list(config.data.heldout), settings)
+        workdir / EVALUATIONS / stage / _name(list(config.data.heldout), settings)
     )
     if arguments.compare == directory:
         raise ConfigError(

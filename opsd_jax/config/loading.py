@@ -136,9 +136,10 @@ def _parse(text: str, kind: type) -> Any:
 
 def _unknown(config: ConfigDict, field: str) -> ConfigError:
     known = list(flatten(config))
-    near = difflib.get_close_matches(field, known, n=1, cutoff=0.5)
-    last = [k for k in known if k.rsplit(".", 1)[-1] == field.rsplit(".", 1)[-1]]
-    nearest = f"Did you mean --config.{(near or last)[0]}?" if near or last else ""
+    same_name = [k for k in known if k.rsplit(".", 1)[-1] == field.rsplit(".", 1)[-1]]
+    near = difflib.get_close_matches(field, same_name, n=1, cutoff=0.0)
+    near = near or difflib.get_close_matches(field, known, n=1, cutoff=0.5)
+    nearest = f"Did you mean --config.{near[0]}?" if near else ""
     hint = nearest or "Expected one of the fields that `opsd-jax train --help` lists."
     return ConfigError(f"--config.{field}: there is no such field. {hint}")
 

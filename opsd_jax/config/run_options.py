@@ -17,6 +17,7 @@ from opsd_jax.options import ConfigError, fail, fields_of, lock, option, parse, 
 from opsd_jax.stages import algorithm_of
 from opsd_jax.stages.algorithm import Algorithm
 from opsd_jax.stages.options import StageOptions
+from opsd_jax.storage.names import RESERVED
 from opsd_jax.training.checkpoint import CheckpointOptions
 from opsd_jax.verify.pool import PoolOptions
 
@@ -26,7 +27,6 @@ MODELS: dict[str, type] = {
     "opsd_jax.models.decoder:from_config": DecoderOptions,
     "opsd_jax.models.pretrained:from_config": PretrainedOptions,
 }
-RESERVED = ("untrained", "report")  # directories of a run that no stage may be named after
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,8 +76,9 @@ class RunOptions:
     def check_stages(self) -> None:
         """Raises ConfigError if the stages cannot run in the given order."""
         if len({*self.stages, *RESERVED}) != len(self.stages) + len(RESERVED):
-            reserved = " or ".join(map(repr, RESERVED))
-            fail("stages", self.stages, f"distinct names, none of them {reserved}")
+            *others, last = map(repr, RESERVED)
+            expected = f"distinct names, none of them {', '.join(others)} or {last}"
+            fail("stages", self.stages, expected)
         for i, name in enumerate(self.stages):
             if name not in self.sections:
                 known = ", ".join(self.sections)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import pathlib
 from collections.abc import Mapping
@@ -17,9 +18,7 @@ from opsd_jax.models.options import DecoderOptions, PretrainedOptions
 from opsd_jax.models.presets import PRESETS
 from opsd_jax.models.rope import RopeScaling
 from opsd_jax.options import ConfigError, section
-from opsd_jax.stages.opsd import OPSDOptions
-from opsd_jax.stages.rlvr import RLVROptions
-from opsd_jax.stages.sft import SFTOptions
+from opsd_jax.stages import ALGORITHMS
 from opsd_jax.training.optimizer import OptimizerOptions
 from opsd_jax.verify.verifiers import VerifierOptions
 
@@ -33,10 +32,11 @@ def default() -> ConfigDict:
     model is a directory (`config.model.path`), and the problems come from files
     (`config.data.train`). A config file starts here and changes what it needs.
     """
+    order = RunOptions().stages
+    before = dict(itertools.pairwise(reversed(order)))
     stages = {
-        "sft": SFTOptions(),
-        "rlvr": RLVROptions(init_from="sft"),
-        "opsd": OPSDOptions(init_from="rlvr"),
+        name: algorithm.options(init_from=before.get(name, ""))
+        for name, algorithm in ALGORITHMS.items()
     }
     return run_section(RunOptions(sections=stages))
 

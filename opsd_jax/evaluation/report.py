@@ -19,6 +19,7 @@ from opsd_jax.stages import algorithm_of
 from opsd_jax.stages.options import StageOptions
 from opsd_jax.storage import files
 from opsd_jax.storage.files import Path
+from opsd_jax.storage.names import REPORT, UNTRAINED
 from opsd_jax.training import metrics as metrics_lib
 
 
@@ -36,20 +37,17 @@ class Report(NamedTuple):
     responses: dict[str, list[Record]]
 
 
-def gather(
-    sections: Mapping[str, StageOptions], workdir: Path, untrained: str, note: str
-) -> Report:
+def gather(sections: Mapping[str, StageOptions], workdir: Path, note: str) -> Report:
     """Reads the finished stages, compares them, and draws the plots.
 
     Args:
       sections: name of a stage -> its options, in the order of the run.
       workdir: the work directory of the run.
-      untrained: name of the evaluation of the initial parameters.
       note: a note about the task for the reader; "" for none.
     """
     evaluations = {
         name: records.read(workdir / name)
-        for name in (untrained, *sections)
+        for name in (UNTRAINED, *sections)
         if (workdir / name / records.SUMMARY).exists()
     }
     stages, changes = [], []
@@ -61,7 +59,7 @@ def gather(
         own |= {field: getattr(options, field) for field in reported}
         responses, summary = evaluations[name]
         stages.append(own | summary | verification(metrics_lib.read(workdir / name)))
-        before = options.init_from or untrained
+        before = options.init_from or UNTRAINED
         if before in evaluations:
             change = comparison.compare(evaluations[before][0], responses)
             changes.append({"name": name, "from": before, **own, **change})
@@ -69,7 +67,7 @@ def gather(
     results = {
         "stages": stages,
         "changes": changes,
-        "untrained": summaries.get(untrained),
+        "untrained": summaries.get(UNTRAINED),
         "note": note,
         "seconds": sum(summary["seconds"] for summary in summaries.values()),
         "peak_rss_gib": max((s["peak_rss_gib"] for s in summaries.values()), default=0.0),
@@ -168,14 +166,14 @@ def markdown(report: Report) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def write(sections: Mapping[str, StageOptions], workdir: Path, untrained: str, note: str) -> Path:
+def write(sections: Mapping[str, StageOptions], workdir: Path, note: str) -> Path:
     """Writes the report to `workdir/report/`. `gather` explains the arguments.
 
     Returns:
       The path of the HTML page.
     """
-    report = gather(sections, workdir, untrained, note)
-    directory = workdir / "report"
+    report = gather(sections, workdir, note)
+    directory = workdir / REPORT
     directory.mkdir(parents=True, exist_ok=True)
     results = files.to_json(report.results, indent=2, ensure_ascii=False)
     files.write_atomically(directory / "report.json", results + "\n")

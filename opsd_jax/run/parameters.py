@@ -15,9 +15,8 @@ from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.policy import Model, Params
 from opsd_jax.rollout import layout as layout_lib
 from opsd_jax.storage.files import Path
+from opsd_jax.storage.names import PARAMS, UNTRAINED
 from opsd_jax.training import checkpoint
-
-UNTRAINED = "untrained"  # the name under which the initial parameters are evaluated
 
 
 def seed_of(config: RunOptions, name: str) -> int:
@@ -52,7 +51,7 @@ def chosen_stage(stages: Sequence[str], workdir: Path, stage: str | None) -> str
     """
     if stage not in (None, UNTRAINED, *stages):
         raise ConfigError(f"--stage {stage}: expected one of {', '.join((UNTRAINED, *stages))}.")
-    finished = [s for s in stages if checkpoint.has_params(workdir / s / "params")]
+    finished = [s for s in stages if checkpoint.has_params(workdir / s / PARAMS)]
     return stage or (finished[-1] if finished else None)
 
 
@@ -145,7 +144,7 @@ class Parameters:
         """
         if stage in ("", UNTRAINED):
             return self.initial()
-        path = self.workdir / stage / "params"
+        path = self.workdir / stage / PARAMS
         if not checkpoint.has_params(path):
             raise ConfigError(
                 f"the stage {stage!r} has not finished: there is no {path}. Expected a finished "

@@ -34,9 +34,9 @@ from opsd_jax.problem import Problem
 from opsd_jax.run import probe
 from opsd_jax.run import workdir as workdir_lib
 from opsd_jax.run.assembly import Run, assemble, make_stage
-from opsd_jax.run.parameters import UNTRAINED
 from opsd_jax.storage import files
 from opsd_jax.storage.files import Path
+from opsd_jax.storage.names import PARAMS, UNTRAINED
 from opsd_jax.training import checkpoint
 from opsd_jax.training import metrics as metrics_lib
 from opsd_jax.training.loop import LoopOptions, run_stage
@@ -80,14 +80,14 @@ def run(config: RunOptions, workdir: Path) -> None:
             rows = hosts.from_first(functools.partial(metrics_lib.read, workdir / name))
             began = time.monotonic() - sum(row["seconds"] for row in rows)
             params = train(this, name, progress, stop)
-            checkpoint.save_params(workdir / name / "params", params)
+            checkpoint.save_params(workdir / name / PARAMS, params)
             evaluate_and_record(this, name, params, progress, stop, began)
             del params  # frees the memory before the next stage
 
 
 def is_finished(workdir: Path, name: str) -> bool:
     """Returns whether a stage, or UNTRAINED, has its result and its evaluation."""
-    has_result = name == UNTRAINED or checkpoint.has_params(workdir / name / "params")
+    has_result = name == UNTRAINED or checkpoint.has_params(workdir / name / PARAMS)
     return has_result and (workdir / name / records.SUMMARY).exists()
 
 
@@ -169,4 +169,4 @@ def write_report(config: RunOptions, workdir: Path) -> Path:
     path = workdir / NOTE
     note = path.read_text() if path.exists() else ""
     sections = {name: config.sections[name] for name in config.stages}
-    return report.write(sections, workdir, UNTRAINED, note)
+    return report.write(sections, workdir, note)

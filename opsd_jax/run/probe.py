@@ -8,8 +8,9 @@ from opsd_jax.evaluation import divergence, records
 from opsd_jax.parallel import hosts
 from opsd_jax.policy import Params
 from opsd_jax.run.assembly import Run, stage_parts
-from opsd_jax.run.parameters import UNTRAINED, seed_of
+from opsd_jax.run.parameters import seed_of
 from opsd_jax.storage import files
+from opsd_jax.storage.names import UNTRAINED
 from opsd_jax.training.signals import StopSignal
 
 

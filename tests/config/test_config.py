@@ -107,7 +107,7 @@ def test_a_bad_override_is_refused(field, text, message):
         ("evaluation.min_p", "1.1", r"evaluation.min_p is 1.1; expected a number in \[0, 1\]"),
         ("stages", "(['sft'],)", "a tuple of str"),
         ("stages", "('sft', 'sft')", "distinct names"),
-        ("stages", "('sft', 'report')", "none of them 'untrained' or 'report'"),
+        ("stages", "('sft', 'report')", "none of them 'untrained', 'report' or 'evaluations'"),
         ("opsd.optimizer.warmup", "25", "warmup is 25; expected less than 25, the number of opt"),
     ],
 )

@@ -228,7 +228,10 @@ def test_the_loss_falls_on_a_fixed_batch(files, tmp_path, algorithm, teacher):
         ({"data.heldout_problems": "0"}, "config.data.heldout is empty; expected sources"),
         ({"data.thinking": "maybe"}, "data.thinking is 'maybe'; expected one of '', 'on', 'off'"),
         ({"opsd.memo.request_tokens": "0"}, "opsd.memo.request_tokens is 0; expected at least 1"),
-        ({"data.contexts.solution": "Hm"}, "data.contexts.solution is 'Hm'; expected {context} in"),
+        (
+            {"data.contexts.solution": "Hm"},
+            "solution is 'Hm'; expected a text that contains {context}",
+        ),
     ],
 )
 def test_a_bad_field_is_an_error_before_anything_compiles(
