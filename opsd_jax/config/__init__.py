@@ -5,6 +5,8 @@ The config is locked, so a field that does not exist is an error. On the command
 `--config.opsd.gate=all` changes one more field. docs/config.md lists every field.
 """
 
+from typing import Any
+
 from opsd_jax.config.sections import (
     decoder,
     default,
@@ -32,3 +34,14 @@ __all__ = [
     "source",
     "verifier",
 ]
+
+_MOVED = {  # names of version 0.1.0
+    "LARGE": "pretrained(...) and preset(...) have its values as defaults",
+    "REQUEST": "it is a part of the default value of config.data.prompt",
+    "import_function": "it is opsd_jax.options.import_function",
+}
+
+
+def __getattr__(name: str) -> Any:
+    hint = f": {_MOVED[name]}" if name in _MOVED else ""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}.")

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import pathlib
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +17,8 @@ from ml_collections import ConfigDict
 
 import opsd_jax
 from opsd_jax.config.run_options import RunOptions, parse_run, run_section
-from opsd_jax.options import ConfigError, describe
+from opsd_jax.models.options import DecoderOptions, PretrainedOptions
+from opsd_jax.options import ConfigError, describe, fields_of
 from opsd_jax.stages import algorithm_of
 
 # Fields that a resumed run may change. They decide where the run computes and which files it keeps,
@@ -80,10 +82,26 @@ def read(name: str | pathlib.Path) -> ConfigDict:
         spec.loader.exec_module(module)
         config = module.get_config()
     except Exception as error:  # for an unknown field, ConfigDict suggests the nearest one
-        raise ConfigError(f"{path} failed with {type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"{path} failed with {type(error).__name__}: {error}{_hint(error)}"
+        ) from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"{path}: get_config() returned {config!r}; expected a ConfigDict.")
     return config.lock()
+
+
+def _hint(error: Exception) -> str:
+    """Returns what to do about an error of a config file that was written for version 0.1.0.
+
+    There, `default()` had the sizes of the quickstart's model.
+    """
+    key = re.search(r'Key "(\w+)" does not exist', str(error))
+    if key is None or key[1] not in {*fields_of(DecoderOptions)} - {*fields_of(PretrainedOptions)}:
+        return ""
+    return (
+        " The default model is the one in the directory config.model.path. For a model with random "
+        "parameters, first set config.model = config_lib.decoder(...) with its sizes."
+    )
 
 
 def override(config: ConfigDict, field: str, text: str) -> None:

@@ -272,6 +272,29 @@ def test_a_config_file_with_an_error_is_named(tmp_path):
         loading.load(path)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("config.model.hidden_size = 128", r"first set config.model = config_lib.decoder\(...\)"),
+        ("config_lib.LARGE", r"pretrained\(...\) and preset\(...\) have its values"),
+        ("config_lib.import_function", "opsd_jax.options.import_function"),
+    ],
+)
+def test_a_config_file_of_version_0_1_0_is_told_the_new_place(tmp_path, line, message):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from opsd_jax import config as config_lib\n"
+        f"def get_config():\n    config = config_lib.default()\n    {line}\n    return config\n"
+    )
+    with pytest.raises(config_lib.ConfigError, match=message):
+        loading.load(path)
+
+
+def test_a_field_in_another_section_is_suggested_by_its_name():
+    with pytest.raises(config_lib.ConfigError, match=r"mean --config\.opsd\.gate"):
+        loading.load("quickstart", {"opsd.loss.gate": "all"})
+
+
 def test_json_keeps_a_config():
     config = loading.load("quickstart_arms")
     saved = json.loads(loading.to_json(config))
