@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 from ml_collections import ConfigDict
 
 Options = TypeVar("Options")
+Entry = TypeVar("Entry")
 
 
 class ConfigError(ValueError):
@@ -66,6 +67,32 @@ def import_function(dotted: str, field: str) -> Any:
             f"config.{field} is {dotted!r}; expected 'package.module:function' that Python can "
             f"import ({error})."
         ) from error
+
+
+def look_up(table: Mapping[str, Entry], name: str, cls: type[Entry], field: str) -> Entry:
+    """Returns the entry of a table with a name, or the user's own that a dotted name refers to.
+
+    Args:
+      table: name -> entry.
+      name: a key of the table, or "package.module:NAME" of another entry.
+      cls: the class of the entries.
+      field: the config field with the name, for the error.
+
+    Raises:
+      ConfigError: there is no such entry.
+    """
+    if name in table:
+        return table[name]
+    if ":" not in name:
+        fail(field, name, f"one of {', '.join(map(repr, table))}, or 'package.module:NAME'")
+    found = import_function(name, field)
+    if not isinstance(found, cls):
+        fail(
+            field,
+            name,
+            f"the name of an instance of {cls.__module__}.{cls.__name__}; it is {found!r}",
+        )
+    return found
 
 
 class Bounds(NamedTuple):

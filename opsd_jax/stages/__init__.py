@@ -4,7 +4,7 @@ A stage's section of the config names its algorithm: a key of the table, or
 "package.module:ALGORITHM" for your own `Algorithm`. docs/extending.md adds one.
 """
 
-from opsd_jax.options import fail, import_function
+from opsd_jax.options import look_up
 from opsd_jax.stages import opsd, rlvr, sft
 from opsd_jax.stages.algorithm import Algorithm
 
@@ -25,13 +25,4 @@ def algorithm_of(name: str, field: str = "algorithm") -> Algorithm:
     Raises:
       ConfigError: there is no such algorithm.
     """
-    if name in ALGORITHMS:
-        return ALGORITHMS[name]
-    known = f"one of {', '.join(map(repr, ALGORITHMS))}, or 'package.module:ALGORITHM'"
-    if ":" not in name:
-        fail(field, name, known)
-    found = import_function(name, field)
-    if not isinstance(found, Algorithm):
-        expected = "the name of an opsd_jax.stages.algorithm.Algorithm, but it names"
-        fail(field, name, f"{expected} {found!r}")
-    return found
+    return look_up(ALGORITHMS, name, Algorithm, field)

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from opsd_jax.losses import Head
-from opsd_jax.options import fail, option
+from opsd_jax.options import fail, look_up, option
 from opsd_jax.policy import Params, Policy
 from opsd_jax.stages.batch import response_head
 from opsd_jax.training.stage import Teacher
@@ -127,7 +127,7 @@ def _needs_rate(options: TeacherOptions, field: str) -> None:
         fail(f"{field}.rate", options.rate, "a number in (0, 1]")
 
 
-class Kind(NamedTuple):
+class TeacherKind(NamedTuple):
     """One kind of teacher, an entry of `TEACHERS`.
 
     Attributes:
@@ -145,14 +145,14 @@ class Kind(NamedTuple):
     check: Callable[[TeacherOptions, str], None] = lambda options, field: None
 
 
-TEACHERS: dict[str, Kind] = {
-    "frozen": Kind(lambda options, keep: frozen(keep)),
-    "ema": Kind(lambda options, keep: ema(options.rate), _average_head, check=_needs_rate),
-    "refresh": Kind(
+TEACHERS: dict[str, TeacherKind] = {
+    "frozen": TeacherKind(lambda options, keep: frozen(keep)),
+    "ema": TeacherKind(lambda options, keep: ema(options.rate), _average_head, check=_needs_rate),
+    "refresh": TeacherKind(
         lambda options, keep: refresh(options.every, keep), lag=lambda options: options.every
     ),
-    "trust_region": Kind(lambda options, keep: frozen(keep), _mixed_head, check=_needs_rate),
-    "live": Kind(lambda options, keep: None, _current_head, lag=lambda options: 1),
+    "trust_region": TeacherKind(lambda options, keep: frozen(keep), _mixed_head, check=_needs_rate),
+    "live": TeacherKind(lambda options, keep: None, _current_head, lag=lambda options: 1),
 }
 
 
@@ -162,8 +162,8 @@ class TeacherOptions:
 
     kind: str = option(
         "frozen",
-        "Kind of teacher: one of TEACHERS (opsd_jax/stages/teacher.py).",
-        check=lambda kind: "" if kind in TEACHERS else f"one of {', '.join(TEACHERS)}",
+        "Kind of teacher: one of TEACHERS (opsd_jax/stages/teacher.py), or 'package.module:NAME' "
+        "of your own TeacherKind.",
     )
     rate: float = option(
         0.05, "Rate of 'ema'; the current model's fraction in 'trust_region'. In (0, 1]."
@@ -172,12 +172,17 @@ class TeacherOptions:
 
     def check(self, field: str) -> None:
         """Raises ConfigError for options that the kind cannot use."""
-        TEACHERS[self.kind].check(self, field)
+        _kind_of(self, f"{field}.kind").check(self, field)
+
+
+def _kind_of(options: TeacherOptions, field: str = "teacher.kind") -> TeacherKind:
+    """Returns the kind of a teacher; raises ConfigError, naming the field, if there is no such."""
+    return look_up(TEACHERS, options.kind, TeacherKind, field)
 
 
 def make_teacher(options: TeacherOptions, keep: Keep = lambda params: params) -> Teacher | None:
     """Makes the teacher's part of the training state; None for a teacher without its own state."""
-    return TEACHERS[options.kind].make(options, keep)
+    return _kind_of(options).make(options, keep)
 
 
 def make_head(policy: Policy, options: TeacherOptions) -> Callable[[Params, Params, Any], Head]:
@@ -186,7 +191,7 @@ def make_head(policy: Policy, options: TeacherOptions) -> Callable[[Params, Para
     Its arguments are the student's parameters, the teacher in the training state (or None), and the
     teacher's sequences of a microbatch. No gradient flows through the student's parameters.
     """
-    head = TEACHERS[options.kind].head(policy, options)
+    head = _kind_of(options).head(policy, options)
     return lambda params, teacher, sequences: head(
         jax.lax.stop_gradient(params), teacher, sequences
     )
@@ -194,7 +199,7 @@ def make_head(policy: Policy, options: TeacherOptions) -> Callable[[Params, Para
 
 def warning(options: TeacherOptions) -> str:
     """Returns a warning about a teacher that follows the student too closely, else ""."""
-    lag = TEACHERS[options.kind].lag
+    lag = _kind_of(options).lag
     if lag is None or lag(options) >= COLLAPSES_BELOW:
         return ""
     return (

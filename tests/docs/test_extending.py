@@ -21,6 +21,7 @@ from opsd_jax.data.text import Prompts
 from opsd_jax.data.tokenizer import PretrainedTokenizer
 from opsd_jax.evaluation.benchmarks import BENCHMARKS
 from opsd_jax.models import architecture, presets
+from opsd_jax.options import ConfigError
 from opsd_jax.problem import Problem
 from opsd_jax.run import pipeline
 from opsd_jax.stages import ALGORITHMS, teacher
@@ -104,7 +105,10 @@ def test_a_context(example, tmp_path):
 
 def test_a_teacher(example):
     example("A teacher")
-    options = teacher.TeacherOptions(kind="halfway")
+    options = teacher.TeacherOptions(kind="my_stage:HALFWAY")
+    options.check("opsd.teacher")
+    with pytest.raises(ConfigError, match=r"opsd.teacher.kind is 'json:dumps'; expected the name"):
+        teacher.TeacherOptions(kind="json:dumps").check("opsd.teacher")
     made = teacher.make_teacher(options)
     params = {"w": jnp.array([2.0])}
     stored = made.init(params)

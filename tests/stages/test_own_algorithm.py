@@ -82,7 +82,11 @@ def test_it_chooses_the_shortest_correct_rollout():
         ("least", 3, "config.best.least is 3; expected at most group_size = 2"),
         ("buckets", (64, 90), "config.best.buckets is .*; expected a last length of at least 103"),
         ("algorithm", "nothing:HERE", "config.best.algorithm is 'nothing:HERE'; expected 'package"),
-        ("algorithm", "json:dumps", "expected the name of an opsd_jax.stages.algorithm.Algorithm"),
+        (
+            "algorithm",
+            "json:dumps",
+            "expected the name of an instance of opsd_jax.stages.algorithm.Algorithm",
+        ),
     ],
 )
 def test_it_validates(own, field, value, message):
