@@ -3,8 +3,8 @@
     python benchmarks/rollout.py [--engines ours tunix ...] [--configs A ...] [--peers DIRECTORY]
 
 The speed is in tokens per CPU-second. The model has Qwen3's shape in float32 with random weights
-(benchmarks/turns.py). Prompts have 64 tokens, the temperature is 1, and no token is excluded. The
-configurations are:
+(benchmarks/rollout_protocol.py). Prompts have 64 tokens, the temperature is 1, and no token is
+excluded. The configurations are:
 
     A       32 responses of 256 tokens, vocabulary of 4,096
     B       32 responses of 32 tokens, vocabulary of 151,936

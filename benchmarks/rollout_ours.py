@@ -3,7 +3,7 @@
 import itertools
 
 import jax
-import turns
+import rollout_protocol
 
 from opsd_jax.models import decoder
 from opsd_jax.models.architecture import DecoderConfig
@@ -22,7 +22,7 @@ def engine(vocabulary: int, lengths: list[int], static: bool = False, capacity: 
       static: sample static batches of 32, each to its longest length.
       capacity: tokens that the cache holds per row. The default value is what the requests need.
     """
-    m = turns.MODEL
+    m = rollout_protocol.MODEL
     model = decoder.model(
         DecoderConfig(
             vocab_size=vocabulary,
@@ -39,17 +39,19 @@ def engine(vocabulary: int, lengths: list[int], static: bool = False, capacity: 
     params = jax.jit(model.init)(jax.random.key(0))
     abstract = abstract_of(params, tree_shardings(mesh, model.rules, params))
     layout = decode_layout(model, abstract, mesh)
-    room = (capacity or turns.PROMPT + max(lengths)) - turns.PROMPT
-    shape = EngineShape(turns.ROWS, turns.ROWS // 4, turns.PROMPT, room)
+    room = (capacity or rollout_protocol.PROMPT + max(lengths)) - rollout_protocol.PROMPT
+    shape = EngineShape(
+        rollout_protocol.ROWS, rollout_protocol.ROWS // 4, rollout_protocol.PROMPT, room
+    )
     sampler = Engine(model, layout.abstract, layout.mesh, shape)
     sampling_params = sampling.params(vocabulary, stop=())
-    prompts = turns.prompts(vocabulary, len(lengths))
+    prompts = rollout_protocol.prompts(vocabulary, len(lengths))
     repetitions = itertools.count()
 
     def run():
         key = jax.random.key(next(repetitions))
         made = [0] * len(lengths)
-        at_once = turns.ROWS if static else len(lengths)
+        at_once = rollout_protocol.ROWS if static else len(lengths)
         decoded = layout.convert(params)
         for start in range(0, len(lengths), at_once):
             some = slice(start, start + at_once)
@@ -71,4 +73,4 @@ def engine(vocabulary: int, lengths: list[int], static: bool = False, capacity: 
 
 
 if __name__ == "__main__":
-    turns.serve(engine)
+    rollout_protocol.serve(engine)

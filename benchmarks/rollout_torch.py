@@ -1,13 +1,13 @@
 """Hugging Face's `generate` as an engine of benchmarks/rollout.py, which runs this script."""
 
+import rollout_protocol
 import torch
 import transformers
-import turns
 
 
 def transformer(vocabulary: int) -> transformers.Qwen3ForCausalLM:
     """Returns Qwen3 in float32 with normally distributed weights."""
-    m = turns.MODEL
+    m = rollout_protocol.MODEL
     config = transformers.Qwen3Config(
         vocab_size=vocabulary,
         num_hidden_layers=m["layers"],
@@ -28,7 +28,7 @@ def transformer(vocabulary: int) -> transformers.Qwen3ForCausalLM:
 def engine(vocabulary: int, lengths: list[int]):
     """Samples static batches, each to its longest length. The model has no EOS token."""
     qwen3 = transformer(vocabulary)
-    requests = [(torch.tensor(ids), n) for ids, n in turns.batches(vocabulary, lengths)]
+    requests = [(torch.tensor(ids), n) for ids, n in rollout_protocol.batches(vocabulary, lengths)]
 
     def run():
         made = []
@@ -42,7 +42,7 @@ def engine(vocabulary: int, lengths: list[int]):
                 top_p=1.0,
                 max_new_tokens=longest,
             )
-            made += [tokens.shape[1] - turns.PROMPT] * len(tokens)
+            made += [tokens.shape[1] - rollout_protocol.PROMPT] * len(tokens)
         return made
 
     return run
@@ -50,4 +50,4 @@ def engine(vocabulary: int, lengths: list[int]):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    turns.serve(engine)
+    rollout_protocol.serve(engine)

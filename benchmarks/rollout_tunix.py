@@ -4,7 +4,7 @@ import functools
 from types import SimpleNamespace
 
 import jax
-import turns
+import rollout_protocol
 from flax import nnx
 from tunix.generate import sampler
 from tunix.models.qwen3 import model
@@ -24,7 +24,7 @@ def transformer(vocabulary: int) -> model.Qwen3:
 
     Tunix initialises the weights of the MLPs to zero, so they are replaced.
     """
-    m = turns.MODEL
+    m = rollout_protocol.MODEL
     config = model.ModelConfig(
         vocab_size=vocabulary,
         num_layers=m["layers"],
@@ -45,25 +45,25 @@ def transformer(vocabulary: int) -> model.Qwen3:
 def engine(vocabulary: int, lengths: list[int]):
     """Samples static batches, each with a program and a cache of exactly its longest length."""
     qwen3 = transformer(vocabulary)
-    m = turns.MODEL
+    m = rollout_protocol.MODEL
 
     @functools.cache
     def sample(tokens: int):
-        size = turns.PROMPT + tokens
+        size = rollout_protocol.PROMPT + tokens
         cache = sampler.CacheConfig(size, m["layers"], m["kv_heads"], m["head_dim"])
         return functools.partial(
             sampler.Sampler(qwen3, TOKENIZER, cache),
             max_generation_steps=tokens,
-            max_prompt_length=turns.PROMPT,
+            max_prompt_length=rollout_protocol.PROMPT,
             temperature=1.0,
             top_p=1.0,
         )
 
-    requests = turns.batches(vocabulary, lengths)
+    requests = rollout_protocol.batches(vocabulary, lengths)
     return lambda: [
         len(tokens) for prompts, longest in requests for tokens in sample(longest)(prompts).tokens
     ]
 
 
 if __name__ == "__main__":
-    turns.serve(engine)
+    rollout_protocol.serve(engine)

@@ -42,13 +42,13 @@ def write(
 
 def command(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> str:
     """Returns the command line that reproduces a plan."""
-    words = ["opsd-jax", "plan", "--config", arguments.config, "--topology", arguments.topology]
+    argv = ["opsd-jax", "plan", "--config", arguments.config, "--topology", arguments.topology]
     if arguments.slices != 1:
-        words += ["--slices", str(arguments.slices)]
+        argv += ["--slices", str(arguments.slices)]
     if arguments.length != 0.5:
-        words += ["--length", str(arguments.length)]
-    words += [f"--config.{field}={value}" for field, value in overrides.items()]
-    return shlex.join([*words, "--out", str(arguments.out)])
+        argv += ["--length", str(arguments.length)]
+    argv += [f"--config.{field}={value}" for field, value in overrides.items()]
+    return shlex.join([*argv, "--out", str(arguments.out)])
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

@@ -102,8 +102,11 @@ def test_a_lost_host_ends_the_other_and_the_run_resumes(config, alone, tmp_path)
     (code, errors), _ = pair.ended(120)
     assert time.monotonic() - began < 60
     # The code is 75 if a collective fails. If a checkpoint waits for the lost host, JAX aborts.
-    said = {75: "another host is lost", -signal.SIGABRT: "This most likely indicates that another"}
-    assert said[code] in errors
+    expected = {
+        75: "another host is lost",
+        -signal.SIGABRT: "This most likely indicates that another",
+    }
+    assert expected[code] in errors
     for code, errors in Run(config, workdir).ended():
         assert code == 0, errors[-3000:]
     assert_equal_runs(alone, workdir)

@@ -393,9 +393,9 @@ def test_a_run_of_another_version_is_an_error(config, tmp_path):
 def test_evaluate_reproduces_the_recorded_metrics(config, undisturbed, capsys):
     recorded = json.loads((undisturbed / "rlvr" / "evaluation.json").read_text())
     assert main.main(["evaluate", "--workdir", str(undisturbed), "--stage", "rlvr"]) == 0
-    figures = json.loads(capsys.readouterr().out)
+    printed = json.loads(capsys.readouterr().out)
     for field in ("accuracy", "mean_length", "truncation_rate", "problems", "samples"):
-        assert figures[field] == recorded[field]
+        assert printed[field] == recorded[field]
     assert main.main(["evaluate", "--workdir", str(undisturbed), "--stage", "dpo"]) == 2
     assert "expected one of untrained, sft, rlvr, opsd" in capsys.readouterr().err
 
