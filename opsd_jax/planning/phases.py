@@ -6,21 +6,18 @@ import functools
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from opsd_jax.config.run_options import RunOptions
-from opsd_jax.data.task import Task
-from opsd_jax.data.tokenizer import ByteTokenizer
 from opsd_jax.evaluation import divergence
 from opsd_jax.losses.fused import LOSS_CHUNKS, chunk_tokens
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel.program import DECODE_STEPS, ProgramKey, ProgramKind, bucket_scope
-from opsd_jax.planning import workload
+from opsd_jax.planning import placeholders, workload
 from opsd_jax.planning.chips import Chip
 from opsd_jax.planning.hlo import TripCounts
 from opsd_jax.planning.keys import Part, PhaseKey, PhaseKind
@@ -31,7 +28,6 @@ from opsd_jax.planning.programs import (
     matched_executions,
     program_costs,
 )
-from opsd_jax.policy import Model
 from opsd_jax.rollout.engine import (
     ROLLOUTS_PER_INSERT,
     STEPS_PER_CHUNK,
@@ -43,48 +39,13 @@ from opsd_jax.run import checks
 from opsd_jax.run.parameters import Parameters
 from opsd_jax.stages.algorithm import Algorithm
 from opsd_jax.stages.options import StageOptions
-from opsd_jax.stages.parts import Parts, Sampling
+from opsd_jax.stages.parts import Sampling
 from opsd_jax.training import state as state_lib
 from opsd_jax.training.optimizer import make_optimizer
 from opsd_jax.training.step import compile_train_step
-from opsd_jax.verify.pool import VerifierPool
 
 # Problems of an evaluation whose size depends on the data: the size of MATH-500.
 DEFAULT_PROBLEMS = 500
-
-
-def _no_data(*arguments: Any) -> NoReturn:
-    """Placeholder for the functions of a task; raises RuntimeError, because a plan has no data."""
-    raise RuntimeError(
-        "A function of the task was called while planning, but a plan has no data; expected the "
-        "programs to depend on shapes only."
-    )
-
-
-# The shapes of programs do not depend on the data, except for the tokens that close a memo's
-# thinking: a plan assumes that there are none.
-NO_DATA = Task(
-    tokenizer=ByteTokenizer(),
-    train=grain.MapDataset.source([]),
-    heldout=grain.MapDataset.source([]),
-    demonstrations=lambda seed: grain.MapDataset.source([]),
-    prompt=_no_data,
-    teacher_prompt=_no_data,
-    verify=_no_data,
-    stream=lambda seed: grain.MapDataset.source([]),
-    memo_request=_no_data,
-    reminder=_no_data,
-)
-
-
-def _no_engine(**sizes: int) -> Any:
-    """Placeholder for a stage's engines; does nothing, because the plan compiles them itself."""
-
-
-def _parts(model: Model) -> Parts:
-    """Returns placeholder parts, for building a stage of which only shapes and loss are used."""
-    pool = VerifierPool(NO_DATA.verify)
-    return Parts(NO_DATA, model, _no_engine, pool, seed=0, seed_of=lambda name: 0)
 
 
 class Phase(NamedTuple):
@@ -341,7 +302,7 @@ class Phases:
         """Adds the phases of a stage; `name` is its section of the config."""
         options = self.config.sections[name]
         algorithm = self.config.algorithm(name)
-        stage = algorithm.make(options, _parts(self.model))
+        stage = algorithm.make(options, placeholders.parts(self.model))
         optimizer = make_optimizer(options.optimizer, stage.steps * stage.updates)
         abstract = state_lib.abstract_state(
             self.parameters.abstract, optimizer, stage.teacher, self.mesh
@@ -372,7 +333,7 @@ class Phases:
         if algorithm.privileged is not None:
             self._add_probe(name, algorithm, options)
 
-    def _add_probe(self, name: str, algorithm: Algorithm, options: Any) -> None:
+    def _add_probe(self, name: str, algorithm: Algorithm, options: StageOptions) -> None:
         """Adds the phases that measure the divergence from a stage's teacher.
 
         A run goes through them before and after the stage `name`.
@@ -389,7 +350,7 @@ class Phases:
         self.compiler.prefix = f"{name}: "
         weights = self.parameters.abstract
         divergence.DivergenceProbe(
-            options, evaluation, NO_DATA, self.model.policy, self.mesh, weights
+            options, evaluation, placeholders.TASK, self.model.policy, self.mesh, weights
         )
         tokens = self.length * evaluation.response_tokens * options.microbatch
         (probe,) = self.account({(LOSS_CHUNKS,): self._chunks(options, tokens)})
@@ -402,7 +363,9 @@ class Phases:
             2,
         )
 
-    def _trip_counts(self, algorithm: Algorithm, options: Any) -> tuple[TripCounts, float]:
+    def _trip_counts(
+        self, algorithm: Algorithm, options: StageOptions
+    ) -> tuple[TripCounts, float]:
         """Returns the trip counts of a train step's loops, and its fraction of useful tokens.
 
         All rows are assumed to be active, and responses to have the assumed lengths.
