@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opsd_jax.config import loading
 from opsd_jax.config.run_options import RunOptions
 from opsd_jax.evaluation import divergence
 from opsd_jax.losses.fused import LOSS_CHUNKS, chunk_tokens
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel.program import DECODE_STEPS, ProgramKey, ProgramKind, bucket_scope
 from opsd_jax.planning import placeholders, workload
-from opsd_jax.planning.chips import Chip
+from opsd_jax.planning.chips import Chip, PlanError
 from opsd_jax.planning.hlo import TripCounts
 from opsd_jax.planning.keys import Part, PhaseKey, PhaseKind
 from opsd_jax.planning.programs import (
@@ -37,7 +38,7 @@ from opsd_jax.rollout.engine import (
 )
 from opsd_jax.run import checks
 from opsd_jax.run.parameters import Parameters
-from opsd_jax.stages.algorithm import Algorithm
+from opsd_jax.stages.algorithm import Algorithm, RowFields
 from opsd_jax.stages.options import StageOptions
 from opsd_jax.stages.parts import Sampling
 from opsd_jax.training import state as state_lib
@@ -60,6 +61,8 @@ class Phase(NamedTuple):
       seconds_at_best: seconds if compute, memory traffic and network overlap completely.
       seconds_in_turn: seconds if they follow one another.
       useful_tokens: fraction of the computed tokens that are not padding; None if not applicable.
+      sampling: what it samples; None for a phase without sampling.
+      row_fields: the fields that set the number of rows of a train step; None for other phases.
     """
 
     key: PhaseKey
@@ -69,6 +72,13 @@ class Phase(NamedTuple):
     seconds_at_best: float
     seconds_in_turn: float
     useful_tokens: float | None = None
+    sampling: Sampling | None = None
+    row_fields: RowFields | None = None
+
+    @property
+    def name(self) -> str:
+        """The phase's name, as a plan prints it."""
+        return str(self.key)
 
     @property
     def total(self) -> float:
@@ -79,7 +89,7 @@ class Phase(NamedTuple):
         """Returns the phase in the form that `opsd-jax plan --json` prints."""
         useful = {} if self.useful_tokens is None else {"useful_tokens": self.useful_tokens}
         return {
-            "name": str(self.key),
+            "name": self.name,
             "times": self.times,
             "parts": {part.value: size for part, size in self.parts.items()},
             "total": self.total,
@@ -165,7 +175,10 @@ class Phases:
         parts: Mapping[Part, float],
         executions: Sequence[tuple[float, ProgramCosts]],
         times: int,
+        *,
         useful_tokens: float | None = None,
+        sampling: Sampling | None = None,
+        row_fields: RowFields | None = None,
     ) -> None:
         """Adds a phase to the run.
 
@@ -174,7 +187,7 @@ class Phases:
           parts: bytes of each part of its memory, without temporaries.
           executions: the number of executions of each program, and its costs.
           times: how often the run goes through the phase.
-          useful_tokens: fraction of the computed tokens that are not padding.
+          useful_tokens, sampling, row_fields: attributes of `Phase`.
         """
         temporaries = max(program.temporaries for _, program in executions)
         self.phases.append(
@@ -186,6 +199,8 @@ class Phases:
                 sum(n * program.seconds_at_best for n, program in executions),
                 sum(n * program.seconds_in_turn for n, program in executions),
                 useful_tokens,
+                sampling,
+                row_fields,
             )
         )
 
@@ -263,6 +278,7 @@ class Phases:
                 executions,
             ),
             times,
+            sampling=sampling,
         )
 
     def _add_samplings(
@@ -271,7 +287,7 @@ class Phases:
         samplings: Sequence[Sampling],
         resident: Mapping[Part, float],
         times: int,
-        prefix: str = "",
+        kind: PhaseKind = PhaseKind.SAMPLING,
     ) -> None:
         """Adds one phase for each sampling of a stage.
 
@@ -283,16 +299,28 @@ class Phases:
           samplings: the samplings of the stage, in order.
           resident: bytes of the arrays that stay in memory while the engines sample.
           times: how often the run goes through the phases.
-          prefix: text at the beginning of the names of the phases.
+          kind: what the run does in the phases.
         """
+        self._check_fields(stage, [s.slots_field for s in samplings])
+        self._check_fields(stage, [s.response_tokens_field for s in samplings])
         filled = 0  # responses of the sampling before that fill their budget
         for sampling in samplings:
             if sampling.continues:
                 sampling = sampling._replace(samples=max(1, filled))
-            key = PhaseKey(stage, prefix + sampling.name)
+            key = PhaseKey(stage, kind, sampling.name)
             self.add_sampling(key, resident, sampling, times=times)
             lengths = self._response_lengths(sampling.samples, sampling.response_tokens)
             filled = int((lengths == sampling.response_tokens).sum())
+
+    def _check_fields(self, stage: str, fields: Sequence[str]) -> None:
+        """Raises PlanError if a stage's section lacks a field that its algorithm names."""
+        there = [name for name in loading.flatten(self.config) if name.startswith(f"{stage}.")]
+        for field in fields:
+            if f"{stage}.{field}" not in there:
+                raise PlanError(
+                    f"config.{stage}.{field}: there is no such field, but the stage's algorithm "
+                    f"names it in a Sampling or RowFields; expected one of {', '.join(there)}."
+                )
 
     def _response_lengths(self, count: int, budget: int) -> np.ndarray:
         """Returns assumed lengths of `count` responses with a token budget, int [count]."""
@@ -302,6 +330,8 @@ class Phases:
         """Adds the phases of a stage; `name` is its section of the config."""
         options = self.config.sections[name]
         algorithm = self.config.algorithm(name)
+        rows = algorithm.row_fields
+        self._check_fields(name, [*rows.factors, *[rows.divisor] * bool(rows.divisor)])
         stage = algorithm.make(options, placeholders.parts(self.model))
         optimizer = make_optimizer(options.optimizer, stage.steps * stage.updates)
         abstract = state_lib.abstract_state(
@@ -328,7 +358,8 @@ class Phases:
             {**resident, Part.BATCH: step.arguments - sum(resident.values())},
             matched_executions([step], {ProgramKey(ProgramKind.TRAIN_STEP): stage.updates}),
             stage.steps,
-            useful if samplings else None,
+            useful_tokens=useful if samplings else None,
+            row_fields=rows,
         )
         if algorithm.privileged is not None:
             self._add_probe(name, algorithm, options)
@@ -346,7 +377,7 @@ class Phases:
             Part.PROBE_TEACHER: self.weights,
         }
         samplings = algorithm.privileged_sampling(options, evaluation, count)
-        self._add_samplings(name, samplings, resident, 2, prefix=f"{PhaseKind.PROBE} ")
+        self._add_samplings(name, samplings, resident, 2, PhaseKind.PROBE_SAMPLING)
         self.compiler.prefix = f"{name}: "
         weights = self.parameters.abstract
         divergence.DivergenceProbe(
@@ -363,9 +394,7 @@ class Phases:
             2,
         )
 
-    def _trip_counts(
-        self, algorithm: Algorithm, options: StageOptions
-    ) -> tuple[TripCounts, float]:
+    def _trip_counts(self, algorithm: Algorithm, options: StageOptions) -> tuple[TripCounts, float]:
         """Returns the trip counts of a train step's loops, and its fraction of useful tokens.
 
         All rows are assumed to be active, and responses to have the assumed lengths.
@@ -407,8 +436,9 @@ class Phases:
             PhaseKey("evaluation", PhaseKind.EVALUATION),
             {Part.PARAMETERS: self.weights},
             Sampling(
-                name=PhaseKind.EVALUATION,
-                field="slots",
+                name="evaluation",
+                slots_field="slots",
+                response_tokens_field="response_tokens",
                 slots=options.slots,
                 group_size=options.samples,
                 rollouts=responses,

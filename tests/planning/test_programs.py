@@ -70,12 +70,16 @@ def test_a_program_or_execution_without_a_match_is_an_error(executions):
         programs.matched_executions([costs], executions)
 
 
-@pytest.mark.parametrize("kind", PhaseKind)
-def test_the_name_of_a_phase_can_be_parsed(kind):
-    key = PhaseKey("opsd", kind)
-    assert PhaseKey.parse(str(key)) == key
-
-
-def test_a_phase_may_have_a_name_of_its_own():
-    """A stage of your own names what it samples."""
-    assert PhaseKey.parse("mine drafts") == PhaseKey("mine", "drafts")
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        (PhaseKey("opsd", PhaseKind.RESHARD), "opsd reshard"),
+        (PhaseKey("opsd", PhaseKind.SAMPLING, "memos, closed"), "opsd memos, closed"),
+        (PhaseKey("opsd", PhaseKind.PROBE_SAMPLING, "memos, closed"), "opsd probe memos, closed"),
+        (PhaseKey("opsd", PhaseKind.PROBE), "opsd probe"),
+        (PhaseKey("mine", PhaseKind.SAMPLING, "drafts of {3}"), "mine drafts of {3}"),
+        (PhaseKey("evaluation", PhaseKind.EVALUATION), "evaluation"),
+    ],
+)
+def test_a_phase_is_printed_with_its_section_and_sampling(key, name):
+    assert str(key) == name
