@@ -27,6 +27,6 @@ def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     )
     if arguments.out:
         plan_file.write(arguments, overrides, made)
-    lines = [to_json(made, indent=2)] if arguments.json else table.lines(made)
+    lines = [to_json(made.to_json(), indent=2)] if arguments.json else table.lines(made)
     print(*lines, sep="\n")
-    return 0 if made["fits"] else 1
+    return 0 if made.fits else 1

@@ -23,25 +23,18 @@ class Part(enum.StrEnum):
     TEMPORARIES = "temporaries"
 
 
-class PhaseKind(enum.StrEnum):
-    """What a run does in a phase; the value is the text that a plan prints after the section."""
+class PhaseKind(enum.Enum):
+    """What a run does in a phase; the value is the text that a plan prints after the section.
+
+    In the text, "{}" stands for the name of the phase's `Sampling`.
+    """
 
     RESHARD = "reshard"
-    ROLLOUTS = "rollouts"
-    MEMOS = "memos"
-    CLOSED_MEMOS = "memos, closed"
+    SAMPLING = "{}"
     STEP = "step"
+    PROBE_SAMPLING = "probe {}"
     PROBE = "probe"
-    PROBE_MEMOS = "probe memos"
-    CLOSED_PROBE_MEMOS = "probe memos, closed"
     EVALUATION = ""
-
-
-# Phase that writes memos -> phase that completes the memos whose thinking filled its budget.
-CLOSED = {
-    PhaseKind.MEMOS: PhaseKind.CLOSED_MEMOS,
-    PhaseKind.PROBE_MEMOS: PhaseKind.CLOSED_PROBE_MEMOS,
-}
 
 
 class PhaseKey(NamedTuple):
@@ -49,18 +42,14 @@ class PhaseKey(NamedTuple):
 
     Attributes:
       section: the section of the config that the phase belongs to: a stage or "evaluation".
-      kind: what the run does in the phase: a PhaseKind, or the name of another `Sampling`.
+      kind: what the run does in the phase.
+      sampling: the name of the `Sampling`, for SAMPLING and PROBE_SAMPLING; "" for other kinds.
     """
 
     section: str
-    kind: str
+    kind: PhaseKind
+    sampling: str = ""
 
     def __str__(self) -> str:
         """The text that a plan prints, such as "opsd memos, closed"."""
-        return f"{self.section} {self.kind}".rstrip()
-
-    @classmethod
-    def parse(cls, text: str) -> PhaseKey:
-        """Parses the text that `str` makes of a key."""
-        section, _, kind = text.partition(" ")
-        return cls(section, kind)
+        return f"{self.section} {self.kind.value.format(self.sampling)}".rstrip()

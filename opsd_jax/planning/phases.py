@@ -6,22 +6,20 @@ import functools
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opsd_jax.config import loading
 from opsd_jax.config.run_options import RunOptions
-from opsd_jax.data.task import Task
-from opsd_jax.data.tokenizer import ByteTokenizer
 from opsd_jax.evaluation import divergence
 from opsd_jax.losses.fused import LOSS_CHUNKS, chunk_tokens
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel.program import DECODE_STEPS, ProgramKey, ProgramKind, bucket_scope
-from opsd_jax.planning import workload
-from opsd_jax.planning.chips import Chip
+from opsd_jax.planning import placeholders, workload
+from opsd_jax.planning.chips import Chip, PlanError
 from opsd_jax.planning.hlo import TripCounts
 from opsd_jax.planning.keys import Part, PhaseKey, PhaseKind
 from opsd_jax.planning.programs import (
@@ -31,7 +29,6 @@ from opsd_jax.planning.programs import (
     matched_executions,
     program_costs,
 )
-from opsd_jax.policy import Model
 from opsd_jax.rollout.engine import (
     ROLLOUTS_PER_INSERT,
     STEPS_PER_CHUNK,
@@ -41,50 +38,16 @@ from opsd_jax.rollout.engine import (
 )
 from opsd_jax.run import checks
 from opsd_jax.run.parameters import Parameters
-from opsd_jax.stages.algorithm import Algorithm
+from opsd_jax.stages.algorithm import Algorithm, RowFields
 from opsd_jax.stages.options import StageOptions
-from opsd_jax.stages.parts import Parts, Sampling
+from opsd_jax.stages.parts import Sampling
+from opsd_jax.stages.privileged import PrivilegedOptions, privileged_options
 from opsd_jax.training import state as state_lib
 from opsd_jax.training.optimizer import make_optimizer
 from opsd_jax.training.step import compile_train_step
-from opsd_jax.verify.pool import VerifierPool
 
 # Problems of an evaluation whose size depends on the data: the size of MATH-500.
 DEFAULT_PROBLEMS = 500
-
-
-def _no_data(*arguments: Any) -> NoReturn:
-    """Placeholder for the functions of a task; raises RuntimeError, because a plan has no data."""
-    raise RuntimeError(
-        "A function of the task was called while planning, but a plan has no data; expected the "
-        "programs to depend on shapes only."
-    )
-
-
-# The shapes of programs do not depend on the data, except for the tokens that close a memo's
-# thinking: a plan assumes that there are none.
-NO_DATA = Task(
-    tokenizer=ByteTokenizer(),
-    train=grain.MapDataset.source([]),
-    heldout=grain.MapDataset.source([]),
-    demonstrations=lambda seed: grain.MapDataset.source([]),
-    prompt=_no_data,
-    teacher_prompt=_no_data,
-    verify=_no_data,
-    stream=lambda seed: grain.MapDataset.source([]),
-    memo_request=_no_data,
-    reminder=_no_data,
-)
-
-
-def _no_engine(**sizes: int) -> Any:
-    """Placeholder for a stage's engines; does nothing, because the plan compiles them itself."""
-
-
-def _parts(model: Model) -> Parts:
-    """Returns placeholder parts, for building a stage of which only shapes and loss are used."""
-    pool = VerifierPool(NO_DATA.verify)
-    return Parts(NO_DATA, model, _no_engine, pool, seed=0, seed_of=lambda name: 0)
 
 
 class Phase(NamedTuple):
@@ -99,6 +62,8 @@ class Phase(NamedTuple):
       seconds_at_best: seconds if compute, memory traffic and network overlap completely.
       seconds_in_turn: seconds if they follow one another.
       useful_tokens: fraction of the computed tokens that are not padding; None if not applicable.
+      sampling: what it samples; None for a phase without sampling.
+      row_fields: the fields that set the number of rows of a train step; None for other phases.
     """
 
     key: PhaseKey
@@ -108,6 +73,13 @@ class Phase(NamedTuple):
     seconds_at_best: float
     seconds_in_turn: float
     useful_tokens: float | None = None
+    sampling: Sampling | None = None
+    row_fields: RowFields | None = None
+
+    @property
+    def name(self) -> str:
+        """The phase's name, as a plan prints it."""
+        return str(self.key)
 
     @property
     def total(self) -> float:
@@ -118,7 +90,7 @@ class Phase(NamedTuple):
         """Returns the phase in the form that `opsd-jax plan --json` prints."""
         useful = {} if self.useful_tokens is None else {"useful_tokens": self.useful_tokens}
         return {
-            "name": str(self.key),
+            "name": self.name,
             "times": self.times,
             "parts": {part.value: size for part, size in self.parts.items()},
             "total": self.total,
@@ -204,7 +176,10 @@ class Phases:
         parts: Mapping[Part, float],
         executions: Sequence[tuple[float, ProgramCosts]],
         times: int,
+        *,
         useful_tokens: float | None = None,
+        sampling: Sampling | None = None,
+        row_fields: RowFields | None = None,
     ) -> None:
         """Adds a phase to the run.
 
@@ -213,7 +188,7 @@ class Phases:
           parts: bytes of each part of its memory, without temporaries.
           executions: the number of executions of each program, and its costs.
           times: how often the run goes through the phase.
-          useful_tokens: fraction of the computed tokens that are not padding.
+          useful_tokens, sampling, row_fields: attributes of `Phase`.
         """
         temporaries = max(program.temporaries for _, program in executions)
         self.phases.append(
@@ -225,6 +200,8 @@ class Phases:
                 sum(n * program.seconds_at_best for n, program in executions),
                 sum(n * program.seconds_in_turn for n, program in executions),
                 useful_tokens,
+                sampling,
+                row_fields,
             )
         )
 
@@ -302,6 +279,7 @@ class Phases:
                 executions,
             ),
             times,
+            sampling=sampling,
         )
 
     def _add_samplings(
@@ -310,7 +288,7 @@ class Phases:
         samplings: Sequence[Sampling],
         resident: Mapping[Part, float],
         times: int,
-        prefix: str = "",
+        kind: PhaseKind = PhaseKind.SAMPLING,
     ) -> None:
         """Adds one phase for each sampling of a stage.
 
@@ -322,16 +300,28 @@ class Phases:
           samplings: the samplings of the stage, in order.
           resident: bytes of the arrays that stay in memory while the engines sample.
           times: how often the run goes through the phases.
-          prefix: text at the beginning of the names of the phases.
+          kind: what the run does in the phases.
         """
+        self._check_fields(stage, [s.slots_field for s in samplings])
+        self._check_fields(stage, [s.response_tokens_field for s in samplings])
         filled = 0  # responses of the sampling before that fill their budget
         for sampling in samplings:
             if sampling.continues:
                 sampling = sampling._replace(samples=max(1, filled))
-            key = PhaseKey(stage, prefix + sampling.name)
+            key = PhaseKey(stage, kind, sampling.name)
             self.add_sampling(key, resident, sampling, times=times)
             lengths = self._response_lengths(sampling.samples, sampling.response_tokens)
             filled = int((lengths == sampling.response_tokens).sum())
+
+    def _check_fields(self, stage: str, fields: Sequence[str]) -> None:
+        """Raises PlanError if a stage's section lacks a field that its algorithm names."""
+        there = [name for name in loading.flatten(self.config) if name.startswith(f"{stage}.")]
+        for field in fields:
+            if f"{stage}.{field}" not in there:
+                raise PlanError(
+                    f"config.{stage}.{field}: there is no such field, but the stage's algorithm "
+                    f"names it in a Sampling or RowFields; expected one of {', '.join(there)}."
+                )
 
     def _response_lengths(self, count: int, budget: int) -> np.ndarray:
         """Returns assumed lengths of `count` responses with a token budget, int [count]."""
@@ -341,7 +331,9 @@ class Phases:
         """Adds the phases of a stage; `name` is its section of the config."""
         options = self.config.sections[name]
         algorithm = self.config.algorithm(name)
-        stage = algorithm.make(options, _parts(self.model))
+        rows = algorithm.row_fields
+        self._check_fields(name, [*rows.factors, *[rows.divisor] * bool(rows.divisor)])
+        stage = algorithm.make(options, placeholders.parts(self.model))
         optimizer = make_optimizer(options.optimizer, stage.steps * stage.updates)
         abstract = state_lib.abstract_state(
             self.parameters.abstract, optimizer, stage.teacher, self.mesh
@@ -367,29 +359,29 @@ class Phases:
             {**resident, Part.BATCH: step.arguments - sum(resident.values())},
             matched_executions([step], {ProgramKey(ProgramKind.TRAIN_STEP): stage.updates}),
             stage.steps,
-            useful if samplings else None,
+            useful_tokens=useful if samplings else None,
+            row_fields=rows,
         )
         if algorithm.privileged is not None:
-            self._add_probe(name, algorithm, options)
+            self._add_probe(name, algorithm, privileged_options(options))
 
-    def _add_probe(self, name: str, algorithm: Algorithm, options: Any) -> None:
+    def _add_probe(self, name: str, algorithm: Algorithm, options: PrivilegedOptions) -> None:
         """Adds the phases that measure the divergence from a stage's teacher.
 
         A run goes through them before and after the stage `name`.
         """
         evaluation = self.config.evaluation
-        problems = max(1, divergence.PROBED // evaluation.samples)
-        count = min(self._evaluated(), problems) * evaluation.samples
+        count = divergence.probed(evaluation, self._evaluated()) * evaluation.samples
         resident: dict[Part, float] = {
             Part.PARAMETERS: self.weights,
             Part.PROBE_TEACHER: self.weights,
         }
         samplings = algorithm.privileged_sampling(options, evaluation, count)
-        self._add_samplings(name, samplings, resident, 2, prefix=f"{PhaseKind.PROBE} ")
+        self._add_samplings(name, samplings, resident, 2, PhaseKind.PROBE_SAMPLING)
         self.compiler.prefix = f"{name}: "
         weights = self.parameters.abstract
         divergence.DivergenceProbe(
-            options, evaluation, NO_DATA, self.model.policy, self.mesh, weights
+            options, evaluation, placeholders.TASK, self.model.policy, self.mesh, weights
         )
         tokens = self.length * evaluation.response_tokens * options.microbatch
         (probe,) = self.account({(LOSS_CHUNKS,): self._chunks(options, tokens)})
@@ -402,7 +394,7 @@ class Phases:
             2,
         )
 
-    def _trip_counts(self, algorithm: Algorithm, options: Any) -> tuple[TripCounts, float]:
+    def _trip_counts(self, algorithm: Algorithm, options: StageOptions) -> tuple[TripCounts, float]:
         """Returns the trip counts of a train step's loops, and its fraction of useful tokens.
 
         All rows are assumed to be active, and responses to have the assumed lengths.
@@ -444,8 +436,9 @@ class Phases:
             PhaseKey("evaluation", PhaseKind.EVALUATION),
             {Part.PARAMETERS: self.weights},
             Sampling(
-                name=PhaseKind.EVALUATION,
-                field="slots",
+                name="evaluation",
+                slots_field="slots",
+                response_tokens_field="response_tokens",
                 slots=options.slots,
                 group_size=options.samples,
                 rollouts=responses,

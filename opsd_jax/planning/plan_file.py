@@ -14,11 +14,10 @@ from typing import Any
 import jax
 
 from opsd_jax.planning import table
+from opsd_jax.planning.plan import Plan
 
 
-def write(
-    arguments: argparse.Namespace, overrides: Mapping[str, str], plan: dict[str, Any]
-) -> None:
+def write(arguments: argparse.Namespace, overrides: Mapping[str, str], plan: Plan) -> None:
     """Writes a plan to `arguments.out`.
 
     Args:
@@ -32,7 +31,7 @@ def write(
         f"date: {datetime.date.today().isoformat()}",
         f"jax: {jax.__version__}",
         f"libtpu: {importlib.metadata.version('libtpu')}",
-        f"config sha256: {config_hash(plan['config'])}",
+        f"config sha256: {config_hash(plan.config)}",
         "status: compiled, not run",
         "",
         *table.summary(plan),

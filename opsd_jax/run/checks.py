@@ -60,7 +60,7 @@ def check_devices(
                 teachers = " with teacher_buckets" if "teacher" in shapes[0] else ""
                 fail(f"{name}.buckets{teachers}", lengths, expected)
         for sampling in algorithm.sampling(options):
-            check_divides(f"{name}.{sampling.field}", sampling.slots, decode_mesh)
+            check_divides(f"{name}.{sampling.slots_field}", sampling.slots, decode_mesh)
 
 
 def check_data(

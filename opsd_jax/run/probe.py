@@ -9,6 +9,7 @@ from opsd_jax.parallel import hosts
 from opsd_jax.policy import Params
 from opsd_jax.run.assembly import Run, stage_parts
 from opsd_jax.run.parameters import seed_of
+from opsd_jax.stages.privileged import privileged_options
 from opsd_jax.storage import files
 from opsd_jax.storage.names import UNTRAINED
 from opsd_jax.training.signals import StopSignal
@@ -31,10 +32,10 @@ def measure(
       stop: ends the sampling of memos.
     """
     evaluation = this.config.evaluation
-    options: Any = this.config.sections[name]  # PrivilegedOptions if the algorithm is privileged
     algorithm = this.config.algorithm(name)
     if algorithm.privileged is None:
         return
+    options = privileged_options(this.config.sections[name])
     seed = seed_of(this.config, "probe")
     parts = stage_parts(this, seed, stop.check)
     privileged = algorithm.privileged(options, parts, evaluation, evaluation.samples, seed)

@@ -21,6 +21,18 @@ from opsd_jax.stages.privileged import Privileged
 from opsd_jax.training.stage import Stage
 
 
+class RowFields(NamedTuple):
+    """The fields of a stage's section that set how many rows one optimiser update computes.
+
+    Attributes:
+      factors: the number of rows grows with each of these fields.
+      divisor: the field that splits the rows of a step over several updates; "" for one update.
+    """
+
+    factors: tuple[str, ...]
+    divisor: str = ""
+
+
 class LookedAt(NamedTuple):
     """The data that a stage's options are checked against before anything is compiled.
 
@@ -83,6 +95,7 @@ class Algorithm(NamedTuple):
         fit the options. Nothing has been compiled yet.
       step_rows: `(options, Responses) -> (response lengths, [Lengths])`: the rows that one
         optimiser update computes, for responses of assumed lengths. A plan reads it.
+      row_fields: the fields that a plan advises to change when these rows need too much memory.
       sampling: `(options, task=None) -> (Sampling, ...)`: what each step samples; () if it samples
         nothing. Without a task, the lengths do not count the tokens that only the task knows.
       privileged: `(options, Parts, Sampled, group_size, seed) -> Privileged`: finds the privileged
@@ -104,6 +117,7 @@ class Algorithm(NamedTuple):
     buckets: Callable[[Any], list[Lengths]]
     check_data: Callable[[Any, str, LookedAt], None]
     step_rows: Callable[[Any, Responses], tuple[list[int], list[Lengths]]]
+    row_fields: RowFields
     sampling: Callable[..., tuple[Sampling, ...]] = no_sampling
     privileged: Callable[[Any, Parts, Sampled, int, int], Privileged] | None = None
     privileged_sampling: Callable[..., tuple[Sampling, ...]] = no_sampling

@@ -56,7 +56,8 @@ def memo_sampling(
     before = prompt_tokens + response_tokens + options.request_tokens
     write = Sampling(
         name="memos",
-        field="memo.slots",
+        slots_field="memo.slots",
+        response_tokens_field="memo.tokens",
         slots=options.slots,
         group_size=1,
         rollouts=options.slots,
@@ -67,6 +68,7 @@ def memo_sampling(
     )
     close = write._replace(
         name="memos, closed",
+        response_tokens_field="memo.close_tokens",
         prompt_tokens=before + options.tokens + (len(task.end_thinking) if task else 0),
         response_tokens=options.close_tokens,
         continues=True,

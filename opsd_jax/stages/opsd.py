@@ -27,7 +27,7 @@ from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
 from opsd_jax.stages import privileged as privileged_lib
 from opsd_jax.stages import teacher as teacher_lib
-from opsd_jax.stages.algorithm import Algorithm, Curve, LookedAt, Responses
+from opsd_jax.stages.algorithm import Algorithm, Curve, LookedAt, Responses, RowFields
 from opsd_jax.stages.batch import Lengths, pack, response_head, useful_fraction
 from opsd_jax.stages.memos import make_memos, memo_sampling
 from opsd_jax.stages.options import ascending
@@ -280,6 +280,7 @@ ALGORITHM = Algorithm(
     buckets=buckets,
     check_data=_check_data,
     step_rows=_step_rows,
+    row_fields=RowFields(("prompts", "group_size")),
     sampling=_sampling,
     privileged=_privileged,
     privileged_sampling=_privileged_sampling,

@@ -29,7 +29,8 @@ class Sampling(NamedTuple):
 
     Attributes:
       name: its name in a plan, such as "rollouts".
-      field: the field of the stage's section that sets `slots`.
+      slots_field: the field of its section that sets `slots`, such as "memo.slots".
+      response_tokens_field: the field of its section that sets `response_tokens`.
       slots: decoding slots, over all devices.
       group_size: responses per prompt.
       rollouts: the most responses that one call of the engine samples.
@@ -43,7 +44,8 @@ class Sampling(NamedTuple):
     """
 
     name: str
-    field: str
+    slots_field: str
+    response_tokens_field: str
     slots: int
     group_size: int
     rollouts: int

@@ -29,7 +29,7 @@ from opsd_jax.problem import Problem
 from opsd_jax.rollout.collect import Rollouts
 from opsd_jax.stages.batch import Inserts
 from opsd_jax.stages.memos import MemoOptions, Memos, check_memos
-from opsd_jax.stages.options import RolloutOptions
+from opsd_jax.stages.options import RolloutOptions, StageOptions
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,20 @@ class PrivilegedOptions(RolloutOptions):
     def has_memos(self) -> bool:
         """Whether the model writes contexts during the run."""
         return any(map(is_written, self.contexts))
+
+
+def privileged_options(options: StageOptions) -> PrivilegedOptions:
+    """Returns the options of a stage whose algorithm has a privileged teacher.
+
+    Raises:
+      TypeError: their class does not extend `PrivilegedOptions`.
+    """
+    if not isinstance(options, PrivilegedOptions):
+        raise TypeError(
+            f"the options of an algorithm with `privileged` are a {type(options).__name__}; "
+            "expected a subclass of opsd_jax.stages.privileged.PrivilegedOptions."
+        )
+    return options
 
 
 def inserted_tokens(options: PrivilegedOptions, response_tokens: int) -> int:

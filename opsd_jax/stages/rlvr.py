@@ -17,7 +17,7 @@ from opsd_jax.data.task import Task
 from opsd_jax.options import fail, option
 from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
-from opsd_jax.stages.algorithm import Algorithm, Curve, Responses
+from opsd_jax.stages.algorithm import Algorithm, Curve, Responses, RowFields
 from opsd_jax.stages.batch import Lengths, pack, response_head, useful_fraction
 from opsd_jax.stages.options import RolloutOptions
 from opsd_jax.stages.parts import Parts
@@ -241,6 +241,7 @@ ALGORITHM = Algorithm(
     buckets=buckets,
     check_data=check_prompts,
     step_rows=_step_rows,
+    row_fields=RowFields(("prompts", "group_size"), divisor="updates"),
     sampling=rollout_sampling,
     curves=(Curve("reward", "reward"), Curve("length", "mean length, tokens")),
     headline="accuracy",

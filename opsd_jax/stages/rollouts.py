@@ -30,7 +30,8 @@ def rollout_sampling(options: RolloutOptions, task: Task | None = None) -> tuple
     return (
         Sampling(
             name="rollouts",
-            field="slots",
+            slots_field="slots",
+            response_tokens_field="response_tokens",
             slots=options.slots,
             group_size=options.group_size,
             rollouts=options.rollouts,

@@ -13,7 +13,7 @@ from opsd_jax.options import option
 from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
 from opsd_jax.problem import DataError
-from opsd_jax.stages.algorithm import Algorithm, Curve, LookedAt, Responses
+from opsd_jax.stages.algorithm import Algorithm, Curve, LookedAt, Responses, RowFields
 from opsd_jax.stages.batch import Lengths, pack, response_head, useful_fraction
 from opsd_jax.stages.options import StageOptions
 from opsd_jax.stages.parts import Parts
@@ -128,5 +128,6 @@ ALGORITHM = Algorithm(
     buckets=buckets,
     check_data=_check_data,
     step_rows=_step_rows,
+    row_fields=RowFields(("batch_size",)),
     curves=(Curve("loss", "loss, nats a token"), Curve("token_accuracy", "token accuracy, %", 100)),
 )

@@ -84,7 +84,7 @@ def test_a_run_holds_the_memory_of_its_plan(small, tmp_path, monkeypatch):
     steps = held.pop(ProgramKey(ProgramKind.TRAIN_STEP))
     decoding = lambda name: held[ProgramKey(ProgramKind.DECODE, PROMPT + BUDGETS[name])]
     found = {
-        **{PhaseKey(name, PhaseKind.ROLLOUTS): decoding(name) for name in small.stages},
+        **{PhaseKey(name, PhaseKind.SAMPLING, "rollouts"): decoding(name) for name in small.stages},
         PhaseKey("evaluation", PhaseKind.EVALUATION): decoding("evaluation"),
         PhaseKey("rlvr", PhaseKind.STEP): steps[:rlvr_steps],
         PhaseKey("opsd", PhaseKind.STEP): steps[rlvr_steps:],

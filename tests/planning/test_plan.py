@@ -1,6 +1,6 @@
 """The plan of a run: its programs, costs and table, and its advice if the run does not fit."""
 
-import copy
+import dataclasses
 import importlib.util
 import json
 import os
@@ -15,7 +15,12 @@ from paths import CONFIGS, SUPPORT
 
 from opsd_jax.cli import main
 from opsd_jax.config import loading
+from opsd_jax.parallel.program import ProgramKey, ProgramKind
 from opsd_jax.planning import costs, hlo, liveness, programs, table
+from opsd_jax.planning.keys import Part, PhaseKey, PhaseKind
+from opsd_jax.planning.phases import Phase
+from opsd_jax.planning.plan import Plan
+from opsd_jax.stages import opsd, rlvr
 
 PAPERS = CONFIGS / "qwen3_8b_opsd_v5p32.py"
 GIB = 2**30
@@ -24,15 +29,22 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def planned(config, topology, *changes):
-    """Runs `opsd-jax plan --json`; returns the plan and the exit code."""
-    command = [sys.executable, "-m", "opsd_jax", "plan", "--config", str(config), "--json"]
-    command += ["--topology", topology, *(f"--config.{change}" for change in changes)]
+def printed(config, topology, *arguments):
+    """Runs `opsd-jax plan`; returns what it prints and the exit code."""
+    command = [sys.executable, "-m", "opsd_jax", "plan", "--config", str(config)]
+    command += ["--topology", topology, *arguments]
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""}
     )
     assert done.returncode in (0, 1), done.stderr[-3000:]
-    return json.loads(done.stdout), done.returncode
+    return done.stdout, done.returncode
+
+
+def planned(config, topology, *changes):
+    """Runs `opsd-jax plan --json`; returns the plan and the exit code."""
+    changes = [f"--config.{change}" for change in changes]
+    text, code = printed(config, topology, "--json", *changes)
+    return json.loads(text), code
 
 
 @pytest.fixture(scope="module")
@@ -95,16 +107,16 @@ def test_operations_are_counted_with_their_loops(tiny):
 def test_a_run_that_does_not_fit_gets_its_largest_parts_and_advice():
     """The cache takes 32 GiB per chip. Programs that the compiler refuses are still counted."""
     changes = "opsd.slots=65536", "opsd.prompts=65536", "opsd.max_rows=8"
-    plan, code = planned(SUPPORT / "tiny_pod.py", "v5e:2x2", *changes)
+    changes = [f"--config.{change}" for change in changes]
+    text, code = printed(SUPPORT / "tiny_pod.py", "v5e:2x2", *changes)
     assert code == 1
-    assert not plan["fits"]
-    refused = next(p for p in plan["programs"] if p["name"] == "opsd rollouts: decode in 1024")
-    assert refused["arguments"] + refused["temporaries"] > plan["hbm"]
-    phase = next(p for p in plan["phases"] if p["name"] == "opsd rollouts")
+    assert "It fits." not in text
+    refused = r"refuses opsd rollouts: decode in 1024: it needs (\S+) GiB"
+    assert float(re.search(refused, text)[1]) > 15.75
+    memory = text.partition("  opsd rollouts ")[2].partition("  opsd memos ")[0]
     # The temporaries of the refused program do not include a copy of the cache.
-    assert phase["parts"]["temporaries"] < 16 * GIB
-    text = "\n".join(table.lines(plan))
-    assert "DOES NOT FIT, by" in text
+    assert float(re.search(r"temporaries\s+([\d.]+)", memory)[1]) < 16
+    assert "DOES NOT FIT, by" in memory
     assert "opsd rollouts does not fit. Its largest parts:\n    32.00 GiB  cache" in text
     assert "To reduce it: a smaller opsd.slots or opsd.response_tokens" in text
 
@@ -219,57 +231,72 @@ def test_an_unknown_topology_is_refused(capsys):
     assert "--topology v5x:2: " in capsys.readouterr().err
 
 
-PHASES = {
-    "rl reshard": "reshard",
-    "rl rollouts": "rl rollouts: prefill",
-    "rl memos": "rl memos: prefill",
-    "rl memos, closed": "rl memos: prefill",
-    "rl step": "rl: train step",
-    "rl probe memos": "rl memos: prefill",
-    "rl probe": "rl: probe",
-    "evaluation": "rl rollouts: prefill",
-}
 CONFIG = tiny_config.quickstart()
 with CONFIG.unlocked():
     CONFIG.rl = CONFIG.opsd
     CONFIG.rl.update({"updates": 1, "slots": 256, "microbatch": 32})
-PLAN = {
-    "config": loading.flatten(CONFIG),
-    "topology": "v5e:2x2", "slices": 1, "devices": 4, "chip": "TPU v5 lite", "hbm": 10 * GIB,
-    "mesh": {"data": 1, "fsdp": 4, "tensor": 1}, "decode_mesh": {"data": 1, "fsdp": 4, "tensor": 1},
-    "response_length": 0.5, "seconds_at_best": 5400.0, "seconds_in_turn": 9000.0,
-    "phases": [
-        {
-            "name": name, "parts": {"parameters": GIB}, "total": GIB, "programs": [program],
-            "seconds_at_best": 1.0, "seconds_in_turn": 2.0, "times": 7,
-            **({"useful_tokens": 0.615} if name == "rl step" else {}),
-        }
-        for name, program in PHASES.items()
+OPTIONS = tiny_config.stage_options(tiny_config.quickstart().opsd, contexts=("memo",), slots=256)
+SAMPLINGS = {sampling.name: sampling for sampling in opsd.ALGORITHM.sampling(OPTIONS)}
+PHASES = {
+    PhaseKey("rl", PhaseKind.RESHARD): "reshard",
+    **{PhaseKey("rl", PhaseKind.SAMPLING, name): f"rl {name}: prefill" for name in SAMPLINGS},
+    PhaseKey("rl", PhaseKind.STEP): "rl: train step",
+    PhaseKey("rl", PhaseKind.PROBE_SAMPLING, "memos"): "rl memos: prefill",
+    PhaseKey("rl", PhaseKind.PROBE): "rl: probe",
+    PhaseKey("evaluation", PhaseKind.EVALUATION): "rl rollouts: prefill",
+}
+PLAN = Plan(
+    config=loading.flatten(CONFIG),
+    topology="v5e:2x2", slices=1, devices=4, chip="TPU v5 lite", hbm=10 * GIB,
+    mesh={"data": 1, "fsdp": 4, "tensor": 1}, decode_mesh={"data": 1, "fsdp": 4, "tensor": 1},
+    response_length=0.5, seconds_at_best=5400.0, seconds_in_turn=9000.0,
+    phases=[
+        Phase(
+            key, times=7, parts={Part.PARAMETERS: GIB}, programs=[program],
+            seconds_at_best=1.0, seconds_in_turn=2.0,
+            useful_tokens=0.615 if key.kind is PhaseKind.STEP else None,
+            sampling=SAMPLINGS.get(
+                "rollouts" if key.kind is PhaseKind.EVALUATION else key.sampling
+            ),
+            row_fields=rlvr.ALGORITHM.row_fields if key.kind is PhaseKind.STEP else None,
+        )
+        for key, program in PHASES.items()
     ],
-    "programs": [
-        {
-            "name": name, "compile_seconds": 3.0, "arguments": GIB, "temporaries": GIB,
-            "refused": False,
-            "largest": [{"shape": "f32[4,8]", "made_by": "jit(f)/x", "count": 2, "bytes": GIB}],
-            "flops": 1.565e16, "hbm_bytes": 3.782e13,
-            "seconds_at_best": 1.0, "seconds_in_turn": 2.0,
-            "collectives": [
+    programs=[
+        programs.ProgramCosts(
+            key=ProgramKey(ProgramKind.PREFILL), name=name, compile_seconds=3.0, arguments=GIB,
+            temporaries=GIB, temp_size_in_bytes=GIB, refused=False, live_bytes=GIB,
+            largest=[{"shape": "f32[4,8]", "made_by": "jit(f)/x", "count": 2, "bytes": GIB}],
+            flops=int(1.565e16), hbm_bytes=3.782e13, decode_steps=0, kernel_bytes=0.0,
+            seconds={"compute": 1.0, "memory": 1.0, "network": 0.0},
+            collectives=[
                 {"op": "all-gather", "loops": ["layers"], "times": 4, "bytes": GIB,
                  "largest": GIB // 4, "elements": 9}
             ],
-        }
+            loops=["layers"], dynamic_loops=frozenset(),
+        )
         for name in sorted(set(PHASES.values()))
     ],
-    "largest_collective": {"decode_steps": 5, "loss_chunks": 0}, "smallest_weight": 77,
-    "fits": True,
-}  # fmt: skip
+    largest_collective={"decode_steps": 5, "loss_chunks": 0}, smallest_weight=77, fits=True,
+)  # fmt: skip
+
+
+def filled(plan, name, part, **changes):
+    """Returns a plan in which a part of a phase does not fit."""
+    phases = [
+        phase._replace(parts={**phase.parts, part: 11.5 * GIB}, **changes)
+        if phase.name == name
+        else phase
+        for phase in plan.phases
+    ]
+    return plan._replace(phases=phases, fits=False)
 
 
 def test_the_table_has_every_phase_and_the_loops_of_collectives():
     lines = list(table.lines(PLAN))
     assert max(map(len, lines)) <= 100
     text = "\n".join(lines)
-    for name in PHASES:
+    for name in map(str, PHASES):
         assert f"  {name:<25}   1.00   9.00 left" in text
         assert f"  {name:<25}      1.0      2.0      7 x" in text
     assert "7 x   62% of its tokens are not padding" in text
@@ -280,7 +307,7 @@ def test_the_table_has_every_phase_and_the_loops_of_collectives():
     row = next(line for line in lines if "train step" in line)
     assert row.split()[3:] == ["3", "2.00", "1.00", "15650", "35223", "1"]
     assert "between slices" not in text
-    assert "between slices" in "\n".join(table.lines(PLAN | {"slices": 2}))
+    assert "between slices" in "\n".join(table.lines(PLAN._replace(slices=2)))
 
 
 @pytest.mark.parametrize(
@@ -323,18 +350,13 @@ def test_the_table_has_every_phase_and_the_loops_of_collectives():
     ],
 )
 def test_advice_depends_on_the_largest_part(phase, part, advice):
-    plan = copy.deepcopy(PLAN)
-    plan["fits"] = False
-    chosen = next(p for p in plan["phases"] if p["name"] == phase)
-    chosen["parts"][part] = 11.5 * GIB
-    chosen["total"] = 12.5 * GIB
-    text = "\n".join(table.lines(plan))
+    text = "\n".join(table.lines(filled(PLAN, phase, Part(part))))
     assert "DOES NOT FIT, by 2.50" in text
     assert "2 x f32[4,8]" in text
     assert f"To reduce it: {advice}" in " ".join(text.split())
     assert max(map(len, text.split("\n"))) <= 100
     for field in re.findall(r"rl\.([\w.]+)", text):
-        assert PLAN["config"][f"rl.{field}"] is not None
+        assert PLAN.config[f"rl.{field}"] is not None
 
 
 @pytest.mark.parametrize(
@@ -359,35 +381,34 @@ def test_advice_depends_on_the_largest_part(phase, part, advice):
             {"rl.optimizer.moment_dtype": "bfloat16"},
             "a mesh with more devices along `fsdp`; more devices",
         ),
-        (
-            "prompts' cache",
-            "rl rollouts",
-            {"rl.slots": 16, "rl.group_size": 1},
-            "shorter prompts; a decode_mesh with a larger `tensor`",
-        ),
     ],
 )
 def test_advice_leaves_out_what_the_config_already_does(part, phase, changes, advice):
-    plan = copy.deepcopy(PLAN)
-    plan["config"] |= changes
-    chosen = next(p for p in plan["phases"] if p["name"] == phase)
-    chosen["parts"][part], chosen["total"] = 11.5 * GIB, 12.5 * GIB
+    plan = PLAN._replace(config=PLAN.config | changes)
+    text = " ".join("\n".join(table.lines(filled(plan, phase, Part(part)))).split())
+    assert text.endswith(f"To reduce it: {advice}")
+
+
+def test_advice_keeps_the_slots_if_a_prefill_has_one_prompt_per_shard():
+    few = SAMPLINGS["rollouts"]._replace(slots=16, group_size=1)
+    plan = filled(PLAN, "rl rollouts", Part.PROMPT_CACHE, sampling=few)
     text = " ".join("\n".join(table.lines(plan)).split())
+    advice = "shorter prompts; a decode_mesh with a larger `tensor`"
     assert text.endswith(f"To reduce it: {advice}")
 
 
 def test_the_table_leaves_out_loops_that_no_program_has():
-    text = "\n".join(table.lines(PLAN | {"largest_collective": {"decode_steps": 5}}))
+    text = "\n".join(table.lines(PLAN._replace(largest_collective={"decode_steps": 5})))
     assert "  elements: at most 5 in the decode loop, the smallest weight has 77" in text
     assert "the loss loop" not in text
 
 
 def test_the_table_names_the_programs_that_the_compiler_refuses():
-    plan = copy.deepcopy(PLAN)
-    plan["programs"][0] |= {"refused": True, "arguments": 11 * GIB}
-    text = "\n".join(table.lines(plan | {"fits": False}))
-    name = plan["programs"][0]["name"]
-    assert text.endswith(f"The compiler refuses {name}: it needs 12.00 GiB on its own.")
+    first, *others = PLAN.programs
+    refused = dataclasses.replace(first, refused=True, arguments=11 * GIB)
+    plan = PLAN._replace(programs=[refused, *others], fits=False)
+    text = "\n".join(table.lines(plan))
+    assert text.endswith(f"The compiler refuses {first.name}: it needs 12.00 GiB on its own.")
 
 
 def test_matmuls_are_counted_as_xla_counts_them():

@@ -13,6 +13,7 @@ from paths import CONFIGS
 from opsd_jax.cli import main, plan
 from opsd_jax.config import loading
 from opsd_jax.planning import plan_file
+from opsd_jax.planning.plan import Plan
 
 PLANS = sorted((CONFIGS / "plans").glob("*.txt"))
 
@@ -105,12 +106,12 @@ def test_the_command_of_a_plan_has_the_arguments_that_are_not_defaults():
 )
 def test_the_command_line_writes_a_plan_file(tmp_path, monkeypatch, capsys):
     flat = loading.flatten(tiny_config.quickstart())
-    made = {
-        "topology": "v5e:2x2", "slices": 1, "devices": 4, "chip": "TPU v5 lite", "hbm": 2.0**34,
-        "mesh": {"data": 4}, "decode_mesh": {"data": 4}, "config": flat, "phases": [],
-        "programs": [], "seconds_at_best": 3600.0, "seconds_in_turn": 7200.0,
-        "response_length": 0.5, "largest_collective": {}, "smallest_weight": 7, "fits": True,
-    }  # fmt: skip
+    made = Plan(
+        topology="v5e:2x2", slices=1, devices=4, chip="TPU v5 lite", hbm=2.0**34,
+        mesh={"data": 4}, decode_mesh={"data": 4}, config=flat, phases=[],
+        programs=[], seconds_at_best=3600.0, seconds_in_turn=7200.0,
+        response_length=0.5, largest_collective={}, smallest_weight=7, fits=True,
+    )  # fmt: skip
     monkeypatch.setattr(plan, "plan", lambda *arguments, **options: made)
     out = tmp_path / "plan.txt"
     arguments = ["plan", "--config", "quickstart", "--topology", "v5e:2x2", "--out", str(out)]

@@ -27,7 +27,7 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 
 
 def decode(scope, trip_counts):
-    """Returns the costs of a decoding program whose only loop has the given named scope."""
+    """The costs of a decoding program whose only loop has the given named scope."""
     text = LOOP.replace("OP_NAME", f'metadata={{op_name="jit(decode)/{scope}/while"}}')
     key = ProgramKey(ProgramKind.DECODE, 1024)
     built = programs.CompiledProgram(key, f"rollouts: {key}", text, 1.0, 8, 16, 8)
@@ -70,12 +70,16 @@ def test_a_program_or_execution_without_a_match_is_an_error(executions):
         programs.matched_executions([costs], executions)
 
 
-@pytest.mark.parametrize("kind", PhaseKind)
-def test_the_name_of_a_phase_can_be_parsed(kind):
-    key = PhaseKey("opsd", kind)
-    assert PhaseKey.parse(str(key)) == key
-
-
-def test_a_phase_may_have_a_name_of_its_own():
-    """A user's own stage chooses the names of its samplings."""
-    assert PhaseKey.parse("mine drafts") == PhaseKey("mine", "drafts")
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        (PhaseKey("opsd", PhaseKind.RESHARD), "opsd reshard"),
+        (PhaseKey("opsd", PhaseKind.SAMPLING, "memos, closed"), "opsd memos, closed"),
+        (PhaseKey("opsd", PhaseKind.PROBE_SAMPLING, "memos, closed"), "opsd probe memos, closed"),
+        (PhaseKey("opsd", PhaseKind.PROBE), "opsd probe"),
+        (PhaseKey("mine", PhaseKind.SAMPLING, "drafts of {3}"), "mine drafts of {3}"),
+        (PhaseKey("evaluation", PhaseKind.EVALUATION), "evaluation"),
+    ],
+)
+def test_a_phase_is_printed_with_its_section_and_sampling(key, name):
+    assert str(key) == name

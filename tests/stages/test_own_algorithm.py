@@ -15,7 +15,7 @@ from opsd_jax.config.run_options import parse_run
 from opsd_jax.options import ConfigError, section
 from opsd_jax.parallel import aot
 from opsd_jax.planning.chips import CHIPS
-from opsd_jax.planning.keys import PhaseKey
+from opsd_jax.planning.keys import PhaseKey, PhaseKind
 from opsd_jax.planning.phases import Phases
 from opsd_jax.planning.programs import Compiler
 from opsd_jax.run import assembly, pipeline
@@ -112,6 +112,7 @@ def test_it_is_planned(own):
         plan = Phases(parse_run(own), jax.devices(), compiler, CHIPS["TPU v4"], 0.5)
         plan.add_stage("best")
     phases = {phase.key: phase for phase in plan.phases}
-    assert {PhaseKey("best", "rollouts"), PhaseKey("best", "step")} <= phases.keys()
-    assert 0 < phases[PhaseKey("best", "step")].useful_tokens <= 1
+    step = PhaseKey("best", PhaseKind.STEP)
+    assert {PhaseKey("best", PhaseKind.SAMPLING, "rollouts"), step} <= phases.keys()
+    assert 0 < phases[step].useful_tokens <= 1
     assert all(phase.times == 2 for phase in plan.phases)

@@ -10,7 +10,7 @@ import numpy as np
 
 from opsd_jax.options import fail, option
 from opsd_jax.stages import sft
-from opsd_jax.stages.algorithm import Algorithm, Curve
+from opsd_jax.stages.algorithm import Algorithm, Curve, RowFields
 from opsd_jax.stages.batch import pack, useful_fraction
 from opsd_jax.stages.options import RolloutOptions
 from opsd_jax.stages.rollouts import (
@@ -47,9 +47,7 @@ def chosen(options, rollouts):
 
 
 def make(options, parts):
-    roll_out = make_roll_out(
-        options, parts, capacity=options.rollouts, trains=lambda outcomes: outcomes.correct
-    )
+    roll_out = make_roll_out(options, parts, capacity=options.rollouts, trains=lambda o: o.correct)
     batch_of = functools.partial(
         pack, buckets=sft.buckets(options), microbatch=options.microbatch,
         capacity=options.prompts, pad_id=parts.task.tokenizer.pad_id,
@@ -73,6 +71,7 @@ ALGORITHM = Algorithm(
     buckets=sft.buckets,
     check_data=check_prompts,
     step_rows=lambda options, responses: student_lengths(options, options.prompts, responses),
+    row_fields=RowFields(("prompts",)),
     sampling=rollout_sampling,
     curves=(Curve("reward", "reward"), Curve("loss", "loss, nats a token")),
     headline="accuracy",
