@@ -17,13 +17,6 @@ CACHE = ("auto", "dense", "paged")
 TPU_ONLY = {"cache": "paged", "attention": "splash"}  # field -> its form that only TPUs run
 
 
-def _even(value: int) -> str:
-    """Returns what to expect instead of an odd number, or "" for an even number."""
-    return (
-        "an even number, because rotary embeddings rotate pairs of components" if value % 2 else ""
-    )
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderOptions:
     """The section `model` for the reference decoder with random initial parameters."""
@@ -38,7 +31,11 @@ class DecoderOptions:
     num_layers: int = required("Number of layers.", at_least=1)
     num_heads: int = required("Number of query heads; a multiple of num_kv_heads.", at_least=1)
     num_kv_heads: int = required("Number of key-value heads.", at_least=1)
-    head_dim: int = required("Size of each head; an even number.", at_least=1, check=_even)
+    head_dim: int = required(
+        "Size of each head.",
+        expects="an even number above 0, because rotary embeddings rotate pairs of components",
+        check=lambda size: size > 0 and size % 2 == 0,
+    )
     rope_theta: float = option(1e6, "Base of the rotary position embeddings.", above=0)
     rope_scaling: RopeScaling = option(
         RopeScaling(), "Scaling of the rotary embeddings to a longer context."

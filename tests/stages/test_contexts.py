@@ -532,7 +532,7 @@ def test_a_context_function_of_the_user(config, task, rollouts):
         ({"reminder_tokens": 0}, "config.opsd.reminder_tokens is 0; expected at least 1"),
         (
             {"teacher": {"kind": "wise"}},
-            "config.opsd.teacher.kind is 'wise'; expected one of frozen",
+            "config.opsd.teacher.kind is 'wise'; expected one of 'frozen'",
         ),
         (
             {"teacher": {"kind": "ema", "rate": 0.0}},
