@@ -334,6 +334,19 @@ def _parse_section(cls: Any, config: Any, field: str, omit: tuple[str, ...]) -> 
     return options
 
 
+def check_bounds(options: Any, place: str) -> None:
+    """Raises ConfigError if a field of options that `parse` has not made is out of its bounds.
+
+    Args:
+      options: an instance of an options dataclass.
+      place: what the options are called in the message, such as "model".
+    """
+    for name, (_, _, bounds) in _fields(options.__class__).items():
+        value = getattr(options, name)
+        if expected := bounds.expected(value):
+            raise ConfigError(f"{place}.{name} is {value!r}; expected {expected}.")
+
+
 def _typed(kind: Any, value: Any, field: str, bounds: Bounds) -> Any:
     """Converts a value to the type of its field; raises ConfigError if it has another type."""
     if _is_options_class(kind) or _is_tuple_class(kind):
