@@ -211,7 +211,7 @@ def _tuple_fields(cls: Any) -> dict[str, tuple[Any, Any, Bounds]]:
     fields = {}
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
         if name not in about:
-            raise TypeError(f"the docstring of {cls.__name__} has no entry {name!r}; add one.")
+            raise TypeError(f"{cls.__name__} does not describe {name!r}; add it to the docstring.")
         description = " ".join(about[name].split())
         kind, bounds = hint, ""
         if typing.get_origin(hint) is typing.Annotated:
