@@ -33,6 +33,8 @@ def engine(vocabulary: int, lengths: list[int], static: bool = False, capacity: 
             num_kv_heads=m["kv_heads"],
             head_dim=m["head_dim"],
             rope_theta=m["rope_theta"],
+            attention="dense",
+            cache="dense",
         )
     )
     mesh = make_mesh((1, 1, 1), jax.devices())

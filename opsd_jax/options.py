@@ -17,12 +17,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import inspect
 import math
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from ml_collections import ConfigDict
@@ -101,8 +102,11 @@ class Bounds(NamedTuple):
     Attributes:
       description: one line for `--help` and docs/config.md.
       at_least, above, at_most, below: numeric bounds; None for no bound.
-      choices: the values that a string may have; () for any string.
-      check: `value -> phrase`, where the phrase says what was expected, or is "" for a valid value.
+      choices: the values that a string may have, as a tuple or the keys of a table; () for any
+        string.
+      expects: the valid values as a phrase, or a function that returns it, if the other attributes
+        do not describe them.
+      check: whether a value is one that `expects` describes; None if nothing or other code checks.
       omit: names of the fields of a nested NamedTuple that the config leaves out.
       finite: whether infinity is refused.
     """
@@ -112,13 +116,16 @@ class Bounds(NamedTuple):
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
-    choices: tuple[str, ...] = ()
-    check: Callable[[Any], str] | None = None
+    choices: Collection[str] = ()
+    expects: str | Callable[[], str] = ""
+    check: Callable[[Any], bool] | None = None
     omit: tuple[str, ...] = ()
     finite: bool = True
 
     def text(self) -> str:
         """Returns the bounds as a phrase, such as "at least 1"; "" if there are no bounds."""
+        if self.expects:
+            return self.expects if isinstance(self.expects, str) else self.expects()
         if len(self.choices) == 2:
             return " or ".join(map(repr, self.choices))
         if self.choices:
@@ -138,8 +145,8 @@ class Bounds(NamedTuple):
 
     def expected(self, value: Any) -> str:
         """Returns a phrase for what was expected, or "" if `value` is within the bounds."""
-        if self.check is not None and (phrase := self.check(value)):
-            return phrase
+        if self.check is not None and not self.check(value):
+            return self.text()
         if self.choices:
             return "" if value in self.choices else self.text()
         if not isinstance(value, int | float):
@@ -184,6 +191,17 @@ def required(description: str, **bounds: Any) -> Any:
     return dataclasses.field(metadata={"bounds": Bounds(description, **bounds)})
 
 
+def with_default(cls: Any, name: str, default: Any) -> Any:
+    """Declares a field of a base class again, with another default value.
+
+    Args:
+      cls: the base class, an options dataclass.
+      name: the field.
+      default: the default value.
+    """
+    return dataclasses.field(default=default, metadata=cls.__dataclass_fields__[name].metadata)
+
+
 def _is_tuple_class(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")
 
@@ -195,18 +213,9 @@ def _is_options_class(kind: Any) -> bool:
 @functools.cache
 def _fields(cls: Any) -> dict[str, tuple[Any, Any, Bounds]]:
     """Returns the type, the default value (or MISSING) and the bounds of each field, by name."""
-    hints = typing.get_type_hints(cls)
     if _is_tuple_class(cls):
-        defaults, about = getattr(cls, "_field_defaults"), attributes(cls.__doc__ or "")  # noqa: B009
-        return {
-            name: (
-                hints[name],
-                defaults.get(name, dataclasses.MISSING),
-                Bounds(about.get(name, "")),
-            )
-            for name in getattr(cls, "_fields")  # noqa: B009
-        }
-    found = {}
+        return _tuple_fields(cls)
+    hints, found = typing.get_type_hints(cls), {}
     for field in dataclasses.fields(cls):
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
@@ -215,24 +224,31 @@ def _fields(cls: Any) -> dict[str, tuple[Any, Any, Bounds]]:
     return found
 
 
-def attributes(docstring: str) -> dict[str, str]:
-    """Reads the description of each attribute from the section "Attributes:" of a docstring.
+def _tuple_fields(cls: Any) -> dict[str, tuple[Any, Any, Bounds]]:
+    """Returns what `_fields` does, for a NamedTuple.
 
-    An entry "a, b: text" describes both `a` and `b`.
+    The section "Attributes:" of its docstring has the descriptions. The metadata of an annotation,
+    as in `Annotated[float, Range(0, 1)]`, describes the valid values as a string.
+
+    Raises:
+      TypeError: the docstring does not describe a field.
     """
-    _, _, listed = docstring.partition("Attributes:\n")
-    found: dict[str, str] = {}
-    names: list[str] = []
-    for line in listed.splitlines():
-        text = line.strip()
-        if not text:
-            break
-        entry = re.match(r"([\w, ]+): (.*)", text)
-        if entry and len(line) - len(line.lstrip()) <= 6:
-            names, text = [name.strip() for name in entry[1].split(",")], entry[2]
-        for name in names:
-            found[name] = f"{found.get(name, '')} {text}".strip()
-    return found
+    _, _, listed = inspect.cleandoc(cls.__doc__).partition("Attributes:\n")
+    about = dict(re.findall(r"^  (\w+): (.+(?:\n    .+)*)", listed, re.MULTILINE))
+    fields = {}
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        if name not in about:
+            raise TypeError(f"{cls.__name__} does not describe {name!r}; add it to the docstring.")
+        description = " ".join(about[name].split())
+        kind, bounds = hint, ""
+        if typing.get_origin(hint) is typing.Annotated:
+            kind, bounds = typing.get_args(hint)[:2]
+        fields[name] = (
+            kind,
+            cls._field_defaults.get(name, dataclasses.MISSING),
+            Bounds(description[0].upper() + description[1:], expects=str(bounds)),
+        )
+    return fields
 
 
 def section(options: Any, omit: tuple[str, ...] = ()) -> ConfigDict:
@@ -351,6 +367,19 @@ def _parse_section(cls: Any, config: Any, field: str, omit: tuple[str, ...], who
     elif check is not None:
         check(field)
     return options
+
+
+def check_bounds(options: Any, place: str) -> None:
+    """Raises ConfigError if a field of options that `parse` has not made is out of its bounds.
+
+    Args:
+      options: an instance of an options dataclass.
+      place: what the options are called in the message, such as "model".
+    """
+    for name, (_, _, bounds) in _fields(options.__class__).items():
+        value = getattr(options, name)
+        if expected := bounds.expected(value):
+            raise ConfigError(f"{place}.{name} is {value!r}; expected {expected}.")
 
 
 def _typed(kind: Any, value: Any, field: str, bounds: Bounds, whole: bool) -> Any:

@@ -14,9 +14,10 @@ from opsd_jax.data.options import DataOptions
 from opsd_jax.evaluation.options import EvaluationOptions
 from opsd_jax.models.options import DecoderOptions, PretrainedOptions
 from opsd_jax.options import ConfigError, fail, fields_of, lock, option, parse, section
+from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.stages import algorithm_of
 from opsd_jax.stages.algorithm import Algorithm
-from opsd_jax.stages.options import StageOptions
+from opsd_jax.stages.options import EARLIER_STAGE, StageOptions
 from opsd_jax.storage.names import RESERVED
 from opsd_jax.training.checkpoint import CheckpointOptions
 from opsd_jax.verify.pool import PoolOptions
@@ -35,18 +36,27 @@ class RunOptions:
 
     seed: int = option(0, "Seed of the whole run.", at_least=0, below=2**31)
     stages: tuple[str, ...] = option(
-        ("sft", "rlvr", "opsd"), "Stages to run, in order: names of sections with an `algorithm`."
+        ("sft", "rlvr", "opsd"),
+        "Stages to run, in order: names of sections with an `algorithm`.",
+        expects=f"distinct names, none of them {', '.join(map(repr, RESERVED))}",
+        check=lambda stages: len({*stages, *RESERVED}) == len(stages) + len(RESERVED),
     )
     mesh: tuple[int, ...] = option(
-        (-1, 1, 1), "Sizes of the mesh axes data, fsdp and tensor; -1 takes the remaining devices."
+        (-1, 1, 1),
+        "Sizes of the mesh axes data, fsdp and tensor; -1 takes the remaining devices.",
+        expects=mesh_lib.SHAPE,
+        check=mesh_lib.is_shape,
     )
     decode_mesh: tuple[int, ...] = option(
         (),
         "Mesh sizes while sampling, when weights are sharded over tensor alone; () is `mesh`.",
+        expects=f"() or {mesh_lib.SHAPE}",
+        check=lambda shape: not shape or mesh_lib.is_shape(shape),
     )
     task: str = option(
         "opsd_jax.data.text:task",
-        "'package.module:function' that takes the section `data` and returns a Task.",
+        "Function that takes the section `data` and returns a Task.",
+        expects="'package.module:function'",
     )
     data: DataOptions = option(DataOptions(), "Problems, prompts and privileged contexts.")
     model: Any = option(PretrainedOptions(), "The model; its fields depend on `model.make`.")
@@ -75,17 +85,13 @@ class RunOptions:
 
     def check_stages(self) -> None:
         """Raises ConfigError if the stages cannot run in the given order."""
-        if len({*self.stages, *RESERVED}) != len(self.stages) + len(RESERVED):
-            *others, last = map(repr, RESERVED)
-            expected = f"distinct names, none of them {', '.join(others)} or {last}"
-            fail("stages", self.stages, expected)
         for i, name in enumerate(self.stages):
             if name not in self.sections:
                 known = ", ".join(self.sections)
                 fail("stages", self.stages, f"names of sections among {known}; {name!r} is not one")
             before = self.sections[name].init_from
             if before and before not in self.stages[:i]:
-                fail(f"{name}.init_from", before, "'' or a stage before this one")
+                fail(f"{name}.init_from", before, EARLIER_STAGE)
         if self.wandb_project and importlib.util.find_spec("wandb") is None:
             expected = "'', because wandb is missing: pip install 'opsd-jax[wandb]'"
             fail("wandb_project", self.wandb_project, expected)

@@ -17,6 +17,8 @@ from opsd_jax.verify.verifiers import VerifierOptions
 
 SECTIONS = ("train", "heldout", "exclude")  # the fields of DataOptions that hold sources
 
+CHAT_TEMPLATES = "'' for the tokenizer's own, 'none' for plain text, or an existing file"
+MEMO_TEXT = "no placeholder except {answer} and {solution}"
 REQUEST = "Please reason step by step, and put your final answer within \\boxed{}.\n"
 _DAY = re.compile(r"[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])")
 
@@ -29,7 +31,8 @@ class ColumnOptions:
     question: str = option(
         "problem",
         "Column with the question.",
-        check=lambda name: "" if name else "the name of a column",
+        expects="the name of a column",
+        check=bool,
     )
     answer: str = option("answer", "Column with the answer; '' if the verifier needs none.")
     solution: str = option(
@@ -107,23 +110,21 @@ class MemoWording:
         "That is right: the answer is {answer}. Write a short memo for solving problems like this "
         "one: the key insight, and the most direct way to the answer. Write the memo alone.",
         "Request for a memo on a correct response.",
+        expects=MEMO_TEXT,
     )
     incorrect: str = option(
         "That is wrong: the answer is {answer}. Write a short memo for solving problems like this "
         "one: the key insight, where the attempt went wrong, and how one notices. Write the memo "
         "alone.",
         "Request for a memo on an incorrect response.",
+        expects=MEMO_TEXT,
     )
     truncated: str = option(
         "You ran out of room; the answer is {answer}. Write a short memo for solving problems like "
         "this one: the key insight, and a more direct way to the answer. Write the memo alone.",
         "Request for a memo on a truncated response.",
+        expects=MEMO_TEXT,
     )
-
-
-def _not_a_day(date: str) -> str:
-    """Returns "" for a valid date or no date, otherwise a description of a valid one."""
-    return "" if not date or _DAY.fullmatch(date) else "a day such as '2026-01-31', or ''"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,9 +146,7 @@ class DataOptions:
         "Directory with a tokenizer.json, or a 'package.module:function' that returns a "
         "tokenizer; '' is the model's directory.",
     )
-    chat_template: str = option(
-        "", "Chat template: '' is the tokenizer's own, 'none' is plain text, else a file."
-    )
+    chat_template: str = option("", "Chat template.", expects=CHAT_TEMPLATES)
     thinking: str = option(
         "",
         "Value of the chat template's `enable_thinking`; '' leaves the template's default.",
@@ -155,15 +154,21 @@ class DataOptions:
     )
     system: str = option("", "System message of the chat; '' for none.")
     date: str = option(
-        "", "Today's date for chat templates that ask for it, as 'YYYY-MM-DD'.", check=_not_a_day
+        "",
+        "Today's date for chat templates that ask for it, as 'YYYY-MM-DD'.",
+        expects="a day such as '2026-01-31', or ''",
+        check=lambda date: not date or bool(_DAY.fullmatch(date)),
     )
     template_options: Mapping[str, Any] = option({}, "Further variables of the chat template.")
     prompt: str = option(
-        "{question}\n" + REQUEST, "The user's message to the student, with {question} filled in."
+        "{question}\n" + REQUEST,
+        "The user's message to the student, with {question} filled in.",
+        expects="a text that contains {question}",
     )
     teacher_prompt: str = option(
         "{question}\n\n{context}\n\n" + REQUEST,
         "The user's message to the teacher, with {question} and the worded {context} filled in.",
+        expects="a text that contains {question} and {context}",
     )
     contexts: Mapping[str, str] = option(
         {name: kind.wording for name, kind in CONTEXTS.items() if kind.wording},
@@ -172,6 +177,7 @@ class DataOptions:
     reminder: str = option(
         "\n\nWait, I recall this. {context}\n\n",
         "Text that repeats the worded {context} inside a response (opsd.reinject_every).",
+        expects="a text that contains {context}",
     )
     memo: MemoWording = option(MemoWording(), "How the model is asked for a memo.")
 

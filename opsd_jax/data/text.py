@@ -24,7 +24,7 @@ from opsd_jax.data.chat import Chat, ChatTemplate, cut_to_fit
 from opsd_jax.data.contexts import CONTEXTS, Context
 from opsd_jax.data.load import load
 from opsd_jax.data.mixture import mixture
-from opsd_jax.data.options import DataOptions, MemoWording
+from opsd_jax.data.options import CHAT_TEMPLATES, DataOptions, MemoWording
 from opsd_jax.data.task import Demonstration, Task, Tokenizer
 from opsd_jax.data.tokenizer import PretrainedTokenizer
 from opsd_jax.options import fail, import_function
@@ -227,8 +227,7 @@ def make_chat(options: DataOptions, tokenizer: Tokenizer) -> Chat:
     elif options.chat_template:
         path = pathlib.Path(options.chat_template)
         if not path.is_file():
-            expected = "'' for the tokenizer's own, 'none' for plain text, or an existing file"
-            fail("data.chat_template", options.chat_template, expected)
+            fail("data.chat_template", options.chat_template, CHAT_TEMPLATES)
         special_tokens = getattr(tokenizer, "special_tokens", {})
         template = ChatTemplate(path.read_text(encoding="utf-8"), special_tokens)
     return Chat(

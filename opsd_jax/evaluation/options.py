@@ -7,20 +7,15 @@ import dataclasses
 from opsd_jax.options import option
 
 
-def _problems_expected(problems: int) -> str:
-    """Returns what was expected in place of an invalid number of problems; "" for a valid one."""
-    good = problems == 0 or problems >= 2
-    return "" if good else "0 for all problems, or at least 2, which a standard error needs"
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
     """Which held-out problems are evaluated, and how responses to them are sampled."""
 
     problems: int = option(
         0,
-        "Number of held-out problems to evaluate: 0 for all, otherwise at least 2.",
-        check=_problems_expected,
+        "Number of held-out problems to evaluate.",
+        expects="0 for all problems, or at least 2, which a standard error needs",
+        check=lambda problems: problems == 0 or problems >= 2,
     )
     samples: int = option(8, "Number of responses to each problem.", at_least=1)
     temperature: float = option(0.6, "Sampling temperature; 0 is greedy.", at_least=0)

@@ -1,15 +1,76 @@
 """Checks of the arguments of losses, which run while a loss is traced.
 
-Every error message names the argument, the value or shape found, and what was expected.
+Every error message names the argument, the value or shape found, and what was expected. The bounds
+of an option are part of its annotation, as in `beta: Annotated[float, Range(0, 1)]`, and
+`check_options` checks them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple, get_type_hints
 
 import jax
 import jax.numpy as jnp
+
+
+class Range(NamedTuple):
+    """The bounds of a number. Its text, such as "a number in [0, 1]", says what is valid.
+
+    Attributes:
+      low: the smallest valid number.
+      high: the largest valid number.
+      or_zero: whether 0 is valid too.
+    """
+
+    low: float
+    high: float = float("inf")
+    or_zero: bool = False
+
+    def __str__(self) -> str:
+        bounded = self.high < float("inf")
+        bounds = f"in [{self.low}, {self.high}]" if bounded else f"that is at least {self.low}"
+        return f"{'0, or ' if self.or_zero else ''}a number {bounds}"
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises ValueError if `value` is out of bounds or NaN. Traced values are not checked."""
+        if isinstance(value, jax.core.Tracer) or (self.or_zero and value == 0):
+            return
+        if not self.low <= value <= self.high:
+            raise ValueError(f"{name} is {value}; expected {self}.")
+
+
+class OneOf(NamedTuple):
+    """The valid names of an option. Its text, such as "one of a, b", lists them.
+
+    Attributes:
+      names: the names. They may be the keys of a table that grows.
+      several: if above 0, this many names separated by commas are valid too.
+    """
+
+    names: Collection[Any]
+    several: int = 0
+
+    def __str__(self) -> str:
+        text = f"one of {', '.join(map(str, self.names))}"
+        return f"{text}, or {self.several} of them separated by commas" if self.several else text
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises ValueError if `value` is not valid."""
+        parts = [part.strip() for part in value.split(",")] if self.several else [value]
+        if len(parts) not in (1, self.several) or any(part not in self.names for part in parts):
+            raise ValueError(f"{name} is {value!r}; expected {self}.")
+
+
+def check_options(options: Any) -> None:
+    """Raises ValueError if a field of `options` is out of the bounds in its annotation.
+
+    Args:
+      options: a NamedTuple. Fields without bounds pass.
+    """
+    for name, hint in get_type_hints(type(options), include_extras=True).items():
+        for bounds in getattr(hint, "__metadata__", ()):
+            bounds.check(name, getattr(options, name))
 
 
 def check_shape(shape: Sequence[int], reason: str, **arrays: Any) -> None:
@@ -45,12 +106,9 @@ def check_row_weight(row_weight: Any, mask: Any) -> None:
 
 def check_option(name: str, value: Any, choices: Collection[Any]) -> None:
     """Raises ValueError, with the option's name, if `value` is not one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(str, choices))}.")
+    OneOf(choices).check(name, value)
 
 
 def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
     """Raises ValueError if `value` is outside [low, high] or NaN. Traced values are not checked."""
-    if not isinstance(value, jax.core.Tracer) and not low <= value <= high:
-        bounds = f"in [{low}, {high}]" if high < float("inf") else f"that is at least {low}"
-        raise ValueError(f"{name} is {value}; expected a number {bounds}.")
+    Range(low, high).check(name, value)

@@ -8,6 +8,11 @@ GATES = {
     "incorrect": (0.0, 1.0, 1.0),  # the paper's Incorrect-only; truncated rollouts are not correct
     "all": (1.0, 1.0, 1.0),  # OPSD without a gate
 }
+# The texts that `parse_gate` accepts.
+GATE_TEXTS = (
+    f"one of {', '.join(GATES)}, or three weights for correct, incorrect and truncated rollouts, "
+    "such as '1,0.5,0' (not negative, not all zero)"
+)
 
 
 def parse_gate(text: str) -> tuple[float, float, float]:
@@ -31,10 +36,7 @@ def parse_gate(text: str) -> tuple[float, float, float]:
     except ValueError:
         weights = ()
     if len(weights) != 3 or not all(0 <= w < float("inf") for w in weights) or not any(weights):
-        raise ValueError(
-            f"gate is {text!r}; expected one of {', '.join(GATES)}, or three weights for correct, "
-            "incorrect and truncated rollouts, such as '1,0.5,0' (not negative, not all zero)."
-        )
+        raise ValueError(f"gate is {text!r}; expected {GATE_TEXTS}.")
     return weights
 
 

@@ -6,7 +6,7 @@ Shape suffixes: B rows (responses), T tokens of a padded row, V vocabulary size.
 from __future__ import annotations
 
 import inspect
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,10 @@ from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
 
 from opsd_jax.losses.checks import (
+    OneOf,
+    Range,
     check_mask,
-    check_option,
+    check_options,
     check_range,
     check_row_weight,
     check_shape,
@@ -79,25 +81,25 @@ class OPSD(NamedTuple):
     """
 
     gate: tuple[float, float, float] = (1.0, 0.0, 0.0)
-    divergence: str = "reverse_kl"
-    beta: float = 0.5
-    alpha: float = 0.2
+    divergence: Annotated[str, OneOf(DIVERGENCES, several=3)] = "reverse_kl"
+    beta: Annotated[float, Range(0, 1)] = 0.5
+    alpha: Annotated[float, Range(1e-6, 1)] = 0.2
     control_variate: bool = False
-    top_k: int = 0
-    support: str = "teacher"
-    rest: str = "bucket"
-    clip: float = 0.0
-    importance_cap: float = 0.0
-    skip_first: int = 0
-    first_only: int = 0
-    position: str = "uniform"
-    late: float = 2.0
+    top_k: Annotated[int, Range(0)] = 0
+    support: Annotated[str, OneOf(SUPPORTS)] = "teacher"
+    rest: Annotated[str, OneOf(RESTS)] = "bucket"
+    clip: Annotated[float, Range(0)] = 0.0
+    importance_cap: Annotated[float, Range(0)] = 0.0
+    skip_first: Annotated[int, Range(0)] = 0
+    first_only: Annotated[int, Range(0)] = 0
+    position: Annotated[str, OneOf(POSITIONS)] = "uniform"
+    late: Annotated[float, Range(0)] = 2.0
     rate: float = 2.0
-    floor: float = 0.25
+    floor: Annotated[float, Range(0, 1)] = 0.25
     centre: float = 0.3
-    width: float = 0.1
-    aggregation: str = "sequence"
-    length: float = 1.0
+    width: Annotated[float, Range(1e-6)] = 0.1
+    aggregation: Annotated[str, OneOf(AGGREGATIONS)] = "sequence"
+    length: Annotated[float, Range(1e-6)] = 1.0
 
     @property
     def divergences(self) -> tuple[str, ...]:
@@ -119,32 +121,17 @@ class OPSD(NamedTuple):
             )
         for weight in self.gate:
             check_range("gate", weight, 0)
-        if len(self.divergences) != 3:
-            raise ValueError(
-                f"divergence is {self.divergence!r}; expected one name, or three names "
-                "separated by commas, for correct, incorrect and truncated rollouts."
-            )
-        for name in self.divergences:
-            check_option("divergence", name, DIVERGENCES)
+        check_options(self)
         if self.top_k and self.needs_tokens:
             raise ValueError(
                 f"top_k is {self.top_k} with divergence {self.divergence!r}, which is computed at "
                 "the sampled tokens; expected top_k 0."
             )
-        check_option("support", self.support, SUPPORTS)
-        check_option("rest", self.rest, RESTS)
-        check_option("position", self.position, POSITIONS)
-        check_option("aggregation", self.aggregation, AGGREGATIONS)
-        check_range("beta", self.beta, 0, 1)
-        check_range("alpha", self.alpha, 1e-6, 1)
-        check_range("length", self.length, 1e-6)
         if 0 < self.first_only <= self.skip_first:
             raise ValueError(
                 f"first_only is {self.first_only} and skip_first is {self.skip_first}, which "
                 "leaves no tokens; expected first_only to be 0 or above skip_first."
             )
-        for name in ("top_k", "clip", "importance_cap", "skip_first", "first_only"):
-            check_range(name, getattr(self, name), 0)
 
 
 def opsd(

@@ -5,7 +5,7 @@ Shape suffixes: B rows (responses), T tokens of a padded row.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
 
 from opsd_jax.losses.advantage import BASELINES, SCALES, advantages
-from opsd_jax.losses.checks import check_mask, check_option, check_range, check_shape
+from opsd_jax.losses.checks import OneOf, Range, check_mask, check_options, check_shape
 from opsd_jax.losses.fused import TokenLoss, token_values, weighted_loss
 from opsd_jax.losses.head import LogitsOrHead
 from opsd_jax.losses.likelihood import entropy, importance_ratio, token_logprobs
@@ -58,17 +58,17 @@ class PolicyGradient(NamedTuple):
         equal (the dynamic sampling of DAPO).
     """
 
-    baseline: str = "group"
-    scale: str = "group"
-    ratio: str = "token"
-    clip: str = "ppo"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float = 0.0
-    kl_coefficient: float = 0.0
-    importance_cap: float = 2.0
-    aggregation: str = "sequence"
-    length: float = 1.0
+    baseline: Annotated[str, OneOf(BASELINES)] = "group"
+    scale: Annotated[str, OneOf(SCALES)] = "group"
+    ratio: Annotated[str, OneOf(("token", "sequence"))] = "token"
+    clip: Annotated[str, OneOf(("ppo", "cispo", "none"))] = "ppo"
+    clip_low: Annotated[float, Range(0)] = 0.2
+    clip_high: Annotated[float, Range(0)] = 0.2
+    dual_clip: Annotated[float, Range(1, or_zero=True)] = 0.0
+    kl_coefficient: Annotated[float, Range(0)] = 0.0
+    importance_cap: Annotated[float, Range(0)] = 2.0
+    aggregation: Annotated[str, OneOf(AGGREGATIONS)] = "sequence"
+    length: Annotated[float, Range(1e-6)] = 1.0
     drop_uninformative: bool = False
 
     def advantages(self, rewards, group_size: int):
@@ -85,23 +85,12 @@ class PolicyGradient(NamedTuple):
 
     def check(self) -> None:
         """Raises ValueError if an option is invalid. The message names the option."""
-        check_option("baseline", self.baseline, BASELINES)
-        check_option("scale", self.scale, SCALES)
-        check_option("aggregation", self.aggregation, AGGREGATIONS)
-        if self.aggregation == "fixed":
-            check_range("length", self.length, 1e-6)
-        check_option("ratio", self.ratio, ("token", "sequence"))
-        check_option("clip", self.clip, ("ppo", "cispo", "none"))
-        check_range("clip_low", self.clip_low, 0)
-        check_range("clip_high", self.clip_high, 0)
-        check_range("dual_clip", self.dual_clip, 1 if self.dual_clip else 0)
+        check_options(self)
         if self.dual_clip and self.clip != "ppo":
             raise ValueError(
                 f"dual_clip is {self.dual_clip} with clip {self.clip!r}; expected dual_clip 0, or "
                 "clip 'ppo'."
             )
-        check_range("kl_coefficient", self.kl_coefficient, 0)
-        check_range("importance_cap", self.importance_cap, 0)
 
 
 PRESETS = {

@@ -7,12 +7,10 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-
 from opsd_jax.models import attention, paged
-from opsd_jax.models.options import ATTENTION, CACHE, REMAT
+from opsd_jax.models.options import DecoderOptions
 from opsd_jax.models.rope import TYPES, RopeScaling
-from opsd_jax.options import ConfigError
+from opsd_jax.options import ConfigError, check_bounds
 from opsd_jax.parallel.aot import on_tpu
 
 
@@ -58,48 +56,21 @@ SIZE_FIELDS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """Sizes and numerics of a decoder.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig(DecoderOptions):
+    """The options of a decoder whose sizes fit together and whose kernels are chosen.
 
-    The fields are those of `opsd_jax.models.options.DecoderOptions`, which describes them. The
-    dtypes are JAX types. `attention` and `cache` may be given as "auto". The constructor replaces
-    "auto" by the TPU kernel if programs are compiled for TPUs and the kernel supports the sizes,
-    and by "dense" otherwise.
+    The constructor replaces "auto" in `attention` and `cache` by the TPU kernel if programs are
+    compiled for TPUs and the kernel supports the sizes, and by "dense" otherwise.
 
     Raises:
-      ConfigError: Two sizes don't fit together, or a kernel doesn't support them.
+      ConfigError: A field is out of bounds, two sizes don't fit together, or a kernel doesn't
+        support them.
     """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_theta: float = 1e6
-    rope_scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
-    rms_norm_eps: float = 1e-6
-    qk_norm: bool = True
-    attention_bias: bool = False
-    tie_word_embeddings: bool = False
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    remat: str = "none"
-    sequence_parallel: bool = False
-    attention: str = "dense"
-    scan_unroll: int = 1
-    cache: str = "dense"
 
     def __post_init__(self):
         """Checks the fields and replaces "auto"."""
-        for name, choices in (("remat", REMAT), ("attention", ATTENTION), ("cache", CACHE)):
-            if getattr(self, name) not in choices:
-                raise ConfigError(
-                    f"model.{name} is {getattr(self, name)!r}; expected one of "
-                    f"{', '.join(map(repr, choices))}."
-                )
+        check_bounds(self, "model")
         self._check_sizes()
         splash_fits = self.head_dim % attention.LANES == 0
         paged_fits = paged.fits(self.num_kv_heads, self.head_dim)
@@ -132,11 +103,6 @@ class DecoderConfig:
             raise ConfigError(
                 f"model.scan_unroll is {self.scan_unroll}; expected a divisor of model.num_layers "
                 f"= {self.num_layers}."
-            )
-        if self.head_dim % 2:
-            raise ConfigError(
-                f"model.head_dim is {self.head_dim}; expected an even number, because rotary "
-                "embeddings rotate pairs of components."
             )
 
 

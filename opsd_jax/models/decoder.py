@@ -13,7 +13,6 @@ G = H / K, C head size, F MLP size, V vocabulary size, L layers.
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -26,8 +25,7 @@ from jax.sharding import PartitionSpec as P
 from opsd_jax import policy as policy_lib
 from opsd_jax.models import architecture, attention, paged, rope, safetensors, weights
 from opsd_jax.models.architecture import DecoderConfig
-from opsd_jax.models.options import DTYPES, DecoderOptions
-from opsd_jax.options import parse
+from opsd_jax.models.options import DecoderOptions, parse_model
 from opsd_jax.parallel.mesh import ROWS, constrain, path_name
 
 # The sharding of the parameters (`Model.rules`). The first dimension of "layers/..." is the layer.
@@ -331,11 +329,7 @@ def config_of(options: DecoderOptions | Mapping[str, Any]) -> DecoderConfig:
     Raises:
       ConfigError: The decoder does not support a value. The message names the field.
     """
-    if not isinstance(options, DecoderOptions):
-        options = parse(DecoderOptions, options, "model")
-    fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(DecoderConfig)}
-    fields |= {name: DTYPES[fields[name]] for name in ("dtype", "param_dtype")}
-    return DecoderConfig(**fields)
+    return DecoderConfig(**vars(parse_model(DecoderOptions, options)))
 
 
 def model(config: DecoderConfig) -> policy_lib.Model:
@@ -352,7 +346,7 @@ def model(config: DecoderConfig) -> policy_lib.Model:
         return stacked.forward(jax.tree.map(stack, params, is_leaf=is_unrolled), *arguments)
 
     def save(params: policy_lib.Params, directory: pathlib.Path, dtype: str = "") -> None:
-        dtype = dtype or jnp.dtype(config.param_dtype).name
+        dtype = dtype or config.param_dtype
         codes = dict.fromkeys(weights.all_layouts(params), safetensors.CODES[dtype])
         files = {"config.json": architecture.to_json(config, dtype)}
         weights.save(params, directory, codes, files)

@@ -3,60 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-
-import jax.numpy as jnp
+from typing import Any, TypeVar
 
 from opsd_jax.models.presets import PRESETS
 from opsd_jax.models.rope import RopeScaling
-from opsd_jax.options import option, required
+from opsd_jax.options import option, parse, required, with_default
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-REMAT = ("none", "full", "attention", "products")
-ATTENTION = ("auto", "dense", "splash")
-CACHE = ("auto", "dense", "paged")
+DTYPES = ("float32", "bfloat16")
 TPU_ONLY = {"cache": "paged", "attention": "splash"}  # field -> its form that only TPUs run
 
 
-def _even(value: int) -> str:
-    """Returns what to expect instead of an odd number, or "" for an even number."""
-    return (
-        "an even number, because rotary embeddings rotate pairs of components" if value % 2 else ""
-    )
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderOptions:
-    """The section `model` for the reference decoder with random initial parameters."""
+class ModelOptions:
+    """The fields that the section `model` has for random and for pretrained parameters."""
 
-    make: str = option(
-        "opsd_jax.models.decoder:from_config",
-        "'package.module:function' that takes this section and returns an opsd_jax.policy.Model.",
+    make: str = required(
+        "Function that takes this section and returns an opsd_jax.policy.Model.",
+        expects="'package.module:function'",
     )
-    vocab_size: int = required("Number of tokens in the vocabulary.", at_least=1)
-    hidden_size: int = required("Width of the hidden states.", at_least=1)
-    intermediate_size: int = required("Width of the hidden layer of each MLP.", at_least=1)
-    num_layers: int = required("Number of layers.", at_least=1)
-    num_heads: int = required("Number of query heads; a multiple of num_kv_heads.", at_least=1)
-    num_kv_heads: int = required("Number of key-value heads.", at_least=1)
-    head_dim: int = required("Size of each head; an even number.", at_least=1, check=_even)
-    rope_theta: float = option(1e6, "Base of the rotary position embeddings.", above=0)
-    rope_scaling: RopeScaling = option(
-        RopeScaling(), "Scaling of the rotary embeddings to a longer context."
-    )
-    rms_norm_eps: float = option(1e-6, "Constant that RMSNorm adds to the mean square.", above=0)
-    qk_norm: bool = option(True, "Normalise the queries and keys of each head, as Qwen3 does.")
-    attention_bias: bool = option(False, "Add biases to queries, keys and values, as Qwen2.5 does.")
-    tie_word_embeddings: bool = option(False, "Use the token embedding as the output head.")
     dtype: str = option(
-        "float32", "Data type of activations, matmuls and the cache.", choices=tuple(DTYPES)
+        "float32", "Data type of activations, matmuls and the cache.", choices=DTYPES
     )
-    param_dtype: str = option("float32", "Data type of the parameters.", choices=tuple(DTYPES))
+    param_dtype: str = option("float32", "Data type of the parameters.", choices=DTYPES)
     remat: str = option(
         "none",
         "What each layer stores for the backward pass, which recomputes the rest: 'none' stores "
         "all activations, 'full' only the layer's input, 'attention' also the output of splash "
         "attention, 'products' also the outputs of all matmuls.",
-        choices=REMAT,
+        choices=("none", "full", "attention", "products"),
     )
     sequence_parallel: bool = option(
         False, "Shard the activations between layers over `tensor`, along the tokens."
@@ -65,7 +39,7 @@ class DecoderOptions:
         "auto",
         "Attention over whole rows: 'dense', 'splash' (a TPU kernel that never stores the [T, T] "
         "weights), or 'auto': 'splash' on a TPU if the kernel supports head_dim.",
-        choices=ATTENTION,
+        choices=("auto", "dense", "splash"),
     )
     scan_unroll: int = option(
         1,
@@ -76,47 +50,64 @@ class DecoderOptions:
         "auto",
         "Cache of keys and values: 'dense', 'paged' (a TPU kernel that reads only the filled "
         "pages), or 'auto': 'paged' on a TPU if the kernel supports the sizes.",
-        choices=CACHE,
+        choices=("auto", "dense", "paged"),
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PretrainedOptions:
+class DecoderOptions(ModelOptions):
+    """The section `model` for the reference decoder with random initial parameters."""
+
+    make: str = with_default(ModelOptions, "make", "opsd_jax.models.decoder:from_config")
+    vocab_size: int = required("Number of tokens in the vocabulary.", at_least=1)
+    hidden_size: int = required("Width of the hidden states.", at_least=1)
+    intermediate_size: int = required("Width of the hidden layer of each MLP.", at_least=1)
+    num_layers: int = required("Number of layers.", at_least=1)
+    num_heads: int = required("Number of query heads; a multiple of num_kv_heads.", at_least=1)
+    num_kv_heads: int = required("Number of key-value heads.", at_least=1)
+    head_dim: int = required(
+        "Size of each head.",
+        expects="an even number above 0, because rotary embeddings rotate pairs of components",
+        check=lambda size: size > 0 and size % 2 == 0,
+    )
+    rope_theta: float = option(1e6, "Base of the rotary position embeddings.", above=0)
+    rope_scaling: RopeScaling = option(
+        RopeScaling(), "Scaling of the rotary embeddings to a longer context."
+    )
+    rms_norm_eps: float = option(1e-6, "Constant that RMSNorm adds to the mean square.", above=0)
+    qk_norm: bool = option(True, "Normalise the queries and keys of each head, as Qwen3 does.")
+    attention_bias: bool = option(False, "Add biases to queries, keys and values, as Qwen2.5 does.")
+    tie_word_embeddings: bool = option(False, "Use the token embedding as the output head.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainedOptions(ModelOptions):
     """The section `model` for a Hugging Face directory; its config.json gives the sizes."""
 
-    make: str = option(
-        "opsd_jax.models.pretrained:from_config",
-        "'package.module:function' that takes this section and returns an opsd_jax.policy.Model.",
-    )
+    make: str = with_default(ModelOptions, "make", "opsd_jax.models.pretrained:from_config")
+    # param_dtype stays float32: an update of relative size 1e-6 is lost on a bfloat16 parameter,
+    # which has 8 significant bits.
+    dtype: str = with_default(ModelOptions, "dtype", "bfloat16")
+    remat: str = with_default(ModelOptions, "remat", "full")
     path: str = option("", "Local directory with a Hugging Face config.json and *.safetensors.")
     preset: str = option(
         "",
         "Preset whose sizes `opsd-jax plan` uses if `path` is empty.",
         choices=("", *PRESETS),
     )
-    dtype: str = option(
-        "bfloat16", "Data type of activations, matmuls and the cache.", choices=tuple(DTYPES)
-    )
-    # An update of relative size 1e-6 is lost on a bfloat16 parameter, which has 8 significant bits.
-    param_dtype: str = option("float32", "Data type of the parameters.", choices=tuple(DTYPES))
-    remat: str = option(
-        "full", "What each layer stores for the backward pass; 'full': its input.", choices=REMAT
-    )
-    sequence_parallel: bool = option(
-        False, "Shard the activations between layers over `tensor`, along the tokens."
-    )
-    attention: str = option(
-        "auto",
-        "Attention over whole rows; 'auto' is 'splash' on a TPU if the kernel supports head_dim.",
-        choices=ATTENTION,
-    )
-    scan_unroll: int = option(
-        1,
-        "Number of layers that one iteration of the scan over layers runs; divides num_layers.",
-        at_least=1,
-    )
-    cache: str = option(
-        "auto",
-        "Cache of keys and values; 'auto' is 'paged' on a TPU if the kernel supports the sizes.",
-        choices=CACHE,
-    )
+
+
+Options = TypeVar("Options", bound=ModelOptions)
+
+
+def parse_model(cls: type[Options], section: Any) -> Options:
+    """Parses the config section `model`, unless it is parsed already.
+
+    Args:
+      cls: the class of the options.
+      section: the section as it is in the config, or an instance of `cls`, which is returned.
+
+    Raises:
+      ConfigError: a field of the section is invalid.
+    """
+    return section if isinstance(section, cls) else parse(cls, section, "model")

@@ -18,11 +18,11 @@ import jax
 
 from opsd_jax.models import architecture, decoder, safetensors, weights
 from opsd_jax.models.architecture import DecoderConfig
-from opsd_jax.models.options import DTYPES, PretrainedOptions
+from opsd_jax.models.options import ModelOptions, PretrainedOptions, parse_model
 from opsd_jax.models.presets import PRESETS
 from opsd_jax.models.rope import RopeScaling
 from opsd_jax.models.safetensors import CODES, StoredTensor, WeightsError
-from opsd_jax.options import ConfigError, parse
+from opsd_jax.options import ConfigError, fields_of
 from opsd_jax.parallel import aot
 from opsd_jax.policy import Model, Params
 
@@ -48,17 +48,8 @@ def from_config(options: PretrainedOptions | Mapping[str, Any]) -> Model:
       ConfigError: A field of the section has a value that is not supported.
       ValueError: `open_model` does not accept the directory.
     """
-    if not isinstance(options, PretrainedOptions):
-        options = parse(PretrainedOptions, options, "model")
-    fields = {
-        "dtype": DTYPES[options.dtype],
-        "param_dtype": DTYPES[options.param_dtype],
-        "remat": options.remat,
-        "sequence_parallel": options.sequence_parallel,
-        "attention": options.attention,
-        "scan_unroll": options.scan_unroll,
-        "cache": options.cache,
-    }
+    options = parse_model(PretrainedOptions, options)
+    fields = {name: getattr(options, name) for name in fields_of(ModelOptions)}
     if options.preset and not options.path and aot.is_planned():
         sizes = {**PRESETS[options.preset]}
         if "rope_scaling" in sizes:

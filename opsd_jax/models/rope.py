@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opsd_jax.options import ConfigError, option
+from opsd_jax.options import ConfigError, check_bounds, option
 
 TYPES = ("default", "linear", "yarn", "llama3")
 
@@ -56,12 +56,7 @@ class RopeScaling:
 
     def __post_init__(self):
         """Raises ConfigError if a field is out of bounds."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if expected := field.metadata["bounds"].expected(value):
-                raise ConfigError(
-                    f"model.rope_scaling.{field.name} is {value!r}; expected {expected}."
-                )
+        check_bounds(self, "model.rope_scaling")
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
             if not getattr(self, low) < getattr(self, high):
                 raise ConfigError(

@@ -16,6 +16,15 @@ from jax.sharding import PartitionSpec as P
 from opsd_jax.policy import ROWS, Rules
 
 AXES = ("data", "fsdp", "tensor")
+SHAPE = (
+    f"sizes of {', '.join(AXES)}, each above 0. One of them may be -1, for the remaining devices"
+)
+
+
+def is_shape(shape: Sequence[int]) -> bool:
+    """Returns whether the sizes of the axes of a mesh are as `SHAPE` says."""
+    positive = all(size > 0 or size == -1 for size in shape)
+    return len(shape) == len(AXES) and shape.count(-1) <= 1 and positive
 
 
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -87,11 +96,8 @@ def _sizes(shape: Sequence[int], devices: int) -> list[int]:
       ValueError: The product of the sizes is not the number of devices.
     """
     sizes = list(shape)
-    if len(sizes) != len(AXES) or sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
-        raise ValueError(
-            f"mesh is {tuple(shape)}; expected sizes of {', '.join(AXES)}, each above 0. One of "
-            "them may be -1, for the remaining devices."
-        )
+    if not is_shape(sizes):
+        raise ValueError(f"mesh is {tuple(shape)}; expected {SHAPE}.")
     known = math.prod(size for size in sizes if size > 0)
     if -1 in sizes:
         sizes[sizes.index(-1)] = devices // known

@@ -22,7 +22,8 @@ import numpy as np
 
 from opsd_jax import losses
 from opsd_jax.data.task import Task
-from opsd_jax.options import fail, option
+from opsd_jax.losses.gate import GATE_TEXTS
+from opsd_jax.options import fail, option, with_default
 from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
 from opsd_jax.stages import privileged as privileged_lib
@@ -30,7 +31,7 @@ from opsd_jax.stages import teacher as teacher_lib
 from opsd_jax.stages.algorithm import Algorithm, Curve, LookedAt, Responses, RowFields
 from opsd_jax.stages.batch import Lengths, pack, response_head, useful_fraction
 from opsd_jax.stages.memos import make_memos, memo_sampling
-from opsd_jax.stages.options import ascending
+from opsd_jax.stages.options import LENGTHS, StageOptions, ascending
 from opsd_jax.stages.parts import Parts, Sampled, Sampling
 from opsd_jax.stages.privileged import Privileged, PrivilegedOptions, inserted_tokens
 from opsd_jax.stages.rollouts import (
@@ -51,24 +52,25 @@ from opsd_jax.verify.outcomes import Outcomes
 logger = logging.getLogger(__name__)
 
 
-def _gate(text: str) -> str:
+def _is_gate(text: str) -> bool:
     try:
         losses.parse_gate(text)
-    except ValueError as error:
-        return str(error).partition("expected ")[2].rstrip(".")
-    return ""
+    except ValueError:
+        return False
+    return True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OPSDOptions(PrivilegedOptions):
     """The options of an OPSD stage."""
 
-    algorithm: str = option("opsd", "Algorithm of the stage.")
+    algorithm: str = with_default(StageOptions, "algorithm", "opsd")
     gate: str = option(
         "correct",
         "Outcomes that train: 'correct', 'incorrect' (truncated too), 'all', or weights of "
         "correct, incorrect and truncated rollouts such as '1,0.5,0'.",
-        check=_gate,
+        expects=GATE_TEXTS,
+        check=_is_gate,
     )
     group_size: int = option(1, "Rollouts per problem.", at_least=1)
     slots: int = option(
@@ -82,7 +84,8 @@ class OPSDOptions(PrivilegedOptions):
         (3072, 4608, 6656, 12_288),
         "Padded lengths with the teacher's prompt, one for each of `buckets`; () adds "
         "teacher_prompt_tokens to each.",
-        check=lambda lengths: ascending(lengths) if lengths else "",
+        expects=f"{LENGTHS}, or ()",
+        check=lambda lengths: not lengths or ascending(lengths),
     )
     loss: losses.OPSD = option(
         losses.OPSD(), "The divergence and its weights (opsd_jax.losses.OPSD).", omit=("gate",)

@@ -7,11 +7,13 @@ import dataclasses
 from opsd_jax.options import fail, option
 from opsd_jax.training.optimizer import OptimizerOptions
 
+EARLIER_STAGE = "'' or a stage before this one"
+LENGTHS = "lengths above 0 in ascending order"
 
-def ascending(lengths: tuple[int, ...]) -> str:
-    """Returns "" for valid padded lengths, otherwise a description of valid ones."""
-    good = lengths and lengths[0] > 0 and list(lengths) == sorted(set(lengths))
-    return "" if good else "lengths above 0 in ascending order"
+
+def ascending(lengths: tuple[int, ...]) -> bool:
+    """Returns whether padded lengths are valid: `LENGTHS`, at least one."""
+    return bool(lengths) and lengths[0] > 0 and list(lengths) == sorted(set(lengths))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,16 +25,21 @@ class StageOptions:
     """
 
     algorithm: str = option(
-        "", "Algorithm of the stage: 'sft', 'rlvr', 'opsd', or 'package.module:ALGORITHM'."
+        "",
+        "Algorithm of the stage.",
+        expects="'sft', 'rlvr', 'opsd', or 'package.module:ALGORITHM'",
     )
     init_from: str = option(
-        "", "Stage whose result this one starts from; '' for the run's initial parameters."
+        "",
+        "Stage whose result this one starts from; '' for the run's initial parameters.",
+        expects=EARLIER_STAGE,
     )
     steps: int = option(100, "Training steps.", at_least=1)
     microbatch: int = option(16, "Rows that the train step computes at once.", at_least=1)
     buckets: tuple[int, ...] = option(
         (1536, 3072, 5120, 9216),
         "Padded lengths of prompt plus response, in tokens, ascending; all are in one program.",
+        expects=LENGTHS,
         check=ascending,
     )
     loss_chunk: int = option(
@@ -70,7 +77,9 @@ class RolloutOptions(StageOptions):
         "dynamic sampling).",
         at_least=0,
     )
-    temperature: float = option(1.0, "Sampling temperature, above 0.", at_least=0)
+    temperature: float = option(
+        1.0, "Sampling temperature; not 0, because a stage trains on random samples.", above=0
+    )
     prompt_tokens: int = option(1024, "Longest prompt, in tokens.", at_least=1)
     response_tokens: int = option(
         8192, "Token budget of a response; a response that fills it is truncated.", at_least=1
@@ -87,6 +96,3 @@ class RolloutOptions(StageOptions):
         if self.buckets[-1] < longest:
             expected = f"a last length of at least {longest} = prompt_tokens + response_tokens - 1"
             fail(f"{field}.buckets", self.buckets, expected)
-        if self.temperature == 0:
-            expected = "above 0, because a stage trains on random samples"
-            fail(f"{field}.temperature", 0, expected)

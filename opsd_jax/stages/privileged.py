@@ -37,11 +37,8 @@ _LISTED = re.compile(r"\s*\d+\.")
 _ENDS_SENTENCE = re.compile(r"[.!?][\"')\]]*\s*$|\n\s*$")
 
 
-def _kinds(kinds: tuple[str, ...]) -> str:
-    if kinds and all(kind in CONTEXTS or ":" in kind for kind in kinds):
-        return ""
-    known = ", ".join(CONTEXTS)
-    return f"a tuple of kinds among {known}, or 'package.module:function'"
+def _are_kinds(kinds: tuple[str, ...]) -> bool:
+    return bool(kinds) and all(kind in CONTEXTS or ":" in kind for kind in kinds)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +49,10 @@ class PrivilegedOptions(RolloutOptions):
         ("solution", "answer"),
         "Kinds of privileged context, in order of preference; the teacher sees the first that a "
         "rollout has (opsd_jax/data/contexts.py).",
-        check=_kinds,
+        expects=lambda: (
+            f"a tuple of kinds among {', '.join(CONTEXTS)}, or 'package.module:function'"
+        ),
+        check=_are_kinds,
     )
     sibling: str = option("shortest", "Which correct sibling the teacher sees.", choices=SIBLINGS)
     sibling_thinking: bool = option(False, "Whether the teacher also sees the sibling's thinking.")

@@ -14,12 +14,12 @@ import numpy as np
 
 from opsd_jax import losses
 from opsd_jax.data.task import Task
-from opsd_jax.options import fail, option
+from opsd_jax.options import fail, option, with_default
 from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
 from opsd_jax.stages.algorithm import Algorithm, Curve, Responses, RowFields
 from opsd_jax.stages.batch import Lengths, pack, response_head, useful_fraction
-from opsd_jax.stages.options import RolloutOptions
+from opsd_jax.stages.options import RolloutOptions, StageOptions
 from opsd_jax.stages.parts import Parts
 from opsd_jax.stages.rollouts import (
     RollOut,
@@ -41,8 +41,9 @@ from opsd_jax.verify.outcomes import Outcomes
 class RLVROptions(RolloutOptions):
     """The options of an RLVR stage."""
 
-    algorithm: str = option("rlvr", "Algorithm of the stage.")
+    algorithm: str = with_default(StageOptions, "algorithm", "rlvr")
     steps: int = option(200, "Training steps.", at_least=1)
+    group_size: int = option(8, "Rollouts per problem, whose rewards are compared.", at_least=2)
     updates: int = option(
         2, "Optimiser updates per step, on equal parts of the step's rollouts.", at_least=1
     )
@@ -51,7 +52,10 @@ class RLVROptions(RolloutOptions):
         "The parts of the policy-gradient objective (opsd_jax.losses.PolicyGradient).",
     )
     overlong_buffer: int = option(
-        0, "Tokens before the budget where DAPO's length penalty begins; 0 for no penalty."
+        0,
+        "Tokens before the budget where DAPO's length penalty begins; 0 for no penalty.",
+        at_least=0,
+        expects="0 for no penalty, or up to the budget, response_tokens",
     )
     overlong_factor: float = option(
         1.0, "Length penalty of a response that fills its budget.", at_least=0
@@ -71,9 +75,7 @@ class RLVROptions(RolloutOptions):
 
     def check(self, field: str) -> None:
         super().check(field)
-        if self.group_size < 2:
-            fail(f"{field}.group_size", self.group_size, "at least 2, to compare rollouts")
-        if not 0 <= self.overlong_buffer <= self.response_tokens:
+        if self.overlong_buffer > self.response_tokens:
             expected = f"0 for no penalty, or up to the budget of {self.response_tokens} tokens"
             fail(f"{field}.overlong_buffer", self.overlong_buffer, expected)
         if self.resample_rounds and not self.objective.drop_uninformative:

@@ -9,7 +9,7 @@ import numpy as np
 
 from opsd_jax import losses
 from opsd_jax.data.task import Demonstration, Task
-from opsd_jax.options import option
+from opsd_jax.options import option, with_default
 from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
 from opsd_jax.problem import DataError
@@ -27,7 +27,7 @@ WINDOW = 16  # steps whose demonstrations are sorted by length together, to save
 class SFTOptions(StageOptions):
     """The options of an SFT stage."""
 
-    algorithm: str = option("sft", "Algorithm of the stage.")
+    algorithm: str = with_default(StageOptions, "algorithm", "sft")
     batch_size: int = option(32, "Demonstrations per step.", at_least=1)
     checkpoint_every: int = option(100, "Steps between checkpoints.", at_least=1)
     optimizer: OptimizerOptions = option(

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from opsd_jax.losses import Head
-from opsd_jax.options import fail, look_up, option
+from opsd_jax.options import look_up, option
 from opsd_jax.policy import Params, Policy
 from opsd_jax.stages.batch import response_head
 from opsd_jax.training.stage import Teacher
@@ -122,11 +122,6 @@ def _mix(unembed: Callable, rate: float, params: tuple[Params, Params], hidden: 
     return jnp.where(stored == current, stored, stored + rate * (current - stored))
 
 
-def _needs_rate(options: TeacherOptions, field: str) -> None:
-    if not 0 < options.rate <= 1:
-        fail(f"{field}.rate", options.rate, "a number in (0, 1]")
-
-
 class TeacherKind(NamedTuple):
     """One kind of teacher, an entry of `TEACHERS`.
 
@@ -136,22 +131,20 @@ class TeacherKind(NamedTuple):
       head: makes the function that returns the teacher's logits.
       lag: `options -> updates`: the most updates that the teacher can be behind the student;
         None if there is no bound.
-      check: `(options, field)`: raises ConfigError for options that the kind cannot use.
     """
 
     make: Callable[[TeacherOptions, Keep], Teacher | None]
     head: MakeHead = _stored_head
     lag: Callable[[TeacherOptions], int] | None = None
-    check: Callable[[TeacherOptions, str], None] = lambda options, field: None
 
 
 TEACHERS: dict[str, TeacherKind] = {
     "frozen": TeacherKind(lambda options, keep: frozen(keep)),
-    "ema": TeacherKind(lambda options, keep: ema(options.rate), _average_head, check=_needs_rate),
+    "ema": TeacherKind(lambda options, keep: ema(options.rate), _average_head),
     "refresh": TeacherKind(
         lambda options, keep: refresh(options.every, keep), lag=lambda options: options.every
     ),
-    "trust_region": TeacherKind(lambda options, keep: frozen(keep), _mixed_head, check=_needs_rate),
+    "trust_region": TeacherKind(lambda options, keep: frozen(keep), _mixed_head),
     "live": TeacherKind(lambda options, keep: None, _current_head, lag=lambda options: 1),
 }
 
@@ -162,17 +155,20 @@ class TeacherOptions:
 
     kind: str = option(
         "frozen",
-        "Kind of teacher: one of TEACHERS (opsd_jax/stages/teacher.py), or 'package.module:NAME' "
-        "of your own TeacherKind.",
+        "Kind of teacher (opsd_jax/stages/teacher.py).",
+        expects=f"one of {', '.join(map(repr, TEACHERS))}, or 'package.module:NAME'",
     )
     rate: float = option(
-        0.05, "Rate of 'ema'; the current model's fraction in 'trust_region'. In (0, 1]."
+        0.05,
+        "Rate of 'ema'; the current model's fraction in 'trust_region'.",
+        above=0,
+        at_most=1,
     )
     every: int = option(50, "Updates between two copies of 'refresh'.", at_least=1)
 
     def check(self, field: str) -> None:
-        """Raises ConfigError for options that the kind cannot use."""
-        _kind_of(self, f"{field}.kind").check(self, field)
+        """Raises ConfigError if there is no such kind."""
+        _kind_of(self, f"{field}.kind")
 
 
 def _kind_of(options: TeacherOptions, field: str = "teacher.kind") -> TeacherKind:

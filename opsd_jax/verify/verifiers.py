@@ -309,17 +309,28 @@ def _judge_tagged(judges: Mapping[str, Callable[[Job], Verdict]], job: Job) -> V
     return judges[source](inner)
 
 
+def _kinds() -> str:
+    """Returns the valid values of `VerifierOptions.kind`, as a phrase."""
+    return (
+        f"{', '.join(VERIFIERS)}, 'package.module:function', or several of these joined by ' and ' "
+        "or by ' or '"
+    )
+
+
+def _conventions() -> str:
+    """Returns the valid values of `VerifierOptions.answer`, as a phrase."""
+    return f"some of {', '.join(extract.CONVENTIONS)}"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VerifierOptions:
     """The options that select the verifier of a source's problems (docs/verifiers.md)."""
 
-    kind: str = option(
-        "maths",
-        "A key of VERIFIERS, 'package.module:function', or several of these joined by ' and ' or "
-        "by ' or '.",
-    )
+    kind: str = option("maths", "Verifier of the responses, or several verifiers.", expects=_kinds)
     answer: tuple[str, ...] = option(
-        ("boxed",), "Where a response has its answer: names of conventions, tried in this order."
+        ("boxed",),
+        "Where a response has its answer: names of conventions, tried in this order.",
+        expects=_conventions,
     )
     ignore_case: bool = option(False, "Whether kind 'exact' ignores upper and lower case.")
     relative_tolerance: float = option(
@@ -351,9 +362,8 @@ def from_options(options: VerifierOptions) -> Verifier:
     """
     for convention in options.answer:
         if convention not in extract.CONVENTIONS:
-            known = ", ".join(extract.CONVENTIONS)
             raise ValueError(
-                f"answer has {convention!r}, which is unknown; expected some of {known}."
+                f"answer has {convention!r}, which is unknown; expected {_conventions()}."
             )
     every = " and " in options.kind
     if every and " or " in options.kind:
@@ -369,7 +379,4 @@ def _one_kind(name: str, options: VerifierOptions) -> Verifier:
         return VERIFIERS[name](options)
     if ":" in name:
         return function(name)
-    raise ValueError(
-        f"kind is {name!r}; expected {', '.join(VERIFIERS)}, 'package.module:function', or several "
-        "of these joined by ' and ' or by ' or '."
-    )
+    raise ValueError(f"kind is {name!r}; expected {_kinds()}.")

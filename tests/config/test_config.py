@@ -91,7 +91,18 @@ def test_a_bad_override_is_refused(field, text, message):
         ("sft.optimizer.learning_rate", "0.0", "sft.optimizer.learning_rate is 0.0"),
         ("sft.optimizer.schedule", "linear", "expected 'constant' or 'cosine'"),
         ("sft.optimizer.b2", "1.0", "b2 is 1.0"),
-        ("rlvr.temperature", "0.0", "rlvr.temperature is 0; expected above 0"),
+        ("rlvr.temperature", "0.0", "rlvr.temperature is 0.0; expected a number above 0"),
+        (
+            "rlvr.overlong_buffer",
+            "-1",
+            "overlong_buffer is -1; expected 0 for no penalty, or up to",
+        ),
+        ("rlvr.objective.dual_clip", "0.5", "dual_clip is 0.5; expected 0, or a number that is at"),
+        (
+            "opsd.loss.floor",
+            "1.5",
+            r"config.opsd.loss: floor is 1.5; expected a number in \[0, 1\]",
+        ),
         (
             "evaluation.problems",
             "1",
@@ -101,13 +112,16 @@ def test_a_bad_override_is_refused(field, text, message):
         ("sft.buckets", "('a',)", "buckets is .*a tuple of int"),
         ("mesh", "('a', 1, 1)", "a tuple of int"),
         ("decode_mesh", "('a', 1, 1)", "decode_mesh is .*a tuple of int"),
+        ("mesh", "(1, 2)", r"config.mesh is \(1, 2\); expected sizes of data, fsdp, tensor, each"),
+        ("mesh", "(-1, -1, 1)", r"config.mesh is \(-1, -1, 1\); .* One of them may be -1"),
+        ("decode_mesh", "(1, 1, 0)", r"config.decode_mesh is .*; expected \(\) or sizes of data"),
         ("rlvr.slots", "0", "rlvr.slots is 0; expected at least 1"),
         ("opsd.memo.slots", "0", "opsd.memo.slots is 0; expected at least 1"),
         ("evaluation.min_p", "-0.1", r"evaluation.min_p is -0.1; expected a number in \[0, 1\]"),
         ("evaluation.min_p", "1.1", r"evaluation.min_p is 1.1; expected a number in \[0, 1\]"),
         ("stages", "(['sft'],)", "a tuple of str"),
         ("stages", "('sft', 'sft')", "distinct names"),
-        ("stages", "('sft', 'report')", "none of them 'untrained', 'report' or 'evaluations'"),
+        ("stages", "('sft', 'report')", "none of them 'untrained', 'report', 'evaluations'"),
         ("opsd.optimizer.warmup", "25", "warmup is 25; expected less than 25, the number of opt"),
     ],
 )
@@ -139,7 +153,6 @@ def test_a_config_that_cannot_run_is_refused(field, text, message):
             "(-1, 3, 1)",
             r"config.decode_mesh: mesh .* takes 3 devices or a multiple; there are 8",
         ),
-        ("decode_mesh", "(4, 2)", r"config.decode_mesh: mesh is \(4, 2\); expected sizes of"),
         (
             "decode_mesh",
             "(1, 1, 8)",
@@ -413,3 +426,12 @@ def test_every_field_says_what_it_does():
         for field in listed:
             assert field.description, field.name
             assert "\n" not in field.description, field.name
+            assert field.description[0].isupper() or field.description[0] in "'\"", field.name
+
+
+def test_every_option_of_a_loss_says_what_is_valid():
+    free = {"opsd.loss.rate", "opsd.loss.centre"}
+    for _, listed in fields.all_fields():
+        for field in listed:
+            if field.name.startswith(("opsd.loss.", "rlvr.objective.")) and field.kind != "bool":
+                assert bool(field.bounds) == (field.name not in free), field.name

@@ -408,7 +408,7 @@ BAD = {
     ),
     "two divergences": (
         {"options": losses.OPSD(divergence="jsd,jsd")},
-        "divergence is 'jsd,jsd'; expected one name, or three names separated by commas",
+        "divergence is 'jsd,jsd'; expected one of reverse_kl, .*, or 3 of them separated by commas",
     ),
     "beta": ({"options": losses.OPSD(beta=1.5)}, r"beta is 1.5; expected a number in \[0, 1\]"),
     "alpha": ({"options": losses.OPSD(alpha=0.0)}, "alpha is 0.0"),

@@ -4,7 +4,6 @@ import json
 import math
 
 import jax
-import jax.numpy as jnp
 import pytest
 import tiny_config
 
@@ -90,7 +89,7 @@ def test_a_config_json_that_we_write_reads_back(name, tmp_path):
     section = config_lib.preset(name)
     sizes = decoder.config_of(section)
     (tmp_path / "config.json").write_text(json.dumps(architecture.to_json(sizes, "float32")))
-    options = {"dtype": jnp.bfloat16, "remat": "full"}
+    options = {"dtype": "bfloat16", "remat": "full"}
     assert architecture.from_json(tmp_path / "config.json", **options) == sizes
 
 
