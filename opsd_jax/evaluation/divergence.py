@@ -134,8 +134,8 @@ class DivergenceProbe:
           student: parameters of the student.
           teacher: parameters of the teacher.
           rollouts: verified held-out rollouts.
-          taught: index of a rollout -> the teacher's part of its row (`Taught.rows`). Rollouts that
-            are absent are left out.
+          taught: index of a rollout -> the teacher's part of its row (`TeacherInputs.rows`).
+            Rollouts that are absent are left out.
 
         Returns:
           For each outcome with rollouts of at least two problems, its `by_position` curve. The

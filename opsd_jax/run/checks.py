@@ -16,7 +16,7 @@ from opsd_jax.models.options import TPU_ONLY
 from opsd_jax.options import ConfigError, fail
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.problem import Problem
-from opsd_jax.stages.algorithm import LookedAt
+from opsd_jax.stages.algorithm import DataSample
 
 # The rows of a dataset that are tokenized before a run begins:
 WHOLE = 50_000  # all rows, if there are at most this many;
@@ -88,9 +88,9 @@ def check_data(
     if config.evaluation.problems > there:
         expected = f"at most {there}, the number of held-out problems"
         fail("evaluation.problems", config.evaluation.problems, expected)
-    look = functools.partial(LookedAt, task, problems=_problems(task), longest=_longest(task))
+    sample = functools.partial(DataSample, task, problems=_problems(task), longest=_longest(task))
     limit = config.evaluation.prompt_tokens
-    look(seed=0).check_fits("evaluation.prompt_tokens", limit, task.heldout, task.prompt)
+    sample(seed=0).check_fits("evaluation.prompt_tokens", limit, task.heldout, task.prompt)
     for name in config.stages:
         if not len(task.train):
             raise ConfigError(
@@ -99,7 +99,7 @@ def check_data(
             )
         options = config.sections[name]
         algorithm = config.algorithm(name)
-        algorithm.check_data(options, name, look(seed=stage_seed(name)))
+        algorithm.check_data(options, name, sample(seed=stage_seed(name)))
 
 
 def _looked_at(task: Task, data: grain.MapDataset, whole: int) -> Iterable[int]:
@@ -118,14 +118,14 @@ def _looked_at(task: Task, data: grain.MapDataset, whole: int) -> Iterable[int]:
 
 
 def _problems(task: Task) -> Callable[[], Sequence[Problem]]:
-    """Returns the function `LookedAt.problems`, which returns the problems that a check reads."""
+    """Returns the function `DataSample.problems`, which returns the problems that a check reads."""
     return lambda: [
         data[i] for data in (task.train, task.heldout) for i in _looked_at(task, data, LONGEST)
     ]
 
 
 def _longest(task: Task) -> Callable[[Any, Callable[[Any], Sequence[int]]], tuple[int, str]]:
-    """Returns the function `LookedAt.longest`, which finds the longest row of a dataset."""
+    """Returns the function `DataSample.longest`, which finds the longest row of a dataset."""
 
     @functools.cache
     def longest(data: Any, tokens: Callable[[Any], Sequence[int]]) -> tuple[int, str]:

@@ -16,8 +16,8 @@ from opsd_jax.data.task import Task
 from opsd_jax.options import fail
 from opsd_jax.problem import Problem
 from opsd_jax.stages.batch import Lengths
-from opsd_jax.stages.parts import Parts, Sampled, Sampling
-from opsd_jax.stages.privileged import Privileged
+from opsd_jax.stages.parts import Parts, Sampling, TokenLimits
+from opsd_jax.stages.privileged import ContextFinder
 from opsd_jax.training.stage import Stage
 
 
@@ -33,7 +33,7 @@ class RowFields(NamedTuple):
     divisor: str = ""
 
 
-class LookedAt(NamedTuple):
+class DataSample(NamedTuple):
     """The data that a stage's options are checked against before anything is compiled.
 
     Attributes:
@@ -91,19 +91,19 @@ class Algorithm(NamedTuple):
         method holds the checks that need the options alone.
       make: `(options, Parts) -> Stage`: builds the stage and compiles its engines.
       buckets: `options -> [Lengths]`: the padded shapes of a microbatch, ascending.
-      check_data: `(options, section's name, LookedAt)`: raises ConfigError where the data do not
+      check_data: `(options, section's name, DataSample)`: raises ConfigError where the data do not
         fit the options. Nothing has been compiled yet.
       step_rows: `(options, Responses) -> (response lengths, [Lengths])`: the rows that one
         optimiser update computes, for responses of assumed lengths. A plan reads it.
       row_fields: the fields that a plan advises to change when these rows need too much memory.
       sampling: `(options, task=None) -> (Sampling, ...)`: what each step samples; () if it samples
         nothing. Without a task, the lengths do not count the tokens that only the task knows.
-      privileged: `(options, Parts, Sampled, group_size, seed) -> Privileged`: finds the privileged
-        contexts of rollouts that were sampled with these options, `group_size` of each prompt. The
-        run then also measures the divergence from the teacher by position, before and after the
-        stage. None for an algorithm without a teacher that sees more than the student. The options
-        extend `PrivilegedOptions`.
-      privileged_sampling: `(options, Sampled, rollouts, task=None) -> (Sampling, ...)`: what
+      privileged: `(options, Parts, TokenLimits, group_size, seed) -> ContextFinder`: finds the
+        privileged contexts of rollouts within these limits, `group_size` of each prompt. The run
+        then also measures the divergence from the teacher by position, before and after the stage.
+        The options extend `PrivilegedOptions`. None for an algorithm without a teacher that sees
+        more than the student.
+      privileged_sampling: `(options, TokenLimits, rollouts, task=None) -> (Sampling, ...)`: what
         `privileged` samples for this number of rollouts.
       curves: the training metrics that the report plots.
       headline: the statistic whose change the report shows first: "accuracy" or "length"; ""
@@ -115,11 +115,11 @@ class Algorithm(NamedTuple):
     options: type
     make: Callable[[Any, Parts], Stage]
     buckets: Callable[[Any], list[Lengths]]
-    check_data: Callable[[Any, str, LookedAt], None]
+    check_data: Callable[[Any, str, DataSample], None]
     step_rows: Callable[[Any, Responses], tuple[list[int], list[Lengths]]]
     row_fields: RowFields
     sampling: Callable[..., tuple[Sampling, ...]] = no_sampling
-    privileged: Callable[[Any, Parts, Sampled, int, int], Privileged] | None = None
+    privileged: Callable[[Any, Parts, TokenLimits, int, int], ContextFinder] | None = None
     privileged_sampling: Callable[..., tuple[Sampling, ...]] = no_sampling
     curves: Sequence[Curve] = ()
     headline: str = ""

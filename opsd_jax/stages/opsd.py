@@ -2,8 +2,8 @@
 
 Each step:
 1. roll out problems with the current parameters, and verify the rollouts (`roll_out`);
-2. keep the rollouts that the gate gives weight and that have a privileged context (`Privileged`);
-   the other rollouts cost nothing from here on;
+2. keep the rollouts that the gate gives weight and that have a privileged context
+   (`ContextFinder`); the other rollouts cost nothing from here on;
 3. score the tokens of each rollout twice: the student from its own prompt, the teacher
    (`options.teacher`, by default the parameters from the start of the stage) from the prompt that
    shows the context;
@@ -28,12 +28,12 @@ from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
 from opsd_jax.stages import privileged as privileged_lib
 from opsd_jax.stages import teacher as teacher_lib
-from opsd_jax.stages.algorithm import Algorithm, Curve, LookedAt, Responses, RowFields
+from opsd_jax.stages.algorithm import Algorithm, Curve, DataSample, Responses, RowFields
 from opsd_jax.stages.batch import Lengths, pack, response_head, useful_fraction
 from opsd_jax.stages.memos import make_memos, memo_sampling
 from opsd_jax.stages.options import LENGTHS, StageOptions, ascending
-from opsd_jax.stages.parts import Parts, Sampled, Sampling
-from opsd_jax.stages.privileged import Privileged, PrivilegedOptions, inserted_tokens
+from opsd_jax.stages.parts import Parts, Sampling, TokenLimits
+from opsd_jax.stages.privileged import ContextFinder, PrivilegedOptions, inserted_tokens
 from opsd_jax.stages.rollouts import (
     RollOut,
     check_prompts,
@@ -170,7 +170,7 @@ def stage(
     task: Task,
     policy: Policy,
     roll_out: RollOut,
-    privileged: Privileged,
+    privileged: ContextFinder,
     keep: teacher_lib.Keep = lambda params: params,
 ) -> Stage:
     """Makes the OPSD stage.
@@ -226,14 +226,13 @@ def stage(
 
 
 def _privileged(
-    options: OPSDOptions, parts: Parts, sampled: Sampled, group_size: int, seed: int
-) -> Privileged:
-    """Makes the `Privileged` that finds contexts; compiles the engines of memos, if any."""
+    options: OPSDOptions, parts: Parts, limits: TokenLimits, group_size: int, seed: int
+) -> ContextFinder:
+    """Makes the object that finds contexts, and compiles the engines of memos, if any."""
     memos = None
     if options.has_memos:
-        lengths = sampled.prompt_tokens, sampled.response_tokens
-        memos = make_memos(options.memo, parts, seed, *lengths)
-    return Privileged(options, parts.task, group_size, memos)
+        memos = make_memos(options.memo, parts, seed, limits.prompt_tokens, limits.response_tokens)
+    return ContextFinder(options, parts.task, group_size, memos)
 
 
 def _make(options: OPSDOptions, parts: Parts) -> Stage:
@@ -246,7 +245,7 @@ def _make(options: OPSDOptions, parts: Parts) -> Stage:
     return stage(options, parts.task, model.policy, roll_out, privileged, model.decode_params)
 
 
-def _check_data(options: OPSDOptions, name: str, data: LookedAt) -> None:
+def _check_data(options: OPSDOptions, name: str, data: DataSample) -> None:
     check_prompts(options, name, data)
     privileged_lib.check_contexts(options, name, data.task, data.problems())
     if warning := teacher_lib.warning(options.teacher):
@@ -264,12 +263,11 @@ def _step_rows(options: OPSDOptions, responses: Responses) -> tuple[list[int], l
 
 
 def _privileged_sampling(
-    options: OPSDOptions, sampled: Sampled, rollouts: int, task: Task | None = None
+    options: OPSDOptions, limits: TokenLimits, rollouts: int, task: Task | None = None
 ) -> tuple[Sampling, ...]:
     if not options.has_memos:
         return ()
-    lengths = sampled.prompt_tokens, sampled.response_tokens
-    return memo_sampling(options.memo, *lengths, rollouts, task)
+    return memo_sampling(options.memo, limits.prompt_tokens, limits.response_tokens, rollouts, task)
 
 
 def _sampling(options: OPSDOptions, task: Task | None = None) -> tuple[Sampling, ...]:

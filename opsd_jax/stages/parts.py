@@ -10,11 +10,11 @@ from opsd_jax.policy import Model
 from opsd_jax.rollout.engine import Engine
 from opsd_jax.verify.pool import VerifierPool
 
-Made = TypeVar("Made")
+T = TypeVar("T")
 MakeEngine = Callable[..., Engine]  # the sizes that `Sampling.engine` passes -> the engine
 
 
-class Sampled(Protocol):
+class TokenLimits(Protocol):
     """The token limits of sampled responses, which a stage and an evaluation both have."""
 
     @property
@@ -55,7 +55,7 @@ class Sampling(NamedTuple):
     response_in_prompt: int = 0
     continues: bool = False
 
-    def engine(self, engines: Callable[..., Made]) -> Made:
+    def engine(self, engines: Callable[..., T]) -> T:
         """Calls `engines` with the sizes of this sampling, and returns its result.
 
         `Parts.engines` returns the compiled engine.

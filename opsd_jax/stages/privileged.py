@@ -106,7 +106,7 @@ def inserted_tokens(options: PrivilegedOptions, response_tokens: int) -> int:
     return response_tokens // every * options.reminder_tokens if every else 0
 
 
-class Taught(NamedTuple):
+class TeacherInputs(NamedTuple):
     """The teacher's inputs for some rollouts.
 
     Attributes:
@@ -120,7 +120,7 @@ class Taught(NamedTuple):
     metrics: dict[str, float]
 
 
-class Privileged:
+class ContextFinder:
     """Finds the privileged contexts of rollouts, with the options of an OPSD stage."""
 
     def __init__(
@@ -164,7 +164,7 @@ class Privileged:
         wanted: Iterable[int],
         *,
         capacity: int,
-    ) -> Taught:
+    ) -> TeacherInputs:
         """Returns the teacher's inputs for the first `capacity` wanted rollouts with a context.
 
         Args:
@@ -197,7 +197,7 @@ class Privileged:
             **({"reminder_cut": float(reminders_cut)} if self._options.reinject_every else {}),
             **{f"context/{kind}": float(count) for kind, count in counts.items()},
         }
-        return Taught(rows, metrics)
+        return TeacherInputs(rows, metrics)
 
     def _contexts(
         self,

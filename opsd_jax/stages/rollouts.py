@@ -14,7 +14,7 @@ from opsd_jax.data.task import Task
 from opsd_jax.policy import Params
 from opsd_jax.rollout import sampling
 from opsd_jax.rollout.collect import Collector, Rollouts, concatenate
-from opsd_jax.stages.algorithm import LookedAt, Responses
+from opsd_jax.stages.algorithm import DataSample, Responses
 from opsd_jax.stages.batch import Lengths
 from opsd_jax.stages.options import RolloutOptions
 from opsd_jax.stages.parts import Parts, Sampling
@@ -42,7 +42,7 @@ def rollout_sampling(options: RolloutOptions, task: Task | None = None) -> tuple
     )
 
 
-def check_prompts(options: RolloutOptions, name: str, data: LookedAt) -> None:
+def check_prompts(options: RolloutOptions, name: str, data: DataSample) -> None:
     """Raises ConfigError if a training prompt is longer than `prompt_tokens`."""
     task = data.task
     data.check_fits(f"{name}.prompt_tokens", options.prompt_tokens, task.train, task.prompt)

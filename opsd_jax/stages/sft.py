@@ -13,7 +13,7 @@ from opsd_jax.options import option, with_default
 from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
 from opsd_jax.problem import DataError
-from opsd_jax.stages.algorithm import Algorithm, Curve, LookedAt, Responses, RowFields
+from opsd_jax.stages.algorithm import Algorithm, Curve, DataSample, Responses, RowFields
 from opsd_jax.stages.batch import Lengths, pack, response_head, useful_fraction
 from opsd_jax.stages.options import StageOptions
 from opsd_jax.stages.parts import Parts
@@ -110,7 +110,7 @@ def _make(options: SFTOptions, parts: Parts) -> Stage:
     return stage(options, parts.task, parts.model.policy, parts.seed)
 
 
-def _check_data(options: SFTOptions, name: str, data: LookedAt) -> None:
+def _check_data(options: SFTOptions, name: str, data: DataSample) -> None:
     computed = lambda row: [*row.prompt, *row.response][:-1]
     demonstrations = data.task.demonstrations(data.seed)
     data.check_fits(f"{name}.buckets", options.buckets[-1], demonstrations, computed)

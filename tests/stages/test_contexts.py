@@ -23,7 +23,7 @@ from opsd_jax.rollout.engine import STOP_EOS, EndedRollouts, Response
 from opsd_jax.run import checks
 from opsd_jax.stages import opsd
 from opsd_jax.stages.memos import Memos, memo_sampling
-from opsd_jax.stages.privileged import Privileged, reminder_places
+from opsd_jax.stages.privileged import ContextFinder, reminder_places
 from opsd_jax.verify.verdict import Verdict
 
 PROBLEM = Problem("a", "What is 12 + 34?", "12 + 34 is 46.", "46", extra={"hint": " carry \n"})
@@ -144,7 +144,7 @@ def decoded(directory):
 def taught(config, task, rollouts, *kinds, wanted=range(6), capacity=6, memos=None):
     with config.unlocked():
         config.opsd.contexts = kinds
-    finder = Privileged(stage_options(config.opsd), task, 2, memos)
+    finder = ContextFinder(stage_options(config.opsd), task, 2, memos)
     return finder(0, None, rollouts, wanted, capacity=capacity)
 
 
@@ -195,7 +195,7 @@ def test_the_stage_trains_on_rollouts_with_a_context(config, task, rollouts):
     model = tiny_model.make(config.model)
     options = stage_options(config.opsd)
     stage = opsd.stage(
-        options, task, model.policy, lambda *_: rollouts, Privileged(options, task, 2)
+        options, task, model.policy, lambda *_: rollouts, ContextFinder(options, task, 2)
     )
     (batch,), metrics, _ = stage.batches(0, None)
     assert metrics["active_rows"] == 3
@@ -254,7 +254,7 @@ def test_reminders_do_not_change_the_ids_of_a_response(config, task, rollouts, d
         task,
         tiny_model.make(config.model).policy,
         lambda *_: rollouts,
-        Privileged(options, task, 2),
+        ContextFinder(options, task, 2),
     )
     (batch,), *_ = stage.batches(0, None)
     data = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch[0]["rows"])
@@ -296,7 +296,7 @@ def test_only_the_context_makes_a_divergence(config, task, rollouts, kind, every
     written = [task.tokenizer.encode(f"Memo {i}. " * i) for i in range(1, 7)]
     memos = memos_of(config, task, Writer(written), Writer([]))
     options = stage_options(config.opsd)
-    finder = Privileged(options, task, 2, memos)
+    finder = ContextFinder(options, task, 2, memos)
     stage = opsd.stage(options, task, model.policy, lambda *_: rollouts, finder)
     (batch,), metrics, _ = stage.batches(0, None)
     assert metrics["active_rows"] == (3 if kind == "sibling" else 6)
@@ -341,7 +341,7 @@ def test_the_control_has_no_divergence_in_a_model_that_sees_everything(config, t
     model = decoder.from_config(config.model)
     params = jax.tree.map(lambda x: 3 * x, model.init(jax.random.key(0)))
     made = lambda options: opsd.stage(
-        options, task, model.policy, lambda *_: rollouts, Privileged(options, task, 2)
+        options, task, model.policy, lambda *_: rollouts, ContextFinder(options, task, 2)
     )
     (batch,), *_ = made(stage_options(config.opsd)).batches(0, None)
     rows = jax.tree.map(lambda x: x[0], batch[0]["rows"])

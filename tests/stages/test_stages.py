@@ -18,7 +18,7 @@ from opsd_jax.rollout.collect import Rollouts
 from opsd_jax.stages import opsd as opsd_lib
 from opsd_jax.stages import rlvr as rlvr_lib
 from opsd_jax.stages.opsd import stage as opsd
-from opsd_jax.stages.privileged import Privileged
+from opsd_jax.stages.privileged import ContextFinder
 from opsd_jax.stages.rlvr import stage as rlvr
 from opsd_jax.stages.rollouts import step_rollouts
 from opsd_jax.verify.outcomes import Outcomes
@@ -77,7 +77,7 @@ def test_opsd_trains_on_the_rollouts_that_the_gate_keeps(
 ):
     section = stage_options(config.opsd, gate=gate, prompts=32, max_rows=0)
     stage = opsd(
-        section, task, model.policy, lambda step, params: rollouts, Privileged(section, task, 1)
+        section, task, model.policy, lambda step, params: rollouts, ContextFinder(section, task, 1)
     )
     (batch,), metrics, _ = stage.batches(0, None)
     rows = rows_of(batch)
@@ -100,7 +100,7 @@ def test_opsd_trains_on_the_rollouts_that_the_gate_keeps(
 def test_opsd_takes_the_first_rows_up_to_its_cap(config, task, model, rollouts):
     section = stage_options(config.opsd, gate="correct", prompts=32, max_rows=5)
     stage = opsd(
-        section, task, model.policy, lambda step, params: rollouts, Privileged(section, task, 1)
+        section, task, model.policy, lambda step, params: rollouts, ContextFinder(section, task, 1)
     )
     (batch,), *_ = stage.batches(0, None)
     assert sorted(rows_of(batch)) == np.flatnonzero(rollouts.judged.outcomes.correct)[:5].tolist()
@@ -178,7 +178,7 @@ def test_other_losses_of_opsd(config, task, model, params, rollouts):
     section = stage_options(
         config.opsd, gate="1,0.5,0.25", prompts=32, loss=config_lib.distillation(**changes)
     )
-    stage = opsd(section, task, model.policy, lambda *_: rollouts, Privileged(section, task, 1))
+    stage = opsd(section, task, model.policy, lambda *_: rollouts, ContextFinder(section, task, 1))
     (batch,), *_ = stage.batches(0, None)
     micro = jax.tree.map(lambda x: x[0], batch[1]["rows"])
     teacher = jax.tree.map(lambda x: 1.1 * x, params)
@@ -253,7 +253,7 @@ def stage_with(module, section, task, model, collector):
         trains=functools.partial(module.trains, section),
         poll=poll,
     )
-    more = [Privileged(section, task, section.group_size)] if module is opsd_lib else []
+    more = [ContextFinder(section, task, section.group_size)] if module is opsd_lib else []
     return module.stage(section, task, model.policy, roll_out, *more)
 
 
