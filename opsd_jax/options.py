@@ -50,24 +50,35 @@ def fail(field: str, value: Any, expected: str) -> NoReturn:
     raise ConfigError(f"config.{field} is {value!r}; expected {expected}.")
 
 
-def import_function(dotted: str, field: str) -> Any:
-    """Imports the object that a name of the form "package.module:function" refers to.
-
-    Args:
-      dotted: the name.
-      field: the config field that holds the name, for the error message.
+def resolve(dotted: str) -> Any:
+    """Imports the object that "package.module:name" refers to.
 
     Raises:
-      ConfigError: the object cannot be imported.
+      ValueError: the object cannot be imported. The message says why.
     """
     module, _, name = dotted.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"config.{field} is {dotted!r}; expected 'package.module:function' that Python can "
-            f"import ({error})."
+        raise ValueError(
+            f"expected 'package.module:function' that Python can import ({error})."
         ) from error
+
+
+def import_function(dotted: str, field: str) -> Any:
+    """Imports the object that a config field names as "package.module:function".
+
+    Args:
+      dotted: the name.
+      field: the config field, for the error.
+
+    Raises:
+      ConfigError: the object cannot be imported.
+    """
+    try:
+        return resolve(dotted)
+    except ValueError as error:
+        raise ConfigError(f"config.{field} is {dotted!r}; {error}") from error
 
 
 def look_up(table: Mapping[str, Entry], name: str, cls: type[Entry], field: str) -> Entry:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from opsd_jax.options import option
+from opsd_jax.options import option, resolve
 from opsd_jax.problem import Problem
 from opsd_jax.verify import extract
 from opsd_jax.verify.maths import gold_of, maths
@@ -92,12 +91,9 @@ def function(name: str) -> Verifier:
       ValueError: the object cannot be imported or is not callable.
     """
     try:
-        found = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"the verifier {name!r} cannot be imported ({error}); expected the "
-            "'package.module:function' of an importable module."
-        ) from error
+        found = resolve(name)
+    except ValueError as error:
+        raise ValueError(f"the verifier is {name!r}; {error}") from error
     if not callable(found):
         raise ValueError(f"the verifier {name!r} is {found!r}; expected a function.")
     return as_verifier(found)
