@@ -47,7 +47,7 @@ for method, on, error, raised in (
     processes.run(script, processes=2, devices=1)
 
 
-def wait_for(path, seconds=200):
+def wait_for(path, seconds=400):
     deadline = time.monotonic() + seconds
     while not path.exists() or not path.stat().st_size:
         assert time.monotonic() < deadline, path

@@ -1,16 +1,14 @@
 """A config for test_plan.py, whose programs XLA:TPU compiles in about a minute."""
 
-import tiny_config
-
-from opsd_jax.config import recipes
+from opsd_jax.config import loading, recipes
 
 
 def get_config():
     config = recipes.paper_opsd("qwen3-0.6b")
-    config.model = tiny_config.decoder(
-        vocab_size=2048, hidden_size=256, intermediate_size=512, num_layers=2, num_heads=4,
-        num_kv_heads=2, head_dim=128, scan_unroll=1, dtype="bfloat16", remat="full",
-    )  # fmt: skip
+    config.model = loading.read("quickstart").model
+    config.model.update({"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512})
+    config.model.update({"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 128})
+    config.model.update({"scan_unroll": 1, "dtype": "bfloat16", "remat": "full"})
     config.mesh = (1, 2, 2)
     config.opsd.update({"contexts": ("memo",), "microbatch": 4, "prompts": 8, "slots": 8})
     config.opsd.update({"prompt_tokens": 256, "response_tokens": 768, "buckets": (512, 1024)})
