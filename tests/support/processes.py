@@ -91,7 +91,7 @@ class Run:
             for i, own in zip(range(processes), changes or [()] * processes, strict=True)
         ]
 
-    def ended(self, seconds=300):
+    def ended(self, seconds=600):
         """Waits for the processes; returns (exit code, standard error) of each."""
         try:
             errors = [process.communicate(timeout=seconds)[1] for process in self.processes]
