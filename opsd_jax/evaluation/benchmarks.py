@@ -1,4 +1,4 @@
-"""Benchmarks by name: their files on the Hugging Face hub, and the columns of these files."""
+"""The known benchmarks, with their files on the Hugging Face hub and the columns of each file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from opsd_jax.verify.verifiers import VerifierOptions
 
 
 class Benchmark(NamedTuple):
-    """A dataset on the Hugging Face hub.
+    """A benchmark on the Hugging Face hub: its dataset, its file and the file's columns.
 
     Attributes:
       repo: name of the dataset on the hub.
@@ -47,7 +47,7 @@ VERIFIER = VerifierOptions(answer=("boxed", "answer"))
 
 
 def source(text: str) -> tuple[str, SourceOptions]:
-    """Finds the file of a benchmark and the options for reading it.
+    """Resolves a `--benchmark` argument to a benchmark's name and the options for reading it.
 
     Args:
       text: "NAME", one of BENCHMARKS, which is downloaded; or "NAME=PATH", a file or folder with
@@ -65,7 +65,7 @@ def source(text: str) -> tuple[str, SourceOptions]:
     if not path:
         if known is None:
             raise ConfigError(
-                f"--benchmark {text}: there is no such benchmark; expected NAME=PATH, or one of "
+                f"--benchmark {text}: unknown benchmark; expected NAME=PATH, or one of "
                 f"{', '.join(BENCHMARKS)}."
             )
         path = _download(name, known)
@@ -83,12 +83,12 @@ def source(text: str) -> tuple[str, SourceOptions]:
 
 
 def _required(columns: ColumnOptions) -> set[str]:
-    """Returns the names of the columns that every row must have. The solution is optional."""
+    """Returns the names of the columns that every row must have: id, question and answer."""
     return {columns.id, columns.question, columns.answer}
 
 
 def _download(name: str, benchmark: Benchmark) -> str:
-    """Downloads the file of a benchmark, unless it is cached, and returns its path."""
+    """Returns the local path of a benchmark's file. Downloads the file if it is not cached."""
     import huggingface_hub
 
     try:
@@ -96,6 +96,6 @@ def _download(name: str, benchmark: Benchmark) -> str:
     except Exception as error:  # from the network, the hub or the disk
         raise ConfigError(
             f"--benchmark {name}: {benchmark.file} of the dataset {benchmark.repo} cannot be "
-            f"downloaded from the Hugging Face hub ({type(error).__name__}: {error}); connect to "
-            f"the internet, or give the path of a copy: --benchmark {name}=PATH."
+            f"downloaded from the Hugging Face hub ({type(error).__name__}: {error}). Connect to "
+            f"the internet, or pass the path of a local copy: --benchmark {name}=PATH."
         ) from error

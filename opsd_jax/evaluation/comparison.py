@@ -1,4 +1,4 @@
-"""Changes between two evaluations of the same problems, paired by problem, with intervals.
+"""Paired changes between two evaluations of the same problems, with confidence intervals.
 
 In the shapes, G is the number of problems and R the number of bootstrap resamples.
 """
@@ -22,7 +22,7 @@ Sums = Mapping[str, np.ndarray]  # count -> float64 [G]: `statistics.sums`
 
 
 class Change(NamedTuple):
-    """A metric whose change is measured.
+    """A metric, and whether its change is relative to its earlier value.
 
     Attributes:
       metric: one of `statistics.RATIOS`.
@@ -43,7 +43,7 @@ CHANGES = {
 
 
 def compare(before: Records, after: Records, *, seed: int = 0) -> dict[str, Any]:
-    """Computes the changes from one evaluation to another, over all problems and for each source.
+    """Computes how metrics change between two evaluations, for all problems and for each source.
 
     Args:
       before, after: records of the same problems, in any order. The numbers of samples may differ.
@@ -63,8 +63,8 @@ def compare(before: Records, after: Records, *, seed: int = 0) -> dict[str, Any]
     if unpaired := [*(old.keys() - new.keys()), *(new.keys() - old.keys())]:
         raise ValueError(
             f"The first evaluation has {len(old)} problems, the second has {len(new)}, and "
-            f"{len(old.keys() & new.keys())} are in both; expected the same problems. For example, "
-            f"problem {unpaired[0]!r} is in only one of them."
+            f"{len(old.keys() & new.keys())} are in both; expected the same problems in both. For "
+            f"example, only one evaluation has problem {unpaired[0]!r}."
         )
     sources = statistics.by_source(group[0] for group in new.values())
     pairs = {problem: (old[problem], group) for problem, group in new.items()}
@@ -77,7 +77,7 @@ def compare(before: Records, after: Records, *, seed: int = 0) -> dict[str, Any]
 
 
 def _changes(pairs: Sequence[tuple[Records, Records]], seed: int) -> dict[str, Any]:
-    """Returns all entries of `compare` except `sources`, from pairs of a problem's records."""
+    """Computes the changes over a set of problems, from each problem's records before and after."""
     G = len(pairs)
     before, after = (statistics.sums(side) for side in zip(*pairs, strict=True))
     found: dict[str, Any] = {"problems": G}
@@ -96,7 +96,7 @@ def _changes(pairs: Sequence[tuple[Records, Records]], seed: int) -> dict[str, A
 
 
 def _values(change: Change, weights_RxG: np.ndarray, *, before: Sums, after: Sums) -> np.ndarray:
-    """Returns the value of a change under each of R weightings of the problems, [R]."""
+    """Returns the value of a change for each row of problem weights, [R]."""
     numerator, denominator, _ = RATIOS[change.metric]
     with np.errstate(all="ignore"):
         old_R, new_R = (
@@ -107,7 +107,7 @@ def _values(change: Change, weights_RxG: np.ndarray, *, before: Sums, after: Sum
 
 
 def _resampled(*, before: Sums, after: Sums, seed: int) -> dict[str, np.ndarray]:
-    """Returns each change in RESAMPLES resamples of the problems with replacement, [RESAMPLES]."""
+    """Computes each change on RESAMPLES bootstrap resamples of the problems, [RESAMPLES]."""
     rng = np.random.default_rng(seed)
     G = len(before["responses"])
     parts = []
@@ -127,7 +127,7 @@ def _resampled(*, before: Sums, after: Sums, seed: int) -> dict[str, np.ndarray]
 
 
 def _standard_error(change: Change, *, before: Sums, after: Sums) -> float:
-    """Returns the standard error of a change, from the influence of each problem on it."""
+    """Returns the standard error of a change, computed from each problem's influence."""
     with np.errstate(all="ignore"):
         old, old_influence_G = _influence(change.metric, before)
         new, new_influence_G = _influence(change.metric, after)
@@ -139,7 +139,7 @@ def _standard_error(change: Change, *, before: Sums, after: Sums) -> float:
 
 
 def _influence(metric: str, sums: Sums) -> tuple[float, np.ndarray]:
-    """Returns the value of a metric and the influence of each problem on it, [G]."""
+    """Returns the value of a metric, and each problem's influence on the value, [G]."""
     numerator, denominator, _ = RATIOS[metric]
     value = sums[numerator].sum() / sums[denominator].sum()
     return value, (sums[numerator] - value * sums[denominator]) / sums[denominator].sum()

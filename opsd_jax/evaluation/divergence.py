@@ -1,4 +1,4 @@
-"""Divergence of the student from its teacher, KL(student || teacher), by position in the response.
+"""The divergence KL(student || teacher) at each position of the response.
 
 In the shapes, m is the number of rows of a microbatch and T the padded length of the student's
 sequence.
@@ -64,7 +64,7 @@ def token_kl(
 
 
 def probed(evaluation: EvaluationOptions, problems: int) -> int:
-    """Returns how many of the evaluated problems have the divergence of their responses measured.
+    """Returns the number of evaluated problems for which the divergence is measured.
 
     Args:
       evaluation: options of the evaluation.
@@ -116,7 +116,7 @@ class DivergenceProbe:
             self._token_kl = aot.compiled(ProgramKey(ProgramKind.PROBE), lowered)
 
     def _collate(self, rows: Sequence[Mapping[str, Any]]) -> Any:
-        """Returns a microbatch made of up to m rows."""
+        """Collates rows into one microbatch, adding padding rows if the microbatch is not full."""
         pad_id = self._task.tokenizer.pad_id
         return collate(rows, self._lengths, microbatch=self._microbatch, pad_id=pad_id)
 
@@ -128,7 +128,7 @@ class DivergenceProbe:
         rollouts: Rollouts,
         taught: Mapping[int, Mapping[str, Any]],
     ) -> dict[str, Curve]:
-        """Computes the mean divergence at each position of the response, for each outcome.
+        """Computes the mean divergence at each response position, separately for each outcome.
 
         Args:
           student: parameters of the student.
@@ -161,13 +161,15 @@ class DivergenceProbe:
         return curves
 
     def _row(self, rollouts: Rollouts, i: int, taught: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns a rollout as a row for `collate`."""
+        """Returns a rollout as a row for `collate`; `taught` is the teacher's part of the row."""
         prompt = self._task.prompt(rollouts.problems[i])
         return {**taught, "student": prompt, "response": rollouts.responses[i]}
 
 
 def by_position(values_NxR: np.ndarray, *, clusters_N: np.ndarray) -> Curve:
-    """Computes the mean of each column, up to the first column with fewer than two clusters.
+    """Computes the mean value at each position, with a standard error clustered by `clusters_N`.
+
+    Stops at the first position that fewer than two clusters reach.
 
     Args:
       values_NxR: one row per response and one column per position; nan after a response's end.

@@ -1,4 +1,4 @@
-"""Runs an evaluation: samples responses to problems, verifies them, and records them."""
+"""Runs an evaluation: samples, verifies and records responses to problems."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from opsd_jax.verify.pool import VerifierPool
 
 
 class Evaluator:
-    """Evaluates a model: samples responses to problems, verifies them, and computes metrics."""
+    """Evaluates a model: samples and verifies responses to problems, and computes metrics."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class Evaluator:
         pool: VerifierPool,
         convert: Callable[[Params], Params],
     ):
-        """Creates an evaluator; compiles nothing.
+        """Creates an evaluator without compiling anything.
 
         Args:
           options: how responses are sampled.
@@ -65,7 +65,7 @@ class Evaluator:
         directory: Path,
         settings: dict[str, Any],
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Evaluates the problems that have no records in the directory yet.
+        """Evaluates the problems that have no records in `directory` yet.
 
         Args:
           name: name of the evaluation.
@@ -116,7 +116,7 @@ class Evaluator:
         left: Sequence[int],
         poll: Callable[[], None],
     ) -> Iterator[Rollouts]:
-        """Yields the rollouts of each problem in `left` once all of them have been sampled."""
+        """Samples responses, and yields each problem's rollouts as soon as all are complete."""
         if not left:
             return
         options = self._options
@@ -148,7 +148,7 @@ class Evaluator:
 
 
 class _Pending:
-    """Keeps sampled rollouts until they have verdicts, and then records them."""
+    """Holds sampled rollouts until their verdicts arrive, and then records the rollouts."""
 
     def __init__(
         self,
@@ -172,12 +172,12 @@ class _Pending:
         self._unjudged: list[Rollouts] = []
 
     def add(self, rollouts: Rollouts) -> None:
-        """Adds the rollouts of a problem, and records all rollouts that every host has judged."""
+        """Adds a problem's rollouts, and then records all rollouts that have verdicts."""
         self._unjudged.append(rollouts)
         self.record(wait=False)
 
     def record(self, *, wait: bool) -> None:
-        """Records the rollouts that every host has judged; with `wait`, waits for all verdicts."""
+        """Records all rollouts that have verdicts. With `wait`, first waits for every verdict."""
         judged = hosts.gathered([wait or rollouts.are_judged for rollouts in self._unjudged])
         late = []
         for rollouts, *everywhere in zip(self._unjudged, *judged, strict=True):

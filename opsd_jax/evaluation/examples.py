@@ -1,4 +1,4 @@
-"""Chooses the examples of a report: responses of two models to the same problem."""
+"""Chooses the examples in a report: pairs of responses by two models to the same problem."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from opsd_jax.evaluation.statistics import Record
 
 
 def choose(before: Sequence[Record], after: Sequence[Record]) -> list[tuple[Record, Record]]:
-    """Returns pairs of responses to the same problem, for up to three different problems.
+    """Returns up to three (before, after) pairs of responses, one pair per problem.
 
     The first two pairs are correct both times, and the third is one whose verdict changed. Other
     pairs fill the places that are left.

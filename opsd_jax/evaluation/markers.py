@@ -1,4 +1,4 @@
-"""Epistemic markers: words with which a model doubts, checks itself, or changes its approach."""
+"""Epistemic markers: words that suggest doubt, self-checking or a change of approach."""
 
 from __future__ import annotations
 

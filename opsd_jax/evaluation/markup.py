@@ -1,4 +1,4 @@
-"""HTML pages from the Jinja templates in `templates/`.
+"""Renders HTML pages from the Jinja templates in `templates/`.
 
 A page is one file: its style and its plots are inside it. The templates escape every value. Only
 the plots are inserted as markup.
@@ -20,12 +20,12 @@ _UNCERTAINTY = re.compile(r" (?:±.*|\[.*\])$")  # what `tables.number` and `tab
 
 
 def highlight_markers(text: str) -> Markup:
-    """Escapes a text for HTML and puts a <mark> element around each epistemic marker."""
+    """Escapes text for HTML and wraps each epistemic marker in a <mark> element."""
     return Markup(MARKERS.sub(r"<mark>\1</mark>", html.escape(text)))
 
 
 def small_uncertainty(cell: str) -> Markup:
-    """Escapes a table cell for HTML and puts a <small> element around its error or interval."""
+    """Escapes a table cell for HTML and wraps its error or interval in a <small> element."""
     return Markup(_UNCERTAINTY.sub(r"<small>\g<0></small>", html.escape(cell)))
 
 
@@ -46,7 +46,7 @@ def _environment() -> jinja2.Environment:
 
 
 def render(template: str, **values: Any) -> str:
-    """Returns the HTML page that a template makes from the given values.
+    """Renders a template with the given values, and returns the HTML page.
 
     Args:
       template: the name of a file in `templates/`.

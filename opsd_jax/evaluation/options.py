@@ -1,4 +1,4 @@
-"""Options of an evaluation: which problems it takes and how it samples responses to them."""
+"""Options of an evaluation: which problems to evaluate and how to sample responses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from opsd_jax.options import option
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """Which held-out problems are evaluated, and how responses to them are sampled."""
+    """Options that select held-out problems for an evaluation and set how to sample responses."""
 
     problems: int = option(
         0,

@@ -1,4 +1,4 @@
-"""The HTML page of a run's report. Its template is `templates/run.html.j2`."""
+"""The HTML page of a run's report, rendered from `templates/run.html.j2`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from opsd_jax.stages import algorithm_of
 
 
 def title(stage: dict[str, Any]) -> str:
-    """Returns the name of a stage, and in parentheses the options that its algorithm reports.
+    """Returns a stage's name, followed by its reported options in parentheses.
 
     A value that the name already contains is left out, such as the gate of "opsd_correct".
     """
@@ -22,7 +22,7 @@ def title(stage: dict[str, Any]) -> str:
 
 
 def arms(changes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the changes that have their own section, with responses before and after."""
+    """Returns the changes for which the report compares responses before and after the stage."""
     return [change for change in changes if algorithm_of(change["algorithm"]).before_and_after]
 
 
@@ -35,7 +35,7 @@ def method(results: dict[str, Any]) -> str:
 
 
 def tables_of(results: dict[str, Any]) -> list[tables.Table]:
-    """Returns the tables of a run: the metrics after each stage, and the changes it made."""
+    """Returns the report's tables: the metrics after each stage, and the changes between stages."""
     stages = ([results["untrained"]] if results["untrained"] else []) + results["stages"]
     named = [(title(stage), stage) for stage in stages]
     extra = {
@@ -51,12 +51,12 @@ def tables_of(results: dict[str, Any]) -> list[tables.Table]:
 
 
 def _arrow(change: dict[str, Any]) -> str:
-    """Returns the text "before → after" with the names of a change's two evaluations."""
+    """Returns "before → after", with the names of the two evaluations that a change compares."""
     return f"{change['from']} → {title(change)}"
 
 
 def _facts(changes: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """Returns the texts that the page prints in large type: the main effects of the stages."""
+    """Returns the page's headlines: how the stages changed accuracy and response length."""
     facts = []
     for change in changes:
         headline = algorithm_of(change["algorithm"]).headline
@@ -75,7 +75,7 @@ def _facts(changes: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 def _before_and_after(
     change: dict[str, Any], plots: Mapping[str, str], responses: Mapping[str, list[Record]]
 ) -> dict[str, Any]:
-    """Returns the template values for the section of a change."""
+    """Returns the template values for comparing the responses before and after a stage."""
     name, before = change["name"], change["from"]
     return {
         "title": title(change),
@@ -87,7 +87,7 @@ def _before_and_after(
 
 
 def _verification(stage: dict[str, Any]) -> str:
-    """Describes the verdicts on a stage's rollouts in one or two sentences; "" without rollouts."""
+    """Describes the verdicts on a stage's rollouts. Returns "" for a stage without rollouts."""
     if "verdicts" not in stage:
         return ""
     counts = ", ".join(
@@ -102,7 +102,7 @@ def _verification(stage: dict[str, Any]) -> str:
 
 
 def _training(results: dict[str, Any], plots: Mapping[str, str]) -> list[dict[str, str]]:
-    """Returns the template values for the training of each stage."""
+    """Returns the template values for the section on each stage's training."""
     return [
         {
             "title": title(stage),
@@ -115,7 +115,7 @@ def _training(results: dict[str, Any], plots: Mapping[str, str]) -> list[dict[st
 
 
 def _footer(results: dict[str, Any]) -> str:
-    """Describes the time, the memory and the machine of a run."""
+    """Returns the page's footer: the run's time, peak memory, machine and package versions."""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return (
         f"{results['seconds']:.0f} s in all, compilation and evaluation included; at most "
@@ -127,7 +127,7 @@ def _footer(results: dict[str, Any]) -> str:
 def render(
     results: dict[str, Any], plots: Mapping[str, str], responses: Mapping[str, list[Record]]
 ) -> str:
-    """Returns the HTML page of a run; the arguments are the fields of `report.Report`."""
+    """Renders the HTML page of a run's report. The arguments are the fields of `report.Report`."""
     return markup.render(
         "run.html.j2",
         title="opsd_jax report",

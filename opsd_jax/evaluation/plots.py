@@ -1,4 +1,4 @@
-"""The plots of the reports, as SVG text."""
+"""Draws the plots of the reports as SVG text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STYLE: Any = {
 
 
 def _svg(draw: Callable[[Any], None], columns: int = 1, width: float = 6.2) -> str:
-    """Returns a plot as SVG.
+    """Draws a figure and returns it as SVG text.
 
     Args:
       draw: draws on the axes: a single `Axes` for one column, otherwise an array of them.
@@ -47,7 +47,7 @@ def _svg(draw: Callable[[Any], None], columns: int = 1, width: float = 6.2) -> s
 
 
 def _smooth(values: np.ndarray, width: int) -> np.ndarray:
-    """Returns the running mean of values [N] over a window of 2 * width + 1 values.
+    """Returns the running mean of `values` over a window of 2 * width + 1 elements, [N].
 
     The window is cut off at both ends of the array.
     """
@@ -58,7 +58,7 @@ def _smooth(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def stages(summaries: Sequence[dict[str, Any]]) -> str:
-    """Draws the accuracy and mean response length after each stage, with two standard errors.
+    """Draws the accuracy and mean response length after each stage, ± two standard errors.
 
     Args:
       summaries: the summary of each stage, with its `name`.
@@ -86,7 +86,7 @@ def stages(summaries: Sequence[dict[str, Any]]) -> str:
 
 
 def training(rows: Sequence[dict[str, float]], curves: Sequence[Curve]) -> str:
-    """Draws one panel per training metric of a stage, with raw and smoothed values by step.
+    """Draws a stage's training metrics by step, raw and smoothed, with one panel per metric.
 
     Args:
       rows: the metrics of each step.
@@ -107,7 +107,7 @@ def training(rows: Sequence[dict[str, float]], curves: Sequence[Curve]) -> str:
 
 
 def lengths(named: Mapping[str, Sequence[int]]) -> str:
-    """Draws histograms of response lengths.
+    """Draws histograms of the response lengths of one or two models.
 
     Args:
       named: name -> lengths in tokens, for one model, or for two models (before, after).
@@ -130,7 +130,7 @@ def lengths(named: Mapping[str, Sequence[int]]) -> str:
 
 
 def accuracy_and_length(named: Mapping[str, Sequence[dict[str, Any]]]) -> str:
-    """Draws accuracy against mean response length for each source, with two standard errors.
+    """Draws accuracy against mean response length for each source, ± two standard errors.
 
     Args:
       named: source -> its metrics for one model, or for two models (before, after), which a line
@@ -161,12 +161,12 @@ def accuracy_and_length(named: Mapping[str, Sequence[dict[str, Any]]]) -> str:
 
 
 def _number(value: float | None) -> float:
-    """Converts None, which JSON files hold in place of nan, to nan. No bar is drawn for nan."""
+    """Returns nan if `value` is None, which stands for nan in JSON files; otherwise `value`."""
     return np.nan if value is None else value
 
 
 def divergence(curves: dict[str, dict[str, dict[str, list[float]]]]) -> str:
-    """Draws KL(student || teacher) by position, before and after, in one panel per outcome.
+    """Draws KL(student || teacher) by position before and after a stage, one panel per outcome.
 
     Positions that fewer than 10 responses reach are left out. Truncated responses are drawn only if
     there are no others.
@@ -200,14 +200,14 @@ def divergence(curves: dict[str, dict[str, dict[str, list[float]]]]) -> str:
 
 
 def comparison(changes: Sequence[tuple[str, dict[str, Any]]]) -> str:
-    """Draws changes of accuracy against changes of mean length, with 95 % intervals.
+    """Draws changes in accuracy against changes in mean length, with 95 % intervals.
 
     Args:
       changes: pairs (name, result of `comparison.compare`).
     """
 
     def error_bar(change: dict[str, Any], name: str) -> list[list[float]]:
-        """Returns the distances from the change to the lower and upper bound of its interval."""
+        """Returns the distances from a change to the lower and upper bounds of its interval."""
         low, high = change[f"{name}_low"], change[f"{name}_high"]
         return [[max(change[name] - low, 0)], [max(high - change[name], 0)]]
 

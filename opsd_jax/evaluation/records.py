@@ -120,7 +120,7 @@ def fingerprint(directory: Path) -> str:
 
 
 def _files(directory: Path) -> Iterator[Path]:
-    """Yields the files in a directory and its subdirectories; none if it is not a directory."""
+    """Yields all files under a directory. Yields nothing if the directory does not exist."""
     for path in directory.iterdir() if directory.is_dir() else ():
         if path.is_dir():
             yield from _files(path)
@@ -138,7 +138,7 @@ def settings(
     task: Task,
     problems: Sequence[Problem],
 ) -> dict[str, Any]:
-    """Returns everything that the responses of an evaluation depend on, JSON-ready.
+    """Returns a JSON-ready dictionary of all settings that an evaluation's responses depend on.
 
     Args:
       model: name of the model, for the reader. `differences` ignores it.
@@ -166,7 +166,7 @@ def settings(
 
 
 def check_settings(directory: Path, settings: dict[str, Any]) -> None:
-    """Writes the settings of an evaluation to its directory, or compares them with those in it.
+    """Writes settings to a new evaluation directory, or checks that an existing one has the same.
 
     Args:
       directory: the directory of the evaluation. It is created if it does not exist.
@@ -181,7 +181,7 @@ def check_settings(directory: Path, settings: dict[str, Any]) -> None:
         if (directory / SUMMARY).exists():
             raise ConfigError(
                 f"{directory} holds an evaluation without its {SETTINGS}, so it cannot be resumed; "
-                "expected another directory. Choose one, or delete this one."
+                "expected a new directory. Choose another directory, or delete this one."
             )
         (directory / RESPONSES).unlink(missing_ok=True)
         files.write_atomically(path, files.to_json(settings, indent=2) + "\n")
@@ -229,7 +229,7 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str
 
 
 def recorder(directory: Path, responses: Records) -> files.Lines:
-    """Opens the file of the records for appending.
+    """Writes the given records to `responses.jsonl`, and opens the file for appending.
 
     Args:
       directory: the directory of the evaluation.
@@ -239,27 +239,27 @@ def recorder(directory: Path, responses: Records) -> files.Lines:
 
 
 def append(file: files.Lines, made: Records) -> None:
-    """Appends the records of a problem to the file."""
+    """Appends the records of one problem to the open records file."""
     file.write(to_lines(made))
 
 
 def rewrite(file: files.Lines, responses: Records) -> None:
-    """Replaces the content of the file with all records, in the given order."""
+    """Replaces the content of the open records file with `responses`, in the given order."""
     file.rewrite(to_lines(responses))
 
 
 def to_lines(responses: Records) -> str:
-    """Returns the lines of `responses.jsonl` for these records."""
+    """Converts records to JSON Lines text, one line per record."""
     return "".join(files.to_json(record) + "\n" for record in responses)
 
 
 def finish(directory: Path, summary: dict[str, Any]) -> None:
-    """Writes the summary, which marks the evaluation as done."""
+    """Writes the summary file of an evaluation, which marks the evaluation as finished."""
     files.write_atomically(directory / SUMMARY, files.to_json(summary, indent=2) + "\n")
 
 
 def read(directory: Path) -> tuple[list[Record], dict[str, Any]]:
-    """Reads a finished evaluation.
+    """Reads the records and the summary of a finished evaluation.
 
     Returns:
       (records, summary): the contents of `responses.jsonl` and of `evaluation.json`.

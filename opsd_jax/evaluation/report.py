@@ -24,7 +24,7 @@ from opsd_jax.training import metrics as metrics_lib
 
 
 class Report(NamedTuple):
-    """Everything that a report shows.
+    """The content of a run's report: results, plots and responses.
 
     Attributes:
       results: the content of `report.json`.
@@ -38,7 +38,7 @@ class Report(NamedTuple):
 
 
 def gather(sections: Mapping[str, StageOptions], workdir: Path, note: str) -> Report:
-    """Reads the finished stages, compares them, and draws the plots.
+    """Builds a run's report: reads the finished stages, compares them, and draws the plots.
 
     Args:
       sections: name of a stage -> its options, in the order of the run.
@@ -90,7 +90,7 @@ def _environment() -> dict[str, Any]:
 
 
 def verification(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Summarises the verification of a stage's rollouts.
+    """Returns a stage's verdict counts, and the fraction of time spent waiting for verdicts.
 
     Args:
       rows: the metrics of the stage, one dictionary per step.
@@ -120,7 +120,7 @@ def draw(
     changes: Sequence[dict[str, Any]],
     responses: dict[str, list[Record]],
 ) -> dict[str, str]:
-    """Draws the plots of a report.
+    """Draws the plots of a run's report, as SVG text.
 
     Args:
       workdir: the work directory of the run.
@@ -167,7 +167,7 @@ def markdown(report: Report) -> str:
 
 
 def write(sections: Mapping[str, StageOptions], workdir: Path, note: str) -> Path:
-    """Writes the report to `workdir/report/`. `gather` explains the arguments.
+    """Writes a run's report to `workdir/report/`. The arguments are the same as for `gather`.
 
     Returns:
       The path of the HTML page.

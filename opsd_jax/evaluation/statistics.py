@@ -44,7 +44,7 @@ RATIOS = {
 
 
 def by_problem(records: Iterable[Record]) -> dict[Any, list[Record]]:
-    """Groups records by problem; the problems keep the order in which they first occur."""
+    """Groups records by problem, in the order in which the problems first occur."""
     grouped: dict[Any, list[Record]] = {}
     for record in records:
         grouped.setdefault(record["problem"], []).append(record)
@@ -60,7 +60,7 @@ def by_source(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def sums(grouped: Sequence[Records]) -> dict[str, np.ndarray]:
-    """Sums each count over the responses to each problem.
+    """Sums each count in COUNTS over the responses to each problem.
 
     Args:
       grouped: the records of each of G problems.
@@ -124,7 +124,7 @@ def pass_at(k: int, *, samples: int, correct: int) -> float:
 
 
 def majority(records: Records) -> float:
-    """Scores the most frequent answer to one problem: 1 if it is correct, 0 if not.
+    """Returns 1 if the most frequent answer to a problem is correct, 0 if not.
 
     All correct responses vote for the same answer. An incorrect response votes for the answer that
     was extracted from it, after normalisation. Truncated responses and responses without an answer
@@ -146,14 +146,14 @@ def majority(records: Records) -> float:
 
 
 def _lengths(records: Records, suffix: str) -> dict[str, float]:
-    """Returns the median and the 95th percentile of the lengths; nan without records."""
+    """Returns the median and 95th percentile of the response lengths; nan for no records."""
     lengths = [record["length"] for record in records]
     median, p95 = np.percentile(lengths, (50, 95)) if lengths else (math.nan, math.nan)
     return {f"median_length{suffix}": float(median), f"p95_length{suffix}": float(p95)}
 
 
 def _passes(grouped: Sequence[Records]) -> dict[str, dict[str, float]]:
-    """Returns the mean pass@k over problems and its standard error, for k = 1, 2, 4, ..., n."""
+    """Returns the mean pass@k over problems and its standard error, for k = 1, 2, 4, ..."""
     ones_G = np.ones(len(grouped))
     samples = min(map(len, grouped))
     tried = sorted({*(2**i for i in range(samples.bit_length())), samples})
@@ -172,7 +172,7 @@ def _passes(grouped: Sequence[Records]) -> dict[str, dict[str, float]]:
 
 
 def metrics(records: Records) -> dict[str, Any]:
-    """Computes the metrics of a set of records.
+    """Computes accuracy, response length, pass@k and other metrics from records.
 
     Args:
       records: at least one.
@@ -209,7 +209,7 @@ def metrics(records: Records) -> dict[str, Any]:
 
 
 def summarise(records: Records) -> dict[str, Any]:
-    """Computes the metrics of all records and of each source.
+    """Computes the metrics of all records, and of each source separately.
 
     Args:
       records: at least one.

@@ -28,22 +28,22 @@ def check_comparable(earlier: Path, problems: Sequence[Problem]) -> None:
     if not (earlier / records.SUMMARY).is_file():
         raise ConfigError(
             f"--compare {earlier} holds no finished evaluation: {records.SUMMARY} is missing; "
-            "expected the directory of an evaluation or of a stage."
+            "expected the directory of a finished evaluation or stage."
         )
     before = {record["problem"] for record in records.read(earlier)[0]}
     now = {problem.id for problem in problems}
     if before != now:
         raise ConfigError(
-            f"--compare {earlier} holds an evaluation of different problems: it has {len(before)}, "
-            f"this one has {len(now)}, and {len(before & now)} are in both; expected an evaluation "
-            "of the same problems."
+            f"--compare {earlier} holds an evaluation of different problems: it has {len(before)} "
+            f"problems, the new evaluation has {len(now)}, and {len(before & now)} are in both; "
+            "expected an evaluation of the same problems."
         )
 
 
 def compared(
     before: dict[str, Any], after: dict[str, Any], changes: dict[str, Any]
 ) -> dict[str, Any]:
-    """Returns the content of `comparison.json`.
+    """Returns the content of `comparison.json`: models, differing settings and changes.
 
     Args:
       before, after: the summaries of the two evaluations (`evaluation.json`).
@@ -107,7 +107,7 @@ def write(directory: Path, earlier: Path | None = None) -> dict[str, Any] | None
 
 
 def _tables(summary: dict[str, Any], changes: dict[str, Any] | None) -> list[tables.Table]:
-    """Returns the tables of the report: correctness, lengths, and changes if there are any."""
+    """Returns the report's tables: correctness, lengths and, after a comparison, changes."""
     named = tables.with_sources(summary)
     shown = [tables.correctness(named, "benchmark", {}), tables.lengths(named, "benchmark")]
     if changes:
@@ -116,7 +116,7 @@ def _tables(summary: dict[str, Any], changes: dict[str, Any] | None) -> list[tab
 
 
 def _notes(summary: dict[str, Any], changes: dict[str, Any] | None) -> list[str]:
-    """Returns the paragraphs of the report; the first two are about the evaluation itself."""
+    """Returns the report's paragraphs: two on the evaluation, and up to two on a comparison."""
     notes = [f"Model: {summary['settings']['model']}.", tables.method(summary)]
     if changes:
         notes += [f"Changes: from {changes['before']}.", *filter(None, [warning(changes)])]
@@ -126,7 +126,7 @@ def _notes(summary: dict[str, Any], changes: dict[str, Any] | None) -> list[str]
 def _markdown(
     title: str, shown: Sequence[tables.Table], notes: Sequence[str], drawn: Mapping[str, str]
 ) -> str:
-    """Returns the text of `report.md`."""
+    """Returns the text of `report.md`: the notes, the tables and links to the plots."""
     lines = [f"# {title}"]
     for block in [*notes[:2], *("\n".join(table.markdown()) for table in shown), *notes[2:]]:
         lines += ["", block]
@@ -140,7 +140,7 @@ def _draw(
     old_responses: Sequence[Record],
     old_summary: dict[str, Any] | None,
 ) -> dict[str, str]:
-    """Draws the plots and returns them as name -> SVG. The name is also the name of the file."""
+    """Draws the plots, and returns a dictionary from file name, without suffix, to SVG text."""
     old_sources = (old_summary or {}).get("sources") or {}
     points = {}
     for name, metrics in (summary["sources"] or {"all": summary}).items():

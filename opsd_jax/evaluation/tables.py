@@ -1,4 +1,4 @@
-"""Tables of the reports. A cell is text; a report renders the tables as Markdown and as HTML."""
+"""Builds the tables of the reports, which are rendered as Markdown and as HTML."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
     def markdown(self) -> list[str]:
-        """Returns the lines of the table in Markdown."""
+        """Returns the table as lines of Markdown."""
         lines = [self.head, ["---"] * len(self.head), *self.rows]
         return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
 def _is_finite(value: float | None) -> bool:
-    """Returns whether a value can be printed; JSON files hold None in place of nan."""
+    """Returns whether a value is a finite number. None, which stands for nan, is not."""
     return value is not None and math.isfinite(value)
 
 
 def number(value: float | None, error: float | None = None, sign: str = "", digits: int = 1) -> str:
-    """Formats a number with its standard error; returns a dash if it is None or not finite.
+    """Formats a number with its standard error. A number that is not finite becomes a dash.
 
     Args:
       value: the number.
@@ -44,7 +44,7 @@ def number(value: float | None, error: float | None = None, sign: str = "", digi
 
 
 def interval(change: dict[str, Any], name: str) -> str:
-    """Formats one of the changes that `comparison.compare` returns, with its 95 % interval."""
+    """Formats the change `name` in a result of `comparison.compare`, with its 95 % interval."""
     value, low, high = (change[f"{name}{end}"] for end in ("", "_low", "_high"))
     if not (_is_finite(low) and _is_finite(high)):
         return number(value, sign="+")
@@ -52,17 +52,17 @@ def interval(change: dict[str, Any], name: str) -> str:
 
 
 def _percent(metrics: dict[str, Any], name: str) -> str:
-    """Formats a metric that is a fraction, with its standard error, in percent."""
+    """Formats a metric between 0 and 1, and its standard error, as percentages."""
     return number(_times_100(metrics[name]), _times_100(metrics[f"{name}_se"]))
 
 
 def _times_100(fraction: float | None) -> float | None:
-    """Converts a fraction to percent; None stays None."""
+    """Converts a fraction to a percentage. Returns None for None."""
     return None if fraction is None else 100 * fraction
 
 
 def correctness(named: Named, first_column: str, extra: Mapping[str, list[str]]) -> Table:
-    """Returns the table of accuracy, pass@k, majority vote, boxed and truncated responses.
+    """Returns a table of accuracy, pass@k, majority vote, and boxed and truncated responses.
 
     Args:
       named: (name, result of `statistics.metrics`) of each row.
@@ -96,7 +96,7 @@ def correctness(named: Named, first_column: str, extra: Mapping[str, list[str]])
 
 
 def lengths(named: Named, first_column: str) -> Table:
-    """Returns the table of response lengths and of epistemic markers.
+    """Returns a table of response lengths and the frequency of epistemic markers.
 
     Args:
       named: (name, result of `statistics.metrics`) of each row.
@@ -120,7 +120,7 @@ def lengths(named: Named, first_column: str) -> Table:
 
 
 def changes(named: Named, first_column: str) -> Table:
-    """Returns the table of changes between two evaluations, with their 95 % intervals.
+    """Returns a table of changes between evaluations, with their 95 % intervals.
 
     Args:
       named: (name, result of `comparison.compare`) of each row.
@@ -133,7 +133,7 @@ def changes(named: Named, first_column: str) -> Table:
 
 
 def with_sources(metrics: dict[str, Any]) -> Named:
-    """Returns named metrics (or changes): one entry per source, and then one for all problems.
+    """Returns (name, metrics) pairs: one for each source, and then one for all problems.
 
     Args:
       metrics: the result of `statistics.summarise` or `comparison.compare`.
@@ -142,7 +142,7 @@ def with_sources(metrics: dict[str, Any]) -> Named:
 
 
 def method(summary: dict[str, Any]) -> str:
-    """Describes how an evaluation was made, in a few sentences.
+    """Describes an evaluation's sampling settings and statistics in a few sentences.
 
     Args:
       summary: the content of its `evaluation.json`.

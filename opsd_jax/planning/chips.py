@@ -21,7 +21,7 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """Peak rates of one device, as its maker publishes them.
+    """Published peak rates of one TPU device: compute, HBM bandwidth and network bandwidth.
 
     Attributes:
       flops: bfloat16 operations per second.
@@ -49,7 +49,7 @@ class PlanError(Exception):
 
 
 def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
-    """Returns the devices of a TPU topology, without needing the TPUs themselves.
+    """Returns the devices of a TPU topology. No TPU needs to be attached.
 
     Args:
       name: the chip and its arrangement, such as "v5p:2x2x4".
@@ -61,20 +61,22 @@ def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
     from jax.experimental import topologies
 
     if importlib.util.find_spec("libtpu") is None:
-        raise PlanError("XLA's compiler for TPUs is missing: pip install 'opsd-jax[tpu]'.")
+        raise PlanError("XLA's TPU compiler is not installed. Run: pip install 'opsd-jax[tpu]'")
     for variable, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     options = {"num_slices": slices} if slices > 1 else {}
     try:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as error:
-        expected = "expected a topology such as v5e:4x4, v5p:2x2x4 or v6e:4x4"
-        raise PlanError(f"--topology {name}: {error}; {expected}.") from error
+        raise PlanError(
+            f"--topology {name}: {error}; expected a topology such as v5e:4x4, v5p:2x2x4 or "
+            "v6e:4x4."
+        ) from error
     return list(topology.devices)
 
 
 def hbm_bytes(device: jax.Device) -> float:
-    """Returns the bytes of HBM that programs can use on a device.
+    """Returns the number of HBM bytes that programs can use on a device.
 
     The compiler states this limit only when it refuses a program, so this function compiles a
     program that is too large.
@@ -91,6 +93,7 @@ def hbm_bytes(device: jax.Device) -> float:
             return float(found[1]) * GIB
         raise
     raise PlanError(
-        f"The HBM size of {device.device_kind} is unknown, because the compiler accepted an array "
-        "of 256 GiB; expected an error with the size. Install the libtpu of constraints.txt."
+        f"Cannot find the HBM size of {device.device_kind}: the compiler accepted an array of "
+        "256 GiB; expected it to refuse the array with an error that states the size. Install the "
+        "version of libtpu in constraints.txt."
     )

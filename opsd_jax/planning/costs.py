@@ -35,7 +35,7 @@ _CALLS = {"fusion", "call", "async-start"}
 
 
 class Access(NamedTuple):
-    """The HBM traffic of one execution of an instruction.
+    """The bytes that an instruction reads from and writes to memory when it executes once.
 
     Attributes:
       read: bytes read on one device.
@@ -51,12 +51,12 @@ class Access(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Bytes read and written."""
+        """The total number of bytes read and written."""
         return self.read + self.written
 
 
 class Collective(NamedTuple):
-    """A collective operation of a program.
+    """A collective operation in a compiled program, such as an all-gather, with its size.
 
     Attributes:
       op: the operation, such as "all-gather".
@@ -76,7 +76,7 @@ class Collective(NamedTuple):
 
 
 class Matmul(NamedTuple):
-    """An instruction that computes matmuls: a dot, a convolution, or a fusion of them.
+    """An instruction that computes matmuls: a dot, a convolution, or a fusion that contains either.
 
     Attributes:
       flops: operations of one execution on one device; a multiply-add counts as two.
@@ -116,12 +116,12 @@ def collectives(program: Program) -> list[Collective]:
 
 
 def _starts_collective(program: Program, fusion: Instruction) -> bool:
-    """Returns whether a fusion starts a collective that later fusions continue."""
+    """Returns whether a fusion starts a collective that later fusions complete."""
     return "AsyncCollectiveStart" in program.root(fusion.called[0]).line
 
 
 def _group_size(line: str) -> int:
-    """Returns the number of devices in one group of a collective."""
+    """Returns the number of devices in each group of a collective, given the instruction's text."""
     match = _GROUPS.search(line)
     if match is None:
         return 2  # a permutation has pairs instead of groups
@@ -135,7 +135,7 @@ def _group_size(line: str) -> int:
 
 
 def matmuls(program: Program) -> list[Matmul]:
-    """Returns the matmuls that a program executes, except those inside kernels (custom calls)."""
+    """Returns the matmuls that a program executes, except matmuls inside custom calls."""
 
     @functools.cache
     def computation_flops(computation: str) -> int:
@@ -158,14 +158,14 @@ def matmuls(program: Program) -> list[Matmul]:
 
 
 def _dot_flops(i: Instruction, lhs: list[int]) -> int:
-    """Returns the number of operations of a dot whose left operand has dimensions `lhs`."""
+    """Returns the FLOPs of a dot instruction whose left operand has dimensions `lhs`."""
     contracted = re.findall(r"lhs_contracting_dims=\{([\d,]*)\}", i.line)[0]
     terms = math.prod(lhs[int(d)] for d in contracted.split(",") if d)
     return 2 * terms * math.prod(dims(i.shape)[0])
 
 
 def _convolution_flops(i: Instruction, lhs: list[int], rhs: list[int]) -> int:
-    """Returns the number of operations of a convolution; `lhs` and `rhs` are operand dimensions.
+    """Returns the FLOPs of a convolution whose operands have dimensions `lhs` and `rhs`.
 
     XLA:TPU turns every matmul into a convolution and can make batch and contracted dimensions
     spatial. Positions that fall on padding or between dilated elements cost no operation.
@@ -239,7 +239,7 @@ def accesses(program: Program, *, vmem: bool = False) -> list[Access]:
 def _overlapped_bytes(
     program: Program, fusion: Instruction, sizes: list[int], *, hbm: bool
 ) -> tuple[int, int]:
-    """Returns the bytes read and written by a fusion that overlaps a collective.
+    """Returns (bytes read, bytes written) for a fusion that contains part of a collective.
 
     Args:
       program: the compiled program.
@@ -256,14 +256,14 @@ def _overlapped_bytes(
 
 
 class _Traffic:
-    """Computes the bytes that instructions read from operands and write to results."""
+    """Computes how many bytes an instruction reads from each operand and writes to its result."""
 
     def __init__(self, program: Program):
         self._program = program
         self._read_of_value: dict[tuple[str, str], int] = {}
 
     def read(self, computation: str, i: Instruction, number: int) -> int:
-        """Returns the number of bytes that an instruction reads from its operand `number`."""
+        """Returns how many bytes an instruction reads from the operand at index `number`."""
         instructions = self._program.instructions(computation)
         if i.op in _SLICES and number == 0:
             return size_of(i.shape)
@@ -276,7 +276,7 @@ class _Traffic:
         return size_of(instructions[i.operands[number]].shape)
 
     def _read_by_users(self, computation: str, name: str) -> int:
-        """Returns how many bytes of a value are read by other instructions of its computation."""
+        """Returns how many bytes of the value `name` other instructions in `computation` read."""
         if (computation, name) not in self._read_of_value:
             instructions = self._program.instructions(computation)
             value = instructions[name]
@@ -291,7 +291,7 @@ class _Traffic:
         return self._read_of_value[computation, name]
 
     def written(self, computation: str, i: Instruction) -> int:
-        """Returns the bytes that an instruction writes; for an in-place update, only the update."""
+        """Returns the number of bytes written: the size of the result, or of an in-place update."""
         instructions = self._program.instructions(computation)
         if i.op in UPDATES:
             return size_of(instructions[i.operands[UPDATES[i.op]]].shape)

@@ -34,7 +34,7 @@ TripCounts = Mapping[tuple[str, ...], int]
 
 
 class Loop(NamedTuple):
-    """A while loop.
+    """The name and the trip count of a while loop in a compiled program.
 
     Attributes:
       name: the innermost `jax.named_scope` around the loop, or NAMELESS.
@@ -46,12 +46,12 @@ class Loop(NamedTuple):
 
 
 def path_of(loops: tuple[Loop, ...]) -> tuple[str, ...]:
-    """Returns the path of a nested loop: the names of all loops, from the outermost to it."""
+    """Returns the path of a nested loop: the loop names from the outermost to the innermost."""
     return tuple(loop.name for loop in loops)
 
 
 def trip_count(loops: tuple[Loop, ...], given: TripCounts | None = None) -> int:
-    """Returns the number of times that the body of the innermost of several nested loops runs.
+    """Returns how often the innermost body of nested loops runs: the product of the trip counts.
 
     Args:
       loops: nested loops, from the outermost to the innermost.
@@ -71,7 +71,7 @@ def trip_count(loops: tuple[Loop, ...], given: TripCounts | None = None) -> int:
 
 
 class Instruction(NamedTuple):
-    """An instruction of a compiled program.
+    """An HLO instruction, parsed from a line of a compiled program's text.
 
     Attributes:
       name: the name of its result.
@@ -91,19 +91,19 @@ class Instruction(NamedTuple):
 
     @property
     def is_root(self) -> bool:
-        """Whether the result is also the result of the computation."""
+        """Whether this instruction produces the result of its computation."""
         return self.line.startswith("ROOT")
 
 
 class Program:
-    """A compiled program, parsed from `compiled.as_text()`.
+    """A compiled program, parsed from the HLO text that `compiled.as_text()` returns.
 
     Only one branch of each conditional is counted: the branch whose results take the most bytes,
     or the fewest if `lightest` is set.
     """
 
     def __init__(self, text: str, *, lightest: bool = False):
-        """Splits the text into computations; their instructions are parsed on first use."""
+        """Splits the program's text into computations. Instructions are parsed on first use."""
         self._choose_branch = min if lightest else max
         self._lines: dict[str, list[str]] = {}
         name = ""
@@ -116,7 +116,7 @@ class Program:
         self._parsed: dict[str, dict[str, Instruction]] = {}
 
     def instructions(self, computation: str) -> dict[str, Instruction]:
-        """Returns a computation's instructions by name, in execution order.
+        """Returns the instructions of a computation in execution order, keyed by name.
 
         The computation "ENTRY" is the program itself.
         """
@@ -126,13 +126,13 @@ class Program:
         return self._parsed[computation]
 
     def root(self, computation: str) -> Instruction:
-        """Returns the instruction whose result is the result of the computation."""
+        """Returns the root instruction of a computation, which produces its result."""
         return next(i for i in self.instructions(computation).values() if i.is_root)
 
     def executed(
         self, computation: str = "ENTRY", loops: tuple[Loop, ...] = ()
     ) -> Iterator[tuple[str, Instruction, tuple[Loop, ...]]]:
-        """Yields `(computation, instruction, loops around it)` for each executed instruction.
+        """Yields `(computation, instruction, enclosing loops)` for each executed instruction.
 
         Instructions inside fusions are not included.
         """
@@ -176,7 +176,7 @@ class Program:
         return Loop(name, -(-bound // next((step for step in steps if step), 1)))
 
     def _bound(self, condition: str) -> tuple[int | None, int]:
-        """Returns the upper bound of a loop counter (None if not constant) and its state index."""
+        """Returns a loop counter's upper bound (None if not constant) and its state index."""
         instructions = self.instructions(condition)
         compared = next((x for x in instructions.values() if x.is_root), None)
         if compared is None or "direction=LT" not in compared.line:
@@ -186,7 +186,7 @@ class Program:
         return bound, int(counter[1]) if counter else 0
 
     def overlapped(self, i: Instruction) -> Instruction | None:
-        """Returns the collective inside a fusion, or None.
+        """Returns the collective inside the fusion `i`, or None if `i` contains no collective.
 
         The compiler overlaps some collectives with computation: one fusion starts the collective,
         others continue it, and a last one completes it.
@@ -198,13 +198,13 @@ class Program:
 
 
 def _constant(i: Instruction | None) -> int | None:
-    """Returns the value of an integer constant, or None if the instruction is not one."""
+    """Returns the value of an integer constant, or None for any other instruction."""
     value = re.search(r"constant\((\d+)\)", i.line) if i is not None else None
     return int(value[1]) if value else None
 
 
 def _parse(line: str) -> Instruction | None:
-    """Parses a line of a computation; returns None if it is not an instruction."""
+    """Parses one line of a program. Returns None if the line is not an instruction."""
     match = _INSTRUCTION.match(line)
     if match is None:
         return None
@@ -216,7 +216,7 @@ def _parse(line: str) -> Instruction | None:
 
 
 def array_sizes(shape: str, *, hbm: bool = False) -> list[int]:
-    """Returns the size of each array in a shape, in bytes; with `hbm`, 0 for arrays elsewhere."""
+    """Returns the bytes of each array in a shape. If `hbm`, arrays outside HBM count as 0."""
     sizes = []
     for dtype, text, layout in _ARRAY.findall(shape):
         bits = re.search(r"\d+", dtype)
@@ -227,7 +227,7 @@ def array_sizes(shape: str, *, hbm: bool = False) -> list[int]:
 
 
 def size_of(shape: str, *, hbm: bool = False) -> int:
-    """Returns the total size of a shape's arrays, in bytes; with `hbm`, of arrays in HBM only."""
+    """Returns the total bytes of the arrays in a shape. If `hbm`, counts only arrays in HBM."""
     return sum(array_sizes(shape, hbm=hbm))
 
 
@@ -237,12 +237,12 @@ def dims(shape: str) -> list[list[int]]:
 
 
 def _dimensions(text: str) -> list[int]:
-    """Returns the dimensions in text such as "16,8"."""
+    """Parses a list of dimensions from text such as "16,8"."""
     return [int(size) for size in text.split(",") if size]
 
 
 def aliased_results(i: Instruction) -> dict[int, int]:
-    """Maps each result of a fusion that shares memory with an operand to that operand's index."""
+    """Returns {result index: operand index} for results of `i` that reuse an operand's memory."""
     aliasing = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", i.line)
     pairs = re.findall(r"\{(\d*)\}: \((\d+),", aliasing[1]) if aliasing else []
     return {int(result or 0): int(operand) for result, operand in pairs}

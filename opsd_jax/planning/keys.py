@@ -1,4 +1,4 @@
-"""Names of a plan's phases and of the parts of their memory.
+"""Names of the phases in a plan, and of the parts of each phase's memory.
 
 The modules that account for phases and the table, which gives advice on them, share these names.
 """
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Part(enum.StrEnum):
-    """A part of the memory that a phase needs; the value is the text that a plan prints."""
+    """A part of a phase's memory, such as the optimizer state. A plan prints the member's value."""
 
     PARAMETERS = "parameters"
     OPTIMIZER = "optimizer"
@@ -24,7 +24,7 @@ class Part(enum.StrEnum):
 
 
 class PhaseKind(enum.Enum):
-    """What a run does in a phase; the value is the text that a plan prints after the section.
+    """What a run does in a phase. A plan prints the value after the name of the config section.
 
     In the text, "{}" stands for the name of the phase's `Sampling`.
     """
@@ -38,7 +38,7 @@ class PhaseKind(enum.Enum):
 
 
 class PhaseKey(NamedTuple):
-    """Identifies a phase of a run.
+    """Identifies a phase in a plan by its config section, its kind and its sampling.
 
     Attributes:
       section: the section of the config that the phase belongs to: a stage or "evaluation".
@@ -51,5 +51,5 @@ class PhaseKey(NamedTuple):
     sampling: str = ""
 
     def __str__(self) -> str:
-        """The text that a plan prints, such as "opsd memos, closed"."""
+        """Returns the name that a plan prints for the phase, such as "opsd memos, closed"."""
         return f"{self.section} {self.kind.value.format(self.sampling)}".rstrip()

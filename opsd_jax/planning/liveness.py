@@ -1,4 +1,4 @@
-"""Finds the arrays of a compiled program that are in memory together at its peak.
+"""Finds the arrays that are in memory when the memory use of a compiled program peaks.
 
 The text of a scheduled program lists its instructions in execution order. An array is live from
 the instruction that makes it to the last instruction that reads it. A value that is updated in
@@ -18,7 +18,7 @@ from opsd_jax.planning.hlo import Instruction, Program
 
 
 class Buffer(NamedTuple):
-    """An array of a program.
+    """An array in memory: its size, its shape and the operation that made it.
 
     Attributes:
       bytes: its size on one device.
@@ -36,7 +36,7 @@ _ALIASES = {"tuple", "bitcast", "while", "opt-barrier", "add-dependency", "copy-
 
 
 def peak(program: Program, computation: str = "ENTRY") -> list[Buffer]:
-    """Returns the temporaries that are in HBM when they take the most memory, largest first.
+    """Returns the temporaries in HBM when their total size peaks, largest first.
 
     The program's arguments and results are not included.
     """
@@ -71,12 +71,12 @@ def peak(program: Program, computation: str = "ENTRY") -> list[Buffer]:
 
 
 def _total_bytes(buffers: list[Buffer]) -> int:
-    """Returns the bytes of all buffers."""
+    """Returns the total size of the buffers, in bytes."""
     return sum(buffer.bytes for buffer in buffers)
 
 
 class _Lifetimes:
-    """The buffers of a computation, with the times of their first and last use.
+    """The buffers of a computation, with the times of each buffer's first and last use.
 
     A time is the index of an instruction in execution order.
     """
@@ -89,7 +89,7 @@ class _Lifetimes:
         self.last: list[int] = []
 
     def add(self, i: Instruction, time: int) -> None:
-        """Adds the buffers of an instruction's result and extends those of its operands."""
+        """Adds buffers for an instruction's result, and extends the lifetimes of its operands."""
         result = self._buffers_of[i.name] = self._result(i, time)
         if i.op not in ("get-tuple-element", "tuple", "bitcast"):  # these read nothing
             for name in i.operands:
@@ -99,12 +99,12 @@ class _Lifetimes:
             self.last[b] = max(self.last[b], time)
 
     def exclude(self, i: Instruction) -> None:
-        """Sets the size of an instruction's result to 0."""
+        """Sets the size of an instruction's result to 0, so that the peak does not include it."""
         for b in self._buffers_of[i.name]:
             self.buffers[b] = self.buffers[b]._replace(bytes=0)
 
     def _new(self, size: int, i: Instruction, time: int, k: int = 0) -> int:
-        """Adds a buffer for the k-th array of an instruction's result; returns its index."""
+        """Adds a buffer for array `k` of an instruction's result. Returns the buffer's index."""
         name = re.search(r'op_name="([^"]*)"', i.line)
         shapes = re.findall(r"\w+\[[\d,]*\]", i.shape)
         made_by = name[1] if name else i.name
@@ -114,7 +114,7 @@ class _Lifetimes:
         return len(self.buffers) - 1
 
     def _result(self, i: Instruction, time: int) -> list[int]:
-        """Returns the buffers of an instruction's result, one for each array."""
+        """Returns the buffer index of each array in an instruction's result, adding new buffers."""
         sizes = hlo.array_sizes(i.shape, hbm=True)
         operands = [self._buffers_of.get(name, []) for name in i.operands]
         if i.op in ("parameter", "constant"):
@@ -140,7 +140,7 @@ class _Lifetimes:
 
 
 def _updated_operands(program: Program, i: Instruction) -> dict[int, int]:
-    """Maps each result that updates an operand in place to the index of that operand."""
+    """Returns {result index: operand index} for results of `i` that update an operand in place."""
     if i.op in hlo.UPDATES:
         return {0: 0}
     if i.op != "fusion":
@@ -158,7 +158,7 @@ def _updated_operands(program: Program, i: Instruction) -> dict[int, int]:
 
 
 def _unreshaped(instructions: dict[str, Instruction], i: Instruction) -> Instruction:
-    """Follows reshapes back to the instruction that made the value."""
+    """Returns the instruction that made the value of `i`, skipping reshapes."""
     while i.op in hlo.RESHAPES:
         i = instructions[i.operands[0]]
     return i

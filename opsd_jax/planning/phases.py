@@ -1,4 +1,4 @@
-"""The phases of a planned run: which programs each one executes, how often, and its memory."""
+"""The phases of a planned run, with the memory, the time and the programs of each phase."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ DEFAULT_PROBLEMS = 500
 
 
 class Phase(NamedTuple):
-    """A phase of a run; memory and times are those of one device.
+    """A phase of a run, such as sampling or the train step. Memory and times are per device.
 
     Attributes:
       key: which phase it is.
@@ -78,16 +78,16 @@ class Phase(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The phase's name, as a plan prints it."""
+        """The name that a plan prints for the phase."""
         return str(self.key)
 
     @property
     def total(self) -> float:
-        """Bytes of all parts."""
+        """The total memory that the phase needs, in bytes."""
         return sum(self.parts.values())
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the phase in the form that `opsd-jax plan --json` prints."""
+        """Returns the phase as the dictionary that `opsd-jax plan --json` prints."""
         useful = {} if self.useful_tokens is None else {"useful_tokens": self.useful_tokens}
         return {
             "name": self.name,
@@ -102,7 +102,7 @@ class Phase(NamedTuple):
 
 
 class Phases:
-    """Compiles the programs of a run, and computes the memory and the time of each of its phases.
+    """Compiles the programs of a run, and computes the memory and the time of each phase.
 
     Attributes:
       phases: the phases accounted for so far, in the order of the run.
@@ -208,7 +208,7 @@ class Phases:
     def engine(
         self, shape: EngineShape, filters_tokens: bool, reads: float
     ) -> tuple[Engine, list[ProgramCosts]]:
-        """Returns the engine of a shape and the costs of its programs; compiles them once.
+        """Returns the engine of a given shape and its programs' costs. Compiles them on first use.
 
         Args:
           shape: the engine's sizes.
@@ -226,7 +226,7 @@ class Phases:
         return self.engines[shape, filters_tokens]
 
     def kernel_bytes(self, engine: Engine, reads: float) -> float:
-        """Returns the bytes on one device of `reads` cached tokens; 0 for a dense cache.
+        """Returns the bytes per device of `reads` cached tokens. Returns 0 for a dense cache.
 
         The costs of a program already include every read of a dense cache.
         """
@@ -290,7 +290,7 @@ class Phases:
         times: int,
         kind: PhaseKind = PhaseKind.SAMPLING,
     ) -> None:
-        """Adds one phase for each sampling of a stage.
+        """Adds one phase for each `Sampling` of a stage.
 
         A sampling that continues the one before it samples only for the responses that filled their
         budget. The plan assumes that at least one did.
@@ -314,7 +314,7 @@ class Phases:
             filled = int((lengths == sampling.response_tokens).sum())
 
     def _check_fields(self, stage: str, fields: Sequence[str]) -> None:
-        """Raises PlanError if a stage's section lacks a field that its algorithm names."""
+        """Raises PlanError if one of `fields` is missing from the config section of the stage."""
         there = [name for name in loading.flatten(self.config) if name.startswith(f"{stage}.")]
         for field in fields:
             if f"{stage}.{field}" not in there:
@@ -324,11 +324,11 @@ class Phases:
                 )
 
     def _response_lengths(self, count: int, budget: int) -> np.ndarray:
-        """Returns assumed lengths of `count` responses with a token budget, int [count]."""
+        """Returns the assumed lengths of `count` responses of at most `budget` tokens."""
         return workload.response_lengths(count, budget, self.length)
 
     def add_stage(self, name: str) -> None:
-        """Adds the phases of a stage; `name` is its section of the config."""
+        """Adds the phases of the stage whose config section is `name`."""
         options = self.config.sections[name]
         algorithm = self.config.algorithm(name)
         rows = algorithm.row_fields
@@ -366,7 +366,7 @@ class Phases:
             self._add_probe(name, algorithm, privileged_options(options))
 
     def _add_probe(self, name: str, algorithm: Algorithm, options: PrivilegedOptions) -> None:
-        """Adds the phases that measure the divergence from a stage's teacher.
+        """Adds the phases that measure the student's divergence from a stage's teacher.
 
         A run goes through them before and after the stage `name`.
         """
@@ -395,7 +395,7 @@ class Phases:
         )
 
     def _trip_counts(self, algorithm: Algorithm, options: StageOptions) -> tuple[TripCounts, float]:
-        """Returns the trip counts of a train step's loops, and its fraction of useful tokens.
+        """Returns the trip counts of a train step's loops and its fraction of non-padding tokens.
 
         All rows are assumed to be active, and responses to have the assumed lengths.
         """
@@ -423,13 +423,13 @@ class Phases:
         return hidden_1xTxD.shape[-1]
 
     def _evaluated(self) -> int:
-        """Returns the number of problems in an evaluation."""
+        """Returns the number of problems in each evaluation of the run."""
         data = self.config.data
         held_out = DEFAULT_PROBLEMS if data.heldout else data.heldout_problems
         return self.config.evaluation.problems or held_out or DEFAULT_PROBLEMS
 
     def add_evaluation(self) -> None:
-        """Adds the evaluations of the initial parameters and of each stage's result."""
+        """Adds one phase for all evaluations: before the first stage and after each stage."""
         options = self.config.evaluation
         responses = self._evaluated() * options.samples
         self.add_sampling(

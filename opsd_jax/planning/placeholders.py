@@ -1,4 +1,4 @@
-"""Placeholders for the task and the other parts of a run, which a plan builds without data."""
+"""Placeholders that let a plan build stages without a dataset, engines or a verifier."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from opsd_jax.verify.pool import VerifierPool
 
 
 def _no_data(*arguments: Any) -> NoReturn:
-    """Placeholder for the functions of a task; raises RuntimeError, because a plan has no data."""
+    """Stands in for the functions of a task. Raises RuntimeError, because a plan has no data."""
     raise RuntimeError(
-        "A function of the task was called while planning, but a plan has no data; expected the "
-        "programs to depend on shapes only."
+        "A function of the task was called during planning, but a plan has no data; expected a "
+        "stage that does not call the task's functions before it runs."
     )
 
 
@@ -38,10 +38,10 @@ TASK = Task(
 
 
 def _no_engine(**sizes: int) -> Any:
-    """Placeholder for a stage's engines; does nothing, because the plan compiles them itself."""
+    """Stands in for `Parts.engines`. Does nothing, because the plan compiles engines itself."""
 
 
 def parts(model: Model) -> Parts:
-    """Returns placeholder parts, for building a stage of which only shapes and loss are used."""
+    """Returns `Parts` for a stage whose shapes and loss are read but which never runs."""
     pool = VerifierPool(TASK.verify)
     return Parts(TASK, model, _no_engine, pool, seed=0, seed_of=lambda name: 0)

@@ -1,4 +1,4 @@
-"""Plans a run: compiles it for TPUs without using any, and reports memory, traffic and time.
+"""Compiles a run for TPUs without executing it, and reports its memory, traffic and time.
 
 XLA:TPU compiles every program of a config's run for a topology. The plan reads the compiled text:
 memory by phase and part, operations and traffic with loops counted, and the collectives with the
@@ -20,7 +20,7 @@ from opsd_jax.planning.programs import Compiler, ProgramCosts
 
 
 class Plan(NamedTuple):
-    """The plan of a run; memory and times are those of one device.
+    """The predicted memory and time of a run and of each phase. Memory is per device.
 
     Attributes:
       topology: the chip and its arrangement, such as "v5p:2x2x4".
@@ -58,7 +58,7 @@ class Plan(NamedTuple):
     fits: bool
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the plan in the form that `opsd-jax plan --json` prints."""
+        """Returns the plan as the dictionary that `opsd-jax plan --json` prints."""
         return self._asdict() | {
             "phases": [phase.to_json() for phase in self.phases],
             "programs": [program.to_json() for program in self.programs],

@@ -1,4 +1,4 @@
-"""Keeps a plan as a text file, with a hash that shows whether it still describes its config."""
+"""Writes a plan to a text file, with a hash of the config fields that the plan depends on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from opsd_jax.planning.plan import Plan
 
 
 def write(arguments: argparse.Namespace, overrides: Mapping[str, str], plan: Plan) -> None:
-    """Writes a plan to `arguments.out`.
+    """Writes a plan to the text file `arguments.out`.
 
     Args:
       arguments: the arguments of `opsd-jax plan`.
@@ -51,7 +51,7 @@ def command(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> str:
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """Returns the SHA-256 of the fields that a plan depends on, in hexadecimal.
+    """Returns the SHA-256 of the config fields that a plan depends on, as a hexadecimal string.
 
     Args:
       config: all fields, as `opsd_jax.config.loading.flatten` returns them.

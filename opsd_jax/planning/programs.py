@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class CompiledProgram(NamedTuple):
-    """A compiled program of a plan.
+    """The text and the memory use of one program that a plan has compiled.
 
     Attributes:
       key: which program it is.
@@ -53,7 +53,7 @@ class CompiledProgram(NamedTuple):
 
 
 class Compiler:
-    """Compiles programs and keeps the text and the sizes of each in `built`.
+    """Compiles programs, and keeps the text and the memory use of each in `built`.
 
     Attributes:
       built: the programs in the order in which they were compiled.
@@ -103,7 +103,7 @@ class Compiler:
 
 
 def memory_needed(error: str) -> float | None:
-    """Returns the bytes that a refused program needs, read from the compiler's error message.
+    """Returns how many bytes a program needs, parsed from the compiler's out-of-memory error.
 
     Returns None if the error is not about memory.
     """
@@ -118,7 +118,7 @@ def memory_needed(error: str) -> float | None:
 def _refused_program(
     key: ProgramKey, name: str, lowered: jax.stages.Lowered, began: float, total: float
 ) -> CompiledProgram:
-    """Returns the sizes of a program that the compiler refused because it needs too much memory.
+    """Returns a `CompiledProgram` for a program that needs more memory than the device has.
 
     The text is the compiler's last dump of the program; it is empty if there is no dump.
     """
@@ -137,7 +137,7 @@ def _refused_program(
 
 
 def _argument_bytes(text: str) -> int:
-    """Returns the bytes of a program's arguments and of results that reuse no argument's memory."""
+    """Returns the bytes of a program's arguments and of the results that have their own memory."""
     entry = hlo.Program(text).instructions("ENTRY").values()
     arguments = sum(hlo.size_of(i.shape) for i in entry if i.op == "parameter")
     results = [size for i in entry if i.is_root for size in hlo.array_sizes(i.shape)]
@@ -149,7 +149,7 @@ def _argument_bytes(text: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class ProgramCosts:
-    """Costs of one execution of a program on one device.
+    """The memory, operations and time of one execution of a program, per device.
 
     Attributes:
       key: which program it is.
@@ -191,16 +191,16 @@ class ProgramCosts:
 
     @property
     def seconds_at_best(self) -> float:
-        """Seconds of one execution if compute, memory and network overlap completely."""
+        """Seconds that one execution takes if compute, memory and network overlap completely."""
         return max(self.seconds.values())
 
     @property
     def seconds_in_turn(self) -> float:
-        """Seconds of one execution if compute, memory and network follow one another."""
+        """Seconds that one execution takes if compute, memory and network do not overlap."""
         return sum(self.seconds.values())
 
     def with_kernel_bytes(self, kernel_bytes: float, chip: Chip) -> ProgramCosts:
-        """Returns the costs if paged attention reads `kernel_bytes` in each decoding step.
+        """Returns a copy of the costs for attention that reads `kernel_bytes` per decoding step.
 
         Programs that do not decode are returned unchanged.
         """
@@ -215,7 +215,7 @@ class ProgramCosts:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the costs in the form that `opsd-jax plan --json` prints."""
+        """Returns the costs as the dictionary that `opsd-jax plan --json` prints."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del fields["key"], fields["dynamic_loops"]
         bounds = {
@@ -249,8 +249,8 @@ def program_costs(
     dynamic_loops = program.dynamic_loops()
     if unknown := dynamic_loops - trip_counts.keys():
         raise PlanError(
-            f"{built.name} has named loops without a trip count: {_listed(unknown)}; expected only "
-            f"the loops in `trip_counts`: {_listed(trip_counts)}."
+            f"{built.name} has named loops without a trip count: {_listed(unknown)}; expected "
+            f"these loops in `trip_counts`, which contains: {_listed(trip_counts)}."
         )
     times = lambda loops: hlo.trip_count(loops, trip_counts)
     live = liveness.peak(program)
@@ -281,14 +281,14 @@ def program_costs(
 
 
 def check_loops_exist(programs: Sequence[ProgramCosts], trip_counts: TripCounts) -> None:
-    """Raises PlanError if a trip count belongs to no loop of the programs."""
+    """Raises PlanError if `trip_counts` has a loop that none of the programs contains."""
     if any(program.refused for program in programs):
         return  # the text of a refused program may be missing
     found = frozenset[tuple[str, ...]]().union(*(program.dynamic_loops for program in programs))
     if unmatched := trip_counts.keys() - found:
         names = ", ".join(program.name for program in programs)
         raise PlanError(
-            f"`trip_counts` has loops that are not in {names}: {_listed(unmatched)}; expected "
+            f"`trip_counts` has loops that do not exist in {names}: {_listed(unmatched)}; expected "
             f"only these loops: {_listed(found)}."
         )
 
@@ -296,7 +296,7 @@ def check_loops_exist(programs: Sequence[ProgramCosts], trip_counts: TripCounts)
 def matched_executions(
     programs: Sequence[ProgramCosts], executions: Mapping[ProgramKey, float]
 ) -> list[tuple[float, ProgramCosts]]:
-    """Returns each program with the number of its executions.
+    """Returns each program, paired with the number of times that a phase executes it.
 
     Args:
       programs: the programs that a phase compiled.
@@ -316,12 +316,12 @@ def matched_executions(
 
 
 def _listed(paths: Iterable[tuple[str, ...]]) -> str:
-    """Returns the paths of loops as text, or "none"."""
+    """Formats the paths of loops as text; returns "none" for an empty list."""
     return ", ".join(sorted(" > ".join(path) for path in paths)) or "none"
 
 
 def _largest_tensors(live: list[liveness.Buffer]) -> list[dict[str, Any]]:
-    """Returns the largest tensors as rows for JSON, grouped by shape and origin."""
+    """Groups tensors by shape and origin, and returns the largest groups as JSON-ready rows."""
     together: dict[tuple[str, str], list[int]] = {}
     for buffer in live:
         together.setdefault((buffer.shape, buffer.made_by), []).append(buffer.bytes)
@@ -333,7 +333,7 @@ def _largest_tensors(live: list[liveness.Buffer]) -> list[dict[str, Any]]:
 
 
 def _flops(program: hlo.Program, trip_counts: TripCounts) -> int:
-    """Returns the number of operations of all matmuls, including splash attention kernels."""
+    """Returns the FLOPs of all matmuls in a program, including splash attention kernels."""
     matmuls = sum(m.flops * hlo.trip_count(m.loops, trip_counts) for m in costs.matmuls(program))
     return matmuls + sum(
         _splash_flops(program, computation, i) * hlo.trip_count(loops, trip_counts)
@@ -345,7 +345,7 @@ def _flops(program: hlo.Program, trip_counts: TripCounts) -> int:
 def _collective_table(
     found: list[costs.Collective], trip_counts: TripCounts
 ) -> list[dict[str, Any]]:
-    """Returns the collectives as rows for JSON, grouped by operation and loops, largest first.
+    """Groups collectives by operation and loops, and returns JSON-ready rows, largest first.
 
     If the compiler split a collective into a loop of its own, `elements` counts all its trips.
     """
@@ -366,7 +366,7 @@ def _collective_table(
 
 
 def _collective_seconds(c: costs.Collective, chip: Chip) -> float:
-    """Returns the time of a collective, in seconds, on a ring along one axis of the torus."""
+    """Returns the seconds that a collective takes on a ring along one axis of the TPU torus."""
     if c.op.startswith("collective-"):
         return c.bytes / (chip.ici / 2)  # in one direction
     passes = 2 if c.op == "all-reduce" else 1
@@ -374,7 +374,7 @@ def _collective_seconds(c: costs.Collective, chip: Chip) -> float:
 
 
 def _splash_flops(program: hlo.Program, computation: str, i: hlo.Instruction) -> int:
-    """Returns the number of operations of a causal splash attention kernel; 0 for others."""
+    """Returns the FLOPs of a causal splash attention kernel, or 0 for any other instruction."""
     kernel = re.match(r"splash_m[hq]a_(fwd|dq|dkv)", i.name)
     if kernel is None:
         return 0

@@ -1,4 +1,4 @@
-"""Formats a plan as a table of text."""
+"""Formats a plan as lines of text, with tables of memory, programs and times."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LARGER_TENSOR = "a decode_mesh with a larger `tensor`"
 
 
 def lines(plan: Plan) -> Iterator[str]:
-    """Yields the lines of a plan's text.
+    """Yields the lines that `opsd-jax plan` prints.
 
     Args:
       plan: the plan that `opsd_jax.planning.plan.plan` returns.
@@ -49,7 +49,7 @@ def lines(plan: Plan) -> Iterator[str]:
 
 
 def summary(plan: Plan) -> Iterator[str]:
-    """Yields the lines of a plan file: memory, programs and times."""
+    """Yields the part of a plan's text that plan files contain: memory, programs and times."""
     mesh, decode = (" x ".join(map(str, m.values())) for m in (plan.mesh, plan.decode_mesh))
     slices = f"{plan.slices} x " if plan.slices > 1 else ""
     yield f"{slices}{plan.topology}: {plan.devices} x {plan.chip}"
@@ -90,7 +90,7 @@ def _programs(plan: Plan) -> Iterator[str]:
 
 
 def _times(plan: Plan) -> Iterator[str]:
-    """Yields lines with the roofline times of each phase and of the run, and the assumptions."""
+    """Yields lines with the roofline times of each phase and of the run, and their assumptions."""
     yield "roofline, in s: at best; with compute, memory and network one after the other; how often"
     for phase in plan.phases:
         best, in_turn = phase.seconds_at_best, phase.seconds_in_turn
@@ -110,12 +110,12 @@ def _times(plan: Plan) -> Iterator[str]:
 
 
 def _short(number: float) -> str:
-    """Returns a number with three digits, in nine columns."""
+    """Formats a number with about three significant digits, right-aligned in nine columns."""
     return f"{number:9.0f}" if number >= 100 else f"{number:9.3g}"
 
 
 def _advice(plan: Plan, phase: Phase) -> Iterator[str]:
-    """Yields lines with the largest tensors of a phase that does not fit, and how to fix it."""
+    """Yields the largest tensors of a phase that does not fit in memory, and config advice."""
     name, parts = phase.name, phase.parts
     yield f"{name} does not fit. Its largest parts:"
     for part, size in sorted(parts.items(), key=lambda item: -item[1])[:3]:
@@ -133,7 +133,7 @@ def _advice(plan: Plan, phase: Phase) -> Iterator[str]:
 
 
 def _changes(plan: Plan, phase: Phase, largest: Part) -> list[str]:
-    """Returns config changes that reduce the largest part of a phase and are not made yet."""
+    """Returns config changes that would reduce the largest part of a phase's memory."""
     stage, kind, _ = phase.key
     more_devices = ["a mesh with more devices along `fsdp`", "more devices"]
     match largest:
@@ -158,7 +158,7 @@ def _changes(plan: Plan, phase: Phase, largest: Part) -> list[str]:
 
 
 def _sampling_changes(plan: Plan, section: str, sampling: Sampling, largest: Part) -> list[str]:
-    """Returns config changes that reduce the caches or the temporaries of a sampling phase."""
+    """Returns config changes that would reduce the caches or temporaries of a sampling phase."""
     slots = f"{section}.{sampling.slots_field}"
     if largest is Part.CACHE:
         return [f"a smaller {slots} or {section}.{sampling.response_tokens_field}", "more devices"]
@@ -169,7 +169,7 @@ def _sampling_changes(plan: Plan, section: str, sampling: Sampling, largest: Par
 
 
 def _activation_changes(plan: Plan, key: PhaseKey) -> list[str]:
-    """Returns config changes that reduce the temporaries of a train step or a probe."""
+    """Returns config changes that would reduce the temporaries of a train step or a probe."""
     config, mesh = plan.config, plan.mesh
     microbatch = f"{key.section}.microbatch"
     can_shrink = config[microbatch] > mesh["data"] * mesh["fsdp"]

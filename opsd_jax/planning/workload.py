@@ -1,4 +1,4 @@
-"""A plan's assumptions about response lengths, and how these fill decoding slots and batches."""
+"""Assumes response lengths for a plan, and computes how they fill slots and microbatches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from opsd_jax.stages.batch import Lengths, arranged
 
 
 class Packed(NamedTuple):
-    """The microbatches of one train step.
+    """How many microbatches one train step has, and how full they are.
 
     Attributes:
       counts: the number of microbatches in each bucket.
@@ -27,7 +27,7 @@ class Packed(NamedTuple):
 
 
 def response_lengths(count: int, budget: int, mean: float) -> np.ndarray:
-    """Returns quantiles of an exponential distribution of response lengths, cut off at the budget.
+    """Returns quantiles of an exponential distribution of response lengths, clipped to the budget.
 
     Args:
       count: number of responses.
@@ -48,7 +48,7 @@ def response_lengths(count: int, budget: int, mean: float) -> np.ndarray:
 
 
 def decode_steps(responses: np.ndarray, slots: int) -> int:
-    """Returns the number of decoding steps until all responses have ended.
+    """Returns the number of decoding steps that it takes to sample all responses.
 
     A slot takes the next response as soon as its current one ends. The responses start in a fixed
     random order.
@@ -76,7 +76,7 @@ def cache_tokens_read(prompt: float, responses: np.ndarray) -> float:
 def packed(
     rows: Sequence[Lengths], targets: Sequence[int], buckets: Sequence[Lengths], microbatch: int
 ) -> Packed:
-    """Returns the sizes of the microbatches into which `stages.batch.pack` packs a step's rows.
+    """Computes how `stages.batch.pack` packs the rows of one train step into microbatches.
 
     Args:
       rows: the number of computed tokens in each row's sequences.

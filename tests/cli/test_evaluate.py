@@ -375,7 +375,7 @@ def test_a_comparison_with_other_problems_is_refused_before_anything_is_sampled(
     monkeypatch.setattr(records_lib, "append", None)
     code, errors = command("--problems", 5, "--compare", whole)
     assert code == 2
-    assert "of different problems: it has 9, this one has 5, and 5 are in both" in errors
+    assert "it has 9 problems, the new evaluation has 5, and 5 are in both" in errors
     code, errors = command("--compare", tmp_path)
     assert code == 2
     assert "holds no finished evaluation: evaluation.json is missing" in errors
