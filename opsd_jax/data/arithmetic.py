@@ -58,7 +58,7 @@ NOTE = (
 
 
 class WordTokenizer:
-    """A tokenizer whose tokens are separated by spaces in the text.
+    """A tokenizer for texts whose tokens are separated by spaces.
 
     Attributes:
       vocab_size: number of tokens.
@@ -67,7 +67,7 @@ class WordTokenizer:
     """
 
     def __init__(self, tokens: Sequence[str], pad: str, eos: str):
-        """Creates a tokenizer.
+        """Creates a tokenizer from the text of each token.
 
         Args:
           tokens: text of each token; its index is its id.
@@ -85,8 +85,8 @@ class WordTokenizer:
             return [self._ids[token] for token in text.split()]
         except KeyError as error:
             raise ValueError(
-                f"the token {error} of {text!r} is not in the vocabulary; expected only its "
-                f"{self.vocab_size} tokens, with spaces between them."
+                f"{text!r} contains {error}, which is not in the vocabulary; expected only "
+                "tokens of the vocabulary, separated by spaces."
             ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -112,7 +112,7 @@ TOKENIZER = WordTokenizer(
 
 
 def _parse(number: int) -> tuple[list[int], list[str]]:
-    """Returns the printed operands and the operations of question `number`."""
+    """Decodes a question number into the question's printed operands and its operations."""
     operands, operations = [], []
     for _ in LABELS:
         number, digit = divmod(number, MODULUS)
@@ -124,7 +124,7 @@ def _parse(number: int) -> tuple[list[int], list[str]]:
 
 
 def _true_operands(number: int) -> list[int]:
-    """Returns the operands that determine the answer; some differ from the printed ones."""
+    """Returns the operands that give the answer. A few differ from the operands in the question."""
     rng = random.Random(number)
     operands, _ = _parse(number)
     return [
@@ -134,7 +134,7 @@ def _true_operands(number: int) -> list[int]:
 
 
 def _results(operands: list[int], operations: list[str]) -> list[int]:
-    """Returns the carried value at each operand: the first operand, then each step's result."""
+    """Returns the running result of the chain: the first operand, then the result of each step."""
     values = operands[:1]
     for operation, operand in zip(operations, operands[1:], strict=True):
         values.append(OPERATIONS[operation](values[-1], operand) % MODULUS)
@@ -153,7 +153,7 @@ def _question(number: int) -> str:
 
 
 def problem(number: int) -> Problem:
-    """Returns problem `number`, which is in [0, SPACE)."""
+    """Returns the `Problem` with a given number, which must be in [0, SPACE)."""
     number = int(number)
     operands, (_, operations) = _true_operands(number), _parse(number)
     values = _results(operands, operations)
@@ -168,17 +168,20 @@ def problem(number: int) -> Problem:
 
 
 def prompt(problem: Problem) -> list[int]:
-    """Returns the student's prompt, which has 16 tokens."""
+    """Returns the 16 token ids of the student's prompt for a problem."""
     return TOKENIZER.encode(f"<bos> {problem.question} ?")
 
 
 def informed_prompt(problem: Problem, text: str) -> list[int]:
-    """Returns a prompt that shows a context. With the worked solution it has 39 tokens."""
+    """Returns the token ids of a prompt that shows the question and a privileged text.
+
+    With the worked solution, the prompt has 39 tokens.
+    """
     return TOKENIZER.encode(f"<bos> {problem.question} ? <ref> {text} </ref>")
 
 
 def teacher_prompt(problem: Problem, context: Context, limit: int) -> tuple[list[int], bool]:
-    """Returns the teacher's prompt with a context, and False, because it is never cut.
+    """Returns the token ids of the teacher's prompt, and False because the prompt is never cut.
 
     Raises:
       DataError: the prompt has more than `limit` tokens.
@@ -192,7 +195,7 @@ def teacher_prompt(problem: Problem, context: Context, limit: int) -> tuple[list
 def _think(
     rng: np.random.Generator, operands, operations, recheck_rate, slip_rate, reference=None
 ) -> list:
-    """Returns the tokens of a demonstration from its first step to its answer.
+    """Generates the tokens of a demonstration: its reasoning steps, `</think>` and the answer.
 
     Args:
       rng: source of all random choices.
@@ -236,7 +239,7 @@ def _think(
 
 
 def demonstrate(number: int, rng: np.random.Generator) -> Demonstration:
-    """Returns a demonstration for problem `number`, for SFT.
+    """Returns a random SFT example, a prompt and a response, for problem `number`.
 
     Most demonstrations reason verbosely from the printed question. PRIVILEGED_FRACTION of them are
     nearly concise. Their prompt shows the solution, from which they take the carried values and the
@@ -274,14 +277,14 @@ def verify(problem: Problem, response: str) -> Verdict:
 
 
 def answer_in(problem: Problem, response: str) -> str | None:
-    """Returns the one token between the last `</think>` and EOS, if any, for majority votes."""
+    """Returns the response's answer for majority votes, or None if it is not exactly one token."""
     _, found, answer = response.rpartition("</think>")
     tokens = answer.split()
     return tokens[0] if found and len(tokens) == 2 and tokens[1] == "<eos>" else None
 
 
 class Part:
-    """The questions at [low, high) in one fixed permutation of all questions.
+    """The question numbers at positions [low, high) of one fixed random permutation.
 
     A slice of a shuffled grain dataset would change with the epoch, because grain shuffles each
     epoch again before it slices.
@@ -299,7 +302,7 @@ class Part:
 
 
 def task(options: DataOptions) -> Task:
-    """Returns the built-in task, which uses no field of `config.data`.
+    """Returns the built-in arithmetic task. It generates its problems and reads no files.
 
     Raises:
       ValueError: the config has sources, which this task does not read.

@@ -27,7 +27,7 @@ _ANY_TURN = {"role": "user", "content": "?"}  # a user's turn whose content does
 
 
 class _Generation(jinja2.ext.Extension):
-    """Renders the content of `{% generation %}…{% endgeneration %}` unchanged.
+    """A Jinja extension that ignores `{% generation %}` tags and renders the text between them.
 
     Templates mark the assistant's text with these tags.
     """
@@ -35,16 +35,16 @@ class _Generation(jinja2.ext.Extension):
     tags = {"generation"}  # noqa: RUF012 - Jinja requires this form
 
     def parse(self, parser: Any) -> Any:
-        """Returns the parsed statements between the tags."""
+        """Returns the parsed statements between a pair of generation tags."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class ChatTemplate:
-    """A chat template, which renders the same text as transformers' `apply_chat_template`."""
+    """A Jinja chat template that renders the same text as transformers' `apply_chat_template`."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]):
-        """Compiles a template.
+        """Compiles the Jinja template `source`.
 
         Args:
           source: the template's text.
@@ -68,7 +68,7 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise ValueError(
-                f"the chat template cannot be read: {error}; expected a Jinja template."
+                f"the chat template cannot be parsed: {error}; expected a Jinja template."
             ) from error
         self._special_tokens = dict(special_tokens)
 
@@ -79,7 +79,7 @@ class ChatTemplate:
         *,
         generation_prompt: bool = True,
     ) -> str:
-        """Returns the text of a chat, with its special tokens as text.
+        """Renders the messages of a chat as one text, which includes the special tokens.
 
         Args:
           messages: the turns.
@@ -99,11 +99,13 @@ class ChatTemplate:
                 **variables,
             )
         except Exception as error:  # a template can raise any exception
-            raise ValueError(f"the chat template fails: {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"the chat template raised an exception: {type(error).__name__}: {error}"
+            ) from error
 
 
 def _tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """Returns a value as JSON without HTML escapes, unlike Jinja's own filter of this name."""
+    """Returns a value as JSON. Unlike Jinja's own `tojson`, it does not escape HTML characters."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
@@ -114,7 +116,7 @@ def _tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_k
 
 
 def strftime(date: str, form: str) -> str:
-    """Formats the date for a template that asks for it.
+    """Formats a fixed date, for chat templates that ask for today's date.
 
     Args:
       date: "YYYY-MM-DD".
@@ -125,20 +127,20 @@ def strftime(date: str, form: str) -> str:
     """
     if not date:
         raise ValueError(
-            "it asks for today's date, which would change the prompts of a run that is resumed "
-            "tomorrow; expected a fixed date: set --config.data.date=2026-01-31, or --date of an "
-            "evaluation"
+            "the template asks for today's date, so the prompts would change if the run resumed on "
+            "another day; expected a fixed date. Set --config.data.date=2026-01-31, or pass --date "
+            "to an evaluation."
         )
     return datetime.date.fromisoformat(date).strftime(form)
 
 
 def _raise(message: str) -> None:
-    """Raises an exception on behalf of a template."""
+    """Raises a TemplateError with a message that the chat template chooses."""
     raise jinja2.TemplateError(message)
 
 
 class Chat:
-    """Turns messages of the user into token ids of prompts, with or without a chat template.
+    """Turns user messages into the token ids of prompts, with or without a chat template.
 
     Attributes:
       templated: whether there is a template. If not, the prompt is the message itself.
@@ -154,7 +156,7 @@ class Chat:
         date: str = "",
         options: Mapping[str, Any] | None = None,
     ):
-        """Creates a chat and tests that its template renders.
+        """Stores the options of the chat, and checks that the template renders with them.
 
         Args:
           tokenizer: an `opsd_jax.data.task.Tokenizer`.
@@ -180,25 +182,29 @@ class Chat:
             only_templates = {"system": system, "thinking": thinking, "template_options": options}
             for name, value in only_templates.items():
                 if value:
-                    expected = (
-                        "none, because the prompts are plain text: the tokenizer has no chat "
-                        "template. Set config.data.chat_template to the file of one"
+                    fail(
+                        f"data.{name}",
+                        value,
+                        "no value, because the prompts are plain text without a chat "
+                        "template. To use one, set config.data.chat_template to its file",
                     )
-                    fail(f"data.{name}", value, expected)
             return
         self._render(template, [_ANY_TURN])
         if thinking:
             other = self._options | {"enable_thinking": thinking != "on"}
             if template.render([_ANY_TURN], self._options) == template.render([_ANY_TURN], other):
-                expected = "'', because the chat template renders the same text with 'on' and 'off'"
-                fail("data.thinking", thinking, expected)
+                fail(
+                    "data.thinking",
+                    thinking,
+                    "'', because the chat template renders the same text with 'on' and 'off'",
+                )
 
     def _render(self, template: ChatTemplate, turns: Sequence[Message]) -> str:
-        """Returns the text of a chat that starts with the system message, if there is one."""
+        """Renders the system message, if there is one, followed by `turns`."""
         return template.render([*self._system, *turns], self._options)
 
     def prompt(self, text: str) -> list[int]:
-        """Returns the token ids of the prompt with a message of the user."""
+        """Returns the token ids of the prompt for one user message."""
         if self._template is None:
             encode_document = getattr(self._tokenizer, "encode_document", self._tokenizer.encode)
             return encode_document(text)
@@ -206,7 +212,7 @@ class Chat:
         return self._tokenizer.encode(self._render(self._template, turns))
 
     def next_turn(self, request: str) -> list[int]:
-        """Returns the token ids from the end of a response to the start of the next one.
+        """Returns the token ids between one response and the next, with the user's `request`.
 
         Prompt, response and these ids form a chat. It contains the response exactly as it was
         sampled, including its thinking, which a template might remove. The response must not
@@ -231,15 +237,16 @@ class Chat:
         _, found, rest = text.rpartition(_RESPONSE)
         if not found:
             raise ValueError(
-                "the chat template does not render the assistant's turns, which memos need; "
-                "expected another config.data.chat_template, or no 'memo' among the contexts."
+                "the chat template does not render assistant messages, but contexts of kind 'memo' "
+                "need them; expected another config.data.chat_template, or no 'memo' in `contexts`."
             )
         return self._tokenizer.encode(rest)
 
     def begun(self) -> str:
-        """Returns the text with which the prompt begins the response.
+        """Returns the start of the response that the prompt already contains, or "".
 
-        It is "<think>" and the whitespace after it if the template opens the thinking, else "".
+        This text is "<think>" and the whitespace after it if the template opens the thinking,
+        else "".
         """
         if self._template is None:
             return ""
@@ -249,7 +256,7 @@ class Chat:
 
 
 def cut_to_fit(render: Callable[[str], list[int]], text: str, limit: int) -> tuple[list[int], bool]:
-    """Renders a text, without its end if the whole text has too many tokens.
+    """Renders a text as token ids, and cuts off its end if there are more than `limit` tokens.
 
     Args:
       render: text -> token ids.
@@ -268,7 +275,8 @@ def cut_to_fit(render: Callable[[str], list[int]], text: str, limit: int) -> tup
     fits, low, high = render(""), 0, len(text)
     if len(fits) > limit:
         raise ValueError(
-            f"{len(fits)} tokens even without the privileged context; expected at most {limit}."
+            f"the text has {len(fits)} tokens even without the privileged context; expected at "
+            f"most {limit}."
         )
     while high - low > 1:
         middle = (low + high) // 2

@@ -29,7 +29,7 @@ class Context(NamedTuple):
 
 
 class Attempt(NamedTuple):
-    """A rollout's text, length and correctness, for functions that find a context in it.
+    """A rollout as the `Find` functions see it: its text, length and correctness.
 
     Attributes:
       text: the decoded response.
@@ -48,7 +48,7 @@ Find = Callable[[Problem, int, Sequence[Attempt]], str | None]
 
 
 class ContextOptions(Protocol):
-    """The options of an OPSD stage that the kinds of context read."""
+    """The options of an OPSD stage that determine how its privileged contexts are found."""
 
     @property
     def group_size(self) -> int: ...
@@ -64,22 +64,22 @@ class ContextOptions(Protocol):
 
 
 def solution(problem: Problem, rollout: int, group: Sequence[Attempt]) -> str | None:
-    """Returns the problem's worked solution, or None if the data has none."""
+    """Returns the problem's worked solution, or None if the problem has no solution."""
     return problem.solution or None
 
 
 def answer(problem: Problem, rollout: int, group: Sequence[Attempt]) -> str | None:
-    """Returns the problem's answer, or None if the data has none."""
+    """Returns the problem's answer, or None if the problem has no answer."""
     return problem.answer or None
 
 
 def nothing(problem: Problem, rollout: int, group: Sequence[Attempt]) -> str | None:
-    """Returns an empty text, for kinds whose wording needs no text."""
+    """Returns an empty string, for kinds whose wording does not contain {context}."""
     return ""
 
 
 def sibling(which: str = "shortest", *, thinking: bool = False) -> Find:
-    """Returns a function that finds the text of another correct rollout of the same problem.
+    """Returns a function that uses another correct rollout of the same problem as the context.
 
     Args:
       which: "shortest" picks the correct rollout with the fewest tokens, "first" the one with the
@@ -102,7 +102,7 @@ def sibling(which: str = "shortest", *, thinking: bool = False) -> Find:
 
 
 def column(name: str) -> Find:
-    """Returns a function that finds the text in a column of the data that `extra` lists."""
+    """Returns a function that reads the context from the extra column `name` of the data."""
 
     def find(problem: Problem, rollout: int, group: Sequence[Attempt]) -> str | None:
         value = problem.extra.get(name)
@@ -112,7 +112,7 @@ def column(name: str) -> Find:
 
 
 class ContextKind(NamedTuple):
-    """A kind of privileged context: how its text is found, and how it is worded.
+    """A kind of privileged context: how to find its text, and the wording around this text.
 
     Attributes:
       find: takes the options of the OPSD stage and returns the function that finds the text. None
@@ -134,14 +134,16 @@ class ContextKind(NamedTuple):
 
 def _needs_siblings(options: ContextOptions, field: str) -> None:
     if options.group_size < 2:
-        expected = "at least 2, so that a rollout has siblings"
-        fail(f"{field}.group_size", options.group_size, expected)
+        fail(
+            f"{field}.group_size",
+            options.group_size,
+            "at least 2, because kind 'sibling' needs several rollouts of each problem",
+        )
 
 
 def _needs_column(options: ContextOptions, field: str) -> None:
     if not options.context_column:
-        expected = "the name of one of the sources' `extra` columns"
-        fail(f"{field}.context_column", "", expected)
+        fail(f"{field}.context_column", "", "the name of one of the sources' `extra` columns")
 
 
 CONTEXTS: dict[str, ContextKind] = {
@@ -181,7 +183,7 @@ CONTEXTS: dict[str, ContextKind] = {
 
 
 def context_kind(name: str, field: str) -> ContextKind:
-    """Returns the entry of CONTEXTS for a kind, or an entry for a function of the user's own.
+    """Returns the `ContextKind` that a key of CONTEXTS or the name of a user's function selects.
 
     Args:
       name: key of CONTEXTS, or "package.module:function" of a `Find`.
@@ -197,7 +199,7 @@ def context_kind(name: str, field: str) -> ContextKind:
 
 
 def is_written(name: str) -> bool:
-    """Returns whether the model writes the contexts of a kind during the run.
+    """Returns whether the model itself writes the contexts of a kind during the run.
 
     Args:
       name: as for `context_kind`.
@@ -206,9 +208,9 @@ def is_written(name: str) -> bool:
 
 
 def worded_as(name: str) -> str:
-    """Returns the key of CONTEXTS whose wording a kind uses.
+    """Returns the key of CONTEXTS that defines the wording of a context kind.
 
     Args:
-      name: as for `context_kind`. A function of the user's own uses the wording of "column".
+      name: as for `context_kind`. A user's function has the wording of "column".
     """
     return "column" if ":" in name else name

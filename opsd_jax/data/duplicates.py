@@ -1,4 +1,4 @@
-"""Removes repeated questions from the training data, even if they are typed differently."""
+"""Removes duplicate questions from the training data, ignoring differences in formatting."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ _SUBSTITUTIONS = [
 
 
 def normalise(question: str) -> str:
-    """Returns a normal form of a question, which is the same for all ways to type it.
+    """Returns a normal form of a question, which ignores differences in formatting.
 
-    It ignores case, whitespace, dollar signs, commands for spaces and sizes, the style of
-    fractions, quotes and dashes, and the full stop at the end. It keeps numbers and operators.
+    The normal form ignores case, whitespace, dollar signs, commands for spaces and sizes, the style
+    of fractions, quotes and dashes, and the full stop at the end. It keeps numbers and operators.
     """
     text = unicodedata.normalize("NFC", question).translate(_CHARACTERS).casefold()
     if not text.isascii():  # category Cf: invisible characters, such as a soft hyphen
@@ -81,7 +81,7 @@ def normalise(question: str) -> str:
 def without_duplicates(
     train: Mapping[str, Iterable[Problem]], evaluated: Mapping[str, Iterable[str]]
 ) -> tuple[dict[str, list[Problem]], dict[str, tuple[dict[str, int], int]]]:
-    """Removes training problems whose question is in an evaluation set or occurred before.
+    """Removes training problems whose question is in an evaluation set or an earlier problem.
 
     Args:
       train: source -> problems.

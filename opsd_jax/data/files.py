@@ -1,4 +1,4 @@
-"""Reads rows of JSON lines, Parquet, Arrow and Hugging Face dataset folders, with their location.
+"""Reads rows, each with its location, from JSON Lines, Parquet, Arrow and Hugging Face folders.
 
 A folder is one of
 - the output of `datasets.Dataset.save_to_disk`: `state.json` and the Arrow files that it lists;
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class Row(NamedTuple):
-    """A row of a file.
+    """A row of a data file: its location, and its values or the reason why it cannot be read.
 
     Attributes:
       location: "file:number", where the number of the line or row starts at 1.
@@ -43,7 +43,7 @@ class Row(NamedTuple):
 def rows(
     path: str, split: str = "", field: str = "data", columns: Collection[str] | None = None
 ) -> Iterator[Row]:
-    """Yields the rows of a file or folder, in order.
+    """Yields the rows of a data file, or of a folder with data files, in order.
 
     A line that is not a JSON object is yielded as a row with an error.
 
@@ -82,13 +82,13 @@ _DAMAGED = (
 
 
 def _is_arrow_error(error: Exception) -> bool:
-    """Returns whether pyarrow raised an exception, without importing pyarrow."""
+    """Returns whether `error` is a pyarrow exception, without importing pyarrow."""
     pyarrow = sys.modules.get("pyarrow")
     return pyarrow is not None and isinstance(error, pyarrow.ArrowException)
 
 
 def _files(path: pathlib.Path, split: str, field: str) -> list[pathlib.Path]:
-    """Returns the data files of a file or folder, in order."""
+    """Returns the data files at `path`, in order: the file itself, or the files of one split."""
 
     def choose(splits: dict[str, T]) -> T:
         if not split and len(splits) == 1:
@@ -109,8 +109,8 @@ def _files(path: pathlib.Path, split: str, field: str) -> list[pathlib.Path]:
         return choose({"": [path]})
     if not path.is_dir():
         raise DataError(
-            f"config.{field}.path is {str(path)!r}; there is no such file or folder. A relative "
-            "path starts at the current directory."
+            f"config.{field}.path is {str(path)!r}; there is no such file or folder. Relative "
+            "paths start in the current directory."
         )
     if (path / "dataset_dict.json").exists():
         splits = json.loads((path / "dataset_dict.json").read_bytes())["splits"]
@@ -128,15 +128,15 @@ def _files(path: pathlib.Path, split: str, field: str) -> list[pathlib.Path]:
     chosen = choose(by_split)
     if len({_suffix(file) for file in chosen}) > 1:
         raise DataError(
-            f"config.{field}.path is {str(path)!r}, which has the split in several formats: "
-            f"{', '.join(file.name for file in chosen)}; expected one format. Set the path to the "
-            "file itself."
+            f"config.{field}.path is {str(path)!r}, which has this split in several formats: "
+            f"{', '.join(file.name for file in chosen)}; expected one format. Set the path to one "
+            "of these files."
         )
     return chosen
 
 
 def _files_by_split(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
-    """Returns the data files of a snapshot of the hub, by the split that their name begins with."""
+    """Returns the data files in a folder, grouped by the split in their file names."""
     by_split: dict[str, list[pathlib.Path]] = {}
     for file in sorted([*folder.glob("*"), *folder.glob("data/*")]):
         if _suffix(file) in _READERS and not file.name.startswith("."):
@@ -153,7 +153,7 @@ def _suffix(path: pathlib.Path) -> str:
 
 
 def _json_lines(path: pathlib.Path, columns: Collection[str] | None) -> Iterator[Row]:
-    """Yields the rows of a file of JSON lines, with all of their columns."""
+    """Yields the rows of a JSON Lines file, with all columns."""
     del columns  # a line must be parsed as a whole
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -176,11 +176,11 @@ def _json_lines(path: pathlib.Path, columns: Collection[str] | None) -> Iterator
 
 
 class _RepeatedKey(Exception):
-    """A JSON object has a key twice, so its value is ambiguous."""
+    """Raised if a JSON object has the same key twice, which makes its value ambiguous."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns the dict of a JSON object's (key, value) pairs; raises _RepeatedKey."""
+    """Returns the key-value pairs of a JSON object as a dict. Raises an error for repeated keys."""
     columns = dict(pairs)
     if len(columns) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -199,7 +199,7 @@ def _parquet(path: pathlib.Path, columns: Collection[str] | None) -> Iterator[Ro
 
 
 def _arrow(path: pathlib.Path, columns: Collection[str] | None) -> Iterator[Row]:
-    """Yields the rows of an Arrow file in the stream format, which `datasets` writes."""
+    """Yields the rows of an Arrow file in the streaming format, which `datasets` writes."""
     pyarrow = _pyarrow()
     with pyarrow.memory_map(str(path)) as source, pyarrow.ipc.open_stream(source) as batches:
         names = batches.schema.names
@@ -208,7 +208,7 @@ def _arrow(path: pathlib.Path, columns: Collection[str] | None) -> Iterator[Row]
 
 
 def _needed(names: Sequence[str], columns: Collection[str] | None) -> list[str]:
-    """Returns which columns of a file to read for column names that may be dotted.
+    """Returns the names of the columns to read, such as "a" if the column "a.b" is wanted.
 
     Args:
       names: all columns of the file.
@@ -221,7 +221,7 @@ def _needed(names: Sequence[str], columns: Collection[str] | None) -> list[str]:
 
 
 def _numbered(path: pathlib.Path, batches: Any, names: Sequence[str]) -> Iterator[Row]:
-    """Yields the rows of Arrow record batches, with their location in the file."""
+    """Yields the rows of Arrow record batches, each with its row number in the file."""
     number = 0
     for batch in batches:
         batch.validate(full=True)  # with damaged data, to_pylist would end the process
@@ -232,11 +232,13 @@ def _numbered(path: pathlib.Path, batches: Any, names: Sequence[str]) -> Iterato
 
 
 def _pyarrow() -> Any:
-    """Imports pyarrow, or raises an ImportError that says how to install it."""
+    """Imports and returns pyarrow, or raises an ImportError with the command that installs it."""
     try:
         import pyarrow
     except ImportError:
-        raise ImportError("it needs pyarrow; run pip install 'opsd-jax[data]'") from None
+        raise ImportError(
+            "Parquet and Arrow files need pyarrow; run pip install 'opsd-jax[data]'"
+        ) from None
     return pyarrow
 
 

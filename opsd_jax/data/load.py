@@ -1,4 +1,4 @@
-"""Loads the data of a run: reads all sources, removes duplicates, and holds out problems.
+"""Loads the data of a run: reads its sources, removes duplicates, and holds out problems.
 
 Sources are processed in the order of their names, so the order of a config's fields has no effect.
 """
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class Data(NamedTuple):
-    """The problems of a run by source, with the verifier and the row counts of each source.
+    """A run's training and held-out problems, and the verifier and row counts of each source.
 
     Attributes:
       train: source -> problems to train on.
@@ -40,7 +40,7 @@ class Data(NamedTuple):
 
 
 def load(options: DataOptions) -> Data:
-    """Reads the sources of `config.data`, and logs for each of them how many rows it keeps.
+    """Loads the problems of all sources in `config.data`, and logs how many rows each source keeps.
 
     A training problem is removed if its question is in a source of `heldout` or `exclude`, or
     equals an earlier question (`duplicates.normalise` decides which questions are equal).
@@ -51,9 +51,9 @@ def load(options: DataOptions) -> Data:
     """
     if not options.heldout and not options.heldout_problems:
         raise DataError(
-            "config.data.heldout is empty; expected sources, such as config.data.heldout.maths = "
-            "config_lib.source('maths.jsonl'), or a number of `train` problems to hold out in "
-            "config.data.heldout_problems."
+            "config.data.heldout is empty; expected sources to evaluate on, such as "
+            "config.data.heldout.maths = config_lib.source('maths.jsonl'). Otherwise, set "
+            "config.data.heldout_problems to the number of `train` problems to hold out."
         )
     counts: dict[str, Counts] = {}
     verifiers: dict[str, Verifier] = {}
@@ -82,7 +82,7 @@ def load(options: DataOptions) -> Data:
         if not train[name]:
             raise DataError(
                 f"config.data.train.{name}: no problem is left ({counts[name]}); expected at least "
-                "one that is not in an evaluation set or an earlier training source."
+                "one problem that is not in an evaluation set or an earlier training source."
             )
     if not options.heldout:
         train, heldout = hold_out(train, options.heldout_problems)
@@ -91,7 +91,7 @@ def load(options: DataOptions) -> Data:
 
 
 def _verifier(source: SourceOptions, field: str) -> Verifier:
-    """Returns the verifier of a source; raises DataError that names its field."""
+    """Returns the verifier of a source. Raises DataError if its options are invalid."""
     try:
         return from_options(source.verifier)
     except ValueError as error:
@@ -101,7 +101,7 @@ def _verifier(source: SourceOptions, field: str) -> Verifier:
 def _log(
     options: DataOptions, counts: Mapping[str, Counts], heldout: Mapping[str, list[Problem]]
 ) -> None:
-    """Logs the row counts of each source, and how many problems of it are held out."""
+    """Logs the row counts of each source, and the number of held-out problems per source."""
     for section in ("heldout", "exclude", "train"):
         for name in sorted(getattr(options, section)):
             logger.info("data: %s.%s: %s", section, name, counts[name])
@@ -113,7 +113,7 @@ def _log(
 def hold_out(
     train: dict[str, list[Problem]], number: int
 ) -> tuple[dict[str, list[Problem]], dict[str, list[Problem]]]:
-    """Splits training problems into problems to train on and problems to hold out.
+    """Splits training problems into problems to train on and problems to evaluate on.
 
     The split depends only on a digest of each question. It does not depend on the order of the
     problems, and changes little when problems are added.

@@ -13,7 +13,7 @@ import grain
 def mixture(
     sources: Mapping[str, Sequence[Any]], weights: Mapping[str, float], seed: int
 ) -> grain.MapDataset:
-    """Returns the elements of several sources, interleaved in proportion to their weights.
+    """Returns an endless dataset that interleaves sources in proportion to their weights.
 
     Each source is shuffled on its own, and again for each epoch. Element i is a pure function of
     (seed, i) and the sources, so there is no iterator state to save, and any host can read any

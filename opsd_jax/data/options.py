@@ -1,4 +1,4 @@
-"""Options of the data: the section `config.data`, and the sources in it.
+"""The options in `config.data`: the sources of a run's problems, and the texts of its prompts.
 
 docs/data.md explains the fields of a source, docs/prompts.md those of the prompts.
 """
@@ -25,7 +25,7 @@ _DAY = re.compile(r"[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ColumnOptions:
-    """The names of a source's columns. A dot reads inside an object: "reward.answer"."""
+    """The column names of a source. A dotted name reads a nested value, such as "reward.answer"."""
 
     id: str = option("id", "Column with the id; rows without one use their row number.")
     question: str = option(
@@ -49,13 +49,13 @@ class DifficultyOptions:
     high: float = option(float("inf"), "Highest difficulty that is kept.", finite=False)
 
     def check(self, field: str) -> None:
-        """Raises ConfigError if no value can be in [low, high]."""
+        """Raises ConfigError if `low` is above `high`."""
         _check_range(self.low, self.high, field)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PassRateOptions:
-    """Selects the problems that earlier rollouts solved at a rate in [low, high]."""
+    """Selects the problems whose pass rate in earlier rollouts is in [low, high]."""
 
     path: str = option("", "JSON lines with the results of earlier rollouts; '' keeps all rows.")
     low: float = option(
@@ -66,19 +66,19 @@ class PassRateOptions:
     )
 
     def check(self, field: str) -> None:
-        """Raises ConfigError if no value can be in [low, high]."""
+        """Raises ConfigError if `low` is above `high`."""
         _check_range(self.low, self.high, field)
 
 
 def _check_range(low: float, high: float, field: str) -> None:
     """Raises ConfigError if `low` is above `high`."""
     if low > high:
-        fail(f"{field}.low", low, f"at most {high}, which is {field}.high")
+        fail(f"{field}.low", low, f"at most {high}, the value of config.{field}.high")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceOptions:
-    """A file or folder of problems."""
+    """The options of one source: a file or folder of problems, and how to read it."""
 
     path: str = option(
         "", "A .jsonl, .jsonl.gz, .parquet or .arrow file, or a folder of a Hugging Face dataset."
@@ -104,7 +104,10 @@ class SourceOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoWording:
-    """The messages that ask for a memo on a response; {answer} and {solution} are filled in."""
+    """The user messages that ask the model for a memo on its response, for each outcome.
+
+    {answer} and {solution} are replaced by the problem's answer and solution.
+    """
 
     correct: str = option(
         "That is right: the answer is {answer}. Write a short memo for solving problems like this "
@@ -129,7 +132,7 @@ class MemoWording:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """The sources of a run's problems, and the wording of their prompts."""
+    """The sources of a run's problems, and the texts of its prompts."""
 
     train: Mapping[str, SourceOptions] = option({}, "Sources to train on, by name.")
     heldout: Mapping[str, SourceOptions] = option({}, "Sources to evaluate on, by name.")
@@ -182,7 +185,7 @@ class DataOptions:
     memo: MemoWording = option(MemoWording(), "How the model is asked for a memo.")
 
     def check(self, field: str) -> None:
-        """Raises ConfigError for a source with an invalid name or a negligible weight."""
+        """Raises ConfigError for an invalid or repeated source name, or a negligible weight."""
         names = Counter(name for section in SECTIONS for name in getattr(self, section))
         for section in SECTIONS:
             for name in getattr(self, section):
@@ -194,7 +197,7 @@ class DataOptions:
                     )
                 if names[name] > 1:
                     raise ConfigError(
-                        f"{place} has a source named {name!r}, and so has another section; "
+                        f"{place} has a source named {name!r}, and another section has one too; "
                         f"expected each name in only one of {', '.join(SECTIONS)}."
                     )
         total = sum(source.weight for source in self.train.values())
@@ -203,8 +206,8 @@ class DataOptions:
                 fail(
                     f"{field}.train.{name}.weight",
                     source.weight,
-                    f"at least a millionth of {total:g}, the sum of all weights, because a source "
-                    "with a smaller weight is never drawn from",
+                    f"at least a millionth of the sum of all weights ({total:g}), because a source "
+                    "with a smaller weight would never be used",
                 )
 
     def check_sources(self, field: str) -> None:

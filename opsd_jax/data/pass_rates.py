@@ -1,4 +1,4 @@
-"""Reads how often earlier rollouts solved each problem."""
+"""Reads how often earlier rollouts solved each problem correctly."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from opsd_jax.storage import files
 
 
 def pass_rates(path: str, source: str, field: str) -> dict[int | str, float]:
-    """Returns the fraction of correct rollouts of each problem, by problem id.
+    """Reads the pass rate of each problem: the fraction of its earlier rollouts that are correct.
 
     Args:
-      path: JSON lines `{"problem": id, "correct": bool or number of correct rollouts}`. A line may
+      path: JSON Lines `{"problem": id, "correct": bool or number of correct rollouts}`. A line may
         also have "rollouts", the number of rollouts (default value 1), and "source", the only
         source to which the line applies. `groups.jsonl` of a training stage and `responses.jsonl`
         of an evaluation have this form. An incomplete last line, which a killed run leaves, is
         ignored.
       source: name of the source. Ids in the file may have "source/" in front or not.
       field: config field of the section with the path, for errors.
+
+    Returns:
+      Problem id -> pass rate.
 
     Raises:
       DataError: the file cannot be read, or a line has another form. Names the first such line.
@@ -33,7 +36,7 @@ def pass_rates(path: str, source: str, field: str) -> dict[int | str, float]:
     for number, columns in enumerate(lines, 1):
         if not isinstance(columns, dict):
             raise DataError(
-                f"config.{field}: {path}:{number}: a JSON {type(columns).__name__}; expected an "
+                f"config.{field}: {path}:{number} is a JSON {type(columns).__name__}; expected an "
                 "object with the keys 'problem' and 'correct'."
             )
         if columns.get("source", source) != source:
@@ -47,9 +50,9 @@ def pass_rates(path: str, source: str, field: str) -> dict[int | str, float]:
             and 0 <= solved <= tried > 0
         ):
             raise DataError(
-                f"config.{field}: {path}:{number}: problem {problem!r}, correct {solved!r}, "
-                f"rollouts {tried!r}; expected an id, a number of correct rollouts, and a number "
-                "of rollouts that is at least as large and above 0."
+                f"config.{field}: {path}:{number} has problem {problem!r}, correct {solved!r} and "
+                f"rollouts {tried!r}; expected an id as 'problem', an integer above 0 as "
+                "'rollouts', and a bool or an integer from 0 to 'rollouts' as 'correct'."
             )
         key = f"{source}/{str(problem).removeprefix(f'{source}/')}"
         correct[key] += solved

@@ -1,4 +1,4 @@
-"""Turns the rows of a source into problems: checks them, filters them and counts them."""
+"""Converts the rows of a source to problems: checks, filters and counts the rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Counts(NamedTuple):
-    """The numbers of rows of a source that were read, kept and left out.
+    """How many rows of a source were read, kept and left out.
 
     The rows from `bad` to `repeated` were left out.
 
@@ -67,7 +67,7 @@ class Counts(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """A row's location, and everything that is wrong with it.
+    """A row's location, and the errors that were found in the row.
 
     Attributes:
       location: "file:number".
@@ -79,7 +79,7 @@ class _Row(NamedTuple):
 
 
 class _Candidate(NamedTuple):
-    """A row that could be read as a problem.
+    """A row that was read as a problem without an error, before the later checks.
 
     Attributes:
       row: the row, whose errors later checks extend.
@@ -97,7 +97,7 @@ class _Candidate(NamedTuple):
 def problems(
     name: str, options: SourceOptions, field: str, check_golds: CheckGolds
 ) -> tuple[list[Problem], Counts]:
-    """Returns the problems of a source in the order of its rows, and counts of all rows.
+    """Returns the problems of a source in the order of its rows, and the `Counts` of these rows.
 
     Args:
       name: name of the source. The id of every problem starts with it.
@@ -142,7 +142,7 @@ def problems(
 
 
 def questions(options: SourceOptions, field: str) -> tuple[list[str], Counts]:
-    """Returns the questions of a source whose other columns are not needed, and its counts.
+    """Returns the questions of a source, ignoring all other columns, and the `Counts` of its rows.
 
     Raises:
       DataError: rows are bad. One error lists all of them.
@@ -158,7 +158,7 @@ def questions(options: SourceOptions, field: str) -> tuple[list[str], Counts]:
 def _read_rows(
     name: str, options: SourceOptions, field: str
 ) -> tuple[list[_Row], list[_Candidate]]:
-    """Returns all rows of a source, and a candidate for each row without an error."""
+    """Returns all rows of a source, and a `_Candidate` for each row without an error."""
     names = options.columns
     columns = {names.id, names.question, names.answer, names.solution, options.difficulty.column}
     found = files.rows(options.path, options.split, field, columns | {*options.extra})
@@ -174,7 +174,7 @@ def _read_rows(
 
 
 def _read(read: _Reader, number: int, name: str, options: SourceOptions) -> _Candidate | None:
-    """Returns the candidate of row `number`; None if the reader has found an error."""
+    """Reads row `number` as a `_Candidate`. Returns None if the row has an error."""
     columns, level = options.columns, options.difficulty.column
     key = read(columns.id, _key, "a string or an integer", absent="")
     question = read(columns.question, _text, TEXT)
@@ -197,14 +197,14 @@ def _read(read: _Reader, number: int, name: str, options: SourceOptions) -> _Can
 
 
 class _Reader:
-    """Reads values from a row.
+    """Reads and converts the values of one row, and collects the errors.
 
     Attributes:
       row: the row's location and errors. Each value that is not as expected adds an error.
     """
 
     def __init__(self, row: files.Row):
-        """Creates a reader of a row, which may already have an error."""
+        """Creates a reader for a row, which may already have an error."""
         self._columns = row.columns  # None if the row cannot be read, which is an error already
         self._all_columns = row.all_columns or row.columns or ()
         self.row = _Row(row.location, [row.error] if row.error else [])
@@ -212,7 +212,7 @@ class _Reader:
     def __call__(
         self, column: str, convert: Callable[[Any], Any], expected: str, absent: Any = None
     ) -> Any:
-        """Returns the converted value of a column.
+        """Returns the value of a column after conversion. Records an error if the value is invalid.
 
         Args:
           column: name of the column, which may be dotted.
@@ -238,7 +238,7 @@ class _Reader:
 
 
 def reach(columns: Mapping[str, Any], column: str) -> Any:
-    """Returns the value of a column, or None if there is none.
+    """Returns the value of a column, whose name may be dotted, or None if it has no value.
 
     Args:
       columns: column -> value.
@@ -262,14 +262,14 @@ def reach(columns: Mapping[str, Any], column: str) -> Any:
 
 
 def _present(value: Any) -> Any:
-    """Returns any value except None."""
+    """Returns `value` unchanged. Raises TypeError if it is None."""
     if value is None:
         raise TypeError
     return value
 
 
 def _string(value: Any) -> str:
-    """Returns a string that UTF-8 can encode."""
+    """Returns `value`, which must be a string that UTF-8 can encode. Raises for other values."""
     if not isinstance(value, str):
         raise TypeError
     value.encode()  # raises UnicodeEncodeError, a ValueError, for half of a surrogate pair
@@ -277,19 +277,22 @@ def _string(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """Returns a string that is not empty."""
+    """Returns `value`, which must be a string that is not blank. Raises for other values."""
     if not _string(value).strip():
         raise ValueError
     return value
 
 
 def _key(value: Any) -> str:
-    """Returns a string that is not empty, or an integer as a string."""
+    """Returns `value`, an integer or a non-blank string, as a string. Raises for other values."""
     return str(value) if type(value) is int else _text(value)
 
 
 def _answer(value: Any) -> str:
-    """Returns a string that is not empty, an integer as a string, or the text in a list of one."""
+    """Converts an answer (a text, a whole number or a list with one text) to a string.
+
+    Raises for other values.
+    """
     if isinstance(value, list) and len(value) == 1:
         return _text(value[0])
     # Larger floats cannot represent every integer.
@@ -299,7 +302,7 @@ def _answer(value: Any) -> str:
 
 
 def _answer_after(mark: str, value: Any) -> str:
-    """Returns the text after the last occurrence of a mark."""
+    """Returns the text after the last `mark` in a string. Raises if there is no such text."""
     _, found, answer = _string(value).rpartition(mark)
     if not found:
         raise ValueError
@@ -307,7 +310,7 @@ def _answer_after(mark: str, value: Any) -> str:
 
 
 def _number(value: Any) -> float:
-    """Returns an int or float as a float, except NaN."""
+    """Returns `value`, an int or float, as a float. Raises for NaN and for other types."""
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
         raise TypeError
     return float(value)
@@ -320,7 +323,7 @@ def _shown(value: Any) -> str:
 
 
 def _mark_repeated_ids(candidates: Sequence[_Candidate], column: str) -> None:
-    """Adds an error to each row whose id an earlier row already has.
+    """Adds an error to each row that has the same id as an earlier row.
 
     Args:
       candidates: rows without an error.
@@ -348,7 +351,7 @@ def _check_solutions(good: Sequence[_Candidate], options: SourceOptions, field: 
     if named and good and not any(c.problem.solution for c in good):
         raise DataError(
             f"config.{field}.columns.solution is {column!r}, which no row of {options.path} has; "
-            "expected the name of a column, or '' for none."
+            "expected the name of a column, or '' for no solutions."
         )
 
 
@@ -359,7 +362,7 @@ def _check_rates(
     options: SourceOptions,
     field: str,
 ) -> None:
-    """Raises DataError if the config names a file of pass rates that has no problem of the source.
+    """Raises DataError if the file of pass rates has no rate for any problem of the source.
 
     Args:
       good: rows without an error.
@@ -371,18 +374,18 @@ def _check_rates(
     path = options.pass_rates.path
     if path and good and not any(c.problem.id in rates for c in good):
         ids = [str(key).removeprefix(f"{name}/") for key in rates]
-        found = f"none of its problems, such as {ids[0]!r}," if ids else "no problem"
+        found = f"has problem ids such as {ids[0]!r}" if ids else "has no records of this source"
         raise DataError(
-            f"config.{field}.pass_rates.path is {path!r}, in which {found} is a problem of "
-            f"{options.path}, such as {good[0].problem.id!r}; expected the records of a run with "
-            "these problems."
+            f"config.{field}.pass_rates.path is {path!r}, which {found}, but the problems of "
+            f"{options.path} have ids such as {good[0].problem.id!r}; expected the records of a "
+            "run with these problems."
         )
 
 
 def _mark_bad_golds(
     wanted: Sequence[_Candidate], options: SourceOptions, field: str, check_golds: CheckGolds
 ) -> None:
-    """Adds an error to each row whose answer does not verify against itself.
+    """Adds an error to each row whose own answer is rejected by the source's verifier.
 
     Raises:
       DataError: the source has no answers, and its verifier needs them.
@@ -401,7 +404,9 @@ def _mark_bad_golds(
 
 
 def _refuse(rows: Sequence[_Row], options: SourceOptions, field: str) -> int:
-    """Returns the number of bad rows, after a warning that lists them.
+    """Raises DataError if rows are bad. If `bad_rows` is "drop", logs and counts them instead.
+
+    Returns the number of bad rows.
 
     Raises:
       DataError: rows are bad, and `bad_rows` is not "drop".

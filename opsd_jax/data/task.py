@@ -13,7 +13,7 @@ from opsd_jax.verify.verdict import Judge, Verifier
 
 
 def check_fits(ids: list[int], limit: int, problem: Problem, field: str) -> list[int]:
-    """Returns the token ids of a prompt, after checking that they fit a limit.
+    """Returns the token ids of a prompt unchanged, after checking that there are at most `limit`.
 
     Args:
       ids: token ids of the prompt.
@@ -72,7 +72,7 @@ class Tokenizer(Protocol):
 
 
 class Task(NamedTuple):
-    """The data as the stages use them: problems, prompts, demonstrations and a verifier.
+    """The data of a run, as its stages use it: problems, prompts, demonstrations and a verifier.
 
     Datasets are random-access. A step reads the elements at indices that depend only on the number
     of the step, so there is no iterator state.

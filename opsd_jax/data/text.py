@@ -1,4 +1,4 @@
-"""The task for problems from files, which makes prompts from wordings and chat templates.
+"""The task that reads problems from files, and renders them as prompts with a chat template.
 
     config.task = "opsd_jax.data.text:task"
     config.data.train.maths = config_lib.source("train.jsonl")
@@ -65,7 +65,7 @@ def task(options: DataOptions) -> Task:
 
 
 class Prompts:
-    """Renders problems as token ids, in the wording of `config.data`.
+    """Renders problems as token ids, with the prompt texts and chat template in `config.data`.
 
     Attributes:
       tokenizer: tokenizer of the model.
@@ -73,7 +73,7 @@ class Prompts:
     """
 
     def __init__(self, options: DataOptions, tokenizer: Tokenizer):
-        """Raises ConfigError or ValueError if the chat template cannot be used."""
+        """Creates the chat. Raises ConfigError or ValueError if its template cannot be used."""
         self.tokenizer = tokenizer
         self._options = options
         self._chat = make_chat(options, tokenizer)
@@ -83,11 +83,11 @@ class Prompts:
         self._control_tokens = re.compile("|".join(map(re.escape, control_tokens)) or "$^")
 
     def student(self, problem: Problem) -> list[int]:
-        """Returns the student's prompt."""
+        """Returns the token ids of the student's prompt for a problem."""
         return self._prompt(fill(self._options.prompt, question=problem.question))
 
     def teacher(self, problem: Problem, context: Context, limit: int) -> tuple[list[int], bool]:
-        """Returns the teacher's prompt in at most `limit` tokens, and whether it was cut.
+        """Returns the teacher's prompt in at most `limit` tokens, and whether its context was cut.
 
         Raises:
           DataError: the prompt is too long even without the text of the context.
@@ -104,12 +104,12 @@ class Prompts:
             return cut_to_fit(render, context.text, limit)
         except ValueError as error:
             raise DataError(
-                f"the teacher's prompt of problem {problem.id} has {error} Increase "
+                f"the teacher's prompt of problem {problem.id} is too long: {error} Increase "
                 "teacher_prompt_tokens."
             ) from error
 
     def reminder(self, context: Context, limit: int) -> tuple[list[int], bool]:
-        """Returns a reminder of a context in at most `limit` tokens, and whether it was cut.
+        """Returns at most `limit` tokens that repeat the context, and whether it was cut.
 
         Raises:
           DataError: the reminder is too long even without the text of the context.
@@ -125,11 +125,12 @@ class Prompts:
             return cut_to_fit(render, context.text, limit)
         except ValueError as error:
             raise DataError(
-                f"a reminder of the {context.kind} has {error} Increase reminder_tokens."
+                f"a reminder of the context {context.kind!r} is too long: {error} Increase "
+                "reminder_tokens."
             ) from error
 
     def memo_request(self, problem: Problem, outcome: str) -> list[int]:
-        """Returns the tokens that follow a response when the user asks for a memo on it.
+        """Returns the token ids that follow a response to ask the model for a memo on it.
 
         Args:
           problem: the problem of the response.
@@ -140,7 +141,7 @@ class Prompts:
         return self._chat.next_turn(fill(wording, answer=problem.answer, solution=solution))
 
     def demonstration(self, problem: Problem) -> Demonstration:
-        """Returns the student's prompt with the problem's solution as the response.
+        """Returns an SFT example: the student's prompt, and the solution as the response.
 
         Raises:
           DataError: the prompt begins a thought, and the solution does not end it.
@@ -148,18 +149,18 @@ class Prompts:
         if self.begun and "</think>" not in problem.solution:
             raise DataError(
                 f"the chat template begins the response of problem {problem.id} with <think>, but "
-                "its solution has no </think>, so a model that imitates it would never stop "
+                "its solution has no </think>, so SFT would teach the model never to stop "
                 "thinking; expected a </think> in the solution, or another chat_template."
             )
         response = [*self.tokenizer.encode(problem.solution), self.tokenizer.eos_ids[0]]
         return Demonstration(self.student(problem), response)
 
     def _prompt(self, message: str) -> list[int]:
-        """Returns the prompt with a message of the user."""
+        """Returns the token ids of the prompt for one user message."""
         return self._chat.prompt(message.strip() if self._chat.templated else message)
 
     def _worded(self, kind: str, text: str) -> str:
-        """Returns the text of a context in the wording of its kind.
+        """Returns the text of a context, inside the wording that `config.data` gives for its kind.
 
         Control tokens are removed from the text. The model may have written it, and such a token
         would end the user's turn.
@@ -175,7 +176,7 @@ def _demonstrations(
     weights: Mapping[str, float],
     seed: int,
 ) -> grain.MapDataset:
-    """Returns the demonstrations of the problems that have a solution, as an endless dataset.
+    """Returns an endless dataset of demonstrations, from the problems that have a solution.
 
     Args:
       prompts: renders them.
@@ -193,8 +194,8 @@ def _demonstrations(
     }
     if not solved:
         raise DataError(
-            "SFT imitates solutions, and no problem of config.data.train has one; expected a "
-            "solution in the column that columns.solution of a source names."
+            "SFT trains on worked solutions, but no problem of config.data.train has one; expected "
+            "a source whose `columns.solution` names a column with solutions."
         )
     return mixture(solved, weights, seed).map(prompts.demonstration)
 
@@ -215,7 +216,7 @@ def make_tokenizer(name: str) -> Tokenizer:
 
 
 def make_chat(options: DataOptions, tokenizer: Tokenizer) -> Chat:
-    """Returns the `Chat` that renders messages of the user as prompts.
+    """Returns the `Chat` that renders user messages as prompts.
 
     Raises:
       ConfigError: the file of the chat template does not exist, or an option has no effect.
@@ -244,7 +245,7 @@ def make_chat(options: DataOptions, tokenizer: Tokenizer) -> Chat:
 
 
 def check_wording(options: DataOptions) -> None:
-    """Raises ConfigError for a wording of `config.data` with a missing or forbidden placeholder.
+    """Raises ConfigError if a prompt text in `config.data` has a missing or forbidden placeholder.
 
     A missing placeholder would hide the question or the context. A forbidden one could show the
     student the answer.
@@ -264,7 +265,7 @@ def check_wording(options: DataOptions) -> None:
 def _check_placeholders(
     field: str, wording: str, *, needed: Set[str] = frozenset(), optional: Set[str] = frozenset()
 ) -> None:
-    """Raises ConfigError for a wording with missing or forbidden placeholders.
+    """Raises ConfigError if `wording` has a missing or forbidden placeholder.
 
     Args:
       field: its field in `config.data`.
@@ -278,12 +279,16 @@ def _check_placeholders(
     if forbidden := found - needed - optional:
         names = " and ".join(f"{{{name}}}" for name in sorted(needed | optional))
         allowed = f"no placeholder except {names}" if names else "a text without placeholders"
-        fail(f"data.{field}", wording, f"{allowed}, because {{{min(forbidden)}}} is not filled in")
+        fail(
+            f"data.{field}",
+            wording,
+            f"{allowed}, because nothing replaces {{{min(forbidden)}}} in this text",
+        )
 
 
 def fill(text: str, **values: Any) -> str:
-    """Returns a text with its placeholders, such as {question}, replaced by values.
+    """Returns a text in which values replace the placeholders, such as {question}.
 
-    Other braces stay as they are, and so do braces in the values.
+    Other braces do not change, nor do braces in the values.
     """
     return _PLACEHOLDER.sub(lambda field: values[field[1]], text)

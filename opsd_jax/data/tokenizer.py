@@ -1,4 +1,4 @@
-"""Tokenizers: one that needs no files, and one that reads a Hugging Face model's directory."""
+"""A byte tokenizer, which needs no files, and the tokenizers of Hugging Face models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from opsd_jax.data.chat import ChatTemplate
 
 
 class ByteTokenizer:
-    """A tokenizer whose tokens are the bytes of UTF-8.
+    """A tokenizer whose tokens are the bytes of the UTF-8 encoded text.
 
     Id 0 is padding, id 1 ends a response, and byte b has id b + 2.
     """
@@ -26,7 +26,7 @@ class ByteTokenizer:
         return [byte + 2 for byte in text.encode()]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of token ids, without special tokens and ids beyond the vocabulary.
+        """Returns the text of token ids. Skips special tokens and ids beyond the vocabulary.
 
         Bytes that are not valid UTF-8, which a model may sample, become U+FFFD.
         """
@@ -34,7 +34,7 @@ class ByteTokenizer:
 
 
 class PretrainedTokenizer:
-    """The tokenizer in the directory of a Hugging Face model, which has a `tokenizer.json`.
+    """The tokenizer of a Hugging Face model, loaded from the model's directory.
 
     Attributes:
       vocab_size: the tokenizer's highest id plus one. The model's vocabulary may be larger.
@@ -46,7 +46,7 @@ class PretrainedTokenizer:
     """
 
     def __init__(self, directory: str | pathlib.Path):
-        """Reads the tokenizer's files in a directory.
+        """Loads the tokenizer and its chat template from a model's directory.
 
         Raises:
           ValueError: a file is missing or cannot be used. Names the file and the reason.
@@ -80,7 +80,7 @@ class PretrainedTokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_document(self, text: str) -> list[int]:
-        """Returns the token ids of a text with added special tokens, such as <|begin_of_text|>.
+        """Returns the token ids of a text, and adds special tokens such as <|begin_of_text|>.
 
         An end-of-sequence token at the end is removed.
         """
@@ -88,18 +88,18 @@ class PretrainedTokenizer:
         return ids[:-1] if ids and ids[-1] in self.eos_ids else ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of token ids, without special tokens and ids beyond the vocabulary."""
+        """Returns the text of token ids. Skips special tokens and ids beyond the vocabulary."""
         known = [i for i in ids if i < self.vocab_size]
         return self._tokenizer.decode(known, skip_special_tokens=True)
 
 
 def _tokenizer(path: pathlib.Path) -> tokenizers.Tokenizer:
-    """Returns the tokenizer in a `tokenizer.json`, without truncation and padding."""
+    """Loads the tokenizer in a `tokenizer.json`, and disables its truncation and padding."""
     if not path.is_file():
         raise ValueError(
             f"there is no {path}; expected a Hugging Face model's directory. If the model has only "
-            "vocab and merges files, transformers' AutoTokenizer.from_pretrained(…)"
-            ".save_pretrained(…) writes this file."
+            "vocab and merges files, create this file with transformers: "
+            "AutoTokenizer.from_pretrained(…).save_pretrained(…)."
         )
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
@@ -113,7 +113,7 @@ def _tokenizer(path: pathlib.Path) -> tokenizers.Tokenizer:
 
 
 def _eos_ids(directory: pathlib.Path, first: int | None) -> tuple[int, ...]:
-    """Returns the ids that end a response, without repetitions.
+    """Returns the ids of all tokens that end a response, without duplicates.
 
     Args:
       directory: directory of the model.
@@ -135,14 +135,14 @@ def _eos_ids(directory: pathlib.Path, first: int | None) -> tuple[int, ...]:
             break
     if not ids:
         raise ValueError(
-            f"{directory} names no end-of-sequence token; expected eos_token in "
+            f"{directory} defines no end-of-sequence token; expected eos_token in "
             "tokenizer_config.json, or eos_token_id in generation_config.json."
         )
     return tuple(dict.fromkeys(ids))
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the object in a JSON file, or {} if there is no file."""
+    """Returns the JSON object in a file, or {} if the file does not exist."""
     if not path.is_file():
         return {}
     try:
@@ -150,17 +150,17 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}; expected a JSON object.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} has a JSON {type(value).__name__}; expected an object.")
+        raise ValueError(f"{path} contains a JSON {type(value).__name__}; expected an object.")
     return value
 
 
 def _text(token: Any) -> str:
-    """Returns the text of a token, which is a string or an object with a "content"."""
+    """Returns the text of a token, which is a string or a dict with the key "content"."""
     return token if isinstance(token, str) else str(token.get("content", ""))
 
 
 def _add_missing(tokenizer: tokenizers.Tokenizer, listed: dict[str, Any]) -> None:
-    """Adds the tokens that `tokenizer.json` lacks, in the order of their ids, like transformers.
+    """Adds the tokens that only `tokenizer_config.json` defines, in the order of their ids.
 
     Args:
       tokenizer: the tokenizer in `tokenizer.json`.
@@ -176,7 +176,7 @@ def _add_missing(tokenizer: tokenizers.Tokenizer, listed: dict[str, Any]) -> Non
 
 
 def _chat_template(directory: pathlib.Path, settings: dict[str, Any]) -> str | None:
-    """Returns the text of a directory's chat template (of several, the default one), or None.
+    """Returns the text of the default chat template in a model's directory, or None.
 
     Args:
       directory: directory of the model.
@@ -194,6 +194,6 @@ def _chat_template(directory: pathlib.Path, settings: dict[str, Any]) -> str | N
     if not isinstance(default := by_name.get("default"), str):
         raise ValueError(
             f"{directory} has the chat templates {', '.join(map(str, by_name))}; expected one "
-            "named 'default', or a file in data.chat_template."
+            "named 'default'. To use another one, set config.data.chat_template to its file."
         )
     return default

@@ -1,4 +1,4 @@
-"""Finds the answer in a response, by the convention that the response uses to mark it.
+r"""Extracts the answer that a response marks, for example with `\boxed{}` or "Answer:".
 
 The time is linear in the length of the response. No parser runs here.
 """
@@ -39,7 +39,7 @@ def after_thinking(response: str) -> str | None:
 
 
 def boxed(text: str) -> str | None:
-    r"""Returns the content of the last balanced `\boxed{}`, `\fbox{}` or `\boxed 5`.
+    r"""Returns the content of the last box: `\boxed{}`, `\fbox{}` or, without braces, `\boxed 5`.
 
     Consecutive boxes with only commas, "and" or "or" between them count as one answer, a list.
     Otherwise a response could name several answers in a row and be correct with the last.
@@ -75,13 +75,13 @@ def boxed(text: str) -> str | None:
 
 
 def hashes(text: str) -> str | None:
-    """Returns the text after the last `####`, up to the end of its line."""
+    """Returns the rest of the line after the last `####` in a text."""
     lines = _HASHES_LINE.findall(text)
     return lines[-1].strip() if lines else None
 
 
 def answer_line(text: str) -> str | None:
-    """Returns the text after the last "Answer:", up to the end of its line, without `*`."""
+    """Returns the rest of the line after the last "Answer:", without asterisks around it."""
     lines = _ANSWER_LINE.findall(text)
     return _HOPE.sub("", lines[-1][:LONGEST]).strip().strip("*").strip() if lines else None
 
@@ -96,7 +96,7 @@ CONVENTIONS: dict[str, Callable[[str], str | None]] = {
 
 
 def extract(response: str, conventions: Sequence[str] = ("boxed",)) -> str | None:
-    """Returns the answer in a response, by the first convention that finds one.
+    """Extracts the answer from a response with the first of `conventions` that finds an answer.
 
     Args:
       response: text of the response. Only the text after its thinking is read.

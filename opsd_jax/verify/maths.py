@@ -1,4 +1,4 @@
-r"""The maths verifier: compares a response's answer with the problem's, in mathematical notation.
+r"""The maths verifier: compares a response's answer with the gold answer as mathematical formulas.
 
 1. Extract the answer (extract.py). Without one, the verdict is "no answer".
 2. Compare what needs no parser (settle.py): equal texts, plain numbers, choices, units.
@@ -40,7 +40,7 @@ def gold_of(answer: str) -> str:
 
 
 def judge(pair: Pair) -> Verdict:
-    """Compares two answers with math-verify and the guards of this module.
+    """Compares two answers with math-verify, and corrects known errors of math-verify.
 
     It has no limit on time or memory, so it should run in a worker.
     """
@@ -81,7 +81,7 @@ def judge(pair: Pair) -> Verdict:
 def _first_of_chain(
     text: str, parse: Callable[[str], list[Any]], *, alone: bool = False
 ) -> str | None:
-    r"""Returns the first number of a chain such as `x = 14/3 \approx 4.67`.
+    r"""Returns the first number in a chain of equations such as `x = 14/3 \approx 4.67`.
 
     Args:
       text: an answer.
@@ -125,7 +125,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _chain(text: str) -> list[str]:
-    """Splits a chain such as `x = 2 + 2 = 4` at its relations, except inside braces.
+    r"""Splits a chain of equations such as `x = 2 + 2 = 4` at each `=` or `\approx` outside braces.
 
     Returns:
       Terms and relations in turn: `[term, relation, term, ...]`.
@@ -139,7 +139,7 @@ def _chain(text: str) -> list[str]:
 
 
 def _value(parsed: Any) -> Any:
-    """Returns the value of an expression without symbols, to 30 digits; None for others."""
+    """Evaluates an expression to 30 digits. Returns None if its value is not a finite number."""
     try:
         value = parsed.doit().evalf(30)
         return value if value.is_number and value.is_finite else None
@@ -148,9 +148,10 @@ def _value(parsed: Any) -> Any:
 
 
 def _near(a: Any, b: Any, percent: bool) -> bool:
-    """Returns whether two answers are equal even without math-verify's rounding to six decimals.
+    """Returns whether two answers that math-verify accepts as equal also agree without rounding.
 
-    Numbers must agree to a relative 1e-4, and expressions without decimals must be exactly equal.
+    math-verify rounds to six decimals. Here numbers must agree to a relative 1e-4, and expressions
+    without decimals must be exactly equal.
 
     Args:
       a, b: parsed answers that math-verify accepts as equal.
@@ -174,7 +175,7 @@ def _near(a: Any, b: Any, percent: bool) -> bool:
 
 
 def _numbers(parsed: Any) -> list[Any]:
-    """Returns the values in a number, interval, tuple or set; [] if one is not a real number.
+    """Returns the values in a parsed number, interval, tuple or set, or [] if one is not real.
 
     An assignment such as `x = 3` counts as its right-hand side.
     """
@@ -194,10 +195,10 @@ def _numbers(parsed: Any) -> list[Any]:
 
 
 def _same_where_real(a: Any, b: Any) -> bool:
-    r"""Returns whether two expressions are real at the same points and have equal values there.
+    r"""Returns whether two expressions are real at the same test points, with equal values there.
 
-    It tests fixed points. By this test \sqrt{1/n} equals 1/\sqrt{n}, which sympy cannot decide for
-    n < 0.
+    The test points are fixed. By this test \sqrt{1/n} equals 1/\sqrt{n}, which sympy cannot decide
+    for n < 0.
     """
     import sympy
 
@@ -221,7 +222,7 @@ def _same_where_real(a: Any, b: Any) -> bool:
 
 
 def _prepare(conventions: Sequence[str], problem: Problem, response: str) -> Verdict | Pair:
-    """Returns the verdict on a response if no parser is needed, otherwise the job for a worker."""
+    """Returns the verdict on a response if no parser is needed, otherwise a `Pair` for a worker."""
     gold = gold_of(problem.answer)
     answer = extract.extract(response, [name for name in conventions if name != extract.TEXT])
     if answer is not None:
@@ -237,7 +238,7 @@ def _prepare(conventions: Sequence[str], problem: Problem, response: str) -> Ver
 
 
 def _prepare_gold(problem: Problem) -> Verdict | Pair:
-    """Returns the verdict on a problem's own answer against itself, or the job for a worker."""
+    """Checks a problem's own answer. Returns the verdict, or a `Pair` if a worker must parse it."""
     answer = gold_of(problem.answer).strip()
     if not answer or extract.boxed(rf"\boxed{{{answer}}}") != answer:
         return Verdict(False, "empty, or its braces do not match")
@@ -246,7 +247,7 @@ def _prepare_gold(problem: Problem) -> Verdict | Pair:
 
 
 def maths(conventions: Sequence[str] = ("boxed",)) -> Verifier:
-    """Returns the verifier of answers in mathematical notation.
+    """Returns a verifier that compares answers as mathematical expressions.
 
     Args:
       conventions: where a response has its answer: keys of `extract.CONVENTIONS`, tried in this

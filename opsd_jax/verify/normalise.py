@@ -88,7 +88,7 @@ _RULES = [
 
 
 def delimited(text: str) -> str | None:
-    """Returns the text inside the delimiters of a formula, or None if there is text outside."""
+    """Returns the formula inside delimiters such as `$...$`, or None if there is other text."""
     formula = _DELIMITED.fullmatch(text)
     inside = formula and next(group for group in formula.groups() if group is not None)
     return None if not inside or "$" in inside else inside
@@ -112,7 +112,7 @@ def quantity(text: str) -> tuple[str, str | None]:
 
 
 def _unit(words: str, power: str) -> str | None:
-    """Returns the canonical name of a unit, such as "ft^2" or "m^1/s^1"; None if not known."""
+    """Returns the canonical name of a unit, such as "ft^2" or "m^1/s^1", or None if unknown."""
     if squared := re.match(r"\s*(?:(square|sq)|cubic|cu)[. ]\s*", words):
         words, power = words[squared.end() :], "2" if squared[1] else "3"
     name = re.sub(r"[ .]", "", words.replace(" per ", "/"))
@@ -124,7 +124,7 @@ def _unit(words: str, power: str) -> str | None:
 
 
 def normalise(answer: str) -> str:
-    """Returns an answer without typesetting, so that equal texts mean equal answers."""
+    """Removes typesetting from an answer, so that answers can be compared as texts."""
     text = answer.strip()
     inside = delimited(text)
     text = _REPEATING.sub(_as_fraction, text if inside is None else inside)
@@ -151,7 +151,7 @@ def _as_fraction(decimal: re.Match) -> str:
 
 
 def plain_number(text: str) -> tuple[Fraction, bool] | None:
-    """Returns the number that a normalised text spells out, and whether it is a decimal.
+    """Parses a normalised text as a number. Returns its value, and whether it has a decimal point.
 
     Returns None for everything except integers, decimals, fractions of integers and mixed numbers.
     """

@@ -1,4 +1,4 @@
-"""The outcome masks of rollouts, which gate the losses."""
+"""The outcome masks (correct, incorrect, truncated) that select the rollouts for each loss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from opsd_jax.verify.verdict import Verdict
 
 
 class Outcomes(NamedTuple):
-    """Boolean masks [N] over N rollouts. They are disjoint and cover every rollout.
+    """Boolean masks [N] for the outcomes of N rollouts. Each rollout is in exactly one mask.
 
     Attributes:
       correct: the verifier accepts the response.
@@ -25,7 +25,7 @@ class Outcomes(NamedTuple):
 
 
 def outcomes_of(verdicts: Sequence[Verdict], truncated: np.ndarray) -> Outcomes:
-    """Returns the outcome masks of N rollouts.
+    """Returns the outcome masks of N rollouts from their verdicts and truncation flags.
 
     Args:
       verdicts: one per rollout. The verdicts of truncated rollouts are ignored.
@@ -38,7 +38,7 @@ def outcomes_of(verdicts: Sequence[Verdict], truncated: np.ndarray) -> Outcomes:
     correct = np.array([v.correct for v in verdicts], bool)
     if correct.shape != truncated.shape:
         raise ValueError(
-            f"{len(verdicts)} verdicts for a mask of shape {list(truncated.shape)}; expected as "
-            "many verdicts as the mask has rollouts."
+            f"`verdicts` has length {len(verdicts)}, but `truncated` has shape "
+            f"{list(truncated.shape)}; expected one verdict and one flag per rollout."
         )
     return Outcomes(correct & ~truncated, ~correct & ~truncated, truncated)

@@ -1,4 +1,4 @@
-"""Verifies responses in worker processes with limits, while the device keeps sampling.
+"""Verifies responses in worker processes with time and memory limits, while the device samples.
 
 Submit responses as they end, and read the verdicts when the loss needs them. A verification job
 that fails costs only its own verdict, and its worker is replaced:
@@ -61,12 +61,12 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 
 
 class PoolError(RuntimeError):
-    """The pool cannot verify: its workers do not start, or it is closed."""
+    """Raised if a pool cannot verify, because its workers do not start or because it is closed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PoolOptions:
-    """The worker processes that verify responses, and their limits for one response."""
+    """The number of worker processes that verify responses, and their limits for each response."""
 
     workers: int = option(0, "Worker processes; 0 is one per core, at most 8.", at_least=0)
     seconds: float = option(
@@ -83,7 +83,7 @@ PATIENT = PoolOptions(seconds=10.0)
 
 
 class _Pending:
-    """A verification job without a verdict yet.
+    """A verification job that has no verdict yet.
 
     Attributes:
       key: digest of the job; equal jobs have equal keys.
@@ -113,7 +113,7 @@ class _Worker:
     """
 
     def __init__(self, judge: bytes, options: PoolOptions):
-        """Starts a process that runs a pickled `judge`."""
+        """Starts a worker process, which judges jobs with a pickled `judge` function."""
         self.pipe, theirs = _CONTEXT.Pipe()
         self._process = _CONTEXT.Process(
             target=_worker_main, args=(theirs, judge, options), name="verifier", daemon=True
@@ -135,7 +135,7 @@ class _Worker:
             self.pipe.send_bytes(pending.job)
 
     def take_job(self) -> _Pending | None:
-        """Removes and returns the job that the worker runs; the worker is idle afterwards."""
+        """Marks the worker as idle, and returns the job that it was running, or None."""
         pending, self.pending, self.deadline = self.pending, None, math.inf
         return pending
 
@@ -156,7 +156,7 @@ class _Worker:
 
 
 class VerifierPool:
-    """Runs a verifier's jobs in worker processes. A context manager that ends them on exit.
+    """A pool of worker processes that run a verifier's jobs. Use it as a context manager.
 
     Several threads may use one pool. Workers start with the first job, so a verifier that never
     needs a worker starts none. Like all multiprocessing workers they import the main module, so a
@@ -167,7 +167,7 @@ class VerifierPool:
     """
 
     def __init__(self, verifier: Verifier | Judge, options: PoolOptions = DEFAULTS):
-        """Creates a pool; no process starts yet.
+        """Creates a pool without starting any process.
 
         Args:
           verifier: a `Verifier`, or a module-level function `(problem, response) -> Verdict or
@@ -183,7 +183,8 @@ class VerifierPool:
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"the verifier's judge {self._verifier.judge!r} cannot be sent to a worker "
-                f"({error}); expected a function of a module, or a functools.partial of one."
+                f"({error}); expected a function defined at the top level of a "
+                "module, or a functools.partial of one."
             ) from error
         self._size = options.workers or min(os.cpu_count() or 1, 8)
         self._lock = threading.Lock()
@@ -199,7 +200,7 @@ class VerifierPool:
         self.judged = 0
 
     def submit(self, problem: Problem, response: str) -> Future[Verdict]:
-        """Queues a response and returns a future, whose `result()` is the verdict.
+        """Queues a response for verification, and returns a future for its verdict.
 
         Raises:
           PoolError: the pool is closed, or its workers do not start.
@@ -207,11 +208,11 @@ class VerifierPool:
         return self._submit(self._verifier.prepare, problem, response)
 
     def submit_gold(self, problem: Problem) -> Future[Verdict]:
-        """Queues a check of a problem's own answer against itself, and returns a future verdict."""
+        """Queues a check of a problem's own answer, and returns a future for the verdict."""
         return self._submit(self._verifier.prepare_gold, problem)
 
     def _submit(self, prepare: Callable[..., Verdict | Job], *arguments) -> Future[Verdict]:
-        """Calls `prepare(*arguments)`, queues its job if it returns one, and returns a future."""
+        """Calls `prepare(*arguments)`, queues any job it returns, and returns a future verdict."""
         try:
             prepared = prepare(*arguments)
             job = b"" if isinstance(prepared, Verdict) else pickle.dumps(prepared)
@@ -293,7 +294,7 @@ class VerifierPool:
                 worker.send(self._waiting.popleft(), self._options.seconds)
 
     def _handle_events(self) -> None:
-        """Waits until a worker reports, a time limit passes, or `submit` or `close` wakes it."""
+        """Waits for a message from a worker, an expired time limit or a wake-up, and handles it."""
         deadline = min((worker.deadline for worker in self._workers), default=math.inf)
         pipes = {worker.pipe: worker for worker in self._workers}
         readable = multiprocessing.connection.wait(
@@ -313,7 +314,7 @@ class VerifierPool:
         self._workers = [worker for worker in self._workers if not worker.ended]
 
     def _count_failed_start(self, reason: str, weight: float = 1.0) -> None:
-        """Counts a failed start, and fails the pool after MAX_FAILED_STARTS consecutive ones."""
+        """Counts a worker's failed start. After MAX_FAILED_STARTS in a row, the pool fails."""
         self._failed_starts += weight
         if self._failed_starts >= MAX_FAILED_STARTS:
             self._failure = (
@@ -323,7 +324,7 @@ class VerifierPool:
             )
 
     def _read(self, worker: _Worker) -> None:
-        """Reads a worker's message: that it is ready, a verdict, or the end of its pipe."""
+        """Reads a message from a worker: it is ready, it has a verdict, or its pipe has closed."""
         try:
             message = worker.pipe.recv()
         except (EOFError, OSError):
@@ -339,7 +340,7 @@ class VerifierPool:
             worker.stop()
 
     def _settle(self, worker: _Worker, verdict: Verdict) -> None:
-        """Sets the verdict of the job that a worker runs, if it runs one."""
+        """Gives a verdict to the job that a worker is running, if there is one."""
         pending = worker.take_job()
         if pending is None:
             return
@@ -350,7 +351,7 @@ class VerifierPool:
         pending.future.set_result(verdict)
 
     def _handle_exit(self, worker: _Worker, code: int) -> None:
-        """Retries or settles the job of a worker whose process has ended with an exit code."""
+        """Retries or fails the job of a worker whose process has ended with exit code `code`."""
         killed = code in _KILLED
         if not worker.ready:
             self._count_failed_start(f"exit code {code}", KILLED_START if killed else 1.0)
@@ -364,7 +365,7 @@ class VerifierPool:
 
 
 def check_golds(verifier: Verifier | Judge, problems: Sequence[Problem]) -> list[str]:
-    """Checks whether each problem's own answer verifies against itself.
+    """Checks whether the verifier accepts each problem's own answer.
 
     Returns:
       For each problem "" if its answer verifies, otherwise the reason why not.
@@ -376,7 +377,7 @@ def check_golds(verifier: Verifier | Judge, problems: Sequence[Problem]) -> list
 
 
 def _verdict_of_exception(error: BaseException) -> Verdict:
-    """Returns the verdict on a response for which the verifier raised an exception."""
+    """Returns the verdict on a response for which the verifier raised `error`."""
     return Verdict(False, f"verifier {type(error).__name__}")
 
 
@@ -423,7 +424,7 @@ def _set_limits(options: PoolOptions) -> None:
 
 
 def _set_limit(kind: int, limit: int) -> None:
-    """Sets a soft limit of this process, at most the hard limit that it inherited."""
+    """Sets a soft resource limit of this process, capped at the hard limit."""
     _, hard = resource.getrlimit(kind)
     unlimited = hard == resource.RLIM_INFINITY
     resource.setrlimit(kind, (limit if unlimited else min(limit, hard), hard))

@@ -1,4 +1,4 @@
-"""Compares answers without a parser, fast enough for the calling process."""
+"""Compares answers without a parser, fast enough to run outside the worker processes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Pair(NamedTuple):
 
 
 def settle(gold: str, answer: str, *, choice_removed: bool = False) -> Verdict | Pair:
-    """Returns the verdict on an answer if no parser is needed, otherwise the job for a worker.
+    """Returns the verdict on an answer if no parser is needed, otherwise a `Pair` for a worker.
 
     Args:
       gold: the right answer.
@@ -57,7 +57,7 @@ def settle(gold: str, answer: str, *, choice_removed: bool = False) -> Verdict |
 
 
 def _compare_notation(gold: str, answer: str, *, choice_removed: bool) -> Verdict | Pair | None:
-    """Compares answers that are equal texts or have a special notation, such as times or ratios.
+    """Compares two answers that are equal texts or have a special notation, such as clock times.
 
     Returns:
       The verdict, or the job for a worker. None if the normalised answers use no such notation.
@@ -93,7 +93,7 @@ def _compare_notation(gold: str, answer: str, *, choice_removed: bool) -> Verdic
 
 
 def _compare_quantities(gold: str, answer: str) -> Verdict | Pair:
-    """Compares the units and values of normalised answers; returns a job if it needs a parser."""
+    """Compares units and values of normalised answers. Returns a `Pair` if a parser is needed."""
     (gold, gold_unit), (answer, answer_unit) = quantity(gold), quantity(answer)
     gold_number = plain_number(gold)
     if gold_number and (lone := _LONE_UNIT.fullmatch(answer)):
@@ -113,7 +113,7 @@ def _compare_quantities(gold: str, answer: str) -> Verdict | Pair:
 
 
 def _ratio(text: str) -> list[Fraction]:
-    """Returns a ratio such as 2:4:6 as multiples of its first number; [] for other texts."""
+    """Returns the terms of a ratio such as 2:4:6 divided by the first term; [] for other texts."""
     if not _RATIO.fullmatch(text):
         return []
     first, *others = (Fraction(number) for number in text.split(":"))
@@ -121,7 +121,7 @@ def _ratio(text: str) -> list[Fraction]:
 
 
 def _compare_choices(gold: str, gold_words: str, answer_words: str) -> Verdict | Pair | None:
-    """Compares answers of which at least one begins with the letter of a choice.
+    """Compares two answers if at least one begins with a choice letter, such as "(C) 12".
 
     Args:
       gold: the normalised right answer.
@@ -143,7 +143,7 @@ def _compare_choices(gold: str, gold_words: str, answer_words: str) -> Verdict |
 
 
 def _compare_numbers(gold: str, answer: str) -> Verdict | None:
-    """Compares plain numbers and percentages: 50 % equals both 50 and 0.5. None for others."""
+    """Compares plain numbers and percentages (50 % equals 50 and 0.5). Returns None otherwise."""
     percent = [text.endswith("%") for text in (gold, answer)]
     gold_number, answer_number = (plain_number(text.rstrip("%\\ ")) for text in (gold, answer))
     if not gold_number or not answer_number:
@@ -160,7 +160,7 @@ def _compare_numbers(gold: str, answer: str) -> Verdict | None:
 
 
 def close(a: Any, b: Any) -> bool:
-    """Returns whether two numbers differ by at most 5e-7, and by at most a relative 1e-4."""
+    """Returns whether two numbers differ by at most 5e-7 and by at most 1e-4 of the larger one."""
     difference = abs(a - b)
     return bool(difference * 2_000_000 <= 1 and difference * 10_000 <= max(abs(a), abs(b)))
 

@@ -39,12 +39,13 @@ Job = Any
 
 
 def accept_gold(problem: Problem) -> Verdict:
-    """Returns MATCH for every problem, for verifiers that cannot check a gold answer."""
+    """Returns MATCH for every problem. It is the default `prepare_gold` of a `Verifier`."""
     return MATCH
 
 
 class Verifier(NamedTuple):
-    """A verifier in two parts, so that only slow or unsafe work goes to a worker process.
+    """A verifier in two parts: a fast part for the calling process, a slow one for a worker
+    process.
 
     Calling a verifier with a problem and a response runs both parts in the calling process, without
     a limit on time or memory. A `VerifierPool` runs `judge` in a worker with limits, once per job.

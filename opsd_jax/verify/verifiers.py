@@ -50,7 +50,7 @@ def at_once(judge: Judge, extract: Extract | None = None) -> Verifier:
 
 
 def as_verifier(judge: Verifier | Judge) -> Verifier:
-    """Returns a verifier unchanged, or a verifier that runs a function in a worker.
+    """Wraps a function as a verifier that runs in a worker. Returns a `Verifier` unchanged.
 
     Args:
       judge: a `Verifier`, or a module-level function `(problem, response) -> Verdict or bool`.
@@ -61,17 +61,17 @@ def as_verifier(judge: Verifier | Judge) -> Verifier:
 
 
 def _never_called(job: Job) -> Verdict:
-    """Raises AssertionError; the `judge` of verifiers whose `prepare` always gives the verdict."""
+    """Raises AssertionError. It is the `judge` of verifiers whose `prepare` never returns a job."""
     raise AssertionError(f"unexpected job {job!r}; expected `prepare` to return a verdict.")
 
 
 def _whole_response(problem: Problem, response: str) -> Job:
-    """Returns the job of a verifier that runs wholly in a worker: the problem and the response."""
+    """Returns the problem and the response as a job, so that a worker verifies the response."""
     return problem, response
 
 
 def _call(judge: Judge, job: Job) -> Verdict:
-    """Calls a function of the user's own with the problem and the response of a job."""
+    """Calls a user's function with the problem and response of a job, and returns a `Verdict`."""
     verdict = judge(*job)
     if isinstance(verdict, bool):
         return verdict_on(verdict)
@@ -81,7 +81,7 @@ def _call(judge: Judge, job: Job) -> Verdict:
 
 
 def function(name: str) -> Verifier:
-    """Returns the verifier that a name such as "package.module:function" refers to.
+    """Imports a verifier by a name such as "package.module:function".
 
     Args:
       name: "package.module:name" of a `Verifier`, or of a pure function `(problem, response) ->
@@ -95,7 +95,7 @@ def function(name: str) -> Verifier:
     except ValueError as error:
         raise ValueError(f"the verifier is {name!r}; {error}") from error
     if not callable(found):
-        raise ValueError(f"the verifier {name!r} is {found!r}; expected a function.")
+        raise ValueError(f"the verifier {name!r} refers to {found!r}; expected a function.")
     return as_verifier(found)
 
 
@@ -104,7 +104,7 @@ def _comparing(
     same: Callable[[str, str], bool | None],
     read: Callable[[str], str | float | None],
 ) -> Verifier:
-    """Returns a verifier that compares extracted answers in the calling process.
+    """Returns a verifier that extracts an answer and compares it with the gold answer by `same`.
 
     Args:
       conventions: where a response has its answer: keys of `extract.CONVENTIONS`.
@@ -131,7 +131,9 @@ def _comparing(
 
 
 def exact(conventions: Sequence[str] = ("boxed",), *, ignore_case: bool = False) -> Verifier:
-    """Returns a verifier that accepts the gold answer's text, up to whitespace.
+    """Returns a verifier that accepts answers with the same text as the gold answer.
+
+    Differences in whitespace are ignored.
 
     Args:
       conventions: where a response has its answer: keys of `extract.CONVENTIONS`.
@@ -189,7 +191,7 @@ def numeric(
 
 
 def letter_in(text: str) -> str | None:
-    """Returns the letter of the choice that a text names.
+    """Returns the choice letter in a text, such as "C" in "the answer is (C)".
 
     It accepts "(C)", "C. because", "the answer is C", and otherwise the last single letter.
 
@@ -212,7 +214,7 @@ def letter_in(text: str) -> str | None:
 
 
 def choice(conventions: Sequence[str] = ("boxed",)) -> Verifier:
-    """Returns a verifier for multiple-choice problems, which compares the letters of answers.
+    """Returns a verifier for multiple-choice problems, which compares only the choice letters.
 
     Args:
       conventions: where a response has its answer: keys of `extract.CONVENTIONS`.
@@ -226,7 +228,7 @@ def choice(conventions: Sequence[str] = ("boxed",)) -> Verifier:
 
 
 def combine(verifiers: Sequence[Verifier], *, every: bool) -> Verifier:
-    """Returns a verifier that combines the verdicts of several verifiers.
+    """Returns a verifier that accepts a response if all, or any, of several verifiers accept it.
 
     Args:
       verifiers: at least one.
@@ -263,7 +265,7 @@ def _combined(prepared: list[Verdict | Job], every: bool) -> Verdict | Job:
 
 
 def _judge_combined(judges: Sequence[Callable[[Job], Verdict]], every: bool, job: Job) -> Verdict:
-    """Judges the jobs in a joint job in order, until one of them decides the verdict."""
+    """Judges the parts of a joint job in order, until one of them decides the verdict."""
     for i, part in job:
         verdict = judges[i](part)
         if verdict.correct != every:
@@ -272,7 +274,7 @@ def _judge_combined(judges: Sequence[Callable[[Job], Verdict]], every: bool, job
 
 
 def by_source(verifiers: Mapping[str, Verifier]) -> Verifier:
-    """Returns a verifier that uses, for each problem, the verifier of the problem's source.
+    """Returns a verifier that verifies each problem with the verifier of the problem's source.
 
     Args:
       verifiers: source -> verifier. The result has `extract` if all of them have it.
@@ -300,13 +302,13 @@ def by_source(verifiers: Mapping[str, Verifier]) -> Verifier:
 
 
 def _judge_tagged(judges: Mapping[str, Callable[[Job], Verdict]], job: Job) -> Verdict:
-    """Judges a job with the `judge` of the source that the job names."""
+    """Judges a `(source, job)` pair with the `judge` function of that source."""
     source, inner = job
     return judges[source](inner)
 
 
 def _kinds() -> str:
-    """Returns the valid values of `VerifierOptions.kind`, as a phrase."""
+    """Returns a phrase that lists the valid values of `VerifierOptions.kind`."""
     return (
         f"{', '.join(VERIFIERS)}, 'package.module:function', or several of these joined by ' and ' "
         "or by ' or '"
@@ -314,8 +316,8 @@ def _kinds() -> str:
 
 
 def _conventions() -> str:
-    """Returns the valid values of `VerifierOptions.answer`, as a phrase."""
-    return f"some of {', '.join(extract.CONVENTIONS)}"
+    """Returns a phrase that lists the valid values of `VerifierOptions.answer`."""
+    return f"one or more of {', '.join(extract.CONVENTIONS)}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -351,7 +353,7 @@ VERIFIERS: dict[str, Callable[[VerifierOptions], Verifier]] = {
 
 
 def from_options(options: VerifierOptions) -> Verifier:
-    """Returns the verifier that options describe.
+    """Builds the verifier that the given options describe.
 
     Raises:
       ValueError: the kind or a convention does not exist.
@@ -359,18 +361,21 @@ def from_options(options: VerifierOptions) -> Verifier:
     for convention in options.answer:
         if convention not in extract.CONVENTIONS:
             raise ValueError(
-                f"answer has {convention!r}, which is unknown; expected {_conventions()}."
+                f"answer contains the unknown convention {convention!r}; expected {_conventions()}."
             )
     every = " and " in options.kind
     if every and " or " in options.kind:
-        raise ValueError(f"kind is {options.kind!r}; expected only ' and ' or only ' or ' in it.")
+        raise ValueError(
+            f"kind is {options.kind!r}; expected verifiers joined only by ' and ' "
+            "or only by ' or '."
+        )
     names = [name.strip() for name in options.kind.split(" and " if every else " or ")]
     parts = [_one_kind(name, options) for name in names]
     return combine(parts, every=every) if len(parts) > 1 else parts[0]
 
 
 def _one_kind(name: str, options: VerifierOptions) -> Verifier:
-    """Returns the verifier of one kind: a key of VERIFIERS, or "package.module:function"."""
+    """Returns the verifier for one kind: a key of VERIFIERS, or "package.module:function"."""
     if name in VERIFIERS:
         return VERIFIERS[name](options)
     if ":" in name:

@@ -1,4 +1,4 @@
-"""Imports sympy and fills the parser's caches, before worker processes are forked."""
+"""When imported, loads sympy and fills its parser's caches, before worker processes are forked."""
 
 from opsd_jax.verify.maths import Pair, judge
 

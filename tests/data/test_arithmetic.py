@@ -120,10 +120,10 @@ def test_outcomes_are_disjoint_and_complete():
     np.testing.assert_array_equal(masks.correct, [1, 0, 0, 0])
     np.testing.assert_array_equal(masks.incorrect, [0, 1, 0, 0])
     np.testing.assert_array_equal(masks.truncated, [0, 0, 1, 1])
-    with pytest.raises(ValueError, match="4 verdicts"):
+    with pytest.raises(ValueError, match="`verdicts` has length 4"):
         outcomes_of(verdicts, np.zeros(3, bool))
 
 
 def test_a_token_outside_the_vocabulary_is_named(task):
-    with pytest.raises(ValueError, match=r"'apple' of '1 \+ apple'"):
+    with pytest.raises(ValueError, match=r"'1 \+ apple' contains 'apple', which"):
         task.tokenizer.encode("1 + apple")

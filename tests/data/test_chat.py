@@ -90,7 +90,8 @@ def test_a_template_that_asks_for_the_date_needs_one(directories):
     """Otherwise a run that is resumed tomorrow would have different prompts."""
     tokenizer = PretrainedTokenizer(directories["llama3"])
     with pytest.raises(
-        ValueError, match=r"it asks for today's date, .*--config.data.date=2026-01-31, or --date"
+        ValueError,
+        match=r"the template asks for today's date, .*--config.data.date=2026-01-31, or pass --d",
     ):
         Chat(tokenizer, tokenizer.chat_template)
     pinned = Chat(tokenizer, tokenizer.chat_template, date="2024-07-26").prompt("?")
@@ -176,8 +177,8 @@ def test_a_system_message_about_thinking_does_not_begin_it(directories):
             {"thinking": "on"},
             "data.thinking is 'on'; expected '', because the chat template",
         ),
-        (None, {"system": "Hm"}, "data.system is 'Hm'; expected none, because the prompts are pl"),
-        (None, {"thinking": "on"}, "data.thinking is 'on'; expected none, because the prompts are"),
+        (None, {"system": "Hm"}, "data.system is 'Hm'; expected no value, because the prompts are"),
+        (None, {"thinking": "on"}, "data.thinking is 'on'; expected no value, because the prompts"),
     ],
 )
 def test_an_option_without_effect_is_an_error(directories, family, arguments, message):
@@ -198,14 +199,14 @@ def test_an_option_without_effect_is_an_error(directories, family, arguments, me
     ],
 )
 def test_a_template_cannot_leave_its_sandbox(source):
-    with pytest.raises(ValueError, match="the chat template fails: "):
+    with pytest.raises(ValueError, match="the chat template raised an exception: "):
         ChatTemplate(source, {}).render([{"role": "user", "content": "?"}])
 
 
 def test_an_invalid_template_is_an_error():
-    with pytest.raises(ValueError, match="the chat template cannot be read: "):
+    with pytest.raises(ValueError, match="the chat template cannot be parsed: "):
         ChatTemplate("{% if %}", {})
-    with pytest.raises(ValueError, match="the chat template fails: TemplateError: not like this"):
+    with pytest.raises(ValueError, match="raised an exception: TemplateError: not like this"):
         ChatTemplate("{{ raise_exception('not like this') }}", {}).render([])
 
 
@@ -249,8 +250,8 @@ def test_tokenizer_config_adds_tokens(tmp_path):
         ("tokenizer.json", None, r"there is no .*tokenizer.json; expected a Hugging Face model's"),
         ("tokenizer.json", "{}", r"tokenizer.json cannot be read: "),
         ("tokenizer_config.json", "{", r"tokenizer_config.json is not JSON: "),
-        ("tokenizer_config.json", "[]", r"tokenizer_config.json has a JSON list; expected an obj"),
-        ("tokenizer_config.json", "{}", "names no end-of-sequence token; expected eos_token in"),
+        ("tokenizer_config.json", "[]", r"tokenizer_config.json contains a JSON list; expected"),
+        ("tokenizer_config.json", "{}", "defines no end-of-sequence token; expected eos_token in"),
     ],
 )
 def test_a_directory_that_cannot_be_read_is_an_error(tmp_path, file, content, message):

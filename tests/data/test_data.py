@@ -399,10 +399,10 @@ def test_pass_rates_filter_problems(tmp_path):
         file.write('{"problem": "maths/c", "corr')  # as a killed run leaves it
     assert read(path, pass_rates=rates) == (problems, counts)
     for bad, reason in [
-        ({"problem": "a"}, "responses.jsonl:2: problem 'a', correct None, rollouts 1; expected"),
-        ({"problem": "a", "correct": 3, "rollouts": 2}, "correct 3, rollouts 2; expected an id"),
-        ({"problem": "a", "correct": 0, "rollouts": 0}, "correct 0, rollouts 0; expected an id"),
-        ([], "responses.jsonl:2: a JSON list"),
+        ({"problem": "a"}, "responses.jsonl:2 has problem 'a', correct None and rollouts 1; exp"),
+        ({"problem": "a", "correct": 3, "rollouts": 2}, "correct 3 and rollouts 2; expected an id"),
+        ({"problem": "a", "correct": 0, "rollouts": 0}, "correct 0 and rollouts 0; expected an id"),
+        ([], "responses.jsonl:2 is a JSON list"),
     ]:
         write_json_lines(records, [{"problem": "a", "correct": True}, bad])
         with pytest.raises(DataError, match=f"data.train.maths.pass_rates: .*{reason}"):
@@ -413,10 +413,10 @@ def test_pass_rates_of_other_problems_are_an_error(tmp_path):
     path = write_json_lines(tmp_path / "a.jsonl", ROWS)
     lines = [{"problem": "tests/1", "correct": True}]
     for records, message in (
-        (lines, "in which none of its problems, such as 'tests/1', is a problem of .*'maths/a'"),
+        (lines, "which has problem ids such as 'tests/1', but the problems of .*'maths/a'"),
         (
             [lines[0] | {"source": "tests"}],
-            "in which no problem is a problem of .*a.jsonl, such as 'm",
+            "which has no records of this source, but the problems of .*a.jsonl have ids such a",
         ),
     ):
         path_of_rates = write_json_lines(tmp_path / "responses.jsonl", records)

@@ -35,14 +35,14 @@ def parsed(config):
         ),
         (
             {"heldout": {"x": source()}},
-            "config.data.train has a source named 'x', and so has another section",
+            "config.data.train has a source named 'x', and another section has one too",
         ),
         ({"train": {"a": source(path="")}}, "data.train.a.path is ''; expected a file or folder"),
         ({"train": {"a": source(weight=0.0)}}, "a.weight is 0.0; expected a number above 0"),
         ({"train": {"a": source(weight=None)}}, "a.weight is None; expected a number"),
         (
             {"train": {"a": source(weight=1e-7)}},
-            "data.train.a.weight is 1e-07; expected at least a millionth of 1, the sum",
+            "data.train.a.weight is 1e-07; expected at least a millionth of the sum",
         ),
         ({"train": {"a": source(columns={"id": None})}}, "columns.id is None; expected a string"),
         (
@@ -55,11 +55,11 @@ def parsed(config):
         ),
         (
             {"train": {"a": source(difficulty={"low": 2.0, "high": 1.0})}},
-            "a.difficulty.low is 2.0; expected at most 1.0, which is data.train.a.difficulty.high",
+            "a.difficulty.low is 2.0; expected at most 1.0, the value of config.data.train.a.diff",
         ),
         (
             {"train": {"a": source(pass_rates={"low": 0.9, "high": 0.1})}},
-            "a.pass_rates.low is 0.9; expected at most 0.1, which is data.train.a.pass_rates.high",
+            "a.pass_rates.low is 0.9; expected at most 0.1, the value of config.data.train.a.pass",
         ),
         (
             {"train": {"a": source(pass_rates={"high": 90.0})}},

@@ -309,7 +309,7 @@ def test_a_task_from_files(config):
         (
             "data.prompt",
             "{question} {answer}",
-            "expected no placeholder except {question}, because {answer} is not filled in",
+            "expected no placeholder except {question}, because nothing replaces {answer} in this",
         ),
         (
             "data.teacher_prompt",
@@ -346,14 +346,14 @@ def test_a_task_from_files(config):
             "nosuch",
             "config.data.train.sums.verifier: kind is 'nos",
         ),
-        ("data.train.sums.columns.solution", "", "SFT imitates solutions, and no problem of"),
+        ("data.train.sums.columns.solution", "", "SFT trains on worked solutions, but no"),
         ("rlvr.prompt_tokens", "7", "prompt_tokens is 7; expected at least 8, the number of tok"),
         (
             "opsd.teacher_prompt_tokens",
             "10",
             "tokens even without the privileged context; expected at most 10",
         ),
-        ("sft.buckets", "(16,)", "17, the number of tokens of the demonstration for '. . . ="),
+        ("sft.buckets", "(16,)", "17, the number of tokens in the demonstration for '. . . ="),
         ("model.vocab_size", "257", "model.vocab_size is 257; expected at least 258"),
     ],
 )
@@ -375,7 +375,7 @@ def test_only_the_longest_of_many_problems_are_checked(config, tmp_path, monkeyp
     with config.unlocked():
         config.data.train = {"sums": config_lib.source(write(tmp_path / "many.jsonl", rows))}
     message = (
-        "rlvr.prompt_tokens is 8; expected at least 13, the number of tokens of problem sums/2"
+        "rlvr.prompt_tokens is 8; expected at least 13, the number of tokens in problem sums/2"
     )
     with pytest.raises(config_lib.ConfigError, match=message):
         assemble(config, tmp_path)

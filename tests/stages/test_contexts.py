@@ -219,7 +219,8 @@ def test_a_context_that_is_too_long_loses_only_its_end(config, task, rollouts, d
         assert prompt_text.endswith(after)
         assert set(prompt_text[before : len(prompt_text) - len(after)]) <= set("abc ")
     with pytest.raises(
-        DataError, match=r"the teacher's prompt of problem sums/2 has \d+ tokens ev"
+        DataError,
+        match=r"the teacher's prompt of problem sums/2 is too long: the text has \d+ tokens ev",
     ):
         task.teacher_prompt(problem, context, 40)
 
@@ -526,7 +527,10 @@ def test_a_context_function_of_the_user(config, task, rollouts, decoded):
             r"config.opsd.contexts is \(\); expected a tuple of kinds among solutio",
         ),
         ({"contexts": ("solutions",)}, r"contexts is \('solutions',\); expected a tuple of kinds"),
-        ({"contexts": ("sibling",)}, "group_size is 1; expected at least 2, so that a rollout has"),
+        (
+            {"contexts": ("sibling",)},
+            "group_size is 1; expected at least 2, because kind 'sibling'",
+        ),
         (
             {"contexts": ("column",)},
             "context_column is ''; expected the name of one of the sources",
@@ -565,7 +569,7 @@ def test_invalid_options_are_refused(changes, message):
             {"contexts": ("column",), "context_column": "h"},
             "expected another kind, because none of the ",
         ),
-        ({"teacher_prompt_tokens": 30}, "is 30; the teacher's prompt of problem sums/[0-9]+ has"),
+        ({"teacher_prompt_tokens": 30}, "is 30; the teacher's prompt of problem sums/[0-9]+ is"),
     ],
 )
 def test_contexts_that_the_task_lacks_are_refused_before_a_run(config, task, changes, message):
@@ -577,7 +581,7 @@ def test_contexts_that_the_task_lacks_are_refused_before_a_run(config, task, cha
     ("changes", "message"),
     [
         ({"contexts": ("memo",), "memo": {"request_tokens": 9}}, "memo.request_tokens is 9; expec"),
-        ({"reinject_every": 5, "reminder_tokens": 9}, "reminder_tokens is 9; a reminder of the so"),
+        ({"reinject_every": 5, "reminder_tokens": 9}, "reminder_tokens is 9; a reminder of the co"),
     ],
 )
 def test_limits_without_room_are_refused_before_a_run(config, task, changes, message):

@@ -335,7 +335,9 @@ def test_a_future_is_shared_and_cannot_be_cancelled():
 
 
 def test_a_judge_that_cannot_be_sent_is_refused():
-    with pytest.raises(ValueError, match="expected a function of a module"):
+    with pytest.raises(
+        ValueError, match="expected a function defined at the top level of a module"
+    ):
         VerifierPool(lambda problem, response: True)
 
 

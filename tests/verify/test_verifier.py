@@ -398,11 +398,11 @@ def test_from_options_makes_every_kind():
         assert from_options(VerifierOptions(**changes))(p, response) == verdict
     for changes, message in [
         ({"kind": "math"}, "kind is 'math'; expected maths, exact, numeric, choice"),
-        ({"kind": "maths and exact or choice"}, "only ' and ' or only ' or '"),
+        ({"kind": "maths and exact or choice"}, "only by ' and ' or only by ' or '"),
         ({"kind": "no_such_module:f"}, "No module named"),
         (
             {"answer": ("box",)},
-            "answer has 'box', which is unknown; expected some of boxed, ####, answer, text",
+            "answer contains the unknown convention 'box'; expected one or more of boxed, ####, an",
         ),
     ]:
         with pytest.raises(ValueError, match=message):
