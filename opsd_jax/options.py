@@ -1,4 +1,4 @@
-"""Typed options: a field's default, type, bounds and description stand together.
+"""Typed options: dataclasses whose fields declare a type, default value, bounds and description.
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class SamplingOptions:
@@ -33,11 +33,11 @@ Entry = TypeVar("Entry")
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run. The message names the field, its value and the fix."""
+    """Raised for an invalid configuration. The message names the field, its value and the fix."""
 
 
 def fail(field: str, value: Any, expected: str) -> NoReturn:
-    """Raises a ConfigError for a config field whose value cannot be used.
+    """Raises a ConfigError for a config field with an invalid value.
 
     Args:
       field: path of the field, without "config.", such as "model.dtype".
@@ -51,7 +51,7 @@ def fail(field: str, value: Any, expected: str) -> NoReturn:
 
 
 def resolve(dotted: str) -> Any:
-    """Imports the object that "package.module:name" refers to.
+    """Imports and returns the object with a dotted name such as "package.module:name".
 
     Raises:
       ValueError: the object cannot be imported. The message says why.
@@ -61,12 +61,12 @@ def resolve(dotted: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"expected 'package.module:function' that Python can import ({error})."
+            f"expected 'package.module:function', but the import failed ({error})."
         ) from error
 
 
 def import_function(dotted: str, field: str) -> Any:
-    """Imports the object that a config field names as "package.module:function".
+    """Imports the object that a config field refers to, such as "package.module:function".
 
     Args:
       dotted: the name.
@@ -82,7 +82,7 @@ def import_function(dotted: str, field: str) -> Any:
 
 
 def look_up(table: Mapping[str, Entry], name: str, cls: type[Entry], field: str) -> Entry:
-    """Returns the entry of a table with a name, or the user's own that a dotted name refers to.
+    """Returns `table[name]`, or imports the entry if `name` has the form "package.module:NAME".
 
     Args:
       table: name -> entry.
@@ -102,13 +102,13 @@ def look_up(table: Mapping[str, Entry], name: str, cls: type[Entry], field: str)
         fail(
             field,
             name,
-            f"the name of an instance of {cls.__module__}.{cls.__name__}; it is {found!r}",
+            f"the name of an instance of {cls.__module__}.{cls.__name__}, but it names {found!r}",
         )
     return found
 
 
 class Bounds(NamedTuple):
-    """The description of a field and the bounds on its value.
+    """The description of an options field, and the bounds on its value.
 
     Attributes:
       description: one line for `--help` and docs/config.md.
@@ -134,7 +134,7 @@ class Bounds(NamedTuple):
     finite: bool = True
 
     def text(self) -> str:
-        """Returns the bounds as a phrase, such as "at least 1"; "" if there are no bounds."""
+        """Returns the bounds as a phrase, such as "at least 1", or "" without bounds."""
         if self.expects:
             return self.expects if isinstance(self.expects, str) else self.expects()
         if len(self.choices) == 2:
@@ -155,7 +155,7 @@ class Bounds(NamedTuple):
         return "".join(f"{phrase} {_number(b)}" for phrase, b in numeric if b is not None)
 
     def expected(self, value: Any) -> str:
-        """Returns a phrase for what was expected, or "" if `value` is within the bounds."""
+        """Returns "" if `value` is within the bounds, or else the valid values as a phrase."""
         if self.check is not None and not self.check(value):
             return self.text()
         if self.choices:
@@ -198,12 +198,12 @@ def option(default: Any, description: str, **bounds: Any) -> Any:
 
 
 def required(description: str, **bounds: Any) -> Any:
-    """Declares a field of an options dataclass that has no default value; see `option`."""
+    """Declares a required field (without a default value) of an options dataclass; see `option`."""
     return dataclasses.field(metadata={"bounds": Bounds(description, **bounds)})
 
 
 def with_default(cls: Any, name: str, default: Any) -> Any:
-    """Declares a field of a base class again, with another default value.
+    """Redeclares a field of a base class with a different default value.
 
     Args:
       cls: the base class, an options dataclass.
@@ -223,7 +223,7 @@ def _is_options_class(kind: Any) -> bool:
 
 @functools.cache
 def _fields(cls: Any) -> dict[str, tuple[Any, Any, Bounds]]:
-    """Returns the type, the default value (or MISSING) and the bounds of each field, by name."""
+    """Returns a dict: field name -> (type, default value or MISSING, `Bounds`)."""
     if _is_tuple_class(cls):
         return _tuple_fields(cls)
     hints, found = typing.get_type_hints(cls), {}
@@ -236,7 +236,7 @@ def _fields(cls: Any) -> dict[str, tuple[Any, Any, Bounds]]:
 
 
 def _tuple_fields(cls: Any) -> dict[str, tuple[Any, Any, Bounds]]:
-    """Returns what `_fields` does, for a NamedTuple.
+    """Returns a dict for a NamedTuple: field name -> (type, default value or MISSING, `Bounds`).
 
     The section "Attributes:" of its docstring has the descriptions. The metadata of an annotation,
     as in `Annotated[float, Range(0, 1)]`, describes the valid values as a string.
@@ -249,7 +249,10 @@ def _tuple_fields(cls: Any) -> dict[str, tuple[Any, Any, Bounds]]:
     fields = {}
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
         if name not in about:
-            raise TypeError(f"{cls.__name__} does not describe {name!r}; add it to the docstring.")
+            raise TypeError(
+                f"the docstring of {cls.__name__} does not describe the field {name!r}; add it to "
+                'the section "Attributes:".'
+            )
         description = " ".join(about[name].split())
         kind, bounds = hint, ""
         if typing.get_origin(hint) is typing.Annotated:
@@ -263,7 +266,7 @@ def _tuple_fields(cls: Any) -> dict[str, tuple[Any, Any, Bounds]]:
 
 
 def section(options: Any, omit: tuple[str, ...] = ()) -> ConfigDict:
-    """Converts options to a locked `ConfigDict`, whose values a config file can change.
+    """Converts options to a locked `ConfigDict`. A config file can change its values.
 
     Args:
       options: an instance of an options dataclass or a NamedTuple.
@@ -280,7 +283,7 @@ def section(options: Any, omit: tuple[str, ...] = ()) -> ConfigDict:
 
 
 def lock(config: ConfigDict, options: Any) -> ConfigDict:
-    """Locks a config against new fields, except in sections whose fields the user names.
+    """Locks a config against new fields, except in sections where users choose the field names.
 
     Args:
       config: the config of `options`, from `section`; changed in place.
@@ -302,7 +305,7 @@ def lock(config: ConfigDict, options: Any) -> ConfigDict:
 
 
 def fields_of(cls: type) -> list[str]:
-    """Returns the names of the fields of an options dataclass or a NamedTuple."""
+    """Returns the field names of an options dataclass or a NamedTuple."""
     return list(_fields(cls))
 
 
@@ -381,7 +384,7 @@ def _parse_section(cls: Any, config: Any, field: str, omit: tuple[str, ...], who
 
 
 def check_bounds(options: Any, place: str) -> None:
-    """Raises ConfigError if a field of options that `parse` has not made is out of its bounds.
+    """Raises ConfigError if a field is out of bounds. Use it for options not created by `parse`.
 
     Args:
       options: an instance of an options dataclass.
@@ -394,13 +397,13 @@ def check_bounds(options: Any, place: str) -> None:
 
 
 def _typed(kind: Any, value: Any, field: str, bounds: Bounds, whole: bool) -> Any:
-    """Converts a value to the type of its field; raises ConfigError if it has another type."""
+    """Converts a config value to the type of its field. Raises ConfigError for a wrong type."""
     if _is_options_class(kind) or _is_tuple_class(kind):
         return _parse_section(kind, value, field, bounds.omit, whole)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping | ConfigDict):
-            fail(field, value, "a section, that is, a dict")
+            fail(field, value, "a section (a ConfigDict or a dict)")
         return types.MappingProxyType(
             {
                 name: _typed(arguments[1], item, f"{field}.{name}", _NO_BOUNDS, whole)
@@ -435,12 +438,12 @@ def _type_name(kind: type, plural: bool = False) -> str:
 
 
 def _is_of(kind: type, value: Any) -> bool:
-    """Returns whether a value has a type. An int also counts as a float, but a bool never does."""
+    """Returns whether `value` has type `kind`. An int is also a valid float, but a bool is not."""
     return type(value) is kind or (kind is float and type(value) is int)
 
 
 class Field(NamedTuple):
-    """A config field as `--help` and docs/config.md show it.
+    """A config field, as it appears in `--help` and docs/config.md.
 
     Attributes:
       name: path of the field in the config, such as "model.dtype".
@@ -458,7 +461,7 @@ class Field(NamedTuple):
 
 
 def describe(cls: type, field: str = "", default: Any = None) -> Iterator[Field]:
-    """Yields every field of an options class, including the fields of its subsections.
+    """Yields a `Field` for each field of an options class and of its subsections.
 
     Args:
       cls: an options dataclass or a NamedTuple.

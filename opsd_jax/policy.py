@@ -121,7 +121,7 @@ class Model(NamedTuple):
 def from_nnx(
     make: Callable[[nnx.Rngs], Any],
 ) -> tuple[Policy, Callable[[jax.Array], Params]]:
-    """Turns a Flax NNX module into a policy and the function that initialises its parameters.
+    """Converts a Flax NNX module to a `Policy` and a function that initialises its parameters.
 
     The module is split once. Its parameters become a plain nested dict, and training and sampling
     never see the module.

@@ -1,4 +1,4 @@
-"""`Problem`, one problem as text. Verifier processes import this module, so it must stay light."""
+"""`Problem`: one problem as text. Keep its imports light, because verifier processes load it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class Problem(NamedTuple):
-    """One problem of a dataset, as text.
+    """One problem from a dataset, as text.
 
     Attributes:
       id: Identifies the problem; unique among all problems of a run.
@@ -28,4 +28,4 @@ class Problem(NamedTuple):
 
 
 class DataError(ValueError):
-    """The data can't be used. The message names the source and the row, and gives the reason."""
+    """Raised if the data can't be used. The message gives the source, the row and the reason."""

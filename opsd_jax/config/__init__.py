@@ -1,4 +1,4 @@
-"""The configuration of a run: config files, their sections, and typed options.
+"""Functions for config files: `default()` and a function for each kind of section.
 
 A config file has a function `get_config()` that starts from `default()` and changes what it needs.
 The config is locked, so a field that does not exist is an error. On the command line,

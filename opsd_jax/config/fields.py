@@ -27,7 +27,7 @@ fields whose default is "required".
 
 
 def all_fields() -> Iterator[tuple[str, list[Field]]]:
-    """Yields the title and the fields of each part of a config."""
+    """Yields `(title, fields)` for each part of a config, such as its data or one of its stages."""
     top: list[Field] = []
     parts: dict[str, list[Field]] = {}
     for field in describe(RunOptions):
@@ -51,7 +51,7 @@ def _default(value: Any) -> str:
 
 
 def for_help() -> str:
-    """Returns the fields as text for `--help`: each option, its default and its description."""
+    """Returns the text for `--help`: the name, default and description of every config field."""
     lines = ["fields of the config, with their defaults:"]
     for title, fields in all_fields():
         lines += ["", f"{title.replace('`', '')}:"]
@@ -64,7 +64,7 @@ def for_help() -> str:
 
 
 def for_page() -> str:
-    """Returns the fields as Markdown, for docs/config.md."""
+    """Returns the content of docs/config.md: Markdown tables of all config fields."""
     lines = [INTRODUCTION.rstrip()]
     for title, fields in all_fields():
         lines += ["", f"## {title}", "", "| field | type | default | expected | what it does |"]

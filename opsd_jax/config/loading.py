@@ -27,7 +27,7 @@ FREE = ("mesh", "decode_mesh", "pool.", "checkpoints.", "wandb_project")
 
 
 def packaged() -> dict[str, pathlib.Path]:
-    """Returns the config files of the package, from a wheel or a checkout, as name -> path."""
+    """Returns a dict, name -> path, of the config files that come with the package."""
     package = pathlib.Path(opsd_jax.__file__).parent
     for directory in (package / "configs", package.parent / "configs"):
         if found := {path.stem: path for path in sorted(directory.glob("*.py"))}:
@@ -60,7 +60,7 @@ def load(
 
 
 def read(name: str | pathlib.Path) -> ConfigDict:
-    """Returns the config that `get_config()` of a file makes, locked but not checked.
+    """Returns the config from the `get_config()` of a Python file, locked but not checked.
 
     Args:
       name: a Python file, or the name of a packaged config such as "quickstart".
@@ -74,8 +74,8 @@ def read(name: str | pathlib.Path) -> ConfigDict:
     spec = importlib.util.spec_from_file_location("opsd_jax_user_config", path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise ConfigError(
-            f"--config {name}: there is no such Python file; expected one with get_config(), or "
-            f"one of the packaged configs: {', '.join(packaged())}."
+            f"--config {name}: there is no such Python file; expected a file that defines "
+            f"get_config(), or one of the packaged configs: {', '.join(packaged())}."
         )
     module = importlib.util.module_from_spec(spec)
     try:
@@ -91,7 +91,7 @@ def read(name: str | pathlib.Path) -> ConfigDict:
 
 
 def _hint(error: Exception) -> str:
-    """Returns what to do about an error of a config file that was written for version 0.1.0.
+    """Returns a hint if the error shows that a config file was written for version 0.1.0, or "".
 
     There, `default()` had the sizes of the quickstart's model.
     """
@@ -105,7 +105,7 @@ def _hint(error: Exception) -> str:
 
 
 def override(config: ConfigDict, field: str, text: str) -> None:
-    """Sets a field of a config in place, from text that is parsed as the field's type.
+    """Sets one field of a config in place. Parses `text` as the type of the field.
 
     Args:
       config: the config.
@@ -129,7 +129,7 @@ def override(config: ConfigDict, field: str, text: str) -> None:
         expected = (
             f"one of its fields, {', '.join(f'--config.{field}.{inner}' for inner in old)}"
             if old
-            else "its fields, which only the config file can add"
+            else "no override, because only the config file can add fields to it"
         )
         raise ConfigError(f"--config.{field} is a section; expected {expected}.")
     try:
@@ -141,7 +141,7 @@ def override(config: ConfigDict, field: str, text: str) -> None:
 
 
 def _parse(text: str, kind: type) -> Any:
-    """Parses text as a value of exactly the given type; "3" is a float too, "3.0" no int."""
+    """Parses text as a value of type `kind`. Accepts "3" as a float, but not "3.0" as an int."""
     if kind is str:
         return text
     if kind is float:
@@ -163,7 +163,7 @@ def _unknown(config: ConfigDict, field: str) -> ConfigError:
 
 
 def flatten(config: ConfigDict | RunOptions, prefix: str = "") -> dict[str, Any]:
-    """Flattens a config to a dictionary: dotted field -> value.
+    """Flattens a config to a dict from dotted field names, such as "model.path", to values.
 
     The values are JSON-ready: an empty section becomes {}, a tuple becomes a list, and infinity
     becomes the largest float.
@@ -182,12 +182,12 @@ def flatten(config: ConfigDict | RunOptions, prefix: str = "") -> dict[str, Any]
 
 
 def to_json(config: ConfigDict | RunOptions) -> str:
-    """Returns the config as JSON, one field per line."""
+    """Returns the config as JSON text with one field per line."""
     return json.dumps(flatten(config), indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
 def from_flat(flat: Mapping[str, Any]) -> ConfigDict:
-    """Builds a config from flattened fields. This is the inverse of `flatten`."""
+    """Builds a config from a dict with dotted field names. This is the inverse of `flatten`."""
     config = ConfigDict()
     for field, value in flat.items():
         *sections, name = field.split(".")
@@ -202,7 +202,7 @@ def from_flat(flat: Mapping[str, Any]) -> ConfigDict:
 
 
 def missing_fields(config: ConfigDict) -> list[str]:
-    """Returns the known fields that a saved config lacks, except fields of its model."""
+    """Returns the known fields that a saved config lacks, ignoring its section `model`."""
     stages = [name for name in config.stages if "algorithm" in config.get(name, {})]
     known = [field for field in describe(RunOptions) if field.name != "sections"]
     for name in stages:
@@ -214,7 +214,7 @@ def missing_fields(config: ConfigDict) -> list[str]:
 
 
 def identity(config: ConfigDict | RunOptions) -> dict[str, Any]:
-    """Returns the flattened fields that a resumed run may not change."""
+    """Returns the flattened fields that must stay the same when a run is resumed."""
     flat = flatten(config)
     stages = {field.removesuffix(".algorithm") for field in flat if field.endswith(".algorithm")}
     free = (*FREE, *(f"{name}." for name in stages - set(flat["stages"])))
@@ -224,7 +224,7 @@ def identity(config: ConfigDict | RunOptions) -> dict[str, Any]:
 def check_same(
     config: ConfigDict | RunOptions, saved: ConfigDict | RunOptions, workdir: Any
 ) -> None:
-    """Raises ConfigError if a config cannot resume the run that is saved in a work directory.
+    """Raises ConfigError if a run that was saved with one config cannot resume with another.
 
     The configs must agree in all fields of `identity`. The message lists the fields that differ.
     """

@@ -1,4 +1,4 @@
-"""Configs to start from when you train a Hugging Face model on your own problems."""
+"""Recipes: configs that train a Hugging Face model on your own problems."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from opsd_jax.config import sections
 
 
 def own_model(preset: str = "") -> ConfigDict:
-    """Returns a config for a model directory and one source of problems.
+    """Returns a base config for training a Hugging Face model directory on one source of problems.
 
     The directory is `config.model.path` and the source `config.data.train.problems`, of which 64
     problems are held out. Rollouts have up to 8,192 tokens. Parameters are sharded over all
@@ -26,7 +26,7 @@ def own_model(preset: str = "") -> ConfigDict:
 
 
 def rlvr(preset: str = "") -> ConfigDict:
-    """Returns an RLVR config with DAPO: 8 rollouts of each of 32 problems per step.
+    """Returns a config for RLVR with DAPO. Each step samples 8 rollouts for each of 32 problems.
 
     Problems whose rollouts are all correct or all incorrect are left out and replaced.
 
@@ -47,7 +47,7 @@ def rlvr(preset: str = "") -> ConfigDict:
 
 
 def paper_rlvr(preset: str = "") -> ConfigDict:
-    """Returns the paper's RLVR baseline (arXiv 2605.06188): GRPO with 16 updates per step.
+    """Returns a config for the RLVR baseline of arXiv 2605.06188: GRPO with 16 updates per step.
 
     A step has 8 rollouts of each of 256 problems, of up to 16,384 tokens, and a KL coefficient of
     0.001 to the initial model.
@@ -76,9 +76,10 @@ def paper_rlvr(preset: str = "") -> ConfigDict:
 
 
 def opsd(preset: str = "") -> ConfigDict:
-    """Returns an OPSD config that trains on correct rollouts, with the paper's sampling and batch.
+    """Returns a config for OPSD on correct rollouts, with the batch size of arXiv 2605.06188.
 
-    A step has one rollout of each of 32 problems (arXiv 2605.06188). The teacher sees the solution
+    A step has one rollout of each of 32 problems. The sampling parameters are also those of the
+    paper. The teacher sees the solution
     of the problem or, if there is none, its answer.
 
     Args:
@@ -91,7 +92,7 @@ def opsd(preset: str = "") -> ConfigDict:
 
 
 def paper_opsd(preset: str = "") -> ConfigDict:
-    """Returns an OPSD config with the paper's context: a memo written by the model.
+    """Returns a config for OPSD whose teacher sees a memo that the model wrote (arXiv 2605.06188).
 
     The model writes the memo from the answer. A memo has up to 8,192 tokens, and 2,048 more if its
     thinking had to be closed.

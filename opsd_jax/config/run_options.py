@@ -1,4 +1,4 @@
-"""The options of a whole run: a typed dataclass that is parsed from a `ConfigDict`."""
+"""`RunOptions`, the typed options of a whole run, and the functions that parse and check it."""
 
 from __future__ import annotations
 
@@ -80,25 +80,26 @@ class RunOptions:
     )
 
     def algorithm(self, name: str) -> Algorithm:
-        """Returns the algorithm of the stage in section `name`."""
+        """Returns the `Algorithm` of the stage `name`."""
         return algorithm_of(self.sections[name].algorithm, f"{name}.algorithm")
 
     def check_stages(self) -> None:
-        """Raises ConfigError if the stages cannot run in the given order."""
+        """Raises ConfigError for an unknown stage, a wrong stage order, or a missing wandb."""
         for i, name in enumerate(self.stages):
             if name not in self.sections:
                 known = ", ".join(self.sections)
-                fail("stages", self.stages, f"names of sections among {known}; {name!r} is not one")
+                expected = f"names of stages ({known}), but {name!r} is not a stage"
+                fail("stages", self.stages, expected)
             before = self.sections[name].init_from
             if before and before not in self.stages[:i]:
                 fail(f"{name}.init_from", before, EARLIER_STAGE)
         if self.wandb_project and importlib.util.find_spec("wandb") is None:
-            expected = "'', because wandb is missing: pip install 'opsd-jax[wandb]'"
+            expected = "'', because wandb is not installed (pip install 'opsd-jax[wandb]')"
             fail("wandb_project", self.wandb_project, expected)
 
 
 def parse_run(config: ConfigDict) -> RunOptions:
-    """Parses and checks the options of a config, without reading any file.
+    """Converts a config to `RunOptions` and checks it, without reading any file.
 
     Raises:
       ConfigError: a field is unknown or has an invalid value.
@@ -131,7 +132,7 @@ def parse_run(config: ConfigDict) -> RunOptions:
 
 
 def run_section(options: RunOptions) -> ConfigDict:
-    """Converts options to a config. This is the inverse of `parse_run`."""
+    """Converts `RunOptions` to a config. This is the inverse of `parse_run`."""
     config = section(options, omit=("sections",)).unlock()
     for name, stage in options.sections.items():
         config[name] = section(stage)

@@ -1,4 +1,4 @@
-"""Functions that make the sections of a config from default values and your changes."""
+"""Functions that create config sections from default values and your changes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def optimizer(**changes: Any) -> ConfigDict:
 
 
 def objective(preset: str, **changes: Any) -> ConfigDict:
-    """Returns the section `objective` of an RLVR stage.
+    """Returns the section `objective` of an RLVR stage: the options of a preset with your changes.
 
     Args:
       preset: one of `opsd_jax.losses.PRESETS`, such as "grpo" or "dapo".
@@ -72,7 +72,7 @@ def objective(preset: str, **changes: Any) -> ConfigDict:
 
 
 def distillation(**changes: Any) -> ConfigDict:
-    """Returns the section `loss` of an OPSD stage: the fields of `opsd_jax.losses.OPSD`.
+    """Returns the section `loss` of an OPSD stage: the defaults of `losses.OPSD` with your changes.
 
     `gate` is a field of the stage itself, so it is not in this section.
     """
@@ -82,7 +82,7 @@ def distillation(**changes: Any) -> ConfigDict:
 
 
 def verifier(kind: str = "maths", **changes: Any) -> ConfigDict:
-    """Returns the section `verifier` of a source, which says how its responses are verified.
+    """Returns the section `verifier` of a data source, which sets how responses are verified.
 
     Args:
       kind: a verifier (opsd_jax/verify/verifiers.py), such as "maths" or "choice".
@@ -92,7 +92,7 @@ def verifier(kind: str = "maths", **changes: Any) -> ConfigDict:
 
 
 def source(path: str | pathlib.Path = "", **changes: Any) -> ConfigDict:
-    """Returns a source of problems, for example `source("a.jsonl", columns={"answer": "gold"})`.
+    """Returns a data source section, such as `source("a.jsonl", columns={"answer": "gold"})`.
 
     docs/data.md has an example of each field.
 
@@ -104,7 +104,7 @@ def source(path: str | pathlib.Path = "", **changes: Any) -> ConfigDict:
 
 
 def decoder(**changes: Any) -> ConfigDict:
-    """Returns the section `model` of the reference decoder with random initial parameters.
+    """Returns the section `model` for the reference decoder, with random initial parameters.
 
     Args:
       changes: fields of `DecoderOptions` -> values; the sizes have to be given.
@@ -128,7 +128,7 @@ def decoder(**changes: Any) -> ConfigDict:
 
 
 def preset(name: str, **changes: Any) -> ConfigDict:
-    """Returns the section `model` of a decoder with a released model's sizes and random weights.
+    """Returns the section `model` for a decoder with a released model's sizes and random weights.
 
     Args:
       name: one of `opsd_jax.models.presets.PRESETS`.
@@ -145,7 +145,7 @@ def preset(name: str, **changes: Any) -> ConfigDict:
 
 
 def pretrained(path: str | pathlib.Path = "", preset: str = "", **changes: Any) -> ConfigDict:
-    """Returns the section `model` of a Hugging Face directory: config.json and safetensors files.
+    """Returns the section `model` for a Hugging Face model directory (config.json, safetensors).
 
     Args:
       path: the directory; `--config.model.path=...` sets it too.
@@ -156,7 +156,7 @@ def pretrained(path: str | pathlib.Path = "", preset: str = "", **changes: Any) 
 
 
 def rope_scaling(**changes: Any) -> ConfigDict:
-    """Returns the section `rope_scaling` of a decoder, which scales RoPE to a longer context."""
+    """Returns the section `rope_scaling` of a decoder, which extends RoPE to a longer context."""
     config = ConfigDict(dataclasses.asdict(RopeScaling()))
     config.update(changes)
     return config

@@ -1,4 +1,4 @@
-"""Loss functions of arrays for your own train step, without a config, model or tokenizer.
+"""Loss functions on arrays, for use in any train step. They need no config, model or tokenizer.
 
 Start with `sft`, `policy_gradient`, `opsd` and `joint`. Each of them takes logits, or a `Head` that
 computes the logits of a chunk of tokens at a time. docs/losses.md has all equations and default

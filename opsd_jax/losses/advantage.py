@@ -1,4 +1,4 @@
-"""Advantages of rollouts from their rewards, on the host (NumPy) or the device (JAX)."""
+"""Computes the advantages of rollouts from their rewards, with NumPy or JAX arrays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SCALES = ("group", "batch", "none")
 def advantages(
     rewards, group_size: int, *, baseline: str = "group", scale: str = "group", eps: float = 1e-6
 ):
-    """Computes the advantage of each rollout over a baseline: (reward - b) / (s + eps).
+    """Computes each rollout's advantage (reward - b) / (s + eps), for a baseline b and a scale s.
 
     A group is the `group_size` rollouts of one prompt. The choices of published algorithms:
 
@@ -48,7 +48,7 @@ def advantages(
     check_range("eps", eps, 0)
     if baseline == "batch" and scale == "group":
         raise ValueError(
-            "scale is 'group' with baseline 'batch'; expected scale 'batch' or 'none'."
+            "scale is 'group', but baseline is 'batch'; expected scale 'batch' or 'none'."
         )
     groups = _split_into_groups(rewards, group_size, at_least=1 if baseline == "batch" else 2)
     if baseline == "batch":
@@ -68,19 +68,19 @@ def advantages(
 
 
 def _split_into_groups(rewards, group_size: int, at_least: int):
-    """Returns rewards [N] as an array [N / group_size, group_size]."""
+    """Reshapes rewards [N] to [N / group_size, group_size], one row for each prompt."""
     if not hasattr(rewards, "reshape"):
         rewards = np.asarray(rewards, np.float32)
     if group_size < at_least or len(rewards) % group_size:
         raise ValueError(
             f"group_size is {group_size} for {len(rewards)} rewards; expected a divisor of the "
-            f"number of rewards, at least {at_least}."
+            f"number of rewards that is at least {at_least}."
         )
     return rewards.reshape(-1, group_size)
 
 
 def informative(rewards, group_size: int):
-    """Returns a mask of the rollouts that belong to a group whose rewards are not all equal.
+    """Returns a mask that is true for the rollouts in groups whose rewards are not all equal.
 
     A group is the `group_size` rollouts of one prompt. The rollouts of the other groups have an
     advantage of 0 with a group baseline. DAPO's dynamic sampling (arXiv 2503.14476) drops them and
@@ -104,7 +104,7 @@ def informative(rewards, group_size: int):
 
 
 def overlong_penalty(lengths, *, max_tokens: int, buffer: int, factor: float = 1.0):
-    """Computes DAPO's soft penalty for long responses, to be added to the rewards.
+    """Computes DAPO's soft penalty for overlong responses. Add the result to the rewards.
 
     The penalty is 0 up to `max_tokens - buffer` tokens, falls linearly to `-factor` at
     `max_tokens`, and stays at `-factor` beyond.

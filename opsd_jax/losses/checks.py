@@ -1,4 +1,4 @@
-"""Checks of the arguments of losses, which run while a loss is traced.
+"""Functions that check the arguments of a loss: shapes, dtypes and option values.
 
 Every error message names the argument, the value or shape found, and what was expected. The bounds
 of an option are part of its annotation, as in `beta: Annotated[float, Range(0, 1)]`, and
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 
 class Range(NamedTuple):
-    """The bounds of a number. Its text, such as "a number in [0, 1]", says what is valid.
+    """Bounds on a number. `str` returns them as a phrase, such as "a number in [0, 1]".
 
     Attributes:
       low: the smallest valid number.
@@ -41,7 +41,7 @@ class Range(NamedTuple):
 
 
 class OneOf(NamedTuple):
-    """The valid names of an option. Its text, such as "one of a, b", lists them.
+    """The valid values of an option. `str` returns them as a phrase, such as "one of a, b".
 
     Attributes:
       names: the names. They may be the keys of a table that grows.
@@ -56,14 +56,14 @@ class OneOf(NamedTuple):
         return f"{text}, or {self.several} of them separated by commas" if self.several else text
 
     def check(self, name: str, value: Any) -> None:
-        """Raises ValueError if `value` is not valid."""
+        """Raises ValueError if `value` is neither a valid name nor a valid comma-separated list."""
         parts = [part.strip() for part in value.split(",")] if self.several else [value]
         if len(parts) not in (1, self.several) or any(part not in self.names for part in parts):
             raise ValueError(f"{name} is {value!r}; expected {self}.")
 
 
 def check_options(options: Any) -> None:
-    """Raises ValueError if a field of `options` is out of the bounds in its annotation.
+    """Raises ValueError if a field of `options` violates the bounds in its type annotation.
 
     Args:
       options: a NamedTuple. Fields without bounds pass.
@@ -93,19 +93,20 @@ def check_mask(mask: Any) -> jax.Array:
     mask = jnp.asarray(mask)
     if mask.ndim != 2 or mask.dtype != jnp.bool_:
         raise ValueError(
-            f"mask is {mask.dtype} with shape {list(mask.shape)}; expected bool [rows, tokens]."
+            f"mask has dtype {mask.dtype} and shape {list(mask.shape)}; expected dtype bool and "
+            "shape [rows, tokens]."
         )
     return mask
 
 
 def check_row_weight(row_weight: Any, mask: Any) -> None:
-    """Raises ValueError unless `row_weight` is one number, or one number per row of `mask`."""
+    """Raises ValueError unless `row_weight` is a scalar or has one number per row of `mask`."""
     if jnp.ndim(row_weight):
         check_shape(mask.shape[:1], "one number for each row of mask", row_weight=row_weight)
 
 
 def check_option(name: str, value: Any, choices: Collection[Any]) -> None:
-    """Raises ValueError, with the option's name, if `value` is not one of `choices`."""
+    """Raises a ValueError that names the option if `value` is not one of `choices`."""
     OneOf(choices).check(name, value)
 
 

@@ -1,4 +1,4 @@
-"""Divergences of a student distribution S from a teacher distribution T, for each token.
+"""Per-token divergences between a student distribution S and a teacher distribution T.
 
 With a = log S(v) and b = log T(v), each divergence is a sum over the vocabulary entries v of
 
@@ -128,7 +128,7 @@ def skewed_kl(
     temperature: float = 1.0,
     alpha: float = 0.5,
 ) -> jax.Array:
-    """Computes the KL divergence of the student from a mixture of teacher and student.
+    """Computes the KL divergence of the student from a mixture of the teacher and the student.
 
     It is KL(S || alpha T + (1 - alpha) S), a reverse KL to a target near the student. The value is
     at most -log(1 - alpha), and alpha = 1 gives the reverse KL. The gradient also flows through S
@@ -163,7 +163,7 @@ def sampled_kl(
     temperature: float = 1.0,
     control_variate: bool = False,
 ) -> jax.Array:
-    """Estimates the reverse KL divergence, KL(student || teacher), from one sampled token.
+    """Estimates the reverse KL divergence, KL(student || teacher), at each sampled token.
 
     The value for a sampled token y is log S(y) - log T(y), the estimate k1 of `kl_estimates`. It is
     unbiased if y is sampled from S, and it can be negative. The derivative of this value would not
@@ -219,7 +219,7 @@ DIVERGENCES: dict[str, Callable[..., jax.Array]] = {
 def kl_estimates(
     *, student_logprobs: jax.Array, teacher_logprobs: jax.Array
 ) -> dict[str, jax.Array]:
-    """Estimates KL(student || teacher) from log-probabilities of tokens that the student sampled.
+    """Computes three estimates (k1, k2, k3) of KL(student || teacher) from sampled tokens.
 
     Args:
       student_logprobs: log S(y) of the sampled tokens, of any shape, in nats.
@@ -248,7 +248,7 @@ def top_k(
     support: str = "teacher",
     rest: str = "bucket",
 ) -> tuple[jax.Array, jax.Array]:
-    """Restricts the student's and the teacher's distribution to the k most likely entries.
+    """Restricts the student and teacher distributions to the k most likely vocabulary entries.
 
     The k entries are the most likely ones of the student, of the teacher, or of both.
 
@@ -281,7 +281,7 @@ def top_k(
     check_option("support", support, SUPPORTS)
     check_option("rest", rest, RESTS)
     if k < 1:
-        raise ValueError(f"k is {k}; expected at least 1 vocabulary entry.")
+        raise ValueError(f"k is {k}; expected at least 1.")
     k = min(k, student_logits.shape[-1])
     student_logits, teacher_logits = (
         at_temperature(student_logits, 1),
@@ -295,7 +295,7 @@ def top_k(
 
 
 def _support(support: str, student_logits, teacher_logits, k: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the kept vocabulary entries, int32 [..., K], and which of them are second copies."""
+    """Returns the indices of the kept vocabulary entries, and a mask of the duplicate entries."""
 
     def most_likely(logits):
         return jax.lax.top_k(jax.lax.stop_gradient(logits), k)[1]
@@ -310,7 +310,7 @@ def _support(support: str, student_logits, teacher_logits, k: int) -> tuple[jax.
 
 
 def _restricted(logits, entries, repeated, rest: str) -> jax.Array:
-    """Returns the log-probabilities of the kept entries, and of the bucket if there is one."""
+    """Returns log-probabilities of the kept entries, and of the remainder if `rest` is "bucket"."""
     chosen = jnp.take_along_axis(logits, entries, axis=-1) - log_normaliser(logits)[..., None]
     chosen = jnp.where(repeated, -jnp.inf, chosen)
     if rest == "renormalise":
@@ -329,7 +329,7 @@ def _check_same_vocabulary(student_logits: Any, teacher_logits: Any) -> None:
 
 
 def _divergence(term: Term, student_logits, teacher_logits, temperature) -> jax.Array:
-    """Checks the logits and the temperature, and sums `term` over the vocabulary."""
+    """Computes the sum of `term` over the vocabulary, after checking the logits and temperature."""
     _check_same_vocabulary(student_logits, teacher_logits)
     return _sum_of_terms(
         term,
@@ -340,10 +340,11 @@ def _divergence(term: Term, student_logits, teacher_logits, temperature) -> jax.
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sum_of_terms(term: Term, student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
-    """Computes sum_v term(log S(v), log T(v)), float32 [...], for float32 logits [..., V].
+    """Computes sum_v term(log S(v), log T(v)), where S and T are the softmaxes of the logits.
 
-    The backward pass recomputes the softmaxes and the terms from the logits. With a vocabulary of
-    151,936 entries, storing another array [..., V] costs more than computing it again.
+    Logits are float32 [..., V], and the result is float32 [...]. The backward pass recomputes
+    the softmaxes and the terms from the logits. With a vocabulary of 151,936 entries, storing
+    another array [..., V] costs more than computing it again.
     """
     return _sum_of_terms_fwd(term, student_logits, teacher_logits)[0]
 
@@ -359,7 +360,7 @@ def _sum_of_terms_bwd(term, residuals, cotangent):
     student_logits, teacher_logits, totals, value = residuals
 
     def slope_and_probability(totals, side):
-        """Returns each term's derivative by one side's log-probability, and that probability."""
+        """Returns d(term) / d(log-probability) and the probabilities, for the given side."""
         log_s, log_t = student_logits - totals[0][..., None], teacher_logits - totals[1][..., None]
         tangents = [
             jnp.ones_like(x) if i == side else jnp.zeros_like(x)
@@ -388,7 +389,7 @@ _sum_of_terms.defvjp(_sum_of_terms_fwd, _sum_of_terms_bwd)
 
 
 def _kl_term(x: jax.Array, y: jax.Array, weight: float) -> jax.Array:
-    """Computes e^x (x - log((1 - weight) e^x + weight e^y)), and 0 where e^x is 0."""
+    """Computes e^x (x - log((1 - weight) e^x + weight e^y)). The result is 0 where e^x is 0."""
     possible = jnp.exp(x) != 0  # `> 0` would hide a NaN
     # The inputs are replaced too: in the branch that `where` does not take, 0 * inf would still
     # make the gradients NaN.
@@ -398,7 +399,7 @@ def _kl_term(x: jax.Array, y: jax.Array, weight: float) -> jax.Array:
 
 
 def _log_mix(d: jax.Array, weight: float) -> jax.Array:
-    """Computes log((1 - weight) + weight e^d) without overflow; exactly 0 at d = 0."""
+    """Computes log((1 - weight) + weight e^d) without overflow. Returns exactly 0 at d = 0."""
     positive = d > 0
     above, below = jnp.where(positive, d, 0.0), jnp.where(positive, 0.0, d)
     return jnp.where(
@@ -409,16 +410,16 @@ def _log_mix(d: jax.Array, weight: float) -> jax.Array:
 
 
 def _reverse(log_s: jax.Array, log_t: jax.Array) -> jax.Array:
-    """Returns the contribution of each vocabulary entry to KL(S || T)."""
+    """Returns each vocabulary entry's contribution to the reverse KL divergence, KL(S || T)."""
     return _kl_term(log_s, log_t, 1.0)
 
 
 def _forward(log_s: jax.Array, log_t: jax.Array) -> jax.Array:
-    """Returns the contribution of each vocabulary entry to KL(T || S)."""
+    """Returns each vocabulary entry's contribution to the forward KL divergence, KL(T || S)."""
     return _kl_term(log_t, log_s, 1.0)
 
 
 def _jensen_shannon(beta: float, log_s: jax.Array, log_t: jax.Array) -> jax.Array:
-    """Returns the contribution of each entry to the generalised Jensen-Shannon divergence."""
+    """Returns each vocabulary entry's contribution to the generalised Jensen-Shannon divergence."""
     teacher = _kl_term(log_t, log_s, 1 - beta)
     return beta * teacher + (1 - beta) * _kl_term(log_s, log_t, beta)

@@ -1,4 +1,4 @@
-"""Computes losses from hidden states, with the logits of only one chunk of tokens in memory.
+"""Computes losses from hidden states, keeping the logits of only one chunk of tokens in memory.
 
 With a vocabulary of 151,936 entries, the float32 logits of 8,192 tokens take 5 GB, and a divergence
 with its gradient needs several arrays of this size. This module takes a loss that is written as
@@ -54,7 +54,7 @@ def weighted_loss(
     chunk: int | None = None,
     partition: P | None = None,
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Computes the weighted sum over tokens of any loss that is a function of logits.
+    """Computes the weighted sum, over tokens, of a per-token loss that is a function of logits.
 
     The sum is sum_t weights_t loss_t. With a `Head`, it is computed one chunk of tokens at a time.
 
@@ -125,7 +125,7 @@ def token_values(
     chunk: int | None = None,
     partition: P | None = None,
 ) -> jax.Array:
-    """Computes the loss of each token in the mask.
+    """Computes `loss` for each token in the mask, without summing over tokens.
 
     Use it for objectives that are not a weighted sum of these values. With a `Head`, the loss is
     computed one chunk of tokens at a time.
@@ -180,7 +180,7 @@ def token_values(
 def masked_values(
     loss: TokenLoss, mask: jax.Array, *, student_logits, teacher_logits, inputs
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Computes the values and diagnostics of a loss, with 0 for the tokens outside the mask.
+    """Computes the values and diagnostics of a loss, and sets them to 0 outside the mask.
 
     The logits and inputs of these tokens are replaced by 0 as well. Otherwise a NaN among them
     would make their gradients NaN, because 0 * NaN is NaN.
@@ -193,7 +193,7 @@ def masked_values(
 
 
 def _fill_masked(mask: jax.Array, tree: Any, value: int) -> Any:
-    """Replaces entries of arrays [..., ...] by `value` where `mask` [...] is false."""
+    """Replaces the entries of each array in `tree` with `value` where `mask` is false."""
 
     def fill(x):
         x = jnp.asarray(x)
@@ -204,7 +204,7 @@ def _fill_masked(mask: jax.Array, tree: Any, value: int) -> Any:
 
 
 def chunk_tokens(chunk: int | None, width: int, vocab_size: int) -> int:
-    """Returns the number of tokens that a device computes at once.
+    """Returns the chunk size: the number of tokens whose logits a device computes at once.
 
     Args:
       chunk: the requested number; None or 0 for the default.
@@ -215,7 +215,7 @@ def chunk_tokens(chunk: int | None, width: int, vocab_size: int) -> int:
 
 
 class _Loop(NamedTuple):
-    """The static parts of the loop over chunks of tokens: functions, sizes and mesh axes.
+    """The static arguments of the loop over chunks of tokens: functions, sizes and mesh axes.
 
     Attributes:
       loss: the loss of each token, written on logits.
@@ -243,7 +243,7 @@ def _prepare(
     chunk: int | None,
     partition: P | None,
 ) -> tuple[_Loop, Any, Any]:
-    """Separates a loss into its loop, the arrays that get gradients, and the other arrays.
+    """Creates the `_Loop` of a loss, and separates arrays that need gradients from the others.
 
     Returns:
       `(loop, trained, fixed)`. `trained` and `fixed` are pairs `(parameters, arrays of tokens)`.
@@ -260,14 +260,14 @@ def _prepare(
 
     if chunk is not None and (not isinstance(chunk, int) or chunk < 0):
         raise ValueError(
-            f"chunk is {chunk!r}; expected a number of tokens, or None or 0 for the default."
+            f"chunk is {chunk!r}; expected a number of tokens (int), or None or 0 for the default."
         )
-    # In a shard_map that checks replication, the type of an array has the axes that it varies over.
+    # In a shard_map with check_vma=True, the type of an array has the axes that it varies over.
     if getattr(getattr(jax.typeof(student.hidden), "mat", None), "varying", ()):
         raise ValueError(
-            "student is a Head inside a shard_map that checks replication. Use the argument "
-            "`partition` instead of the shard_map, or set check_vma=False in the shard_map and "
-            "reduce the gradients yourself."
+            "student is a Head inside a shard_map with check_vma=True. Use the argument "
+            "`partition` instead of the shard_map, or set check_vma=False in the shard_map and sum "
+            "the gradients over its devices yourself."
         )
     vocab_size, width = vocabulary_size("student", student), student.hidden.shape[-1]
     chunk_size = chunk_tokens(chunk, width, vocab_size)
@@ -277,7 +277,7 @@ def _prepare(
 
 
 def _run(loop: _Loop, trained, fixed, weights_BxT, *, differentiated: bool):
-    """Runs the loop over chunks on every device of the mesh, each for its own tokens.
+    """Runs the loop over chunks on every device of the mesh. Each device computes its own tokens.
 
     Args:
       loop, trained, fixed: from `_prepare`.
@@ -314,7 +314,7 @@ def _run(loop: _Loop, trained, fixed, weights_BxT, *, differentiated: bool):
 
 
 def _run_on_device(loop: _Loop, trained, fixed, weights_BxT, *, differentiated: bool):
-    """Runs the loop over chunks for the tokens of one device; see `_run` for the arguments."""
+    """Runs the loop over chunks for the tokens of one device. The arguments are as in `_run`."""
     (head, hidden_BxTxD), (params, arrays_BxT) = trained, fixed
     shape, n = weights_BxT.shape, weights_BxT.size
     size = min(loop.chunk_size, n)
@@ -363,7 +363,7 @@ def _run_on_device(loop: _Loop, trained, fixed, weights_BxT, *, differentiated: 
 
 
 def _chunk_order(weights_N: jax.Array, size: int, axes: tuple[str, ...]):
-    """Orders the tokens of a device so that the active tokens fill the first chunks.
+    """Orders a device's tokens so that the tokens with a non-zero weight fill the first chunks.
 
     Args:
       weights_N: weights of the tokens. A token is active if its weight is not 0.
@@ -388,7 +388,7 @@ def _chunk_order(weights_N: jax.Array, size: int, axes: tuple[str, ...]):
 
 
 def _take_chunk(index_C, weights_N, arrays_N, *, order_M, active):
-    """Gathers the weights and the arrays of a chunk's tokens.
+    """Gathers the weights and the other arrays for the tokens of one chunk.
 
     A masked token in the chunk gets the arrays of an active token, with a weight of 0. `unembed`
     and the loss then see only valid inputs, so that their gradients are finite. If the device has
@@ -411,7 +411,7 @@ def _take_chunk(index_C, weights_N, arrays_N, *, order_M, active):
 
 
 def _chunk_loss(loop: _Loop, params, head, hidden_CxD, weights_C, arrays_C):
-    """Returns the weighted sum of a chunk's losses, and the diagnostics of its tokens."""
+    """Returns the weighted sum of the losses in one chunk, and the diagnostics of each token."""
     (student_fixed, teacher_params), (teacher_C, inputs_C) = params, arrays_C
     student_logits = loop.student_logits(head, student_fixed, hidden_CxD)
     teacher_logits = loop.teacher_logits(teacher_params, teacher_C)
@@ -421,7 +421,7 @@ def _chunk_loss(loop: _Loop, params, head, hidden_CxD, weights_C, arrays_C):
 
 
 def _mesh_axes(partition: P | None, shape: tuple[int, ...]) -> tuple[str, ...]:
-    """Returns the mesh axes that a partition names, after checking it against the mesh in context.
+    """Checks a partition against the mesh in context, and returns the mesh axes that it names.
 
     Args:
       partition: how [B, T] is split.
@@ -452,7 +452,8 @@ def _mesh_axes(partition: P | None, shape: tuple[int, ...]) -> tuple[str, ...]:
         if size % parts:
             raise ValueError(
                 f"the hidden states have [rows, tokens] = {list(shape)}, but partition {partition} "
-                f"splits an axis of {size} over {parts} devices; expected a multiple of {parts}."
+                f"splits an axis of {size} over {parts} devices; expected a size divisible by "
+                f"{parts}."
             )
         axes += names
     return tuple(axes)

@@ -1,4 +1,4 @@
-"""The correctness gate: how much a rollout counts in the OPSD loss, given its outcome."""
+"""The correctness gate, which weights each rollout in the OPSD loss by its outcome."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GATE_TEXTS = (
 
 
 def parse_gate(text: str) -> tuple[float, float, float]:
-    """Parses a gate from a string, such as "correct" or "1,0.5,0".
+    """Parses a string such as "correct" or "1,0.5,0" into the three weights of a gate.
 
     Args:
       text: a name in `GATES`, or three numbers separated by commas: the weights of correct,
@@ -41,7 +41,7 @@ def parse_gate(text: str) -> tuple[float, float, float]:
 
 
 def gate_weights(correct, incorrect, truncated, gate: tuple[float, float, float]):
-    """Computes the weight that a gate gives each rollout, on NumPy or JAX arrays.
+    """Computes each rollout's weight from its outcome and a gate, with NumPy or JAX arrays.
 
     Args:
       correct, incorrect, truncated: outcome masks, bool [N] each. At most one of them is true for a

@@ -44,7 +44,7 @@ LogitsOrHead = jax.Array | Head  # logits [B, T, V], or the Head that computes t
 
 
 def logits_of(source: LogitsOrHead | None) -> jax.Array | None:
-    """Returns float32 logits [B, T, V]. A `Head` computes all of them at once. None gives None."""
+    """Returns the logits of `source` as float32 [B, T, V], or None if `source` is None."""
     if source is None:
         return None
     if isinstance(source, Head):
@@ -55,7 +55,7 @@ def logits_of(source: LogitsOrHead | None) -> jax.Array | None:
 
 
 def trim(head: Head) -> tuple[Callable[..., jax.Array], dict[int, jax.Array], dict[int, jax.Array]]:
-    """Separates the parameters that a head reads from the model's other parameters.
+    """Selects the parameters that a head reads, and drops the model's other parameters.
 
     A loss that carried all parameters through its loop would gather the whole model on every device
     and carry gradients of zeros for it.
@@ -88,7 +88,7 @@ def trim(head: Head) -> tuple[Callable[..., jax.Array], dict[int, jax.Array], di
 
 
 def check_sources(weights_BxT, inputs, student: LogitsOrHead, teacher: LogitsOrHead | None) -> None:
-    """Raises ValueError if arguments of a loss differ in their rows, tokens or vocabulary size.
+    """Raises ValueError if the shapes or vocabulary sizes of the arguments do not match.
 
     Args:
       weights_BxT: the array that sets the rows and tokens.
@@ -127,7 +127,7 @@ def _array(source: LogitsOrHead) -> jax.Array:
 
 
 def vocabulary_size(name: str, source: LogitsOrHead) -> int:
-    """Returns the vocabulary size V of logits or of a head.
+    """Returns the vocabulary size of logits or of a `Head`.
 
     Args:
       name: the argument's name, for errors.
@@ -149,7 +149,7 @@ def vocabulary_size(name: str, source: LogitsOrHead) -> int:
     logits = jax.eval_shape(source.unembed, source.params, hidden)
     if logits.ndim != 2 or logits.shape[0] != 1:
         raise ValueError(
-            f"{name}.unembed maps hidden states {list(hidden.shape)} to {list(logits.shape)}; "
-            "expected logits [1, V]."
+            f"{name}.unembed maps hidden states of shape {list(hidden.shape)} to shape "
+            f"{list(logits.shape)}; expected logits of shape [1, V]."
         )
     return logits.shape[-1]

@@ -1,4 +1,4 @@
-"""RLVR and OPSD in one step: a policy gradient and a distillation loss on the same rollouts."""
+"""The joint loss: a policy-gradient loss (RLVR) plus a distillation loss on the same rollouts."""
 
 from __future__ import annotations
 
@@ -117,14 +117,14 @@ def joint(
 
 
 def _part(diagnostics: dict[str, jax.Array], weights, total) -> Loss:
-    """Returns the `Loss` of one of the two parts, without gradients."""
+    """Returns the policy-gradient or the OPSD loss alone, as a `Loss` without gradients."""
     return Loss(weighted_sum(diagnostics["loss"], weights), total, weights, diagnostics)
 
 
 def _check_options(
     policy: PolicyGradient, distillation: OPSD, policy_weight, distillation_weight
 ) -> None:
-    """Raises ValueError if a weight is negative or the two parts aggregate differently."""
+    """Raises ValueError if a weight is negative or the two losses use different aggregations."""
     check_range("policy_weight", policy_weight, 0)
     check_range("distillation_weight", distillation_weight, 0)
     if (policy.aggregation, policy.length) != (distillation.aggregation, distillation.length):
@@ -142,9 +142,9 @@ def _joint_token_loss(
     distillation_weight,
     temperature: float,
 ) -> TokenLoss:
-    """Returns a function that computes the weighted sum of both losses of each token.
+    """Returns a `TokenLoss` that computes the weighted sum of the policy-gradient and OPSD losses.
 
-    `weighted_loss` takes such a function. The weights of the tokens are among its inputs, because
+    It is for `weighted_loss`. The weights of the tokens are among its inputs, because
     the two losses weight tokens differently.
     """
     policy_loss = policy_token_loss(policy, temperature)

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, and other quantities of one model's logits.
+"""Functions of one model's logits, such as token log-probabilities and entropy.
 
 All functions cast logits to float32 first. A logit of -inf marks a vocabulary entry that cannot
 occur (padding of the vocabulary, a forbidden token). It adds 0 to values and gradients.
@@ -14,10 +14,10 @@ from opsd_jax.losses.checks import check_shape
 
 @jax.custom_vjp
 def log_normaliser(logits: jax.Array) -> jax.Array:
-    """Computes log sum_v exp(logits_v), float32 [...], for float32 logits [..., V].
+    """Computes the log-normaliser, log sum_v exp(logits_v), over the last axis of the logits.
 
-    The backward pass recomputes the softmax, so that autodiff stores only the logits and not a
-    second [..., V] array.
+    Logits are float32 [..., V], and the result is float32 [...]. The backward pass recomputes the
+    softmax, so that autodiff stores only the logits and not a second [..., V] array.
     """
     return jax.nn.logsumexp(logits, axis=-1)
 
@@ -85,7 +85,7 @@ def entropy(logits: jax.Array, temperature: float = 1.0) -> jax.Array:
 
 
 def importance_ratio(log_ratio: jax.Array) -> jax.Array:
-    """Computes exp(log_ratio) with log_ratio clipped to [-20, 20] against overflow.
+    """Computes exp(log_ratio), with log_ratio clipped to [-20, 20] to prevent overflow.
 
     An infinite or NaN log-ratio gives NaN: a sampled token cannot have a probability of 0, so such
     an input is an error that the clip must not hide.

@@ -1,4 +1,4 @@
-"""The OPSD loss: a gated divergence of the student from the teacher on the student's own responses.
+"""The OPSD loss: a gated divergence between student and teacher on the student's own responses.
 
 Shape suffixes: B rows (responses), T tokens of a padded row, V vocabulary size.
 """
@@ -40,7 +40,7 @@ Outcomes = tuple[jax.Array, jax.Array, jax.Array]  # masks correct, incorrect, t
 
 
 class OPSD(NamedTuple):
-    """Options of the OPSD loss. The default values are those of Correct-only (arXiv 2605.06188).
+    """Options of the OPSD loss. The defaults are the Correct-only setting of arXiv 2605.06188.
 
     Attributes:
       gate: weights of correct, incorrect and truncated rollouts in the loss, in this order;
@@ -103,13 +103,13 @@ class OPSD(NamedTuple):
 
     @property
     def divergences(self) -> tuple[str, ...]:
-        """The names of the divergences for correct, incorrect and truncated rollouts."""
+        """The names of the divergences for correct, incorrect and truncated rollouts, in order."""
         names = tuple(name.strip() for name in self.divergence.split(","))
         return names * 3 if len(names) == 1 else names
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether one of the divergences is computed at the sampled tokens."""
+        """Whether any of the divergences takes the sampled tokens as an argument."""
         return any("tokens" in _parameters(name) for name in self.divergences)
 
     def check(self) -> None:
@@ -148,7 +148,7 @@ def opsd(
     chunk: int | None = None,
     partition: P | None = None,
 ) -> Loss:
-    """Computes the loss of on-policy self-distillation, gated by correctness.
+    """Computes the on-policy self-distillation (OPSD) loss, weighted by each rollout's outcome.
 
     The student and the teacher both score the B responses that the student sampled. The student
     sees its own prompt. The teacher sees a prompt with privileged context. Column t of `student`,
@@ -265,7 +265,7 @@ def opsd_weights(
 def opsd_inputs(
     *, mask, outcomes: Outcomes, tokens, behaviour_logprobs, options: OPSD
 ) -> dict[str, Any]:
-    """Checks the arrays [B, T] of the OPSD loss and returns those that the options need.
+    """Checks the per-token arrays of the OPSD loss, and returns the ones that `options` needs.
 
     The arguments are described in `opsd`. The result is the argument `inputs` of `opsd_token_loss`.
     """
@@ -284,7 +284,7 @@ def opsd_inputs(
 
 
 def _required(name: str, array, options: OPSD):
-    """Returns the array, or raises ValueError if it is None."""
+    """Returns `array`, or raises a ValueError that names the argument if `array` is None."""
     if array is None:
         raise ValueError(
             f"{name} is None; expected an array [rows, tokens], because divergence is "
@@ -294,7 +294,7 @@ def _required(name: str, array, options: OPSD):
 
 
 def opsd_token_loss(options: OPSD, temperature: float) -> TokenLoss:
-    """Returns a function that computes the OPSD loss of each token, for `weighted_loss`."""
+    """Returns a `TokenLoss`, for `weighted_loss`, that computes the OPSD loss."""
 
     def token_loss(student, teacher, inputs):
         student, teacher = (at_temperature(logits, temperature) for logits in (student, teacher))
@@ -319,7 +319,7 @@ def opsd_token_loss(options: OPSD, temperature: float) -> TokenLoss:
 
 
 def _divergence_by_outcome(options: OPSD, student_logits, teacher_logits, inputs) -> jax.Array:
-    """Computes the divergence of each token; the outcome of its rollout selects the divergence."""
+    """Computes each token's divergence with the function chosen for the outcome of its rollout."""
     values = jnp.zeros(student_logits.shape[:-1], jnp.float32)
     for name in sorted(set(options.divergences)):
         outcomes = [i for i, chosen in enumerate(options.divergences) if chosen == name]
@@ -334,7 +334,7 @@ def _divergence_by_outcome(options: OPSD, student_logits, teacher_logits, inputs
 
 
 def _divergence_loss(name: str, options: OPSD) -> TokenLoss:
-    """Returns a function that computes one divergence, with the given options, for each token."""
+    """Returns a `TokenLoss` that computes the divergence `name` with the given options."""
 
     def loss(student, teacher, inputs):
         if options.top_k:
@@ -354,7 +354,7 @@ def _divergence_loss(name: str, options: OPSD) -> TokenLoss:
 
 
 def _parameters(divergence: str) -> list[str]:
-    """Returns the names of a divergence's parameters, except those set by functools.partial."""
+    """Returns a divergence function's parameter names, without those set by functools.partial."""
     function = DIVERGENCES[divergence]
     bound = getattr(function, "keywords", {})
     return [name for name in inspect.signature(function).parameters if name not in bound]

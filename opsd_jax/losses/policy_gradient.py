@@ -1,4 +1,4 @@
-"""The policy-gradient loss, with the published algorithms as presets of its options.
+"""The policy-gradient loss, and presets of its options for GRPO and other published algorithms.
 
 Shape suffixes: B rows (responses), T tokens of a padded row.
 """
@@ -22,7 +22,7 @@ from opsd_jax.losses.result import Loss
 
 
 class PolicyGradient(NamedTuple):
-    """Options of a policy-gradient algorithm; `losses.PRESETS` has the published combinations.
+    """Options of a policy-gradient algorithm. `losses.PRESETS` holds the published algorithms.
 
     `baseline`, `scale` and `drop_uninformative` are used before the loss: the first two by
     `advantages`, the third by the caller, who then passes `informative(...)` as the row weight. The
@@ -195,7 +195,7 @@ def response_logprobs(
     chunk: int | None = None,
     partition: P | None = None,
 ) -> jax.Array:
-    """Computes the log-probability of each response token.
+    """Computes the student's log-probability of each response token.
 
     Use it for `old_logprobs` and `reference_logprobs` of `policy_gradient`. The result is
     differentiable, so you can also use it in an objective of your own.
@@ -239,13 +239,15 @@ def policy_inputs(
     chunk,
     partition,
 ) -> dict[str, jax.Array]:
-    """Checks the arguments of the policy-gradient loss and returns the arrays [B, T] it needs.
+    """Checks the arguments of the policy-gradient loss, and returns the per-token arrays it needs.
 
     The arguments are described in `policy_gradient`. The result is the argument `inputs` of
     `policy_token_loss`.
     """
     if not isinstance(options, PolicyGradient):
-        raise ValueError(f"options is {options!r}; expected a PolicyGradient, or one of PRESETS.")
+        raise ValueError(
+            f"options is {options!r}; expected a PolicyGradient, such as PRESETS['grpo']."
+        )
     options.check()
     mask = check_mask(mask)
     check_shape(
@@ -289,7 +291,7 @@ def policy_inputs(
 
 
 def _per_token(advantages, mask: jax.Array) -> jax.Array:
-    """Returns advantages [B] or [B, T] as an array [B, T]."""
+    """Broadcasts advantages [B] to [B, T]. Returns advantages [B, T] unchanged."""
     if jnp.ndim(advantages) == 1:
         check_shape(mask.shape[:1], "one number for each row of mask", advantages=advantages)
         advantages = jnp.broadcast_to(jnp.asarray(advantages)[:, None], mask.shape)
@@ -298,7 +300,7 @@ def _per_token(advantages, mask: jax.Array) -> jax.Array:
 
 
 def _check_values(mask, advantages_BxT, behaviour_logprobs_BxT) -> None:
-    """Adds checks of the values in the mask, which run only under checkify."""
+    """Checks the advantages and log-probabilities in the mask, but only under `checkify`."""
     checkify.debug_check(
         jnp.all(jnp.where(mask, jnp.isfinite(advantages_BxT), True)),
         "advantages are not finite somewhere; expected no NaN or infinity.",
@@ -311,10 +313,7 @@ def _check_values(mask, advantages_BxT, behaviour_logprobs_BxT) -> None:
 
 
 def policy_token_loss(options: PolicyGradient, temperature: float) -> TokenLoss:
-    """Returns a function that computes the policy-gradient loss of each token.
-
-    `weighted_loss` takes such a function.
-    """
+    """Returns a `TokenLoss`, for `weighted_loss`, that computes the policy-gradient loss."""
 
     def token_loss(logits, _, inputs):
         logprobs = token_logprobs(logits, inputs["tokens"], temperature)

@@ -1,4 +1,4 @@
-"""Weights of tokens, and sums of values with these weights.
+"""Computes token weights, and weighted sums of per-token values.
 
 Every aggregation here has the form `sum_t weights_t values_t / total`. Functions return the sum and
 the total separately. The caller adds both over microbatches and devices, and divides once at the
@@ -168,7 +168,7 @@ def position_weights(
 
 
 def position_in_row(mask: jax.Array) -> jax.Array:
-    """Counts the tokens in the mask that come before each column of a row.
+    """Returns each token's position in its row, counting only the tokens in the mask.
 
     Args:
       mask: bool [B, T].

@@ -11,7 +11,7 @@ from opsd_jax.losses.reduction import weighted_sum
 
 
 class Loss(NamedTuple):
-    """The loss of a batch or of a microbatch, before the division by its weight.
+    """The loss of a batch or microbatch, as a weighted sum and the weight to divide it by.
 
     For a batch in several parts, add `sum` and `weight` over the parts, then divide. For a batch in
     one part, use `mean`.
@@ -34,7 +34,7 @@ class Loss(NamedTuple):
         return self.sum / jnp.where(self.weight == 0, 1.0, self.weight)
 
     def metric(self, name: str) -> tuple[jax.Array, jax.Array]:
-        """Sums a diagnostic over the tokens whose weight is not 0, counting all of them equally.
+        """Sums a diagnostic, without weights, over the tokens whose weight in the loss is not 0.
 
         Args:
           name: a key of `tokens`.

@@ -1,4 +1,4 @@
-"""The loss of supervised fine-tuning: cross-entropy of given tokens."""
+"""The loss of supervised fine-tuning (SFT): the cross-entropy of the target tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sft(
     chunk: int | None = None,
     partition: P | None = None,
 ) -> Loss:
-    """Computes the cross-entropy -log p(token) of the tokens in the mask.
+    """Computes the supervised fine-tuning loss: the cross-entropy of the tokens in the mask.
 
     Args:
       student: logits [B, T, V], or a `Head` that computes them. Logits at column t predict

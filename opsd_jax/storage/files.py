@@ -1,4 +1,4 @@
-"""Reads and writes a run's files, on a local disk or in a Cloud Storage bucket.
+"""Reads and writes the files of a run, on a local disk or in a Cloud Storage bucket.
 
 `write_atomically` replaces a whole file, so a process that dies leaves the old content or the new
 one. `Lines` appends to a file, so it can leave an incomplete last line, which readers skip.
@@ -24,21 +24,21 @@ SYNC_SECONDS = 60.0  # shortest time between two automatic uploads of a growing 
 
 
 class RecordError(RuntimeError):
-    """A file of a run cannot be read or written. The message names the file."""
+    """Raised if a file of a run cannot be read or written. The message names the file."""
 
 
 def in_bucket(path: Path) -> bool:
-    """Returns whether a path is in a bucket, where no file can be appended to, locked or moved."""
+    """Returns whether a path is in a bucket, where files cannot be appended to, locked or moved."""
     return "://" in str(path)
 
 
 def absolute(path: Path) -> Path:
-    """Returns the absolute form of a path; a path in a bucket already is absolute."""
+    """Returns the absolute form of a path. A path in a bucket is already absolute."""
     return path if in_bucket(path) else path.absolute()
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that readers see either all of its old content or all of the new.
+    """Writes a file so that readers see either the whole old content or the whole new content.
 
     Raises:
       RecordError: the bucket rejects the file.
@@ -54,15 +54,16 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 class Lines:
-    """A text file that grows line by line. A context manager.
+    """A text file that you append lines to, on a local disk or in a bucket.
 
-    A file in a bucket cannot be appended to, so the whole file is uploaded again: by `sync`, on
-    exit, and by a `write` that comes SYNC_SECONDS or more after the last upload. If the machine is
-    lost before that, the resumed run repeats the steps or problems of the missing lines.
+    It is a context manager. A file in a bucket cannot be appended to, so the whole file is uploaded
+    again: by `sync`, on exit, and by a `write` that comes SYNC_SECONDS or more after the last
+    upload. If the machine is lost before that, the resumed run repeats the steps or problems of the
+    missing lines.
     """
 
     def __init__(self, path: Path, initial: str = ""):
-        """Replaces the content of an existing file; without lines, creates no file.
+        """Replaces the content of the file with `initial`. If `initial` is empty, creates no file.
 
         Args:
           path: the file.
@@ -74,7 +75,7 @@ class Lines:
             self.rewrite(initial)
 
     def write(self, lines: str) -> None:
-        """Appends lines, each ending in a newline."""
+        """Appends `lines` to the file. Each line must end with a newline."""
         if not in_bucket(self._path):
             with self._path.open("a") as file:
                 file.write(lines)
@@ -85,13 +86,13 @@ class Lines:
             self.sync()
 
     def rewrite(self, lines: str) -> None:
-        """Replaces all lines of the file."""
+        """Replaces the content of the file with `lines`."""
         write_atomically(self._path, lines)
         self._text = [lines]
         self._synced, self._due = True, time.monotonic() + SYNC_SECONDS
 
     def sync(self) -> None:
-        """Uploads the lines that are not in the bucket yet."""
+        """Uploads the file if it has lines that are not in the bucket yet."""
         if not self._synced:
             self.rewrite("".join(self._text))
 
@@ -103,18 +104,18 @@ class Lines:
 
 
 def is_bucket_error(error: BaseException) -> bool:
-    """Returns whether an exception comes from the Cloud Storage client or its connection."""
+    """Returns whether an exception comes from the Cloud Storage client or a network library."""
     return type(error).__module__.split(".")[0] in ("gcsfs", "aiohttp", "google", "requests")
 
 
 def reason(error: Exception) -> str:
-    """Returns the type of an exception and the first line of its message, as one line."""
+    """Returns an exception's type and the first line of its message, as one line of text."""
     return f"{type(error).__name__}: {str(error).strip()[:300].partition(chr(10))[0]}"
 
 
 @contextlib.contextmanager
 def writing(path: Any) -> Iterator[None]:
-    """Context manager that turns exceptions of its block into a RecordError about `path`.
+    """Context manager that turns exceptions in its block into a `RecordError` that names `path`.
 
     Orbax, tensorstore and the Cloud Storage client each raise exceptions of many types. The loss of
     another host is raised unchanged.
@@ -125,8 +126,8 @@ def writing(path: Any) -> Iterator[None]:
         if hosts.is_loss(error):
             raise
         raise RecordError(
-            f"{path} cannot be written ({reason(error)}). The files that are already there are "
-            "intact. Fix the cause, then run the same command to resume from the last checkpoint."
+            f"{path} cannot be written ({reason(error)}). The existing files are intact. "
+            "Fix the cause, then run the same command to resume from the last checkpoint."
         ) from error
 
 
@@ -141,7 +142,7 @@ def to_json(value: Any, **options: Any) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """Returns a JSON-ready value with None in place of every number that is not finite."""
+    """Returns a copy of `value` with None in place of every NaN and infinity."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
@@ -152,7 +153,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_json_lines(path: Path, fix: str) -> list[Any]:
-    """Returns the values of a JSON Lines file, without an incomplete last line.
+    """Returns the values in a JSON Lines file. Skips the last line if it is incomplete.
 
     Args:
       path: the file.
@@ -185,5 +186,5 @@ def read_json(path: Path) -> Any:
     except json.JSONDecodeError as error:
         raise RecordError(
             f"{path} is damaged: it is not JSON ({error}). Delete it and run the same command "
-            "again, which creates a new one."
+            "again to create a new one."
         ) from error

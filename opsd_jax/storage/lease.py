@@ -19,12 +19,12 @@ MISSED_HEARTBEATS = 3  # a lease without this many heartbeats has expired
 
 
 class InUse(RuntimeError):
-    """Another process holds the lease. The message is the path of the lease."""
+    """Raised if another process holds the lease. The message is the path of the lease file."""
 
 
 @contextlib.contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Context manager that holds a lease, a lock that expires, while its block runs.
+    """Context manager that holds a lease (a lock that expires) while its block runs.
 
     The holder writes a heartbeat to the file `path` every HEARTBEAT_SECONDS. The lease of a crashed
     holder expires after MISSED_HEARTBEATS of them.
@@ -68,7 +68,7 @@ def held(path: Path) -> Iterator[None]:
 
 
 def _renew(path: Path, holder: str, beat: Callable[[], None], released: threading.Event) -> None:
-    """Calls `beat` until the lease is released; exits if another process has taken the lease."""
+    """Renews the lease until it is released. Ends the process if another process has taken it."""
     while not released.wait(HEARTBEAT_SECONDS):
         try:
             content = _read(path)
@@ -87,7 +87,7 @@ def _renew(path: Path, holder: str, beat: Callable[[], None], released: threadin
 
 
 def _read(path: Path) -> str:
-    """Returns the holder and its last heartbeat, or "" if nobody holds the lease."""
+    """Returns the content of the lease file, or "" if the file does not exist."""
     try:
         return path.read_text()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Names of the directories in a work directory, besides those of the stages."""
+"""Names of the directories that a run creates, other than the directories of its stages."""
 
 UNTRAINED = "untrained"  # the evaluation of the initial parameters
 REPORT = "report"

@@ -357,10 +357,10 @@ BAD = {
         {"options": losses.OPSD(divergence="jsd,sampled_kl,jsd", top_k=3)},
         "top_k is 3 with divergence 'jsd,sampled_kl,jsd'.*expected top_k 0",
     ),
-    "ranks": ({"mask": np.ones(T, bool)}, r"mask is bool with shape \[6\]; expected bool \[rows"),
+    "ranks": ({"mask": np.ones(T, bool)}, r"mask has dtype bool and shape \[6\]; expected dtype"),
     "numbers as mask": (
         {"mask": np.ones((B, T))},
-        r"mask is float32 with shape \[8, 6\]; expected",
+        r"mask has dtype float32 and shape \[8, 6\]; expected",
     ),
     "two outcomes": (
         {"outcomes": (np.ones(B, bool),) * 2},
@@ -428,7 +428,7 @@ BAD = {
     ),
     "unembed": (
         {"teacher": losses.Head(lambda p, h: dot(h, p)[0], np.zeros((D, V)), np.zeros((B, T, D)))},
-        r"teacher.unembed maps hidden states \[1, 5\] to \[12\]; expected logits \[1, V\]",
+        r"unembed maps hidden states of shape \[1, 5\] to shape \[12\]; expected logits of shape",
     ),
 }
 
@@ -502,7 +502,7 @@ def test_a_mesh_that_cannot_be_used(data):
         )(data["hidden"], jnp.asarray(data["tokens"]), jnp.asarray(data["mask"]))
 
     with pytest.raises(
-        ValueError, match="student is a Head inside a shard_map that checks replication"
+        ValueError, match="student is a Head inside a shard_map with check_vma=True"
     ):
         mapped(True)
     assert_near(mapped(False), losses.sft(student=head, **arguments).sum)
@@ -535,7 +535,7 @@ def test_other_bad_arguments(data):
     arguments = {"student": head, "tokens": data["tokens"][:6], "mask": data["mask"][:6]}
     with (
         jax.set_mesh(mesh),
-        pytest.raises(ValueError, match="splits an axis of 6 over 8 devices; expected a multiple"),
+        pytest.raises(ValueError, match="splits an axis of 6 over 8 devices; expected a size"),
     ):
         losses.sft(**arguments, partition=mesh_lib.rows_in_context())
     with pytest.raises(
@@ -549,7 +549,7 @@ def test_other_bad_arguments(data):
         losses.reverse_kl(student_logits=logits, teacher_logits=logits[:, 0])
     with pytest.raises(ValueError, match=r"tokens has shape \[2\]; expected \[2, 3\]"):
         losses.token_logprobs(logits, jnp.zeros(2, int))
-    with pytest.raises(ValueError, match="k is 0; expected at least 1 vocabulary entry"):
+    with pytest.raises(ValueError, match="k is 0; expected at least 1"):
         losses.top_k(student_logits=logits, teacher_logits=logits, k=0)
 
 
