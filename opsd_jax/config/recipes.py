@@ -78,9 +78,8 @@ def paper_rlvr(preset: str = "") -> ConfigDict:
 def opsd(preset: str = "") -> ConfigDict:
     """Returns a config for OPSD on correct rollouts, with the batch size of arXiv 2605.06188.
 
-    A step has one rollout of each of 32 problems. The sampling parameters are also those of the
-    paper. The teacher sees the solution
-    of the problem or, if there is none, its answer.
+    As in the paper, a step has one rollout of each of 32 problems. The teacher sees the solution of
+    the problem or, if there is none, its answer.
 
     Args:
       preset: the released model whose sizes `opsd-jax plan` takes when there is no directory.
