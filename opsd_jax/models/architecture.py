@@ -1,4 +1,4 @@
-"""`DecoderConfig`, the sizes of a decoder, and its conversion from and to `config.json`."""
+"""Defines `DecoderConfig` and converts it from and to the Hugging Face `config.json`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from opsd_jax.parallel.aot import on_tpu
 
 
 class Architecture(NamedTuple):
-    """The decoder options that follow from the name of a Hugging Face architecture.
+    """Decoder options that the name of a Hugging Face architecture determines.
 
     Attributes:
       qk_norm: Whether the queries and keys of each head are normalised.
@@ -58,7 +58,7 @@ SIZE_FIELDS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig(DecoderOptions):
-    """The options of a decoder whose sizes fit together and whose kernels are chosen.
+    """Validated decoder options, with each "auto" replaced by a specific implementation.
 
     The constructor replaces "auto" in `attention` and `cache` by the TPU kernel if programs are
     compiled for TPUs and the kernel supports the sizes, and by "dense" otherwise.
@@ -69,7 +69,7 @@ class DecoderConfig(DecoderOptions):
     """
 
     def __post_init__(self):
-        """Checks the fields and replaces "auto"."""
+        """Validates the fields and replaces each "auto" by a specific implementation."""
         check_bounds(self, "model")
         self._check_sizes()
         splash_fits = self.head_dim % attention.LANES == 0
@@ -81,19 +81,20 @@ class DecoderConfig(DecoderOptions):
             object.__setattr__(self, "cache", "paged" if paged_fits and on_tpu() else "dense")
         if self.attention == "splash" and not splash_fits:
             raise ConfigError(
-                f"model.attention is 'splash' with model.head_dim = {self.head_dim}; its kernel "
-                f"needs a multiple of {attention.LANES}. Set model.attention to 'dense'."
+                f"model.attention is 'splash' with model.head_dim = {self.head_dim}; the splash "
+                f"kernel needs a head_dim that is a multiple of {attention.LANES}. Set "
+                "model.attention to 'dense'."
             )
         if self.cache == "paged" and not paged_fits:
             raise ConfigError(
                 f"model.cache is 'paged' with model.head_dim = {self.head_dim} and "
-                f"model.num_kv_heads = {self.num_kv_heads}; its kernel needs a head_dim that is a "
+                f"model.num_kv_heads = {self.num_kv_heads}; the kernel needs a head_dim that is a "
                 "multiple of 128, and 1, 2, 4 or a multiple of 8 key-value heads. Set model.cache "
                 "to 'dense'."
             )
 
     def _check_sizes(self) -> None:
-        """Raises ConfigError if two sizes don't fit together."""
+        """Checks that num_kv_heads divides num_heads and scan_unroll divides num_layers."""
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"model.num_heads is {self.num_heads}; expected a multiple of model.num_kv_heads = "
@@ -107,7 +108,7 @@ class DecoderConfig(DecoderOptions):
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Reads a JSON file that holds an object.
+    """Reads a JSON file whose top-level value must be an object.
 
     Raises:
       ValueError: The file can't be read or doesn't hold an object. The message names the file.
@@ -118,12 +119,12 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path} cannot be read: {reason}.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}; expected a JSON object.")
+        raise ValueError(f"{path} contains a JSON {type(value).__name__}; expected a JSON object.")
     return value
 
 
 def from_json(path: pathlib.Path, **options: Any) -> DecoderConfig:
-    """Reads the sizes of a decoder from a Hugging Face `config.json`.
+    """Reads a `DecoderConfig` from a Hugging Face `config.json`.
 
     Args:
       path: The file.
@@ -168,7 +169,7 @@ def _from_fields(fields: dict[str, Any], options: dict[str, Any]) -> DecoderConf
     # Older files have rope_theta and rope_scaling. Newer files have both in rope_parameters.
     rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise _unexpected("rope_scaling", rope, "one object with the scaling of all layers")
+        raise _unexpected("rope_scaling", rope, "a single object that applies to all layers")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise _unexpected("partial_rotary_factor", rope["partial_rotary_factor"], _only(1.0))
     return DecoderConfig(
@@ -185,17 +186,17 @@ def _from_fields(fields: dict[str, Any], options: dict[str, Any]) -> DecoderConf
 
 
 def _unexpected(field: str, value: Any, expected: str) -> ValueError:
-    """Returns the error for a field of a `config.json`, with its value as JSON."""
+    """Returns a ValueError that names a field of `config.json`, its value and what to expect."""
     return ValueError(f"{field} is {json.dumps(value)}; expected {expected}.")
 
 
 def _only(value: Any) -> str:
-    """Returns what to expect, for an error message, from a field with one supported value."""
+    """Returns text for an error message: the decoder supports only `value`."""
     return f"{json.dumps(value)}, the only value that the decoder supports"
 
 
 def _integer(fields: dict[str, Any], name: str) -> int:
-    """Returns the value of a field, or raises ValueError if it is not a positive integer."""
+    """Returns the field `name`, or raises ValueError if it is not a positive integer."""
     value = fields.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise _unexpected(name, value, "an integer above 0")
@@ -203,7 +204,7 @@ def _integer(fields: dict[str, Any], name: str) -> int:
 
 
 def _number(fields: dict[str, Any], name: str) -> float:
-    """Returns the value of a field, or raises ValueError if it is not a positive number."""
+    """Returns the field `name`, or raises ValueError if it is not a positive number."""
     value = fields.get(name)
     if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
         raise _unexpected(name, value, "a number above 0")
@@ -211,7 +212,7 @@ def _number(fields: dict[str, Any], name: str) -> float:
 
 
 def _check_window(fields: dict[str, Any], num_layers: int) -> None:
-    """Raises ValueError if a layer uses sliding-window attention."""
+    """Raises ValueError if any layer in a `config.json` uses sliding-window attention."""
     types = fields.get("layer_types")
     if types is not None and set(types) != {"full_attention"}:
         raise _unexpected("layer_types", sorted(set(types)), 'only "full_attention"')
@@ -221,7 +222,7 @@ def _check_window(fields: dict[str, Any], num_layers: int) -> None:
 
 
 def _rope_scaling(rope: dict[str, Any], max_position_embeddings: int | None) -> RopeScaling:
-    """Reads the scaling of the rotary embeddings from `rope_scaling` or `rope_parameters`.
+    """Converts `rope_scaling` or `rope_parameters` of a `config.json` to a `RopeScaling`.
 
     Args:
       rope: The value of one of these fields of `config.json`.
@@ -244,7 +245,7 @@ def _rope_scaling(rope: dict[str, Any], max_position_embeddings: int | None) -> 
 
 
 def to_json(config: DecoderConfig, dtype: str) -> dict[str, Any]:
-    """Returns the fields of the Hugging Face `config.json` for a decoder.
+    """Converts a `DecoderConfig` to the fields of a Hugging Face `config.json`.
 
     Args:
       config: The sizes.
@@ -264,8 +265,8 @@ def to_json(config: DecoderConfig, dtype: str) -> dict[str, Any]:
     if name is None:
         raise ValueError(
             f"model.qk_norm is {config.qk_norm} and model.attention_bias is "
-            f"{config.attention_bias}; expected the values of one of {', '.join(ARCHITECTURES)}. "
-            "Other models cannot be exported to Hugging Face."
+            f"{config.attention_bias}; expected the combination of one of "
+            f"{', '.join(ARCHITECTURES)}. Other combinations cannot be exported to Hugging Face."
         )
     scaling = config.rope_scaling
     rope = {name: getattr(scaling, name) for name in ROPE_FIELDS[scaling.rope_type]}

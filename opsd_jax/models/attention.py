@@ -1,4 +1,4 @@
-"""Grouped-query attention, with plain JAX operations and with the splash kernel for TPUs.
+"""Grouped-query attention in plain JAX and with the Pallas splash attention kernel for TPUs.
 
 Shapes: B rows, T queries, S keys, H query heads, K key-value heads, G = H / K, C head size.
 """
@@ -24,7 +24,7 @@ BLOCK = 512
 
 
 def mask(key_positions_BxS: jax.Array, positions_BxT: jax.Array) -> jax.Array:
-    """Returns the causal mask, bool [B, T, S]: True for keys at positions from 0 to the query's."""
+    """Returns the causal mask, bool [B, T, S]: True if 0 <= key position <= query position."""
     return (key_positions_BxS[:, None] >= 0) & (
         key_positions_BxS[:, None] <= positions_BxT[..., None]
     )
@@ -33,7 +33,7 @@ def mask(key_positions_BxS: jax.Array, positions_BxT: jax.Array) -> jax.Array:
 def dense(
     q_BxTxHxC: jax.Array, k_BxKxCxS: jax.Array, v_BxKxSxC: jax.Array, mask_BxTxS: jax.Array
 ) -> jax.Array:
-    """Computes attention with plain JAX operations and a softmax in float32.
+    """Computes masked attention with plain JAX operations and a float32 softmax.
 
     Args:
       q_BxTxHxC: Queries.
@@ -61,7 +61,7 @@ def dense(
 def splash(
     q_BxTxHxC: jax.Array, k_BxTxKxC: jax.Array, v_BxTxKxC: jax.Array, positions_BxT: jax.Array
 ) -> jax.Array:
-    """Computes the causal attention of each token to its own row with a Pallas kernel for TPUs.
+    """Computes causal attention within each row with the Pallas splash attention kernel.
 
     The kernel never stores a [T, T] array, and it skips the blocks above the diagonal. With a mesh
     in context, rows are sharded over `data` and `fsdp` and heads over `tensor`, and each device

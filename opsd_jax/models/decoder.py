@@ -79,7 +79,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 def write(
     cache: LayerCache, k_BxTxKxC: jax.Array, v_BxTxKxC: jax.Array, positions_BxT: jax.Array
 ) -> LayerCache:
-    """Returns the cache of a layer with new keys and values stored at their positions.
+    """Returns a layer's cache, updated with new keys and values at the given positions.
 
     Keys and values of padding, at position -1, are dropped.
     """
@@ -95,7 +95,7 @@ def write(
 
 
 class Block(nnx.Module):
-    """One layer: attention and an MLP, each with normalised input and a residual connection."""
+    """A decoder layer: attention and an MLP, each with a pre-norm and a residual connection."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -125,11 +125,11 @@ class Block(nnx.Module):
         self.down = weight(F, F, D, scale=depth)
 
     def _weight(self, param: nnx.Param) -> jax.Array:
-        """Casts a parameter to the dtype of the matmuls."""
+        """Casts a parameter to `config.dtype`, the dtype of the matmuls."""
         return param[...].astype(self.config.dtype)
 
     def queries_keys_values(self, x_BxTxD, table):
-        """Computes queries [B, T, H, C], keys and values [B, T, K, C], with rotary embeddings."""
+        """Computes queries and keys with rotary embeddings, and values, all [B, T, heads, C]."""
         config, w = self.config, self._weight
         q_BxTxHxC = jnp.einsum("btd,dhc->bthc", x_BxTxD, w(self.q))
         k_BxTxKxC = jnp.einsum("btd,dkc->btkc", x_BxTxD, w(self.k))
@@ -144,14 +144,14 @@ class Block(nnx.Module):
         return rope.rotate(q_BxTxHxC, table), rope.rotate(k_BxTxKxC, table), v_BxTxKxC
 
     def project(self, out_BxTxHxC):
-        """Applies the output projection to the heads' outputs; returns [B, T, D]."""
+        """Projects the outputs of all attention heads to the hidden size; returns [B, T, D]."""
         # The matmul sums over one dimension. With two, XLA:CPU would transpose and copy both
         # operands.
         B, T, H, C = out_BxTxHxC.shape
         return out_BxTxHxC.reshape(B, T, H * C) @ self._weight(self.o).reshape(H * C, -1)
 
     def attention(self, x_BxTxD, positions_BxT, table, cache):
-        """Computes the attention of each token to its own row, or to the cache of its row.
+        """Computes causal self-attention over the input tokens or, given a cache, over its entries.
 
         Returns:
           `(output, cache)`: the output [B, T, D] and the updated cache. Without a cache, the second
@@ -185,7 +185,7 @@ class Block(nnx.Module):
         return jnp.einsum("btf,fd->btd", jax.nn.silu(gate_BxTxF) * up_BxTxF, w(self.down))
 
     def __call__(self, x_BxTxD, positions_BxT, table, cache=None):
-        """Runs the layer on the residual stream [B, T, D].
+        """Applies the layer to the residual stream [B, T, D].
 
         Returns:
           `(stream, cache)`: the new residual stream, and the second result of `attention`.
@@ -202,7 +202,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """The whole decoder: embedding, layers, final norm and output head.
+    """A decoder-only transformer: embedding, layers, final norm and output head.
 
     Use it through the `Policy` of `model`. The three public methods are the functions of `Policy`.
     """
@@ -224,7 +224,7 @@ class Decoder(nnx.Module):
             self.head = nnx.Param((normal(D, V) * D**-0.5).astype(config.param_dtype))
 
     def __call__(self, tokens_BxT, positions_BxT, cache=None):
-        """Computes the hidden states [B, T, D] after the final norm, and the updated cache.
+        """Returns the hidden states [B, T, D] after the final norm, and the updated cache.
 
         With splash attention, a call with a cache and more than one token per row must be the
         first of its rows: the tokens attend to one another and not to the cache.
@@ -247,7 +247,7 @@ class Decoder(nnx.Module):
         return rms_norm(x_BxTxD, self.norm[...], config.rms_norm_eps), cache
 
     def _embed(self, tokens_BxT, *, shard: bool):
-        """Looks up the embeddings [B, T, D] of tokens; `shard` selects the layout for training."""
+        """Looks up token embeddings [B, T, D]; constrains their sharding if `shard` is True."""
         embedding_VxD = self.embedding[...].astype(self.config.dtype)
         if not shard:
             return embedding_VxD[tokens_BxT]
@@ -259,7 +259,7 @@ class Decoder(nnx.Module):
         return constrain(embedding_VxD[constrain(tokens_BxT, P("data"))], layout)
 
     def _scan_layers(self, x_BxTxD, positions_BxT, table, *, prefill: bool):
-        """Runs all layers in a scan, without a cache.
+        """Applies all layers with `jax.lax.scan`, without a cache.
 
         Returns:
           The residual stream [B, T, D]. With `prefill` also the keys and values of all layers, both
@@ -280,7 +280,7 @@ class Decoder(nnx.Module):
             return jax.lax.scan(layer, x_BxTxD, stacked, unroll=config.scan_unroll)
 
     def _unrolled_layers(self, x_BxTxD, positions_BxT, table, cache):
-        """Runs all layers one by one, each with its cache; returns [B, T, D] and the new caches."""
+        """Applies all layers in an unrolled loop; returns [B, T, D] and the updated caches."""
         graphdef, stacked = nnx.split(self.layers)
         updated = []
         for i, layer_cache in enumerate(cache):
@@ -301,7 +301,7 @@ class Decoder(nnx.Module):
         )
 
     def init_cache(self, batch, length):
-        """Returns an empty cache: a tuple with one dict of arrays per layer.
+        """Returns an empty key-value cache: a tuple with one dict of arrays per layer.
 
         A paged cache is described in opsd_jax/models/paged.py. A dense cache has keys [B, K, C, S]
         and values [B, K, S, C]. The keys have their positions last, because the matmul with a
@@ -333,7 +333,7 @@ def config_of(options: DecoderOptions | Mapping[str, Any]) -> DecoderConfig:
 
 
 def model(config: DecoderConfig) -> policy_lib.Model:
-    """Builds the `Model` of a decoder. Its initial parameters are random."""
+    """Builds a decoder as a `Model` that initialises its parameters randomly."""
     stacked, init = policy_lib.from_nnx(lambda rngs: Decoder(config, rngs=rngs))
     is_unrolled = lambda leaf: isinstance(leaf, tuple)
 
@@ -371,7 +371,7 @@ def model(config: DecoderConfig) -> policy_lib.Model:
 
 
 def from_config(options: DecoderOptions | Mapping[str, Any]) -> policy_lib.Model:
-    """Builds the decoder that the config section `model` describes, with random parameters.
+    """Builds a decoder with random initial parameters from the config section `model`.
 
     Args:
       options: The section, parsed or as it is in the config.

@@ -1,4 +1,4 @@
-"""The fields of the config section `model`, for a decoder and for pretrained weights."""
+"""The fields of the config section `model`, for models with random or pretrained parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TPU_ONLY = {"cache": "paged", "attention": "splash"}  # field -> its form that o
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """The fields that the section `model` has for random and for pretrained parameters."""
+    """The fields that `DecoderOptions` and `PretrainedOptions` have in common."""
 
     make: str = required(
         "Function that takes this section and returns an opsd_jax.policy.Model.",
@@ -56,7 +56,7 @@ class ModelOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderOptions(ModelOptions):
-    """The section `model` for the reference decoder with random initial parameters."""
+    """The config section `model` for a decoder with random initial parameters."""
 
     make: str = with_default(ModelOptions, "make", "opsd_jax.models.decoder:from_config")
     vocab_size: int = required("Number of tokens in the vocabulary.", at_least=1)
@@ -82,7 +82,10 @@ class DecoderOptions(ModelOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainedOptions(ModelOptions):
-    """The section `model` for a Hugging Face directory; its config.json gives the sizes."""
+    """The config section `model` for a pretrained model in a Hugging Face directory.
+
+    The sizes come from the `config.json` in that directory.
+    """
 
     make: str = with_default(ModelOptions, "make", "opsd_jax.models.pretrained:from_config")
     # param_dtype stays float32: an update of relative size 1e-6 is lost on a bfloat16 parameter,
@@ -101,7 +104,7 @@ Options = TypeVar("Options", bound=ModelOptions)
 
 
 def parse_model(cls: type[Options], section: Any) -> Options:
-    """Parses the config section `model`, unless it is parsed already.
+    """Parses the config section `model`, or returns it unchanged if it is already parsed.
 
     Args:
       cls: the class of the options.

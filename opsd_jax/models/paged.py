@@ -1,4 +1,4 @@
-"""A paged cache of keys and values, and decoding from it with JAX's Pallas kernel for TPUs.
+"""A paged key-value cache, and attention over it with JAX's Pallas kernel for TPUs.
 
 For each row, the kernel reads only the blocks of pages that hold tokens. The cost of a decoding
 step therefore depends on the filled length of the cache, not on its full length. Every row owns its
@@ -41,14 +41,14 @@ HEADS = P(ROWS, None, "tensor")  # The sharding of queries, keys and values [B, 
 
 
 def fits(num_kv_heads: int, head_dim: int) -> bool:
-    """Returns whether the kernel supports this number and size of key-value heads on a device."""
+    """Returns whether the kernel supports `num_kv_heads` heads of size `head_dim` per device."""
     return head_dim % 128 == 0 and (num_kv_heads in (1, 2, 4) or num_kv_heads % 8 == 0)
 
 
 def init(
     batch: int, length: int, num_kv_heads: int, head_dim: int, dtype: Any
 ) -> dict[str, jax.Array]:
-    """Returns an empty cache of one layer, for `batch` rows of at least `length` tokens.
+    """Returns an empty paged cache for one layer, with room for `length` tokens per row.
 
     The length is rounded up to whole pages.
     """
@@ -57,7 +57,11 @@ def init(
 
 
 def pages_per_block(pages: jax.Array) -> int:
-    """Returns the number of pages that the kernel reads at once from a device's part of a cache."""
+    """Returns the number of cache pages that the kernel copies as one block.
+
+    Args:
+      pages: The pages of one device, [B, N, PAGE, 2K, C].
+    """
     _, N, page, heads, C = pages.shape
     page_bytes = page * heads * C * pages.dtype.itemsize
     return max(1, min(BLOCK_TOKENS // page, BLOCK_BYTES // page_bytes, N))
@@ -69,7 +73,7 @@ def write(
     v_BxTxKxC: jax.Array,
     positions_BxT: jax.Array,
 ) -> dict[str, jax.Array]:
-    """Returns the cache of a layer with new keys and values stored at their positions.
+    """Returns a layer's paged cache, updated with new keys and values at the given positions.
 
     Keys and values of padding, at position -1, are dropped.
     """
@@ -86,7 +90,7 @@ def write(
 
 
 def dense(cache: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Returns all keys [B, K, C, S] and all values [B, K, S, C] in the cache of a layer."""
+    """Converts a layer's paged cache to dense keys [B, K, C, S] and values [B, K, S, C]."""
 
     def local(pages):
         B, N, page, heads, C = pages.shape
@@ -100,7 +104,7 @@ def dense(cache: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
 def attend(
     q_Bx1xHxC: jax.Array, cache: dict[str, jax.Array], positions_Bx1: jax.Array
 ) -> jax.Array:
-    """Computes the attention of one query per row to the keys of its row up to its own position.
+    """Computes causal attention over a paged cache, with one query token per row.
 
     Args:
       q_Bx1xHxC: Queries.
@@ -119,7 +123,7 @@ def attend(
         if not fits(heads // 2, C):
             raise ValueError(
                 f"model.cache is 'paged', but each device has {heads // 2} key-value heads of size "
-                f"{C}; expected 1, 2, 4 or a multiple of 8 heads, of a size that is a multiple of "
+                f"{C}; expected 1, 2, 4 or a multiple of 8 heads, and a size that is a multiple of "
                 "128. Set model.cache to 'dense', or change the size of `tensor` in decode_mesh."
             )
         position_B = positions_Bx1[:, 0]

@@ -1,4 +1,6 @@
-"""`PRESETS`: the sizes of released models by name, as in their `config.json` files.
+"""`PRESETS`: the architecture options of released models, by name.
+
+The values are those in the `config.json` file of each model.
 
 `opsd_jax.config.preset` turns one into the config section `model` of a decoder with random initial
 parameters. `opsd_jax.config.pretrained` loads released weights from a directory instead.
@@ -15,7 +17,7 @@ SIZES = (
 
 
 def _sizes(*values: Any, **more: Any) -> dict[str, Any]:
-    """Returns the fields of a preset, from `values` in the order of SIZES and `more` by name."""
+    """Builds a preset from `values`, in the order of SIZES, and from the fields in `more`."""
     return {**dict(zip(SIZES, values, strict=True)), **more}
 
 
@@ -27,7 +29,7 @@ _LLAMA3 = {"rope_theta": 5e5, "rms_norm_eps": 1e-5, "qk_norm": False, "attention
 
 
 def _llama3(factor: float) -> dict[str, Any]:
-    """Returns the fields that Llama 3.1 and 3.2 share, with their own factor of `rope_scaling`."""
+    """Returns the fields shared by Llama 3.1 and 3.2, with `factor` as the RoPE scaling factor."""
     return {**_LLAMA3, "rope_scaling": {"rope_type": "llama3", "factor": factor}}
 
 

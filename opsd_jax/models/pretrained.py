@@ -1,4 +1,4 @@
-"""A pretrained model from a directory with a Hugging Face `config.json` and safetensors files.
+"""Builds a `Model` from a directory with a Hugging Face `config.json` and safetensors files.
 
     config.model = config_lib.pretrained("/models/Qwen3-1.7B")
 
@@ -36,7 +36,7 @@ COMPANIONS = (
 
 
 def from_config(options: PretrainedOptions | Mapping[str, Any]) -> Model:
-    """Builds the model in the directory `options.path`, without reading its weights.
+    """Builds the pretrained model in the directory `options.path`, without reading its weights.
 
     The function reads `config.json` and the headers of the safetensors files. `Model.load` reads
     the weights. Within `opsd-jax plan`, a preset can replace the directory.
@@ -58,20 +58,20 @@ def from_config(options: PretrainedOptions | Mapping[str, Any]) -> Model:
     if not options.path:
         raise ConfigError(
             "config.model.path is ''; expected a directory with a Hugging Face config.json and "
-            "*.safetensors, such as --config.model.path=/models/Qwen3-1.7B. A preset alone is "
-            "enough only for `opsd-jax plan`."
+            "*.safetensors. Pass, for example, --config.model.path=/models/Qwen3-1.7B. Only "
+            "`opsd-jax plan` accepts a preset without a path."
         )
     directory = pathlib.Path(options.path)
     if not directory.is_dir():
         raise ConfigError(
             f"config.model.path is {options.path!r}; expected a directory on this machine. "
-            "Download the model first: opsd_jax downloads nothing."
+            "Download the model first, because opsd_jax does not download models."
         )
     return open_model(directory, **fields)
 
 
 def open_model(directory: pathlib.Path, **options: Any) -> Model:
-    """Builds the model in a directory, after checking `config.json` and the safetensors headers.
+    """Checks `config.json` and the safetensors headers in a directory, and builds the model.
 
     Args:
       directory: A Hugging Face directory.
@@ -122,7 +122,8 @@ def check_tensors(
             problems.append(f"{name} is stored as {tensor.code}; expected one of {codes}")
     if problems:
         raise WeightsError(
-            f"the weights in {directory} do not match its {CONFIG}:\n  " + "\n  ".join(problems)
+            f"the weights in {directory} do not match the {CONFIG} there:\n  "
+            + "\n  ".join(problems)
         )
 
 
@@ -131,7 +132,7 @@ def check_tied(
     expected: Mapping[str, weights.TensorLayout],
     directory: pathlib.Path,
 ) -> None:
-    """Raises WeightsError if the embeddings are tied but the stored head differs from them.
+    """Raises WeightsError if the embeddings are tied but a stored output head differs from them.
 
     See `check_tensors` for the arguments.
     """
@@ -144,19 +145,19 @@ def check_tied(
         for start, count in _ranges(head)
     ):
         raise WeightsError(
-            f"{head.file} has a {HEAD} that differs from the embedding, but tie_word_embeddings is "
-            f"true in {directory / CONFIG}. Set tie_word_embeddings to false, or remove {HEAD}."
+            f"the tensor {HEAD} in {head.file} differs from {EMBEDDING}, but tie_word_embeddings "
+            f"is true in {directory / CONFIG}. Set tie_word_embeddings to false, or remove {HEAD}."
         )
 
 
 def _ranges(stored: StoredTensor) -> list[tuple[int, int]]:
-    """Splits the elements of a tensor into (start, count) ranges of at most weights.PIECE bytes."""
+    """Splits a flattened tensor into (start, count) ranges of at most `weights.PIECE` bytes."""
     total, step = math.prod(stored.shape), weights.PIECE // stored.dtype.itemsize
     return [(start, min(step, total - start)) for start in range(0, total, step)]
 
 
 def _files(directory: pathlib.Path, dtype: str) -> dict[str, Any]:
-    """Returns the files of an export besides the weights, such as the tokenizer and `config.json`.
+    """Returns the files that an export adds to the weights: `config.json`, tokenizer and others.
 
     Args:
       directory: The directory that the model was loaded from.
@@ -179,7 +180,7 @@ def _save(
     directory: pathlib.Path,
     dtype: str = "",
 ) -> None:
-    """Writes the parameters of a pretrained model as a Hugging Face directory (`Model.save`).
+    """Implements `Model.save`: writes parameters to a new Hugging Face directory.
 
     Args:
       source: The directory that the model was loaded from.
@@ -193,7 +194,9 @@ def _save(
 
 
 def rewrite(source: pathlib.Path, directory: pathlib.Path, dtype: str = "") -> None:
-    """Checks a Hugging Face directory and writes a copy, without holding a whole tensor in memory.
+    """Validates a Hugging Face directory and copies it, optionally in another dtype.
+
+    It copies one piece of a tensor at a time, so memory never holds a whole tensor.
 
     Args:
       source: The directory to read.

@@ -16,7 +16,7 @@ TYPES = ("default", "linear", "yarn", "llama3")
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Options that scale the rotary frequencies to a longer context.
+    """Options for scaling the rotary frequencies to a longer context.
 
     The fields have the names and the meaning that they have in a Hugging Face `config.json`.
     """
@@ -55,18 +55,18 @@ class RopeScaling:
     )
 
     def __post_init__(self):
-        """Raises ConfigError if a field is out of bounds."""
+        """Raises ConfigError if a field, or a pair of low and high fields, is out of bounds."""
         check_bounds(self, "model.rope_scaling")
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
             if not getattr(self, low) < getattr(self, high):
                 raise ConfigError(
-                    f"model.rope_scaling.{low} is {getattr(self, low)}; expected less than "
+                    f"model.rope_scaling.{low} is {getattr(self, low)}; expected a value below "
                     f"{high} = {getattr(self, high)}."
                 )
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[np.ndarray, float]:
-    """Computes the rotary frequencies and the factor that multiplies their cosines and sines.
+    """Computes the rotary frequencies, and a scale for the cosines and sines of the angles.
 
     An error in the last bit of a frequency moves the angle at position 8,192 by 5e-4. The
     frequencies are therefore computed on the host, in the order and with the precisions of Hugging
@@ -96,7 +96,7 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[np.n
 
 
 def _llama3(frequency: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """Applies the scaling of Llama 3.1 to the frequencies [C / 2].
+    """Scales the rotary frequencies [C / 2] with the method of Llama 3.1.
 
     Low frequencies are divided by the factor, high frequencies stay unchanged, and the frequencies
     in between are interpolated.
@@ -112,7 +112,7 @@ def _llama3(frequency: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 
 
 def _yarn(inverse: np.ndarray, theta: float, head_dim: int, scaling: RopeScaling) -> np.ndarray:
-    """Computes the frequencies [C / 2] of YaRN from the inverse of the unscaled frequencies."""
+    """Computes the rotary frequencies [C / 2] of YaRN from the inverse unscaled frequencies."""
     low, high = (
         head_dim
         * math.log(scaling.original_max_position_embeddings / (turns * 2 * math.pi))
@@ -130,7 +130,7 @@ def _yarn(inverse: np.ndarray, theta: float, head_dim: int, scaling: RopeScaling
 def table(
     positions_BxT: jax.Array, head_dim: int, theta: float, scaling: RopeScaling
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes the cosines and the sines of the rotary angles of each token.
+    """Computes the cosines and sines of the rotary angles at each token's position.
 
     Args:
       positions_BxT: int32, the position of each token.
@@ -146,7 +146,7 @@ def table(
 
 
 def rotate(x_BxTxNxC: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Applies rotary embeddings: rotates each pair of components by the angle of its position.
+    """Applies rotary embeddings: rotates each pair of components by its angle in `table`.
 
     Component i of the first half of C is paired with component i of the second half.
 

@@ -1,4 +1,4 @@
-"""Reads and writes ranges of tensors in safetensors files.
+"""Reads and writes tensors in safetensors files, one range of elements at a time.
 
 A file consists of the length of its header in eight bytes, the header as JSON, and the bytes of the
 tensors (https://huggingface.co/docs/safetensors). The package `safetensors` maps files into memory,
@@ -33,7 +33,7 @@ DTYPES = {
 
 
 class WeightsError(ValueError):
-    """Weights are missing or damaged, do not belong to the model, or cannot be written."""
+    """Raised if weights are missing or damaged, do not match the model, or cannot be written."""
 
 
 class StoredTensor(NamedTuple):
@@ -57,7 +57,7 @@ class StoredTensor(NamedTuple):
         return DTYPES[self.code]
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Reads `count` elements of the flattened tensor, from element `start` on.
+        """Reads `count` elements of the flattened tensor, starting at element `start`.
 
         Raises:
           WeightsError: The file cannot be read or is too short. The message names it.
@@ -71,8 +71,8 @@ class StoredTensor(NamedTuple):
                     got = os.preadv(file.fileno(), [remaining], position)
                     if got == 0:
                         raise WeightsError(
-                            f"{self.file} ends at byte {position}, in the middle of a tensor: it "
-                            "is cut off. Download it again."
+                            f"{self.file} ends at byte {position}, in the middle of a tensor, so "
+                            "the file is truncated. Download it again."
                         )
                     remaining, position = remaining[got:], position + got
         except OSError as error:
@@ -81,7 +81,7 @@ class StoredTensor(NamedTuple):
 
 
 def tensors_of(directory: pathlib.Path) -> dict[str, StoredTensor]:
-    """Finds the tensors of a model, by name, in the headers of its safetensors files.
+    """Locates all tensors of a model by reading the headers of its safetensors files.
 
     The files are `model.safetensors` if it exists, otherwise the files that the index
     `model.safetensors.index.json` lists, otherwise all `*.safetensors`.
@@ -98,29 +98,30 @@ def tensors_of(directory: pathlib.Path) -> dict[str, StoredTensor]:
         missing = [str(file.name) for file in files if not file.is_file()]
         if missing:
             raise WeightsError(
-                f"{index} lists files that are missing in {directory}: {', '.join(missing)}. "
+                f"{index} lists files that are missing from {directory}: {', '.join(missing)}. "
                 "Complete the download."
             )
     else:
         files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise WeightsError(
-            f"{directory} has no weights; expected {FILE}, {INDEX} or other *.safetensors files."
+            f"{directory} contains no weights; expected {FILE}, {INDEX} or other *.safetensors "
+            "files."
         )
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         for name, stored in _read_header(file).items():
             if name in tensors:
                 raise WeightsError(
-                    f"{tensors[name].file} and {file} both have the tensor {name}; expected it in "
-                    "only one of them."
+                    f"{tensors[name].file} and {file} both contain the tensor {name}; expected it "
+                    "in only one file. Remove the file that does not belong to the model."
                 )
             tensors[name] = stored
     return tensors
 
 
 def _weight_map(index: pathlib.Path) -> dict[str, str]:
-    """Reads from an index which file each tensor is in.
+    """Reads the mapping from tensor name to file name in a safetensors index.
 
     Raises:
       WeightsError: The index cannot be read or used. The message names it.
@@ -128,17 +129,17 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         if not all(pathlib.Path(name).name == name for name in weight_map.values()):
-            raise ValueError("expected file names without a directory")
+            raise ValueError("a file name includes a directory")
         return weight_map
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(
             f"{index} cannot be used ({type(error).__name__}: {error}); expected a JSON object "
-            "whose weight_map has a file name for each tensor. Download it again."
+            "whose weight_map maps each tensor to a file name. Download it again."
         ) from error
 
 
 def _read_header(file: pathlib.Path) -> dict[str, StoredTensor]:
-    """Reads the header of a safetensors file and checks it against the size of the file.
+    """Reads the header of a safetensors file and checks it against the file size.
 
     Raises:
       WeightsError: The file cannot be read, or is damaged or cut off. The message names it.
@@ -158,8 +159,8 @@ def _read_header(file: pathlib.Path) -> dict[str, StoredTensor]:
                 expected = _bytes(code, shape) if code in DTYPES else last - first
                 if first < 0 or last - first != expected:
                     raise ValueError(
-                        f"{name} has dtype {code} and shape {list(shape)}, but its data are bytes "
-                        f"{first} to {last}"
+                        f"{name} has dtype {code} and shape {list(shape)}, but its data_offsets "
+                        f"are {first} and {last}"
                     )
                 tensors[name] = StoredTensor(file, code, shape, 8 + length + first)
                 end = max(end, 8 + length + last)
@@ -172,14 +173,14 @@ def _read_header(file: pathlib.Path) -> dict[str, StoredTensor]:
         ) from error
     if end != size:
         raise WeightsError(
-            f"{file} has {size} bytes, but its header describes {end} bytes: it is cut off or "
-            "damaged. Download it again."
+            f"{file} has {size} bytes, but its header describes {end} bytes, so the file is "
+            "truncated or damaged. Download it again."
         )
     return tensors
 
 
 def _bytes(code: str, shape: tuple[int, ...]) -> int:
-    """Returns the size of a tensor in bytes."""
+    """Returns the size in bytes of a tensor with the given dtype code and shape."""
     return math.prod(shape) * DTYPES[code].itemsize
 
 
@@ -190,7 +191,7 @@ Put = Callable[[str, int, np.ndarray], None]
 def writer(
     directory: pathlib.Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> Iterator[Put]:
-    """Context manager that creates the safetensors files of a model and yields a write function.
+    """Context manager that creates safetensors files and yields a function to write tensors.
 
     A model larger than SHARD_BYTES is split into several files with an index.
 
@@ -239,7 +240,7 @@ def writer(
 
 
 def _shards(sizes: Mapping[str, int]) -> list[list[str]]:
-    """Assigns tensors to files of at most SHARD_BYTES; a larger tensor gets a file of its own.
+    """Groups tensors into files of at most SHARD_BYTES; a larger tensor gets its own file.
 
     Args:
       sizes: The size of each tensor in bytes.

@@ -1,4 +1,4 @@
-"""Loads the parameters of a decoder from a Hugging Face directory, and saves them to one.
+"""Loads decoder parameters from safetensors files, and saves them as a Hugging Face directory.
 
 Both work on one piece at a time: a few rows of one stored tensor, for all of its shards at once. A
 piece is in host memory only while it is moved. A process therefore never holds the model, or even a
@@ -60,7 +60,7 @@ LAYER_LAYOUT = {
 
 
 class TensorLayout(NamedTuple):
-    """The mapping from a stored tensor to a parameter, or to one layer of a stacked parameter.
+    """Maps a tensor in a safetensors file to a parameter, or to one layer of a stacked one.
 
     Attributes:
       name: The name of the tensor in the file.
@@ -78,7 +78,7 @@ class TensorLayout(NamedTuple):
 
 
 def layouts_of(path: str, shape: tuple[int, ...]) -> list[TensorLayout]:
-    """Returns the layouts of a parameter's stored tensors: one per layer if it is stacked.
+    """Returns the `TensorLayout`s of a parameter: one per layer for a stacked parameter.
 
     Args:
       path: The path of the parameter, such as "layers/q".
@@ -106,7 +106,10 @@ def layouts_of(path: str, shape: tuple[int, ...]) -> list[TensorLayout]:
 
 
 def all_layouts(params: Params) -> dict[str, TensorLayout]:
-    """Returns the layouts of all stored tensors, by name. `params` can be a tree of shapes."""
+    """Returns the layout of every tensor that a saved model contains, by tensor name.
+
+    `params` can be a tree of shapes.
+    """
     return {
         layout.name: layout
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -115,7 +118,7 @@ def all_layouts(params: Params) -> dict[str, TensorLayout]:
 
 
 class Pieces(NamedTuple):
-    """The division of a stored tensor into pieces of equal shape.
+    """Describes how a stored tensor is divided into pieces of equal shape.
 
     Piece i consists of `rows` rows of every shard, from row `starts[i]` of the shard on. A row is
     an entry along the first dimension of `TensorLayout.view`.
@@ -140,7 +143,9 @@ class Pieces(NamedTuple):
 
 
 def pieces_of(array: jax.Array, layout: TensorLayout, itemsize: int) -> Pieces:
-    """Divides a stored tensor into pieces of at most PIECE bytes, but at least one row per shard.
+    """Divides a stored tensor into pieces of at most PIECE bytes.
+
+    A piece has at least one row of each shard, even if that takes more bytes.
 
     Args:
       array: The parameter, or its shape with a sharding.
@@ -171,7 +176,7 @@ def pieces_of(array: jax.Array, layout: TensorLayout, itemsize: int) -> Pieces:
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames=("order", "mesh", "specs"))
 def put_piece(array, piece, layer, start, *, order, mesh, specs):
-    """Writes a piece of a stored tensor into its parameter, in place.
+    """Copies one piece of a stored tensor into the parameter `array`, in place.
 
     Args:
       array: The parameter; donated.
@@ -196,7 +201,7 @@ def put_piece(array, piece, layer, start, *, order, mesh, specs):
 
 @functools.partial(jax.jit, static_argnames=("order", "mesh", "specs", "rows", "dtype"))
 def take_piece(array, layer, start, *, order, mesh, specs, rows, dtype):
-    """Extracts a piece of a stored tensor from its parameter. It is the inverse of `put_piece`.
+    """Extracts one piece of a stored tensor from the parameter `array`. Inverts `put_piece`.
 
     Args:
       array, layer, start, order, mesh, specs: See `put_piece`. The array is not donated.
@@ -221,7 +226,7 @@ def take_piece(array, layer, start, *, order, mesh, specs, rows, dtype):
 
 
 def load(stored: Mapping[str, StoredTensor], abstract: Params) -> Params:
-    """Reads the parameters of a model from files into arrays with the given shardings.
+    """Reads the parameters of a decoder from safetensors files into sharded arrays.
 
     Args:
       stored: The tensors of a directory, by name. Their shapes must have been checked.
@@ -246,7 +251,7 @@ def load(stored: Mapping[str, StoredTensor], abstract: Params) -> Params:
 
 
 def _read(array: jax.Array, layout: TensorLayout, stored: StoredTensor) -> jax.Array:
-    """Reads one stored tensor into its parameter, in place; `array` is donated."""
+    """Reads one stored tensor into the parameter `array`, which is donated, and returns it."""
     pieces = pieces_of(array, layout, stored.dtype.itemsize)
     row = math.prod(layout.view[1:])
     for start in pieces.starts:
@@ -281,7 +286,7 @@ def _read(array: jax.Array, layout: TensorLayout, stored: StoredTensor) -> jax.A
 def save(
     params: Params, directory: pathlib.Path, codes: Mapping[str, str], files: Mapping[str, Any]
 ) -> None:
-    """Writes a Hugging Face directory, completely or not at all.
+    """Writes the parameters of a decoder to a new Hugging Face directory, atomically.
 
     Args:
       params: The parameters of a decoder.
@@ -306,7 +311,7 @@ def save(
 
 
 def _ranges(array: jax.Array, layout: TensorLayout, code: str) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields the elements of a stored tensor, piece by piece.
+    """Converts a parameter to one of its stored tensors, and yields ranges of the elements.
 
     Args:
       array: The parameter.
@@ -339,14 +344,14 @@ def _ranges(array: jax.Array, layout: TensorLayout, code: str) -> Iterator[tuple
 
 
 def check_new(directory: pathlib.Path) -> None:
-    """Raises WeightsError if a directory to write exists already and is not empty."""
+    """Raises WeightsError if `directory` already exists and is not an empty directory."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise WeightsError(f"{directory} is not empty; expected a new or an empty directory.")
 
 
 @contextlib.contextmanager
 def new_directory(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Context manager that yields a temporary directory and moves it to `directory` at the end.
+    """Context manager that yields a temporary directory, and renames it to `directory` on success.
 
     Raises:
       WeightsError: The directory is not empty, or cannot be written.
@@ -365,7 +370,7 @@ def new_directory(directory: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def add_files(directory: pathlib.Path, files: Mapping[str, Any]) -> None:
-    """Copies or writes files into a directory.
+    """Adds files to a directory, each copied from a path or written as JSON.
 
     Args:
       directory: The directory.

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: the one place where the programs of a run are compiled.
+"""Compiles all programs of a run ahead of time, or passes them to `opsd-jax plan`.
 
 The rollout engine, the train step and the other parts of a run don't leave compilation to the first
 call of a jitted function. They lower each of their programs when they are created, and pass it to
@@ -31,7 +31,7 @@ _compile: contextvars.ContextVar[Compile | None] = contextvars.ContextVar("compi
 
 
 def compiled(key: ProgramKey, lowered: jax.stages.Lowered) -> Any:
-    """Compiles a lowered program, or passes it to the plan within `planning`.
+    """Compiles a lowered program or, within the context `planning`, passes it to the plan.
 
     Args:
       key: which program it is.
@@ -64,10 +64,10 @@ def planning(compile: Compile) -> Iterator[None]:
 
 
 def is_planned() -> bool:
-    """Returns whether programs are compiled for a plan and never executed; see `planning`."""
+    """Returns True within `planning`, where programs are compiled but never executed."""
     return _compile.get() is not None
 
 
 def on_tpu() -> bool:
-    """Returns whether programs are compiled for TPUs, attached or planned."""
+    """Returns True if programs are compiled for attached TPUs or for the TPUs of a plan."""
     return is_planned() or jax.default_backend() == "tpu"

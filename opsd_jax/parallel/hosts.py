@@ -1,4 +1,4 @@
-"""Functions for runs on several hosts: starting, exchanging values and ending.
+"""Functions for multi-host runs: connecting hosts, exchanging values and exiting.
 
 Every host runs the same Python code on the same numbers, so most decisions need no communication.
 If only one host has a piece of information, such as a file, a signal or a verdict, a small
@@ -65,9 +65,9 @@ def start(coordinator: str, processes: int | None = None, process: int | None = 
         return
     if processes is None or process is None or not 0 <= process < processes:
         raise ValueError(
-            f"--coordinator {coordinator} with --processes {processes} and --process {process}; "
-            "expected --processes N, the number of processes, and --process I, the index of this "
-            "process, from 0 to N - 1."
+            f"--coordinator is {coordinator}, --processes is {processes} and --process is "
+            f"{process}; expected --processes N, the number of processes, and --process I, "
+            "the index of this process, from 0 to N - 1."
         )
     address = coordinator if ":" in coordinator else f"{coordinator}:{PORT}"
     jax.distributed.initialize(
@@ -86,12 +86,12 @@ def number() -> int:
 
 
 def is_first() -> bool:
-    """Returns whether this is the first host, which writes records and messages for all hosts."""
+    """Returns whether this is the first host, which writes all records and messages."""
     return number() == 0
 
 
 def is_loss(error: BaseException | None) -> bool:
-    """Returns whether an error, or an error that caused it, means that another host is lost.
+    """Returns whether an error or one of its causes means that another host is lost.
 
     This is so if a collective failed because a peer is gone. If the collective hangs instead, JAX
     ends the process after HEARTBEAT_SECONDS.
@@ -104,7 +104,7 @@ def is_loss(error: BaseException | None) -> bool:
 
 
 def leave(code: int) -> None:
-    """Ends this process at once with an exit code, if the run has several processes.
+    """Exits the process without cleanup if the run has several processes; otherwise returns.
 
     A normal exit would wait for minutes for hosts that have failed too or that are behind. The
     first host waits for LEAVE_SECONDS, because it runs the coordinator, and JAX aborts the other
@@ -120,12 +120,12 @@ def leave(code: int) -> None:
 
 
 def largest(value: int) -> int:
-    """Returns the largest of the values that the hosts pass. The values must fit into an int32."""
+    """Returns the maximum of an int32 value over all hosts."""
     return value if count() == 1 else int(_all_gathered(np.int32(value)).max())
 
 
 def gathered(value: T) -> list[T]:
-    """Returns the values that the hosts pass, in the order of the hosts; they must be picklable."""
+    """Returns the picklable values that all hosts pass, as a list in host order."""
     if count() == 1:
         return [value]
     data = pickle.dumps(value)
@@ -135,7 +135,7 @@ def gathered(value: T) -> list[T]:
 
 
 def each(make: Callable[[], T]) -> list[T]:
-    """Calls `make` on every host, and returns the results of all hosts in their order.
+    """Calls `make` on every host, and returns all results as a list in host order.
 
     Args:
       make: Returns a picklable value.
@@ -174,7 +174,7 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def together(make: Callable[[], T]) -> T:
-    """Calls `make` on every host, and returns this host's result if no host has failed.
+    """Calls `make` on every host, and returns this host's result once all calls have succeeded.
 
     The result need not be picklable.
 
@@ -187,7 +187,7 @@ def together(make: Callable[[], T]) -> T:
 
 
 class _Failure(NamedTuple):
-    """The error of a call that failed on one host."""
+    """The error that a function raised on one host, for transfer to the other hosts."""
 
     error: Exception
 
@@ -208,7 +208,7 @@ def _try(make: Callable[[], T]) -> T | _Failure:
 
 
 def _padded(data: bytes, length: int) -> np.ndarray:
-    """Pads bytes to uint8 [n], where n is the smallest power of two that is at least `length`.
+    """Pads bytes to a uint8 array whose size is the smallest power of two >= `length`.
 
     Every size of an all-gather compiles a program, so there should be few sizes.
     """
@@ -224,6 +224,6 @@ def _all_gathered(x: np.ndarray | np.generic) -> np.ndarray:
 
 
 def _from_first(x: np.ndarray | np.generic) -> np.ndarray:
-    """Returns the array that the first host passes."""
+    """Broadcasts the first host's array to all hosts."""
     with waiting("other hosts"), jax.transfer_guard("allow"):
         return multihost_utils.broadcast_one_to_all(x)

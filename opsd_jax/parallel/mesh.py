@@ -22,7 +22,7 @@ SHAPE = (
 
 
 def is_shape(shape: Sequence[int]) -> bool:
-    """Returns whether the sizes of the axes of a mesh are as `SHAPE` says."""
+    """Returns whether `shape` is a valid mesh shape, as described by `SHAPE`."""
     positive = all(size > 0 or size == -1 for size in shape)
     return len(shape) == len(AXES) and shape.count(-1) <= 1 and positive
 
@@ -60,7 +60,7 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
 
 
 def reshaped(mesh: Mesh, shape: Sequence[int]) -> Mesh:
-    """Returns a mesh of another shape over the same devices in the same order.
+    """Returns a mesh with another shape over the same devices in the same order.
 
     Args:
       mesh: The mesh.
@@ -81,12 +81,12 @@ def reshaped(mesh: Mesh, shape: Sequence[int]) -> Mesh:
 
 
 def _slice(device: jax.Device) -> int:
-    """Returns the index of the slice that a device belongs to; 0 if there are no slices."""
+    """Returns the index of the TPU slice that a device belongs to; 0 if it has no index."""
     return getattr(device, "slice_index", 0)
 
 
 def _sizes(shape: Sequence[int], devices: int) -> list[int]:
-    """Checks the sizes of the axes of a mesh and replaces -1 by the size that it stands for.
+    """Validates the axis sizes of a mesh, and computes the size that is given as -1.
 
     Args:
       shape: The sizes of the axes; see `make_mesh`.
@@ -103,9 +103,9 @@ def _sizes(shape: Sequence[int], devices: int) -> list[int]:
         sizes[sizes.index(-1)] = devices // known
     if math.prod(sizes) != devices:
         raise ValueError(
-            f"mesh {tuple(shape)} over {AXES} takes {known} devices"
-            f"{' or a multiple' if -1 in shape else ''}; there are {devices}. Change the sizes "
-            "of the mesh to match the number of devices."
+            f"mesh {tuple(shape)} over {AXES} needs {known} devices"
+            f"{' or a multiple of that' if -1 in shape else ''}, but the number of devices is "
+            f"{devices}. Change the sizes of the mesh to match the number of devices."
         )
     return sizes
 
@@ -116,7 +116,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def tree_shardings(mesh: Mesh, rules: Rules, tree: Any, what: str = "parameter") -> Any:
-    """Returns the sharding of each leaf of a tree, as a tree of NamedSharding.
+    """Returns the `NamedSharding` that the sharding rules give each leaf of a tree.
 
     A leaf takes the first rule whose regular expression matches its whole path.
 
@@ -160,8 +160,8 @@ def _check_spec(spec: P, shape: Sequence[int], mesh: Mesh, leaf: str) -> None:
         )
     if unknown := sorted({*used} - {*mesh.shape}):
         raise ValueError(
-            f"{leaf} has the sharding rule {spec} with the axes {unknown}; expected axes of the "
-            f"mesh, {list(mesh.shape)}."
+            f"{leaf} has the sharding rule {spec} with the axes {unknown}, which the mesh does not "
+            f"have; expected axes from {list(mesh.shape)}."
         )
     if len({*used}) < len(used):
         raise ValueError(
@@ -173,13 +173,13 @@ def _check_spec(spec: P, shape: Sequence[int], mesh: Mesh, leaf: str) -> None:
         if size % parts:
             axes = " x ".join(map(repr, _axes(entry)))
             raise ValueError(
-                f"{leaf} has a dimension of {size}, split over the mesh axis {axes} of {parts}, "
-                f"which does not divide {size}. Change the mesh or the sharding rule."
+                f"{leaf} has a dimension of size {size}, split over the mesh axis {axes} of size "
+                f"{parts}, which does not divide {size}. Change the mesh or the sharding rule."
             )
 
 
 def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """Returns the mesh axes in one entry of a PartitionSpec."""
+    """Returns the mesh axes in one entry of a PartitionSpec, as a tuple."""
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
@@ -217,7 +217,10 @@ def placed(tree: Any, shardings: Any) -> Any:
 
 
 def shard_bytes(tree: Any) -> int:
-    """Computes the bytes that arrays, or shapes with shardings, take on each device."""
+    """Computes the memory that a tree of sharded arrays takes on each device, in bytes.
+
+    Leaves can be shapes with shardings.
+    """
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -225,22 +228,22 @@ def shard_bytes(tree: Any) -> int:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of an array of which every device holds a full copy."""
+    """Returns the sharding that gives every device of the mesh a full copy of an array."""
     return NamedSharding(mesh, P())
 
 
 def rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Returns the sharding that splits a batch over devices along `axis`, the dimension of rows."""
+    """Returns the sharding that splits an array over `data` and `fsdp` along its batch axis."""
     return NamedSharding(mesh, P(*(None,) * axis, ROWS))
 
 
 def rows_in_context() -> P | None:
-    """Returns the PartitionSpec of a batch's rows, or None if no mesh is in context."""
+    """Returns the PartitionSpec that shards a batch by row, or None without a mesh in context."""
     return None if jax.sharding.get_abstract_mesh().empty else P(ROWS)
 
 
 def on_each_device(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-    """Wraps a function so that each device calls it on its own part of the arguments.
+    """Wraps a function so that each device applies it to its own shard of the arguments.
 
     The wrapper is `jax.shard_map` over the mesh in context (`jax.set_mesh`). Without a mesh, the
     result is `function` itself.
@@ -255,12 +258,12 @@ def on_each_device(function: Callable, in_specs: Any, out_specs: Any) -> Callabl
 
 
 def constrain(x: jax.Array, spec: P) -> jax.Array:
-    """Constrains the sharding of an array within jit to `spec`, if a mesh is in context."""
+    """Constrains an array within jit to the sharding `spec`, if a mesh is in context."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec)
 
 
 def row_shards(mesh: Mesh) -> int:
-    """Returns the number of parts into which the mesh splits the rows of a batch."""
+    """Returns the number of shards into which the mesh splits a batch, data x fsdp."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -1,4 +1,4 @@
-"""Keys of the programs that a run compiles, and names of the loops in them.
+"""Keys that identify the compiled programs of a run, and scope names of their loops.
 
 The modules that compile programs and the plan, which counts their executions and the trips of their
 loops, share these keys. A key that does not match raises an error instead of counting as zero.
@@ -13,12 +13,12 @@ DECODE_STEPS = "decode_steps"  # named scope of the loop over decoding steps
 
 
 def bucket_scope(bucket: int) -> str:
-    """Returns the named scope of the train step's loop over the microbatches of a bucket."""
+    """Returns the scope name of the train step's loop over the microbatches of one bucket."""
     return f"bucket_{bucket}"
 
 
 class ProgramKind(enum.Enum):
-    """The kind of a compiled program. Its value is the text that a plan prints."""
+    """What a compiled program does. The values appear in the output of `opsd-jax plan`."""
 
     RESHARD = "reshard"
     START = "start"
@@ -31,7 +31,7 @@ class ProgramKind(enum.Enum):
 
 
 class ProgramKey(NamedTuple):
-    """Identifies a program among those that one part of a run compiles.
+    """Identifies a compiled program within one part of a run, such as a rollout engine.
 
     Attributes:
       kind: what the program does.
@@ -42,6 +42,6 @@ class ProgramKey(NamedTuple):
     cache_length: int | None = None
 
     def __str__(self) -> str:
-        """Returns the text that a plan prints, such as "decode in 9216"."""
+        """Returns the program's name in the output of a plan, such as "decode in 9216"."""
         name = self.kind.value
         return name if self.cache_length is None else f"{name} {self.cache_length}"

@@ -1,4 +1,4 @@
-"""A watchdog that warns about a slow step and reports what the run is waiting for."""
+"""A watchdog that warns about slow steps and reports what the run is waiting for."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ _waits: list[tuple[str, float]] = []
 
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Context manager that records what the run waits for, such as "the verifier"; it can nest."""
+    """Context manager that records what the run is waiting for, such as "the verifier".
+
+    The contexts can be nested.
+    """
     _waits.append((what, time.monotonic()))
     try:
         yield
@@ -44,7 +47,7 @@ class Watchdog:
     """
 
     def __init__(self, name: str):
-        """Creates a watchdog.
+        """Creates a watchdog for the steps of one stage.
 
         Args:
           name: The name of the stage, for the warnings.
@@ -63,7 +66,7 @@ class Watchdog:
         self._step, self._began, self._limit = step, now, max(LEAST_SECONDS, limit)
 
     def _watch(self) -> None:
-        """Checks the current step until the context ends."""
+        """Checks the current step about once per second, and warns if it takes too long."""
         while not self._left.wait(LOOK_SECONDS):
             taken = time.monotonic() - self._began
             if taken > self._limit:
@@ -71,7 +74,7 @@ class Watchdog:
                 self._warn(taken)
 
     def _warn(self, taken: float) -> None:
-        """Logs that the current step has taken `taken` seconds, and writes all stacks."""
+        """Logs that the current step has taken `taken` seconds, and prints every thread's stack."""
         median = f"{statistics.median(self._seconds):.1f} s" if self._seconds else "not known yet"
         waits = [*_waits] or [("its own Python code", self._began)]
         what, waited = " > ".join(name for name, _ in waits), time.monotonic() - waits[-1][1]

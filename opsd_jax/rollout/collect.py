@@ -1,4 +1,4 @@
-"""Samples rollouts of problems, and verifies each one while the device samples the others.
+"""Samples rollouts for problems, and verifies finished rollouts while others are sampled.
 
 Verdicts are futures. The host waits for them only when it needs them.
 """
@@ -31,7 +31,7 @@ Reply = Verdict | Future[Verdict] | None
 
 
 class Judged(NamedTuple):
-    """The verdicts on N rollouts.
+    """The verdicts and outcomes of N rollouts.
 
     Attributes:
       verdicts: one per rollout. A truncated rollout is not verified; its verdict is TRUNCATED.
@@ -46,7 +46,7 @@ class Judged(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Rollouts:
-    """N rollouts on the host. Each list has one entry per rollout.
+    """N sampled rollouts in host memory. Each list has one entry per rollout.
 
     Attributes:
       problems: the problem of each rollout. Rollouts of one group are adjacent.
@@ -80,7 +80,7 @@ class Rollouts:
 
     @functools.cached_property
     def judged(self) -> Judged:
-        """The verdicts and outcomes of all rollouts.
+        """The verdicts and outcomes of all rollouts; waits for pending verdicts.
 
         The first access waits until every host has the verdicts that it requested. All hosts must
         access this property at the same point of the program. Access it as late as possible.
@@ -96,13 +96,13 @@ class Rollouts:
         return Judged(verdicts, outcomes_of(verdicts, self.truncated), wait_seconds)
 
     def _await_own(self) -> dict[int, Verdict]:
-        """Waits for the verdicts that this host requested and returns them by rollout index."""
+        """Waits for the verdicts that this host requested, and returns a dict by rollout index."""
         return {
             i: reply.result() for i, reply in enumerate(self.replies) if isinstance(reply, Future)
         }
 
     def settled(self) -> Rollouts:
-        """Waits for all verdicts and returns the rollouts with verdicts in place of futures."""
+        """Waits for all verdicts, and returns a copy of the rollouts without pending verdicts."""
         return dataclasses.replace(
             self, replies=[*self.judged.verdicts], wait_seconds=self.judged.wait_seconds
         )
@@ -145,7 +145,7 @@ class Collector:
         numbers: Sequence[int] | None = None,
         poll: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[int, Rollouts]]:
-        """Samples rollouts, and yields the group of each problem when its last rollout has ended.
+        """Samples rollouts, and yields each problem's group once all its rollouts have ended.
 
         Args:
           params, key, sampling_params, poll: see `Engine.__call__`.
@@ -183,7 +183,7 @@ class Collector:
                     wait_seconds = 0.0
 
     def _verify(self, problem: Problem, response: Response) -> Reply:
-        """Starts to verify a response, unless another host does so; returns the reply."""
+        """Returns a response's verdict or future verdict; None if another host verifies it."""
         if response.stop == STOP_LENGTH:
             return TRUNCATED
         if (response.prompt * self.group_size + response.member) % hosts.count() != hosts.number():
@@ -200,7 +200,7 @@ class Collector:
         sampling_params: SamplingParams,
         poll: Callable[[], None] = lambda: None,
     ) -> Rollouts:
-        """Samples rollouts of at least one problem and returns them in the order of the problems.
+        """Samples G rollouts for each problem, and returns them in the order of the problems.
 
         Args:
           params, key, sampling_params, poll: see `Engine.__call__`.
@@ -221,7 +221,7 @@ class Collector:
 def _rollouts(
     problem: Problem, group: Sequence[tuple[Response, Reply]], wait_seconds: float
 ) -> Rollouts:
-    """Builds the `Rollouts` of one problem from its responses and replies."""
+    """Builds the `Rollouts` of one problem from its responses and their verdicts or futures."""
     responses = [response for response, _ in group]
     return Rollouts(
         problems=[problem] * len(group),

@@ -1,4 +1,4 @@
-"""The rollout engine: samples responses to prompts and yields each response when it ends.
+"""The rollout engine, which samples responses to prompts and yields them as they end.
 
 A fixed number of decoding slots is filled from a queue. The engine refills a slot as soon as its
 rollout ends, so a long rollout does not delay the others. Each prompt is prefilled once, and its
@@ -49,7 +49,7 @@ SHORTEST_CACHE = 128  # tokens; a shorter cache would save little
 
 
 class Response(NamedTuple):
-    """A finished rollout on the host.
+    """The response of a finished rollout, in host memory.
 
     Attributes:
       prompt: the index of its prompt.
@@ -71,7 +71,7 @@ class Response(NamedTuple):
 
 
 class EndedRollouts(NamedTuple):
-    """The rollouts that ended in one chunk of decoding steps.
+    """The responses of the rollouts that ended during one chunk of decoding steps.
 
     Attributes:
       responses: at least one.
@@ -92,7 +92,7 @@ def shape_for(
     response_tokens: int,
     shards: int,
 ) -> EngineShape:
-    """Computes the sizes of an engine for a given number of rollouts.
+    """Computes the `EngineShape` for a given number and size of rollouts.
 
     The engine has no more slots than rollouts, and one prefill fills a quarter of the slots. Both
     numbers are rounded up to a multiple of `shards`.
@@ -140,7 +140,7 @@ def left_pad(
 
 
 def default_cache_lengths(shape: EngineShape) -> list[int]:
-    """Returns the default lengths of the decoding slots' cache, in tokens, in ascending order.
+    """Returns the default cache lengths of an engine, in tokens, in ascending order.
 
     Each length is about twice the previous one. A decoding step reads the whole cache, so the
     engine keeps it only as long as its longest active rollout needs.
@@ -152,7 +152,7 @@ def default_cache_lengths(shape: EngineShape) -> list[int]:
 
 
 class Engine:
-    """Samples responses to prompts with programs that are compiled once, at construction.
+    """Samples responses to prompts with programs that are compiled at construction.
 
     Attributes:
       shape: the sizes that the programs are compiled for.
@@ -192,8 +192,8 @@ class Engine:
         lengths = list(cache_lengths)
         if lengths != sorted({*lengths}) or lengths[-1] < longest - 1:
             raise ValueError(
-                f"cache_lengths are {lengths}; expected ascending numbers of tokens, the last one "
-                f"at least {longest - 1} (prompt_tokens + response_tokens - 1)."
+                f"cache_lengths is {lengths}; expected strictly ascending lengths in tokens, with "
+                f"a last value of at least {longest - 1} (prompt_tokens + response_tokens - 1)."
             )
         self.shape, self.cache_lengths = shape, lengths
         self._pad_id, self._vocab_size = pad_id, model.vocab_size
@@ -212,7 +212,7 @@ class Engine:
         budgets: Sequence[Sequence[int]] | None = None,
         poll: Callable[[], None] = lambda: None,
     ) -> Iterator[EndedRollouts]:
-        """Samples rollouts of each prompt, and yields them as they end.
+        """Samples rollouts for each prompt, and yields their responses as they end.
 
         The engine starts the next chunk on the device before it yields the rollouts that ended in
         the last one.
@@ -261,7 +261,7 @@ class Engine:
         ids: Sequence[Sequence[int]],
         budgets: Sequence[Sequence[int]] | None,
     ) -> list[list[_Rollout]]:
-        """Checks the arguments and returns the rollouts of each prompt, without empty groups."""
+        """Validates the arguments, and returns a list of rollouts for each prompt that has any."""
         P, L = self.shape.prompt_tokens, self.shape.response_tokens
         if budgets is None:
             budgets = [[L] * len(prompt_ids) for prompt_ids in ids]
@@ -273,8 +273,8 @@ class Engine:
                 )
             if len(room) != len(own) or not all(0 < budget <= L for budget in room):
                 raise ValueError(
-                    f"budgets of prompt {i} are {room}; expected one for each of its {len(own)} "
-                    f"rollouts, from 1 to {L} tokens."
+                    f"budgets[{i}] is {room}; expected one value for each of the {len(own)} "
+                    f"rollouts of prompt {i}, from 1 to {L} tokens."
                 )
             rollouts = [
                 _Rollout(i, j, prompt, rollout_id, budget)
@@ -297,15 +297,15 @@ class _Rollout:
         self._pieces: list[tuple[np.ndarray, ...]] = []
 
     def cache_length_after(self, steps: int) -> int:
-        """Returns the cache length that the rollout needs at most for its next `steps` tokens."""
+        """Returns the cache length that suffices for the rollout's next `steps` tokens."""
         return min(self.position + steps, len(self.prompt_ids) + self.budget - 1)
 
     def row(self) -> tuple[int, ...]:
-        """Returns the values of `slots.Rows` before the first decoding step, in field order."""
+        """Returns this rollout's initial values for the fields of `slots.Rows`, in order."""
         return self.prompt_ids[-1], self.position, self.rollout_id, 0, self.budget
 
     def append(self, chunk: Chunk, slot: int) -> None:
-        """Appends the tokens that a fetched chunk sampled in the rollout's slot."""
+        """Appends this rollout's new tokens, which are in column `slot` of a fetched chunk."""
         n = int(chunk.drawn[slot])
         self.position += n
         columns = chunk.tokens, chunk.sampling_logprobs, chunk.model_logprobs
@@ -313,13 +313,13 @@ class _Rollout:
         self._pieces.append(tuple(np.array(column[:n, slot]) for column in columns))
 
     def response(self, stop: int) -> Response:
-        """Returns the finished response."""
+        """Returns the sampled tokens as a `Response` with the stop reason `stop`."""
         tokens, sampling, model = map(np.concatenate, zip(*self._pieces, strict=True))
         return Response(self.prompt, self.member, tokens, sampling, model, stop)
 
 
 class _Prefilled(NamedTuple):
-    """A rollout that waits for a slot. Row `source` of `cache` holds its prefilled prompt."""
+    """A rollout that waits for a slot. Row `source` of `cache` contains its prefilled prompt."""
 
     cache: Cache
     source: int
@@ -327,7 +327,7 @@ class _Prefilled(NamedTuple):
 
 
 class _Batch:
-    """The rollouts of one call of the engine, and the state of its slots."""
+    """The state of one call of the engine: its rollouts and its decoding slots."""
 
     def __init__(
         self,
@@ -338,7 +338,7 @@ class _Batch:
         key: jax.Array,
         sampling_params: sampling.SamplingParams,
     ):
-        """Creates empty slots and a queue of all prompts.
+        """Creates empty decoding slots and a queue of all prompts.
 
         Args:
           programs: the engine's compiled programs.
@@ -356,11 +356,11 @@ class _Batch:
         self._state, self._cache_length = programs.start(), programs.cache_lengths[0]
 
     def _put(self, *arrays: Any) -> tuple[Any, ...]:
-        """Copies host arrays to every device, explicitly (`jax.transfer_guard`)."""
+        """Copies host arrays to every device. `jax.transfer_guard` does not reject this copy."""
         return mesh_lib.placed(arrays, jax.tree.map(lambda _: self._programs.replicated, arrays))
 
     def fill_slots(self) -> None:
-        """Inserts rollouts until no slot is free or no rollout is left."""
+        """Inserts waiting rollouts until no slot is free or no rollout is waiting."""
         free = deque(slot for slot, rollout in enumerate(self._active) if rollout is None)
         while free and (self._prefilled or self._queue):
             if not self._prefilled:
@@ -401,7 +401,7 @@ class _Batch:
         return ended
 
     def _prefill(self) -> None:
-        """Prefills the next prompts of the queue."""
+        """Prefills the next prompts in the queue."""
         n, P = self._shape.prompts, self._shape.prompt_tokens
         groups = [self._queue.popleft() for _ in range(min(n, len(self._queue)))]
         begun = [group[0].prompt_ids[:-1] for group in groups] + [()] * (n - len(groups))
@@ -414,7 +414,7 @@ class _Batch:
         )
 
     def _insert(self, free: deque[int]) -> None:
-        """Inserts rollouts of one prefill into free slots, as many as one program call takes."""
+        """Inserts up to ROLLOUTS_PER_INSERT rollouts of one prefill into free slots."""
         m, cache = ROLLOUTS_PER_INSERT, self._prefilled[0].cache
         source_m = np.zeros(m, np.int32)
         slot_m = np.full(m, self._shape.slots, np.int32)  # past the last slot: not inserted
@@ -432,7 +432,7 @@ class _Batch:
         )
 
     def _resize(self) -> None:
-        """Resizes the cache to the shortest length that holds the next chunk."""
+        """Resizes the cache to the shortest available length that is enough for the next chunk."""
         steps = self._programs.steps_per_chunk
         needed = max(r.cache_length_after(steps) for r in self._active if r is not None)
         goal = next(length for length in self._programs.cache_lengths if length >= needed)
@@ -449,5 +449,5 @@ def _threefry(key: jax.Array) -> jax.Array:
 
 
 def _is_done(chunk: Chunk | None) -> bool:
-    """Returns whether the device has finished the chunk. None counts as finished."""
+    """Returns whether the device has finished computing `chunk`. None counts as finished."""
     return chunk is None or chunk.tokens.is_ready()  # type: ignore[attr-defined] # not in its stub

@@ -1,4 +1,4 @@
-"""The rollout engines of a run, one for each shape."""
+"""A cache of compiled rollout engines, one per engine shape."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Engines:
     """Compiles the rollout engines of a model on demand, and caches the most recently used ones."""
 
     def __init__(self, model: Model, layout: Callable[[], Layout], pad_id: int):
-        """Creates a cache of engines, which is empty at first.
+        """Creates an empty cache of engines.
 
         Args:
           model: the model.
@@ -37,7 +37,7 @@ class Engines:
         prompt_tokens: int,
         response_tokens: int,
     ) -> Engine:
-        """Returns an engine for rollouts of the given sizes, and compiles it if it is not cached.
+        """Returns an engine for the given sizes, and compiles the engine if it is not cached.
 
         `shape_for` computes the shape of the engine.
 
@@ -61,7 +61,7 @@ class Engines:
 
     @functools.cached_property
     def _layout(self) -> Layout:
-        """The layout of the parameters for decoding."""
+        """The layout of the parameters for decoding, built at the first access."""
         return self._make_layout()
 
     def _compile(self, shape: EngineShape) -> Engine:

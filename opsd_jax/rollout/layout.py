@@ -1,4 +1,4 @@
-"""The layout of the parameters for decoding: their shardings and dtypes while sampling."""
+"""The layout of the parameters during decoding: their shardings and dtypes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from opsd_jax.policy import Model, Params
 
 
 class Layout(NamedTuple):
-    """A layout of the parameters for decoding, and the function that converts to it.
+    """A layout of the parameters for decoding, and a function that converts parameters to it.
 
     Attributes:
       mesh: the devices, in the shape that decoding uses.
@@ -33,7 +33,7 @@ class Layout(NamedTuple):
 
 
 def check_fits(model: Model, shapes: Params, mesh: jax.sharding.Mesh) -> None:
-    """Checks that the model can decode on the mesh, without compiling anything.
+    """Raises ValueError if the model cannot decode on the mesh. Compiles nothing.
 
     Args:
       model: the model.
@@ -110,7 +110,7 @@ def decode_layout(model: Model, abstract_params: Params, mesh: jax.sharding.Mesh
 def _unchanged(
     jaxpr: Any, given: Sequence[jax.ShapeDtypeStruct], shardings: Sequence[jax.sharding.Sharding]
 ) -> list[int | None]:
-    """Finds the parameters that are the same in training and decoding.
+    """Finds the parameters that need no conversion between training and decoding.
 
     Args:
       jaxpr: the traced `decode_params`.

@@ -25,7 +25,7 @@ PRNG = "threefry2x32"
 
 
 class EngineShape(NamedTuple):
-    """The sizes that the programs of an engine are compiled for.
+    """The array sizes that the programs of an engine are compiled for.
 
     Attributes:
       slots: S, number of decoding slots: rollouts that are sampled at the same time.
@@ -41,7 +41,7 @@ class EngineShape(NamedTuple):
 
 
 class Programs:
-    """The compiled programs of an engine.
+    """The programs of a rollout engine, such as prefill and decode, compiled at construction.
 
     Attributes:
       shape: the sizes.
@@ -69,7 +69,7 @@ class Programs:
         shape: EngineShape,
         cache_lengths: Sequence[int],
     ):
-        """Compiles all programs of an engine.
+        """Compiles all programs of a rollout engine.
 
         Args:
           model: the model.
@@ -96,7 +96,7 @@ class Programs:
             self._resize = self._compile_resize()
 
     def resize(self, state: Slots, old: int, new: int) -> Slots:
-        """Resizes the cache of the slots from length `old` to length `new`; returns the new state.
+        """Resizes the slots' cache from length `old` to length `new`, and returns the new state.
 
         Resizes one leaf at a time and deletes its old form, so that the device never holds a
         second copy of more than one leaf.
@@ -112,7 +112,7 @@ class Programs:
         return state._replace(cache=jax.tree.unflatten(tree, leaves))
 
     def _abstract_cache(self, batch: int, length: int) -> Cache:
-        """Returns the shapes and shardings of a cache."""
+        """Returns the shapes and shardings of a cache with `batch` rows of `length` tokens."""
         shapes = jax.eval_shape(lambda: self._model.policy.init_cache(batch, length))
         rules = self._model.cache_rules
         return mesh_lib.abstract_of(
@@ -120,20 +120,20 @@ class Programs:
         )
 
     def _abstract_state(self, length: int) -> Slots:
-        """Returns the shapes and shardings of all slots with a cache of this length."""
+        """Returns the shapes and shardings of a `Slots` whose cache has the given length."""
         S = self.shape.slots
         rows = jax.eval_shape(lambda: slots.empty_rows(S))
         rows = mesh_lib.abstract_of(rows, jax.tree.map(lambda _: self._rows, rows))
         return Slots(rows, self._abstract_cache(S, length))
 
     def _abstract_arguments(self, *arguments: Any) -> Any:
-        """Returns the shapes of arguments of which every device holds a full copy."""
+        """Returns the shapes of arguments, with a sharding that replicates them on every device."""
         return mesh_lib.abstract_of(arguments, jax.tree.map(lambda _: self.replicated, arguments))
 
     def _compile_prepare(
         self, abstract_params: Params
     ) -> tuple[Callable[[Params], Params], Params]:
-        """Compiles the program that unrolls the parameters on CPUs (`Model.unrolled`).
+        """Compiles `Model.unrolled`, which prepares the parameters for decoding on CPUs.
 
         Other devices use the parameters as they are.
 
@@ -149,7 +149,7 @@ class Programs:
         return program, mesh_lib.abstract_of(shapes, program.output_shardings)
 
     def _compile_start(self, length: int) -> Callable[[], Slots]:
-        """Compiles the program that returns empty slots."""
+        """Compiles the program that creates empty slots, for one cache length."""
 
         def start():
             S = self.shape.slots
@@ -158,7 +158,7 @@ class Programs:
         return _compile(ProgramKey(ProgramKind.START), start, out=_shardings(self._states[length]))
 
     def _compile_prefill(self, abstract_params: Params) -> Callable[..., Cache]:
-        """Compiles the program that prefills prompts; it shards them by row."""
+        """Compiles the program that prefills prompts, which are sharded by row."""
 
         def prefill(params, *prompts):
             sharded = [jax.lax.with_sharding_constraint(x, self._rows) for x in prompts]
@@ -189,7 +189,7 @@ class Programs:
     def _compile_decode(
         self, length: int, abstract_params: Params
     ) -> Callable[..., tuple[Slots, slots.Chunk]]:
-        """Compiles the program that decodes a chunk of steps, for one cache length."""
+        """Compiles the program that runs a chunk of decoding steps, for one cache length."""
         policy, steps = self._model.policy, self.steps_per_chunk
 
         def decode(params, state, key_data, sampling_params, stop_after):
@@ -212,7 +212,7 @@ class Programs:
         )
 
     def _compile_resize(self) -> dict[Any, Callable[[jax.Array], jax.Array]]:
-        """Compiles the programs that resize an array of the cache, by its old and new shape."""
+        """Compiles the programs that resize a cache array; returns a dict by old and new shape."""
         programs: dict[Any, Callable[[jax.Array], jax.Array]] = {}
         for states in itertools.permutations(self._states.values(), 2):
             old, new = (jax.tree.leaves(state.cache) for state in states)
@@ -228,11 +228,11 @@ class Programs:
 def _compile(
     key: ProgramKey, function: Callable, *arguments: Any, out: Any, donate: Any = ()
 ) -> Any:
-    """Compiles a function for abstract arguments, with output shardings `out`."""
+    """Compiles a function for the shapes in `arguments`, with the output shardings `out`."""
     jitted = jax.jit(function, donate_argnums=donate, out_shardings=out)
     return aot.compiled(key, jitted.lower(*arguments))
 
 
 def _shardings(tree: Any) -> Any:
-    """Returns the sharding of each leaf of a tree."""
+    """Returns the sharding of each leaf, as a tree of the same structure."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)

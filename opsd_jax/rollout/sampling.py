@@ -56,7 +56,7 @@ class SamplingParams(NamedTuple):
 
 
 def folded_key(seed: int, *data: int) -> jax.Array:
-    """Creates the PRNG key of a seed in [0, 2^32) and folds each number in `data` into it.
+    """Creates a PRNG key from a seed in [0, 2^32), and folds each number in `data` into it.
 
     The transfers to the device are explicit, so `jax.transfer_guard` allows them.
     """
@@ -99,7 +99,8 @@ def params(
     forbidden_V = _token_mask("forbidden", forbidden, vocab_size)
     if forbidden_V.all():
         raise ValueError(
-            f"forbidden contains all {vocab_size} tokens of the vocabulary; leave at least one out."
+            f"forbidden contains all {vocab_size} tokens of the vocabulary; expected at least "
+            "one token that is not forbidden."
         )
     return SamplingParams(
         temperature=np.asarray(temperature, np.float32),
@@ -181,24 +182,27 @@ def draw(logits_BxV: jax.Array, keys_B: jax.Array, sampling_params: SamplingPara
 
 
 def _blocks(x_BxV: jax.Array) -> jax.Array:
-    """Reshapes [B, V] to blocks [B, R, N]. If the vocabulary is sharded, so are the blocks."""
+    """Reshapes [B, V] to [B, R, N], which splits the vocabulary into R blocks.
+
+    If the vocabulary is sharded, the blocks are sharded.
+    """
     B, V = x_BxV.shape
     R = math.gcd(V, 128)
     return x_BxV.reshape(B, R, V // R)
 
 
 def _at(x_BxN: jax.Array, index_B: jax.Array) -> jax.Array:
-    """Returns one element of each row, [B], at the given indices."""
+    """Returns the element at `index_B` in each row, of shape [B]."""
     return jnp.take_along_axis(x_BxN, index_B[:, None], axis=1)[:, 0]
 
 
 def _block(x_BxRxN: jax.Array, index_B: jax.Array) -> jax.Array:
-    """Returns one block of each row, [B, N], at the given indices."""
+    """Returns the block at `index_B` in each row, of shape [B, N]."""
     return jnp.take_along_axis(x_BxRxN, index_B[:, None, None], axis=1)[:, 0]
 
 
 def _argmax(x_BxV: jax.Array) -> jax.Array:
-    """Returns `jnp.argmax` of each row, int32 [B], in two steps that XLA:CPU runs faster."""
+    """Computes `jnp.argmax` of each row, int32 [B], in two steps, which is faster on CPUs."""
     x_BxRxN = _blocks(x_BxV)
     block_B = jnp.argmax(x_BxRxN.max(axis=-1), axis=-1)
     offset_B = jnp.argmax(_block(x_BxRxN, block_B), axis=-1)
@@ -222,7 +226,7 @@ def _sample(x_BxV: jax.Array, keys_B: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _invert(mass_BxN: jax.Array, fraction_B: jax.Array) -> jax.Array:
-    """Returns the first index whose cumulative mass exceeds a fraction of the row's total.
+    """Returns the first index in each row whose cumulative mass exceeds `fraction_B` of the total.
 
     Indices without mass are never returned, whatever the rounding of the cumulative sum.
     """
@@ -233,7 +237,7 @@ def _invert(mass_BxN: jax.Array, fraction_B: jax.Array) -> jax.Array:
 
 
 def _restrict(x_BxV: jax.Array, sampling_params: SamplingParams) -> jax.Array:
-    """Sets the logits that `top_k`, `top_p` and `min_p` exclude to -inf."""
+    """Sets the logits of all tokens that `top_k`, `top_p` or `min_p` excludes to -inf."""
 
     def top_k(mass_BxV):
         count = lambda kept_BxV: jnp.sum(kept_BxV, axis=-1)
@@ -256,7 +260,7 @@ def _restrict(x_BxV: jax.Array, sampling_params: SamplingParams) -> jax.Array:
 
 
 def _cutoff(mass_BxV: jax.Array, is_enough) -> jax.Array:
-    """Returns the largest mass m_B for which `is_enough(mass >= m)` holds, by bisection.
+    """Finds by bisection the largest m in each row for which `is_enough(mass >= m)` is true.
 
     Where it holds for no mass, returns the smallest normal float. Positive floats have the same
     order as the integers with the same bits, so 30 halvings find the exact value. Sorting a
@@ -282,7 +286,7 @@ def _cutoff(mass_BxV: jax.Array, is_enough) -> jax.Array:
 
 
 def _keep(mass_BxV: jax.Array, cutoff_B: jax.Array, ties_kept_B: Array) -> jax.Array:
-    """Sets masses below the cutoff to 0, and all but the first `ties_kept_B` masses equal to it."""
+    """Sets masses below the cutoff to 0. Keeps the first `ties_kept_B` masses equal to it."""
     blocks_BxRxN = _blocks(mass_BxV)
     ties_BxRxN = blocks_BxRxN == cutoff_B[:, None, None]
     count_BxR = jnp.sum(ties_BxRxN, axis=-1)

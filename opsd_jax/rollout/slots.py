@@ -1,4 +1,4 @@
-"""Pure functions on decoding slots: prefill a prompt, insert rollouts, decode, resize the cache.
+"""Pure functions on decoding slots: prefill prompts, insert rollouts, decode, resize the cache.
 
 A slot holds one rollout while its response is being sampled. A sampled token depends only on the
 model, the key, the rollout id and the token's index in the response. It does not depend on the
@@ -27,7 +27,7 @@ RUNNING = 2  # it has not stopped
 
 
 class Rows(NamedTuple):
-    """The state of the rollout in each slot, int32 [S] each.
+    """The state of the rollout in each slot. Every field is an int32 array [S].
 
     Attributes:
       token: the rollout's last token. Its keys and values are not in the cache yet.
@@ -45,14 +45,14 @@ class Rows(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """The state of decoding: one row per slot, and the policy's cache for all slots."""
+    """The decoding state: the rollout in each slot, and the model's cache for all slots."""
 
     rows: Rows
     cache: Cache
 
 
 class Chunk(NamedTuple):
-    """The tokens that a few decoding steps sampled in each slot.
+    """The tokens sampled in each slot during up to T consecutive decoding steps.
 
     The tokens of slot s are the first `drawn[s]` of column s; the rest of the column is undefined.
 
@@ -72,7 +72,7 @@ class Chunk(NamedTuple):
 
 
 def empty_rows(slots: int) -> Rows:
-    """Returns the rows of `slots` empty slots."""
+    """Returns the `Rows` of `slots` decoding slots that are all empty."""
     zeros = jnp.zeros(slots, jnp.int32)
     return Rows(zeros, zeros - 1, zeros, zeros, zeros)
 
@@ -94,7 +94,7 @@ def prefill(
 
 
 def length_axes(policy: Policy) -> Any:
-    """Finds the axis of each cache array that grows with the length of the cache; -1 for none.
+    """Finds the axis of each cache array that grows with the cache length; -1 if none does.
 
     Raises:
       ValueError: an array has several such axes, or its first axis is one of them.
@@ -109,7 +109,7 @@ def length_axes(policy: Policy) -> Any:
             raise ValueError(
                 f"init_cache(1, 1024) returns an array of shape {a.shape}, and init_cache(1, 2048) "
                 f"an array of shape {b.shape}; expected at most one axis to grow with the length, "
-                "and not the first axis, which is the batch."
+                "and not the first axis, which is the batch axis."
             )
         return axes[0] if axes else -1
 
@@ -153,7 +153,7 @@ def insert(
 
 
 def resize(leaf: jax.Array, axis: int, size: int) -> jax.Array:
-    """Returns a cache array with a new size along `axis`, truncated or padded with zeros."""
+    """Truncates a cache array along `axis`, or pads it with zeros, to the given size."""
     if size <= leaf.shape[axis]:
         return jax.lax.slice_in_dim(leaf, 0, size, axis=axis)
     widths = [(0, size - leaf.shape[axis] if i == axis else 0) for i in range(leaf.ndim)]
@@ -170,7 +170,7 @@ def decode(
     *,
     steps: int,
 ) -> tuple[Slots, Chunk]:
-    """Decodes up to `steps` tokens in each slot that is not empty.
+    """Samples up to `steps` tokens for the rollout in each nonempty slot.
 
     Args:
       policy, params: the model.
@@ -221,7 +221,7 @@ def _record(
     sampled: sampling.Drawn,
     sampling_params: sampling.SamplingParams,
 ) -> tuple[Rows, Chunk]:
-    """Adds the tokens of step t to the chunk, advances the rows, and empties stopped slots."""
+    """Adds the tokens of step t to the chunk, advances the rows, and frees stopped slots."""
     active_S = rows.position >= 0
     drawn_S = rows.drawn + active_S
     eos_S = active_S & jnp.asarray(sampling_params.stop)[sampled.token]

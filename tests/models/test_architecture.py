@@ -105,7 +105,7 @@ def test_normalised_queries_with_biases_cannot_be_exported():
         ({"architectures": ["MistralForCausalLM"]}, r"architectures is \[\"MistralForCausalLM\"\]"),
         (
             {"rope_parameters": {"full_attention": {"rope_theta": 5e5}}},
-            "rope_scaling is .*; expected one object with the scaling of all layers",
+            "rope_scaling is .*; expected a single object that applies to all layers",
         ),
         (
             {"rope_parameters": {"partial_rotary_factor": 0.5}},
@@ -152,7 +152,7 @@ def test_an_unreadable_config_json_is_named(tmp_path, text):
     path = tmp_path / "config.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(ValueError, match=r"config\.json (cannot be read|holds a JSON list)"):
+    with pytest.raises(ValueError, match=r"config\.json (cannot be read|contains a JSON list)"):
         architecture.from_json(path)
 
 

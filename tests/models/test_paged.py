@@ -214,7 +214,7 @@ def test_auto_is_paged_on_a_tpu_if_the_kernel_supports_the_sizes(monkeypatch, si
     [
         ({"cache": "ragged"}, "cache is 'ragged'; expected one of 'auto', 'dense', 'paged'"),
         ({"head_dim": 64}, "cache is 'paged' with model.head_dim = 64"),
-        ({"num_heads": 6, "num_kv_heads": 6}, "model.num_kv_heads = 6; its kernel needs"),
+        ({"num_heads": 6, "num_kv_heads": 6}, "model.num_kv_heads = 6; the kernel needs"),
     ],
 )
 def test_an_unsupported_cache_is_an_error(sizes, changes, message):

@@ -35,7 +35,9 @@ def test_scaling_keeps_high_frequencies_and_divides_low_ones(kind):
 def test_an_invalid_scaling_is_an_error():
     with pytest.raises(ValueError, match=r"rope_type is 'ntk'; expected one of"):
         rope.RopeScaling("ntk")
-    with pytest.raises(ValueError, match=r"low_freq_factor is 4.0; expected less than high_freq"):
+    with pytest.raises(
+        ValueError, match=r"low_freq_factor is 4.0; expected a value below high_freq"
+    ):
         rope.RopeScaling("llama3", 8.0, low_freq_factor=4.0)
 
 

@@ -160,7 +160,10 @@ def test_a_stored_head_must_equal_a_tied_embedding(tmp_path):
     tensors["lm_head.weight"][39, 15] += 1
     other = hf_files.write(tmp_path / "other", tensors, config)
     for use in (lambda: load(opened(other)), lambda: pretrained.rewrite(other, tmp_path / "no")):
-        with pytest.raises(WeightsError, match=r"lm_head\.weight that differs from the embedding"):
+        with pytest.raises(
+            WeightsError,
+            match=r"the tensor lm_head\.weight in .* differs from model\.embed_tokens\.weight",
+        ):
             use()
 
 
@@ -207,14 +210,14 @@ def twice(directory):
         (cut_off, r"model-00002-of-00003\.safetensors has \d+ bytes, but its header describes \d+"),
         (no_header, r"model-00002-of-00003\.safetensors is damaged or is not a safetensors file"),
         (empty, r"model-00002-of-00003\.safetensors is damaged or is not a safetensors file"),
-        (wrong_offsets, r"model-00002-of-00003\.safetensors is damaged .* are bytes 1 to"),
+        (wrong_offsets, r"model-00002-of-00003\.safetensors is damaged .* data_offsets are 1 and"),
         (
             absent,
-            r"index\.json lists files that are missing in .*: model-00002-of-00003\.safetensors",
+            r"index\.json lists files that are missing from .*: model-00002-of-00003\.safetensors",
         ),
         (damaged_index, r"index\.json cannot be used \(JSONDecodeError"),
-        (nothing, r"has no weights; expected model\.safetensors, model\.safetensors\.index"),
-        (twice, r"00002-of-00003\.safetensors and .*00004-of-00003\.safetensors both have"),
+        (nothing, r"contains no weights; expected model\.safetensors, model\.safetensors\.index"),
+        (twice, r"00002-of-00003\.safetensors and .*00004-of-00003\.safetensors both contain"),
     ],
 )
 def test_a_damaged_directory_is_an_error(directory, harm, message):
@@ -227,7 +230,7 @@ def test_a_file_that_is_cut_off_after_the_check_is_an_error(directory):
     model = opened(directory)
     for path in directory.glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-64])
-    with pytest.raises(WeightsError, match="is cut off"):
+    with pytest.raises(WeightsError, match="file is truncated"):
         load(model)
 
 

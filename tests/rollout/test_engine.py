@@ -407,9 +407,9 @@ def test_empty_slots_and_padding_do_not_write_to_the_cache(model, params):
         (
             [[1], [2]],
             [[1], [25]],
-            r"budgets of prompt 1 are \[25\]; .* each of its 1 rollouts, from 1 to 24",
+            r"budgets\[1\] is \[25\]; .* each of the 1 rollouts of prompt 1, from 1 to 24",
         ),
-        ([[1], [2]], [[1, 1], [2]], r"budgets of prompt 0 are \[1, 1\]; .* each of its 1 rollouts"),
+        ([[1], [2]], [[1, 1], [2]], r"budgets\[0\] is \[1, 1\]; .* each of the 1 rollouts"),
     ],
 )
 def test_prompts_and_budgets_that_do_not_fit_are_named(make, prompts, budgets, message):
@@ -485,7 +485,7 @@ def test_sampling_params_of_another_vocabulary_are_refused(make):
 
 @pytest.mark.parametrize("lengths", [(16, 8, 32), (16, 16, 32), (8, 30)])
 def test_cache_lengths_have_to_ascend_to_the_longest_rollout(make, lengths):
-    with pytest.raises(ValueError, match=r"cache_lengths are .* ascending .* at least 31"):
+    with pytest.raises(ValueError, match=r"cache_lengths is .* ascending .* at least 31"):
         make(2, cache_lengths=lengths)
 
 
