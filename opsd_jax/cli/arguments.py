@@ -1,4 +1,4 @@
-"""The arguments of the commands. This module does not import JAX, so --help is fast."""
+"""The command-line arguments. This module does not import JAX, so --help is fast."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ stop or a crash, run the same command again. docs/evaluation.md explains every s
 
 
 def parser(show_fields: bool = False) -> argparse.ArgumentParser:
-    """Returns the parser of all arguments except `--config.FIELD=VALUE`.
+    """Returns the parser for all arguments except `--config.FIELD=VALUE`.
 
     Args:
       show_fields: whether the help of `train` lists the fields of the config, which needs JAX.
@@ -75,7 +75,7 @@ def parser(show_fields: bool = False) -> argparse.ArgumentParser:
 
 
 def _fields() -> str:
-    """Returns the help text for the fields of the config."""
+    """Returns the help text that lists the config fields."""
     from opsd_jax.config import fields  # needs JAX
 
     return fields.for_help()
@@ -108,7 +108,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def local(text: str) -> pathlib.Path:
-    """Parses the path of a directory on this machine; returns it as an absolute path."""
+    """Parses the path of a directory on this machine, and makes it absolute."""
     if "://" in text:
         raise argparse.ArgumentTypeError(f"{text} is a URL; expected a directory on this machine")
     return pathlib.Path(text).absolute()
@@ -123,7 +123,7 @@ def directory(text: str) -> Any:
             f"{text} is not supported; expected a directory or gs://BUCKET/..."
         )
     if importlib.util.find_spec("gcsfs") is None:
-        raise argparse.ArgumentTypeError(f"{text} needs gcsfs: pip install 'opsd-jax[gcs]'")
+        raise argparse.ArgumentTypeError(f"{text} needs gcsfs; run pip install 'opsd-jax[gcs]'")
     import fsspec.config
     from etils import epath
 
@@ -133,21 +133,21 @@ def directory(text: str) -> Any:
 
 
 def mesh(text: str) -> tuple[int, ...]:
-    """Parses the sizes of a mesh, from text such as "1,-1,1"."""
+    """Parses the axis sizes of a mesh, such as "1,-1,1"."""
     return tuple(int(size) for size in text.split(","))
 
 
 def count(text: str) -> int:
-    """Parses an integer of at least 1."""
+    """Parses an integer that must be at least 1."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is too small; expected 1 or more")
     return int(text)
 
 
 def fraction(text: str) -> float:
-    """Parses a number in (0, 1]."""
+    """Parses a number that must be in (0, 1]."""
     if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text}; expected a fraction above 0 and at most 1")
+        raise argparse.ArgumentTypeError(f"{text} is out of range; expected a fraction in (0, 1]")
     return float(text)
 
 
@@ -173,7 +173,7 @@ def _add_config(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_hosts(sub: argparse.ArgumentParser) -> None:
-    """Adds the arguments of a run with several processes."""
+    """Adds the arguments for a run with several processes."""
     sub.add_argument(
         "--coordinator",
         default="",
@@ -186,7 +186,7 @@ def _add_hosts(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_model(sub: argparse.ArgumentParser) -> None:
-    """Adds the arguments that select a model: a stage of a run, or a directory."""
+    """Adds the arguments that select a model: a stage of a run, or a model directory."""
     which = sub.add_mutually_exclusive_group(required=True)
     _add_workdir(which, required=False)
     which.add_argument("--model", type=local, help="directory of a Hugging Face model")

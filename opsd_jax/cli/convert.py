@@ -1,4 +1,4 @@
-"""The command `convert`: writes a stage's result, or a model directory, for transformers."""
+"""The command `convert`: writes a model directory for Hugging Face transformers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from opsd_jax.storage.files import Path
 
 
 def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
-    """Runs `opsd-jax convert`; returns the exit code.
+    """Runs `opsd-jax convert` and returns the exit code.
 
     Raises:
       ConfigError: the model cannot be converted or written.
@@ -49,7 +49,7 @@ def convert_stage(
     directory: pathlib.Path,
     dtype: str = "",
 ) -> None:
-    """Writes the result of a stage as a directory that transformers loads.
+    """Writes a stage's parameters as a model directory that transformers can load.
 
     The parameters are sharded over the devices as the config specifies. With fewer devices they are
     sharded over all devices or, if that is not possible, stored on the first one.
@@ -71,7 +71,7 @@ def convert_stage(
     if stage is None:
         raise ConfigError(
             f"--workdir {workdir}: no stage of the run has finished; expected a finished stage. "
-            "--stage untrained writes the initial parameters."
+            "To write the initial parameters, pass --stage untrained."
         )
     parameters = _parameters(config, workdir)
     if parameters.model.save is None:
@@ -83,7 +83,7 @@ def convert_stage(
 
 
 def _parameters(config: RunOptions, workdir: Path) -> Parameters:
-    """Builds the parameters on the run's mesh or, if it does not fit, on all devices or one."""
+    """Builds `Parameters` on the run's mesh. If it does not fit, uses all devices, or else one."""
     every = jax.devices()
     for mesh, devices in ((config.mesh, every), ((1, -1, 1), every), ((1, 1, 1), every[:1])):
         try:

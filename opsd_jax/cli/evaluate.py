@@ -1,4 +1,4 @@
-"""The command `evaluate`: evaluates a stage's result or a model directory on problems.
+"""The command `evaluate`: evaluates a stage's result, or a model directory.
 
     OUT/settings.json      the settings of the evaluation; different settings are refused
     OUT/responses.jsonl    every response with its verdict
@@ -54,7 +54,7 @@ TEXT_TASK = "opsd_jax.data.text:task"
 
 
 def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
-    """Runs `opsd-jax evaluate`; returns the exit code. Errors are those of `evaluate`."""
+    """Runs `opsd-jax evaluate` and returns the exit code. Raises the same errors as `evaluate`."""
     del overrides  # the command takes none
     statistics = evaluate(arguments)
     if hosts.is_first():
@@ -64,7 +64,7 @@ def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Runs the evaluation that the arguments describe.
+    """Runs the evaluation that the command-line arguments describe.
 
     Returns:
       The statistics, the directory of the records as `directory`, and the changes since the earlier
@@ -91,7 +91,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     if arguments.compare == directory:
         raise ConfigError(
-            f"--compare {directory} is the directory of this evaluation; expected an earlier one."
+            f"--compare {directory} is the directory of this evaluation; expected an earlier "
+            "evaluation's directory."
         )
     if arguments.compare:
         summary.check_comparable(arguments.compare, problems)
@@ -121,7 +122,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def config_of(arguments: argparse.Namespace) -> tuple[str, RunOptions]:
-    """Returns the stage to evaluate, or UNTRAINED, and the config of the evaluation.
+    """Returns the name of the stage to evaluate, or UNTRAINED, and the evaluation's config.
 
     The config runs no stage, and reads training data only if some of them are held out.
 
@@ -156,19 +157,19 @@ def config_of(arguments: argparse.Namespace) -> tuple[str, RunOptions]:
 
 
 def _of_run(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
-    """Returns the stage of a run to evaluate, and the config of the run, unlocked."""
+    """Returns the name of the stage to evaluate, and the unlocked config of its run."""
     config = workdir_lib.config_of(arguments.workdir)
     stage = chosen_stage(config.stages, arguments.workdir, arguments.stage) or UNTRAINED
     if arguments.benchmark and config.task != TEXT_TASK:
         raise ConfigError(
             f"--benchmark: the run's config.task is {config.task!r}, which has its own problems; "
-            f"expected a run with {TEXT_TASK!r}."
+            f"expected a run whose task is {TEXT_TASK!r}."
         )
     return stage, config.unlock()
 
 
 def _of_model(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
-    """Returns UNTRAINED and a config that evaluates a model directory, unlocked."""
+    """Returns UNTRAINED and an unlocked config for evaluating a model directory."""
     if not arguments.benchmark or arguments.out is None or arguments.stage is not None:
         raise ConfigError(
             "--model names a directory, not a run; expected --benchmark and --out, and no --stage."
@@ -203,7 +204,7 @@ def _first_of_each(problems: list[Problem], count: int) -> list[Problem]:
 
 
 def _name(benchmarks: list[str], settings: dict[str, Any]) -> str:
-    """Returns the name of an evaluation's directory, which depends on the settings."""
+    """Returns a directory name for an evaluation: its benchmarks and a digest of its settings."""
     named = {name: value for name, value in settings.items() if name != "model"}
     digest = hashlib.sha256(files.to_json(named, sort_keys=True).encode()).hexdigest()[:8]
     return f"{'+'.join(sorted(benchmarks)) or 'heldout'}-{digest}"

@@ -16,7 +16,7 @@ LOST = 75  # exit code EX_TEMPFAIL: try again
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command of `opsd-jax`; returns the exit code."""
+    """Runs one `opsd-jax` command and returns its exit code."""
     rest, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     wants_help = rest[:1] == ["train"] and not {"-h", "--help"}.isdisjoint(rest)
     arguments = parser(show_fields=wants_help).parse_args(rest)
@@ -62,7 +62,7 @@ def _log_to_stderr() -> None:
 
 
 def _run(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
-    """Runs the command's module; turns expected errors into a message and an exit code."""
+    """Runs a command's module. For expected errors, prints a message and returns an exit code."""
     from opsd_jax.options import ConfigError
     from opsd_jax.parallel import hosts
     from opsd_jax.planning.chips import PlanError
@@ -100,12 +100,12 @@ def _run(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
 
 
 def say(message: str) -> None:
-    """Prints a line on standard error."""
+    """Prints a message to standard error, after the prefix "opsd-jax: "."""
     print(f"opsd-jax: {message}", file=sys.stderr)
 
 
 def _storage_message(error: Exception, arguments: argparse.Namespace) -> str | None:
-    """Returns a message for a full or missing disk or bucket; None for any other error."""
+    """Returns a message for a storage error, such as a full disk; None for other errors."""
     from opsd_jax.storage import files
 
     given = [path for name in ("workdir", "out") if (path := getattr(arguments, name, None))]

@@ -1,4 +1,4 @@
-"""The command `plan`: compiles a run for TPUs without using any; prints its memory and time."""
+"""The command `plan`: compiles a run for TPUs without using any, and prints memory and time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from opsd_jax.storage.files import to_json
 
 
 def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
-    """Runs `opsd-jax plan`; returns the exit code, which is 1 if the run does not fit.
+    """Runs `opsd-jax plan` and returns the exit code: 1 if the run does not fit in memory.
 
     Raises:
       PlanError: XLA cannot compile for the topology.

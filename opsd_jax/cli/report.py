@@ -12,7 +12,7 @@ from opsd_jax.storage.files import Path
 
 
 def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
-    """Runs `opsd-jax report`; returns the exit code.
+    """Runs `opsd-jax report` and returns the exit code.
 
     Raises:
       ConfigError: the directory holds no run.
@@ -23,7 +23,7 @@ def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
 
 
 def write(config: RunOptions, directory: Path) -> int:
-    """Writes the report of a run and prints its path; returns the exit code."""
+    """Writes the report of a run, prints its path, and returns the exit code."""
     path = hosts.from_first(lambda: pipeline.write_report(config, directory))
     if hosts.is_first():
         print(f"report: {path}")

@@ -12,7 +12,7 @@ from opsd_jax.run import pipeline
 
 
 def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
-    """Runs `opsd-jax train`; returns the exit code. Errors are those of `pipeline.run`."""
+    """Runs `opsd-jax train` and returns the exit code. Raises the same errors as `pipeline.run`."""
     config = hosts.together(lambda: loading.load(arguments.config, overrides))
     pipeline.run(config, arguments.workdir)
     return report.write(config, arguments.workdir)

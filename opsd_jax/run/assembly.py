@@ -1,4 +1,4 @@
-"""Builds the objects that the stages and evaluations of a run use, and checks that they fit."""
+"""Builds and checks the objects that the stages and evaluations of a run share."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Run(NamedTuple):
 
 
 def assemble(config: RunOptions, workdir: Path) -> Run:
-    """Builds the parts of a run and checks that they fit together.
+    """Builds the `Run` of a config, and checks that its parts fit together.
 
     Raises:
       ConfigError: names the field that does not fit the devices, the model or the data.
@@ -68,7 +68,9 @@ def assemble(config: RunOptions, workdir: Path) -> Run:
 
 
 def make_task(config: RunOptions) -> Task:
-    """Builds the task by calling the function that `config.task` names with `config.data`.
+    """Builds the task: imports the function that `config.task` names, and calls it.
+
+    The function gets `config.data`.
 
     Raises:
       ConfigError: the function cannot be imported, or rejects the section.
@@ -84,7 +86,7 @@ def make_task(config: RunOptions) -> Task:
 
 
 def stage_parts(this: Run, seed: int, poll: Callable[[], None]) -> Parts:
-    """Returns the objects from which a stage is built.
+    """Returns the `Parts` from which a stage of the run is built.
 
     Args:
       this: the run.
@@ -103,7 +105,7 @@ def stage_parts(this: Run, seed: int, poll: Callable[[], None]) -> Parts:
 
 
 def make_stage(this: Run, name: str, poll: Callable[[], None] = lambda: None) -> Stage:
-    """Builds the stage that a section of the config describes, and compiles its engines.
+    """Builds the stage that the config section `name` describes, and compiles its engines.
 
     Args:
       this: the run.

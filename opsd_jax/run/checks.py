@@ -1,4 +1,4 @@
-"""Checks of a run before anything is compiled: its sizes against the devices and the data."""
+"""Checks, before anything is compiled, that a config fits the devices and the data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FIRST = 64  # in any other dataset, the first rows, because each row may have to
 def check_devices(
     config: RunOptions, mesh: jax.sharding.Mesh, decode_mesh: jax.sharding.Mesh
 ) -> None:
-    """Checks that the fields of a config fit the devices. Reads no data.
+    """Checks that a config fits the devices. Reads no data.
 
     Args:
       config: the options of the run.
@@ -40,12 +40,12 @@ def check_devices(
     kind, tensor = mesh.devices.flat[0].platform, mesh.shape["tensor"]
     for name, form in TPU_ONLY.items():
         if getattr(config.model, name, None) == form and kind != "tpu":
-            fail(f"model.{name}", form, f"'auto' on a {kind}: only TPUs run it")
+            fail(f"model.{name}", form, f"'auto' on a {kind}, because {form!r} runs only on TPUs")
 
     def check_divides(field: str, value: int, mesh: jax.sharding.Mesh) -> None:
         shards = mesh_lib.row_shards(mesh)
         if value % shards:
-            fail(field, value, f"a multiple of data x fsdp = {shards}")
+            fail(field, value, f"a multiple of data x fsdp = {shards}, two mesh axes")
 
     check_divides("evaluation.slots", config.evaluation.slots, decode_mesh)
     for name in config.stages:
@@ -56,7 +56,7 @@ def check_devices(
             shapes = algorithm.buckets(options)
             lengths = sorted({length for shape in shapes for length in shape.values()})
             if any(length % tensor for length in lengths):
-                expected = f"multiples of tensor = {tensor}, over which tokens are sharded"
+                expected = f"multiples of tensor = {tensor}, the mesh axis that shards tokens"
                 teachers = " with teacher_buckets" if "teacher" in shapes[0] else ""
                 fail(f"{name}.buckets{teachers}", lengths, expected)
         for sampling in algorithm.sampling(options):
@@ -66,7 +66,7 @@ def check_devices(
 def check_data(
     config: RunOptions, task: Task, vocab_size: int, stage_seed: Callable[[str], int]
 ) -> None:
-    """Checks that the fields of a config fit the data. Reads only a part of large datasets.
+    """Checks that a config fits the data. Reads only a part of large datasets.
 
     Args:
       config: the options of the run.
@@ -103,7 +103,7 @@ def check_data(
 
 
 def _looked_at(task: Task, data: grain.MapDataset, whole: int) -> Iterable[int]:
-    """Returns the indices of the rows of a dataset that the checks read."""
+    """Returns the indices of the dataset rows that the checks read."""
     if len(data) <= whole:
         return range(len(data))
     if not (task.in_memory and (data is task.train or data is task.heldout)):
@@ -118,14 +118,14 @@ def _looked_at(task: Task, data: grain.MapDataset, whole: int) -> Iterable[int]:
 
 
 def _problems(task: Task) -> Callable[[], Sequence[Problem]]:
-    """Returns the function `DataSample.problems`, which returns the problems that a check reads."""
+    """Returns the function for `DataSample.problems`, which lists the problems to check."""
     return lambda: [
         data[i] for data in (task.train, task.heldout) for i in _looked_at(task, data, LONGEST)
     ]
 
 
 def _longest(task: Task) -> Callable[[Any, Callable[[Any], Sequence[int]]], tuple[int, str]]:
-    """Returns the function `DataSample.longest`, which finds the longest row of a dataset."""
+    """Returns the function for the field `DataSample.longest`, which finds the longest row."""
 
     @functools.cache
     def longest(data: Any, tokens: Callable[[Any], Sequence[int]]) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""The model of a run and its parameters: the initial ones, and the results of its stages."""
+"""The model of a run, its initial parameters, and the parameters that its stages produced."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from opsd_jax.training import checkpoint
 
 
 def seed_of(config: RunOptions, name: str) -> int:
-    """Returns the seed of a named part of the run, in [0, 2^31)."""
+    """Returns the seed of a named part of the run, an integer in [0, 2^31)."""
     return zlib.crc32(f"{config.seed}/{name}".encode()) >> 1
 
 
@@ -39,7 +39,7 @@ def stage_seed(config: RunOptions, name: str) -> int:
 
 
 def chosen_stage(stages: Sequence[str], workdir: Path, stage: str | None) -> str | None:
-    """Returns the stage that `--stage` names; without it, the last finished stage, or None.
+    """Returns the stage that `--stage` names; by default, the last finished stage, or None.
 
     Args:
       stages: the stages of the run, in order.
@@ -58,7 +58,7 @@ def chosen_stage(stages: Sequence[str], workdir: Path, stage: str | None) -> str
 def meshes(
     mesh: Sequence[int], decode_mesh: Sequence[int], devices: Sequence[jax.Device] | None = None
 ) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:
-    """Returns the mesh for training, and the mesh of the same devices for sampling.
+    """Returns a mesh for training, and a mesh of the same devices for sampling.
 
     Args:
       mesh: `config.mesh`.
@@ -78,7 +78,7 @@ def meshes(
 
 
 class Parameters:
-    """The model of a run, its meshes, and its parameters by stage.
+    """The model and meshes of a run, with methods that return the parameters of each stage.
 
     The constructor compiles nothing and reads neither weights nor data.
     """
@@ -118,11 +118,11 @@ class Parameters:
 
     @functools.cached_property
     def decoding(self) -> layout_lib.Layout:
-        """The layout of the parameters while sampling; the first access compiles the conversion."""
+        """The layout of the parameters for sampling. The first access compiles the conversion."""
         return layout_lib.decode_layout(self.model, self.abstract, self.decode_mesh)
 
     def initial(self) -> Params:
-        """Returns the initial parameters of the run, created or read with their shardings.
+        """Returns the initial parameters of the run, either randomly initialized or loaded.
 
         Raises:
           ConfigError: the weights cannot be read.
@@ -137,7 +137,7 @@ class Parameters:
         return init(jax.random.key(seed_of(self.config, "init")))
 
     def of(self, stage: str) -> Params:
-        """Returns the result of a finished stage, or the initial parameters for "" and UNTRAINED.
+        """Returns a finished stage's parameters; the initial ones if `stage` is "" or UNTRAINED.
 
         Raises:
           ConfigError: the stage has no result yet.
@@ -147,7 +147,7 @@ class Parameters:
         path = self.workdir / stage / PARAMS
         if not checkpoint.has_params(path):
             raise ConfigError(
-                f"the stage {stage!r} has not finished: there is no {path}. Expected a finished "
+                f"the stage {stage!r} has not finished: {path} does not exist. Expected a finished "
                 "stage."
             )
         return checkpoint.restore_params(path, self.abstract)

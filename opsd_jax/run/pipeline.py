@@ -1,4 +1,4 @@
-"""A run: the stages in order, each followed by its evaluation, in one work directory.
+"""Trains and evaluates the stages of a run in order, in one work directory.
 
     workdir/config.json               the config; a run with a different config is refused
     workdir/data.json                 digests of the problems; different problems are refused
@@ -48,7 +48,7 @@ NOTE = "note.txt"  # the task's note for the reader of the report
 
 
 def run(config: RunOptions, workdir: Path) -> None:
-    """Runs the stages of a config that are not finished yet.
+    """Trains and evaluates, in order, all stages of a config that are not finished.
 
     Raises:
       ConfigError: the config cannot be run, or the work directory holds a run with a different
@@ -86,13 +86,13 @@ def run(config: RunOptions, workdir: Path) -> None:
 
 
 def is_finished(workdir: Path, name: str) -> bool:
-    """Returns whether a stage, or UNTRAINED, has its result and its evaluation."""
+    """Returns whether a stage is trained and evaluated or, for UNTRAINED, only evaluated."""
     has_result = name == UNTRAINED or checkpoint.has_params(workdir / name / PARAMS)
     return has_result and (workdir / name / records.SUMMARY).exists()
 
 
 def train(this: Run, name: str, progress: Progress, stop: StopSignal) -> Params:
-    """Runs a stage from its newest checkpoint to its end; returns its parameters."""
+    """Builds a stage, trains it to its last step, and returns the final parameters."""
     config = this.config
     options = config.sections[name]
     progress.start(name, options.steps, unit="step")
@@ -121,7 +121,7 @@ def train(this: Run, name: str, progress: Progress, stop: StopSignal) -> Params:
 def evaluation_settings(
     this: Run, model: str, weights: str, problems: Sequence[Problem]
 ) -> dict[str, Any]:
-    """Returns the `records.settings` of an evaluation in this run."""
+    """Returns the settings of an evaluation, as they are recorded next to its responses."""
     return records.settings(
         model,
         weights,
@@ -136,7 +136,7 @@ def evaluation_settings(
 def evaluate_and_record(
     this: Run, name: str, params: Params, progress: Progress, stop: StopSignal, began: float
 ) -> None:
-    """Evaluates the result of a stage and writes the summary, which marks the stage as finished.
+    """Evaluates a stage's parameters and writes the summary, which marks the stage as finished.
 
     Args:
       this: the run.

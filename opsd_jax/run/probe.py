@@ -1,4 +1,4 @@
-"""Measures a stage's divergence from its privileged teacher, before and after the stage."""
+"""Measures the model's divergence from its privileged teacher, before and after a stage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from opsd_jax.training.signals import StopSignal
 def measure(
     this: Run, name: str, params: Params, responses: list[dict[str, Any]], stop: StopSignal
 ) -> None:
-    """Writes the divergence of a stage's model from its teacher, before and after the stage.
+    """Measures and writes the model's divergence from its teacher, before and after a stage.
 
     The divergence is averaged at each position of the response. Each model is measured on its own
     held-out responses. The teacher has the parameters from before the stage. Nothing is written for

@@ -1,4 +1,4 @@
-"""The work directory of a run: locked against other processes, and bound to one config."""
+"""Locks a run's work directory, and checks that its config and data never change."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ VISIBLE_SECONDS = 10.0  # time until every host must see a file that another hos
 
 @contextlib.contextmanager
 def locked(directory: Path, flag: str) -> Iterator[None]:
-    """Context manager that locks a directory against other processes; creates it if it is missing.
+    """Context manager that creates a directory if needed, and locks it against other processes.
 
     Args:
       directory: the directory.
@@ -46,7 +46,7 @@ def locked(directory: Path, flag: str) -> Iterator[None]:
 
 
 def _lock(directory: Path, flag: str, stack: contextlib.ExitStack) -> None:
-    """Locks a directory from this host until the stack is closed."""
+    """Locks a directory until `stack` is closed."""
     in_use = ConfigError(
         f"{flag} {directory} is in use by another process; expected a free directory. Wait for "
         "that process or stop it."
@@ -100,7 +100,7 @@ def claimed(config: RunOptions, workdir: Path) -> Iterator[None]:
 
 
 def _check_shared(workdir: Path) -> None:
-    """Raises ConfigError if this host does not see the config that the first host has written."""
+    """Raises ConfigError if this host cannot see the config file that the first host wrote."""
     deadline = time.monotonic() + VISIBLE_SECONDS
     while not (workdir / CONFIG).exists():
         if time.monotonic() > deadline:
@@ -113,7 +113,7 @@ def _check_shared(workdir: Path) -> None:
 
 
 def check_equal(mine: dict[str, Any], what: str) -> None:
-    """Raises ConfigError if the hosts have different values; the message lists the values.
+    """Raises ConfigError if the hosts have different values. The message lists these values.
 
     Args:
       mine: name -> value on this host.
@@ -127,7 +127,7 @@ def check_equal(mine: dict[str, Any], what: str) -> None:
                 f"  {what}.{n}: {first.get(n, 'absent')}, {other.get(n, 'absent')}" for n in names
             )
             raise ConfigError(
-                f"hosts differ (values on host 0, on host {number}):\n{listed}\nExpected equal "
+                f"hosts differ in these values (host 0, host {number}):\n{listed}\nExpected equal "
                 "values. Give the same arguments and files to every host."
             )
 
@@ -181,7 +181,7 @@ def _check_data(now: dict[str, str], workdir: Path) -> None:
     ]
     if different:
         raise ConfigError(
-            f"{workdir} holds a run on other data (number and digest of the problems):\n"
+            f"{workdir} holds a run with other data (number and digest of the problems):\n"
             + "\n".join(different)
             + "\nTo resume that run, give the same files. To start a new run, give another "
             "--workdir."
@@ -189,7 +189,7 @@ def _check_data(now: dict[str, str], workdir: Path) -> None:
 
 
 def config_of(workdir: Path) -> ConfigDict:
-    """Returns the config of the run in a work directory.
+    """Reads the config of the run in a work directory.
 
     Raises:
       ConfigError: the directory holds no run, or a run of a version of opsd_jax with other fields.
@@ -199,12 +199,12 @@ def config_of(workdir: Path) -> ConfigDict:
     if not path.is_file():
         raise ConfigError(
             f"--workdir {workdir} holds no run: {path} is missing. Expected the --workdir of "
-            "`opsd-jax train`."
+            "an earlier `opsd-jax train`."
         )
     config = loading.from_flat(files.read_json(path))
     if missing := loading.missing_fields(config):
         raise ConfigError(
-            f"{path} comes from another version of opsd_jax: it has no {', '.join(missing)}. Use "
+            f"{path} comes from another version of opsd_jax: it lacks {', '.join(missing)}. Use "
             "the version that the run began with, or another --workdir."
         )
     return config

@@ -16,7 +16,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 
 def algorithm_of(name: str, field: str = "algorithm") -> Algorithm:
-    """Returns the algorithm that a config section names.
+    """Returns the `Algorithm` that `name` refers to: a key of `ALGORITHMS`, or an import path.
 
     Args:
       name: a key of `ALGORITHMS`, or "package.module:ALGORITHM".

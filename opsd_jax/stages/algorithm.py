@@ -22,7 +22,7 @@ from opsd_jax.training.stage import Stage
 
 
 class RowFields(NamedTuple):
-    """The fields of a stage's section that set how many rows one optimiser update computes.
+    """Names of the config fields that determine how many rows one optimizer update processes.
 
     Attributes:
       factors: the number of rows grows with each of these fields.
@@ -34,7 +34,7 @@ class RowFields(NamedTuple):
 
 
 class DataSample(NamedTuple):
-    """The data that a stage's options are checked against before anything is compiled.
+    """The task and some of its rows, used to check a stage's options before compilation.
 
     Attributes:
       task: the data.
@@ -62,11 +62,11 @@ class DataSample(NamedTuple):
         """
         length, row = self.longest(data, tokens)
         if length > limit:
-            fail(field, limit, f"at least {length}, the number of tokens of {row}")
+            fail(field, limit, f"at least {length}, the number of tokens in {row}")
 
 
 class Curve(NamedTuple):
-    """A training metric that the report plots: its name, its label, and its scale factor."""
+    """A training metric that the report plots: its name, axis label and scale factor."""
 
     metric: str
     label: str
@@ -77,12 +77,12 @@ Responses = Callable[[int, int], np.ndarray]  # (count, token budget) -> assumed
 
 
 def no_sampling(*_: Any) -> tuple[Sampling, ...]:
-    """Returns an empty tuple, for algorithms that train on given data and sample nothing."""
+    """Returns an empty tuple, for an `Algorithm` that samples no responses."""
     return ()
 
 
 class Algorithm(NamedTuple):
-    """A training algorithm, described by its options and the functions that run and plan it.
+    """A training algorithm: its options class, and the functions that build, check and plan it.
 
     Every function takes the stage's options as its first argument.
 
@@ -94,7 +94,7 @@ class Algorithm(NamedTuple):
       check_data: `(options, section's name, DataSample)`: raises ConfigError where the data do not
         fit the options. Nothing has been compiled yet.
       step_rows: `(options, Responses) -> (response lengths, [Lengths])`: the rows that one
-        optimiser update computes, for responses of assumed lengths. A plan reads it.
+        optimizer update computes, for responses of assumed lengths. A plan reads it.
       row_fields: the fields that a plan advises to change when these rows need too much memory.
       sampling: `(options, task=None) -> (Sampling, ...)`: what each step samples; () if it samples
         nothing. Without a task, the lengths do not count the tokens that only the task knows.

@@ -1,4 +1,4 @@
-"""Packs rows of different lengths into batches of a few fixed shapes, and scores their responses.
+"""Packs rows of tokens into batches of a few fixed shapes, and computes the response logits.
 
 A batch is a tuple of buckets, one per shape: `{"count": n, "rows": arrays [M, m, ...]}`. The train
 step computes the first n of the bucket's M microbatches of m rows. Rows that a gate dropped
@@ -38,7 +38,7 @@ def pack(
     per_row: Sequence[str] = (),
     pad_id: int,
 ) -> Batch:
-    """Packs rows into a batch of microbatches with the least padding.
+    """Packs rows into microbatches of a few fixed shapes, with as little padding as possible.
 
     Rows of similar length share a microbatch, which has the shape of its longest row. The
     microbatch of the shortest rows is filled up with empty rows.
@@ -84,7 +84,7 @@ def pack(
 def arranged(
     lengths: Sequence[Lengths], buckets: Sequence[Lengths], microbatch: int
 ) -> list[list[list[int]]]:
-    """Returns the microbatches of each bucket, as lists of row indices.
+    """Groups rows into microbatches; returns the row indices of each bucket's microbatches.
 
     Args:
       lengths: tokens of each row's sequences.
@@ -102,24 +102,24 @@ def arranged(
 
 
 def first_that_holds(buckets: Sequence[Lengths], needed: Lengths) -> int:
-    """Returns the index of the first bucket in which a row fits; raises ValueError without one."""
+    """Returns the index of the first bucket that a row fits into, or raises ValueError."""
     for b, bucket in enumerate(buckets):
         if all(needed[name] <= size for name, size in bucket.items()):
             return b
     raise ValueError(
-        f"a row has sequences of {dict(needed)} tokens; expected at most {dict(buckets[-1])}, the "
-        "last of the stage's buckets. Increase that bucket."
+        f"a row needs the lengths {dict(needed)}, in tokens; expected at most {dict(buckets[-1])}, "
+        "the stage's largest bucket. Increase the last value of the stage's `buckets`."
     )
 
 
 def _computed(row: Row, name: str) -> int:
-    """Returns the number of computed tokens of a row's sequence: all but the last one."""
+    """Returns the input length of a row's sequence: its number of tokens minus 1."""
     inserted = sum(len(ids) for _, ids in row.get(f"{name}/inserts", ()))
     return len(row[name]) + len(row["response"]) + inserted - 1
 
 
 def _sequence(row: Row, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a row's sequence, and the columns that predict the tokens of its response.
+    """Returns the token ids of a row's sequence, and the positions that predict its response.
 
     Returns:
       `(token ids, columns)`, int32. The ids include the row's inserts. There is one column per
@@ -146,7 +146,7 @@ def collate(
     per_row: Sequence[str] = (),
     pad_id: int,
 ) -> Microbatch:
-    """Makes the arrays of a microbatch of m = `microbatch` rows. Missing rows are all padding.
+    """Makes the arrays of a microbatch: pads each row, and adds empty rows to reach `microbatch`.
 
     The values of a response token are in the column of the student's sequence that predicts it,
     where the token's logits are.
@@ -198,7 +198,7 @@ def collate(
 
 
 def useful_fraction(batches: Sequence[Batch]) -> float:
-    """Returns the fraction of computed tokens that are not padding, or 1.0 without any rows."""
+    """Returns the fraction of computed tokens that are not padding; 1.0 for empty batches."""
     useful = computed = 0
     for bucket in itertools.chain(*batches):
         for sequences in bucket["rows"].values():

@@ -1,4 +1,4 @@
-"""Memos: privileged contexts that the model writes about a rollout once it knows the outcome.
+"""Memos: notes that the model writes on its rollouts, used as the teacher's privileged contexts.
 
 The user takes a second turn in the dialogue. It says whether the response was correct, what the
 answer is, and asks for a memo. The model's thinking is stripped from the memo. Thinking that has
@@ -26,7 +26,7 @@ from opsd_jax.verify.outcomes import Outcomes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoOptions:
-    """The options of memos: token budgets, decoding slots and sampling temperature."""
+    """The options for sampling memos: token budgets, decoding slots and temperature."""
 
     request_tokens: int = option(256, "Longest request for a memo, in tokens.", at_least=1)
     tokens: int = option(1024, "Token budget of a memo, the model's thinking included.", at_least=1)
@@ -44,7 +44,7 @@ def memo_sampling(
     memos: int,
     task: Task | None = None,
 ) -> tuple[Sampling, Sampling]:
-    """Returns how memos are sampled, and how memos whose thinking was closed are continued.
+    """Returns one `Sampling` for memos, and one that continues memos whose thinking was cut off.
 
     Args:
       options: the options of memos.
@@ -77,7 +77,7 @@ def memo_sampling(
 
 
 def check_memos(options: MemoOptions, stage: str, task: Task, problems: Sequence[Problem]) -> None:
-    """Checks that a task can request memos, and that the requests fit, before compiling.
+    """Checks that the task can request memos, and that each request fits `request_tokens`.
 
     Args:
       options: the options of memos.
@@ -97,7 +97,7 @@ def check_memos(options: MemoOptions, stage: str, task: Task, problems: Sequence
             needed = len(task.memo_request(problem, outcome))
             if needed > limit:
                 expected = (
-                    f"at least {needed}, the number of tokens of the memo request for problem "
+                    f"at least {needed}, the number of tokens in the memo request for problem "
                     f"{problem.id}"
                 )
                 fail(f"{stage}.memo.request_tokens", limit, expected)
@@ -106,7 +106,7 @@ def check_memos(options: MemoOptions, stage: str, task: Task, problems: Sequence
 def make_memos(
     options: MemoOptions, parts: Parts, seed: int, prompt_tokens: int, response_tokens: int
 ) -> Memos:
-    """Makes the `Memos` of a stage, and compiles the engines that sample them.
+    """Compiles the engines that sample memos, and returns a `Memos` object that uses them.
 
     Args:
       options: the options of memos.
@@ -124,7 +124,7 @@ def make_memos(
 
 
 class Memos:
-    """Writes memos on rollouts.
+    """Samples memos: notes that the model writes on its own rollouts.
 
     A memo depends only on the seed, the step, its place in the step, the parameters and the
     rollout.
@@ -140,7 +140,7 @@ class Memos:
         close: Engine,
         poll: Callable[[], None] = lambda: None,
     ):
-        """Creates a writer of memos.
+        """Creates a memo sampler from two compiled engines.
 
         Args:
           options: the options of memos.
@@ -167,7 +167,7 @@ class Memos:
     def __call__(
         self, step: int, params: Params, rollouts: Rollouts, rows: Sequence[int], offset: int = 0
     ) -> list[str | None]:
-        """Writes a memo on each of the selected rollouts.
+        """Samples a memo on each of the selected rollouts.
 
         Args:
           step: the number of the step in the stage.
@@ -194,7 +194,7 @@ class Memos:
         return [(after_thinking(self._text(ids)) or "").strip() or None for ids in memos]
 
     def _prompt(self, rollouts: Rollouts, i: int) -> list[int]:
-        """Returns the prompt of a memo: the rollout's prompt, its response and the request."""
+        """Returns the prompt for a memo: the rollout's prompt, its response, and the request."""
         problem, response = rollouts.problems[i], rollouts.responses[i].tolist()
         outcomes = rollouts.judged.outcomes
         outcome = next(name for name in Outcomes._fields if getattr(outcomes, name)[i])
@@ -210,7 +210,7 @@ class Memos:
     def _sample(
         self, engine: Engine, params: Params, prompts: list[list[int]], key: jax.Array, offset: int
     ) -> list[list[int]]:
-        """Returns the sampled response to each prompt, as token ids."""
+        """Samples one response to each prompt, and returns the token ids of each response."""
         made: dict[int, list[int]] = {}
         numbers = [[offset + i] for i in range(len(prompts))]
         for ended in engine(

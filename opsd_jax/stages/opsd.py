@@ -102,7 +102,7 @@ class OPSDOptions(PrivilegedOptions):
         return min(self.max_rows or self.rollouts, self.rollouts)
 
     def loss_options(self) -> losses.OPSD:
-        """Returns the options of the loss, with the weights of the gate."""
+        """Returns `self.loss` with the outcome weights that `self.gate` specifies."""
         return self.loss._replace(gate=losses.parse_gate(self.gate))
 
     def check(self, field: str) -> None:
@@ -112,8 +112,8 @@ class OPSDOptions(PrivilegedOptions):
         there = self.teacher_buckets
         if there and (len(there) != len(self.buckets) or there[-1] < longest):
             expected = (
-                f"one for each of {field}.buckets, the last at least {longest}, or () to compute "
-                "them"
+                f"one length for each of {field}.buckets, the last at least {longest}, or () to "
+                "compute the lengths"
             )
             fail(f"{field}.teacher_buckets", there, expected)
 
@@ -128,7 +128,7 @@ def loss_fn(
     teacher,
     microbatch,
 ):
-    """Returns the weighted sum of the rollouts' divergences, the sum of the weights, and metrics.
+    """Returns the OPSD loss of a microbatch as a weighted sum, the sum of weights, and metrics.
 
     With the default options, a rollout's divergence is the mean over its tokens, and its weight is
     the gate's. See `losses.opsd` for other options. `teacher_head` comes from `teacher.make_head`.
@@ -149,7 +149,7 @@ def loss_fn(
 
 
 def buckets(options: OPSDOptions) -> list[Lengths]:
-    """Returns the padded shapes of a microbatch: student and teacher lengths in tokens."""
+    """Returns the padded shapes that a microbatch can have: student and teacher lengths."""
     inserted = inserted_tokens(options, options.response_tokens)
     teacher = options.teacher_buckets or [
         student + options.teacher_prompt_tokens + inserted for student in options.buckets
@@ -161,7 +161,7 @@ def buckets(options: OPSDOptions) -> list[Lengths]:
 
 
 def trains(options: OPSDOptions, outcomes: Outcomes) -> np.ndarray:
-    """Returns a mask of the rollouts to which the gate gives weight, bool [N]."""
+    """Returns a mask, bool [N], of the rollouts whose gate weight is not zero."""
     return losses.gate_weights(*outcomes, losses.parse_gate(options.gate)) != 0
 
 
@@ -173,7 +173,7 @@ def stage(
     privileged: ContextFinder,
     keep: teacher_lib.Keep = lambda params: params,
 ) -> Stage:
-    """Makes the OPSD stage.
+    """Builds the `Stage` that trains with OPSD on the rollouts of `roll_out`.
 
     Args:
       options: the options of the stage.
@@ -228,7 +228,7 @@ def stage(
 def _privileged(
     options: OPSDOptions, parts: Parts, limits: TokenLimits, group_size: int, seed: int
 ) -> ContextFinder:
-    """Makes the object that finds contexts, and compiles the engines of memos, if any."""
+    """Makes a `ContextFinder`. Compiles engines if the options request memos."""
     memos = None
     if options.has_memos:
         memos = make_memos(options.memo, parts, seed, limits.prompt_tokens, limits.response_tokens)

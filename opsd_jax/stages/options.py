@@ -1,4 +1,4 @@
-"""The options that all stages share, and the options that all stages with rollouts share."""
+"""Options of every stage (`StageOptions`) and of every stage with rollouts (`RolloutOptions`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LENGTHS = "lengths above 0 in ascending order"
 
 
 def ascending(lengths: tuple[int, ...]) -> bool:
-    """Returns whether padded lengths are valid: `LENGTHS`, at least one."""
+    """Returns whether `lengths` has at least one value, all positive and strictly ascending."""
     return bool(lengths) and lengths[0] > 0 and list(lengths) == sorted(set(lengths))
 
 
@@ -51,14 +51,14 @@ class StageOptions:
     optimizer: OptimizerOptions = option(OptimizerOptions(), "AdamW with a schedule.")
 
     def optimizer_updates(self) -> int:
-        """Returns the number of optimiser updates of the whole stage."""
+        """Returns the number of optimizer updates in the whole stage."""
         return self.steps
 
     def check(self, field: str) -> None:
-        """Raises ConfigError if options contradict each other; `field` names their section."""
+        """Raises ConfigError if two options contradict each other. `field` names their section."""
         updates = self.optimizer_updates()
         if self.optimizer.warmup >= updates:
-            expected = f"less than {updates}, the number of optimiser updates of the stage"
+            expected = f"less than {updates}, the number of optimizer updates in the stage"
             fail(f"{field}.optimizer.warmup", self.optimizer.warmup, expected)
 
 
@@ -87,7 +87,7 @@ class RolloutOptions(StageOptions):
 
     @property
     def rollouts(self) -> int:
-        """Rollouts per step, without resampling."""
+        """The number of rollouts per step, not counting resampled ones."""
         return self.prompts * self.group_size
 
     def check(self, field: str) -> None:

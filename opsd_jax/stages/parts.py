@@ -1,4 +1,4 @@
-"""The parts of a run from which a stage is built, and the sampling of a stage."""
+"""`Parts`, the objects from which a stage is built, and `Sampling`, what a stage samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MakeEngine = Callable[..., Engine]  # the sizes that `Sampling.engine` passes ->
 
 
 class TokenLimits(Protocol):
-    """The token limits of sampled responses, which a stage and an evaluation both have."""
+    """Protocol for options with token limits, such as those of a stage or an evaluation."""
 
     @property
     def prompt_tokens(self) -> int: ...
@@ -25,7 +25,7 @@ class TokenLimits(Protocol):
 
 
 class Sampling(NamedTuple):
-    """One kind of sampling in each step of a stage: the sizes of its engine, and its load.
+    """A sampling phase of each training step: its engine's sizes and its number of responses.
 
     Attributes:
       name: its name in a plan, such as "rollouts".
@@ -56,7 +56,7 @@ class Sampling(NamedTuple):
     continues: bool = False
 
     def engine(self, engines: Callable[..., T]) -> T:
-        """Calls `engines` with the sizes of this sampling, and returns its result.
+        """Calls `engines`, such as `Parts.engines`, with these sizes, and returns the result.
 
         `Parts.engines` returns the compiled engine.
         """
@@ -70,7 +70,7 @@ class Sampling(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """The parts of a run from which a stage is built.
+    """The objects from which a stage is built, such as the task, the model and the engines.
 
     Attributes:
       task: the data: problems, prompts, verifier.

@@ -1,4 +1,4 @@
-"""The teacher's inputs for each rollout: a prompt with a privileged context, and reminders."""
+"""Builds the teacher's inputs: prompts with a privileged context, and reminders of it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _are_kinds(kinds: tuple[str, ...]) -> bool:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrivilegedOptions(RolloutOptions):
-    """The options of a stage with rollouts whose teacher sees a privileged context."""
+    """The options of a stage with a teacher that sees a privileged context for each rollout."""
 
     contexts: tuple[str, ...] = option(
         ("solution", "answer"),
@@ -82,19 +82,19 @@ class PrivilegedOptions(RolloutOptions):
 
     @property
     def has_memos(self) -> bool:
-        """Whether the model writes contexts during the run."""
+        """Whether the contexts include memos, which the model writes during the run."""
         return any(map(is_written, self.contexts))
 
 
 def privileged_options(options: StageOptions) -> PrivilegedOptions:
-    """Returns the options of a stage whose algorithm has a privileged teacher.
+    """Returns `options` if they are `PrivilegedOptions`, which `Algorithm.privileged` requires.
 
     Raises:
       TypeError: their class does not extend `PrivilegedOptions`.
     """
     if not isinstance(options, PrivilegedOptions):
         raise TypeError(
-            f"the options of an algorithm with `privileged` are a {type(options).__name__}; "
+            f"an algorithm with `privileged` has options of class {type(options).__name__}; "
             "expected a subclass of opsd_jax.stages.privileged.PrivilegedOptions."
         )
     return options
@@ -107,7 +107,7 @@ def inserted_tokens(options: PrivilegedOptions, response_tokens: int) -> int:
 
 
 class TeacherInputs(NamedTuple):
-    """The teacher's inputs for some rollouts.
+    """The teacher's prompt and reminders for each rollout, and metrics.
 
     Attributes:
       rows: index of a rollout -> `{"teacher": prompt ids, "teacher/inserts": Inserts}`, in the
@@ -121,7 +121,7 @@ class TeacherInputs(NamedTuple):
 
 
 class ContextFinder:
-    """Finds the privileged contexts of rollouts, with the options of an OPSD stage."""
+    """Finds a privileged context for each rollout, and builds the teacher's inputs from it."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class ContextFinder:
         group_size: int,
         memos: Memos | None = None,
     ):
-        """Looks up the kinds of context that the options name.
+        """Looks up the kinds of context in `options.contexts`.
 
         Args:
           options: the options of the stage.
@@ -144,7 +144,7 @@ class ContextFinder:
         """
         if options.has_memos and memos is None:
             raise ValueError(
-                f"`memos` is None; expected a `Memos`, because contexts is {options.contexts}."
+                f"`memos` is None; expected a `Memos`, because {options.contexts} needs one."
             )
         self._options, self._task = options, task
         self._memos = memos if options.has_memos else None
@@ -165,7 +165,7 @@ class ContextFinder:
         *,
         capacity: int,
     ) -> TeacherInputs:
-        """Returns the teacher's inputs for the first `capacity` wanted rollouts with a context.
+        """Returns teacher inputs for the first `capacity` wanted rollouts that have a context.
 
         Args:
           step: the number of the step in the stage; memos depend on it.
@@ -207,7 +207,7 @@ class ContextFinder:
         wanted: Iterable[int],
         capacity: int,
     ) -> dict[int, Context | None]:
-        """Returns the context of each wanted rollout, or None, until `capacity` rollouts have one.
+        """Finds contexts for wanted rollouts, in order, until `capacity` of them have one.
 
         Memos are sampled for as many rollouts at a time as could still be needed, since the model
         may write nothing for some of them.
@@ -246,7 +246,7 @@ class ContextFinder:
         kinds: Sequence[str],
         group_from: Callable[[int], Sequence[Attempt]],
     ) -> Context | None:
-        """Returns the context of rollout `i` of the first kind that gives it one."""
+        """Returns a context for rollout `i`, of the first kind that it has; None if it has none."""
         first = i - i % self._group_size
         group = group_from(first) if self._needs_group else ()
         for kind in kinds:
@@ -256,7 +256,7 @@ class ContextFinder:
         return None
 
     def _group_from(self, rollouts: Rollouts, first: int) -> list[Attempt]:
-        """Returns the rollouts of the group that begins with rollout `first`."""
+        """Returns an `Attempt` for each rollout in the group that starts at index `first`."""
         correct = rollouts.judged.outcomes.correct
         return [
             Attempt(
@@ -268,7 +268,7 @@ class ContextFinder:
         ]
 
     def _reminders(self, context: Context, response: np.ndarray) -> tuple[Inserts, bool]:
-        """Returns the reminders inside a response, and whether they were cut."""
+        """Returns the reminders to insert into a response, and whether their text was cut."""
         every, task = self._options.reinject_every, self._task
         if not every:
             return [], False
@@ -286,7 +286,7 @@ class ContextFinder:
 
 
 def reminder_places(pieces: Sequence[str], every: int, *, thinking: bool = False) -> list[int]:
-    """Returns the places of reminders in a response: ends of sentences, about `every` tokens apart.
+    """Returns where to insert reminders: at the ends of sentences, about `every` tokens apart.
 
     In a response with thinking, all places are inside the thinking. In any other response, places
     can be anywhere except at the end.
@@ -318,7 +318,7 @@ def reminder_places(pieces: Sequence[str], every: int, *, thinking: bool = False
 
 
 def _ends_sentence(pieces: Sequence[str], at: int) -> bool:
-    """Returns whether a sentence ends before piece `at`; the dot of "3." or "3.14" ends none."""
+    """Returns whether a sentence ends before token `at`. Dots in "3." and "3.14" do not count."""
     before, after = pieces[at - 1], pieces[at][:1]
     if not _ENDS_SENTENCE.search(before):
         return False
@@ -331,7 +331,7 @@ def _ends_sentence(pieces: Sequence[str], at: int) -> bool:
 def check_contexts(
     options: PrivilegedOptions, stage: str, task: Task, problems: Sequence[Problem]
 ) -> None:
-    """Checks that problems can have a stage's privileged contexts, before anything is compiled.
+    """Checks that a task provides a stage's contexts, and that token limits leave room for them.
 
     Logs how many of the problems lack a context or lose a part of it.
 
@@ -357,7 +357,7 @@ def check_contexts(
 def _check_context(
     options: PrivilegedOptions, stage: str, task: Task, problems: Sequence[Problem], kind: str
 ) -> None:
-    """Checks that the problems can have contexts of one kind, and that these fit their limits."""
+    """Checks that problems have contexts of kind `kind`, and that token limits leave room."""
     limit, wording = options.teacher_prompt_tokens, worded_as(kind)
     found = context_kind(kind, f"{stage}.contexts")
     # The text of a memo, a sibling or a user's function depends on rollouts.
@@ -378,7 +378,7 @@ def _check_context(
     with_context = len(texts) - texts.count(None)
     if not with_context and len(options.contexts) == 1:
         expected = (
-            f"another kind, because none of the {len(texts)} problems checked has such a context"
+            f"another kind, because none of the {len(texts)} checked problems has this context"
         )
         fail(f"{stage}.contexts", (kind,), expected)
     if cut or with_context < len(texts):

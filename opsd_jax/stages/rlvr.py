@@ -1,4 +1,4 @@
-"""RLVR: policy gradient on rewards of 1 for a correct rollout and 0 for any other.
+"""RLVR: policy-gradient training with reward 1 for correct rollouts and 0 for all others.
 
 `options.objective` combines the parts of GRPO, Dr.GRPO, DAPO, GSPO, RLOO, REINFORCE++ and CISPO
 (opsd_jax/losses/policy_gradient.py).
@@ -45,7 +45,7 @@ class RLVROptions(RolloutOptions):
     steps: int = option(200, "Training steps.", at_least=1)
     group_size: int = option(8, "Rollouts per problem, whose rewards are compared.", at_least=2)
     updates: int = option(
-        2, "Optimiser updates per step, on equal parts of the step's rollouts.", at_least=1
+        2, "Optimizer updates per step, on equal parts of the step's rollouts.", at_least=1
     )
     objective: losses.PolicyGradient = option(
         losses.PRESETS["grpo"]._replace(kl_coefficient=0.0, aggregation="token"),
@@ -55,7 +55,7 @@ class RLVROptions(RolloutOptions):
         0,
         "Tokens before the budget where DAPO's length penalty begins; 0 for no penalty.",
         at_least=0,
-        expects="0 for no penalty, or up to the budget, response_tokens",
+        expects="0 for no penalty, or at most response_tokens",
     )
     overlong_factor: float = option(
         1.0, "Length penalty of a response that fills its budget.", at_least=0
@@ -76,13 +76,13 @@ class RLVROptions(RolloutOptions):
     def check(self, field: str) -> None:
         super().check(field)
         if self.overlong_buffer > self.response_tokens:
-            expected = f"0 for no penalty, or up to the budget of {self.response_tokens} tokens"
+            expected = f"0 for no penalty, or at most response_tokens = {self.response_tokens}"
             fail(f"{field}.overlong_buffer", self.overlong_buffer, expected)
         if self.resample_rounds and not self.objective.drop_uninformative:
-            expected = "0, or objective.drop_uninformative=True: otherwise no rollout is replaced"
+            expected = "0, or objective.drop_uninformative=True: only dropped rollouts are replaced"
             fail(f"{field}.resample_rounds", self.resample_rounds, expected)
         if self.prompts % self.updates:
-            fail(f"{field}.updates", self.updates, f"a divisor of {self.prompts} prompts per step")
+            fail(f"{field}.updates", self.updates, f"a divisor of prompts = {self.prompts}")
 
 
 def loss_fn(
@@ -94,7 +94,7 @@ def loss_fn(
     teacher,
     microbatch,
 ):
-    """Returns the sum of the policy-gradient loss over response tokens, its divisor, and metrics.
+    """Returns the policy-gradient loss of a microbatch as a sum, its divisor, and metrics.
 
     `temperature` is the sampling temperature; the policy ratio compares the distributions at this
     temperature. `teacher` holds the reference model's parameters, if the objective has a KL term.
@@ -134,9 +134,9 @@ def loss_fn(
 
 
 def trains(options: RLVROptions, outcomes: Outcomes) -> np.ndarray:
-    """Returns a mask of the rollouts that train, bool [N].
+    """Returns a mask, bool [N], of the rollouts that are used for training.
 
-    All of them train if the objective keeps uninformative groups.
+    All of them are used if the objective keeps uninformative groups.
     """
     if not options.objective.drop_uninformative:
         return np.ones(len(outcomes.correct), bool)
@@ -163,7 +163,7 @@ def rewards_of(options: RLVROptions, outcomes: Outcomes, lengths: np.ndarray) ->
 
 
 def buckets(options: RLVROptions) -> list[Lengths]:
-    """Returns the padded shapes of a microbatch."""
+    """Returns the padded shapes that a microbatch can have, one for each of `options.buckets`."""
     return [{"student": length} for length in options.buckets]
 
 
@@ -174,7 +174,7 @@ def stage(
     roll_out: RollOut,
     keep: Keep = lambda params: params,
 ) -> Stage:
-    """Makes the RLVR stage.
+    """Builds the `Stage` that trains with RLVR on the rollouts of `roll_out`.
 
     Args:
       options: the options of the stage.

@@ -25,7 +25,7 @@ RollOut = Callable[[int, Params], Rollouts]  # (step, params) -> the rollouts of
 
 
 def rollout_sampling(options: RolloutOptions, task: Task | None = None) -> tuple[Sampling, ...]:
-    """Returns the sampling of a stage that samples only its rollouts (`Algorithm.sampling`)."""
+    """Returns a tuple with one `Sampling`: the rollouts of a training step."""
     del task  # the lengths come from the options
     return (
         Sampling(
@@ -51,7 +51,7 @@ def check_prompts(options: RolloutOptions, name: str, data: DataSample) -> None:
 def student_lengths(
     options: RolloutOptions, count: int, responses: Responses
 ) -> tuple[list[int], list[Lengths]]:
-    """Returns the response lengths and rows of rollouts that only the student scores.
+    """Returns assumed response lengths, and the lengths of the student's sequences.
 
     Args:
       options: the options of the stage.
@@ -59,7 +59,7 @@ def student_lengths(
       responses: returns assumed lengths of responses.
 
     Returns:
-      `(response lengths, rows)`, for `Algorithm.step_rows`.
+      `(response lengths, [Lengths])`, for `Algorithm.step_rows`.
     """
     targets = responses(count, options.response_tokens).tolist()
     return targets, [{"student": options.prompt_tokens + n - 1} for n in targets]
@@ -72,7 +72,7 @@ def make_roll_out(
     capacity: int,
     trains: Callable[[Outcomes], np.ndarray],
 ) -> RollOut:
-    """Compiles a stage's engine, and makes the function that samples and verifies its rollouts.
+    """Compiles an engine, and returns a function that samples and verifies a step's rollouts.
 
     Args:
       options: the options of the stage.
@@ -104,7 +104,7 @@ def step_rollouts(
     trains: Callable[[Outcomes], np.ndarray],
     poll: Callable[[], None] = lambda: None,
 ) -> RollOut:
-    """Makes the function `(step, params) -> Rollouts` that samples and verifies a step's rollouts.
+    """Returns a function `(step, params) -> Rollouts` that samples and verifies rollouts.
 
     The problems and the random numbers depend only on (seed, step), not on the number of hosts.
 
@@ -158,7 +158,7 @@ def step_rollouts(
 def student_rows(
     rollouts: Rollouts, task: Task, group_size: int
 ) -> Callable[[int], dict[str, Any]]:
-    """Returns a function that makes the row of a rollout for `pack`, given the rollout's index.
+    """Returns a function that maps the index of a rollout to its row for `pack`.
 
     The prompts are made immediately, while the verifier is still working. A row has the prompt, the
     response and the log-probabilities.
@@ -172,7 +172,7 @@ def student_rows(
 
 
 def rollout_metrics(rollouts: Rollouts, group_size: int) -> dict[str, float]:
-    """Computes the metrics of a step's rollouts.
+    """Returns the metrics of a step's rollouts, such as the mean reward and length.
 
     They include the reward, the length in tokens, the fractions of the outcomes, the number of
     problems whose rollouts are all correct or all incorrect, and the number of verdicts by reason.
@@ -196,7 +196,7 @@ def rollout_metrics(rollouts: Rollouts, group_size: int) -> dict[str, float]:
 
 
 def group_records(rollouts: Rollouts, group_size: int) -> list[dict[str, Any]]:
-    """Returns a JSON-ready record per problem, with its numbers of rollouts and of correct ones."""
+    """Returns a JSON-ready record for each problem, with its rollout count and correct count."""
     correct = rollouts.judged.outcomes.correct.reshape(-1, group_size).sum(axis=1)
     return [
         {

@@ -1,4 +1,4 @@
-"""SFT: cross-entropy on demonstrations, over their response tokens."""
+"""SFT: cross-entropy training on the response tokens of demonstrations."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SFTOptions(StageOptions):
 
 
 def loss_fn(policy: Policy, chunk: int, params, teacher, microbatch):
-    """Returns the sum of -log p(token) over response tokens, their number, and metrics."""
+    """Returns the sum of -log p(token) over response tokens, the token count, and metrics."""
     del teacher
     loss = losses.sft(
         student=response_head(policy, params, microbatch["student"]),
@@ -52,12 +52,12 @@ def loss_fn(policy: Policy, chunk: int, params, teacher, microbatch):
 
 
 def buckets(options: SFTOptions) -> list[Lengths]:
-    """Returns the padded shapes of a microbatch."""
+    """Returns the padded shapes that a microbatch can have, one for each of `options.buckets`."""
     return [{"student": tokens} for tokens in options.buckets]
 
 
 def stage(options: SFTOptions, task: Task, policy: Policy, seed: int) -> Stage:
-    """Makes the SFT stage, which trains on the task's demonstrations in a random order."""
+    """Builds the `Stage` that trains on the task's demonstrations in random order."""
     demonstrations = task.demonstrations(seed)
 
     def length(row: Demonstration) -> int:
@@ -65,8 +65,8 @@ def stage(options: SFTOptions, task: Task, policy: Policy, seed: int) -> Stage:
         if tokens - 1 > options.buckets[-1]:
             raise DataError(
                 f"the demonstration for {task.tokenizer.decode(row.prompt)[:60]!r} has {tokens} "
-                f"tokens; expected at most {options.buckets[-1] + 1}, one more than the last of "
-                "the stage's buckets."
+                f"tokens; expected at most {options.buckets[-1] + 1}, one more than the largest "
+                "of the stage's `buckets`."
             )
         return tokens
 
@@ -80,7 +80,7 @@ def stage(options: SFTOptions, task: Task, policy: Policy, seed: int) -> Stage:
 
     @functools.lru_cache(maxsize=1)
     def window(index: int) -> list[list[Demonstration]]:
-        """Returns the demonstrations of WINDOW steps, one list of similar lengths per step."""
+        """Returns one list of demonstrations, similar in length, for each of WINDOW steps."""
         size = options.batch_size * WINDOW
         rows = sorted((demonstrations[index * size + i] for i in range(size)), key=length)
         order = np.random.default_rng((seed, index)).permutation(WINDOW)
@@ -117,7 +117,7 @@ def _check_data(options: SFTOptions, name: str, data: DataSample) -> None:
 
 
 def _step_rows(options: SFTOptions, responses: Responses) -> tuple[list[int], list[Lengths]]:
-    """Returns rows of the largest length, because a plan does not read the demonstrations."""
+    """Returns assumed rows for a plan, each as long as the largest bucket. Reads no data."""
     targets = [options.buckets[-1]] * options.batch_size
     return targets, [{"student": tokens} for tokens in targets]
 

@@ -1,4 +1,4 @@
-"""Teachers of an OPSD stage: their parameters, and when these change.
+"""The kinds of OPSD teacher: which parameters they use, and when these change.
 
 | kind | the teacher |
 |---|---|
@@ -59,7 +59,7 @@ def ema(rate: float) -> Teacher:
 
 
 def refresh(every: int, keep: Keep = lambda params: params) -> Teacher:
-    """Returns a teacher that copies the parameters after every `every` updates.
+    """Returns a teacher that copies the student's parameters every `every` updates.
 
     Skipped updates count too.
     """
@@ -79,12 +79,12 @@ MakeHead = Callable[[Policy, Any], Callable[[Params, Params, Any], Head]]
 
 
 def _stored_head(policy: Policy, options: TeacherOptions) -> Callable[[Params, Params, Any], Head]:
-    """Returns a function that computes logits from the parameters that the teacher stores."""
+    """Returns a function that computes logits from the teacher's stored parameters."""
     return lambda params, teacher, sequences: response_head(policy, teacher, sequences)
 
 
 def _average_head(policy: Policy, options: TeacherOptions) -> Callable[[Params, Params, Any], Head]:
-    """Returns a function that computes logits from an average cast to the model's dtypes."""
+    """Returns a function that computes logits from averaged parameters, in the model's dtypes."""
 
     def head(params: Params, teacher: Params, sequences: Any) -> Head:
         cast = jax.tree.map(lambda t, p: t.astype(p.dtype), teacher, params)
@@ -94,12 +94,12 @@ def _average_head(policy: Policy, options: TeacherOptions) -> Callable[[Params, 
 
 
 def _current_head(policy: Policy, options: TeacherOptions) -> Callable[[Params, Params, Any], Head]:
-    """Returns a function that computes logits from the current parameters."""
+    """Returns a function that computes logits from the student's current parameters."""
     return lambda params, teacher, sequences: response_head(policy, params, sequences)
 
 
 def _mixed_head(policy: Policy, options: TeacherOptions) -> Callable[[Params, Params, Any], Head]:
-    """Returns a function that mixes the logits of the stored and of the current parameters."""
+    """Returns a function that interpolates between the logits of stored and current parameters."""
     unembed = functools.partial(_mix, policy.unembed, options.rate)
 
     def head(params: Params, teacher: Params, sequences: Any) -> Head:
@@ -111,7 +111,7 @@ def _mixed_head(policy: Policy, options: TeacherOptions) -> Callable[[Params, Pa
 
 
 def _mix(unembed: Callable, rate: float, params: tuple[Params, Params], hidden: jax.Array):
-    """Returns mixed logits [..., V] of hidden states [..., 2 D].
+    """Returns logits [..., V] interpolated between two models, from hidden states [..., 2 D].
 
     The first D hidden states are the stored model's, the last D the current model's.
     """
@@ -123,7 +123,7 @@ def _mix(unembed: Callable, rate: float, params: tuple[Params, Params], hidden: 
 
 
 class TeacherKind(NamedTuple):
-    """One kind of teacher, an entry of `TEACHERS`.
+    """A kind of teacher: how to make and update its parameters, and compute its logits.
 
     Attributes:
       make: `(options, keep) -> Teacher`: the teacher's part of the training state; None for a
@@ -151,7 +151,7 @@ TEACHERS: dict[str, TeacherKind] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherOptions:
-    """The kind of a stage's teacher, and its options."""
+    """The options of a stage's teacher: its kind, and how it follows the student."""
 
     kind: str = option(
         "frozen",
@@ -167,22 +167,22 @@ class TeacherOptions:
     every: int = option(50, "Updates between two copies of 'refresh'.", at_least=1)
 
     def check(self, field: str) -> None:
-        """Raises ConfigError if there is no such kind."""
+        """Raises ConfigError if `kind` does not name a kind of teacher."""
         _kind_of(self, f"{field}.kind")
 
 
 def _kind_of(options: TeacherOptions, field: str = "teacher.kind") -> TeacherKind:
-    """Returns the kind of a teacher; raises ConfigError, naming the field, if there is no such."""
+    """Returns the `TeacherKind` that `options` select. Raises ConfigError if it does not exist."""
     return look_up(TEACHERS, options.kind, TeacherKind, field)
 
 
 def make_teacher(options: TeacherOptions, keep: Keep = lambda params: params) -> Teacher | None:
-    """Makes the teacher's part of the training state; None for a teacher without its own state."""
+    """Returns the `Teacher` that makes and updates the teacher's state; None if it has no state."""
     return _kind_of(options).make(options, keep)
 
 
 def make_head(policy: Policy, options: TeacherOptions) -> Callable[[Params, Params, Any], Head]:
-    """Returns the function `(params, teacher, sequences) -> Head` that gives the teacher's logits.
+    """Returns a function `(params, teacher, sequences) -> Head` for the teacher's logits.
 
     Its arguments are the student's parameters, the teacher in the training state (or None), and the
     teacher's sequences of a microbatch. No gradient flows through the student's parameters.
@@ -194,7 +194,7 @@ def make_head(policy: Policy, options: TeacherOptions) -> Callable[[Params, Para
 
 
 def warning(options: TeacherOptions) -> str:
-    """Returns a warning about a teacher that follows the student too closely, else ""."""
+    """Returns a warning if the teacher follows the student too closely; "" otherwise."""
     lag = _kind_of(options).lag
     if lag is None or lag(options) >= COLLAPSES_BELOW:
         return ""

@@ -1,4 +1,4 @@
-"""Saves and restores a stage's state with Orbax, asynchronously and atomically."""
+"""Saves and restores a stage's training state with Orbax. Saves are asynchronous and atomic."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
-    """The section `checkpoints` of the config: which checkpoints of a stage to keep."""
+    """The options that select which checkpoints of a stage to keep."""
 
     last: int = option(2, "Number of newest checkpoints to keep.", at_least=1)
     period: int = option(
@@ -42,7 +42,10 @@ class CheckpointOptions:
     )
 
     def policy(self) -> tuple[Any, Any]:
-        """Returns Orbax's preservation policy, and a function that ranks checkpoints, or None."""
+        """Returns Orbax's preservation policy, and the function that ranks checkpoints by `best`.
+
+        The function is None if `best` is empty.
+        """
         manager = ocp.checkpoint_managers
         policies: list[Any] = [manager.LatestN(self.last)]
         if self.period:
@@ -62,7 +65,7 @@ class CheckpointOptions:
 
     @property
     def best_metric(self) -> str:
-        """The name in `best`, without its sign; "" for none."""
+        """The name of the metric in `best`, without a minus sign; "" if `best` is empty."""
         return self.best.removeprefix("-")
 
 
@@ -70,7 +73,7 @@ DEFAULT_OPTIONS = CheckpointOptions()
 
 
 class Checkpoints:
-    """The checkpoints of one stage, in `directory/<step>/`.
+    """Saves and restores the checkpoints of one stage, in `directory/<step>/`.
 
     Orbax writes a checkpoint under a temporary name and renames it when it is complete, so a
     half-written checkpoint is never restored. A context manager: leaving it waits for the save in
@@ -83,7 +86,7 @@ class Checkpoints:
         identity: Mapping[str, Any] | None = None,
         options: CheckpointOptions = DEFAULT_OPTIONS,
     ):
-        """Opens the directory, and creates it if it is missing.
+        """Opens the checkpoint directory, and creates it if it is missing.
 
         Args:
           directory: the directory.
@@ -102,11 +105,11 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """Number of completed steps in the newest complete checkpoint; None if there is none."""
+        """The number of completed steps at the newest checkpoint; None if no checkpoint exists."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: State, metrics: Mapping[str, float] | None = None) -> None:
-        """Starts to save a checkpoint, and returns when its arrays have been copied to the host.
+        """Starts saving a checkpoint, and returns once its arrays have been copied to the host.
 
         Does nothing if the newest checkpoint is of this step.
 
@@ -165,17 +168,17 @@ class Checkpoints:
         return 0, None
 
     def _read(self, step: int, abstract: State) -> State:
-        """Returns the state in the checkpoint of a step."""
+        """Restores the training state from the checkpoint of `step`."""
         path = self._manager.directory / str(step)
         with _restoring(path, "the stage then restarts without it"):
             self._check_identity(step, path)
             return _restore(path / "default", abstract)
 
     def _check_identity(self, step: int, path: Path) -> None:
-        """Raises Foreign if the checkpoint of a step belongs to another run."""
+        """Raises Foreign if the checkpoint of `step` belongs to another run."""
         metadata = self._manager.metadata(step).custom_metadata
         if not metadata:
-            raise ValueError("it does not say which run it belongs to")
+            raise ValueError("the checkpoint does not identify the run that saved it")
         saved, mine = json.loads(metadata["about"]), json.loads(self._identity)
         # Earlier versions also saved the config of stages that do not run.
         different = sorted(n for n in mine if saved.get(n) != mine[n])
@@ -184,8 +187,8 @@ class Checkpoints:
                 f"  {n}: {saved.get(n, 'absent')!r} there, {mine[n]!r} now" for n in different
             )
             raise Foreign(
-                f"{path} is a checkpoint of another run, with other values of:\n{listed}\n"
-                "Expected the values of the checkpoint. Use them, or another --workdir."
+                f"{path} is a checkpoint of another run, with different values:\n{listed}\n"
+                "Expected the checkpoint's values. Use them, or choose another --workdir."
             )
 
     def __enter__(self) -> Checkpoints:
@@ -199,7 +202,7 @@ class Checkpoints:
 
 
 class Foreign(RecordError):
-    """A checkpoint belongs to another run: its identity differs."""
+    """A checkpoint was saved by another run, whose `identity` is different."""
 
 
 class Damaged(RecordError):
@@ -218,7 +221,7 @@ _IF_DAMAGED = " If it is damaged, delete that directory: "
 
 
 def _is_damage(error: Exception) -> bool:
-    """Returns whether an exception means that a checkpoint is damaged, not just out of reach."""
+    """Returns whether an exception shows that a checkpoint is damaged, not just unavailable."""
     if isinstance(error, OSError):
         return isinstance(error, FileNotFoundError)
     other = isinstance(error, MemoryError | JaxRuntimeError) or files.is_bucket_error(error)
@@ -226,7 +229,7 @@ def _is_damage(error: Exception) -> bool:
 
 
 def _restore(path: Path, abstract: Any) -> Any:
-    """Returns the arrays that Orbax has saved in a directory, on the shardings of `abstract`.
+    """Restores the arrays that Orbax saved in `path`, with the shardings of `abstract`.
 
     `CheckpointManager.restore` has a barrier in the middle, so if one host cannot read its part,
     the other hosts wait without end. The handler has no barrier.
@@ -236,7 +239,7 @@ def _restore(path: Path, abstract: Any) -> Any:
 
 
 def _set_aside(directory: Path, step: int, error: Damaged) -> None:
-    """Moves the damaged checkpoint of a step to `damaged/`, with a text file that says why."""
+    """Moves a damaged checkpoint to `damaged/`, and writes the reason to a text file there."""
     aside = directory.parent / "damaged"
     aside.mkdir(exist_ok=True)
     place = next(p for i in itertools.count() if not (p := aside / f"{step}.{i}").exists())
@@ -253,7 +256,7 @@ def _set_aside(directory: Path, step: int, error: Damaged) -> None:
 
 @contextlib.contextmanager
 def _restoring(path: Path, then: str) -> Iterator[None]:
-    """Context manager that turns exceptions of its block into RecordError or Damaged.
+    """Context manager that converts exceptions from its block to RecordError or Damaged.
 
     Damaged means that the checkpoint is damaged. Orbax, tensorstore and the file system raise
     exceptions of many types. The loss of another host is raised unchanged.
@@ -275,7 +278,7 @@ def _restoring(path: Path, then: str) -> Iterator[None]:
 
 
 def save_params(path: Path, params: Params) -> None:
-    """Saves parameters, the result of a stage, in the directory `path`.
+    """Saves the final parameters of a stage in the directory `path`.
 
     Raises:
       RecordError: the directory cannot be written.
@@ -285,13 +288,13 @@ def save_params(path: Path, params: Params) -> None:
 
 
 def has_params(path: Path) -> bool:
-    """Returns whether `path` holds parameters that `save_params` has saved completely."""
+    """Returns whether `path` holds parameters from a completed call of `save_params`."""
     # In a bucket, the directory exists before all of its files do.
     return path.exists() and bool(ocp.utils.is_checkpoint_finalized(files.absolute(path)))
 
 
 def restore_params(path: Path, abstract: Params) -> Params:
-    """Restores the parameters that `save_params` has saved.
+    """Restores the parameters that `save_params` saved in `path`.
 
     Args:
       path: the directory.

@@ -1,4 +1,4 @@
-"""The training loop of a stage: batches from the host, the compiled step, metrics, checkpoints.
+"""Trains a stage: makes batches, runs the compiled train step, writes metrics and checkpoints.
 
 Everything that the loop does is a function of (state, step). A run that resumes from a checkpoint
 therefore ends like one that was never interrupted.
@@ -28,7 +28,7 @@ from opsd_jax.training.step import batch_shardings, compile_train_step
 
 
 class Diverged(RuntimeError):
-    """The gradient was not finite in too many steps in a row."""
+    """The gradient was not finite for too many steps in a row."""
 
 
 class LoopOptions(NamedTuple):
@@ -64,7 +64,7 @@ def run_stage(
     stop: StopSignal,
     report: Report = lambda step, values: None,
 ) -> Params:
-    """Trains a stage to its last step, from its newest checkpoint or else from the beginning.
+    """Trains a stage to its last step. Resumes from the newest checkpoint if there is one.
 
     Args:
       stage: the stage.
@@ -125,7 +125,7 @@ def _run_steps(
     stop: StopSignal,
     checkpoint_every: int,
 ) -> State:
-    """Runs steps of a stage and returns the last state."""
+    """Runs the given training steps of a stage, and returns the final state."""
     for step in steps:
         watchdog.begin(step)
         began = time.monotonic()
@@ -152,14 +152,14 @@ def _run_steps(
 def _initial_state(
     stage: Stage, optimizer: optax.GradientTransformation, params: Params, abstract: State
 ) -> State:
-    """Returns the initial state on the shardings of `abstract`, and donates `params`."""
+    """Returns the initial training state with the shardings of `abstract`. Donates `params`."""
     init = functools.partial(init_state, optimizer=optimizer, teacher=stage.teacher)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
 
 
 class _Recorder:
-    """Writes the metrics of each step one step late, and saves checkpoints.
+    """Writes the metrics of each step, one step late, and saves checkpoints.
 
     Metrics of a step are fetched after the next step has been dispatched, so the device never waits
     for the host to fetch them.
@@ -173,10 +173,7 @@ class _Recorder:
         max_nonfinite: int,
         began: float,
     ):
-        """Creates a recorder.
-
-        `began` is the `time.monotonic()` from which the first step's seconds count.
-        """
+        """Creates a recorder. `began` is the `time.monotonic()` at which the first step began."""
         self._checkpoints, self._writer, self._report = checkpoints, writer, report
         self._max_nonfinite, self._nonfinite = max_nonfinite, 0  # steps in a row
         self._pending: tuple[int, list[Any], StepData] | None = None
@@ -184,11 +181,11 @@ class _Recorder:
         self._ended = began  # time at which that step ended
 
     def add(self, step: int, totals: list[Any], data: StepData) -> None:
-        """Adds a step that has been dispatched, with the metrics of each of its updates."""
+        """Stores the metrics of a dispatched step until `write_pending` writes them."""
         self._pending = step, totals, data
 
     def write_pending(self, ended: float) -> None:
-        """Fetches and writes the metrics of the step that `add` was called with, if any.
+        """Fetches and writes the metrics that `add` stored. Does nothing if there are none.
 
         Args:
           ended: the `time.monotonic()` at which the step ended and the next one began.
@@ -210,12 +207,12 @@ class _Recorder:
             raise Diverged(
                 f"the gradient was not finite for {self._nonfinite} steps in a row, up to step "
                 f"{step}; expected fewer than config.max_nonfinite = {self._max_nonfinite}. The "
-                f"newest checkpoint is of step {self._checkpoints.latest}. Try a lower "
+                f"newest checkpoint is from step {self._checkpoints.latest}. Try a lower "
                 "learning_rate or clip_norm, in another workdir."
             )
 
     def save(self, steps: int, state: State, ended: float) -> None:
-        """Saves a checkpoint, and before it all metrics of the steps that it includes.
+        """Writes all pending metrics, then saves a checkpoint.
 
         Args:
           steps: number of completed steps; nothing is saved for 0.

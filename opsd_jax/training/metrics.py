@@ -38,7 +38,7 @@ def means(totals: Iterable[dict[str, tuple[Any, Any]]]) -> dict[str, float]:
 
 
 def read(directory: Path, file: str = FILE) -> list[dict[str, Any]]:
-    """Returns the rows of a stage's FILE or GROUPS in order; none if the file is missing."""
+    """Reads the rows of a stage's metrics file, in order. Returns [] if it does not exist."""
     path = directory / file
     fix = "Delete that line; the metrics of its step are lost."
     return read_json_lines(path, fix) if path.exists() else []
@@ -47,17 +47,17 @@ def read(directory: Path, file: str = FILE) -> list[dict[str, Any]]:
 def writer(
     directory: Path, start: int, wandb_project: str = ""
 ) -> contextlib.AbstractContextManager[MetricsWriter | NoWriter]:
-    """Returns a `MetricsWriter` on the first host, and on other hosts one that writes nothing."""
+    """Returns a `MetricsWriter` on the first host, and a `NoWriter` on all other hosts."""
     return MetricsWriter(directory, start, wandb_project) if hosts.is_first() else NoWriter()
 
 
 def _lines(rows: Iterable[dict[str, Any]]) -> str:
-    """Returns rows as JSON lines."""
+    """Formats rows as JSON Lines text."""
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 class NoWriter(contextlib.nullcontext):
-    """A `MetricsWriter` that writes nothing, for hosts other than the first."""
+    """A replacement for `MetricsWriter` that writes nothing, for hosts other than the first."""
 
     def __enter__(self) -> NoWriter:
         return self
@@ -70,14 +70,14 @@ class NoWriter(contextlib.nullcontext):
 
 
 class MetricsWriter:
-    """Writes the metrics of each step to files in a directory. A context manager.
+    """Context manager that writes the metrics of each step to files in a directory.
 
     It first drops the rows of steps that the resumed run will repeat, so the files equal those of
     a run that was never interrupted.
     """
 
     def __init__(self, directory: Path, start: int, wandb_project: str = ""):
-        """Opens the files.
+        """Opens the files in `directory`, and drops their rows from step `start` on.
 
         Args:
           directory: the directory of the stage; it is created if it is missing.
@@ -126,7 +126,7 @@ class MetricsWriter:
             self._wandb.log(values, step=step)
 
     def flush(self) -> None:
-        """Writes everything that is still in memory. Call it before each checkpoint."""
+        """Writes all buffered metrics to their files. Call it before each checkpoint."""
         self._groups.sync()
         self._rows.sync()
         self._events.flush()

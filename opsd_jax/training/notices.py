@@ -24,9 +24,9 @@ def metadata_host() -> str:
 
 
 def current_notice(host: str) -> str:
-    """Returns the notice that a metadata server shows, such as "preempted".
+    """Asks a metadata server for a stop notice. Returns its name, such as "preempted", or "".
 
-    Returns "" if there is no notice, or if the server does not answer.
+    Returns "" also if the server does not answer.
     """
     for name, begin in NOTICES.items():
         request = urllib.request.Request(
@@ -43,17 +43,17 @@ def current_notice(host: str) -> str:
 
 
 class Watcher:
-    """Waits in a background thread for the first notice. A context manager.
+    """Context manager that waits for a stop notice from Google Cloud in a background thread.
 
     It does nothing on machines outside Google Cloud.
     """
 
     def __init__(self, on_notice: Callable[[str], None]) -> None:
-        """`on_notice` is called once, in the background thread, with the name of the notice."""
+        """Creates a watcher that calls `on_notice(name)` in its thread on the first notice."""
         self._on_notice, self._exited = on_notice, threading.Event()
 
     def _poll(self, host: str) -> None:
-        """Asks the metadata server until there is a notice or the context exits."""
+        """Polls the metadata server until a notice appears or the context manager exits."""
         while not self._exited.wait(POLL_SECONDS):
             if name := current_notice(host):
                 self._on_notice(name)

@@ -11,7 +11,7 @@ from opsd_jax.options import option
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
-    """The options of AdamW and its schedule, in the section `optimizer` of a stage's config."""
+    """The options of AdamW and its learning-rate schedule."""
 
     learning_rate: float = option(2e-4, "Learning rate after the warm-up.", above=0)
     schedule: str = option(

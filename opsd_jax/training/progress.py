@@ -1,4 +1,4 @@
-"""The progress bar of a run: step, metrics, tokens per second, time left."""
+"""The progress bar of a run. It shows the step, metrics, tokens per second and time left."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FLAGS = ("empty", "nonfinite")  # metrics that are shown only if they are not 0
 
 
 class Progress:
-    """Shows one progress bar at a time on standard error of the first host. A context manager.
+    """Context manager that shows a progress bar on the standard error of the first host.
 
     If standard error is not a terminal, it prints a line every 20 seconds.
     """
@@ -57,7 +57,7 @@ class Progress:
         self._bar.update(done - self._bar.n)
 
     def step(self, step: int, values: dict[str, float]) -> None:
-        """Moves the bar past a completed training step.
+        """Advances the bar after a training step, and shows the step's metrics.
 
         Args:
           step: number of the step, from 0.
@@ -78,14 +78,14 @@ class Progress:
         self._bar.update(step + 1 - self._bar.n)
 
     def finish(self, text: str = "") -> None:
-        """Ends the bar; `text` replaces the metrics that it shows, unless it is ""."""
+        """Closes the bar. If `text` is not empty, shows it in place of the metrics."""
         if text:
             self._bar.set_postfix_str(text, refresh=False)
         self._bar.refresh()
         self._close()
 
     def _close(self) -> None:
-        """Ends the bar, if there is one."""
+        """Closes the bar if one is open."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

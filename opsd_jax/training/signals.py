@@ -1,4 +1,4 @@
-"""Stops a run cleanly: the first SIGINT or SIGTERM asks for a checkpoint, the second does not wait.
+"""Stops a run on SIGINT or SIGTERM: the first saves a checkpoint, the second stops at once.
 
 A notice from Google Cloud that the machine will stop counts as SIGTERM. A signal to one host stops
 all hosts, at the same step.
@@ -27,7 +27,7 @@ class Interrupted(Exception):
 
 
 class StopSignal:
-    """Records the first SIGINT, SIGTERM or notice of preemption. A context manager.
+    """Context manager that records the first SIGINT, SIGTERM or preemption notice.
 
     After the first signal, the previous handlers are back in place, so a second signal usually ends
     the process at once.
@@ -47,12 +47,12 @@ class StopSignal:
         os.write(2, text.encode())
 
     def _on_notice(self, name: str) -> None:
-        """Records a notice from Google Cloud as SIGTERM."""
+        """Records a notice from Google Cloud as if it were SIGTERM."""
         self._received = self._received or signal.SIGTERM
         os.write(2, f"\nnotice of {name}: stopping soon, with all progress saved.\n".encode())
 
     def _restore(self) -> None:
-        """Restores the signal handlers from before this context."""
+        """Restores the signal handlers that this context manager replaced."""
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
 
@@ -68,13 +68,13 @@ class StopSignal:
         self._restore()
 
     def received(self) -> int:
-        """Returns the signal that this host or another one has received; 0 for none.
+        """Returns the number of the signal that any host has received, or 0.
 
         A collective operation: all hosts must call it together.
         """
         return hosts.largest(self._received)
 
     def check(self) -> None:
-        """Raises Interrupted if a host has received a signal; all hosts must call it together."""
+        """Raises Interrupted if any host has received a signal. All hosts must call it together."""
         if signum := self.received():
             raise Interrupted(signum)

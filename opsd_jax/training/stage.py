@@ -1,4 +1,4 @@
-"""The interface between the training loop and a stage (an algorithm).
+"""`Stage`: the interface between the training loop and an algorithm.
 
 A stage is a `Stage`: it makes the batches of each step on the host, and it has a loss that runs on
 the device. `run_stage` does the rest: the train step, sharding, metrics, checkpoints, signals. This
@@ -49,7 +49,7 @@ Metric = tuple[jax.Array, jax.Array]
 
 
 class Teacher(NamedTuple):
-    """The functions that make and update the teacher's parameters, a part of a stage's state.
+    """The functions that make and update the teacher's parameters in the training state.
 
     Both functions are pure and run inside jit.
 

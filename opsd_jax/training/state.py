@@ -1,4 +1,4 @@
-"""The training state of a stage, one pytree, and the shardings of its leaves."""
+"""The training state of a stage, as one pytree, and the shardings of its leaves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ State = dict[str, Any]
 def init_state(
     params: Params, optimizer: optax.GradientTransformation, teacher: Teacher | None = None
 ) -> State:
-    """Returns the state at the start of a stage.
+    """Returns the training state at the start of a stage.
 
     Args:
       params: the parameters that the stage starts from.
@@ -41,7 +41,7 @@ def abstract_state(
     teacher: Teacher | None,
     mesh: jax.sharding.Mesh,
 ) -> State:
-    """Returns the shapes, dtypes and shardings of the initial state, without computing it.
+    """Returns the shapes, dtypes and shardings of the initial training state.
 
     Args:
       abstract_params: shapes, dtypes and shardings of the parameters.
@@ -57,7 +57,7 @@ def abstract_state(
 def state_shardings(
     state: State, optimizer: optax.GradientTransformation, params: Any, mesh: jax.sharding.Mesh
 ) -> State:
-    """Returns the sharding of each leaf of a state.
+    """Returns the sharding of each leaf of a training state.
 
     The optimizer's moments and the teacher are sharded like the parameters; scalars are replicated.
 

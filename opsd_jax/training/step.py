@@ -1,4 +1,4 @@
-"""The train step: gradients summed over microbatches, divided once by the weight, one update."""
+"""The train step: sums gradients over microbatches, divides by the loss weight, updates once."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def make_train_step(
 
 
 def _sum_over_microbatches(gradient: Callable[[Microbatch], Any], batch: Batch) -> Any:
-    """Returns the sum of `gradient(microbatch)` over the microbatches in use, in float32."""
+    """Sums `gradient(microbatch)` in float32 over the first `count` microbatches of each bucket."""
 
     def add_bucket(totals, bucket):
         def add(i, totals):
@@ -114,7 +114,7 @@ def compile_train_step(
     abstract_state: State,
     mesh: jax.sharding.Mesh,
 ) -> Callable[[State, Batch], tuple[State, dict[str, Any]]]:
-    """Compiles the train step for the shapes of `stage.empty_batch`, with the state donated.
+    """Compiles the train step for the shapes of `stage.empty_batch`; the step donates its state.
 
     Args:
       stage: the stage; gives the loss, the teacher and the shapes.

@@ -95,7 +95,7 @@ def test_a_bad_override_is_refused(field, text, message):
         (
             "rlvr.overlong_buffer",
             "-1",
-            "overlong_buffer is -1; expected 0 for no penalty, or up to",
+            "overlong_buffer is -1; expected 0 for no penalty, or at most",
         ),
         ("rlvr.objective.dual_clip", "0.5", "dual_clip is 0.5; expected 0, or a number that is at"),
         (

@@ -168,7 +168,7 @@ def test_too_many_or_too_long_rows_are_an_error(rows):
     with pytest.raises(ValueError, match="a batch has 12 rows; expected at most its capacity, 8"):
         pack(rows, capacity=8)
     with pytest.raises(
-        ValueError, match=r"a row has sequences of .* tokens; expected at most .*30"
+        ValueError, match=r"a row needs the lengths .* in tokens; expected at most .*30"
     ):
         pack(rows, buckets=((20, 55), (30, 80)))
 
