@@ -386,7 +386,7 @@ def test_a_run_of_another_version_is_an_error(config, tmp_path):
     for field in ("decode_mesh", "rlvr.slots"):
         del flat[field]
     (tmp_path / "config.json").write_text(json.dumps(flat))
-    with pytest.raises(config_lib.ConfigError, match=r"it has no decode_mesh, rlvr\.slots\. Use"):
+    with pytest.raises(config_lib.ConfigError, match=r"it lacks decode_mesh, rlvr\.slots\. Use"):
         workdir_lib.config_of(tmp_path)
 
 
