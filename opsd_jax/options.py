@@ -61,7 +61,8 @@ def resolve(dotted: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"expected 'package.module:function', but the import failed ({error})."
+            f"it cannot be imported ({error}); expected the name of an importable object, in the "
+            "form 'package.module:name'."
         ) from error
 
 
@@ -134,7 +135,7 @@ class Bounds(NamedTuple):
     finite: bool = True
 
     def text(self) -> str:
-        """Returns the bounds as a phrase, such as "at least 1", or "" without bounds."""
+        """Returns the bounds as a phrase, such as "at least 1", or "" if there are none."""
         if self.expects:
             return self.expects if isinstance(self.expects, str) else self.expects()
         if len(self.choices) == 2:

@@ -284,7 +284,7 @@ def answer_in(problem: Problem, response: str) -> str | None:
 
 
 class Part:
-    """The question numbers at positions [low, high) of one fixed random permutation.
+    """The question numbers at positions [low, high) of a fixed permutation of all numbers.
 
     A slice of a shuffled grain dataset would change with the epoch, because grain shuffles each
     epoch again before it slices.

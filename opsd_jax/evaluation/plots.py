@@ -130,7 +130,7 @@ def lengths(named: Mapping[str, Sequence[int]]) -> str:
 
 
 def accuracy_and_length(named: Mapping[str, Sequence[dict[str, Any]]]) -> str:
-    """Draws accuracy against mean response length for each source, ± two standard errors.
+    """Draws accuracy against mean response length per source, with bars of ± 2 standard errors.
 
     Args:
       named: source -> its metrics for one model, or for two models (before, after), which a line

@@ -212,7 +212,7 @@ def resume(directory: Path, samples: int) -> list[Record]:
     path = directory / RESPONSES
     if not path.exists():
         return []
-    done = files.read_json_lines(path, "Delete it to sample its responses again.")
+    done = files.read_json_lines(path, "Delete the file to sample all responses again.")
     return done[: len(done) // samples * samples]
 
 

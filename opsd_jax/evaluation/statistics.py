@@ -124,7 +124,7 @@ def pass_at(k: int, *, samples: int, correct: int) -> float:
 
 
 def majority(records: Records) -> float:
-    """Returns 1 if the most frequent answer to a problem is correct, 0 if not.
+    """Returns the majority-vote score of a problem: 1 if the most frequent answer is correct.
 
     All correct responses vote for the same answer. An incorrect response votes for the answer that
     was extracted from it, after normalisation. Truncated responses and responses without an answer

@@ -1,4 +1,4 @@
-"""Compiles a plan's programs and reads their costs from the compiled text."""
+"""Compiles a plan's programs, and reads their costs from the HLO of the compiled programs."""
 
 from __future__ import annotations
 
@@ -366,7 +366,7 @@ def _collective_table(
 
 
 def _collective_seconds(c: costs.Collective, chip: Chip) -> float:
-    """Returns the seconds that a collective takes on a ring along one axis of the TPU torus."""
+    """Estimates the time, in seconds, of a collective on a ring along one axis of the torus."""
     if c.op.startswith("collective-"):
         return c.bytes / (chip.ici / 2)  # in one direction
     passes = 2 if c.op == "all-reduce" else 1

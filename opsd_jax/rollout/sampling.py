@@ -237,7 +237,7 @@ def _invert(mass_BxN: jax.Array, fraction_B: jax.Array) -> jax.Array:
 
 
 def _restrict(x_BxV: jax.Array, sampling_params: SamplingParams) -> jax.Array:
-    """Sets the logits of all tokens that `top_k`, `top_p` or `min_p` excludes to -inf."""
+    """Sets to -inf the logits of the tokens that `top_k`, `top_p` or `min_p` excludes."""
 
     def top_k(mass_BxV):
         count = lambda kept_BxV: jnp.sum(kept_BxV, axis=-1)

@@ -112,8 +112,8 @@ class OPSDOptions(PrivilegedOptions):
         there = self.teacher_buckets
         if there and (len(there) != len(self.buckets) or there[-1] < longest):
             expected = (
-                f"one length for each of {field}.buckets, the last at least {longest}, or () to "
-                "compute the lengths"
+                f"one length for each entry of config.{field}.buckets, with a last length of at "
+                f"least {longest}, or () to choose the lengths automatically"
             )
             fail(f"{field}.teacher_buckets", there, expected)
 

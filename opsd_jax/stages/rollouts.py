@@ -51,7 +51,9 @@ def check_prompts(options: RolloutOptions, name: str, data: DataSample) -> None:
 def student_lengths(
     options: RolloutOptions, count: int, responses: Responses
 ) -> tuple[list[int], list[Lengths]]:
-    """Returns assumed response lengths, and the lengths of the student's sequences.
+    """Returns the assumed length of each response, and of the student's sequence with it.
+
+    A sequence is a prompt of `prompt_tokens` tokens and its response without the last token.
 
     Args:
       options: the options of the stage.

@@ -157,7 +157,7 @@ def read_json_lines(path: Path, fix: str) -> list[Any]:
 
     Args:
       path: the file.
-      fix: what the user can do about a damaged file, as a sentence for the error message.
+      fix: what the user can do about a damaged line, as a sentence for the error message.
 
     Raises:
       RecordError: the file cannot be read, or a line is not JSON. Names the file and the line.
@@ -165,7 +165,9 @@ def read_json_lines(path: Path, fix: str) -> list[Any]:
     try:
         lines = path.read_text().split("\n")[:-1]
     except OSError as error:
-        raise RecordError(f"{path} cannot be read ({error.strerror}). {fix}") from error
+        raise RecordError(
+            f"{path} cannot be read ({error.strerror}). Check the path and its permissions."
+        ) from error
     values = []
     for number, line in enumerate(lines, 1):
         try:

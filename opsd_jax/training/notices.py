@@ -49,7 +49,7 @@ class Watcher:
     """
 
     def __init__(self, on_notice: Callable[[str], None]) -> None:
-        """Creates a watcher that calls `on_notice(name)` in its thread on the first notice."""
+        """Creates a watcher whose thread calls `on_notice(name)` once, when a notice appears."""
         self._on_notice, self._exited = on_notice, threading.Event()
 
     def _poll(self, host: str) -> None:

@@ -121,7 +121,7 @@ def _ratio(text: str) -> list[Fraction]:
 
 
 def _compare_choices(gold: str, gold_words: str, answer_words: str) -> Verdict | Pair | None:
-    """Compares two answers if at least one begins with a choice letter, such as "(C) 12".
+    """Compares two answers if at least one begins with a choice letter, as "(C) 12" does.
 
     Args:
       gold: the normalised right answer.

@@ -79,7 +79,11 @@ def test_a_bad_override_is_refused(field, text, message):
         ("rlvr.objective.baseline", "mean", "config.rlvr.objective: baseline is 'mean'"),
         ("rlvr.overlong_buffer", "89", "overlong_buffer is 89; .*at most response_tokens = 88"),
         ("opsd.buckets", "(40, 90)", r"opsd.buckets is .*a last length of at least 103"),
-        ("opsd.teacher_buckets", "(126,)", r"teacher_buckets is .*one length for each of opsd"),
+        (
+            "opsd.teacher_buckets",
+            "(126,)",
+            r"teacher_buckets is .*one length for each entry of config.opsd",
+        ),
         ("opsd.teacher_buckets", "(80, 90)", r"teacher_buckets is .*the last at least 126"),
         ("opsd.teacher_buckets", "(126, 80)", "ascending order"),
         ("opsd.buckets", "(88, 40)", "ascending order"),
@@ -134,7 +138,7 @@ def test_a_config_that_cannot_run_is_refused(field, text, message):
     ("field", "text", "message"),
     [
         ("task", "opsd_jax.data.nothing:task", "config.task is 'opsd_jax.data.nothing:task'"),
-        ("model.make", "nonsense", "config.model.make is 'nonsense'; expected 'package.module:fun"),
+        ("model.make", "nonsense", "config.model.make is 'nonsense'; it cannot be imported"),
         ("model.vocab_size", "16", "vocab_size is 16; expected at least 32, the size of the"),
         ("model.scan_unroll", "2", "scan_unroll is 2; expected a divisor"),
         ("model.num_kv_heads", "3", "num_heads is 4"),

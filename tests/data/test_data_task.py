@@ -332,7 +332,7 @@ def test_a_task_from_files(config):
         (
             "data.tokenizer",
             "nothing:of",
-            "config.data.tokenizer is 'nothing:of'; expected 'package",
+            "config.data.tokenizer is 'nothing:of'; it cannot be imported",
         ),
         (
             "data.train.sums.path",

@@ -563,7 +563,10 @@ def test_invalid_options_are_refused(changes, message):
     [
         ({"contexts": ("memo",)}, "expected kinds other than 'memo', because the task has"),
         ({"reinject_every": 5}, "opsd.reinject_every is 5; expected 0, because the task has no"),
-        ({"contexts": ("no.such:f",)}, "config.opsd.contexts is 'no.such:f'; expected 'package"),
+        (
+            {"contexts": ("no.such:f",)},
+            "config.opsd.contexts is 'no.such:f'; it cannot be imported",
+        ),
         ({"contexts": ("concise",)}, ""),
         (
             {"contexts": ("column",), "context_column": "h"},

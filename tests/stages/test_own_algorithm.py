@@ -81,7 +81,11 @@ def test_it_chooses_the_shortest_correct_rollout():
     [
         ("least", 3, "config.best.least is 3; expected at most group_size = 2"),
         ("buckets", (64, 90), "config.best.buckets is .*; expected a last length of at least 103"),
-        ("algorithm", "nothing:HERE", "config.best.algorithm is 'nothing:HERE'; expected 'package"),
+        (
+            "algorithm",
+            "nothing:HERE",
+            "config.best.algorithm is 'nothing:HERE'; it cannot be imported",
+        ),
         (
             "algorithm",
             "json:dumps",

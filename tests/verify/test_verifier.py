@@ -352,9 +352,7 @@ def test_a_function_can_be_a_verifier():
     assert verifier(problem("", extra={"words": 3}), "one two three") == MATCH
     assert verifier(problem("", extra={"words": 2}), "one two three") == MISMATCH
     for name in ("test_verifier:absent", "no_such_module:f", "nonsense ", "test_verifier"):
-        with pytest.raises(
-            ValueError, match=r"expected 'package.module:function'|expected a function"
-        ):
+        with pytest.raises(ValueError, match=r"cannot be imported|expected a function"):
             function(name)
 
 
