@@ -162,8 +162,8 @@ def _of_run(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
     stage = chosen_stage(config.stages, arguments.workdir, arguments.stage) or UNTRAINED
     if arguments.benchmark and config.task != TEXT_TASK:
         raise ConfigError(
-            f"--benchmark: the run's config.task is {config.task!r}, which generates its own problems; "
-            f"expected a run whose task is {TEXT_TASK!r}."
+            f"--benchmark: the run's config.task is {config.task!r}, which generates its own "
+            f"problems; expected a run whose task is {TEXT_TASK!r}."
         )
     return stage, config.unlock()
 

@@ -429,7 +429,7 @@ class Phases:
         return self.config.evaluation.problems or held_out or DEFAULT_PROBLEMS
 
     def add_evaluation(self) -> None:
-        """Adds one phase that covers the evaluations before the first stage and after each stage."""
+        """Adds one phase for the evaluations before the first stage and after each stage."""
         options = self.config.evaluation
         responses = self._evaluated() * options.samples
         self.add_sampling(

@@ -84,7 +84,7 @@ def test_a_bad_override_is_refused(field, text, message):
             "(126,)",
             r"teacher_buckets is .*one length for each entry of config.opsd",
         ),
-        ("opsd.teacher_buckets", "(80, 90)", r"teacher_buckets is .*the last at least 126"),
+        ("opsd.teacher_buckets", "(80, 90)", r"teacher_buckets is .*a last length of at least 126"),
         ("opsd.teacher_buckets", "(126, 80)", "ascending order"),
         ("opsd.buckets", "(88, 40)", "ascending order"),
         ("sft.buckets", "()", "ascending order"),
