@@ -83,7 +83,10 @@ def convert_stage(
 
 
 def _parameters(config: RunOptions, workdir: Path) -> Parameters:
-    """Builds `Parameters` on the run's mesh. If it does not fit, uses all devices, or else one."""
+    """Builds the `Parameters` of a run on the first mesh that fits the devices.
+
+    It tries the mesh of the run, a mesh of all devices, and a mesh of one device, in this order.
+    """
     every = jax.devices()
     for mesh, devices in ((config.mesh, every), ((1, -1, 1), every), ((1, 1, 1), every[:1])):
         try:

@@ -1,4 +1,4 @@
-"""The command `plan`: compiles a run for TPUs without using any, and prints memory and time."""
+"""The command `plan`: estimates the memory and time of a run on TPUs, without using a TPU."""
 
 from __future__ import annotations
 

@@ -265,5 +265,5 @@ def constrain(x: jax.Array, spec: P) -> jax.Array:
 
 
 def row_shards(mesh: Mesh) -> int:
-    """Returns the number of shards into which the mesh splits a batch, data x fsdp."""
+    """Returns data x fsdp, the number of shards into which the mesh splits a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

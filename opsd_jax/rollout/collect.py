@@ -80,7 +80,7 @@ class Rollouts:
 
     @functools.cached_property
     def judged(self) -> Judged:
-        """The verdicts and outcomes of all rollouts; waits for pending verdicts.
+        """The verdicts and outcomes of all rollouts.
 
         The first access waits until every host has the verdicts that it requested. All hosts must
         access this property at the same point of the program. Access it as late as possible.
@@ -96,7 +96,7 @@ class Rollouts:
         return Judged(verdicts, outcomes_of(verdicts, self.truncated), wait_seconds)
 
     def _await_own(self) -> dict[int, Verdict]:
-        """Waits for the verdicts that this host requested, and returns a dict by rollout index."""
+        """Waits for the verdicts that this host requested, and returns them by rollout index."""
         return {
             i: reply.result() for i, reply in enumerate(self.replies) if isinstance(reply, Future)
         }

@@ -212,7 +212,7 @@ class Programs:
         )
 
     def _compile_resize(self) -> dict[Any, Callable[[jax.Array], jax.Array]]:
-        """Compiles the programs that resize a cache array; returns a dict by old and new shape."""
+        """Compiles the programs that resize cache arrays, in a dict keyed by (old, new) shapes."""
         programs: dict[Any, Callable[[jax.Array], jax.Array]] = {}
         for states in itertools.permutations(self._states.values(), 2):
             old, new = (jax.tree.leaves(state.cache) for state in states)

@@ -192,12 +192,12 @@ def _blocks(x_BxV: jax.Array) -> jax.Array:
 
 
 def _at(x_BxN: jax.Array, index_B: jax.Array) -> jax.Array:
-    """Returns the element at `index_B` in each row, of shape [B]."""
+    """Takes the element at `index_B` from each row. The result has shape [B]."""
     return jnp.take_along_axis(x_BxN, index_B[:, None], axis=1)[:, 0]
 
 
 def _block(x_BxRxN: jax.Array, index_B: jax.Array) -> jax.Array:
-    """Returns the block at `index_B` in each row, of shape [B, N]."""
+    """Takes the block at `index_B` from each row. The result has shape [B, N]."""
     return jnp.take_along_axis(x_BxRxN, index_B[:, None, None], axis=1)[:, 0]
 
 
@@ -286,7 +286,7 @@ def _cutoff(mass_BxV: jax.Array, is_enough) -> jax.Array:
 
 
 def _keep(mass_BxV: jax.Array, cutoff_B: jax.Array, ties_kept_B: Array) -> jax.Array:
-    """Sets masses below the cutoff to 0. Keeps the first `ties_kept_B` masses equal to it."""
+    """Zeroes masses below the cutoff. Of the masses equal to it, keeps the first `ties_kept_B`."""
     blocks_BxRxN = _blocks(mass_BxV)
     ties_BxRxN = blocks_BxRxN == cutoff_B[:, None, None]
     count_BxR = jnp.sum(ties_BxRxN, axis=-1)

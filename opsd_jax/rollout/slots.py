@@ -1,4 +1,4 @@
-"""Pure functions on decoding slots: prefill prompts, insert rollouts, decode, resize the cache.
+"""Pure functions that prefill prompts, insert rollouts into slots, decode, and resize the cache.
 
 A slot holds one rollout while its response is being sampled. A sampled token depends only on the
 model, the key, the rollout id and the token's index in the response. It does not depend on the
@@ -94,7 +94,7 @@ def prefill(
 
 
 def length_axes(policy: Policy) -> Any:
-    """Finds the axis of each cache array that grows with the cache length; -1 if none does.
+    """Finds which axis of each cache array grows with the cache length, or -1 if none does.
 
     Raises:
       ValueError: an array has several such axes, or its first axis is one of them.

@@ -39,7 +39,9 @@ def stage_seed(config: RunOptions, name: str) -> int:
 
 
 def chosen_stage(stages: Sequence[str], workdir: Path, stage: str | None) -> str | None:
-    """Returns the stage that `--stage` names; by default, the last finished stage, or None.
+    """Returns the stage that `--stage` names or, by default, the last finished stage.
+
+    The result is None if `--stage` is absent and no stage has finished.
 
     Args:
       stages: the stages of the run, in order.
@@ -118,7 +120,7 @@ class Parameters:
 
     @functools.cached_property
     def decoding(self) -> layout_lib.Layout:
-        """The layout of the parameters for sampling. The first access compiles the conversion."""
+        """The `Layout` for sampling. The first access compiles the conversion to it."""
         return layout_lib.decode_layout(self.model, self.abstract, self.decode_mesh)
 
     def initial(self) -> Params:
@@ -137,7 +139,7 @@ class Parameters:
         return init(jax.random.key(seed_of(self.config, "init")))
 
     def of(self, stage: str) -> Params:
-        """Returns a finished stage's parameters; the initial ones if `stage` is "" or UNTRAINED.
+        """Returns the parameters of a finished stage, or the initial ones for "" and UNTRAINED.
 
         Raises:
           ConfigError: the stage has no result yet.

@@ -165,7 +165,7 @@ def evaluate_and_record(
 
 
 def write_report(config: RunOptions, workdir: Path) -> Path:
-    """Writes the report to `workdir/report/`; returns the path of its HTML page."""
+    """Writes the report to `workdir/report/`, and returns the path of its HTML page."""
     path = workdir / NOTE
     note = path.read_text() if path.exists() else ""
     sections = {name: config.sections[name] for name in config.stages}

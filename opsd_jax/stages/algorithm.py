@@ -82,7 +82,7 @@ def no_sampling(*_: Any) -> tuple[Sampling, ...]:
 
 
 class Algorithm(NamedTuple):
-    """A training algorithm: its options class, and the functions that build, check and plan it.
+    """A training algorithm: its options class, and functions that build, check and plan its stages.
 
     Every function takes the stage's options as its first argument.
 

@@ -84,7 +84,7 @@ def pack(
 def arranged(
     lengths: Sequence[Lengths], buckets: Sequence[Lengths], microbatch: int
 ) -> list[list[list[int]]]:
-    """Groups rows into microbatches; returns the row indices of each bucket's microbatches.
+    """Groups rows into microbatches. Returns, for each bucket, the row indices of its microbatches.
 
     Args:
       lengths: tokens of each row's sequences.
@@ -146,7 +146,7 @@ def collate(
     per_row: Sequence[str] = (),
     pad_id: int,
 ) -> Microbatch:
-    """Makes the arrays of a microbatch: pads each row, and adds empty rows to reach `microbatch`.
+    """Makes a microbatch's arrays: pads each row, and adds empty rows for a total of `microbatch`.
 
     The values of a response token are in the column of the student's sequence that predicts it,
     where the token's logits are.

@@ -44,7 +44,7 @@ def memo_sampling(
     memos: int,
     task: Task | None = None,
 ) -> tuple[Sampling, Sampling]:
-    """Returns one `Sampling` for memos, and one that continues memos whose thinking was cut off.
+    """Returns a `Sampling` for memos, and one for continuing memos whose thinking was cut off.
 
     Args:
       options: the options of memos.

@@ -128,7 +128,7 @@ def loss_fn(
     teacher,
     microbatch,
 ):
-    """Returns the OPSD loss of a microbatch as a weighted sum, the sum of weights, and metrics.
+    """Returns the weighted sum of the OPSD losses in a microbatch, the sum of weights, and metrics.
 
     With the default options, a rollout's divergence is the mean over its tokens, and its weight is
     the gate's. See `losses.opsd` for other options. `teacher_head` comes from `teacher.make_head`.

@@ -56,7 +56,7 @@ class Sampling(NamedTuple):
     continues: bool = False
 
     def engine(self, engines: Callable[..., T]) -> T:
-        """Calls `engines`, such as `Parts.engines`, with these sizes, and returns the result.
+        """Calls `engines` with the sizes in this `Sampling`, and returns the result.
 
         `Parts.engines` returns the compiled engine.
         """

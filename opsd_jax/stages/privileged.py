@@ -107,7 +107,7 @@ def inserted_tokens(options: PrivilegedOptions, response_tokens: int) -> int:
 
 
 class TeacherInputs(NamedTuple):
-    """The teacher's prompt and reminders for each rollout, and metrics.
+    """The teacher's prompt and reminders for each rollout with a context, plus metrics.
 
     Attributes:
       rows: index of a rollout -> `{"teacher": prompt ids, "teacher/inserts": Inserts}`, in the
@@ -246,7 +246,7 @@ class ContextFinder:
         kinds: Sequence[str],
         group_from: Callable[[int], Sequence[Attempt]],
     ) -> Context | None:
-        """Returns a context for rollout `i`, of the first kind that it has; None if it has none."""
+        """Tries `kinds` in order, and returns the first context found for rollout `i`, or None."""
         first = i - i % self._group_size
         group = group_from(first) if self._needs_group else ()
         for kind in kinds:

@@ -94,7 +94,7 @@ def loss_fn(
     teacher,
     microbatch,
 ):
-    """Returns the policy-gradient loss of a microbatch as a sum, its divisor, and metrics.
+    """Returns the sum of a microbatch's policy-gradient losses, the sum's divisor, and metrics.
 
     `temperature` is the sampling temperature; the policy ratio compares the distributions at this
     temperature. `teacher` holds the reference model's parameters, if the objective has a KL term.

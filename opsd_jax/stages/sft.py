@@ -80,7 +80,7 @@ def stage(options: SFTOptions, task: Task, policy: Policy, seed: int) -> Stage:
 
     @functools.lru_cache(maxsize=1)
     def window(index: int) -> list[list[Demonstration]]:
-        """Returns one list of demonstrations, similar in length, for each of WINDOW steps."""
+        """Returns, for each of WINDOW steps, a list of demonstrations of similar length."""
         size = options.batch_size * WINDOW
         rows = sorted((demonstrations[index * size + i] for i in range(size)), key=length)
         order = np.random.default_rng((seed, index)).permutation(WINDOW)
@@ -117,7 +117,7 @@ def _check_data(options: SFTOptions, name: str, data: DataSample) -> None:
 
 
 def _step_rows(options: SFTOptions, responses: Responses) -> tuple[list[int], list[Lengths]]:
-    """Returns assumed rows for a plan, each as long as the largest bucket. Reads no data."""
+    """Returns the response and row lengths that a plan assumes: all equal to the largest bucket."""
     targets = [options.buckets[-1]] * options.batch_size
     return targets, [{"student": tokens} for tokens in targets]
 

@@ -1,4 +1,4 @@
-"""The train step: sums gradients over microbatches, divides by the loss weight, updates once."""
+"""The train step, which makes one optimizer update from the gradients of all microbatches."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def compile_train_step(
     abstract_state: State,
     mesh: jax.sharding.Mesh,
 ) -> Callable[[State, Batch], tuple[State, dict[str, Any]]]:
-    """Compiles the train step for the shapes of `stage.empty_batch`; the step donates its state.
+    """Compiles the train step, which donates its state, for the shapes of `stage.empty_batch`.
 
     Args:
       stage: the stage; gives the loss, the teacher and the shapes.
