@@ -112,7 +112,7 @@ TOKENIZER = WordTokenizer(
 
 
 def _parse(number: int) -> tuple[list[int], list[str]]:
-    """Decodes a question number into the question's printed operands and its operations."""
+    """Decodes a question number into the operands and operations that the question shows."""
     operands, operations = [], []
     for _ in LABELS:
         number, digit = divmod(number, MODULUS)
@@ -124,7 +124,7 @@ def _parse(number: int) -> tuple[list[int], list[str]]:
 
 
 def _true_operands(number: int) -> list[int]:
-    """Returns the operands that give the answer. A few differ from the operands in the question."""
+    """Returns the operands that determine the answer. The question may misprint some of them."""
     rng = random.Random(number)
     operands, _ = _parse(number)
     return [

@@ -212,7 +212,7 @@ class Chat:
         return self._tokenizer.encode(self._render(self._template, turns))
 
     def next_turn(self, request: str) -> list[int]:
-        """Returns the token ids between one response and the next, with the user's `request`.
+        """Returns the token ids that follow a response and contain the user's next `request`.
 
         Prompt, response and these ids form a chat. It contains the response exactly as it was
         sampled, including its thinking, which a template might remove. The response must not
@@ -243,7 +243,7 @@ class Chat:
         return self._tokenizer.encode(rest)
 
     def begun(self) -> str:
-        """Returns the start of the response that the prompt already contains, or "".
+        """Returns the start of the response if the prompt already contains it, otherwise "".
 
         This text is "<think>" and the whitespace after it if the template opens the thinking,
         else "".

@@ -74,7 +74,7 @@ def answer(problem: Problem, rollout: int, group: Sequence[Attempt]) -> str | No
 
 
 def nothing(problem: Problem, rollout: int, group: Sequence[Attempt]) -> str | None:
-    """Returns an empty string, for kinds whose wording does not contain {context}."""
+    """Returns "" as the context, for context kinds whose wording has no {context} placeholder."""
     return ""
 
 

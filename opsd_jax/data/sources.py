@@ -79,7 +79,7 @@ class _Row(NamedTuple):
 
 
 class _Candidate(NamedTuple):
-    """A row that was read as a problem without an error, before the later checks.
+    """A row that was read as a problem without errors. Later checks may add errors to the row.
 
     Attributes:
       row: the row, whose errors later checks extend.

@@ -109,7 +109,7 @@ class Prompts:
             ) from error
 
     def reminder(self, context: Context, limit: int) -> tuple[list[int], bool]:
-        """Returns at most `limit` tokens that repeat the context, and whether it was cut.
+        """Returns a reminder of the context in at most `limit` tokens, and whether it was cut.
 
         Raises:
           DataError: the reminder is too long even without the text of the context.
@@ -130,7 +130,7 @@ class Prompts:
             ) from error
 
     def memo_request(self, problem: Problem, outcome: str) -> list[int]:
-        """Returns the token ids that follow a response to ask the model for a memo on it.
+        """Returns the token ids that follow a response and ask the model for a memo on it.
 
         Args:
           problem: the problem of the response.
@@ -160,7 +160,7 @@ class Prompts:
         return self._chat.prompt(message.strip() if self._chat.templated else message)
 
     def _worded(self, kind: str, text: str) -> str:
-        """Returns the text of a context, inside the wording that `config.data` gives for its kind.
+        """Inserts the text of a context into the wording that `config.data` has for its kind.
 
         Control tokens are removed from the text. The model may have written it, and such a token
         would end the user's turn.

@@ -96,7 +96,7 @@ def _changes(pairs: Sequence[tuple[Records, Records]], seed: int) -> dict[str, A
 
 
 def _values(change: Change, weights_RxG: np.ndarray, *, before: Sums, after: Sums) -> np.ndarray:
-    """Returns the value of a change for each row of problem weights, [R]."""
+    """Computes a change once for each row of `weights_RxG`, which has one weight per problem."""
     numerator, denominator, _ = RATIOS[change.metric]
     with np.errstate(all="ignore"):
         old_R, new_R = (

@@ -58,7 +58,7 @@ def _smooth(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def stages(summaries: Sequence[dict[str, Any]]) -> str:
-    """Draws the accuracy and mean response length after each stage, ± two standard errors.
+    """Draws accuracy and mean response length after each stage, with bars of ± 2 standard errors.
 
     Args:
       summaries: the summary of each stage, with its `name`.
@@ -161,7 +161,7 @@ def accuracy_and_length(named: Mapping[str, Sequence[dict[str, Any]]]) -> str:
 
 
 def _number(value: float | None) -> float:
-    """Returns nan if `value` is None, which stands for nan in JSON files; otherwise `value`."""
+    """Converts None, which stands for nan in JSON files, to nan. Returns numbers unchanged."""
     return np.nan if value is None else value
 
 

@@ -166,7 +166,7 @@ def settings(
 
 
 def check_settings(directory: Path, settings: dict[str, Any]) -> None:
-    """Writes settings to a new evaluation directory, or checks that an existing one has the same.
+    """Records the settings in a new evaluation directory, or checks them against an existing one.
 
     Args:
       directory: the directory of the evaluation. It is created if it does not exist.

@@ -124,7 +124,7 @@ def pass_at(k: int, *, samples: int, correct: int) -> float:
 
 
 def majority(records: Records) -> float:
-    """Returns the majority-vote score of a problem: 1 if the most frequent answer is correct.
+    """Scores a problem's majority vote: 1 if correct, 0 if incorrect, or a fraction for a tie.
 
     All correct responses vote for the same answer. An incorrect response votes for the answer that
     was extracted from it, after normalisation. Truncated responses and responses without an answer
@@ -146,7 +146,7 @@ def majority(records: Records) -> float:
 
 
 def _lengths(records: Records, suffix: str) -> dict[str, float]:
-    """Returns the median and 95th percentile of the response lengths; nan for no records."""
+    """Returns the median and 95th percentile of the response lengths, or nan without records."""
     lengths = [record["length"] for record in records]
     median, p95 = np.percentile(lengths, (50, 95)) if lengths else (math.nan, math.nan)
     return {f"median_length{suffix}": float(median), f"p95_length{suffix}": float(p95)}

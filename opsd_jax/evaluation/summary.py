@@ -140,7 +140,7 @@ def _draw(
     old_responses: Sequence[Record],
     old_summary: dict[str, Any] | None,
 ) -> dict[str, str]:
-    """Draws the plots, and returns a dictionary from file name, without suffix, to SVG text."""
+    """Draws the plots. Returns {file name without suffix: SVG text}."""
     old_sources = (old_summary or {}).get("sources") or {}
     points = {}
     for name, metrics in (summary["sources"] or {"all": summary}).items():

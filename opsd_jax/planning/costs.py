@@ -276,7 +276,7 @@ class _Traffic:
         return size_of(instructions[i.operands[number]].shape)
 
     def _read_by_users(self, computation: str, name: str) -> int:
-        """Returns how many bytes of the value `name` other instructions in `computation` read."""
+        """Returns how many bytes the instructions of `computation` read from the value `name`."""
         if (computation, name) not in self._read_of_value:
             instructions = self._program.instructions(computation)
             value = instructions[name]

@@ -1,4 +1,4 @@
-"""Parses the text of a compiled program into instructions and the loops around them.
+"""Parses the HLO text of a compiled program into instructions and the loops around them.
 
 XLA's own analyses count the body of a loop once. This module returns every instruction that a
 program executes together with its loops, so that a caller can multiply by their trip counts.
@@ -176,7 +176,7 @@ class Program:
         return Loop(name, -(-bound // next((step for step in steps if step), 1)))
 
     def _bound(self, condition: str) -> tuple[int | None, int]:
-        """Returns a loop counter's upper bound (None if not constant) and its state index."""
+        """Returns a loop counter's (constant upper bound or None, index in the loop's state)."""
         instructions = self.instructions(condition)
         compared = next((x for x in instructions.values() if x.is_root), None)
         if compared is None or "direction=LT" not in compared.line:

@@ -38,7 +38,7 @@ class PhaseKind(enum.Enum):
 
 
 class PhaseKey(NamedTuple):
-    """Identifies a phase in a plan by its config section, its kind and its sampling.
+    """Identifies a phase in a plan by its config section, its kind and its `Sampling`, if any.
 
     Attributes:
       section: the section of the config that the phase belongs to: a stage or "evaluation".

@@ -114,7 +114,7 @@ class _Lifetimes:
         return len(self.buffers) - 1
 
     def _result(self, i: Instruction, time: int) -> list[int]:
-        """Returns the buffer index of each array in an instruction's result, adding new buffers."""
+        """Returns the buffer index of each array in the result of `i`. Adds missing buffers."""
         sizes = hlo.array_sizes(i.shape, hbm=True)
         operands = [self._buffers_of.get(name, []) for name in i.operands]
         if i.op in ("parameter", "constant"):
@@ -158,7 +158,7 @@ def _updated_operands(program: Program, i: Instruction) -> dict[int, int]:
 
 
 def _unreshaped(instructions: dict[str, Instruction], i: Instruction) -> Instruction:
-    """Returns the instruction that made the value of `i`, skipping reshapes."""
+    """Follows reshapes back from instruction `i` to the instruction that computed its value."""
     while i.op in hlo.RESHAPES:
         i = instructions[i.operands[0]]
     return i

@@ -226,9 +226,9 @@ class Phases:
         return self.engines[shape, filters_tokens]
 
     def kernel_bytes(self, engine: Engine, reads: float) -> float:
-        """Returns the bytes per device of `reads` cached tokens. Returns 0 for a dense cache.
+        """Returns how many bytes per device the attention kernels read for `reads` cached tokens.
 
-        The costs of a program already include every read of a dense cache.
+        Returns 0 for a dense cache, because the costs of a program already include its reads.
         """
         token_bytes = engine.cache_bytes / engine.shape.slots / engine.cache_lengths[-1]
         return reads * token_bytes if self.model.ragged else 0.0
@@ -324,7 +324,7 @@ class Phases:
                 )
 
     def _response_lengths(self, count: int, budget: int) -> np.ndarray:
-        """Returns the assumed lengths of `count` responses of at most `budget` tokens."""
+        """Returns the lengths a plan assumes for `count` responses of at most `budget` tokens."""
         return workload.response_lengths(count, budget, self.length)
 
     def add_stage(self, name: str) -> None:
@@ -395,7 +395,7 @@ class Phases:
         )
 
     def _trip_counts(self, algorithm: Algorithm, options: StageOptions) -> tuple[TripCounts, float]:
-        """Returns the trip counts of a train step's loops and its fraction of non-padding tokens.
+        """Returns the loop trip counts of a train step, and its fraction of non-padding tokens.
 
         All rows are assumed to be active, and responses to have the assumed lengths.
         """

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class CompiledProgram(NamedTuple):
-    """The text and the memory use of one program that a plan has compiled.
+    """The HLO text and the memory use of one program that a plan has compiled.
 
     Attributes:
       key: which program it is.
@@ -53,7 +53,7 @@ class CompiledProgram(NamedTuple):
 
 
 class Compiler:
-    """Compiles programs, and keeps the text and the memory use of each in `built`.
+    """Compiles programs, and keeps the HLO text and the memory use of each in `built`.
 
     Attributes:
       built: the programs in the order in which they were compiled.
@@ -65,7 +65,7 @@ class Compiler:
         self.prefix = ""
 
     def __call__(self, key: ProgramKey, lowered: jax.stages.Lowered) -> jax.stages.Compiled | None:
-        """Compiles a program; returns None if it needs more memory than a device has.
+        """Compiles a program. Returns None if the program needs more memory than a device has.
 
         Raises:
           PlanError: the compiler fails for another reason.
@@ -200,7 +200,7 @@ class ProgramCosts:
         return sum(self.seconds.values())
 
     def with_kernel_bytes(self, kernel_bytes: float, chip: Chip) -> ProgramCosts:
-        """Returns a copy of the costs for attention that reads `kernel_bytes` per decoding step.
+        """Returns a copy of the costs in which attention reads `kernel_bytes` per decoding step.
 
         Programs that do not decode are returned unchanged.
         """
@@ -233,7 +233,7 @@ def program_costs(
     kernel_bytes: float = 0.0,
     lightest: bool = False,
 ) -> ProgramCosts:
-    """Returns the costs of a compiled program, read from its text.
+    """Returns the costs of a compiled program, read from its HLO text.
 
     Args:
       built: the program.
@@ -316,7 +316,7 @@ def matched_executions(
 
 
 def _listed(paths: Iterable[tuple[str, ...]]) -> str:
-    """Formats the paths of loops as text; returns "none" for an empty list."""
+    """Formats the paths of loops as text. Returns "none" if there are no paths."""
     return ", ".join(sorted(" > ".join(path) for path in paths)) or "none"
 
 

@@ -1,4 +1,4 @@
-"""Assumes response lengths for a plan, and computes how they fill slots and microbatches."""
+"""The response lengths that a plan assumes, and how they fill decoding slots and microbatches."""
 
 from __future__ import annotations
 

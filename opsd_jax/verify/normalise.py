@@ -88,7 +88,7 @@ _RULES = [
 
 
 def delimited(text: str) -> str | None:
-    """Returns the formula inside delimiters such as `$...$`, or None if there is other text."""
+    """Returns the formula inside delimiters such as `$...$`. Returns None for any other text."""
     formula = _DELIMITED.fullmatch(text)
     inside = formula and next(group for group in formula.groups() if group is not None)
     return None if not inside or "$" in inside else inside

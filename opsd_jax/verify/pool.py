@@ -212,7 +212,7 @@ class VerifierPool:
         return self._submit(self._verifier.prepare_gold, problem)
 
     def _submit(self, prepare: Callable[..., Verdict | Job], *arguments) -> Future[Verdict]:
-        """Calls `prepare(*arguments)`, queues any job it returns, and returns a future verdict."""
+        """Calls `prepare`, queues any job it returns, and returns a future for the verdict."""
         try:
             prepared = prepare(*arguments)
             job = b"" if isinstance(prepared, Verdict) else pickle.dumps(prepared)

@@ -57,7 +57,7 @@ def settle(gold: str, answer: str, *, choice_removed: bool = False) -> Verdict |
 
 
 def _compare_notation(gold: str, answer: str, *, choice_removed: bool) -> Verdict | Pair | None:
-    """Compares two answers that are equal texts or have a special notation, such as clock times.
+    """Compares two answers if they are equal as texts or use special notation, such as clock times.
 
     Returns:
       The verdict, or the job for a worker. None if the normalised answers use no such notation.
@@ -113,7 +113,7 @@ def _compare_quantities(gold: str, answer: str) -> Verdict | Pair:
 
 
 def _ratio(text: str) -> list[Fraction]:
-    """Returns the terms of a ratio such as 2:4:6 divided by the first term; [] for other texts."""
+    """Divides the terms of a ratio such as 2:4:6 by the first term. Returns [] for other texts."""
     if not _RATIO.fullmatch(text):
         return []
     first, *others = (Fraction(number) for number in text.split(":"))

@@ -104,7 +104,7 @@ def _comparing(
     same: Callable[[str, str], bool | None],
     read: Callable[[str], str | float | None],
 ) -> Verifier:
-    """Returns a verifier that extracts an answer and compares it with the gold answer by `same`.
+    """Returns a verifier that extracts an answer and uses `same` to compare it with the gold one.
 
     Args:
       conventions: where a response has its answer: keys of `extract.CONVENTIONS`.

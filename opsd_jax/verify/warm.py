@@ -1,4 +1,4 @@
-"""When imported, loads sympy and fills its parser's caches, before worker processes are forked."""
+"""Importing this module loads sympy and fills its parser's caches, before workers are forked."""
 
 from opsd_jax.verify.maths import Pair, judge
 
