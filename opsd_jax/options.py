@@ -199,7 +199,10 @@ def option(default: Any, description: str, **bounds: Any) -> Any:
 
 
 def required(description: str, **bounds: Any) -> Any:
-    """Declares a required field (without a default value) of an options dataclass; see `option`."""
+    """Declares a required field of an options dataclass: a field without a default value.
+
+    See `option` for the arguments.
+    """
     return dataclasses.field(metadata={"bounds": Bounds(description, **bounds)})
 
 
@@ -224,7 +227,7 @@ def _is_options_class(kind: Any) -> bool:
 
 @functools.cache
 def _fields(cls: Any) -> dict[str, tuple[Any, Any, Bounds]]:
-    """Returns a dict: field name -> (type, default value or MISSING, `Bounds`)."""
+    """Returns the type, the default value (or MISSING) and the `Bounds` of each field, by name."""
     if _is_tuple_class(cls):
         return _tuple_fields(cls)
     hints, found = typing.get_type_hints(cls), {}
@@ -237,7 +240,7 @@ def _fields(cls: Any) -> dict[str, tuple[Any, Any, Bounds]]:
 
 
 def _tuple_fields(cls: Any) -> dict[str, tuple[Any, Any, Bounds]]:
-    """Returns a dict for a NamedTuple: field name -> (type, default value or MISSING, `Bounds`).
+    """Returns the type, default value and `Bounds` of each field of a NamedTuple, by name.
 
     The section "Attributes:" of its docstring has the descriptions. The metadata of an annotation,
     as in `Annotated[float, Range(0, 1)]`, describes the valid values as a string.
@@ -267,7 +270,9 @@ def _tuple_fields(cls: Any) -> dict[str, tuple[Any, Any, Bounds]]:
 
 
 def section(options: Any, omit: tuple[str, ...] = ()) -> ConfigDict:
-    """Converts options to a locked `ConfigDict`. A config file can change its values.
+    """Converts options to a `ConfigDict` that accepts new values, but no new fields.
+
+    Sections where users choose the field names accept new fields as well; see `lock`.
 
     Args:
       options: an instance of an options dataclass or a NamedTuple.

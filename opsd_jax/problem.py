@@ -1,4 +1,4 @@
-"""`Problem`: one problem as text. Keep its imports light, because verifier processes load it."""
+"""`Problem`: one problem as text. Verifier processes load this module, so it imports little."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ FREE = ("mesh", "decode_mesh", "pool.", "checkpoints.", "wandb_project")
 
 
 def packaged() -> dict[str, pathlib.Path]:
-    """Returns a dict, name -> path, of the config files that come with the package."""
+    """Returns the paths of the config files that come with the package, by name."""
     package = pathlib.Path(opsd_jax.__file__).parent
     for directory in (package / "configs", package.parent / "configs"):
         if found := {path.stem: path for path in sorted(directory.glob("*.py"))}:
@@ -60,7 +60,7 @@ def load(
 
 
 def read(name: str | pathlib.Path) -> ConfigDict:
-    """Returns the config from the `get_config()` of a Python file, locked but not checked.
+    """Returns the config from a Python file's `get_config()`. It is locked but not checked.
 
     Args:
       name: a Python file, or the name of a packaged config such as "quickstart".
@@ -91,7 +91,7 @@ def read(name: str | pathlib.Path) -> ConfigDict:
 
 
 def _hint(error: Exception) -> str:
-    """Returns a hint if the error shows that a config file was written for version 0.1.0, or "".
+    """Returns a hint if `error` comes from a config file of version 0.1.0, and "" otherwise.
 
     There, `default()` had the sizes of the quickstart's model.
     """
@@ -163,7 +163,7 @@ def _unknown(config: ConfigDict, field: str) -> ConfigError:
 
 
 def flatten(config: ConfigDict | RunOptions, prefix: str = "") -> dict[str, Any]:
-    """Flattens a config to a dict from dotted field names, such as "model.path", to values.
+    """Flattens a config to a dict. Its keys are dotted field names, such as "model.path".
 
     The values are JSON-ready: an empty section becomes {}, a tuple becomes a list, and infinity
     becomes the largest float.
@@ -202,7 +202,7 @@ def from_flat(flat: Mapping[str, Any]) -> ConfigDict:
 
 
 def missing_fields(config: ConfigDict) -> list[str]:
-    """Returns the known fields that a saved config lacks, ignoring its section `model`."""
+    """Returns the names of the fields that a saved config lacks, except fields of `model`."""
     stages = [name for name in config.stages if "algorithm" in config.get(name, {})]
     known = [field for field in describe(RunOptions) if field.name != "sections"]
     for name in stages:

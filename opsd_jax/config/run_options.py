@@ -84,7 +84,7 @@ class RunOptions:
         return algorithm_of(self.sections[name].algorithm, f"{name}.algorithm")
 
     def check_stages(self) -> None:
-        """Raises ConfigError for an unknown stage, a wrong stage order, or a missing wandb."""
+        """Raises ConfigError if a stage is unknown or out of order, or if wandb is missing."""
         for i, name in enumerate(self.stages):
             if name not in self.sections:
                 known = ", ".join(self.sections)

@@ -92,9 +92,10 @@ def verifier(kind: str = "maths", **changes: Any) -> ConfigDict:
 
 
 def source(path: str | pathlib.Path = "", **changes: Any) -> ConfigDict:
-    """Returns a data source section, such as `source("a.jsonl", columns={"answer": "gold"})`.
+    """Returns the config section of a data source, which is a file or folder of problems.
 
-    docs/data.md has an example of each field.
+    An example is `source("a.jsonl", columns={"answer": "gold"})`. docs/data.md has an example of
+    each field.
 
     Args:
       path: a file (.jsonl, .jsonl.gz, .parquet, .arrow) or a Hugging Face `datasets` folder.

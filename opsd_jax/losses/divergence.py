@@ -310,7 +310,10 @@ def _support(support: str, student_logits, teacher_logits, k: int) -> tuple[jax.
 
 
 def _restricted(logits, entries, repeated, rest: str) -> jax.Array:
-    """Returns log-probabilities of the kept entries, and of the remainder if `rest` is "bucket"."""
+    """Returns the log-probabilities of the kept vocabulary entries.
+
+    With `rest="bucket"`, one more entry has the total probability of all other entries.
+    """
     chosen = jnp.take_along_axis(logits, entries, axis=-1) - log_normaliser(logits)[..., None]
     chosen = jnp.where(repeated, -jnp.inf, chosen)
     if rest == "renormalise":
@@ -360,7 +363,7 @@ def _sum_of_terms_bwd(term, residuals, cotangent):
     student_logits, teacher_logits, totals, value = residuals
 
     def slope_and_probability(totals, side):
-        """Returns d(term) / d(log-probability) and the probabilities, for the given side."""
+        """Returns d(term) / d(log S) and S for side 0, or d(term) / d(log T) and T for side 1."""
         log_s, log_t = student_logits - totals[0][..., None], teacher_logits - totals[1][..., None]
         tangents = [
             jnp.ones_like(x) if i == side else jnp.zeros_like(x)

@@ -54,7 +54,7 @@ def weighted_loss(
     chunk: int | None = None,
     partition: P | None = None,
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Computes the weighted sum, over tokens, of a per-token loss that is a function of logits.
+    """Computes the weighted sum of a per-token loss. The loss is a function of the logits.
 
     The sum is sum_t weights_t loss_t. With a `Head`, it is computed one chunk of tokens at a time.
 

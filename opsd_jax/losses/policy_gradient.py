@@ -239,7 +239,7 @@ def policy_inputs(
     chunk,
     partition,
 ) -> dict[str, jax.Array]:
-    """Checks the arguments of the policy-gradient loss, and returns the per-token arrays it needs.
+    """Checks the arguments of the policy-gradient loss, and returns its per-token inputs.
 
     The arguments are described in `policy_gradient`. The result is the argument `inputs` of
     `policy_token_loss`.
@@ -300,7 +300,10 @@ def _per_token(advantages, mask: jax.Array) -> jax.Array:
 
 
 def _check_values(mask, advantages_BxT, behaviour_logprobs_BxT) -> None:
-    """Checks the advantages and log-probabilities in the mask, but only under `checkify`."""
+    """Checks that the advantages and log-probabilities are valid where `mask` is true.
+
+    The checks have no effect outside `checkify`.
+    """
     checkify.debug_check(
         jnp.all(jnp.where(mask, jnp.isfinite(advantages_BxT), True)),
         "advantages are not finite somewhere; expected no NaN or infinity.",

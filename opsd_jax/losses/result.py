@@ -34,7 +34,9 @@ class Loss(NamedTuple):
         return self.sum / jnp.where(self.weight == 0, 1.0, self.weight)
 
     def metric(self, name: str) -> tuple[jax.Array, jax.Array]:
-        """Sums a diagnostic, without weights, over the tokens whose weight in the loss is not 0.
+        """Returns the unweighted sum of a diagnostic over the active tokens, and their number.
+
+        A token is active if its weight in the loss is not 0.
 
         Args:
           name: a key of `tokens`.

@@ -186,12 +186,12 @@ def _from_fields(fields: dict[str, Any], options: dict[str, Any]) -> DecoderConf
 
 
 def _unexpected(field: str, value: Any, expected: str) -> ValueError:
-    """Returns a ValueError that names a field of `config.json`, its value and what to expect."""
+    """Returns a ValueError that names a field of `config.json`, its value and the valid values."""
     return ValueError(f"{field} is {json.dumps(value)}; expected {expected}.")
 
 
 def _only(value: Any) -> str:
-    """Returns text for an error message: the decoder supports only `value`."""
+    """Returns a phrase for error messages: `value` is the only value that the decoder supports."""
     return f"{json.dumps(value)}, the only value that the decoder supports"
 
 

@@ -129,7 +129,7 @@ class Block(nnx.Module):
         return param[...].astype(self.config.dtype)
 
     def queries_keys_values(self, x_BxTxD, table):
-        """Computes queries and keys with rotary embeddings, and values, all [B, T, heads, C]."""
+        """Computes queries, keys and values [B, T, heads, C]. Applies RoPE to queries and keys."""
         config, w = self.config, self._weight
         q_BxTxHxC = jnp.einsum("btd,dhc->bthc", x_BxTxD, w(self.q))
         k_BxTxKxC = jnp.einsum("btd,dkc->btkc", x_BxTxD, w(self.k))
@@ -144,14 +144,14 @@ class Block(nnx.Module):
         return rope.rotate(q_BxTxHxC, table), rope.rotate(k_BxTxKxC, table), v_BxTxKxC
 
     def project(self, out_BxTxHxC):
-        """Projects the outputs of all attention heads to the hidden size; returns [B, T, D]."""
+        """Projects the outputs of the attention heads [B, T, H, C] to the hidden size [B, T, D]."""
         # The matmul sums over one dimension. With two, XLA:CPU would transpose and copy both
         # operands.
         B, T, H, C = out_BxTxHxC.shape
         return out_BxTxHxC.reshape(B, T, H * C) @ self._weight(self.o).reshape(H * C, -1)
 
     def attention(self, x_BxTxD, positions_BxT, table, cache):
-        """Computes causal self-attention over the input tokens or, given a cache, over its entries.
+        """Computes causal self-attention over the input tokens, or over the cache if there is one.
 
         Returns:
           `(output, cache)`: the output [B, T, D] and the updated cache. Without a cache, the second
@@ -247,7 +247,7 @@ class Decoder(nnx.Module):
         return rms_norm(x_BxTxD, self.norm[...], config.rms_norm_eps), cache
 
     def _embed(self, tokens_BxT, *, shard: bool):
-        """Looks up token embeddings [B, T, D]; constrains their sharding if `shard` is True."""
+        """Looks up token embeddings [B, T, D]. If `shard` is True, constrains their sharding."""
         embedding_VxD = self.embedding[...].astype(self.config.dtype)
         if not shard:
             return embedding_VxD[tokens_BxT]
@@ -280,7 +280,7 @@ class Decoder(nnx.Module):
             return jax.lax.scan(layer, x_BxTxD, stacked, unroll=config.scan_unroll)
 
     def _unrolled_layers(self, x_BxTxD, positions_BxT, table, cache):
-        """Applies all layers in an unrolled loop; returns [B, T, D] and the updated caches."""
+        """Applies all layers in an unrolled loop. Returns hidden states and the updated caches."""
         graphdef, stacked = nnx.split(self.layers)
         updated = []
         for i, layer_cache in enumerate(cache):

@@ -55,7 +55,7 @@ class RopeScaling:
     )
 
     def __post_init__(self):
-        """Raises ConfigError if a field, or a pair of low and high fields, is out of bounds."""
+        """Raises ConfigError if a field is invalid, or a low limit is not below the high limit."""
         check_bounds(self, "model.rope_scaling")
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
             if not getattr(self, low) < getattr(self, high):
@@ -112,7 +112,7 @@ def _llama3(frequency: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 
 
 def _yarn(inverse: np.ndarray, theta: float, head_dim: int, scaling: RopeScaling) -> np.ndarray:
-    """Computes the rotary frequencies [C / 2] of YaRN from the inverse unscaled frequencies."""
+    """Computes YaRN's rotary frequencies [C / 2] from the inverses of the unscaled frequencies."""
     low, high = (
         head_dim
         * math.log(scaling.original_max_position_embeddings / (turns * 2 * math.pi))

@@ -240,7 +240,7 @@ def writer(
 
 
 def _shards(sizes: Mapping[str, int]) -> list[list[str]]:
-    """Groups tensors into files of at most SHARD_BYTES; a larger tensor gets its own file.
+    """Groups tensors into files of at most SHARD_BYTES. A larger tensor gets its own file.
 
     Args:
       sizes: The size of each tensor in bytes.

@@ -60,7 +60,7 @@ LAYER_LAYOUT = {
 
 
 class TensorLayout(NamedTuple):
-    """Maps a tensor in a safetensors file to a parameter, or to one layer of a stacked one.
+    """Maps a tensor in a safetensors file to a parameter, or to one layer of a stacked parameter.
 
     Attributes:
       name: The name of the tensor in the file.
@@ -251,7 +251,10 @@ def load(stored: Mapping[str, StoredTensor], abstract: Params) -> Params:
 
 
 def _read(array: jax.Array, layout: TensorLayout, stored: StoredTensor) -> jax.Array:
-    """Reads one stored tensor into the parameter `array`, which is donated, and returns it."""
+    """Reads one stored tensor into a parameter, and returns the updated parameter.
+
+    The argument `array` is donated.
+    """
     pieces = pieces_of(array, layout, stored.dtype.itemsize)
     row = math.prod(layout.view[1:])
     for start in pieces.starts:
@@ -311,7 +314,7 @@ def save(
 
 
 def _ranges(array: jax.Array, layout: TensorLayout, code: str) -> Iterator[tuple[int, np.ndarray]]:
-    """Converts a parameter to one of its stored tensors, and yields ranges of the elements.
+    """Yields a stored tensor in ranges of elements, converted from the parameter `array`.
 
     Args:
       array: The parameter.

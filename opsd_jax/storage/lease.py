@@ -68,7 +68,7 @@ def held(path: Path) -> Iterator[None]:
 
 
 def _renew(path: Path, holder: str, beat: Callable[[], None], released: threading.Event) -> None:
-    """Renews the lease until it is released. Ends the process if another process has taken it."""
+    """Renews the lease until its release. Exits the process if another one has taken the lease."""
     while not released.wait(HEARTBEAT_SECONDS):
         try:
             content = _read(path)
