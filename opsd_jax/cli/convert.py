@@ -70,7 +70,7 @@ def convert_stage(
     stage = chosen_stage(config.stages, workdir, stage)
     if stage is None:
         raise ConfigError(
-            f"--workdir {workdir}: no stage of the run has finished; expected a finished stage. "
+            f"--workdir {workdir}: no stage of the run has finished. "
             "To write the initial parameters, pass --stage untrained."
         )
     parameters = _parameters(config, workdir)

@@ -161,7 +161,7 @@ class DivergenceProbe:
         return curves
 
     def _row(self, rollouts: Rollouts, i: int, taught: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns a row for `collate`: the teacher's fields, `taught`, and the student's fields."""
+        """Returns a row for `collate`: `taught`, and the student's prompt and response."""
         prompt = self._task.prompt(rollouts.problems[i])
         return {**taught, "student": prompt, "response": rollouts.responses[i]}
 

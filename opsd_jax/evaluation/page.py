@@ -51,7 +51,7 @@ def tables_of(results: dict[str, Any]) -> list[tables.Table]:
 
 
 def _arrow(change: dict[str, Any]) -> str:
-    """Returns "before → after", with the names of the two evaluations that a change compares."""
+    """Returns the names of the two compared evaluations with an arrow: "untrained → opsd"."""
     return f"{change['from']} → {title(change)}"
 
 

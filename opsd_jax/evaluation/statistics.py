@@ -146,7 +146,7 @@ def majority(records: Records) -> float:
 
 
 def _lengths(records: Records, suffix: str) -> dict[str, float]:
-    """Returns the median and 95th percentile of the response lengths, or nan without records."""
+    """Returns the median and 95th percentile of response lengths; nan if there are no records."""
     lengths = [record["length"] for record in records]
     median, p95 = np.percentile(lengths, (50, 95)) if lengths else (math.nan, math.nan)
     return {f"median_length{suffix}": float(median), f"p95_length{suffix}": float(p95)}

@@ -107,7 +107,7 @@ def write(directory: Path, earlier: Path | None = None) -> dict[str, Any] | None
 
 
 def _tables(summary: dict[str, Any], changes: dict[str, Any] | None) -> list[tables.Table]:
-    """Returns the report's tables: correctness, lengths and, after a comparison, changes."""
+    """Returns the report's tables: correctness, lengths and, if `changes` is given, changes."""
     named = tables.with_sources(summary)
     shown = [tables.correctness(named, "benchmark", {}), tables.lengths(named, "benchmark")]
     if changes:

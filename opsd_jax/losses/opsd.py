@@ -130,7 +130,7 @@ class OPSD(NamedTuple):
         if 0 < self.first_only <= self.skip_first:
             raise ValueError(
                 f"first_only is {self.first_only} and skip_first is {self.skip_first}, which "
-                "leaves no tokens; expected first_only to be 0 or above skip_first."
+                "leaves no tokens; expected first_only = 0, or a value greater than skip_first."
             )
 
 

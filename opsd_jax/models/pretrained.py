@@ -157,7 +157,7 @@ def _ranges(stored: StoredTensor) -> list[tuple[int, int]]:
 
 
 def _files(directory: pathlib.Path, dtype: str) -> dict[str, Any]:
-    """Returns the files that an export adds to the weights: `config.json`, tokenizer and others.
+    """Returns the files that an export writes in addition to the weights, such as `config.json`.
 
     Args:
       directory: The directory that the model was loaded from.

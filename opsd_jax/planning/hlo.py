@@ -176,7 +176,10 @@ class Program:
         return Loop(name, -(-bound // next((step for step in steps if step), 1)))
 
     def _bound(self, condition: str) -> tuple[int | None, int]:
-        """Returns a loop counter's (constant upper bound or None, index in the loop's state)."""
+        """Returns the upper bound of a loop's counter, and the counter's index in the loop state.
+
+        The bound is None if it is not a constant.
+        """
         instructions = self.instructions(condition)
         compared = next((x for x in instructions.values() if x.is_root), None)
         if compared is None or "direction=LT" not in compared.line:

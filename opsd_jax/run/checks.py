@@ -56,9 +56,10 @@ def check_devices(
             shapes = algorithm.buckets(options)
             lengths = sorted({length for shape in shapes for length in shape.values()})
             if any(length % tensor for length in lengths):
-                expected = f"multiples of tensor = {tensor}, the mesh axis that shards tokens"
-                teachers = " with teacher_buckets" if "teacher" in shapes[0] else ""
-                fail(f"{name}.buckets{teachers}", lengths, expected)
+                raise ConfigError(
+                    f"config.{name}: the padded lengths of its buckets are {lengths}; expected "
+                    f"multiples of tensor = {tensor}, the mesh axis that shards tokens."
+                )
         for sampling in algorithm.sampling(options):
             check_divides(f"{name}.{sampling.slots_field}", sampling.slots, decode_mesh)
 

@@ -181,9 +181,9 @@ def _check_data(now: dict[str, str], workdir: Path) -> None:
     ]
     if different:
         raise ConfigError(
-            f"{workdir} holds a run with other data (number and digest of the problems):\n"
+            f"{workdir} holds a run with different data. These counts or digests differ:\n"
             + "\n".join(different)
-            + "\nTo resume that run, give the same files. To start a new run, give another "
+            + "\nTo resume that run, use the same data files. To start a new run, pass another "
             "--workdir."
         )
 

@@ -1,4 +1,7 @@
-"""Builds the teacher's inputs: prompts with a privileged context, and reminders of it."""
+"""Builds the teacher's inputs: prompts with a privileged context, and reminders of that context.
+
+A reminder repeats the context inside the teacher's copy of a response.
+"""
 
 from __future__ import annotations
 
@@ -207,7 +210,7 @@ class ContextFinder:
         wanted: Iterable[int],
         capacity: int,
     ) -> dict[int, Context | None]:
-        """Finds contexts for wanted rollouts, in order, until `capacity` of them have one.
+        """Finds contexts for the wanted rollouts, in order, and stops after `capacity` contexts.
 
         Memos are sampled for as many rollouts at a time as could still be needed, since the model
         may write nothing for some of them.

@@ -79,7 +79,7 @@ class RLVROptions(RolloutOptions):
             expected = f"0 for no penalty, or at most response_tokens = {self.response_tokens}"
             fail(f"{field}.overlong_buffer", self.overlong_buffer, expected)
         if self.resample_rounds and not self.objective.drop_uninformative:
-            expected = "0, or objective.drop_uninformative=True: only dropped rollouts are replaced"
+            expected = "0 without objective.drop_uninformative, because nothing is dropped"
             fail(f"{field}.resample_rounds", self.resample_rounds, expected)
         if self.prompts % self.updates:
             fail(f"{field}.updates", self.updates, f"a divisor of prompts = {self.prompts}")

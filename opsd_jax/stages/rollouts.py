@@ -51,7 +51,7 @@ def check_prompts(options: RolloutOptions, name: str, data: DataSample) -> None:
 def student_lengths(
     options: RolloutOptions, count: int, responses: Responses
 ) -> tuple[list[int], list[Lengths]]:
-    """Returns the assumed length of each response, and of the student's sequence with it.
+    """Returns the assumed lengths of the responses and of the student's sequences.
 
     A sequence is a prompt of `prompt_tokens` tokens and its response without the last token.
 

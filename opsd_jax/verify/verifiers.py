@@ -62,7 +62,10 @@ def as_verifier(judge: Verifier | Judge) -> Verifier:
 
 def _never_called(job: Job) -> Verdict:
     """Raises AssertionError. It is the `judge` of verifiers whose `prepare` never returns a job."""
-    raise AssertionError(f"unexpected job {job!r}; expected `prepare` to return a verdict.")
+    raise AssertionError(
+        f"the verifier's `prepare` returned the job {job!r}; expected a Verdict, because this "
+        "verifier runs no jobs in workers."
+    )
 
 
 def _whole_response(problem: Problem, response: str) -> Job:

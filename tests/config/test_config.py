@@ -190,11 +190,11 @@ def test_fields_that_do_not_fit_together_are_refused_before_compiling(
     [
         (
             {"sft.buckets": "(56, 129)"},
-            r"sft.buckets is \[56, 129\]; expected multiples of tensor = 2",
+            r"config.sft: .* buckets are \[56, 129\]; expected multiples of tensor = 2",
         ),
         (
             {"rlvr.buckets": "(64, 104)", "opsd.teacher_buckets": "(80, 127)"},
-            r"opsd.buckets with teacher_buckets is \[.*\]; expected multiples of tensor = 2",
+            r"config.opsd: .* buckets are \[.*\]; expected multiples of tensor = 2",
         ),
     ],
 )

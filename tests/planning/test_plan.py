@@ -218,10 +218,10 @@ def test_sizes_that_the_devices_do_not_divide_are_named(capsys, field, value):
     arguments += [f"--config.{field}={value}", "--config.opsd.contexts=('memo',)"]
     if field == "model.sequence_parallel":
         arguments += ["--config.opsd.buckets=(512, 1023)"]
-        field = "opsd.buckets with teacher_buckets"
+        field = "opsd: the padded lengths of its buckets"
     assert main.main(arguments) == 2
     text = capsys.readouterr().err
-    assert re.search(rf"config.{field} is .*; expected (a multiple|multiples) of", text)
+    assert re.search(rf"config.{field} (is|are) .*; expected (a multiple|multiples) of", text)
 
 
 @needs_compiler
