@@ -156,7 +156,7 @@ class Bounds(NamedTuple):
         return "".join(f"{phrase} {_number(b)}" for phrase, b in numeric if b is not None)
 
     def expected(self, value: Any) -> str:
-        """Returns "" if `value` is within the bounds, or else the valid values as a phrase."""
+        """Returns the valid values as a phrase, such as "at least 1", or "" if `value` is valid."""
         if self.check is not None and not self.check(value):
             return self.text()
         if self.choices:

@@ -1,4 +1,4 @@
-"""`Problem`: one problem as text. Verifier processes load this module, so it imports little."""
+"""`Problem`: one problem as text. Verifier processes import this module, so it has few imports."""
 
 from __future__ import annotations
 

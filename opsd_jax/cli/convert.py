@@ -83,7 +83,7 @@ def convert_stage(
 
 
 def _parameters(config: RunOptions, workdir: Path) -> Parameters:
-    """Builds the `Parameters` of a run on the first mesh that fits the devices.
+    """Builds the `Parameters` of a run on the first of three meshes that fits the devices.
 
     It tries the mesh of the run, a mesh of all devices, and a mesh of one device, in this order.
     """

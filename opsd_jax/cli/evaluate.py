@@ -122,7 +122,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def config_of(arguments: argparse.Namespace) -> tuple[str, RunOptions]:
-    """Returns the name of the stage to evaluate, or UNTRAINED, and the evaluation's config.
+    """Returns the stage to evaluate (its name, or UNTRAINED) and the config of the evaluation.
 
     The config runs no stage, and reads training data only if some of them are held out.
 
@@ -182,7 +182,7 @@ def _of_model(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
 
 
 def _take_benchmarks(config: ConfigDict, named: list[str]) -> None:
-    """Replaces the held-out problems with benchmarks, and sets the paper's evaluation settings."""
+    """Replaces the held-out problems with benchmarks, and sets the evaluation options in PAPER."""
     sources = dict(benchmarks.source(text) for text in named)
     if len(sources) < len(named):
         raise ConfigError(f"--benchmark is {', '.join(named)}; expected each name only once.")

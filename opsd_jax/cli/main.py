@@ -62,7 +62,7 @@ def _log_to_stderr() -> None:
 
 
 def _run(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
-    """Runs a command's module. For expected errors, prints a message and returns an exit code."""
+    """Runs a command and returns its exit code. For an expected error, prints a message."""
     from opsd_jax.options import ConfigError
     from opsd_jax.parallel import hosts
     from opsd_jax.planning.chips import PlanError
@@ -105,7 +105,7 @@ def say(message: str) -> None:
 
 
 def _storage_message(error: Exception, arguments: argparse.Namespace) -> str | None:
-    """Returns a message for a storage error, such as a full disk; None for other errors."""
+    """Returns a message for a storage error, such as a full disk, or None for any other error."""
     from opsd_jax.storage import files
 
     given = [path for name in ("workdir", "out") if (path := getattr(arguments, name, None))]

@@ -60,7 +60,7 @@ def load(
 
 
 def read(name: str | pathlib.Path) -> ConfigDict:
-    """Returns the config from a Python file's `get_config()`. It is locked but not checked.
+    """Calls `get_config()` of a Python file, and returns the config, locked but not yet checked.
 
     Args:
       name: a Python file, or the name of a packaged config such as "quickstart".
@@ -214,7 +214,7 @@ def missing_fields(config: ConfigDict) -> list[str]:
 
 
 def identity(config: ConfigDict | RunOptions) -> dict[str, Any]:
-    """Returns the flattened fields that must stay the same when a run is resumed."""
+    """Returns a flat dict of the config fields that must not change when a run is resumed."""
     flat = flatten(config)
     stages = {field.removesuffix(".algorithm") for field in flat if field.endswith(".algorithm")}
     free = (*FREE, *(f"{name}." for name in stages - set(flat["stages"])))
@@ -224,7 +224,7 @@ def identity(config: ConfigDict | RunOptions) -> dict[str, Any]:
 def check_same(
     config: ConfigDict | RunOptions, saved: ConfigDict | RunOptions, workdir: Any
 ) -> None:
-    """Raises ConfigError if a run that was saved with one config cannot resume with another.
+    """Raises ConfigError if a run with the config `saved` cannot be resumed with `config`.
 
     The configs must agree in all fields of `identity`. The message lists the fields that differ.
     """

@@ -91,7 +91,7 @@ def opsd(preset: str = "") -> ConfigDict:
 
 
 def paper_opsd(preset: str = "") -> ConfigDict:
-    """Returns a config for OPSD as in arXiv 2605.06188, where the teacher sees a memo by the model.
+    """Returns a config for OPSD as in arXiv 2605.06188. The model writes a memo for the teacher.
 
     The model writes the memo from the answer. A memo has up to 8,192 tokens, and 2,048 more if its
     thinking had to be closed.

@@ -84,7 +84,11 @@ class RunOptions:
         return algorithm_of(self.sections[name].algorithm, f"{name}.algorithm")
 
     def check_stages(self) -> None:
-        """Raises ConfigError if a stage is unknown or out of order, or if wandb is missing."""
+        """Checks that the stages exist and are in order, and that wandb is installed if it is used.
+
+        Raises:
+          ConfigError: one of these checks fails.
+        """
         for i, name in enumerate(self.stages):
             if name not in self.sections:
                 known = ", ".join(self.sections)

@@ -129,7 +129,9 @@ def decoder(**changes: Any) -> ConfigDict:
 
 
 def preset(name: str, **changes: Any) -> ConfigDict:
-    """Returns the section `model` for a decoder with a released model's sizes and random weights.
+    """Returns the section `model` for a decoder with the sizes of a released model.
+
+    Its parameters are initialised randomly.
 
     Args:
       name: one of `opsd_jax.models.presets.PRESETS`.

@@ -295,7 +295,7 @@ def top_k(
 
 
 def _support(support: str, student_logits, teacher_logits, k: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the indices of the kept vocabulary entries, and a mask of the duplicate entries."""
+    """Returns the indices of the entries that `top_k` keeps, and a mask of the duplicates."""
 
     def most_likely(logits):
         return jax.lax.top_k(jax.lax.stop_gradient(logits), k)[1]
@@ -310,7 +310,7 @@ def _support(support: str, student_logits, teacher_logits, k: int) -> tuple[jax.
 
 
 def _restricted(logits, entries, repeated, rest: str) -> jax.Array:
-    """Returns the log-probabilities of the kept vocabulary entries.
+    """Returns the log-probabilities of the vocabulary entries with the indices `entries`.
 
     With `rest="bucket"`, one more entry has the total probability of all other entries.
     """
@@ -363,7 +363,7 @@ def _sum_of_terms_bwd(term, residuals, cotangent):
     student_logits, teacher_logits, totals, value = residuals
 
     def slope_and_probability(totals, side):
-        """Returns d(term) / d(log S) and S for side 0, or d(term) / d(log T) and T for side 1."""
+        """Returns `(d term / d log S, S)` if `side` is 0, or `(d term / d log T, T)` if it is 1."""
         log_s, log_t = student_logits - totals[0][..., None], teacher_logits - totals[1][..., None]
         tangents = [
             jnp.ones_like(x) if i == side else jnp.zeros_like(x)

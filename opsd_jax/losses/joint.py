@@ -117,7 +117,7 @@ def joint(
 
 
 def _part(diagnostics: dict[str, jax.Array], weights, total) -> Loss:
-    """Returns the policy-gradient or the OPSD loss alone, as a `Loss` without gradients."""
+    """Returns the policy-gradient part or the OPSD part of the joint loss, without gradients."""
     return Loss(weighted_sum(diagnostics["loss"], weights), total, weights, diagnostics)
 
 

@@ -265,7 +265,7 @@ def opsd_weights(
 def opsd_inputs(
     *, mask, outcomes: Outcomes, tokens, behaviour_logprobs, options: OPSD
 ) -> dict[str, Any]:
-    """Checks the per-token arrays of the OPSD loss, and returns the ones that `options` needs.
+    """Checks the per-token arrays of the OPSD loss, and returns the arrays that `options` needs.
 
     The arguments are described in `opsd`. The result is the argument `inputs` of `opsd_token_loss`.
     """

@@ -291,7 +291,7 @@ def policy_inputs(
 
 
 def _per_token(advantages, mask: jax.Array) -> jax.Array:
-    """Broadcasts advantages [B] to [B, T]. Returns advantages [B, T] unchanged."""
+    """Returns the advantages as [B, T]. An input of shape [B] is broadcast over the tokens."""
     if jnp.ndim(advantages) == 1:
         check_shape(mask.shape[:1], "one number for each row of mask", advantages=advantages)
         advantages = jnp.broadcast_to(jnp.asarray(advantages)[:, None], mask.shape)

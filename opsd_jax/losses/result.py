@@ -34,7 +34,7 @@ class Loss(NamedTuple):
         return self.sum / jnp.where(self.weight == 0, 1.0, self.weight)
 
     def metric(self, name: str) -> tuple[jax.Array, jax.Array]:
-        """Returns the unweighted sum of a diagnostic over the active tokens, and their number.
+        """Returns the unweighted sum of a diagnostic over the active tokens, and the token count.
 
         A token is active if its weight in the loss is not 0.
 

@@ -191,7 +191,7 @@ def _unexpected(field: str, value: Any, expected: str) -> ValueError:
 
 
 def _only(value: Any) -> str:
-    """Returns a phrase for error messages: `value` is the only value that the decoder supports."""
+    """Returns a phrase such as "1.0, the only value that the decoder supports", for an error."""
     return f"{json.dumps(value)}, the only value that the decoder supports"
 
 

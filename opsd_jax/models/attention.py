@@ -61,7 +61,7 @@ def dense(
 def splash(
     q_BxTxHxC: jax.Array, k_BxTxKxC: jax.Array, v_BxTxKxC: jax.Array, positions_BxT: jax.Array
 ) -> jax.Array:
-    """Computes causal attention within each row with the Pallas splash attention kernel.
+    """Computes causal attention with the Pallas splash attention kernel, separately for each row.
 
     The kernel never stores a [T, T] array, and it skips the blocks above the diagonal. With a mesh
     in context, rows are sharded over `data` and `fsdp` and heads over `tensor`, and each device

@@ -17,7 +17,7 @@ SIZES = (
 
 
 def _sizes(*values: Any, **more: Any) -> dict[str, Any]:
-    """Builds a preset from `values`, in the order of SIZES, and from the fields in `more`."""
+    """Builds a preset from the SIZES fields (`values`, in that order) and other fields (`more`)."""
     return {**dict(zip(SIZES, values, strict=True)), **more}
 
 

@@ -55,7 +55,7 @@ class RopeScaling:
     )
 
     def __post_init__(self):
-        """Raises ConfigError if a field is invalid, or a low limit is not below the high limit."""
+        """Raises ConfigError if a field is invalid, or a lower limit is not below the upper one."""
         check_bounds(self, "model.rope_scaling")
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
             if not getattr(self, low) < getattr(self, high):
@@ -66,7 +66,7 @@ class RopeScaling:
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[np.ndarray, float]:
-    """Computes the rotary frequencies, and a scale for the cosines and sines of the angles.
+    """Computes the rotary frequencies, and the factor that multiplies the cosines and sines.
 
     An error in the last bit of a frequency moves the angle at position 8,192 by 5e-4. The
     frequencies are therefore computed on the host, in the order and with the precisions of Hugging

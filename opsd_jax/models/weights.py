@@ -201,7 +201,9 @@ def put_piece(array, piece, layer, start, *, order, mesh, specs):
 
 @functools.partial(jax.jit, static_argnames=("order", "mesh", "specs", "rows", "dtype"))
 def take_piece(array, layer, start, *, order, mesh, specs, rows, dtype):
-    """Extracts one piece of a stored tensor from the parameter `array`. Inverts `put_piece`.
+    """Extracts one piece of a stored tensor from the parameter `array`.
+
+    This is the inverse of `put_piece`.
 
     Args:
       array, layer, start, order, mesh, specs: See `put_piece`. The array is not donated.
@@ -314,7 +316,7 @@ def save(
 
 
 def _ranges(array: jax.Array, layout: TensorLayout, code: str) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields a stored tensor in ranges of elements, converted from the parameter `array`.
+    """Extracts a stored tensor from the parameter `array`, and yields it one range at a time.
 
     Args:
       array: The parameter.

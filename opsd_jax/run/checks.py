@@ -67,7 +67,7 @@ def check_devices(
 def check_data(
     config: RunOptions, task: Task, vocab_size: int, stage_seed: Callable[[str], int]
 ) -> None:
-    """Checks that a config fits the data. Reads only a part of large datasets.
+    """Checks that a config fits the data. Reads only a part of a large dataset.
 
     Args:
       config: the options of the run.
@@ -119,14 +119,14 @@ def _looked_at(task: Task, data: grain.MapDataset, whole: int) -> Iterable[int]:
 
 
 def _problems(task: Task) -> Callable[[], Sequence[Problem]]:
-    """Returns the function for `DataSample.problems`, which lists the problems to check."""
+    """Creates `DataSample.problems`, a function that returns the problems to check."""
     return lambda: [
         data[i] for data in (task.train, task.heldout) for i in _looked_at(task, data, LONGEST)
     ]
 
 
 def _longest(task: Task) -> Callable[[Any, Callable[[Any], Sequence[int]]], tuple[int, str]]:
-    """Returns the function for the field `DataSample.longest`, which finds the longest row."""
+    """Creates `DataSample.longest`, a function that finds the longest of the checked rows."""
 
     @functools.cache
     def longest(data: Any, tokens: Callable[[Any], Sequence[int]]) -> tuple[int, str]:

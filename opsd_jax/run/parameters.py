@@ -120,7 +120,7 @@ class Parameters:
 
     @functools.cached_property
     def decoding(self) -> layout_lib.Layout:
-        """The `Layout` for sampling. The first access compiles the conversion to it."""
+        """The parameter `Layout` for sampling. The first access compiles its `convert` function."""
         return layout_lib.decode_layout(self.model, self.abstract, self.decode_mesh)
 
     def initial(self) -> Params:
@@ -139,7 +139,7 @@ class Parameters:
         return init(jax.random.key(seed_of(self.config, "init")))
 
     def of(self, stage: str) -> Params:
-        """Returns the parameters of a finished stage, or the initial ones for "" and UNTRAINED.
+        """Returns the parameters of a finished stage, or initial parameters for "" and UNTRAINED.
 
         Raises:
           ConfigError: the stage has no result yet.

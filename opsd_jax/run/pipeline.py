@@ -48,7 +48,7 @@ NOTE = "note.txt"  # the task's note for the reader of the report
 
 
 def run(config: RunOptions, workdir: Path) -> None:
-    """Trains and evaluates, in order, all stages of a config that are not finished.
+    """Trains and evaluates the stages of a config in order. Skips finished stages.
 
     Raises:
       ConfigError: the config cannot be run, or the work directory holds a run with a different
@@ -86,7 +86,7 @@ def run(config: RunOptions, workdir: Path) -> None:
 
 
 def is_finished(workdir: Path, name: str) -> bool:
-    """Returns whether a stage is trained and evaluated or, for UNTRAINED, only evaluated."""
+    """Returns whether a stage has been trained and evaluated. UNTRAINED needs no training."""
     has_result = name == UNTRAINED or checkpoint.has_params(workdir / name / PARAMS)
     return has_result and (workdir / name / records.SUMMARY).exists()
 
@@ -121,7 +121,7 @@ def train(this: Run, name: str, progress: Progress, stop: StopSignal) -> Params:
 def evaluation_settings(
     this: Run, model: str, weights: str, problems: Sequence[Problem]
 ) -> dict[str, Any]:
-    """Returns the settings of an evaluation, as they are recorded next to its responses."""
+    """Returns the settings of an evaluation, as a dict that is saved with the responses."""
     return records.settings(
         model,
         weights,

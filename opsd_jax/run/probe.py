@@ -18,7 +18,7 @@ from opsd_jax.training.signals import StopSignal
 def measure(
     this: Run, name: str, params: Params, responses: list[dict[str, Any]], stop: StopSignal
 ) -> None:
-    """Measures and writes the model's divergence from its teacher, before and after a stage.
+    """Measures the model's divergence from its teacher before and after a stage, and saves it.
 
     The divergence is averaged at each position of the response. Each model is measured on its own
     held-out responses. The teacher has the parameters from before the stage. Nothing is written for

@@ -1,4 +1,4 @@
-"""A lock for a work directory in a bucket, where files cannot be locked."""
+"""A lock for a work directory in Cloud Storage, which has no file locks."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def held(path: Path) -> Iterator[None]:
 
 
 def _renew(path: Path, holder: str, beat: Callable[[], None], released: threading.Event) -> None:
-    """Renews the lease until its release. Exits the process if another one has taken the lease."""
+    """Renews the lease until `released` is set. Exits if another process takes the lease."""
     while not released.wait(HEARTBEAT_SECONDS):
         try:
             content = _read(path)
