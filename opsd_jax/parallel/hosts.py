@@ -125,7 +125,7 @@ def largest(value: int) -> int:
 
 
 def gathered(value: T) -> list[T]:
-    """Returns the picklable values that all hosts pass, as a list in host order."""
+    """Gathers a picklable value from each host, and returns all values as a list in host order."""
     if count() == 1:
         return [value]
     data = pickle.dumps(value)

@@ -60,7 +60,7 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
 
 
 def reshaped(mesh: Mesh, shape: Sequence[int]) -> Mesh:
-    """Returns a mesh with another shape over the same devices in the same order.
+    """Returns a mesh of another shape that has the same devices in the same order.
 
     Args:
       mesh: The mesh.
@@ -233,12 +233,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Returns the sharding that splits an array over `data` and `fsdp` along its batch axis."""
+    """Returns the sharding that splits the batch axis of an array over `data` and `fsdp`."""
     return NamedSharding(mesh, P(*(None,) * axis, ROWS))
 
 
 def rows_in_context() -> P | None:
-    """Returns the PartitionSpec that shards a batch by row, or None without a mesh in context."""
+    """Returns the PartitionSpec that shards a batch by row; None if no mesh is in context."""
     return None if jax.sharding.get_abstract_mesh().empty else P(ROWS)
 
 
@@ -265,5 +265,5 @@ def constrain(x: jax.Array, spec: P) -> jax.Array:
 
 
 def row_shards(mesh: Mesh) -> int:
-    """Returns data x fsdp, the number of shards into which the mesh splits a batch."""
+    """Returns the number of shards into which the mesh splits a batch: `data` x `fsdp`."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

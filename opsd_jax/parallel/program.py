@@ -13,7 +13,7 @@ DECODE_STEPS = "decode_steps"  # named scope of the loop over decoding steps
 
 
 def bucket_scope(bucket: int) -> str:
-    """Returns the scope name of the train step's loop over the microbatches of one bucket."""
+    """Returns the name of the `jax.named_scope` in which the train step processes a bucket."""
     return f"bucket_{bucket}"
 
 

@@ -46,7 +46,7 @@ class Judged(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Rollouts:
-    """N sampled rollouts in host memory. Each list has one entry per rollout.
+    """N sampled rollouts in host memory. Each field that is a list has one entry per rollout.
 
     Attributes:
       problems: the problem of each rollout. Rollouts of one group are adjacent.
@@ -102,7 +102,7 @@ class Rollouts:
         }
 
     def settled(self) -> Rollouts:
-        """Waits for all verdicts, and returns a copy of the rollouts without pending verdicts."""
+        """Waits for all verdicts, and returns a copy of the rollouts that contains the verdicts."""
         return dataclasses.replace(
             self, replies=[*self.judged.verdicts], wait_seconds=self.judged.wait_seconds
         )
@@ -183,7 +183,7 @@ class Collector:
                     wait_seconds = 0.0
 
     def _verify(self, problem: Problem, response: Response) -> Reply:
-        """Returns a response's verdict or future verdict; None if another host verifies it."""
+        """Returns the verdict, or a future of it; None if another host verifies the response."""
         if response.stop == STOP_LENGTH:
             return TRUNCATED
         if (response.prompt * self.group_size + response.member) % hosts.count() != hosts.number():
@@ -221,7 +221,7 @@ class Collector:
 def _rollouts(
     problem: Problem, group: Sequence[tuple[Response, Reply]], wait_seconds: float
 ) -> Rollouts:
-    """Builds the `Rollouts` of one problem from its responses and their verdicts or futures."""
+    """Builds the `Rollouts` of one problem from a `(Response, Reply)` pair for each rollout."""
     responses = [response for response, _ in group]
     return Rollouts(
         problems=[problem] * len(group),

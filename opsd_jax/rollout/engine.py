@@ -212,7 +212,7 @@ class Engine:
         budgets: Sequence[Sequence[int]] | None = None,
         poll: Callable[[], None] = lambda: None,
     ) -> Iterator[EndedRollouts]:
-        """Samples rollouts for each prompt, and yields their responses as they end.
+        """Samples rollouts for each prompt, and yields the responses in batches as rollouts end.
 
         The engine starts the next chunk on the device before it yields the rollouts that ended in
         the last one.
@@ -368,7 +368,7 @@ class _Batch:
             self._insert(free)
 
     def decode(self) -> Chunk | None:
-        """Starts the next chunk of decoding steps; returns None if every slot is empty."""
+        """Starts and returns the next chunk of decoding steps; None if every slot is empty."""
         if not any(self._active):
             return None
         self._resize()

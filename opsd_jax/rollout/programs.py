@@ -212,7 +212,10 @@ class Programs:
         )
 
     def _compile_resize(self) -> dict[Any, Callable[[jax.Array], jax.Array]]:
-        """Compiles the programs that resize cache arrays, in a dict keyed by (old, new) shapes."""
+        """Compiles the programs that resize cache arrays, and returns them in a dict.
+
+        A key is a pair `(old, new)`: the abstract array before and after the resize.
+        """
         programs: dict[Any, Callable[[jax.Array], jax.Array]] = {}
         for states in itertools.permutations(self._states.values(), 2):
             old, new = (jax.tree.leaves(state.cache) for state in states)

@@ -202,7 +202,11 @@ def _block(x_BxRxN: jax.Array, index_B: jax.Array) -> jax.Array:
 
 
 def _argmax(x_BxV: jax.Array) -> jax.Array:
-    """Computes `jnp.argmax` of each row, int32 [B], in two steps, which is faster on CPUs."""
+    """Returns the index of the largest value in each row, int32 [B].
+
+    It first finds the block, then the index within the block. On CPUs, this is faster than one
+    `jnp.argmax`.
+    """
     x_BxRxN = _blocks(x_BxV)
     block_B = jnp.argmax(x_BxRxN.max(axis=-1), axis=-1)
     offset_B = jnp.argmax(_block(x_BxRxN, block_B), axis=-1)
@@ -226,9 +230,10 @@ def _sample(x_BxV: jax.Array, keys_B: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _invert(mass_BxN: jax.Array, fraction_B: jax.Array) -> jax.Array:
-    """Returns the first index in each row whose cumulative mass exceeds `fraction_B` of the total.
+    """Returns, for each row, the first index where the cumulative mass exceeds a given fraction.
 
-    Indices without mass are never returned, whatever the rounding of the cumulative sum.
+    `fraction_B` is a fraction of each row's total mass. Indices without mass are never returned,
+    whatever the rounding of the cumulative sum.
     """
     sums_BxN = jnp.cumsum(mass_BxN, axis=-1)
     possible_BxN = mass_BxN > 0
@@ -260,11 +265,11 @@ def _restrict(x_BxV: jax.Array, sampling_params: SamplingParams) -> jax.Array:
 
 
 def _cutoff(mass_BxV: jax.Array, is_enough) -> jax.Array:
-    """Finds by bisection the largest m in each row for which `is_enough(mass >= m)` is true.
+    """Returns, for each row, the largest m such that `is_enough(mass >= m)` is true.
 
-    Where it holds for no mass, returns the smallest normal float. Positive floats have the same
-    order as the integers with the same bits, so 30 halvings find the exact value. Sorting a
-    vocabulary of 151,936 tokens takes far longer.
+    Where it is true for no m, returns the smallest normal float. The search is a bisection.
+    Positive floats have the same order as the integers with the same bits, so 30 halvings find the
+    exact value. Sorting a vocabulary of 151,936 tokens takes far longer.
 
     Args:
       mass_BxV: float32 in [0, 1].

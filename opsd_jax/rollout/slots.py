@@ -72,7 +72,7 @@ class Chunk(NamedTuple):
 
 
 def empty_rows(slots: int) -> Rows:
-    """Returns the `Rows` of `slots` decoding slots that are all empty."""
+    """Returns `Rows` for the given number of empty decoding slots."""
     zeros = jnp.zeros(slots, jnp.int32)
     return Rows(zeros, zeros - 1, zeros, zeros, zeros)
 
@@ -94,7 +94,7 @@ def prefill(
 
 
 def length_axes(policy: Policy) -> Any:
-    """Finds which axis of each cache array grows with the cache length, or -1 if none does.
+    """Returns, for each cache array, the axis that grows with the cache length; -1 if none does.
 
     Raises:
       ValueError: an array has several such axes, or its first axis is one of them.

@@ -146,7 +146,7 @@ def collate(
     per_row: Sequence[str] = (),
     pad_id: int,
 ) -> Microbatch:
-    """Makes a microbatch's arrays: pads each row, and adds empty rows for a total of `microbatch`.
+    """Makes the arrays of a microbatch from rows. Adds padding, and empty rows up to `microbatch`.
 
     The values of a response token are in the column of the student's sequence that predicts it,
     where the token's logits are.

@@ -1,4 +1,4 @@
-"""Memos: notes that the model writes on its rollouts, used as the teacher's privileged contexts.
+"""Memos: notes that the model writes about its rollouts, to show them to the teacher as contexts.
 
 The user takes a second turn in the dialogue. It says whether the response was correct, what the
 answer is, and asks for a memo. The model's thinking is stripped from the memo. Thinking that has
@@ -124,7 +124,7 @@ def make_memos(
 
 
 class Memos:
-    """Samples memos: notes that the model writes on its own rollouts.
+    """Samples memos: notes that the model writes about its own rollouts.
 
     A memo depends only on the seed, the step, its place in the step, the parameters and the
     rollout.
@@ -167,7 +167,7 @@ class Memos:
     def __call__(
         self, step: int, params: Params, rollouts: Rollouts, rows: Sequence[int], offset: int = 0
     ) -> list[str | None]:
-        """Samples a memo on each of the selected rollouts.
+        """Samples a memo about each of the selected rollouts.
 
         Args:
           step: the number of the step in the stage.

@@ -1,4 +1,4 @@
-"""`Parts`, the objects from which a stage is built, and `Sampling`, what a stage samples."""
+"""`Parts`: the objects from which a stage is built. `Sampling`: what a stage samples."""
 
 from __future__ import annotations
 

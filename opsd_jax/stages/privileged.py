@@ -168,7 +168,7 @@ class ContextFinder:
         *,
         capacity: int,
     ) -> TeacherInputs:
-        """Returns teacher inputs for the first `capacity` wanted rollouts that have a context.
+        """Returns teacher inputs for the first `capacity` rollouts in `wanted` that have a context.
 
         Args:
           step: the number of the step in the stage; memos depend on it.
@@ -360,7 +360,7 @@ def check_contexts(
 def _check_context(
     options: PrivilegedOptions, stage: str, task: Task, problems: Sequence[Problem], kind: str
 ) -> None:
-    """Checks that problems have contexts of kind `kind`, and that token limits leave room."""
+    """Checks that problems have contexts of one kind, and that token limits leave room for them."""
     limit, wording = options.teacher_prompt_tokens, worded_as(kind)
     found = context_kind(kind, f"{stage}.contexts")
     # The text of a memo, a sibling or a user's function depends on rollouts.

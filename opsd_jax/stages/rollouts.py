@@ -25,7 +25,7 @@ RollOut = Callable[[int, Params], Rollouts]  # (step, params) -> the rollouts of
 
 
 def rollout_sampling(options: RolloutOptions, task: Task | None = None) -> tuple[Sampling, ...]:
-    """Returns a tuple with one `Sampling`: the rollouts of a training step."""
+    """Returns a tuple with one `Sampling`, which describes the rollouts of a training step."""
     del task  # the lengths come from the options
     return (
         Sampling(
@@ -51,7 +51,7 @@ def check_prompts(options: RolloutOptions, name: str, data: DataSample) -> None:
 def student_lengths(
     options: RolloutOptions, count: int, responses: Responses
 ) -> tuple[list[int], list[Lengths]]:
-    """Returns the assumed lengths of the responses and of the student's sequences.
+    """Returns the lengths that a plan assumes for the responses and the student's sequences.
 
     A sequence is a prompt of `prompt_tokens` tokens and its response without the last token.
 
@@ -198,7 +198,7 @@ def rollout_metrics(rollouts: Rollouts, group_size: int) -> dict[str, float]:
 
 
 def group_records(rollouts: Rollouts, group_size: int) -> list[dict[str, Any]]:
-    """Returns a JSON-ready record for each problem, with its rollout count and correct count."""
+    """Returns a JSON-ready record for each problem, with the number of its correct rollouts."""
     correct = rollouts.judged.outcomes.correct.reshape(-1, group_size).sum(axis=1)
     return [
         {

@@ -84,7 +84,10 @@ def _stored_head(policy: Policy, options: TeacherOptions) -> Callable[[Params, P
 
 
 def _average_head(policy: Policy, options: TeacherOptions) -> Callable[[Params, Params, Any], Head]:
-    """Returns a function that computes logits from averaged parameters, in the model's dtypes."""
+    """Returns a function that computes logits from the teacher's moving average of parameters.
+
+    The function casts the average to the dtypes of the student's parameters.
+    """
 
     def head(params: Params, teacher: Params, sequences: Any) -> Head:
         cast = jax.tree.map(lambda t, p: t.astype(p.dtype), teacher, params)

@@ -173,7 +173,10 @@ class _Recorder:
         max_nonfinite: int,
         began: float,
     ):
-        """Creates a recorder. `began` is the `time.monotonic()` at which the first step began."""
+        """Creates a recorder. The time of the first step is measured from `began`.
+
+        `began` is a value of `time.monotonic()`.
+        """
         self._checkpoints, self._writer, self._report = checkpoints, writer, report
         self._max_nonfinite, self._nonfinite = max_nonfinite, 0  # steps in a row
         self._pending: tuple[int, list[Any], StepData] | None = None

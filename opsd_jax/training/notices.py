@@ -24,7 +24,7 @@ def metadata_host() -> str:
 
 
 def current_notice(host: str) -> str:
-    """Asks a metadata server for a stop notice. Returns its name, such as "preempted", or "".
+    """Returns the name of the metadata server's stop notice, such as "preempted"; "" if none.
 
     Returns "" also if the server does not answer.
     """

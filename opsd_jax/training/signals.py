@@ -1,4 +1,4 @@
-"""Stops a run on SIGINT or SIGTERM: the first saves a checkpoint, the second stops at once.
+"""Saves a checkpoint and stops the run on SIGINT or SIGTERM. A second signal stops it at once.
 
 A notice from Google Cloud that the machine will stop counts as SIGTERM. A signal to one host stops
 all hosts, at the same step.
@@ -68,7 +68,7 @@ class StopSignal:
         self._restore()
 
     def received(self) -> int:
-        """Returns the number of the signal that any host has received, or 0.
+        """Returns the number of a signal that a host has received; 0 if no host has received one.
 
         A collective operation: all hosts must call it together.
         """

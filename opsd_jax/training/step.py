@@ -114,7 +114,7 @@ def compile_train_step(
     abstract_state: State,
     mesh: jax.sharding.Mesh,
 ) -> Callable[[State, Batch], tuple[State, dict[str, Any]]]:
-    """Compiles the train step, which donates its state, for the shapes of `stage.empty_batch`.
+    """Compiles the train step for the shapes of `stage.empty_batch`. The step donates its state.
 
     Args:
       stage: the stage; gives the loss, the teacher and the shapes.
