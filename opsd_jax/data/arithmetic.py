@@ -181,7 +181,7 @@ def informed_prompt(problem: Problem, text: str) -> list[int]:
 
 
 def teacher_prompt(problem: Problem, context: Context, limit: int) -> tuple[list[int], bool]:
-    """Returns the token ids of the teacher's prompt, and False because the prompt is never cut.
+    """Returns the token ids of the teacher's prompt, and whether it was cut, which is always False.
 
     Raises:
       DataError: the prompt has more than `limit` tokens.
@@ -239,7 +239,7 @@ def _think(
 
 
 def demonstrate(number: int, rng: np.random.Generator) -> Demonstration:
-    """Returns a random SFT example, a prompt and a response, for problem `number`.
+    """Returns a random SFT example for problem `number`: a prompt and a response.
 
     Most demonstrations reason verbosely from the printed question. PRIVILEGED_FRACTION of them are
     nearly concise. Their prompt shows the solution, from which they take the carried values and the
@@ -277,7 +277,10 @@ def verify(problem: Problem, response: str) -> Verdict:
 
 
 def answer_in(problem: Problem, response: str) -> str | None:
-    """Returns the response's answer for majority votes, or None if it is not exactly one token."""
+    """Returns the answer that a response gives in a majority vote, or None if it gives none.
+
+    The answer is the token between the last `</think>` and EOS. There must be exactly one.
+    """
     _, found, answer = response.rpartition("</think>")
     tokens = answer.split()
     return tokens[0] if found and len(tokens) == 2 and tokens[1] == "<eos>" else None

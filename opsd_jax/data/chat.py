@@ -243,10 +243,9 @@ class Chat:
         return self._tokenizer.encode(rest)
 
     def begun(self) -> str:
-        """Returns the start of the response if the prompt already contains it, otherwise "".
+        """Returns the beginning of the response that every prompt already contains, or "" for none.
 
-        This text is "<think>" and the whitespace after it if the template opens the thinking,
-        else "".
+        If the template opens the thinking, this text is "<think>" and the whitespace after it.
         """
         if self._template is None:
             return ""
@@ -256,7 +255,7 @@ class Chat:
 
 
 def cut_to_fit(render: Callable[[str], list[int]], text: str, limit: int) -> tuple[list[int], bool]:
-    """Renders a text as token ids, and cuts off its end if there are more than `limit` tokens.
+    """Renders a text as at most `limit` token ids, cutting off the end of the text if needed.
 
     Args:
       render: text -> token ids.

@@ -79,7 +79,7 @@ def nothing(problem: Problem, rollout: int, group: Sequence[Attempt]) -> str | N
 
 
 def sibling(which: str = "shortest", *, thinking: bool = False) -> Find:
-    """Returns a function that uses another correct rollout of the same problem as the context.
+    """Returns a function that picks the context from the problem's other correct rollouts.
 
     Args:
       which: "shortest" picks the correct rollout with the fewest tokens, "first" the one with the
@@ -183,7 +183,7 @@ CONTEXTS: dict[str, ContextKind] = {
 
 
 def context_kind(name: str, field: str) -> ContextKind:
-    """Returns the `ContextKind` that a key of CONTEXTS or the name of a user's function selects.
+    """Returns the `ContextKind` for a name: a key of CONTEXTS, or the name of a user's function.
 
     Args:
       name: key of CONTEXTS, or "package.module:function" of a `Find`.

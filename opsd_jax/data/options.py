@@ -104,7 +104,7 @@ class SourceOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoWording:
-    """The user messages that ask the model for a memo on its response, for each outcome.
+    """The user messages that ask the model for a memo on its response, one for each outcome.
 
     {answer} and {solution} are replaced by the problem's answer and solution.
     """

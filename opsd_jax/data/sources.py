@@ -79,7 +79,7 @@ class _Row(NamedTuple):
 
 
 class _Candidate(NamedTuple):
-    """A row that was read as a problem without errors. Later checks may add errors to the row.
+    """A row that was read without errors, and its problem. Later checks may add errors to the row.
 
     Attributes:
       row: the row, whose errors later checks extend.
@@ -238,10 +238,10 @@ class _Reader:
 
 
 def reach(columns: Mapping[str, Any], column: str) -> Any:
-    """Returns the value of a column, whose name may be dotted, or None if it has no value.
+    """Returns the value of a column in a row, or None if the row has no such value.
 
     Args:
-      columns: column -> value.
+      columns: column -> value, for one row.
       column: name. A dot reads inside an object or, before a number, inside a list, unless a column
         has the dotted name itself.
     """
@@ -385,7 +385,7 @@ def _check_rates(
 def _mark_bad_golds(
     wanted: Sequence[_Candidate], options: SourceOptions, field: str, check_golds: CheckGolds
 ) -> None:
-    """Adds an error to each row whose own answer is rejected by the source's verifier.
+    """Adds an error to each row whose own answer the source's verifier rejects.
 
     Raises:
       DataError: the source has no answers, and its verifier needs them.
@@ -404,7 +404,7 @@ def _mark_bad_golds(
 
 
 def _refuse(rows: Sequence[_Row], options: SourceOptions, field: str) -> int:
-    """Raises DataError if rows are bad. If `bad_rows` is "drop", logs and counts them instead.
+    """Raises DataError if any row is bad. If `bad_rows` is "drop", only logs and counts bad rows.
 
     Returns the number of bad rows.
 

@@ -13,7 +13,7 @@ from opsd_jax.verify.verdict import Judge, Verifier
 
 
 def check_fits(ids: list[int], limit: int, problem: Problem, field: str) -> list[int]:
-    """Returns the token ids of a prompt unchanged, after checking that there are at most `limit`.
+    """Checks that a prompt has at most `limit` tokens, and returns its token ids unchanged.
 
     Args:
       ids: token ids of the prompt.

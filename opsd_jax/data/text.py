@@ -160,7 +160,7 @@ class Prompts:
         return self._chat.prompt(message.strip() if self._chat.templated else message)
 
     def _worded(self, kind: str, text: str) -> str:
-        """Inserts the text of a context into the wording that `config.data` has for its kind.
+        """Inserts a context's text into the wording that `config.data` defines for its `kind`.
 
         Control tokens are removed from the text. The model may have written it, and such a token
         would end the user's turn.
@@ -245,7 +245,7 @@ def make_chat(options: DataOptions, tokenizer: Tokenizer) -> Chat:
 
 
 def check_wording(options: DataOptions) -> None:
-    """Raises ConfigError if a prompt text in `config.data` has a missing or forbidden placeholder.
+    """Raises ConfigError if a prompt text lacks a placeholder or contains a forbidden one.
 
     A missing placeholder would hide the question or the context. A forbidden one could show the
     student the answer.
@@ -265,7 +265,7 @@ def check_wording(options: DataOptions) -> None:
 def _check_placeholders(
     field: str, wording: str, *, needed: Set[str] = frozenset(), optional: Set[str] = frozenset()
 ) -> None:
-    """Raises ConfigError if `wording` has a missing or forbidden placeholder.
+    """Raises ConfigError if `wording` lacks a placeholder or contains a forbidden one.
 
     Args:
       field: its field in `config.data`.
@@ -287,7 +287,7 @@ def _check_placeholders(
 
 
 def fill(text: str, **values: Any) -> str:
-    """Returns a text in which values replace the placeholders, such as {question}.
+    """Replaces each placeholder in a text, such as {question}, with its value.
 
     Other braces do not change, nor do braces in the values.
     """

@@ -77,7 +77,7 @@ def compare(before: Records, after: Records, *, seed: int = 0) -> dict[str, Any]
 
 
 def _changes(pairs: Sequence[tuple[Records, Records]], seed: int) -> dict[str, Any]:
-    """Computes the changes over a set of problems, from each problem's records before and after."""
+    """Computes the changes for a set of problems from each problem's (before, after) records."""
     G = len(pairs)
     before, after = (statistics.sums(side) for side in zip(*pairs, strict=True))
     found: dict[str, Any] = {"problems": G}
@@ -96,7 +96,7 @@ def _changes(pairs: Sequence[tuple[Records, Records]], seed: int) -> dict[str, A
 
 
 def _values(change: Change, weights_RxG: np.ndarray, *, before: Sums, after: Sums) -> np.ndarray:
-    """Computes a change once for each row of `weights_RxG`, which has one weight per problem."""
+    """Computes a change for each row of `weights_RxG`. A row has one weight per problem."""
     numerator, denominator, _ = RATIOS[change.metric]
     with np.errstate(all="ignore"):
         old_R, new_R = (
@@ -107,7 +107,11 @@ def _values(change: Change, weights_RxG: np.ndarray, *, before: Sums, after: Sum
 
 
 def _resampled(*, before: Sums, after: Sums, seed: int) -> dict[str, np.ndarray]:
-    """Computes each change on RESAMPLES bootstrap resamples of the problems, [RESAMPLES]."""
+    """Computes each change on RESAMPLES bootstrap resamples of the problems.
+
+    Returns:
+      For each of CHANGES its values, float64 [RESAMPLES].
+    """
     rng = np.random.default_rng(seed)
     G = len(before["responses"])
     parts = []
@@ -139,7 +143,7 @@ def _standard_error(change: Change, *, before: Sums, after: Sums) -> float:
 
 
 def _influence(metric: str, sums: Sums) -> tuple[float, np.ndarray]:
-    """Returns the value of a metric, and each problem's influence on the value, [G]."""
+    """Returns the value of a metric, and an array [G] with each problem's influence on it."""
     numerator, denominator, _ = RATIOS[metric]
     value = sums[numerator].sum() / sums[denominator].sum()
     return value, (sums[numerator] - value * sums[denominator]) / sums[denominator].sum()

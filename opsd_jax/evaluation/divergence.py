@@ -161,7 +161,7 @@ class DivergenceProbe:
         return curves
 
     def _row(self, rollouts: Rollouts, i: int, taught: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns a row for `collate`: `taught`, and the student's prompt and response."""
+        """Returns a row for `collate`: `taught` with the student's prompt and response added."""
         prompt = self._task.prompt(rollouts.problems[i])
         return {**taught, "student": prompt, "response": rollouts.responses[i]}
 

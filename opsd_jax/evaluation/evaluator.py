@@ -116,7 +116,7 @@ class Evaluator:
         left: Sequence[int],
         poll: Callable[[], None],
     ) -> Iterator[Rollouts]:
-        """Samples responses, and yields each problem's rollouts as soon as all are complete."""
+        """Samples responses. Yields a problem's rollouts as soon as all of them are complete."""
         if not left:
             return
         options = self._options

@@ -47,7 +47,7 @@ def _svg(draw: Callable[[Any], None], columns: int = 1, width: float = 6.2) -> s
 
 
 def _smooth(values: np.ndarray, width: int) -> np.ndarray:
-    """Returns the running mean of `values` over a window of 2 * width + 1 elements, [N].
+    """Returns the running mean of `values` [N] over a window of 2 * width + 1 elements.
 
     The window is cut off at both ends of the array.
     """

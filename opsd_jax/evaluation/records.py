@@ -166,7 +166,7 @@ def settings(
 
 
 def check_settings(directory: Path, settings: dict[str, Any]) -> None:
-    """Records the settings in a new evaluation directory, or checks them against an existing one.
+    """Writes the settings to a new evaluation directory, or compares them with the recorded ones.
 
     Args:
       directory: the directory of the evaluation. It is created if it does not exist.

@@ -219,7 +219,7 @@ def _parse(line: str) -> Instruction | None:
 
 
 def array_sizes(shape: str, *, hbm: bool = False) -> list[int]:
-    """Returns the bytes of each array in a shape. If `hbm`, arrays outside HBM count as 0."""
+    """Returns the byte size of each array in a shape. If `hbm`, arrays outside HBM count as 0."""
     sizes = []
     for dtype, text, layout in _ARRAY.findall(shape):
         bits = re.search(r"\d+", dtype)
@@ -230,7 +230,7 @@ def array_sizes(shape: str, *, hbm: bool = False) -> list[int]:
 
 
 def size_of(shape: str, *, hbm: bool = False) -> int:
-    """Returns the total bytes of the arrays in a shape. If `hbm`, counts only arrays in HBM."""
+    """Returns the total byte size of the arrays in a shape. If `hbm`, counts only arrays in HBM."""
     return sum(array_sizes(shape, hbm=hbm))
 
 

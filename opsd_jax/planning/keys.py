@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Part(enum.StrEnum):
-    """A part of a phase's memory, such as the optimizer state. A plan prints the member's value."""
+    """A part of a phase's memory, such as the optimizer state. A plan prints the enum value."""
 
     PARAMETERS = "parameters"
     OPTIMIZER = "optimizer"
@@ -24,9 +24,9 @@ class Part(enum.StrEnum):
 
 
 class PhaseKind(enum.Enum):
-    """What a run does in a phase. A plan prints the value after the name of the config section.
+    """What a run does in a phase. A plan prints the enum value after the config section's name.
 
-    In the text, "{}" stands for the name of the phase's `Sampling`.
+    In the value, "{}" stands for the name of the phase's `Sampling`.
     """
 
     RESHARD = "reshard"

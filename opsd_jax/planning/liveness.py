@@ -36,7 +36,7 @@ _ALIASES = {"tuple", "bitcast", "while", "opt-barrier", "add-dependency", "copy-
 
 
 def peak(program: Program, computation: str = "ENTRY") -> list[Buffer]:
-    """Returns the temporaries in HBM when their total size peaks, largest first.
+    """Returns the temporaries that are in HBM when their total size peaks, largest first.
 
     The program's arguments and results are not included.
     """

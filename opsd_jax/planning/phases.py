@@ -208,7 +208,7 @@ class Phases:
     def engine(
         self, shape: EngineShape, filters_tokens: bool, reads: float
     ) -> tuple[Engine, list[ProgramCosts]]:
-        """Returns the engine of a given shape and its programs' costs. Compiles them on first use.
+        """Returns an engine and the costs of its programs. Compiles the programs on first use.
 
         Args:
           shape: the engine's sizes.
@@ -324,7 +324,7 @@ class Phases:
                 )
 
     def _response_lengths(self, count: int, budget: int) -> np.ndarray:
-        """Returns the lengths a plan assumes for `count` responses of at most `budget` tokens."""
+        """Returns the lengths assumed for `count` responses of at most `budget` tokens each."""
         return workload.response_lengths(count, budget, self.length)
 
     def add_stage(self, name: str) -> None:
@@ -395,7 +395,7 @@ class Phases:
         )
 
     def _trip_counts(self, algorithm: Algorithm, options: StageOptions) -> tuple[TripCounts, float]:
-        """Returns the loop trip counts of a train step, and its fraction of non-padding tokens.
+        """Returns the loop trip counts of a train step, and the fraction of non-padding tokens.
 
         All rows are assumed to be active, and responses to have the assumed lengths.
         """

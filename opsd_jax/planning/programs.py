@@ -53,7 +53,7 @@ class CompiledProgram(NamedTuple):
 
 
 class Compiler:
-    """Compiles programs, and keeps the HLO text and the memory use of each in `built`.
+    """Compiles programs, and stores each program's HLO text and memory use in `built`.
 
     Attributes:
       built: the programs in the order in which they were compiled.

@@ -49,7 +49,7 @@ def lines(plan: Plan) -> Iterator[str]:
 
 
 def summary(plan: Plan) -> Iterator[str]:
-    """Yields the part of a plan's text that plan files contain: memory, programs and times."""
+    """Yields the lines of a plan that a plan file also contains: memory, programs and times."""
     mesh, decode = (" x ".join(map(str, m.values())) for m in (plan.mesh, plan.decode_mesh))
     slices = f"{plan.slices} x " if plan.slices > 1 else ""
     yield f"{slices}{plan.topology}: {plan.devices} x {plan.chip}"
@@ -90,7 +90,7 @@ def _programs(plan: Plan) -> Iterator[str]:
 
 
 def _times(plan: Plan) -> Iterator[str]:
-    """Yields lines with the roofline times of each phase and of the run, and their assumptions."""
+    """Yields lines with the roofline times of the phases and the run, and with the assumptions."""
     yield "roofline, in s: at best; with compute, memory and network one after the other; how often"
     for phase in plan.phases:
         best, in_turn = phase.seconds_at_best, phase.seconds_in_turn
@@ -115,7 +115,7 @@ def _short(number: float) -> str:
 
 
 def _advice(plan: Plan, phase: Phase) -> Iterator[str]:
-    """Yields the largest tensors of a phase that does not fit in memory, and config advice."""
+    """Yields advice on a phase that does not fit in memory: what is largest, and what to change."""
     name, parts = phase.name, phase.parts
     yield f"{name} does not fit. Its largest parts:"
     for part, size in sorted(parts.items(), key=lambda item: -item[1])[:3]:

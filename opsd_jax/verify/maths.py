@@ -1,4 +1,4 @@
-r"""The maths verifier: compares a response's answer with the gold answer as mathematical formulas.
+r"""The maths verifier: checks whether a response's answer mathematically equals the gold answer.
 
 1. Extract the answer (extract.py). Without one, the verdict is "no answer".
 2. Compare what needs no parser (settle.py): equal texts, plain numbers, choices, units.
@@ -148,7 +148,7 @@ def _value(parsed: Any) -> Any:
 
 
 def _near(a: Any, b: Any, percent: bool) -> bool:
-    """Returns whether two answers that math-verify accepts as equal also agree without rounding.
+    """Returns whether two answers that math-verify accepts as equal also pass a stricter test.
 
     math-verify rounds to six decimals. Here numbers must agree to a relative 1e-4, and expressions
     without decimals must be exactly equal.
@@ -175,7 +175,7 @@ def _near(a: Any, b: Any, percent: bool) -> bool:
 
 
 def _numbers(parsed: Any) -> list[Any]:
-    """Returns the values in a parsed number, interval, tuple or set, or [] if one is not real.
+    """Returns the values in a parsed number, interval, tuple or set, or [] if any is not real.
 
     An assignment such as `x = 3` counts as its right-hand side.
     """

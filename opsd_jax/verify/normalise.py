@@ -112,7 +112,7 @@ def quantity(text: str) -> tuple[str, str | None]:
 
 
 def _unit(words: str, power: str) -> str | None:
-    """Returns the canonical name of a unit, such as "ft^2" or "m^1/s^1", or None if unknown."""
+    """Returns the canonical name of a unit, such as "ft^2", or None if the unit is unknown."""
     if squared := re.match(r"\s*(?:(square|sq)|cubic|cu)[. ]\s*", words):
         words, power = words[squared.end() :], "2" if squared[1] else "3"
     name = re.sub(r"[ .]", "", words.replace(" per ", "/"))

@@ -278,7 +278,7 @@ class VerifierPool:
                 pending.future.set_exception(PoolError(self._failure))
 
     def _start_workers(self) -> None:
-        """Starts workers up to the pool's size, if jobs are waiting."""
+        """If jobs are waiting, starts workers until the pool has its full size."""
         while self._waiting and not self._failure and len(self._workers) < self._size:
             try:
                 self._workers.append(_Worker(self._judge, self._options))
@@ -324,7 +324,7 @@ class VerifierPool:
             )
 
     def _read(self, worker: _Worker) -> None:
-        """Reads a message from a worker: it is ready, it has a verdict, or its pipe has closed."""
+        """Handles the next message of a worker ("ready" or a verdict), or its exit."""
         try:
             message = worker.pipe.recv()
         except (EOFError, OSError):

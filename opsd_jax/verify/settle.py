@@ -57,10 +57,10 @@ def settle(gold: str, answer: str, *, choice_removed: bool = False) -> Verdict |
 
 
 def _compare_notation(gold: str, answer: str, *, choice_removed: bool) -> Verdict | Pair | None:
-    """Compares two answers if they are equal as texts or use special notation, such as clock times.
+    """Compares two answers as texts, and by special notation such as clock times and ratios.
 
     Returns:
-      The verdict, or the job for a worker. None if the normalised answers use no such notation.
+      The verdict, or the job for a worker. None if the texts differ and use no such notation.
     """
     gold_words, answer_words = bare(gold), bare(answer)
     if gold_words == answer_words:
@@ -143,7 +143,10 @@ def _compare_choices(gold: str, gold_words: str, answer_words: str) -> Verdict |
 
 
 def _compare_numbers(gold: str, answer: str) -> Verdict | None:
-    """Compares plain numbers and percentages (50 % equals 50 and 0.5). Returns None otherwise."""
+    """Compares two plain numbers or percentages. Returns None for other answers.
+
+    50 % equals both 50 and 0.5.
+    """
     percent = [text.endswith("%") for text in (gold, answer)]
     gold_number, answer_number = (plain_number(text.rstrip("%\\ ")) for text in (gold, answer))
     if not gold_number or not answer_number:

@@ -44,8 +44,7 @@ def accept_gold(problem: Problem) -> Verdict:
 
 
 class Verifier(NamedTuple):
-    """A verifier in two parts: a fast part for the calling process, a slow one for a worker
-    process.
+    """A verifier in two parts: a fast one for the calling process, and a slow one for a worker.
 
     Calling a verifier with a problem and a response runs both parts in the calling process, without
     a limit on time or memory. A `VerifierPool` runs `judge` in a worker with limits, once per job.
