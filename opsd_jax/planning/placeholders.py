@@ -42,6 +42,6 @@ def _no_engine(**sizes: int) -> Any:
 
 
 def parts(model: Model) -> Parts:
-    """Returns `Parts` for a stage that never runs, because a plan reads only its shapes and loss."""
+    """Returns `Parts` for a stage that never runs: a plan reads only its shapes and its loss."""
     pool = VerifierPool(TASK.verify)
     return Parts(TASK, model, _no_engine, pool, seed=0, seed_of=lambda name: 0)
