@@ -243,9 +243,9 @@ class Chat:
         return self._tokenizer.encode(rest)
 
     def begun(self) -> str:
-        """Returns the beginning of the response that every prompt already contains, or "" for none.
+        """Returns the start of the response that the template adds to each prompt, or "" if none.
 
-        If the template opens the thinking, this text is "<think>" and the whitespace after it.
+        If the template opens the thinking, this is "<think>" and the whitespace after it.
         """
         if self._template is None:
             return ""

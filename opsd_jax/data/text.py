@@ -104,7 +104,7 @@ class Prompts:
             return cut_to_fit(render, context.text, limit)
         except ValueError as error:
             raise DataError(
-                f"the teacher's prompt of problem {problem.id} is too long: {error} Increase "
+                f"the teacher's prompt for problem {problem.id} is too long: {error} Increase "
                 "teacher_prompt_tokens."
             ) from error
 
@@ -160,7 +160,7 @@ class Prompts:
         return self._chat.prompt(message.strip() if self._chat.templated else message)
 
     def _worded(self, kind: str, text: str) -> str:
-        """Inserts a context's text into the wording that `config.data` defines for its `kind`.
+        """Inserts `text` into the sentence that `config.data.contexts` sets for this `kind`.
 
         Control tokens are removed from the text. The model may have written it, and such a token
         would end the user's turn.

@@ -180,8 +180,8 @@ def check_settings(directory: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         if (directory / SUMMARY).exists():
             raise ConfigError(
-                f"{directory} holds an evaluation without its {SETTINGS}, so it cannot be resumed; "
-                "expected a new directory. Choose another directory, or delete this one."
+                f"{directory} holds an evaluation without its {SETTINGS}, so it cannot be resumed. "
+                "Choose another directory, or delete this one."
             )
         (directory / RESPONSES).unlink(missing_ok=True)
         files.write_atomically(path, files.to_json(settings, indent=2) + "\n")

@@ -277,7 +277,7 @@ def _prepare(
 
 
 def _run(loop: _Loop, trained, fixed, weights_BxT, *, differentiated: bool):
-    """Runs the loop over chunks on every device of the mesh. Each device computes its own tokens.
+    """Runs the loop over chunks on every device of the mesh. Each device processes its own tokens.
 
     Args:
       loop, trained, fixed: from `_prepare`.
@@ -444,10 +444,12 @@ def _mesh_axes(partition: P | None, shape: tuple[int, ...]) -> tuple[str, ...]:
         parts = 1
         for name in names:
             if name not in mesh.shape:
-                raise ValueError(
-                    f"partition {partition} names the axis {name!r}; expected an axis of the mesh "
-                    f"in context, which has {list(mesh.shape) or 'none (see jax.set_mesh)'}."
+                expected = (
+                    f"expected one of the axes of the current mesh, {list(mesh.shape)}"
+                    if mesh.shape
+                    else "expected a mesh with this axis. Call the loss inside jax.set_mesh(mesh)"
                 )
+                raise ValueError(f"partition {partition} names the axis {name!r}; {expected}.")
             parts *= mesh.shape[name]
         if size % parts:
             raise ValueError(

@@ -125,7 +125,7 @@ class OPSD(NamedTuple):
         if self.top_k and self.needs_tokens:
             raise ValueError(
                 f"top_k is {self.top_k} with divergence {self.divergence!r}, which is computed at "
-                "the sampled tokens; expected top_k 0."
+                "the sampled tokens; expected top_k = 0."
             )
         if 0 < self.first_only <= self.skip_first:
             raise ValueError(

@@ -265,8 +265,8 @@ def to_json(config: DecoderConfig, dtype: str) -> dict[str, Any]:
     if name is None:
         raise ValueError(
             f"model.qk_norm is {config.qk_norm} and model.attention_bias is "
-            f"{config.attention_bias}; expected the combination of one of "
-            f"{', '.join(ARCHITECTURES)}. Other combinations cannot be exported to Hugging Face."
+            f"{config.attention_bias}; expected at most one of them to be True, because no "
+            f"architecture that can be exported ({', '.join(ARCHITECTURES)}) has both."
         )
     scaling = config.rope_scaling
     rope = {name: getattr(scaling, name) for name in ROPE_FIELDS[scaling.rope_type]}

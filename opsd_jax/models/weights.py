@@ -201,7 +201,7 @@ def put_piece(array, piece, layer, start, *, order, mesh, specs):
 
 @functools.partial(jax.jit, static_argnames=("order", "mesh", "specs", "rows", "dtype"))
 def take_piece(array, layer, start, *, order, mesh, specs, rows, dtype):
-    """Extracts one piece of a stored tensor from the parameter `array`.
+    """Slices a piece out of the parameter `array`, in the axis order of the stored tensor.
 
     This is the inverse of `put_piece`.
 

@@ -16,8 +16,8 @@ from opsd_jax.verify.pool import VerifierPool
 def _no_data(*arguments: Any) -> NoReturn:
     """Stands in for the functions of a task. Raises RuntimeError, because a plan has no data."""
     raise RuntimeError(
-        "A function of the task was called during planning, but a plan has no data; expected a "
-        "stage that does not call the task's functions before it runs."
+        "The stage called a function of its Task during planning, when no data is loaded. Call "
+        "these functions only when the stage runs, not when it is built."
     )
 
 

@@ -45,7 +45,7 @@ def check_devices(
     def check_divides(field: str, value: int, mesh: jax.sharding.Mesh) -> None:
         shards = mesh_lib.row_shards(mesh)
         if value % shards:
-            fail(field, value, f"a multiple of data x fsdp = {shards} (these are mesh axes)")
+            fail(field, value, f"a multiple of data x fsdp = {shards}, two axes of the mesh")
 
     check_divides("evaluation.slots", config.evaluation.slots, decode_mesh)
     for name in config.stages:

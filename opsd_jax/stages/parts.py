@@ -56,9 +56,9 @@ class Sampling(NamedTuple):
     continues: bool = False
 
     def engine(self, engines: Callable[..., T]) -> T:
-        """Calls `engines` with the sizes in this `Sampling`, and returns the result.
+        """Builds the engine of this sampling, by calling `engines` with its sizes.
 
-        `Parts.engines` returns the compiled engine.
+        With `Parts.engines`, this returns the compiled engine.
         """
         return engines(
             slots=self.slots,

@@ -355,7 +355,7 @@ def logits_loss(data, **changes):
 BAD = {
     "top_k of sampled tokens": (
         {"options": losses.OPSD(divergence="jsd,sampled_kl,jsd", top_k=3)},
-        "top_k is 3 with divergence 'jsd,sampled_kl,jsd'.*expected top_k 0",
+        "top_k is 3 with divergence 'jsd,sampled_kl,jsd'.*expected top_k = 0",
     ),
     "ranks": ({"mask": np.ones(T, bool)}, r"mask has dtype bool and shape \[6\]; expected dtype"),
     "numbers as mask": (
@@ -461,7 +461,7 @@ BAD_POLICY = {
     "dual_clip": ({"options": losses.PolicyGradient(dual_clip=0.5)}, "dual_clip is 0.5"),
     "axis": (
         {"partition": P("rows")},
-        r"names the axis 'rows'; expected an axis of the mesh in context, which has none",
+        r"names the axis 'rows'; expected a mesh with this axis",
     ),
 }
 

@@ -220,7 +220,7 @@ def test_a_context_that_is_too_long_loses_only_its_end(config, task, rollouts, d
         assert set(prompt_text[before : len(prompt_text) - len(after)]) <= set("abc ")
     with pytest.raises(
         DataError,
-        match=r"the teacher's prompt of problem sums/2 is too long: the text has \d+ tokens ev",
+        match=r"the teacher's prompt for problem sums/2 is too long: the text has \d+ tokens ev",
     ):
         task.teacher_prompt(problem, context, 40)
 
@@ -572,7 +572,7 @@ def test_invalid_options_are_refused(changes, message):
             {"contexts": ("column",), "context_column": "h"},
             "expected another kind, because none of the ",
         ),
-        ({"teacher_prompt_tokens": 30}, "is 30; the teacher's prompt of problem sums/[0-9]+ is"),
+        ({"teacher_prompt_tokens": 30}, "is 30; the teacher's prompt for problem sums/[0-9]+ is"),
     ],
 )
 def test_contexts_that_the_task_lacks_are_refused_before_a_run(config, task, changes, message):
