@@ -198,7 +198,7 @@ def test_the_command_reports_a_missing_compiler(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     arguments = ["plan", "--config", str(SUPPORT / "tiny_pod.py"), "--topology", "v5e:2x2"]
     assert main.main(arguments) == 2
-    assert "is missing: pip install 'opsd-jax[tpu]'" in capsys.readouterr().err
+    assert "is not installed. Run: pip install 'opsd-jax[tpu]'" in capsys.readouterr().err
 
 
 @needs_compiler
