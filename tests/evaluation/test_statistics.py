@@ -225,7 +225,7 @@ def test_a_comparison_pairs_records_by_problem(pair):
     assert all(same[f"{name}{end}"] == 0 for name in comparison.CHANGES for end in ("", "_high"))
     with pytest.raises(
         ValueError,
-        match=r"has 300 problems, the second has 299, and 299 are in both; .*evaluation has problem 299",
+        match=r"has 300 problems, the second has 299, and 299 are in both; .* has problem 299",
     ):
         comparison.compare(before, [r for r in after if r["problem"] != 299])
 
