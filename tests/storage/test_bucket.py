@@ -227,7 +227,7 @@ def test_two_hosts_that_share_nothing_but_a_bucket_survive_a_kill(config, storag
     ((code, errors),) = Run(config, tmp_path / "alone", processes=1, devices=8).ended()
     assert code == 0, errors[-3000:]
     pair = Run(config, "gs://bucket/pair")
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while not any(name.startswith("pair/rlvr/checkpoints/1") for name in buckets.names("bucket")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
