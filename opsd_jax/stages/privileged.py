@@ -217,8 +217,8 @@ class ContextFinder:
         """
         found: dict[int, Context | None] = {}
         group_from = functools.cache(functools.partial(self._group_from, rollouts))
-        is_memo = [*map(is_written, self._kinds), True]
-        before, after = self._kinds[: is_memo.index(True)], self._kinds[is_memo.index(True) + 1 :]
+        at = [*map(is_written, self._kinds), True].index(True)  # the kind that is a memo, if any
+        before, after = self._kinds[:at], self._kinds[at + 1 :]
         remaining, usable, asked = iter(wanted), 0, 0
         while usable < capacity:
             pending: list[int] = []  # rollouts that need a memo
@@ -238,7 +238,7 @@ class ContextFinder:
                 if text is None:
                     found[i] = self._first_context(rollouts, i, after, group_from)
                 else:
-                    found[i] = Context(self._kinds[len(before)], text)
+                    found[i] = Context(self._kinds[at], text)
                 usable += found[i] is not None
         return found
 
