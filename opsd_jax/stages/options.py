@@ -27,7 +27,7 @@ class StageOptions:
     algorithm: str = option(
         "",
         "Algorithm of the stage.",
-        expects="'sft', 'rlvr', 'opsd', or 'package.module:ALGORITHM'",
+        expects="a key of ALGORITHMS (opsd_jax/stages), or 'package.module:ALGORITHM'",
     )
     init_from: str = option(
         "",
