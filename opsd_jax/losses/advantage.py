@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from opsd_jax.losses.checks import check_option, check_range
+from opsd_jax.losses.checks import OneOf, Range
 
 BASELINES = ("group", "leave_one_out", "batch")
 SCALES = ("group", "batch", "none")
@@ -43,9 +43,9 @@ def advantages(
       ValueError: an option is unknown, `group_size` does not divide N, or `group_size` is 1 with a
         baseline that compares the rollouts of a group.
     """
-    check_option("baseline", baseline, BASELINES)
-    check_option("scale", scale, SCALES)
-    check_range("eps", eps, 0)
+    OneOf(BASELINES).check("baseline", baseline)
+    OneOf(SCALES).check("scale", scale)
+    Range(0).check("eps", eps)
     if baseline == "batch" and scale == "group":
         raise ValueError(
             "scale is 'group', but baseline is 'batch'; expected scale 'batch' or 'none'."
@@ -123,8 +123,8 @@ def overlong_penalty(lengths, *, max_tokens: int, buffer: int, factor: float = 1
 
     Reference: DAPO (arXiv 2503.14476), eq. 13.
     """
-    check_range("buffer", buffer, 1, max_tokens)
-    check_range("factor", factor, 0)
+    Range(1, max_tokens).check("buffer", buffer)
+    Range(0).check("factor", factor)
     # `lengths * 1.0` makes floats: unsigned integers would wrap around in the subtraction.
     over = (lengths * 1.0 - (max_tokens - buffer)) / buffer
     return -factor * over.clip(0, 1)

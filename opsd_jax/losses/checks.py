@@ -103,13 +103,3 @@ def check_row_weight(row_weight: Any, mask: Any) -> None:
     """Raises ValueError unless `row_weight` is a scalar or has one number per row of `mask`."""
     if jnp.ndim(row_weight):
         check_shape(mask.shape[:1], "one number for each row of mask", row_weight=row_weight)
-
-
-def check_option(name: str, value: Any, choices: Collection[Any]) -> None:
-    """Raises a ValueError that names the option if `value` is not one of `choices`."""
-    OneOf(choices).check(name, value)
-
-
-def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
-    """Raises ValueError if `value` is outside [low, high] or NaN. Traced values are not checked."""
-    Range(low, high).check(name, value)

@@ -32,7 +32,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from opsd_jax.losses.checks import check_option, check_range
+from opsd_jax.losses.checks import OneOf, Range
 from opsd_jax.losses.likelihood import at_temperature, log_normaliser, token_logprobs
 
 # (log S(v), log T(v)) -> the contribution of the vocabulary entry v to the divergence.
@@ -115,7 +115,7 @@ def jsd(
 
     Reference: GKD (arXiv 2306.13649), eq. 1.
     """
-    check_range("beta", beta, 0, 1)
+    Range(0, 1).check("beta", beta)
     mixed: Term = functools.partial(_jensen_shannon, beta)
     term = _forward if beta == 0 else _reverse if beta == 1 else mixed
     return _divergence(term, student_logits, teacher_logits, temperature)
@@ -149,7 +149,7 @@ def skewed_kl(
     Reference: the skewed reverse KL of DistiLLM (arXiv 2402.03898). TROPD uses it as a trust
     region, with the reward log(alpha T + (1 - alpha) S) - log S.
     """
-    check_range("alpha", alpha, 1e-6, 1)
+    Range(1e-6, 1).check("alpha", alpha)
     return _divergence(
         functools.partial(_kl_term, weight=alpha), student_logits, teacher_logits, temperature
     )
@@ -278,8 +278,8 @@ def top_k(
       ValueError: the shapes of the logits differ, `k` is below 1, or an option is unknown.
     """
     _check_same_vocabulary(student_logits, teacher_logits)
-    check_option("support", support, SUPPORTS)
-    check_option("rest", rest, RESTS)
+    OneOf(SUPPORTS).check("support", support)
+    OneOf(RESTS).check("rest", rest)
     if k < 1:
         raise ValueError(f"k is {k}; expected at least 1.")
     k = min(k, student_logits.shape[-1])

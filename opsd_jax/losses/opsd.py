@@ -18,7 +18,6 @@ from opsd_jax.losses.checks import (
     Range,
     check_mask,
     check_options,
-    check_range,
     check_row_weight,
     check_shape,
 )
@@ -120,7 +119,7 @@ class OPSD(NamedTuple):
                 "GATES['correct'] or parse_gate('1,0.5,0')."
             )
         for weight in self.gate:
-            check_range("gate", weight, 0)
+            Range(0).check("gate", weight)
         check_options(self)
         if self.top_k and self.needs_tokens:
             raise ValueError(

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 
 from opsd_jax.losses.checks import (
+    OneOf,
+    Range,
     check_mask,
-    check_option,
-    check_range,
     check_row_weight,
     check_shape,
 )
@@ -63,8 +63,8 @@ def token_weights(
     mask = check_mask(mask)
     check_row_weight(row_weight, mask)
     check_shape(mask.shape, "the shape of mask", position_weights=position_weights)
-    check_option("aggregation", aggregation, AGGREGATIONS)
-    check_range("length", length, 1e-6)
+    OneOf(AGGREGATIONS).check("aggregation", aggregation)
+    Range(1e-6).check("length", length)
     weight_B = jnp.broadcast_to(jnp.asarray(row_weight, jnp.float32), mask.shape[:1])
     checkify.debug_check(
         jnp.all(weight_B >= 0),
@@ -146,10 +146,10 @@ def position_weights(
     Raises:
       ValueError: `kind` is unknown, or a parameter is out of range.
     """
-    check_option("kind", kind, POSITIONS)
-    check_range("late", late, 0)
-    check_range("floor", floor, 0, 1)
-    check_range("width", width, 1e-6)
+    OneOf(POSITIONS).check("kind", kind)
+    Range(0).check("late", late)
+    Range(0, 1).check("floor", floor)
+    Range(1e-6).check("width", width)
     mask = check_mask(mask)
     n_Bx1 = jnp.sum(mask, axis=1, keepdims=True, dtype=jnp.float32)
     t_BxT = position_in_row(mask).astype(jnp.float32)
