@@ -61,8 +61,8 @@ def resolve(dotted: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"it cannot be imported ({error}); expected the name of an importable object, in the "
-            "form 'package.module:name'."
+            f"{dotted!r} cannot be imported ({error}); expected the name of an object, in the form "
+            "'package.module:name'."
         ) from error
 
 
@@ -79,7 +79,7 @@ def import_function(dotted: str, field: str) -> Any:
     try:
         return resolve(dotted)
     except ValueError as error:
-        raise ConfigError(f"config.{field} is {dotted!r}; {error}") from error
+        raise ConfigError(f"config.{field}: {error}") from error
 
 
 def look_up(table: Mapping[str, Entry], name: str, cls: type[Entry], field: str) -> Entry:

@@ -31,7 +31,9 @@ def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
             config = parse_run(workdir_lib.config_of(arguments.workdir))
             convert_stage(config, arguments.workdir, arguments.stage, arguments.out, dtype)
         elif arguments.stage is not None:
-            raise ConfigError("--stage: a --model directory has no stages; expected --workdir.")
+            raise ConfigError(
+                "--stage applies to a run; expected --workdir in place of --model, or no --stage."
+            )
         else:
             pretrained.rewrite(arguments.model, arguments.out, dtype)
     except ConfigError:
@@ -76,8 +78,9 @@ def convert_stage(
     parameters = _parameters(config, workdir)
     if parameters.model.save is None:
         raise ConfigError(
-            f"config.model.make is {config.model.make!r}, and its Model has no `save`; expected a "
-            "function whose Model has `save`, such as opsd_jax.models.decoder:from_config."
+            f"config.model.make is {config.model.make!r}, which returns a Model without `save`; "
+            "expected a function that returns a Model with `save`, such as "
+            "opsd_jax.models.decoder:from_config."
         )
     parameters.model.save(parameters.of(stage), directory, dtype)
 

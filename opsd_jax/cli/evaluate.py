@@ -1,4 +1,4 @@
-"""The command `evaluate`: evaluates a stage's result, or a model directory.
+"""The `evaluate` command: evaluates a stage's result, or a model directory.
 
     OUT/settings.json      the settings of the evaluation; different settings are refused
     OUT/responses.jsonl    every response with its verdict
@@ -131,7 +131,8 @@ def config_of(arguments: argparse.Namespace) -> tuple[str, RunOptions]:
     """
     if arguments.problems is not None and arguments.problems < 0:
         raise ConfigError(
-            f"--problems {arguments.problems}: expected a positive number, or 0 for all."
+            f"--problems is {arguments.problems}; expected a positive number, or 0 for all "
+            "problems."
         )
     stage, config = _of_run(arguments) if arguments.model is None else _of_model(arguments)
     config.stages = ()
@@ -172,7 +173,8 @@ def _of_model(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
     """Returns UNTRAINED and an unlocked config for evaluating a model directory."""
     if not arguments.benchmark or arguments.out is None or arguments.stage is not None:
         raise ConfigError(
-            "--model names a directory, not a run; expected --benchmark and --out, and no --stage."
+            "--model names a model, which has no stages and no data; expected --benchmark and "
+            "--out, and no --stage."
         )
     config = sections.default().unlock()
     # Nothing is trained, so the weights can have the dtype of the matmuls.
@@ -185,7 +187,7 @@ def _take_benchmarks(config: ConfigDict, named: list[str]) -> None:
     """Replaces the held-out problems with benchmarks, and sets the evaluation options in PAPER."""
     sources = dict(benchmarks.source(text) for text in named)
     if len(sources) < len(named):
-        raise ConfigError(f"--benchmark is {', '.join(named)}; expected each name only once.")
+        raise ConfigError(f"--benchmark names {', '.join(named)}; expected each name only once.")
     config.data.heldout = ConfigDict({name: section(options) for name, options in sources.items()})
     _, decode_mesh = meshes(config.mesh, config.decode_mesh)
     slots = 8 * mesh_lib.row_shards(decode_mesh)

@@ -83,7 +83,7 @@ def read(name: str | pathlib.Path) -> ConfigDict:
         config = module.get_config()
     except Exception as error:  # for an unknown field, ConfigDict suggests the nearest one
         raise ConfigError(
-            f"{path} failed with {type(error).__name__}: {error}{_hint(error)}"
+            f"the config file {path} failed with {type(error).__name__}: {error}{_hint(error)}"
         ) from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"{path}: get_config() returned {config!r}; expected a ConfigDict.")
@@ -237,5 +237,5 @@ def check_same(
     if different:
         raise ConfigError(
             f"{workdir} holds a run with a different config:\n" + "\n".join(different) + "\n"
-            "To resume the run, use the same config. Otherwise choose another --workdir."
+            "To resume that run, use the same config. To start a new run, pass another --workdir."
         )

@@ -92,13 +92,13 @@ def verifier(kind: str = "maths", **changes: Any) -> ConfigDict:
 
 
 def source(path: str | pathlib.Path = "", **changes: Any) -> ConfigDict:
-    """Returns the config section of a data source, which is a file or folder of problems.
+    """Returns the config section of a data source, which is a file or directory of problems.
 
     An example is `source("a.jsonl", columns={"answer": "gold"})`. docs/data.md has an example of
     each field.
 
     Args:
-      path: a file (.jsonl, .jsonl.gz, .parquet, .arrow) or a Hugging Face `datasets` folder.
+      path: a file (.jsonl, .jsonl.gz, .parquet, .arrow) or a Hugging Face `datasets` directory.
       changes: the other fields -> values.
     """
     return _changed(SourceOptions(path=os.fspath(path)), changes)

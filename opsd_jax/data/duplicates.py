@@ -81,7 +81,7 @@ def normalise(question: str) -> str:
 def without_duplicates(
     train: Mapping[str, Iterable[Problem]], evaluated: Mapping[str, Iterable[str]]
 ) -> tuple[dict[str, list[Problem]], dict[str, tuple[dict[str, int], int]]]:
-    """Removes training problems that repeat a question of an evaluation set or an earlier problem.
+    """Removes training problems whose question is in an evaluation set or an earlier problem.
 
     Args:
       train: source -> problems.

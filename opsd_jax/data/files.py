@@ -1,11 +1,12 @@
-"""Reads rows, each with its location, from JSON Lines, Parquet, Arrow and Hugging Face folders.
+"""Reads rows, each with its location, from JSON Lines, Parquet, Arrow and Hugging Face datasets.
 
-A folder is one of
+A directory with a dataset is one of
 - the output of `datasets.Dataset.save_to_disk`: `state.json` and the Arrow files that it lists;
-- the output of `datasets.DatasetDict.save_to_disk`: `dataset_dict.json` and one such folder per
+- the output of `datasets.DatasetDict.save_to_disk`: `dataset_dict.json` and one such directory per
   split;
-- a snapshot of a dataset on the Hugging Face hub, or a similar folder: data files in the folder or
-  in its subfolder `data`, named after their split (`train.jsonl`, `train-00000-of-00002.parquet`).
+- a snapshot of a dataset on the Hugging Face Hub, or a similar directory: data files in it or in
+  its subdirectory `data`, named after their split (`train.jsonl`,
+  `train-00000-of-00002.parquet`).
 """
 
 from __future__ import annotations
@@ -43,19 +44,19 @@ class Row(NamedTuple):
 def rows(
     path: str, split: str = "", field: str = "data", columns: Collection[str] | None = None
 ) -> Iterator[Row]:
-    """Yields the rows of a data file, or of a folder with data files, in order.
+    """Yields the rows of a data file, or of a directory with data files, in order.
 
     A line that is not a JSON object is yielded as a row with an error.
 
     Args:
-      path: path of the file or folder.
-      split: split to read from a folder that has several.
+      path: path of the file or directory.
+      split: split to read from a directory that has several.
       field: config field of the section with `path` and `split`, for errors.
       columns: names of the columns to read, which may be dotted; None for all columns. Parquet and
         Arrow files may have other columns of types that cannot be read.
 
     Raises:
-      DataError: the file, folder or split does not exist or cannot be read.
+      DataError: the file, directory or split does not exist or cannot be read.
     """
     try:
         for file in _files(pathlib.Path(path), split, field):
@@ -104,12 +105,12 @@ def _files(path: pathlib.Path, split: str, field: str) -> list[pathlib.Path]:
         if _suffix(path) not in _READERS:
             raise DataError(
                 f"config.{field}.path is {str(path)!r}; expected a file that ends in "
-                f"{', '.join(_READERS)}, or a folder with such files."
+                f"{', '.join(_READERS)}, or a directory with such files."
             )
         return choose({"": [path]})
     if not path.is_dir():
         raise DataError(
-            f"config.{field}.path is {str(path)!r}; there is no such file or folder. Relative "
+            f"config.{field}.path is {str(path)!r}; there is no such file or directory. Relative "
             "paths start in the current directory."
         )
     if (path / "dataset_dict.json").exists():
@@ -122,23 +123,23 @@ def _files(path: pathlib.Path, split: str, field: str) -> list[pathlib.Path]:
     by_split = _files_by_split(path)
     if not by_split:
         raise DataError(
-            f"config.{field}.path is {str(path)!r}, a folder without data; expected state.json, "
+            f"config.{field}.path is {str(path)!r}, a directory without data; expected state.json, "
             f"dataset_dict.json, or files that end in {', '.join(_READERS)}."
         )
     chosen = choose(by_split)
     if len({_suffix(file) for file in chosen}) > 1:
         raise DataError(
-            f"config.{field}.path is {str(path)!r}, which has this split in several formats: "
+            f"config.{field}.path is {str(path)!r}, where one split has files of several formats: "
             f"{', '.join(file.name for file in chosen)}; expected one format. Set the path to one "
             "of these files."
         )
     return chosen
 
 
-def _files_by_split(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
-    """Returns the data files in a folder, grouped by the split in their file names."""
+def _files_by_split(directory: pathlib.Path) -> dict[str, list[pathlib.Path]]:
+    """Returns the data files in a directory, grouped by the split in their file names."""
     by_split: dict[str, list[pathlib.Path]] = {}
-    for file in sorted([*folder.glob("*"), *folder.glob("data/*")]):
+    for file in sorted([*directory.glob("*"), *directory.glob("data/*")]):
         if _suffix(file) in _READERS and not file.name.startswith("."):
             stem = file.name.removesuffix(_suffix(file))
             # The hub appends a hash to some names: train-00000-of-00002-a09b74b3ef9c3b56.parquet.
@@ -172,7 +173,7 @@ def _json_lines(path: pathlib.Path, columns: Collection[str] | None) -> Iterator
                 yield Row(location, value)
             else:
                 kind = type(value).__name__
-                yield Row(location, None, f"a JSON {kind}; expected an object, column -> value")
+                yield Row(location, None, f"a JSON value of type {kind}; expected an object")
 
 
 class _RepeatedKey(Exception):

@@ -81,8 +81,8 @@ def load(options: DataOptions) -> Data:
         )
         if not train[name]:
             raise DataError(
-                f"config.data.train.{name}: no problem is left ({counts[name]}); expected at least "
-                "one problem that is not in an evaluation set or an earlier training source."
+                f"config.data.train.{name}: no problems are left ({counts[name]}); expected at "
+                "least one problem that is not in an evaluation set or an earlier training source."
             )
     if not options.heldout:
         train, heldout = hold_out(train, options.heldout_problems)

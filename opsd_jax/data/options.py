@@ -78,12 +78,13 @@ def _check_range(low: float, high: float, field: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceOptions:
-    """The options of one source: a file or folder of problems, and how to read it."""
+    """The options of one source: a file or directory of problems, and how to read it."""
 
     path: str = option(
-        "", "A .jsonl, .jsonl.gz, .parquet or .arrow file, or a folder of a Hugging Face dataset."
+        "",
+        "A .jsonl, .jsonl.gz, .parquet or .arrow file, or a directory of a Hugging Face dataset.",
     )
-    split: str = option("", "Split to read from a folder that has several.")
+    split: str = option("", "Split to read from a directory that has several.")
     columns: ColumnOptions = option(ColumnOptions(), "Names of the source's columns.")
     answer_after: str = option(
         "", "The answer is the text after the last occurrence of this in its column, e.g. '####'."
@@ -197,7 +198,7 @@ class DataOptions:
                     )
                 if names[name] > 1:
                     raise ConfigError(
-                        f"{place} has a source named {name!r}, and another section has one too; "
+                        f"{place} has a source named {name!r}, which another section has as well; "
                         f"expected each name in only one of {', '.join(SECTIONS)}."
                     )
         total = sum(source.weight for source in self.train.values())
@@ -218,4 +219,4 @@ class DataOptions:
         for section in SECTIONS:
             for name, source in getattr(self, section).items():
                 if not source.path:
-                    fail(f"{field}.{section}.{name}.path", source.path, "a file or folder")
+                    fail(f"{field}.{section}.{name}.path", source.path, "a file or directory")

@@ -36,8 +36,9 @@ def pass_rates(path: str, source: str, field: str) -> dict[int | str, float]:
     for number, columns in enumerate(lines, 1):
         if not isinstance(columns, dict):
             raise DataError(
-                f"config.{field}: {path}:{number} is a JSON {type(columns).__name__}; expected an "
-                "object with the keys 'problem' and 'correct'."
+                f"config.{field}: {path}:{number} is a JSON value of type "
+                f"{type(columns).__name__}; expected an object with the keys 'problem' and "
+                "'correct'."
             )
         if columns.get("source", source) != source:
             continue
@@ -51,8 +52,8 @@ def pass_rates(path: str, source: str, field: str) -> dict[int | str, float]:
         ):
             raise DataError(
                 f"config.{field}: {path}:{number} has problem {problem!r}, correct {solved!r} and "
-                f"rollouts {tried!r}; expected an id as 'problem', an integer above 0 as "
-                "'rollouts', and a bool or an integer from 0 to 'rollouts' as 'correct'."
+                f"rollouts {tried!r}; expected 'problem' to be an id, 'rollouts' an integer "
+                "above 0, and 'correct' a bool or an integer from 0 to 'rollouts'."
             )
         key = f"{source}/{str(problem).removeprefix(f'{source}/')}"
         correct[key] += solved

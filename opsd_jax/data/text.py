@@ -282,7 +282,7 @@ def _check_placeholders(
         fail(
             f"data.{field}",
             wording,
-            f"{allowed}, because nothing replaces {{{min(forbidden)}}} in this text",
+            f"{allowed}, because opsd_jax does not fill in {{{min(forbidden)}}} here",
         )
 
 

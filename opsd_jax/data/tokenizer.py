@@ -148,9 +148,11 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}; expected a JSON object.") from error
+        raise ValueError(f"{path} is not valid JSON: {error}; expected a JSON object.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} contains a JSON {type(value).__name__}; expected an object.")
+        raise ValueError(
+            f"{path} contains a JSON value of type {type(value).__name__}; expected an object."
+        )
     return value
 
 

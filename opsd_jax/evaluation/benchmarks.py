@@ -1,4 +1,4 @@
-"""The known benchmarks, with their files on the Hugging Face hub and the columns of each file."""
+"""The known benchmarks, with their files on the Hugging Face Hub and the columns of each file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from opsd_jax.verify.verifiers import VerifierOptions
 
 
 class Benchmark(NamedTuple):
-    """A benchmark on the Hugging Face hub: its dataset, its file and the file's columns.
+    """A benchmark on the Hugging Face Hub: its dataset, its file and the file's columns.
 
     Attributes:
       repo: name of the dataset on the hub.
@@ -50,7 +50,7 @@ def source(text: str) -> tuple[str, SourceOptions]:
     """Resolves a `--benchmark` argument to a benchmark's name and the options for reading it.
 
     Args:
-      text: "NAME", one of BENCHMARKS, which is downloaded; or "NAME=PATH", a file or folder with
+      text: "NAME", one of BENCHMARKS, which is downloaded; or "NAME=PATH", a file or directory with
         the columns that the benchmark has on the hub, or with the default columns.
 
     Returns:
@@ -96,6 +96,6 @@ def _download(name: str, benchmark: Benchmark) -> str:
     except Exception as error:  # from the network, the hub or the disk
         raise ConfigError(
             f"--benchmark {name}: {benchmark.file} of the dataset {benchmark.repo} cannot be "
-            f"downloaded from the Hugging Face hub ({type(error).__name__}: {error}). Connect to "
+            f"downloaded from the Hugging Face Hub ({type(error).__name__}: {error}). Connect to "
             f"the internet, or pass the path of a local copy: --benchmark {name}=PATH."
         ) from error

@@ -22,7 +22,7 @@ def title(stage: dict[str, Any]) -> str:
 
 
 def arms(changes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Selects the changes for which the report compares responses before and after the stage."""
+    """Selects the before/after comparisons whose responses the report shows side by side."""
     return [change for change in changes if algorithm_of(change["algorithm"]).before_and_after]
 
 

@@ -73,8 +73,8 @@ def _split_into_groups(rewards, group_size: int, at_least: int):
         rewards = np.asarray(rewards, np.float32)
     if group_size < at_least or len(rewards) % group_size:
         raise ValueError(
-            f"group_size is {group_size} for {len(rewards)} rewards; expected a divisor of the "
-            f"number of rewards that is at least {at_least}."
+            f"group_size is {group_size}, and there are {len(rewards)} rewards; expected a "
+            f"group_size of at least {at_least} that divides the number of rewards."
         )
     return rewards.reshape(-1, group_size)
 

@@ -260,7 +260,7 @@ def _prepare(
 
     if chunk is not None and (not isinstance(chunk, int) or chunk < 0):
         raise ValueError(
-            f"chunk is {chunk!r}; expected a number of tokens (int), or None or 0 for the default."
+            f"chunk is {chunk!r}; expected an int, in tokens, or None or 0 for the default size."
         )
     # In a shard_map with check_vma=True, the type of an array has the axes that it varies over.
     if getattr(getattr(jax.typeof(student.hidden), "mat", None), "varying", ()):
@@ -435,7 +435,7 @@ def _mesh_axes(partition: P | None, shape: tuple[int, ...]) -> tuple[str, ...]:
     explicit = list(mesh.explicit_axes)
     if explicit:
         raise ValueError(
-            f"the mesh in context has Explicit axes {explicit}; expected Auto axes, as in "
+            f"the current mesh has Explicit axes {explicit}; expected Auto axes, as in "
             "jax.make_mesh(shape, names, (jax.sharding.AxisType.Auto,) * len(names))."
         )
     axes: list[str] = []
@@ -454,8 +454,8 @@ def _mesh_axes(partition: P | None, shape: tuple[int, ...]) -> tuple[str, ...]:
         if size % parts:
             raise ValueError(
                 f"the hidden states have [rows, tokens] = {list(shape)}, but partition {partition} "
-                f"splits an axis of {size} over {parts} devices; expected a size divisible by "
-                f"{parts}."
+                f"splits an axis of size {size} over {parts} devices; expected a size divisible "
+                f"by {parts}."
             )
         axes += names
     return tuple(axes)

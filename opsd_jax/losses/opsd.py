@@ -123,8 +123,8 @@ class OPSD(NamedTuple):
         check_options(self)
         if self.top_k and self.needs_tokens:
             raise ValueError(
-                f"top_k is {self.top_k} with divergence {self.divergence!r}, which is computed at "
-                "the sampled tokens; expected top_k = 0."
+                f"top_k is {self.top_k} with divergence {self.divergence!r}, which uses only the "
+                "sampled tokens; expected top_k = 0."
             )
         if 0 < self.first_only <= self.skip_first:
             raise ValueError(

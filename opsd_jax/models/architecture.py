@@ -119,7 +119,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path} cannot be read: {reason}.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} contains a JSON {type(value).__name__}; expected a JSON object.")
+        raise ValueError(
+            f"{path} contains a JSON value of type {type(value).__name__}; expected an object."
+        )
     return value
 
 

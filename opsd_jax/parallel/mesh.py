@@ -104,8 +104,8 @@ def _sizes(shape: Sequence[int], devices: int) -> list[int]:
     if math.prod(sizes) != devices:
         raise ValueError(
             f"mesh {tuple(shape)} over {AXES} needs {known} devices"
-            f"{' or a multiple of that' if -1 in shape else ''}, but the number of devices is "
-            f"{devices}. Change the sizes of the mesh to match the number of devices."
+            f"{' or a multiple of that' if -1 in shape else ''}, but there are {devices}. "
+            "Change the sizes of the mesh to match the number of devices."
         )
     return sizes
 

@@ -94,6 +94,6 @@ def hbm_bytes(device: jax.Device) -> float:
         raise
     raise PlanError(
         f"Cannot find the HBM size of {device.device_kind}: the compiler accepted an array of "
-        "256 GiB; expected it to refuse the array with an error that states the size. Install the "
-        "version of libtpu in constraints.txt."
+        "256 GiB; expected an out-of-memory error that states the HBM size. Install the version "
+        "of libtpu that constraints.txt pins."
     )

@@ -249,8 +249,8 @@ def program_costs(
     dynamic_loops = program.dynamic_loops()
     if unknown := dynamic_loops - trip_counts.keys():
         raise PlanError(
-            f"{built.name} has named loops without a trip count: {_listed(unknown)}; expected "
-            f"these loops in `trip_counts`, which contains: {_listed(trip_counts)}."
+            f"{built.name} has named loops with unknown trip counts: {_listed(unknown)}; "
+            f"expected them in `trip_counts`, which has the loops {_listed(trip_counts)}."
         )
     times = lambda loops: hlo.trip_count(loops, trip_counts)
     live = liveness.peak(program)

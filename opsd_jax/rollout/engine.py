@@ -235,8 +235,8 @@ class Engine:
         """
         if len(sampling_params.stop) != self._vocab_size:
             raise ValueError(
-                f"sampling_params are for a vocabulary of {len(sampling_params.stop)} tokens; "
-                f"expected {self._vocab_size}, the vocabulary size of the model."
+                f"sampling_params was built for a vocabulary of {len(sampling_params.stop)} "
+                f"tokens; expected {self._vocab_size}, the vocabulary size of the model."
             )
         groups = self._groups(prompts, ids, budgets)
         if not groups:

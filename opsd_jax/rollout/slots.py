@@ -109,7 +109,7 @@ def length_axes(policy: Policy) -> Any:
             raise ValueError(
                 f"init_cache(1, 1024) returns an array of shape {a.shape}, and init_cache(1, 2048) "
                 f"an array of shape {b.shape}; expected at most one axis to grow with the length, "
-                "and not the first axis, which is the batch axis."
+                "and the first axis to stay the batch axis."
             )
         return axes[0] if axes else -1
 

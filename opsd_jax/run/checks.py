@@ -45,7 +45,9 @@ def check_devices(
     def check_divides(field: str, value: int, mesh: jax.sharding.Mesh) -> None:
         shards = mesh_lib.row_shards(mesh)
         if value % shards:
-            fail(field, value, f"a multiple of data x fsdp = {shards}, two axes of the mesh")
+            fail(
+                field, value, f"a multiple of {shards}, the product of the mesh axes data and fsdp"
+            )
 
     check_divides("evaluation.slots", config.evaluation.slots, decode_mesh)
     for name in config.stages:
@@ -58,7 +60,7 @@ def check_devices(
             if any(length % tensor for length in lengths):
                 raise ConfigError(
                     f"config.{name}: the padded lengths of its buckets are {lengths}; expected "
-                    f"multiples of tensor = {tensor}, the mesh axis that shards tokens."
+                    f"multiples of {tensor}, the size of the mesh axis tensor, which shards tokens."
                 )
         for sampling in algorithm.sampling(options):
             check_divides(f"{name}.{sampling.slots_field}", sampling.slots, decode_mesh)

@@ -52,7 +52,9 @@ def chosen_stage(stages: Sequence[str], workdir: Path, stage: str | None) -> str
       ConfigError: the run has no stage of that name.
     """
     if stage not in (None, UNTRAINED, *stages):
-        raise ConfigError(f"--stage {stage}: expected one of {', '.join((UNTRAINED, *stages))}.")
+        raise ConfigError(
+            f"--stage is {stage!r}; expected one of {', '.join((UNTRAINED, *stages))}."
+        )
     finished = [s for s in stages if checkpoint.has_params(workdir / s / PARAMS)]
     return stage or (finished[-1] if finished else None)
 
@@ -120,7 +122,10 @@ class Parameters:
 
     @functools.cached_property
     def decoding(self) -> layout_lib.Layout:
-        """The parameter `Layout` for sampling. The first access compiles its `convert` function."""
+        """The `Layout` of the parameters for sampling.
+
+        The first access compiles its `convert` function.
+        """
         return layout_lib.decode_layout(self.model, self.abstract, self.decode_mesh)
 
     def initial(self) -> Params:

@@ -86,7 +86,7 @@ def run(config: RunOptions, workdir: Path) -> None:
 
 
 def is_finished(workdir: Path, name: str) -> bool:
-    """Returns whether a stage has been trained and evaluated. UNTRAINED needs no training."""
+    """Returns whether a stage has been trained and evaluated; for UNTRAINED, only evaluated."""
     has_result = name == UNTRAINED or checkpoint.has_params(workdir / name / PARAMS)
     return has_result and (workdir / name / records.SUMMARY).exists()
 

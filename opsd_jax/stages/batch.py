@@ -107,7 +107,7 @@ def first_that_holds(buckets: Sequence[Lengths], needed: Lengths) -> int:
         if all(needed[name] <= size for name, size in bucket.items()):
             return b
     raise ValueError(
-        f"a row needs the lengths {dict(needed)}, in tokens; expected at most {dict(buckets[-1])}, "
+        f"a row has the lengths {dict(needed)}, in tokens; expected at most {dict(buckets[-1])}, "
         "the stage's largest bucket. Increase the last value of the stage's `buckets`."
     )
 
@@ -127,7 +127,7 @@ def _sequence(row: Row, name: str) -> tuple[np.ndarray, np.ndarray]:
     """
     prompt = np.asarray(row[name], np.int32)
     if not len(prompt):
-        raise ValueError(f"the prompt {name!r} of a row is empty; expected at least one token.")
+        raise ValueError(f"a row has an empty prompt {name!r}; expected at least one token.")
     response = np.asarray(row["response"], np.int32)
     columns = len(prompt) - 1 + np.arange(len(response), dtype=np.int32)
     if inserts := row.get(f"{name}/inserts"):

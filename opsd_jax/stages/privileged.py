@@ -1,4 +1,4 @@
-"""Builds the teacher's inputs: prompts with a privileged context, and reminders of that context.
+"""Builds the teacher's inputs: prompts with a privileged context, and responses with reminders.
 
 A reminder repeats the context inside the teacher's copy of a response.
 """
@@ -97,8 +97,9 @@ def privileged_options(options: StageOptions) -> PrivilegedOptions:
     """
     if not isinstance(options, PrivilegedOptions):
         raise TypeError(
-            f"an algorithm with `privileged` has options of class {type(options).__name__}; "
-            "expected a subclass of opsd_jax.stages.privileged.PrivilegedOptions."
+            "an algorithm sets `privileged`, but its options are of class "
+            f"{type(options).__name__}; expected a subclass of "
+            "opsd_jax.stages.privileged.PrivilegedOptions."
         )
     return options
 

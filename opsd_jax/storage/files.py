@@ -173,7 +173,9 @@ def read_json_lines(path: Path, fix: str) -> list[Any]:
         try:
             values.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise RecordError(f"{path}, line {number}, is not JSON: {error}. {fix}") from error
+            raise RecordError(
+                f"line {number} of {path} is not valid JSON: {error}. {fix}"
+            ) from error
     return values
 
 
@@ -187,6 +189,6 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise RecordError(
-            f"{path} is damaged: it is not JSON ({error}). Delete it and run the same command "
-            "again to create a new one."
+            f"{path} is damaged: it is not valid JSON ({error}). Delete it and run the same "
+            "command again to create a new one."
         ) from error

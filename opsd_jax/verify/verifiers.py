@@ -96,7 +96,7 @@ def function(name: str) -> Verifier:
     try:
         found = resolve(name)
     except ValueError as error:
-        raise ValueError(f"the verifier is {name!r}; {error}") from error
+        raise ValueError(f"the verifier {error}") from error
     if not callable(found):
         raise ValueError(f"the verifier {name!r} refers to {found!r}; expected a function.")
     return as_verifier(found)

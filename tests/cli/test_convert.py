@@ -112,12 +112,12 @@ def test_a_model_directory_is_rewritten_in_another_dtype(source, tmp_path):
     ("arguments", "message"),
     [
         (("--workdir", "RUN", "--stage", "rlvr"), "the stage 'rlvr' has not finished"),
-        (("--workdir", "RUN", "--stage", "rl"), "--stage rl: expected one of untrained, sft"),
+        (("--workdir", "RUN", "--stage", "rl"), "--stage is 'rl'; expected one of untrained, sft"),
         (("--workdir", "EMPTY"), "holds no run"),
         (("--model", "EMPTY"), r"config.json cannot be read: No such file"),
         (
             ("--model", "EMPTY", "--stage", "sft"),
-            "--stage: a --model directory has no stages; expected",
+            "--stage applies to a run; expected",
         ),
     ],
 )
@@ -149,7 +149,7 @@ def test_a_model_without_save_cannot_be_converted(finished, tmp_path, capsys):
     changes = {"model.make": "tiny_model:make"}
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     assert convert("--workdir", finished, "--out", tmp_path / "out") == 2
-    assert "'tiny_model:make', and its Model has no `save`" in capsys.readouterr().err
+    assert "'tiny_model:make', which returns a Model without `save`" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -412,10 +412,10 @@ def test_benchmarks_replace_the_held_out_problems(command, questions, tmp_path):
             "config.evaluation.problems is 1; expected 0 for all problems, or at least 2",
         ),
         (["--problems", "10"], "config.evaluation.problems is 10; expected at most 9"),
-        (["--stage", "dpo"], "--stage dpo: expected one of untrained, sft, rlvr, opsd"),
+        (["--stage", "dpo"], "--stage is 'dpo'; expected one of untrained, sft, rlvr, opsd"),
         (["--stage", "rlvr"], "the stage 'rlvr' has not finished"),
         (["--mesh", "3,1,1"], r"mesh \(3, 1, 1\) over .* needs 3 devices"),
-        (["--problems", "-2"], "--problems -2: expected a positive number, or 0 for all"),
+        (["--problems", "-2"], "--problems is -2; expected a positive number, or 0 for all"),
     ],
 )
 def test_invalid_arguments_are_refused(command, arguments, message):

@@ -138,7 +138,7 @@ def test_a_config_that_cannot_run_is_refused(field, text, message):
     ("field", "text", "message"),
     [
         ("task", "opsd_jax.data.nothing:task", "config.task is 'opsd_jax.data.nothing:task'"),
-        ("model.make", "nonsense", "config.model.make is 'nonsense'; it cannot be imported"),
+        ("model.make", "nonsense", "config.model.make: 'nonsense' cannot be imported"),
         ("model.vocab_size", "16", "vocab_size is 16; expected at least 32, the size of the"),
         ("model.scan_unroll", "2", "scan_unroll is 2; expected a divisor"),
         ("model.num_kv_heads", "3", "num_heads is 4"),

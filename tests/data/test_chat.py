@@ -249,8 +249,12 @@ def test_tokenizer_config_adds_tokens(tmp_path):
         ),
         ("tokenizer.json", None, r"there is no .*tokenizer.json; expected a Hugging Face model's"),
         ("tokenizer.json", "{}", r"tokenizer.json cannot be read: "),
-        ("tokenizer_config.json", "{", r"tokenizer_config.json is not JSON: "),
-        ("tokenizer_config.json", "[]", r"tokenizer_config.json contains a JSON list; expected"),
+        ("tokenizer_config.json", "{", r"tokenizer_config.json is not valid JSON: "),
+        (
+            "tokenizer_config.json",
+            "[]",
+            r"tokenizer_config.json contains a JSON value of type list; exp",
+        ),
         ("tokenizer_config.json", "{}", "defines no end-of-sequence token; expected eos_token in"),
     ],
 )

@@ -120,8 +120,8 @@ def test_a_split_is_selected_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("make", "split", "message"),
     [
-        (lambda p: p / "absent.jsonl", "", r"absent.jsonl'; there is no such file or folder"),
-        (lambda p: p, "", "a folder without data; expected state.json, dataset_dict.json, or"),
+        (lambda p: p / "absent.jsonl", "", r"absent.jsonl'; there is no such file or directory"),
+        (lambda p: p, "", "a directory without data; expected state.json, dataset_dict.json, or"),
         (lambda p: write_json_lines(p / "a.csv", []), "", r"ends in .jsonl, .jsonl.gz, .parquet"),
         (
             lambda p: write_json_lines(p / "a.jsonl", ROWS),
@@ -257,7 +257,7 @@ BAD = [
         "the key 'b' occurs twice",
     ),
     ({"problem": "q", "answer": 1e16}, "field 'answer' is 1e+16; expected a string"),
-    ('"text"', "a JSON str; expected an object, column -> value"),
+    ('"text"', "a JSON value of type str; expected an object"),
     ({}, "field 'problem' is missing; .* (the row has no columns); field 'answer' is missing"),
     ({"problem": "q"}, "field 'answer' is missing; expected a string .* (the row has problem)"),
     ({"problem": "q", "answer": None}, "field 'answer' is missing"),
@@ -402,7 +402,7 @@ def test_pass_rates_filter_problems(tmp_path):
         ({"problem": "a"}, "responses.jsonl:2 has problem 'a', correct None and rollouts 1; exp"),
         ({"problem": "a", "correct": 3, "rollouts": 2}, "correct 3 and rollouts 2; expected an id"),
         ({"problem": "a", "correct": 0, "rollouts": 0}, "correct 0 and rollouts 0; expected an id"),
-        ([], "responses.jsonl:2 is a JSON list"),
+        ([], "responses.jsonl:2 is a JSON value of type list"),
     ]:
         write_json_lines(records, [{"problem": "a", "correct": True}, bad])
         with pytest.raises(DataError, match=f"data.train.maths.pass_rates: .*{reason}"):

@@ -35,9 +35,12 @@ def parsed(config):
         ),
         (
             {"heldout": {"x": source()}},
-            "config.data.train has a source named 'x', and another section has one too",
+            "config.data.train has a source named 'x', which another section has as well",
         ),
-        ({"train": {"a": source(path="")}}, "data.train.a.path is ''; expected a file or folder"),
+        (
+            {"train": {"a": source(path="")}},
+            "data.train.a.path is ''; expected a file or directory",
+        ),
         ({"train": {"a": source(weight=0.0)}}, "a.weight is 0.0; expected a number above 0"),
         ({"train": {"a": source(weight=None)}}, "a.weight is None; expected a number"),
         (
@@ -100,7 +103,7 @@ def test_a_source_without_a_path_is_refused_only_by_check_sources():
     config.data.train.a = config_lib.source()
     options = parse(DataOptions, config.data, "data")
     assert options.train["a"] == SourceOptions()
-    with pytest.raises(ConfigError, match=r"data.train.a.path is ''; expected a file or folder"):
+    with pytest.raises(ConfigError, match=r"data.train.a.path is ''; expected a file or directory"):
         options.check_sources("data")
 
 

@@ -309,7 +309,7 @@ def test_a_task_from_files(config):
         (
             "data.prompt",
             "{question} {answer}",
-            "expected no placeholder except {question}, because nothing replaces {answer} in this",
+            "expected no placeholder except {question}, because opsd_jax does not fill in {answer}",
         ),
         (
             "data.teacher_prompt",
@@ -332,7 +332,7 @@ def test_a_task_from_files(config):
         (
             "data.tokenizer",
             "nothing:of",
-            "config.data.tokenizer is 'nothing:of'; it cannot be imported",
+            "config.data.tokenizer: 'nothing:of' cannot be imported",
         ),
         (
             "data.train.sums.path",
@@ -406,7 +406,9 @@ def test_a_task_needs_data(config, tmp_path):
     with pytest.raises(config_lib.ConfigError, match=r"config.data.train is empty; expected sour"):
         assemble(untaught, pathlib.Path())
     empty.data.train.copy = config.data.heldout.tests
-    with pytest.raises(DataError, match=r"train.copy: no problem is left .2 rows, 2 also in tests"):
+    with pytest.raises(
+        DataError, match=r"train.copy: no problems are left .2 rows, 2 also in tests"
+    ):
         task_of(empty)
     with pytest.raises(ValueError, match=r"reads no files, but config.data has sources"):
         arithmetic.task(parse_run(config).data)

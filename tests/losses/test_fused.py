@@ -535,7 +535,7 @@ def test_other_bad_arguments(data):
     arguments = {"student": head, "tokens": data["tokens"][:6], "mask": data["mask"][:6]}
     with (
         jax.set_mesh(mesh),
-        pytest.raises(ValueError, match="splits an axis of 6 over 8 devices; expected a size"),
+        pytest.raises(ValueError, match="splits an axis of size 6 over 8 devices; expected a size"),
     ):
         losses.sft(**arguments, partition=mesh_lib.rows_in_context())
     with pytest.raises(

@@ -152,7 +152,9 @@ def test_an_unreadable_config_json_is_named(tmp_path, text):
     path = tmp_path / "config.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(ValueError, match=r"config\.json (cannot be read|contains a JSON list)"):
+    with pytest.raises(
+        ValueError, match=r"config\.json (cannot be read|contains a JSON value of type list)"
+    ):
         architecture.from_json(path)
 
 

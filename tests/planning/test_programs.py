@@ -39,7 +39,7 @@ def test_a_loop_is_counted_with_the_trip_count_of_its_name():
 
 
 def test_a_loop_without_a_trip_count_is_an_error():
-    with pytest.raises(PlanError, match=r"rollouts: decode in 1024 .* trip count: decoding; exp"):
+    with pytest.raises(PlanError, match=r"rollouts: decode in 1024 .* trip counts: decoding; exp"):
         decode("decoding", {(DECODE_STEPS,): 64})
 
 

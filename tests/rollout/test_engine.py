@@ -478,7 +478,7 @@ def test_sampling_params_of_another_vocabulary_are_refused(make):
         sample.params, [], [], key=jax.random.key(0), sampling_params=sampling.params(7, stop=())
     )
     with pytest.raises(
-        ValueError, match="sampling_params are for a vocabulary of 7 tokens; expected 32"
+        ValueError, match="sampling_params was built for a vocabulary of 7 tokens; expected 32"
     ):
         next(ended)
 

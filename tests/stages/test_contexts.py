@@ -565,7 +565,7 @@ def test_invalid_options_are_refused(changes, message):
         ({"reinject_every": 5}, "opsd.reinject_every is 5; expected 0, because the task has no"),
         (
             {"contexts": ("no.such:f",)},
-            "config.opsd.contexts is 'no.such:f'; it cannot be imported",
+            "config.opsd.contexts: 'no.such:f' cannot be imported",
         ),
         ({"contexts": ("concise",)}, ""),
         (

@@ -84,7 +84,7 @@ def test_it_chooses_the_shortest_correct_rollout():
         (
             "algorithm",
             "nothing:HERE",
-            "config.best.algorithm is 'nothing:HERE'; it cannot be imported",
+            "config.best.algorithm: 'nothing:HERE' cannot be imported",
         ),
         (
             "algorithm",

@@ -160,7 +160,7 @@ def test_the_useful_fraction_counts_the_tokens_that_are_computed(rows):
 
 
 def test_an_empty_prompt_is_an_error(rows):
-    with pytest.raises(ValueError, match="the prompt 'teacher' of a row is empty; expected at"):
+    with pytest.raises(ValueError, match="a row has an empty prompt 'teacher'; expected at"):
         pack([rows[0] | {"teacher": []}])
 
 
@@ -168,7 +168,7 @@ def test_too_many_or_too_long_rows_are_an_error(rows):
     with pytest.raises(ValueError, match="a batch has 12 rows; expected at most its capacity, 8"):
         pack(rows, capacity=8)
     with pytest.raises(
-        ValueError, match=r"a row needs the lengths .* in tokens; expected at most .*30"
+        ValueError, match=r"a row has the lengths .* in tokens; expected at most .*30"
     ):
         pack(rows, buckets=((20, 55), (30, 80)))
 
