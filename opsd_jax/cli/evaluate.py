@@ -173,8 +173,8 @@ def _of_model(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
     """Returns UNTRAINED and an unlocked config for evaluating a model directory."""
     if not arguments.benchmark or arguments.out is None or arguments.stage is not None:
         raise ConfigError(
-            "--model names a model, which has no stages and no data; expected --benchmark and "
-            "--out, and no --stage."
+            "--model evaluates a model outside a run, without stages or held-out problems; "
+            "expected --benchmark and --out, and no --stage."
         )
     config = sections.default().unlock()
     # Nothing is trained, so the weights can have the dtype of the matmuls.
@@ -184,7 +184,7 @@ def _of_model(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
 
 
 def _take_benchmarks(config: ConfigDict, named: list[str]) -> None:
-    """Replaces the held-out problems with benchmarks, and sets the evaluation options in PAPER."""
+    """Replaces the held-out problems with benchmarks, and applies the options of `PAPER`."""
     sources = dict(benchmarks.source(text) for text in named)
     if len(sources) < len(named):
         raise ConfigError(f"--benchmark names {', '.join(named)}; expected each name only once.")

@@ -124,7 +124,7 @@ def _parse(number: int) -> tuple[list[int], list[str]]:
 
 
 def _true_operands(number: int) -> list[int]:
-    """Returns the operands that determine the answer. The question may misprint some of them."""
+    """Returns the operands that determine the answer. The question may show other values."""
     rng = random.Random(number)
     operands, _ = _parse(number)
     return [

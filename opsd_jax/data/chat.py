@@ -185,8 +185,8 @@ class Chat:
                     fail(
                         f"data.{name}",
                         value,
-                        "no value, because the prompts are plain text without a chat "
-                        "template. To use one, set config.data.chat_template to its file",
+                        "no value, because the prompts are plain text without a chat template. "
+                        "To use one, set config.data.chat_template to the path of its file",
                     )
             return
         self._render(template, [_ANY_TURN])

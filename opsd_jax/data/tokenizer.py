@@ -196,6 +196,7 @@ def _chat_template(directory: pathlib.Path, settings: dict[str, Any]) -> str | N
     if not isinstance(default := by_name.get("default"), str):
         raise ValueError(
             f"{directory} has the chat templates {', '.join(map(str, by_name))}; expected one "
-            "named 'default'. To use another one, set config.data.chat_template to its file."
+            "named 'default'. To use another one, set config.data.chat_template to the path of its "
+            "file."
         )
     return default

@@ -62,7 +62,7 @@ def _times_100(fraction: float | None) -> float | None:
 
 
 def correctness(named: Named, first_column: str, extra: Mapping[str, list[str]]) -> Table:
-    """Returns a table of accuracy, pass@k, majority vote, and boxed and truncated responses.
+    """Returns a table of accuracies, pass@k, and the fractions of boxed and truncated responses.
 
     Args:
       named: (name, result of `statistics.metrics`) of each row.
@@ -120,7 +120,7 @@ def lengths(named: Named, first_column: str) -> Table:
 
 
 def changes(named: Named, first_column: str) -> Table:
-    """Returns a table of changes between evaluations, with their 95 % intervals.
+    """Returns a table of changes between evaluations, with their 95 % confidence intervals.
 
     Args:
       named: (name, result of `comparison.compare`) of each row.

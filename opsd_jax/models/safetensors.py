@@ -159,8 +159,8 @@ def _read_header(file: pathlib.Path) -> dict[str, StoredTensor]:
                 expected = _bytes(code, shape) if code in DTYPES else last - first
                 if first < 0 or last - first != expected:
                     raise ValueError(
-                        f"{name} has dtype {code} and shape {list(shape)}, but its data_offsets "
-                        f"are {first} and {last}"
+                        f"{name} has dtype {code} and shape {list(shape)}, which take {expected} "
+                        f"bytes, but its data_offsets are {first} and {last}"
                     )
                 tensors[name] = StoredTensor(file, code, shape, 8 + length + first)
                 end = max(end, 8 + length + last)

@@ -261,7 +261,7 @@ class Engine:
         ids: Sequence[Sequence[int]],
         budgets: Sequence[Sequence[int]] | None,
     ) -> list[list[_Rollout]]:
-        """Validates the arguments, and returns a list of rollouts for each prompt that has any."""
+        """Validates the arguments, and groups the rollouts by prompt. Omits prompts without any."""
         P, L = self.shape.prompt_tokens, self.shape.response_tokens
         if budgets is None:
             budgets = [[L] * len(prompt_ids) for prompt_ids in ids]

@@ -46,7 +46,9 @@ def check_devices(
         shards = mesh_lib.row_shards(mesh)
         if value % shards:
             fail(
-                field, value, f"a multiple of {shards}, the product of the mesh axes data and fsdp"
+                field,
+                value,
+                f"a multiple of {shards}, the product of the mesh axes 'data' and 'fsdp'",
             )
 
     check_divides("evaluation.slots", config.evaluation.slots, decode_mesh)
@@ -60,7 +62,7 @@ def check_devices(
             if any(length % tensor for length in lengths):
                 raise ConfigError(
                     f"config.{name}: the padded lengths of its buckets are {lengths}; expected "
-                    f"multiples of {tensor}, the size of the mesh axis tensor, which shards tokens."
+                    f"multiples of {tensor}, because the mesh axis 'tensor' has that size."
                 )
         for sampling in algorithm.sampling(options):
             check_divides(f"{name}.{sampling.slots_field}", sampling.slots, decode_mesh)

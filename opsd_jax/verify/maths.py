@@ -238,7 +238,7 @@ def _prepare(conventions: Sequence[str], problem: Problem, response: str) -> Ver
 
 
 def _prepare_gold(problem: Problem) -> Verdict | Pair:
-    """Checks a problem's own answer. Returns the verdict, or a `Pair` if a worker must parse it."""
+    """Checks a gold answer. Returns a verdict on it, or a `Pair` for a worker to parse."""
     answer = gold_of(problem.answer).strip()
     if not answer or extract.boxed(rf"\boxed{{{answer}}}") != answer:
         return Verdict(False, "empty, or its braces do not match")

@@ -57,7 +57,7 @@ def settle(gold: str, answer: str, *, choice_removed: bool = False) -> Verdict |
 
 
 def _compare_notation(gold: str, answer: str, *, choice_removed: bool) -> Verdict | Pair | None:
-    """Compares two answers as texts, and by special notation such as clock times and ratios.
+    """Compares two answers as text, and as values in notation such as clock times and ratios.
 
     Returns:
       The verdict, or the job for a worker. None if the texts differ and use no such notation.

@@ -405,7 +405,7 @@ def test_benchmarks_replace_the_held_out_problems(command, questions, tmp_path):
         (["--slots", "0"], "config.evaluation.slots is 0; expected at least 1"),
         (
             ["--mesh", "8,1,1"],
-            "config.evaluation.slots is 6; expected a multiple of data x fsdp = 8",
+            "config.evaluation.slots is 6; expected a multiple of 8, the product",
         ),
         (
             ["--problems", "1"],

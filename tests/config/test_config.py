@@ -162,10 +162,10 @@ def test_a_config_that_cannot_run_is_refused(field, text, message):
             "(1, 1, 8)",
             r"config.decode_mesh: parameter .* split over the mesh axis 'tensor' of size 8, which",
         ),
-        ("rlvr.microbatch", "12", "rlvr.microbatch is 12; expected a multiple of data x fsdp = 8"),
-        ("rlvr.slots", "20", "rlvr.slots is 20; expected a multiple of data x fsdp = 8"),
-        ("opsd.slots", "12", "opsd.slots is 12; expected a multiple of data x fsdp = 8"),
-        ("evaluation.slots", "4", "evaluation.slots is 4; expected a multiple of data x fsdp = 8"),
+        ("rlvr.microbatch", "12", "rlvr.microbatch is 12; expected a multiple of 8, the product"),
+        ("rlvr.slots", "20", "rlvr.slots is 20; expected a multiple of 8, the product"),
+        ("opsd.slots", "12", "opsd.slots is 12; expected a multiple of 8, the product"),
+        ("evaluation.slots", "4", "evaluation.slots is 4; expected a multiple of 8, the product"),
         (
             "opsd.teacher_prompt_tokens",
             "16",
@@ -190,11 +190,11 @@ def test_fields_that_do_not_fit_together_are_refused_before_compiling(
     [
         (
             {"sft.buckets": "(56, 129)"},
-            r"config.sft: .* buckets are \[56, 129\]; expected multiples of tensor = 2",
+            r"config.sft: .* buckets are \[56, 129\]; expected multiples of 2, because",
         ),
         (
             {"rlvr.buckets": "(64, 104)", "opsd.teacher_buckets": "(80, 127)"},
-            r"config.opsd: .* buckets are \[.*\]; expected multiples of tensor = 2",
+            r"config.opsd: .* buckets are \[.*\]; expected multiples of 2, because",
         ),
     ],
 )
@@ -208,7 +208,7 @@ def test_padded_lengths_must_divide_evenly_over_tensor(tmp_path, fields, message
 def test_memos_have_slots_on_every_device(tmp_path):
     fields = {"opsd.memo.slots": "12", "opsd.contexts": "('memo',)"}
     config = loading.load(QUICKSTART, fields)
-    message = "opsd.memo.slots is 12; expected a multiple of data x fsdp = 8"
+    message = "opsd.memo.slots is 12; expected a multiple of 8, the product"
     with pytest.raises(config_lib.ConfigError, match=message):
         assembly.assemble(config, tmp_path)
 

@@ -370,7 +370,7 @@ BAD = {
     "chunk": (
         {"student": losses.Head(lambda p, h: dot(h, p), np.ones((D, V)), np.ones((B, T, D)))}
         | {"chunk": -1},
-        "chunk is -1; expected a number of tokens",
+        "chunk is -1; expected an int, in tokens",
     ),
     "no window": (
         {"options": losses.OPSD(skip_first=3, first_only=3)},

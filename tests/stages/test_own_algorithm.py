@@ -104,7 +104,9 @@ def test_its_data_and_slots_are_checked(own, tmp_path):
     with pytest.raises(ConfigError, match=r"best.prompt_tokens is 8; expected at least 16"):
         assembly.assemble(parse_run(own), tmp_path)
     own.best.update({"prompt_tokens": 16, "slots": 12})
-    with pytest.raises(ConfigError, match=r"best.slots is 12; expected a multiple of data x fsdp"):
+    with pytest.raises(
+        ConfigError, match=r"best.slots is 12; expected a multiple of 8, the product"
+    ):
         assembly.assemble(parse_run(own), tmp_path)
 
 
