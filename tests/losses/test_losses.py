@@ -671,7 +671,7 @@ def test_advantages_by_hand():
 
 @pytest.mark.parametrize("group_size", [0, 1, 5])
 def test_advantages_raise_for_a_bad_group_size(group_size):
-    with pytest.raises(ValueError, match=f"group_size is {group_size} for 12 rewards"):
+    with pytest.raises(ValueError, match=f"group_size is {group_size}, and there are 12 rewards"):
         losses.advantages(np.zeros(12), group_size)
 
 
