@@ -52,10 +52,10 @@ def advantages(
         )
     groups = _split_into_groups(rewards, group_size, at_least=1 if baseline == "batch" else 2)
     if baseline == "batch":
-        differ = groups.max() != groups.min()
+        differ = _differ(groups.reshape(1, -1))
         centred = groups - groups.mean()
     else:
-        differ = groups.max(axis=1, keepdims=True) != groups.min(axis=1, keepdims=True)
+        differ = _differ(groups)
         centred = groups - groups.mean(axis=1, keepdims=True)
     centred = centred * differ  # equal rewards can differ from their mean, which is rounded
     if baseline == "leave_one_out":  # r - (sum - r) / (G - 1) = (r - mean) G / (G - 1)
@@ -99,8 +99,17 @@ def informative(rewards, group_size: int):
       ValueError: `group_size` does not divide N.
     """
     groups = _split_into_groups(rewards, group_size, at_least=1)
-    differ = groups.max(axis=1) != groups.min(axis=1)
-    return differ.repeat(group_size)
+    return _differ(groups).reshape(-1).repeat(group_size)
+
+
+def _differ(groups):
+    """Returns whether the rewards of each row differ by more than rounding, as bool [rows, 1].
+
+    The limit is 8 units in the last place of float32. NaN differs from every number.
+    """
+    highest, lowest = groups.max(axis=1, keepdims=True), groups.min(axis=1, keepdims=True)
+    limit = 8 * np.finfo(np.float32).eps * abs(groups).max(axis=1, keepdims=True)
+    return ~(highest - lowest <= limit)
 
 
 def overlong_penalty(lengths, *, max_tokens: int, buffer: int, factor: float = 1.0):

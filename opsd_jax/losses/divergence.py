@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 
 from opsd_jax.losses.checks import OneOf, Range
-from opsd_jax.losses.likelihood import at_temperature, log_normaliser, token_logprobs
+from opsd_jax.losses.likelihood import at_temperature, k3, log_normaliser, token_logprobs
 
 # (log S(v), log T(v)) -> the contribution of the vocabulary entry v to the divergence.
 Term = Callable[[jax.Array, jax.Array], jax.Array]
@@ -228,12 +228,12 @@ def kl_estimates(
     Returns:
       Three estimates of the shape of the arguments, with d = log S(y) - log T(y). "k1" is d and
       unbiased. "k2" is d^2 / 2, biased and with less variance. "k3" is e^-d - 1 + d, unbiased and
-      never negative.
+      never negative; in it d is clipped to [-20, 20] to prevent overflow.
 
     Reference: Schulman, "Approximating KL divergence" (2020).
     """
     d = student_logprobs - teacher_logprobs
-    return {"k1": d, "k2": d * d / 2, "k3": jnp.expm1(-d) + d}
+    return {"k1": d, "k2": d * d / 2, "k3": k3(-d)}
 
 
 SUPPORTS = ("teacher", "student", "union")
@@ -272,7 +272,7 @@ def top_k(
     Returns:
       `(student, teacher)`: float32 log-probabilities [..., K] over the same entries. K is k, or 2 k
       for the union, and one more with a bucket. In a union, the second copy of an entry that both
-      sides have is -inf. A bucket has a probability of at least 1e-7.
+      sides have is -inf, and so is the bucket if the K entries are the whole vocabulary.
 
     Raises:
       ValueError: the shapes of the logits differ, `k` is below 1, or an option is unknown.
@@ -314,12 +314,14 @@ def _restricted(logits, entries, repeated, rest: str) -> jax.Array:
 
     With `rest="bucket"`, one more entry has the total probability of all other entries.
     """
-    chosen = jnp.take_along_axis(logits, entries, axis=-1) - log_normaliser(logits)[..., None]
-    chosen = jnp.where(repeated, -jnp.inf, chosen)
+    total = log_normaliser(logits)[..., None]
+    chosen = jnp.where(repeated, -jnp.inf, jnp.take_along_axis(logits, entries, axis=-1) - total)
     if rest == "renormalise":
         return chosen - log_normaliser(chosen)[..., None]
-    covered = jnp.minimum(log_normaliser(chosen), -1e-7)
-    return jnp.concatenate([chosen, jnp.log(-jnp.expm1(covered))[..., None]], axis=-1)
+    # 1 minus the chosen probabilities would lose all digits where they sum to nearly 1.
+    others = jnp.put_along_axis(logits, entries, -jnp.inf, axis=-1, inplace=False)
+    bucket = log_normaliser(others)[..., None] - total
+    return jnp.concatenate([chosen, bucket], axis=-1)
 
 
 def _check_same_vocabulary(student_logits: Any, teacher_logits: Any) -> None:

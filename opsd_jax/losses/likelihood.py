@@ -90,8 +90,22 @@ def importance_ratio(log_ratio: jax.Array) -> jax.Array:
     An infinite or NaN log-ratio gives NaN: a sampled token cannot have a probability of 0, so such
     an input is an error that the clip must not hide.
     """
-    ratio = jnp.exp(jnp.clip(log_ratio, -20.0, 20.0))
-    return jnp.where(jnp.isfinite(log_ratio), ratio, jnp.nan)
+    return jnp.exp(_clipped(log_ratio))
+
+
+def k3(log_ratio: jax.Array) -> jax.Array:
+    """Computes exp(log_ratio) - 1 - log_ratio, with log_ratio clipped to [-20, 20].
+
+    With log_ratio = log T(y) - log S(y) it is the estimate k3 of KL(S || T). Without the clip it
+    overflows at 89. An infinite or NaN log-ratio gives NaN, as in `importance_ratio`.
+    """
+    clipped = _clipped(log_ratio)
+    return jnp.expm1(clipped) - clipped
+
+
+def _clipped(log_ratio: jax.Array) -> jax.Array:
+    clipped = jnp.clip(log_ratio, -20.0, 20.0)
+    return jnp.where(jnp.isfinite(log_ratio), clipped, jnp.nan)
 
 
 def at_temperature(logits: jax.Array, temperature: float) -> jax.Array:

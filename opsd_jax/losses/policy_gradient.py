@@ -16,7 +16,7 @@ from opsd_jax.losses.advantage import BASELINES, SCALES, advantages
 from opsd_jax.losses.checks import OneOf, Range, check_mask, check_options, check_shape
 from opsd_jax.losses.fused import TokenLoss, token_values, weighted_loss
 from opsd_jax.losses.head import LogitsOrHead
-from opsd_jax.losses.likelihood import entropy, importance_ratio, token_logprobs
+from opsd_jax.losses.likelihood import entropy, importance_ratio, k3, token_logprobs
 from opsd_jax.losses.reduction import AGGREGATIONS, token_weights
 from opsd_jax.losses.result import Loss
 
@@ -347,8 +347,7 @@ def policy_token_loss(options: PolicyGradient, temperature: float) -> TokenLoss:
             loss *= inputs["importance"]
             diagnostics["importance"] = inputs["importance"]
         if "reference" in inputs:
-            gap = inputs["reference"] - logprobs
-            diagnostics["kl"] = jnp.expm1(gap) - gap
+            diagnostics["kl"] = k3(inputs["reference"] - logprobs)
             if options.kl_coefficient:
                 loss += options.kl_coefficient * diagnostics["kl"]
         return loss, diagnostics

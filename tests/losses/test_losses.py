@@ -559,6 +559,89 @@ def test_kl_estimates(logits):
         assert_near((np.exp(s) * got[name]).sum(), exact)
 
 
+@pytest.mark.parametrize("support", ["teacher", "student", "union"])
+@pytest.mark.parametrize("sharp", [1.0, 6.0, 12.0])
+def test_the_gradient_of_a_bucket_is_exact_where_the_top_entries_hold_everything(support, sharp):
+    """Compares with float64, down to a bucket of probability e^-30."""
+    rng = np.random.default_rng(4)
+    student, teacher = rng.normal(size=(2, 6, 40)).astype(np.float32) * sharp
+    k = 4
+
+    def exact(x, y):
+        """Returns the divergence, and its gradient s (log-ratio of the entry or bucket - value)."""
+        log_s, log_t = reference.log_softmax(x), reference.log_softmax(y)
+        by = {"teacher": [y], "student": [x], "union": [x, y]}[support]
+        kept = np.zeros(x.shape, bool)
+        for logits in by:
+            np.put_along_axis(kept, np.argsort(-logits, -1)[:, :k], True, -1)
+        others = lambda p: np.log(np.where(kept, 0, np.exp(p)).sum(-1, keepdims=True))
+        ratio = np.where(kept, log_s - log_t, others(log_s) - others(log_t))
+        value = (np.exp(log_s) * ratio).sum(-1, keepdims=True)
+        return value[:, 0], np.exp(log_s) * (ratio - value)
+
+    def ours(x):
+        s, t = losses.top_k(student_logits=x, teacher_logits=teacher, k=k, support=support)
+        return losses.reverse_kl(student_logits=s, teacher_logits=t)
+
+    value, slope = exact(student.astype(np.float64), teacher.astype(np.float64))
+    np.testing.assert_allclose(ours(student), value, rtol=2e-5, atol=1e-7)
+    gradient = jax.jit(jax.grad(lambda x: ours(x).sum()))(student)
+    scale = abs(slope).max(axis=-1, keepdims=True)
+    # A log-probability is rounded to half a unit in the last place of the largest logit.
+    rounding = 4 * np.finfo(np.float32).eps * abs(student).max()
+    assert (abs(gradient - slope) <= 2e-5 * scale + rounding * jax.nn.softmax(student)).all()
+
+
+def test_a_bucket_without_entries_has_probability_0_and_finite_gradients(logits):
+    def value(x):
+        s, t = losses.top_k(student_logits=x, teacher_logits=logits[1], k=11)
+        assert s.shape[-1] == 12
+        return losses.reverse_kl(student_logits=s, teacher_logits=t).sum(), s[..., -1]
+
+    (_, bucket), gradient = jax.value_and_grad(value, has_aux=True)(logits[0])
+    assert (bucket == -np.inf).all()
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("gap", [-200.0, -89.0, 89.0, 200.0])
+def test_k3_is_finite_for_every_finite_log_ratio(gap):
+    """With the log-ratio clipped to [-20, 20], as the policy ratio is."""
+    student = jnp.array([-250.0])
+    estimate = lambda s: losses.kl_estimates(student_logprobs=s, teacher_logprobs=-250.0 + gap)
+    clipped = np.clip(gap, -20, 20)
+    assert_near(estimate(student)["k3"], [np.expm1(clipped) - clipped])
+    assert np.isfinite(jax.grad(lambda s: estimate(s)["k3"].sum())(student)).all()
+
+
+def test_grpo_is_finite_where_the_reference_is_far_away():
+    logits = jnp.zeros((1, 2, 5)).at[0, 0, 0].set(-100.0)
+
+    def loss(x):
+        return losses.policy_gradient(
+            student=x,
+            tokens=jnp.zeros((1, 2), jnp.int32),
+            mask=jnp.ones((1, 2), bool),
+            advantages=jnp.ones(1),
+            behaviour_logprobs=losses.token_logprobs(logits, jnp.zeros((1, 2), jnp.int32)),
+            reference_logprobs=jnp.full((1, 2), -1.0),
+            options=losses.PRESETS["grpo"]._replace(kl_coefficient=0.1),
+        )[0]
+
+    value, gradient = jax.value_and_grad(loss)(logits)
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
+
+
+def test_rewards_that_differ_by_rounding_carry_no_information():
+    rewards = np.array([0.3, 0.1 + 0.2, 1.0, 1.0 + 1e-16, 0.1, 0.2, 0.0, 1e-9], np.float64)
+    assert losses.informative(rewards, 2).tolist() == [False] * 4 + [True] * 4
+    single = np.array([0.3, np.nextafter(np.float32(0.3), np.float32(1))], np.float32)
+    for baseline in ("group", "leave_one_out", "batch"):
+        scale = "none" if baseline == "batch" else "group"
+        got = losses.advantages(single, group_size=2, baseline=baseline, scale=scale)
+        assert (got == 0).all(), baseline
+
+
 def test_token_logprobs_and_entropy(logits):
     tokens = np.random.default_rng(0).integers(0, 11, (4, 5))
     expected = np.take_along_axis(reference.log_softmax(logits[0] / 0.7), tokens[..., None], -1)
