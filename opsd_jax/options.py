@@ -14,6 +14,7 @@ config. It raises `ConfigError` (see `fail`) where two fields do not go together
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -50,20 +51,63 @@ def fail(field: str, value: Any, expected: str) -> NoReturn:
     raise ConfigError(f"config.{field} is {value!r}; expected {expected}.")
 
 
+# Files whose names `resolve` must not import, with the packages that are trusted nevertheless.
+_untrusted: list[tuple[Any, Collection[str]]] = []
+
+
+@contextlib.contextmanager
+def names_from(file: Any, trusted: Collection[str]) -> Iterator[None]:
+    """Context manager in which `resolve` imports only from opsd_jax and from trusted packages.
+
+    A run's work directory may come from somebody else, and importing a module runs its code.
+
+    Args:
+      file: the file that names the objects, for the error.
+      trusted: names of packages.
+    """
+    _untrusted.append((file, trusted))
+    try:
+        yield
+    finally:
+        _untrusted.pop()
+
+
+def package_of(dotted: str) -> str:
+    """Returns the top-level package in a dotted name such as "package.module:name"."""
+    return re.split("[.:]", dotted, maxsplit=1)[0]
+
+
 def resolve(dotted: str) -> Any:
     """Imports and returns the object with a dotted name such as "package.module:name".
 
     Raises:
-      ValueError: the object cannot be imported. The message says why.
+      ValueError: the object cannot be imported, or is not trusted (see `names_from`). The message
+        says why.
     """
     module, _, name = dotted.partition(":")
+    package = package_of(dotted)
+    for file, trusted in _untrusted:
+        if package not in ("opsd_jax", *trusted):
+            raise ValueError(
+                f"{dotted!r} is not imported, because only {file} names it; expected a name in "
+                f"opsd_jax. To import it, and run its code, pass --trust {package}."
+            )
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{dotted!r} cannot be imported ({error}); expected the name of an object, in the form "
             "'package.module:name'."
         ) from error
+    # A module of opsd_jax also holds what it imports, such as `subprocess`.
+    if _untrusted and package == "opsd_jax" and package_of(_home(found)) != "opsd_jax":
+        raise ValueError(f"{dotted!r} is not defined in opsd_jax; expected a name that is.")
+    return found
+
+
+def _home(found: Any) -> str:
+    """Returns the name of the module that defines a module, a class, a function or an instance."""
+    return getattr(found, "__name__" if inspect.ismodule(found) else "__module__", "")
 
 
 def import_function(dotted: str, field: str) -> Any:

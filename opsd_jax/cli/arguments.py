@@ -69,7 +69,7 @@ def parser(show_fields: bool = False) -> argparse.ArgumentParser:
     _add_train(command("train", TRAIN, _fields() if show_fields else ""))
     _add_evaluate(command("evaluate", EVALUATE, EVALUATE_EPILOG))
     _add_plan(command("plan", PLAN, PLAN_EPILOG))
-    _add_workdir(command("report", REPORT))
+    _add_report(command("report", REPORT))
     _add_convert(command("convert", CONVERT))
     return top
 
@@ -151,6 +151,13 @@ def fraction(text: str) -> float:
     return float(text)
 
 
+def package(text: str) -> str:
+    """Parses the name of a top-level package."""
+    if not text.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text} is not a package; expected a name such as mine")
+    return text
+
+
 # Arguments of each command.
 
 
@@ -160,6 +167,18 @@ def _add_workdir(sub: argparse._ActionsContainer, *, required: bool = True) -> N
         required=required,
         type=directory,
         help="work directory of the run, or gs://BUCKET/...",
+    )
+
+
+def _add_trust(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        type=package,
+        metavar="PACKAGE",
+        help="package that the config of the run in --workdir may import, beside opsd_jax; can be "
+        "repeated",
     )
 
 
@@ -191,6 +210,12 @@ def _add_model(sub: argparse.ArgumentParser) -> None:
     _add_workdir(which, required=False)
     which.add_argument("--model", type=local, help="directory of a Hugging Face model")
     sub.add_argument("--stage", help="stage of the run (default: the last finished one)")
+    _add_trust(sub)
+
+
+def _add_report(sub: argparse.ArgumentParser) -> None:
+    _add_workdir(sub)
+    _add_trust(sub)
 
 
 def _add_train(sub: argparse.ArgumentParser) -> None:

@@ -28,8 +28,9 @@ def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     dtype = arguments.dtype or ""
     try:
         if arguments.workdir is not None:
-            config = parse_run(workdir_lib.config_of(arguments.workdir))
-            convert_stage(config, arguments.workdir, arguments.stage, arguments.out, dtype)
+            with workdir_lib.trusting(arguments.workdir, arguments.trust):
+                config = parse_run(workdir_lib.config_of(arguments.workdir))
+                convert_stage(config, arguments.workdir, arguments.stage, arguments.out, dtype)
         elif arguments.stage is not None:
             raise ConfigError(
                 "--stage applies to a run; expected --workdir in place of --model, or no --stage."

@@ -56,7 +56,8 @@ TEXT_TASK = "opsd_jax.data.text:task"
 def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     """Runs `opsd-jax evaluate` and returns the exit code. Raises the same errors as `evaluate`."""
     del overrides  # the command takes none
-    statistics = evaluate(arguments)
+    with workdir_lib.trusting(arguments.workdir, arguments.trust):
+        statistics = evaluate(arguments)
     if hosts.is_first():
         print(files.to_json(statistics, indent=2))
         print(f"report: {statistics['directory']}/index.html", file=sys.stderr)
@@ -85,6 +86,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     weights = model / PARAMS if workdir else model
     fingerprint = hosts.together(lambda: records.fingerprint(weights))
     settings = pipeline.evaluation_settings(this, str(model), fingerprint, problems)
+    if arguments.trust:
+        settings["trusted"] = sorted({*arguments.trust})
     workdir_lib.check_equal(settings, "settings")
     directory = arguments.out or (
         workdir / EVALUATIONS / stage / _name(list(config.data.heldout), settings)

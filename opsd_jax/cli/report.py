@@ -19,7 +19,8 @@ def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
       RecordError: a record of the run cannot be read.
     """
     del overrides  # the command takes none
-    return write(parse_run(workdir.config_of(arguments.workdir)), arguments.workdir)
+    with workdir.trusting(arguments.workdir, arguments.trust):
+        return write(parse_run(workdir.config_of(arguments.workdir)), arguments.workdir)
 
 
 def write(config: RunOptions, directory: Path) -> int:

@@ -4,7 +4,8 @@ settings.json      everything that the responses depend on; a directory with oth
                    refused
 responses.jsonl    one record per response; the records of a problem are appended together, when
                    its last response is verified
-evaluation.json    the metrics and the settings; if this file exists, the evaluation is finished
+evaluation.json    the metrics and the settings; if this file exists, the evaluation is finished.
+                   Its `sha256` has the digests of responses.jsonl and of its own values
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from opsd_jax.verify.verifiers import as_verifier
 SETTINGS = "settings.json"
 RESPONSES = "responses.jsonl"
 SUMMARY = "evaluation.json"
+DIGESTS = "sha256"
 
 # `fingerprint` reads this many pieces of a file, each of this many bytes.
 PIECES = 64
@@ -255,7 +257,18 @@ def to_lines(responses: Records) -> str:
 
 def finish(directory: Path, summary: dict[str, Any]) -> None:
     """Writes the summary file of an evaluation, which marks the evaluation as finished."""
-    files.write_atomically(directory / SUMMARY, files.to_json(summary, indent=2) + "\n")
+    whole = {**summary, DIGESTS: _digests(directory, summary)}
+    files.write_atomically(directory / SUMMARY, files.to_json(whole, indent=2) + "\n")
+
+
+def _digests(directory: Path, summary: dict[str, Any]) -> dict[str, str]:
+    """Returns the SHA-256 digests of the two files of a finished evaluation, by file name."""
+    values = json.loads(files.to_json(summary))  # as they are read: every key is a string
+    contents = {
+        RESPONSES: (directory / RESPONSES).read_bytes(),
+        SUMMARY: files.to_json(values, sort_keys=True).encode(),
+    }
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
 def read(directory: Path) -> tuple[list[Record], dict[str, Any]]:
@@ -265,8 +278,16 @@ def read(directory: Path) -> tuple[list[Record], dict[str, Any]]:
       (records, summary): the contents of `responses.jsonl` and of `evaluation.json`.
 
     Raises:
-      RecordError: a file is missing or damaged.
+      RecordError: a file is missing, damaged or changed.
     """
     fix = f"Delete {directory / SUMMARY} and {directory / RESPONSES} to evaluate again."
     responses = files.read_json_lines(directory / RESPONSES, fix)
-    return responses, files.read_json(directory / SUMMARY)
+    summary = files.read_json(directory / SUMMARY)
+    saved = summary.pop(DIGESTS, {})  # absent in an evaluation of version 0.1.0
+    for name, digest in _digests(directory, summary).items() if saved else ():
+        if saved.get(name) != digest:
+            raise files.RecordError(
+                f"{directory / name} is damaged: its content is not what the evaluation wrote. "
+                f"{fix}"
+            )
+    return responses, summary

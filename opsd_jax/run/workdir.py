@@ -9,7 +9,8 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict
 from opsd_jax.config import loading
 from opsd_jax.config.run_options import RunOptions
 from opsd_jax.data.task import Task
-from opsd_jax.options import ConfigError
+from opsd_jax.options import ConfigError, names_from, package_of
 from opsd_jax.parallel import hosts
 from opsd_jax.storage import files, lease
 from opsd_jax.storage.files import Path
@@ -89,7 +90,9 @@ def claimed(config: RunOptions, workdir: Path) -> Iterator[None]:
 
     def check() -> None:
         if (workdir / CONFIG).exists():
-            loading.check_same(config, config_of(workdir), workdir)
+            algorithms = [options.algorithm for options in config.sections.values()]
+            with names_from(workdir / CONFIG, [package_of(name) for name in algorithms]):
+                loading.check_same(config, config_of(workdir), workdir)
         files.write_atomically(workdir / CONFIG, loading.to_json(config))
 
     check_equal(loading.flatten(config), "config")
@@ -186,6 +189,15 @@ def _check_data(now: dict[str, str], workdir: Path) -> None:
             + "\nTo resume that run, use the same data files. To start a new run, pass another "
             "--workdir."
         )
+
+
+def trusting(workdir: Path | None, packages: Collection[str]) -> AbstractContextManager[None]:
+    """Context manager in which names in the config of a work directory are imported with care.
+
+    Only names in opsd_jax and in `packages` are imported, because the directory may come from
+    somebody else. Without a work directory, every name is the user's own.
+    """
+    return contextlib.nullcontext() if workdir is None else names_from(workdir / CONFIG, packages)
 
 
 def config_of(workdir: Path) -> ConfigDict:

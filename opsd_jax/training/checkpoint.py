@@ -22,6 +22,7 @@ from opsd_jax.parallel.watchdog import waiting
 from opsd_jax.policy import Params
 from opsd_jax.storage import files
 from opsd_jax.storage.files import Path, RecordError, writing
+from opsd_jax.training.checksum import changed, checksums
 from opsd_jax.training.state import State
 
 logger = logging.getLogger(__name__)
@@ -124,6 +125,7 @@ class Checkpoints:
         if step == self.latest:
             return
         value = (metrics or {}).get(self._best_metric)
+        about = {"about": self._identity, "metrics": step, "checksums": checksums(state)}
         # Orbax copies the arrays by implicit transfers.
         allowed = jax.transfer_guard("allow")
         with waiting("a checkpoint"), writing(self._manager.directory), allowed:
@@ -131,14 +133,15 @@ class Checkpoints:
                 step,
                 args=ocp.args.StandardSave(state),
                 metrics=None if value is None else {self._best_metric: value},
-                custom_metadata={"about": self._identity, "metrics": step},
+                custom_metadata=about,
             )
 
     def restore(self, abstract: State) -> tuple[int, State | None]:
-        """Restores the newest readable checkpoint.
+        """Restores the newest intact checkpoint.
 
         Damaged checkpoints that are newer are moved to `damaged/`, next to the directory, and
-        logged.
+        logged. A checkpoint is damaged if it cannot be read, or if its arrays do not have the
+        checksums that were saved with them.
 
         Args:
           abstract: shapes, dtypes and shardings of the state.
@@ -154,7 +157,8 @@ class Checkpoints:
         damaged: list[tuple[int, Damaged]] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                state = hosts.together(functools.partial(self._read, step, abstract))
+                state, saved = hosts.together(functools.partial(self._read, step, abstract))
+                _check_values(directory / str(step), saved, state, _RESTARTS)
             except Damaged as error:
                 damaged.append((step, error))
                 continue
@@ -167,15 +171,18 @@ class Checkpoints:
             raise damaged[0][1]
         return 0, None
 
-    def _read(self, step: int, abstract: State) -> State:
-        """Restores the training state from the checkpoint of `step`."""
+    def _read(self, step: int, abstract: State) -> tuple[State, dict[str, str]]:
+        """Restores the training state from the checkpoint of `step`, with its saved checksums."""
         path = self._manager.directory / str(step)
-        with _restoring(path, "the stage then restarts without it"):
-            self._check_identity(step, path)
-            return _restore(path / "default", abstract)
+        with _restoring(path, _RESTARTS):
+            saved = self._check_identity(step, path)
+            return _restore(path / "default", abstract), saved
 
-    def _check_identity(self, step: int, path: Path) -> None:
-        """Raises Foreign if the checkpoint of `step` belongs to another run."""
+    def _check_identity(self, step: int, path: Path) -> dict[str, str]:
+        """Returns the checksums in a checkpoint. Raises Foreign if another run saved it.
+
+        There are none in a checkpoint of version 0.1.0.
+        """
         metadata = self._manager.metadata(step).custom_metadata
         if not metadata:
             raise ValueError("the checkpoint does not identify the run that saved it")
@@ -190,6 +197,7 @@ class Checkpoints:
                 f"{path} is a checkpoint of another run, with different values:\n{listed}\n"
                 "Expected the checkpoint's values. Use them, or choose another --workdir."
             )
+        return metadata.get("checksums", {})
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -218,6 +226,8 @@ _TEMPORARY = (
     "RESOURCE_EXHAUSTED",
 )
 _IF_DAMAGED = " If it is damaged, delete that directory: "
+_RESTARTS = "the stage then restarts without it"
+_MADE_AGAIN = "it is then made again from the stage's last checkpoint"
 
 
 def _is_damage(error: Exception) -> bool:
@@ -277,12 +287,41 @@ def _restoring(path: Path, then: str) -> Iterator[None]:
         ) from error
 
 
+def _check_values(path: Path, saved: Mapping[str, str], state: Any, then: str) -> None:
+    """Raises Damaged if restored arrays do not have the checksums that were saved with them.
+
+    Args:
+      path: the directory that the arrays come from.
+      saved: the saved checksums.
+      state: the restored arrays.
+      then: what happens after the user has deleted the directory, as a clause for the message.
+    """
+    if saved and (different := changed(saved, checksums(state))):
+        raise Damaged(
+            f"{path} cannot be restored (the values of {', '.join(different[:3])} are not those "
+            f"that were saved).{_IF_DAMAGED}{then}."
+        )
+
+
+def _checksums_of(path: Path) -> Path:
+    """Returns the file with the checksums of the parameters in `path`."""
+    return path.with_name(f"{path.name}.checksums.json")
+
+
 def save_params(path: Path, params: Params) -> None:
-    """Saves the final parameters of a stage in the directory `path`.
+    """Saves the final parameters of a stage in the directory `path`, and their checksums beside it.
 
     Raises:
       RecordError: the directory cannot be written.
     """
+    sums = files.to_json(checksums(params), indent=1) + "\n"
+
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_atomically(_checksums_of(path), sums)
+
+    with writing(path):
+        hosts.from_first(write)
     with writing(path), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(files.absolute(path), params, force=True)
 
@@ -301,11 +340,15 @@ def restore_params(path: Path, abstract: Params) -> Params:
       abstract: shapes, dtypes and shardings of the parameters.
 
     Raises:
-      RecordError: the directory cannot be read. Names it.
+      RecordError: the directory cannot be read, or is damaged. Names it.
     """
 
-    def read() -> Params:
-        with _restoring(path, "it is then made again from the stage's last checkpoint"):
-            return _restore(files.absolute(path), abstract)
+    def read() -> tuple[Params, dict[str, str]]:
+        with _restoring(path, _MADE_AGAIN):
+            beside = _checksums_of(path)
+            saved = files.read_json(beside) if beside.exists() else {}  # none in version 0.1.0
+            return _restore(files.absolute(path), abstract), saved
 
-    return hosts.together(read)
+    params, saved = hosts.together(read)
+    _check_values(path, saved, params, _MADE_AGAIN)
+    return params

@@ -1,12 +1,16 @@
-"""Restoring checkpoints on other devices and with other sharding rules."""
+"""Restoring checkpoints: on other devices, with other sharding rules, and damaged ones."""
+
+import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from opsd_jax.parallel import mesh as mesh_lib
-from opsd_jax.training.checkpoint import Checkpoints
+from opsd_jax.storage.files import RecordError
+from opsd_jax.training.checkpoint import Checkpoints, restore_params, save_params
 from opsd_jax.training.optimizer import make_optimizer
 from opsd_jax.training.state import abstract_state, init_state
 
@@ -60,3 +64,61 @@ def test_a_state_is_restored_on_other_devices_with_other_rules(
     jax.tree.map(np.testing.assert_array_equal, expected, jax.device_get(state))
     same = lambda leaf, wanted: leaf.sharding == wanted.sharding
     assert all(jax.tree.leaves(jax.tree.map(same, state, abstract)))
+
+
+def damage(file, kind, rng):
+    """Changes a file: flips a bit, or zeroes 20 bytes or a page, somewhere in it."""
+    content = bytearray(file.read_bytes())
+    at = int(rng.integers(len(content)))
+    if kind == "bit":
+        content[at] ^= 1 << int(rng.integers(8))
+    else:
+        width = {"bytes": 20, "page": 4096}[kind]
+        content[at : at + width] = bytes(len(content[at : at + width]))
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["bit", "bytes", "page"])
+def test_a_damaged_checkpoint_is_never_restored_as_other_values(tmp_path, kind):
+    """What is restored was saved. A checkpoint with other values is moved aside by name."""
+    rng = np.random.default_rng(0)
+    states = {
+        step: {
+            "step": jnp.int32(step),
+            "params": {"w": jnp.asarray(rng.normal(size=(64, 48)), jnp.float32)},
+            "teacher": {"w": jnp.asarray(rng.normal(size=(64, 48)), jnp.bfloat16)},
+        }
+        for step in (1, 2)
+    }
+    with Checkpoints(tmp_path / "saved") as checkpoints:
+        for step, state in states.items():
+            checkpoints.save(step, state)
+    abstract = mesh_lib.abstract_of(states[1], jax.tree.map(lambda leaf: leaf.sharding, states[1]))
+    fell_back = 0
+    for i in range(12):
+        copy = shutil.copytree(tmp_path / "saved", tmp_path / f"{kind}{i}" / "checkpoints")
+        found = sorted((copy / "2").rglob("d/*"), key=lambda file: file.stat().st_size)
+        damage(found[-1], kind, rng)
+        with Checkpoints(copy) as checkpoints:
+            step, state = checkpoints.restore(abstract)
+        jax.tree.map(np.testing.assert_array_equal, states[step], state)
+        fell_back += step == 1
+        if step == 1:
+            (reason,) = (copy.parent / "damaged").glob("*.txt")
+            assert f"{copy / '2'} cannot be restored" in reason.read_text()
+    assert fell_back >= 6  # the others hit bytes that hold no values, or equal ones
+
+
+def test_damaged_parameters_are_an_error_that_names_them(tmp_path):
+    params = {"a": jnp.arange(4096, dtype=jnp.float32), "b": jnp.ones(3)}
+    abstract = mesh_lib.abstract_of(params, jax.tree.map(lambda leaf: leaf.sharding, params))
+    save_params(tmp_path / "params", params)
+    restored = restore_params(tmp_path / "params", abstract)
+    jax.tree.map(np.testing.assert_array_equal, params, restored)
+    save_params(tmp_path / "other", params | {"a": params["a"].at[7].set(-7)})
+    shutil.rmtree(tmp_path / "params")
+    shutil.copytree(tmp_path / "other", tmp_path / "params")
+    with pytest.raises(RecordError, match=r"params cannot be restored \(the values of a are not"):
+        restore_params(tmp_path / "params", abstract)
+    (tmp_path / "params.checksums.json").unlink()  # as in a run of version 0.1.0
+    restore_params(tmp_path / "params", abstract)
