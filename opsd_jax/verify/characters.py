@@ -9,9 +9,10 @@ import unicodedata
 _TABLE = (
     {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)}
     | str.maketrans("\u2018\u2019\u201c\u201d\u2212\u2010\u2011\u2013\u2014", "''\"\"-----")
-    | str.maketrans("\u3002\uff61\u3001\uff64\u3010\u3011\u2044\u2215\u2236", "..,,[]//:")
+    | str.maketrans("\u3002\uff61\u3001\uff64\u3010\u3011\u2044\u2215\u2236\uffe0\uffe1\uffe5", "..,,[]//:¢£¥")
     | str.maketrans(
         {
+            "\u2026": "...",
             "\u00d7": r"\times ",
             "\u00f7": r"\div ",
             "\u00b7": r"\cdot ",
