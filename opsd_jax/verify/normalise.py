@@ -59,6 +59,7 @@ _RULES = [
         (r"(?<!\\)\\[!,]|\\[hv]?phantom\s*(?:\{[^{}]*\}|[^\\{}])", ""),
         (r"(?<!\\)\\[;:> ]|~|\\q?quad(?![a-zA-Z])", " "),
         # Signs and commands with several spellings.
+        (r"^(\\(?:text|math)\w*\{)?(\([A-J]\))(\}?) +(?=-)", r"\1\2\3:"),  # choice (B) is -1
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\(?:le|leqslant|leqq)(?![a-zA-Z])|<=", r"\\leq"),
         (r"\\(?:ge|geqslant|geqq)(?![a-zA-Z])|>=", r"\\geq"),

@@ -15,7 +15,9 @@ from opsd_jax.options import option, resolve
 from opsd_jax.problem import Problem
 from opsd_jax.verify import extract
 from opsd_jax.verify.maths import gold_of, maths
-from opsd_jax.verify.normalise import bare, normalise, plain_number, quantity
+from opsd_jax.verify.normalise import bare, normalise
+from opsd_jax.verify.units import quantity
+from opsd_jax.verify.value import evaluate
 from opsd_jax.verify.verdict import (
     MATCH,
     NO_ANSWER,
@@ -27,10 +29,12 @@ from opsd_jax.verify.verdict import (
     verdict_on,
 )
 
-_NUMBER = re.compile(
-    r"(?<![\w^{.])[-+]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
-)
-_POWER_OF_TEN = re.compile(r"\s*(?:\\times|\\cdot|\*|\u00d7)\s*10\^\{?(-?[0-9]+)\}?")
+_EQUALS = re.compile(r"=|\\approx(?![a-zA-Z])|\\sim(?![a-zA-Z])")
+# The left side of an equation that names a quantity: v, v_0, \Delta x, F_{\text{net}}.
+_QUANTITY = re.compile(r"[^0-9<>]*(?:_(?:[0-9a-zA-Z]|\{.*\})|\([a-z0-9]\))?")
+_ABOUT = re.compile(r"(?:(?:about|approximately|approx|roughly|around)\b\.?|\\approx|\\sim) *", re.IGNORECASE)
+_SCALE = re.compile(r"(.*[0-9}]) ?(hundred|thousand|million|billion|trillion|dozen|lakh|crore)s?(.*)", re.DOTALL)
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12, "lakh": 5, "crore": 7}
 _BEGINS = re.compile(r"\(?([A-Z])(?:[).:,\s]|$)")
 _NAMED = re.compile(
     r"(?i:(?:answer|choice|option)(?: is)?)\W{0,4}\(?([A-Z])(?:[).:,*]|\s*$)",
@@ -157,13 +161,34 @@ def exact(conventions: Sequence[str] = ("boxed",), *, ignore_case: bool = False)
 def number_in(text: str) -> float | None:
     r"""Returns the number in a text such as "12.5 kg", "v = 1.2 \times 10^{3}" or "3/4".
 
-    Returns None if the text does not have exactly one number.
+    A unit or a currency may stand beside the number, and the name of the quantity before it.
+
+    Returns:
+      The number; None if the text has other words or operators, or several different numbers.
     """
-    text, _ = quantity(normalise(text[: extract.LONGEST].rpartition("=")[2]))
-    if spelled := plain_number(text):
-        return float(spelled[0]) if abs(spelled[0]) < 1e300 else None
-    found = _NUMBER.findall(_POWER_OF_TEN.sub(r"e\1", text))
-    return float(found[0].replace(",", "")) if len(found) == 1 else None
+    if len(text) > extract.LONGEST:
+        return None
+    *before, last = _EQUALS.split(normalise(text))
+    number = _number_and_unit(last)
+    if number is None:
+        return None
+    for part in before:
+        other = _number_and_unit(part)
+        if other is None and not _QUANTITY.fullmatch(part):
+            return None
+        if other is not None and abs(other - number) > 0.01 * abs(number):
+            return None
+    return number
+
+
+def _number_and_unit(text: str) -> float | None:
+    """Returns the value of a normalised text without its unit; None if it is not a number."""
+    text = _ABOUT.sub("", text.strip(), count=1) if _ABOUT.match(text.strip()) else text.strip()
+    scale = 1.0
+    if found := _SCALE.fullmatch(bare(text)):
+        text, scale = found[1] + found[3], 12.0 if found[2] == "dozen" else 10.0 ** _SCALES[found[2]]
+    value = evaluate(quantity(text, lone=True)[0].rstrip("%\\ "))
+    return None if value is None else value * scale
 
 
 def numeric(
