@@ -77,7 +77,10 @@ def _equal_lists(gold: Listing, answer: Listing) -> bool:
 
 
 def _equal_collections(gold: Listing, answer: Listing) -> bool:
-    """Compares two lists without order: as sets if one has braces, otherwise as multisets."""
+    """Compares two lists without order. How often a value is in the list counts if `gold` repeats one.
+
+    In `gold` with braces it does not count, because a set has no repetitions.
+    """
     left = list(answer.parts)
     for part in gold.parts:
         found = next((i for i, other in enumerate(left) if equal(part, other)), None)
@@ -87,14 +90,12 @@ def _equal_collections(gold: Listing, answer: Listing) -> bool:
     else:
         if not left:
             return True
-    if not (gold.brackets or answer.brackets):
+    if not all(any(equal(a, b) for b in answer.parts) for a in gold.parts):
         return False
-    repeats = any(equal(a, b) for a, b in itertools.combinations(gold.parts, 2))
-    if repeats and not gold.brackets:
+    if not all(any(equal(a, b) for a in gold.parts) for b in left):
         return False
-    return all(any(equal(a, b) for b in answer.parts) for a in gold.parts) and all(
-        any(equal(a, b) for a in gold.parts) for b in answer.parts
-    )
+    pairs = itertools.combinations(gold.parts, 2)
+    return bool(gold.brackets) or not any(equal(a, b) for a, b in pairs)
 
 
 def _vector(side: Listing) -> list[Any] | None:

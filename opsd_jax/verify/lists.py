@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 _BRACKET = re.compile(r"\\[{}]|\\begin(?![a-zA-Z])|\\end(?![a-zA-Z])|\\.|[()\[\]{},]", re.DOTALL)
 _OPEN = {"(", "[", "{", r"\{", r"\begin"}
+_LISTS = ("(", "[", "{", r"\{")
 _CLOSE = {")", "]", "}", r"\}", r"\end"}
 _NAME = r"(?:\\[a-zA-Z]+|[a-zA-Z])'*(?:_(?:\{\w+\}|\w))?(?:\([a-zA-Z0-9]\))?"
 _NAMED = re.compile(rf" ?({_NAME}) ?=(?!=)([^=]+)", re.DOTALL)
@@ -76,7 +77,7 @@ def _split(text: str) -> tuple[str, list[str]]:
                 first_end, closing = token.end(), token
         elif sign == "," and depth in commas:
             commas[depth].append(token.start())
-    if opening and closing and first_end == len(text) and opening[0] in ("(", "[", r"\{"):
+    if opening and closing and first_end == len(text) and opening[0] in _LISTS:
         if commas[1] or opening[0] == r"\{":
             start, cuts, end = opening.end(), commas[1], closing.start()
             brackets = f"{opening[0]}{closing[0]}".replace("\\", "")

@@ -45,9 +45,13 @@ def judge(pair: Pair) -> Verdict:
     if not pair.free:
         return verdict_on(equality.equal(pair.gold, pair.answer))
     gold, found = equality.parse(pair.gold), math_verify.parse(pair.answer, parsing_timeout=None)
-    if gold is None or not math_verify.verify(gold, found, allow_set_relation_comp=True, timeout_seconds=None):
-        return MISMATCH
-    return verdict_on(equality.near(gold, found[0], percent="%" in f"{pair.gold}{pair.answer}"))
+    if gold is not None and math_verify.verify(
+        gold, found, allow_set_relation_comp=True, timeout_seconds=None
+    ):
+        if equality.near(gold, found[0], percent="%" in pair.gold + pair.answer):
+            return MATCH
+    formula = delimited(pair.answer)
+    return verdict_on(formula is not None and equality.equal(pair.gold, formula))
 
 
 def _prepare(conventions: Sequence[str], problem: Problem, response: str) -> Verdict | Pair:

@@ -41,6 +41,13 @@ _NAMED = re.compile(
 )
 # "A" and "I" are also words, so they count as letters only before punctuation or the end.
 _ALONE = re.compile(r"(?<![\w'\u2019])(?:([B-HJ-Z])(?![\w'\u2019])|([AI])(?=[).:,*]|\s*$))")
+# "not A", and "B or maybe C". The letters of a hedge are distinct alternatives.
+_DENIED = re.compile(r"(?:(?<!\w)(?i:not|non|nor|isn't|neither)\s+|不是\s*)\(?[A-Z](?![\w'\u2019])\)?")
+_BETWEEN = r"(?:[\s,/}*)]|\\(?:text|textbf|mathrm)\s*\{|\b(?i:or|and|maybe|possibly|perhaps|probably|also|either)\b)"
+_HEDGED = re.compile(
+    rf"(?<!\w)[A-Z]\)?{_BETWEEN}{{0,20}}(?:/|(?i:or|and|maybe|possibly|perhaps|probably|also)\b){_BETWEEN}{{0,20}}\(?[A-Z](?!\w)"
+)
+_CALCULATION = re.compile(r"\(?[A-Z]\)? ?[+*/^=]")
 
 
 def at_once(judge: Judge, extract: Extract | None = None) -> Verifier:
@@ -224,21 +231,24 @@ def letter_in(text: str) -> str | None:
     It accepts "(C)", "C. because", "the answer is C", and otherwise the last single letter.
 
     Returns:
-      The letter; None if the text names no letter, or is a list of several.
+      The letter; None if the text names no letter, or hesitates between several, as "B or maybe C".
     """
-    named = _NAMED.findall(text)
-    if named:
-        return named[-1]
+    text = _DENIED.sub(" ", text)
     short = bare(normalise(text[: extract.LONGEST]))
-    alone = [first or second for first, second in _ALONE.findall(text)]
-    if begins := _BEGINS.match(short):
-        listed = re.fullmatch(r"\(?[A-Z]\)?(?:,\(?[A-Z]\)?)+", short)
-        lone = begins[1] not in "AI" or begins[1] in alone[:1] or len(short) < 4
-        if listed:
+    named, alone = list(_NAMED.finditer(text)), list(_ALONE.finditer(text))
+    letters = [found[1] or found[2] for found in alone]
+    if not named and (begins := _BEGINS.match(short)):
+        if re.fullmatch(r"\(?[A-Z]\)?(?:,\(?[A-Z]\)?)+", short) or _CALCULATION.match(short):
             return None
-        if lone and len(set(alone)) < 2:
+        lone = begins[1] not in "AI" or begins[1] in letters[:1] or len(short) < 4
+        if lone and len(set(letters)) < 2:
             return begins[1]
-    return alone[-1] if alone else None
+    if not (named or alone):
+        return None
+    chosen = (named or alone)[-1]
+    if any(hedge.start() <= chosen.start(chosen.lastindex) < hedge.end() for hedge in _HEDGED.finditer(text)):
+        return None
+    return chosen[chosen.lastindex]
 
 
 def choice(conventions: Sequence[str] = ("boxed",)) -> Verifier:
