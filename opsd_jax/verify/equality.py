@@ -14,7 +14,7 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from opsd_jax.verify.lists import Listing, listing, sorted_by_name
+from opsd_jax.verify.lists import CONNECTIVE, Listing, listing, sorted_by_name
 from opsd_jax.verify.regions import REGION, region
 from opsd_jax.verify.settle import close, compare_numbers
 
@@ -33,6 +33,9 @@ def equal(gold: str, answer: str) -> bool:
         both = region(gold, parse), region(answer, parse)
         if None not in both:
             return both[0].equals(both[1])
+    connectives = [set(CONNECTIVE.findall(text)) for text in (gold, answer)]
+    if all(connectives) and connectives[0] != connectives[1]:
+        return False  # "and" in place of "or"
     lists = _listing(gold), _listing(answer)
     if any(len(side.parts) > 1 or side.brackets for side in lists):
         return _equal_lists(*lists)
@@ -144,7 +147,11 @@ def parse(text: str) -> Any:
             normalize_latex(text, config), is_real=True, normalization_config=None
         )
         i = sympy.Symbol("i", real=True)
-        return parsed.subs(i, sympy.I) if i in parsed.free_symbols else parsed
+        if i not in parsed.free_symbols:
+            return parsed
+        if isinstance(parsed, sympy.Eq):  # without a decision whether its sides are equal
+            return sympy.Eq(*(side.subs(i, sympy.I) for side in parsed.args), evaluate=False)
+        return parsed.subs(i, sympy.I)
     except Exception:  # the grammar and sympy raise exceptions of many types
         return None
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-_BRACKET = re.compile(r"\\[{}]|\\begin(?![a-zA-Z])|\\end(?![a-zA-Z])|\\.|[()\[\]{},]", re.DOTALL)
+CONNECTIVE = re.compile(r"\\l(?:and|or)(?![a-zA-Z])")
+_TOKEN = re.compile(rf"{CONNECTIVE.pattern}|\\[{{}}]|\\begin(?![a-zA-Z])|\\end(?![a-zA-Z])|\\.|[()\[\]{{}},]", re.DOTALL)
 _OPEN = {"(", "[", "{", r"\{", r"\begin"}
 _LISTS = ("(", "[", "{", r"\{")
 _CLOSE = {")", "]", "}", r"\}", r"\end"}
@@ -61,11 +62,14 @@ def listing(text: str) -> Listing:
 
 
 def _split(text: str) -> tuple[str, list[str]]:
-    """Returns the brackets around a list, without backslashes, and the texts between its commas."""
-    commas: dict[int, list[int]] = {0: [], 1: []}  # depth -> positions
+    r"""Returns the brackets around a list, without backslashes, and the texts between its commas.
+
+    The connectives `\lor` and `\land` count as commas.
+    """
+    commas: dict[int, list[tuple[int, int]]] = {0: [], 1: []}  # depth -> start and end
     depth, first_end = 0, None
     opening = closing = None
-    for token in _BRACKET.finditer(text):
+    for token in _TOKEN.finditer(text):
         sign = token[0]
         if sign in _OPEN:
             if token.start() == 0:
@@ -75,8 +79,8 @@ def _split(text: str) -> tuple[str, list[str]]:
             depth -= 1
             if depth == 0 and first_end is None:
                 first_end, closing = token.end(), token
-        elif sign == "," and depth in commas:
-            commas[depth].append(token.start())
+        elif depth in commas and (sign == "," or CONNECTIVE.match(sign)):
+            commas[depth].append(token.span())
     if opening and closing and first_end == len(text) and opening[0] in _LISTS:
         if commas[1] or opening[0] == r"\{":
             start, cuts, end = opening.end(), commas[1], closing.start()
@@ -85,10 +89,11 @@ def _split(text: str) -> tuple[str, list[str]]:
     return "", _cut(text, 0, commas[0], len(text))
 
 
-def _cut(text: str, start: int, cuts: list[int], end: int) -> list[str]:
-    """Returns the texts between the given positions of commas."""
-    starts = [start, *(cut + 1 for cut in cuts)]
-    return [text[a:b].strip() for a, b in zip(starts, [*cuts, end], strict=True)]
+def _cut(text: str, start: int, cuts: list[tuple[int, int]], end: int) -> list[str]:
+    """Returns the texts between the given separators."""
+    starts = [start, *(after for _, after in cuts)]
+    ends = [*(before for before, _ in cuts), end]
+    return [text[a:b].strip() for a, b in zip(starts, ends, strict=True)]
 
 
 def _alternatives(part: str) -> list[str]:

@@ -23,12 +23,17 @@ _RECURRING = re.compile(
 )
 _OVERLINED = re.compile("(?:[0-9]\u0305)+")  # combining characters
 _DOTTED = re.compile("([0-9])\u0307")
-_ORDER = re.compile(r"[<>]|\\(?:leq|geq|neq)(?![a-zA-Z])")
-_ARGUMENT_OR_CLOSE = re.compile(r"(?:(\\sqrt(?: ?\[[0-9a-z]\])?|\^) ?)?\(|\)")
+# Answers with one of these describe a region, in which "and" differs from "or".
+_ORDER = re.compile(r"[<>]|\\(?:leq|geq|neq|in|infty)(?![a-zA-Z])")
+_ARGUMENT_OR_CLOSE = re.compile(
+    r"(?:(\\sqrt(?: ?\[[0-9a-z]\])?|\^) ?|((?<![a-zA-Z\\])[aA]bs))?\(|\)"
+)
 _FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|ln|log"
-_OPERAND = r"(?= ?(?:\(|[0-9]|\\|[a-zA-Z](?![a-zA-Z])))"
+_OPERAND = r"(?= ?(?:[(_]|[0-9]|\\|[a-zA-Z](?![a-zA-Z])))"
 _THOUSANDS = re.compile(
-    r"((?:\\?\$)?[+-]?[1-9][0-9]{0,2})((?:(?:,|\{,\}|,?\\[!,]| )[0-9]{3})+)(\.[0-9]+)?"
+    r"((?:\\?\$|[€£¥₹]|\\text\{(?:[^{}0-9]*\})?|[A-Za-z]{2,3}\.? ?)?[+-]?[1-9][0-9]{0,2})"
+    r"((?:(?:,|\{,\}|,?\\[!,]| )[0-9]{3})+)(\.[0-9]+)?((?![0-9])(?:[^0-9,;=]|\^\{?-?[0-9])*)",
+    re.DOTALL,
 )
 _NUMBER = re.compile(
     r"([+-]?)(?:([0-9]*\.[0-9]+|[0-9]+\.?)|(?:([0-9]+) )?([0-9]+)/0*([1-9][0-9]*))"
@@ -88,7 +93,7 @@ _RULES = [
         (r"(?<![a-zA-Z\\])a(sin|cos|tan)(?=\()", r"\\arc\1"),
         (r"(?<![a-zA-Z\\])(exp|sec|csc)(?=\()", r"\\\1"),
         (rf"\\(?:operatorname|mathrm|text)\{{({_FUNCTIONS}|exp|sec|csc)\}}", r"\\\1 "),
-        (r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi "),
+        (r"(?<![a-zA-Z\\{])(alpha|beta|gamma|delta|theta|lambda|sigma|phi|omega|pi)(?![a-zA-Z])", r"\\\1 "),
         (r"(?<![a-zA-Z\\])(?:infinity|inf|oo)(?![a-zA-Z])", r"\\infty "),
         (r"(?<![a-zA-Z\\])sqrt(?![a-zA-Z])", r"\\sqrt"),
         (
@@ -144,7 +149,7 @@ def normalise(answer: str) -> str:
     text = _OVERLINED.sub(lambda run: rf"\overline{{{run[0][::2]}}}", text)
     text = _RECURRING.sub(_as_fraction, _DOTTED.sub(r"\\dot{\1}", text))
     if number := _THOUSANDS.fullmatch(text.strip(" .$")):
-        text = number[1] + re.sub("[^0-9]", "", number[2]) + (number[3] or "")
+        text = number[1] + re.sub("[^0-9]", "", number[2]) + (number[3] or "") + number[4]
     if "\\begin" not in text:  # in an environment, two backslashes end a row
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
     for pattern, replacement in _RULES:
@@ -153,16 +158,16 @@ def normalise(answer: str) -> str:
 
 
 def _braced_arguments(text: str) -> str:
-    r"""Replaces the parentheses around the argument of a root or power by braces: `\sqrt(2)`."""
-    opened: list[bool] = []
+    r"""Replaces the parentheses of arguments: `\sqrt(2)` by `\sqrt{2}`, and `abs(x)` by `|x|`."""
+    closings: list[str] = []
 
-    def braced(token: re.Match) -> str:
-        if token[0] != ")":
-            opened.append(token[1] is not None)
-            return f"{token[1]}{{" if token[1] else token[0]
-        return "}" if opened and opened.pop() else ")"
+    def replaced(token: re.Match) -> str:
+        if token[0] == ")":
+            return closings.pop() if closings else ")"
+        closings.append("}" if token[1] else "|" if token[2] else ")")
+        return f"{token[1]}{{" if token[1] else "|" if token[2] else "("
 
-    return _ARGUMENT_OR_CLOSE.sub(braced, text)
+    return _ARGUMENT_OR_CLOSE.sub(replaced, text)
 
 
 def bare(text: str) -> str:

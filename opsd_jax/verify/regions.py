@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 # An answer that may be an inequality, or a set that a condition defines.
-REGION = re.compile(r"[<>]|\\(?:leq|geq|neq)(?![a-zA-Z])|\\\{ ?[a-zA-Z][^,{}]*(?:\\mid|\\vert|[|:])")
+REGION = re.compile(r"[<>]|\\l(?:and|or)(?![a-zA-Z])|\\(?:leq|geq|neq)(?![a-zA-Z])|\\\{ ?[a-zA-Z][^,{}]*(?:\\mid|\\vert|[|:])")
 _RELATION = re.compile(r"[<>=]|\\(?:leq|geq|neq)(?![a-zA-Z])")
 _BUILDER = re.compile(
     r"\\\{ ?([a-zA-Z]) ?(?:\\in ?(?:\\mathbb ?\{?R\}?|\\R) ?)?(?:\\mid(?![a-zA-Z])|\\vert|[|:]) ?(.*)\\\}",

@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from opsd_jax.verify.extract import LONGEST
-from opsd_jax.verify.lists import listing
+from opsd_jax.verify.lists import CONNECTIVE, listing
 from opsd_jax.verify.normalise import bare, normalise, plain_number
 from opsd_jax.verify.units import quantity
 from opsd_jax.verify.verdict import MATCH, MISMATCH, NO_ANSWER, Verdict, verdict_on
@@ -126,13 +126,11 @@ def without_units(text: str, *, gold: bool = False, lone: bool = False) -> tuple
     text, unit = quantity(text, gold=gold, lone=lone)
     units = {unit} - {None}
     brackets, parts, names = listing(text)
-    if len(parts) == 1:
+    split = [quantity(part, gold=gold, lone=lone) for part in parts]
+    values = [f"{name}={value}" if name else value for name, (value, _) in zip(names, split, strict=True)]
+    if [value for value, _ in split] == list(parts) or len(parts) == 1 or CONNECTIVE.search(text):
         return text, units
-    values = []
-    for part, name in zip(parts, names, strict=True):
-        value, unit = quantity(part, gold=gold, lone=lone)
-        units |= {unit} - {None}
-        values.append(f"{name}={value}" if name else value)
+    units |= {unit for _, unit in split} - {None}
     escape = "\\" if brackets == "{}" else ""
     before, after = (escape + bracket for bracket in brackets) if brackets else ("", "")
     return f"{before}{', '.join(values)}{after}", units

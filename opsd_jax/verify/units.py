@@ -123,7 +123,7 @@ def quantity(text: str, *, gold: bool = False, lone: bool = False) -> tuple[str,
         elif _BARE_UNIT.match(suffix) and _VALUE_END.fullmatch(value[-8:]):
             letters = any(len(word) == 1 for word in re.findall("[a-zA-Z]+", suffix))
             compound = gold and suffix[0] == " " and re.search("[/^]", suffix)
-            spaced = suffix[0] == " " or suffix in ("m", "g", "s", "h") or "/" in suffix
+            spaced = not "!" < suffix[0] < "~" or suffix in ("m", "g", "s", "h") or "/" in suffix
             if letters and not compound and not (lone and spaced):
                 continue
             name = unit_name(suffix)
@@ -148,7 +148,7 @@ def unit_name(text: str) -> str | None:
     for pattern, new in _SIMPLER:
         text = pattern.sub(new, text)
     powers: Counter[str] = Counter()
-    position, sign, group, power = 0, 1, 1, 1
+    position, sign, group, power, depth = 0, 1, 1, 1, 0
     expected = True  # a factor has to follow
     while position < len(text):
         token = _TOKEN.match(text, position)
@@ -161,7 +161,9 @@ def unit_name(text: str) -> str | None:
                 return None
             sign, expected = -1, True
         elif bracket:
-            group, sign = (sign if bracket == "(" else 1), 1
+            group, sign, depth = (sign, 1, depth + 1) if bracket == "(" else (1, 1, depth - 1)
+            if depth not in (0, 1):
+                return None
         elif latin or chinese:
             power, expected = (2 if (latin or chinese) in ("square", "squared", "sq", "平方") else 3), True
         else:
@@ -172,7 +174,7 @@ def unit_name(text: str) -> str | None:
             for factor, own in factors:
                 powers[factor] += own * power * sign * group
             sign, power, expected = 1, 1, False
-    return None if expected else " ".join(f"{name}^{n}" for name, n in sorted(powers.items()) if n)
+    return None if expected or depth else " ".join(f"{name}^{n}" for name, n in sorted(powers.items()) if n)
 
 
 def _factors(name: str) -> list[tuple[str, int]] | None:
@@ -201,5 +203,5 @@ def is_counted(text: str, *, gold: bool = False) -> bool:
     words = re.findall(r"[^\W\d_]+", text.lower())
     if not FACTORS.isdisjoint(words):
         return False
-    last = words[-1]
-    return gold or last in _COUNTED or last in UNITS or _PLURAL.fullmatch(last) is not None
+    counted = next((before for before, word in zip(words, words[1:]) if word == "of"), words[-1])
+    return gold or counted in _COUNTED or counted in UNITS or bool(_PLURAL.fullmatch(counted))
