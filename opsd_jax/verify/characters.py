@@ -45,7 +45,7 @@ _TABLE = (
 )
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")  # noqa: RUF001
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
-_FRACTIONS = re.compile("[⁰¹²³⁴-⁹]+⁄[₀-₉]+|[¼-¾⅐-⅞↉]")
+_FRACTIONS = re.compile("(?<![⁰¹²³⁴-⁹])[⁰¹²³⁴-⁹]+⁄[₀-₉]+|[¼-¾⅐-⅞↉]")
 _SCRIPTS = re.compile("[⁰¹²³⁴-⁹⁺⁻ⁿ]+|[₀-₉]+")
 
 

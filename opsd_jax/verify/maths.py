@@ -63,8 +63,9 @@ def _prepare(conventions: Sequence[str], problem: Problem, response: str) -> Ver
     text = extract.extract(response, (extract.TEXT,)) if extract.TEXT in conventions else None
     if text is None:
         return NO_ANSWER
-    if settle(gold, text) == MATCH:
-        return MATCH
+    settled = settle(gold, text)
+    if settled == MATCH or len(gold) > extract.LONGEST:
+        return settled
     if delimited(text) is not None:
         text = f"${normalise(text)}$"
     return Pair(without_units(normalise(gold), gold=True)[0], _NO_SPACES.sub(" ", text), free=True)

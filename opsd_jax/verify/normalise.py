@@ -7,6 +7,7 @@ from fractions import Fraction
 
 from opsd_jax.verify.characters import plain_characters
 
+LONGEST_NUMBER = 1000  # characters
 _DELIMITED = re.compile(r"(?:\$\$?(.*?)\$\$?|\\\[(.*)\\\]|\\\((.*)\\\))[.\s]*", re.DOTALL)
 _TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|tt|sf|normal)?|math(?:rm|bf|it)|mbox|operatorname)\s*\{([^{}]*)\}"
@@ -23,8 +24,6 @@ _RECURRING = re.compile(
 )
 _OVERLINED = re.compile("(?:[0-9]\u0305)+")  # combining characters
 _DOTTED = re.compile("([0-9])\u0307")
-# Answers with one of these describe a region, in which "and" differs from "or".
-_ORDER = re.compile(r"[<>]|\\(?:leq|geq|neq|in|infty)(?![a-zA-Z])")
 _ARGUMENT_OR_CLOSE = re.compile(
     r"(?:(\\sqrt(?: ?\[[0-9a-z]\])?|\^) ?|((?<![a-zA-Z\\])[aA]bs))?\(|\)"
 )
@@ -43,14 +42,6 @@ _SCIENTIFIC = re.compile(
     r"(?:(.*[0-9.]) ?(?:\\times|\\cdot|\*) ?|([+-]?))10\^\{?([-+]?[0-9]{1,3})\}?", re.DOTALL
 )
 _ARGUMENT = r"\\[a-zA-Z]+|[0-9a-zA-Z]"
-
-
-def _joined(match: re.Match) -> str:
-    """Returns the sign for "and" or "or": a comma between values, a connective between relations."""
-    either = (match[1] or match[2] or match[3]) in ("or", "lor", "vee")
-    if _ORDER.search(match.string):
-        return r"\lor " if either else r"\land "
-    return match[0] if match[3] else ","
 
 
 # (pattern, replacement), applied in this order.
@@ -112,10 +103,12 @@ _RULES = [
         (r"\\sqrt\s*([0-9a-zA-Z])", r"\\sqrt{\1}"),
         (r"\\sqrt\s*(\\frac\{[^{}]*\}\{[^{}]*\})", r"\\sqrt{\1}"),
         (r"\^\s*([-+][0-9]+)", r"^{\1}"),
+        (r"\\lor(?![a-zA-Z])", r"\\vee"),
+        (r"\\land(?![a-zA-Z])", r"\\wedge"),
         (
-            r"(?:(?<![,;\s])[,;\s]*)?(?:\\(?:text(?:rm|bf|it)?|mathrm|mbox)\{[,\s]*(and|or)\s*\}|\b(and|or)\b|"
-            r"\\(land|wedge|lor|vee)(?![a-zA-Z]))\s*",
-            _joined,
+            r"(?:(?<![,;\s])[,;\s]*)?(?:\\(?:text(?:rm|bf|it)?|mathrm|mbox)\{[,\s]*(?:and|or)\s*\}|"
+            r"\b(?:and|or)\b)\s*",
+            lambda words: r"\lor " if "or" in words[0] else r"\land ",
         ),
         (";", ","),
         (r"\\(?:text|mathrm|operatorname)\{\s*([eid])\s*\}", r"\1"),  # upright constants
@@ -132,6 +125,11 @@ _RULES = [
         (r"^\\approx(?![a-zA-Z])|(?:(?<!\.)\.|[,\\ ])+$", ""),
     ]
 ]
+
+# "and" and "or" separate the values of a list. Between inequalities and sets they differ.
+_REGION = re.compile(r"[<>]|\\(?:leq|geq|neq|in|infty)(?![a-zA-Z])")
+_IN_LISTS = [(re.compile(r"\\(?:lor|land)(?![a-zA-Z]) ?(?=[0-9]{3}(?![0-9]))"), ", "), (re.compile(r"\\(?:lor|land)(?![a-zA-Z]) ?"), ",")]
+_IN_REGIONS = [(re.compile(r"\\vee(?![a-zA-Z])"), r"\\lor"), (re.compile(r"\\wedge(?![a-zA-Z])"), r"\\land")]
 
 
 def delimited(text: str) -> str | None:
@@ -153,6 +151,8 @@ def normalise(answer: str) -> str:
     if "\\begin" not in text:  # in an environment, two backslashes end a row
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
     for pattern, replacement in _RULES:
+        text = pattern.sub(replacement, text)
+    for pattern, replacement in _IN_REGIONS if _REGION.search(text) else _IN_LISTS:
         text = pattern.sub(replacement, text)
     return _braced_arguments(text).strip()
 
@@ -190,6 +190,8 @@ def plain_number(text: str) -> tuple[Fraction, bool] | None:
     Returns None for everything except integers, decimals, fractions of integers, mixed numbers, and
     these times a power of ten.
     """
+    if len(text) > LONGEST_NUMBER:
+        return None
     text = re.sub(r"\\frac\{([0-9]+)\}\{([0-9]+)\}", r" \1/\2", text).strip()
     scientific = _SCIENTIFIC.fullmatch(text)
     if scientific:
