@@ -4,10 +4,10 @@
     python benchmarks/verifier.py --bugs FILE ...
 
 DIR contains JSON lines with `gold`, `pred` and `expect`, in the files derived_math500,
-rollouts_math_qwen, rollouts_gsm8k_gpt3, cases, probes and hostile. The benchmark prints every wrong
-verdict, and the results as one JSON line at the end. With --bugs, it only scores FILEs of JSON lines
-in the same format. Where `expect` is true, the gold answer has to be accepted too. Rows with
-`control` are counted separately, and rows with `convention` are not scored.
+rollouts_math_qwen, rollouts_gsm8k_gpt3, cases, probes and hostile. The benchmark prints every
+wrong verdict, and the results as one JSON line at the end. With --bugs, it only scores FILEs of
+JSON lines in the same format. Where `expect` is true, the gold answer has to be accepted too. Rows
+with `control` are counted separately, and rows with `convention` are not scored.
 """
 
 from __future__ import annotations
@@ -92,14 +92,16 @@ def score_bugs(paths: list[pathlib.Path]) -> dict[str, int]:
         golds_right = [future.result().correct for future in golds]
     counts = dict.fromkeys(("bugs_cases", "bugs_right", "controls", "controls_right"), 0)
     for row, gold_right, verdict in zip(rows, golds_right, verify(rows, maths()), strict=True):
-        total, right = ("controls", "controls_right") if row.get("control") else ("bugs_cases", "bugs_right")
+        total, right = (
+            ("controls", "controls_right") if row.get("control") else ("bugs_cases", "bugs_right")
+        )
         counts[total] += 1
         if verdict.correct == row["expect"] and (gold_right or not row["expect"]):
             counts[right] += 1
         else:
             print(
                 f"{right} {row['id']} ({row['cat']}): {row['gold']!r} | {row['pred']!r} | expected "
-                f"{row['expect']}, got {verdict.reason}; gold {'accepted' if gold_right else 'refused'}"
+                f"{row['expect']}, got {verdict.reason}; gold answer accepted: {gold_right}"
             )
     return counts
 

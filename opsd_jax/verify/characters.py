@@ -9,7 +9,9 @@ import unicodedata
 _TABLE = (
     {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)}
     | str.maketrans("\u2018\u2019\u201c\u201d\u2212\u2010\u2011\u2013\u2014", "''\"\"-----")
-    | str.maketrans("\u3002\uff61\u3001\uff64\u3010\u3011\u2044\u2215\u2236\uffe0\uffe1\uffe5", "..,,[]//:¢£¥")
+    | str.maketrans(
+        "\u3002\uff61\u3001\uff64\u3010\u3011\u2044\u2215\u2236\uffe0\uffe1\uffe5", "..,,[]//:¢£¥"
+    )
     | str.maketrans(
         {
             "\u2026": "...",
@@ -43,9 +45,9 @@ _TABLE = (
         }
     )
 )
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")  # noqa: RUF001
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
-_FRACTIONS = re.compile("(?<![⁰¹²³⁴-⁹])[⁰¹²³⁴-⁹]+⁄[₀-₉]+|[¼-¾⅐-⅞↉]")
+_FRACTIONS = re.compile("(?<![⁰¹²³⁴-⁹])[⁰¹²³⁴-⁹]+\u2044[₀-₉]+|[¼-¾⅐-⅞↉]")
 _SCRIPTS = re.compile("[⁰¹²³⁴-⁹⁺⁻ⁿ]+|[₀-₉]+")
 
 

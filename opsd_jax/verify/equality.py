@@ -21,6 +21,7 @@ from opsd_jax.verify.settle import close, compare_numbers
 _RELATION = re.compile(r"\\approx(?![a-zA-Z])|≈|(?<![<>!\\])=")
 _APPLIED = re.compile(r"[a-zA-Z]'*(?:_\{?\w+\}?)?\([^()]*\)")  # f(x) in "f(x) = 3" is a name
 _MEMBER = re.compile(r"[a-zA-Z] ?\\in(?![a-zA-Z]) ?")
+_DENIAL = re.compile(r"\b(?:not|neither|never|isn't)\b")
 _BASE = re.compile(r"(?<![\^0-9])[0-9]+ ?_")  # the grammar ignores the base in 204_5
 
 
@@ -29,10 +30,12 @@ def equal(gold: str, answer: str) -> bool:
     numbers = compare_numbers(gold, answer)
     if numbers is not None:
         return numbers
+    if _DENIAL.search(answer) and not _DENIAL.search(gold):
+        return False
     if REGION.search(gold) or REGION.search(answer):
-        both = region(gold, parse), region(answer, parse)
-        if None not in both:
-            return both[0].equals(both[1])
+        one, other = region(gold, parse), region(answer, parse)
+        if one and other:
+            return one.equals(other)
     connectives = [set(CONNECTIVE.findall(text)) for text in (gold, answer)]
     if all(connectives) and connectives[0] != connectives[1]:
         return False  # "and" in place of "or"
@@ -67,9 +70,9 @@ def _equal_lists(gold: Listing, answer: Listing) -> bool:
         parts = sorted_by_name(answer)
     elif not gold.named:
         if len(gold.parts) == 1 or len(parts) == 1:
-            vectors = [_vector(side) for side in (gold, answer)]
-            if None not in vectors:
-                return len(vectors[0]) == len(vectors[1]) and all(map(_same, *vectors))
+            one, other = _vector(gold), _vector(answer)
+            if one and other:
+                return len(one) == len(other) and all(map(_same, one, other))
         if gold.ordered != answer.ordered:
             return False  # a point is not a list of values
         if not gold.ordered:
@@ -80,9 +83,9 @@ def _equal_lists(gold: Listing, answer: Listing) -> bool:
 
 
 def _equal_collections(gold: Listing, answer: Listing) -> bool:
-    """Compares two lists without order. How often a value is in the list counts if `gold` repeats one.
+    """Compares two lists without order.
 
-    In `gold` with braces it does not count, because a set has no repetitions.
+    Repetitions count if `gold` repeats a value. They do not count if it has the braces of a set.
     """
     left = list(answer.parts)
     for part in gold.parts:
@@ -116,9 +119,8 @@ def _equal_expressions(gold: str, answer: str) -> bool:
     """Compares two answers that are not lists, and corrects known errors of math-verify."""
     import math_verify
 
-    gold = _first_of_chain(gold) or gold
     chain = _first_of_chain(answer, alone=not _RELATION.search(gold))
-    a, b = parse(gold), None if chain is None else parse(chain)
+    a, b = parse(_first_of_chain(gold) or gold), None if chain is None else parse(chain)
     if a is None or b is None:
         return False
     if not math_verify.verify(a, b, allow_set_relation_comp=True, timeout_seconds=None):
@@ -128,9 +130,10 @@ def _equal_expressions(gold: str, answer: str) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def parse(text: str) -> Any:
-    """Returns the sympy object of a normalised answer; None if the grammar does not accept all of it.
+    """Parses a normalised answer, in which the letter i is the imaginary unit.
 
-    The letter i is the imaginary unit.
+    Returns:
+      A sympy object. None if the grammar does not accept all of the answer.
     """
     import math_verify  # half a second that only workers need to spend
     import sympy
@@ -140,12 +143,10 @@ def parse(text: str) -> Any:
     config = dataclasses.replace(
         math_verify.LatexExtractionConfig().normalization_config, units=False, boxed="none"
     )
-    if not text or _BASE.search(text):
+    if _BASE.search(text):
         return None
     try:
-        parsed = latex2sympy(
-            normalize_latex(text, config), is_real=True, normalization_config=None
-        )
+        parsed = latex2sympy(normalize_latex(text, config), is_real=True, normalization_config=None)
         i = sympy.Symbol("i", real=True)
         if i not in parsed.free_symbols:
             return parsed
@@ -295,5 +296,3 @@ def _same_where_real(a: Any, b: Any) -> bool:
             return False
         agreed += real[0]
     return agreed >= 8
-
-

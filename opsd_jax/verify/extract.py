@@ -43,8 +43,9 @@ def after_thinking(response: str) -> str | None:
 def boxed(text: str) -> str | None:
     r"""Returns the content of the last box: `\boxed{}`, `\fbox{}` or, without braces, `\boxed 5`.
 
-    Empty boxes are ignored. Consecutive boxes with only commas, "and" or "or" between them count as one answer, a list.
-    Otherwise a response could name several answers in a row and be correct with the last.
+    Empty boxes are ignored. Consecutive boxes with only commas, "and" or "or" between them count as
+    one answer, a list. Otherwise a response could name several answers in a row and be correct with
+    the last.
     """
     first = min((i for i in (text.find("\\boxed"), text.find("\\fbox")) if i >= 0), default=None)
     if first is None:

@@ -9,7 +9,10 @@ import re
 from typing import NamedTuple
 
 CONNECTIVE = re.compile(r"\\l(?:and|or)(?![a-zA-Z])")
-_TOKEN = re.compile(rf"{CONNECTIVE.pattern}|\\[{{}}]|\\begin(?![a-zA-Z])|\\end(?![a-zA-Z])|\\.|[()\[\]{{}},]", re.DOTALL)
+_TOKEN = re.compile(
+    rf"{CONNECTIVE.pattern}|\\[{{}}]|\\begin(?![a-zA-Z])|\\end(?![a-zA-Z])|\\.|[()\[\]{{}},]",
+    re.DOTALL,
+)
 _OPEN = {"(", "[", "{", r"\{", r"\begin"}
 _LISTS = ("(", "[", "{", r"\{")
 _CLOSE = {")", "]", "}", r"\}", r"\end"}
@@ -67,8 +70,8 @@ def _split(text: str) -> tuple[str, list[str]]:
     The connectives `\lor` and `\land` count as commas.
     """
     commas: dict[int, list[tuple[int, int]]] = {0: [], 1: []}  # depth -> start and end
-    depth, first_end = 0, None
-    opening = closing = None
+    depth = 0
+    opening = closing = None  # the first bracket, if the text begins with it, and its partner
     for token in _TOKEN.finditer(text):
         sign = token[0]
         if sign in _OPEN:
@@ -77,15 +80,19 @@ def _split(text: str) -> tuple[str, list[str]]:
             depth += 1
         elif sign in _CLOSE:
             depth -= 1
-            if depth == 0 and first_end is None:
-                first_end, closing = token.end(), token
+            if depth == 0 and closing is None:
+                closing = token
         elif depth in commas and (sign == "," or CONNECTIVE.match(sign)):
             commas[depth].append(token.span())
-    if opening and closing and first_end == len(text) and opening[0] in _LISTS:
-        if commas[1] or opening[0] == r"\{":
-            start, cuts, end = opening.end(), commas[1], closing.start()
-            brackets = f"{opening[0]}{closing[0]}".replace("\\", "")
-            return brackets, _cut(text, start, cuts, end)
+    if (
+        opening
+        and closing
+        and closing.end() == len(text)
+        and opening[0] in _LISTS
+        and (commas[1] or opening[0] == r"\{")
+    ):
+        brackets = f"{opening[0]}{closing[0]}".replace("\\", "")
+        return brackets, _cut(text, opening.end(), commas[1], closing.start())
     return "", _cut(text, 0, commas[0], len(text))
 
 
@@ -101,10 +108,9 @@ def _alternatives(part: str) -> list[str]:
     signs = _PLUS_MINUS.findall(part)
     if signs.count("pm") != 1 or len(signs) > 2:
         return [part]
-    return [
-        _PLUS_MINUS.sub(lambda sign: plus if sign[1] == "pm" else minus, part)
-        for plus, minus in ("+-", "-+")
-    ]
+    upper = _PLUS_MINUS.sub(lambda sign: "+" if sign[1] == "pm" else "-", part)
+    lower = _PLUS_MINUS.sub(lambda sign: "-" if sign[1] == "pm" else "+", part)
+    return [upper, lower]
 
 
 def sorted_by_name(answer: Listing) -> tuple[str, ...]:

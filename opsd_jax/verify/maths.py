@@ -22,7 +22,7 @@ from opsd_jax.problem import Problem
 from opsd_jax.verify import equality, extract
 from opsd_jax.verify.normalise import delimited, normalise
 from opsd_jax.verify.settle import Pair, settle, understood, without_units
-from opsd_jax.verify.verdict import MATCH, MISMATCH, NO_ANSWER, Verdict, Verifier, verdict_on
+from opsd_jax.verify.verdict import MATCH, NO_ANSWER, Verdict, Verifier, verdict_on
 
 # Between a number and a letter of a script that is written without spaces.
 _NO_SPACES = re.compile(r"(?<=[\u0e00-\u0eff\u3040-\u30ff\u4e00-\u9fff])(?=[-0-9])")
@@ -45,11 +45,12 @@ def judge(pair: Pair) -> Verdict:
     if not pair.free:
         return verdict_on(equality.equal(pair.gold, pair.answer))
     gold, found = equality.parse(pair.gold), math_verify.parse(pair.answer, parsing_timeout=None)
-    if gold is not None and math_verify.verify(
-        gold, found, allow_set_relation_comp=True, timeout_seconds=None
+    if (
+        gold is not None
+        and math_verify.verify(gold, found, allow_set_relation_comp=True, timeout_seconds=None)
+        and equality.near(gold, found[0], percent="%" in pair.gold + pair.answer)
     ):
-        if equality.near(gold, found[0], percent="%" in pair.gold + pair.answer):
-            return MATCH
+        return MATCH
     formula = delimited(pair.answer)
     return verdict_on(formula is not None and equality.equal(pair.gold, formula))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from typing import Any
 
 from opsd_jax.verify.characters import plain_characters
 
@@ -12,7 +13,7 @@ _DELIMITED = re.compile(r"(?:\$\$?(.*?)\$\$?|\\\[(.*)\\\]|\\\((.*)\\\))[.\s]*", 
 _TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|tt|sf|normal)?|math(?:rm|bf|it)|mbox|operatorname)\s*\{([^{}]*)\}"
 )
-# A decimal whose last digits recur: 0.1\overline{6}, 0.1\dot{6}, 0.1(6), 0.1666...
+# A decimal whose last digits recur: 0.1\overline{6}, 0.1\dot{6}, 0.1(6) or 0.1666...
 _DOT = r"\\dot\s*\{?([0-9])\}?"
 _DOTS = r"(?:\.\.\.|\\[lc]?dots(?![a-z]))"
 _RECURRING = re.compile(
@@ -22,11 +23,13 @@ _RECURRING = re.compile(
     rf"(?:(?P<one>[0-9])(?P=one)(?P=one)|(?P<more>[0-9]{{2,12}})(?P=more)){_DOTS}"
     r")(?![0-9])"
 )
-_OVERLINED = re.compile("(?:[0-9]\u0305)+")  # combining characters
+_OVERLINED = re.compile("(?:[0-9]\u0305)+")  # with combining characters
 _DOTTED = re.compile("([0-9])\u0307")
+# The opening bracket of an argument, or any other bracket.
 _ARGUMENT_OR_CLOSE = re.compile(
     r"(?:(\\sqrt(?: ?\[[0-9a-z]\])?|\^) ?|((?<![a-zA-Z\\])[aA]bs))?\(|\)"
 )
+# Names of functions that need no brackets, and what has to follow their names.
 _FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|ln|log"
 _OPERAND = r"(?= ?(?:[(_]|[0-9]|\\|[a-zA-Z](?![a-zA-Z])))"
 _THOUSANDS = re.compile(
@@ -37,15 +40,13 @@ _THOUSANDS = re.compile(
 _NUMBER = re.compile(
     r"([+-]?)(?:([0-9]*\.[0-9]+|[0-9]+\.?)|(?:([0-9]+) )?([0-9]+)/0*([1-9][0-9]*))"
 )
-
 _SCIENTIFIC = re.compile(
     r"(?:(.*[0-9.]) ?(?:\\times|\\cdot|\*) ?|([+-]?))10\^\{?([-+]?[0-9]{1,3})\}?", re.DOTALL
 )
 _ARGUMENT = r"\\[a-zA-Z]+|[0-9a-zA-Z]"
 
-
 # (pattern, replacement), applied in this order.
-_RULES = [
+_RULES: list[tuple[re.Pattern, Any]] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"\\?\$", ""),
@@ -73,7 +74,10 @@ _RULES = [
         (r"\\(?:yen|textyen)(?![a-zA-Z])", "¥"),
         (r"\\(?:cent|textcent)(?![a-zA-Z])", "¢"),
         (r"\\text\{\s*([€£¥₹¢])\s*\}", r"\1"),
-        (r"\\(?:math(?:bf|it|sf|tt|normal)|boldsymbol|bm|pmb)\s*(?:\{([^{}]*)\}|([0-9a-zA-Z]))", r"\1\2"),
+        (
+            r"\\(?:math(?:bf|it|sf|tt|normal)|boldsymbol|bm|pmb)\s*(?:\{([^{}]*)\}|([0-9a-zA-Z]))",
+            r"\1\2",
+        ),
         (r"\\(?:mathrm|text(?:bf|it|rm)?|rm)\s*([0-9])", r"\1"),
         (r"\\(?:large|Large|bf|it|rm|textstyle)(?![a-zA-Z])", ""),
         (r"\\underline\{([^{}]*)\}", r"\1"),
@@ -84,11 +88,15 @@ _RULES = [
         (r"(?<![a-zA-Z\\])a(sin|cos|tan)(?=\()", r"\\arc\1"),
         (r"(?<![a-zA-Z\\])(exp|sec|csc)(?=\()", r"\\\1"),
         (rf"\\(?:operatorname|mathrm|text)\{{({_FUNCTIONS}|exp|sec|csc)\}}", r"\\\1 "),
-        (r"(?<![a-zA-Z\\{])(alpha|beta|gamma|delta|theta|lambda|sigma|phi|omega|pi)(?![a-zA-Z])", r"\\\1 "),
+        (
+            r"(?<![a-zA-Z\\{])(alpha|beta|gamma|delta|theta|lambda|sigma|phi|omega|pi)(?![a-zA-Z])",
+            r"\\\1 ",
+        ),
         (r"(?<![a-zA-Z\\])(?:infinity|inf|oo)(?![a-zA-Z])", r"\\infty "),
         (r"(?<![a-zA-Z\\])sqrt(?![a-zA-Z])", r"\\sqrt"),
         (
-            r"(?<![0-9a-zA-Z.\\_])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]([-+]?[0-9]{1,3})(?![0-9a-zA-Z._])",
+            r"(?<![0-9a-zA-Z.\\_])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]([-+]?[0-9]{1,3})"
+            r"(?![0-9a-zA-Z._])",
             r"\1\\times10^{\2}",
         ),
         # Roots, fractions and powers have their arguments in braces.
@@ -128,8 +136,14 @@ _RULES = [
 
 # "and" and "or" separate the values of a list. Between inequalities and sets they differ.
 _REGION = re.compile(r"[<>]|\\(?:leq|geq|neq|in|infty)(?![a-zA-Z])")
-_IN_LISTS = [(re.compile(r"\\(?:lor|land)(?![a-zA-Z]) ?(?=[0-9]{3}(?![0-9]))"), ", "), (re.compile(r"\\(?:lor|land)(?![a-zA-Z]) ?"), ",")]
-_IN_REGIONS = [(re.compile(r"\\vee(?![a-zA-Z])"), r"\\lor"), (re.compile(r"\\wedge(?![a-zA-Z])"), r"\\land")]
+_IN_LISTS = [
+    (re.compile(r"\\(?:lor|land)(?![a-zA-Z]) ?(?=[0-9]{3}(?![0-9]))"), ", "),
+    (re.compile(r"\\(?:lor|land)(?![a-zA-Z]) ?"), ","),
+]
+_IN_REGIONS = [
+    (re.compile(r"\\vee(?![a-zA-Z])"), r"\\lor"),
+    (re.compile(r"\\wedge(?![a-zA-Z])"), r"\\land"),
+]
 
 
 def delimited(text: str) -> str | None:
@@ -152,8 +166,8 @@ def normalise(answer: str) -> str:
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
-    for pattern, replacement in _IN_REGIONS if _REGION.search(text) else _IN_LISTS:
-        text = pattern.sub(replacement, text)
+    for joined, separator in _IN_REGIONS if _REGION.search(text) else _IN_LISTS:
+        text = joined.sub(separator, text)
     return _braced_arguments(text).strip()
 
 

@@ -7,10 +7,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 # An answer that may be an inequality, or a set that a condition defines.
-REGION = re.compile(r"[<>]|\\l(?:and|or)(?![a-zA-Z])|\\(?:leq|geq|neq)(?![a-zA-Z])|\\\{ ?[a-zA-Z][^,{}]*(?:\\mid|\\vert|[|:])")
+REGION = re.compile(
+    r"[<>]|\\(?:leq|geq|neq|lor|land)(?![a-zA-Z])|"
+    r"\\\{ ?[a-zA-Z][^,{}]*(?:\\mid|\\vert|[|:])"
+)
 _RELATION = re.compile(r"[<>=]|\\(?:leq|geq|neq)(?![a-zA-Z])")
 _BUILDER = re.compile(
-    r"\\\{ ?([a-zA-Z]) ?(?:\\in ?(?:\\mathbb ?\{?R\}?|\\R) ?)?(?:\\mid(?![a-zA-Z])|\\vert|[|:]) ?(.*)\\\}",
+    r"\\\{ ?([a-zA-Z]) ?(?:\\in ?(?:\\mathbb ?\{?R\}?|\\R) ?)?"
+    r"(?:\\mid(?![a-zA-Z])|\\vert|[|:]) ?(.*)\\\}",
     re.DOTALL,
 )
 _MEMBER = re.compile(r"([a-zA-Z]) ?\\in(?![a-zA-Z]) ?(.*)", re.DOTALL)
@@ -51,6 +55,7 @@ def region(text: str, parse: Callable[[str], Any]) -> Region | None:
 
 
 def _region(text: str, parse: Callable[[str], Any]) -> Region | None:
+    """Returns what `region` returns, or raises an exception of sympy."""
     import sympy
 
     if builder := _BUILDER.fullmatch(text):
@@ -67,7 +72,9 @@ def _region(text: str, parse: Callable[[str], Any]) -> Region | None:
         return _joined(parts, sympy.Union)
     conditions = _AND.split(text)
     if len(conditions) > 1:
-        return _joined([_region(part.strip(" ,"), parse) for part in conditions], sympy.Intersection)
+        return _joined(
+            [_region(part.strip(" ,"), parse) for part in conditions], sympy.Intersection
+        )
     if not _RELATION.search(text):
         parsed = parse(text)
         return Region(_exact(parsed), None) if isinstance(parsed, sympy.Set) else None
@@ -82,12 +89,11 @@ def _region(text: str, parse: Callable[[str], Any]) -> Region | None:
 
 def _joined(parts: list[Region | None], join: Callable[..., Any]) -> Region | None:
     """Joins regions into one. Returns None if one is None, or if their variables differ."""
-    if None in parts:
+    known = [part for part in parts if part is not None]
+    variables = {part.variable for part in known if part.variable}
+    if len(known) < len(parts) or len(variables) > 1:
         return None
-    variables = {part.variable for part in parts if part.variable}
-    if len(variables) > 1:
-        return None
-    return Region(join(*(part.members for part in parts)), next(iter(variables), None))
+    return Region(join(*(part.members for part in known)), next(iter(variables), None))
 
 
 def _inequality(parsed: Any) -> Region | None:

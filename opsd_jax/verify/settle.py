@@ -22,8 +22,8 @@ _RATIO = re.compile(r"[0-9]+(?:\.[0-9]+)?(?::[0-9]+(?:\.[0-9]+)?)+")
 _CAPITALS = re.compile(r"[A-Z]{3,}")  # a triangle or an order of letters, not a product
 # After the letter of a choice: another choice, or words that take it back.
 _HEDGE = re.compile(
-    r"\)?[-+*/^=,?]|.*(?:\([A-J]\)|(?<![a-zA-Z])(?:or|maybe|possibly|perhaps|probably|either)(?![a-zA-Z]))",
-    re.IGNORECASE,
+    r"\)?[-+*/^=,?]|(?!\)?[.:]? ?(?i:both|all|none|neither|only)\b)"
+    r".*(?:\([A-J]\)|(?<![a-zA-Z])(?i:or|maybe|possibly|perhaps|probably|either)(?![a-zA-Z]))"
 )
 
 
@@ -124,13 +124,15 @@ def without_units(text: str, *, gold: bool = False, lone: bool = False) -> tuple
       The answer without units, and the names of the units.
     """
     text, unit = quantity(text, gold=gold, lone=lone)
-    units = {unit} - {None}
+    units = {unit} if unit else set()
     brackets, parts, names = listing(text)
     split = [quantity(part, gold=gold, lone=lone) for part in parts]
-    values = [f"{name}={value}" if name else value for name, (value, _) in zip(names, split, strict=True)]
+    values = [
+        f"{name}={value}" if name else value for name, (value, _) in zip(names, split, strict=True)
+    ]
     if [value for value, _ in split] == list(parts) or len(parts) == 1 or CONNECTIVE.search(text):
         return text, units
-    units |= {unit for _, unit in split} - {None}
+    units |= {unit for _, unit in split if unit}
     escape = "\\" if brackets == "{}" else ""
     before, after = (escape + bracket for bracket in brackets) if brackets else ("", "")
     return f"{before}{', '.join(values)}{after}", units

@@ -1,4 +1,4 @@
-r"""Evaluates an answer such as `1.2 \times 10^{3}`, `\frac{\pi}{2}` or `5!` as a floating-point number.
+r"""Evaluates an answer such as `1.2 \times 10^{3}`, `\frac{\pi}{2}` or `5!` as a number.
 
 It runs outside the worker processes, so the length, the depth of brackets and the values are
 limited. All of the text has to be understood.

@@ -32,9 +32,21 @@ from opsd_jax.verify.verdict import (
 _EQUALS = re.compile(r"=|\\approx(?![a-zA-Z])|\\sim(?![a-zA-Z])")
 # The left side of an equation that names a quantity: v, v_0, \Delta x, F_{\text{net}}.
 _QUANTITY = re.compile(r"[^0-9<>]*(?:_(?:[0-9a-zA-Z]|\{.*\})|\([a-z0-9]\))?")
-_ABOUT = re.compile(r"(?:(?:about|approximately|approx|roughly|around)\b\.?|\\approx|\\sim) *", re.IGNORECASE)
-_SCALE = re.compile(r"(.*[0-9}]) ?(hundred|thousand|million|billion|trillion|dozen|lakh|crore)s?(.*)", re.DOTALL)
-_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12, "lakh": 5, "crore": 7}
+_ABOUT = re.compile(
+    r"(?:(?:about|approximately|approx|roughly|around)\b\.?|\\approx|\\sim) *", re.IGNORECASE
+)
+_SCALE = re.compile(
+    r"(.*[0-9}]) ?(hundred|thousand|million|billion|trillion|dozen|lakh|crore)s?(.*)", re.DOTALL
+)
+_SCALES = {
+    "hundred": 2,
+    "thousand": 3,
+    "million": 6,
+    "billion": 9,
+    "trillion": 12,
+    "lakh": 5,
+    "crore": 7,
+}
 _BEGINS = re.compile(r"\(?([A-Z])(?:[).:,\s]|$)")
 _NAMED = re.compile(
     r"(?i:(?:answer|choice|option)(?: is)?)\W{0,4}\(?([A-Z])(?:[).:,*]|\s*$)",
@@ -42,10 +54,13 @@ _NAMED = re.compile(
 # "A" and "I" are also words, so they count as letters only before punctuation or the end.
 _ALONE = re.compile(r"(?<![\w'\u2019])(?:([B-HJ-Z])(?![\w'\u2019])|([AI])(?=[).:,*]|\s*$))")
 # "not A", and "B or maybe C". The letters of a hedge are distinct alternatives.
-_DENIED = re.compile(r"(?:(?<!\w)(?i:not|non|nor|isn't|neither)\s+|不是\s*)\(?[A-Z](?![\w'\u2019])\)?")
-_BETWEEN = r"(?:[\s,/}*)]|\\(?:text|textbf|mathrm)\s*\{|\b(?i:or|and|maybe|possibly|perhaps|probably|also|either)\b)"
+_DENIED = re.compile(
+    r"(?:(?<!\w)(?i:not|non|nor|isn't|neither)\s+|不是\s*)\(?[A-Z](?![\w'\u2019])\)?"
+)
+_HEDGE = r"(?i:or|and|maybe|possibly|perhaps|probably|also)\b"
+_BETWEEN = rf"(?:[\s,/}}*)]|\\(?:text|textbf|mathrm)\s*\{{|\b(?:{_HEDGE}|either\b))"
 _HEDGED = re.compile(
-    rf"(?<!\w)[A-Z]\)?{_BETWEEN}{{0,20}}(?:/|(?i:or|and|maybe|possibly|perhaps|probably|also)\b){_BETWEEN}{{0,20}}\(?[A-Z](?!\w)"
+    rf"(?<!\w)[A-Z]\)?{_BETWEEN}{{0,20}}(?:/|{_HEDGE}){_BETWEEN}{{0,20}}\(?[A-Z](?!\w)"
 )
 _CALCULATION = re.compile(r"\(?[A-Z]\)? ?[+*/^=]")
 
@@ -193,7 +208,10 @@ def _number_and_unit(text: str) -> float | None:
     text = _ABOUT.sub("", text.strip(), count=1) if _ABOUT.match(text.strip()) else text.strip()
     scale = 1.0
     if found := _SCALE.fullmatch(bare(text)):
-        text, scale = found[1] + found[3], 12.0 if found[2] == "dozen" else 10.0 ** _SCALES[found[2]]
+        text, scale = (
+            found[1] + found[3],
+            12.0 if found[2] == "dozen" else 10.0 ** _SCALES[found[2]],
+        )
     value = evaluate(quantity(text, lone=True)[0].rstrip("%\\ "))
     return None if value is None else value * scale
 
@@ -246,9 +264,10 @@ def letter_in(text: str) -> str | None:
     if not (named or alone):
         return None
     chosen = (named or alone)[-1]
-    if any(hedge.start() <= chosen.start(chosen.lastindex) < hedge.end() for hedge in _HEDGED.finditer(text)):
-        return None
-    return chosen[chosen.lastindex]
+    group = chosen.lastindex or 0
+    position = chosen.start(group)
+    hedged = any(hedge.start() <= position < hedge.end() for hedge in _HEDGED.finditer(text))
+    return None if hedged else chosen[group]
 
 
 def choice(conventions: Sequence[str] = ("boxed",)) -> Verifier:
