@@ -17,9 +17,18 @@ from typing import Any
 from opsd_jax.verify.lists import CONNECTIVE, Listing, listing, sorted_by_name
 from opsd_jax.verify.regions import REGION, region
 from opsd_jax.verify.settle import close, compare_numbers
+from opsd_jax.verify.units import TRIGONOMETRY
 
 _RELATION = re.compile(r"\\approx(?![a-zA-Z])|≈|(?<![<>!\\])=")
 _APPLIED = re.compile(r"[a-zA-Z]'*(?:_\{?\w+\}?)?\([^()]*\)")  # f(x) in "f(x) = 3" is a name
+
+# Left sides of equations that the grammar refuses, such as \mathbb{P}(A).
+_LABEL = re.compile(
+    r"\s*(?:\\(?:mathbb|mathcal|Pr|#|max|min|sup|inf|operatorname|det|deg|dim|arg|Re|Im|frac)"
+    r"(?![a-z])|[a-zA-Z|])(?:(?!\\[a-zA-Z]*arrow|\\(?:implies|iff|neg|lnot)\b)[^?&@<>])*",
+    re.DOTALL,
+)
+_DERIVATIVE = re.compile(r"\s*\\frac\{(?:d|\\partial)")
 _MEMBER = re.compile(r"[a-zA-Z] ?\\in(?![a-zA-Z]) ?")
 _DENIAL = re.compile(r"\b(?:not|neither|never|isn't)\b")
 _BASE = re.compile(r"(?<![\^0-9])[0-9]+ ?_")  # the grammar ignores the base in 204_5
@@ -146,7 +155,12 @@ def parse(text: str) -> Any:
     if _BASE.search(text):
         return None
     try:
-        parsed = latex2sympy(normalize_latex(text, config), is_real=True, normalization_config=None)
+        parsed = latex2sympy(
+            normalize_latex(text, config),
+            is_real=True,
+            convert_degrees=TRIGONOMETRY.search(text) is not None,
+            normalization_config=None,
+        )
         i = sympy.Symbol("i", real=True)
         if i not in parsed.free_symbols:
             return parsed
@@ -172,13 +186,17 @@ def _first_of_chain(text: str, *, alone: bool = False) -> str | None:
     terms = _chain(text)
     if len(terms) == 1 or re.search(r"[,;]|\\begin|\\text|\\cup|\\in(?![a-zA-Z])", text):
         return text
-    numbers, expressions = [], []
+    numbers, expressions, labelled = [], [], False
     for relation, term in zip(["=", *terms[1::2]], terms[::2], strict=True):
-        parsed = parse(term)
+        parsed = None if _DERIVATIVE.match(term) else parse(term)
         value = _value(parsed)
         if value is not None:
             numbers.append((relation, term, value))
-        elif parsed is not None and relation == "=" and not _APPLIED.fullmatch(term):
+        elif parsed is None:
+            if numbers or not _is_label(term):
+                return None
+            labelled = True
+        elif relation == "=" and not _APPLIED.fullmatch(term):
             expressions.append(parsed)
     for one, other in itertools.pairwise(expressions) if alone else ():
         if one.free_symbols & other.free_symbols and not _same(one, other):
@@ -190,7 +208,13 @@ def _first_of_chain(text: str, *, alone: bool = False) -> str | None:
         within = relation != "=" and abs(first - value) * 100 <= abs(first)
         if not (within or close(first, value)):
             return None
-    return text if len(numbers) == 1 and terms[1::2] == ["="] else first_term
+    return text if len(numbers) == 1 and terms[1::2] == ["="] and not labelled else first_term
+
+
+def _is_label(term: str) -> bool:
+    """Returns whether the left side of an equation names what the right side is, as P(A) does."""
+    balanced = all(term.count(a) == term.count(b) for a, b in ("()", "[]", "{}"))
+    return balanced and _LABEL.fullmatch(term) is not None
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -201,14 +225,15 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _chain(text: str) -> list[str]:
-    r"""Splits a chain of equations such as `x = 2 + 2 = 4` at each `=` or `\approx` outside braces.
+    r"""Splits a chain of equations such as `x = 2 + 2 = 4` at each `=` or `\approx` outside brackets.
 
     Returns:
       Terms and relations in turn: `[term, relation, term, ...]`.
     """
     terms, end = [], 0
     for relation in _RELATION.finditer(text):
-        if text.count("{", 0, relation.start()) == text.count("}", 0, relation.start()):
+        before = text[: relation.start()]
+        if sum(map(before.count, "([{")) == sum(map(before.count, ")]}")):
             terms += [text[end : relation.start()], relation.group()]
             end = relation.end()
     return [*terms, text[end:]]

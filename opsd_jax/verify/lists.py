@@ -16,7 +16,7 @@ _TOKEN = re.compile(
 _OPEN = {"(", "[", "{", r"\{", r"\begin"}
 _LISTS = ("(", "[", "{", r"\{")
 _CLOSE = {")", "]", "}", r"\}", r"\end"}
-_NAME = r"(?:\\[a-zA-Z]+|[a-zA-Z])'*(?:_(?:\{\w+\}|\w))?(?:\([a-zA-Z0-9]\))?"
+_NAME = r"(?:\\[a-zA-Z]+|[A-Z]{2,3}|[a-zA-Z])'*(?:_(?:\{\w+\}|\w))?(?:\([a-zA-Z0-9]\))?"
 _NAMED = re.compile(rf" ?({_NAME}) ?=(?!=)([^=]+)", re.DOTALL)
 _NAMED_TUPLE = re.compile(rf"\(({_NAME}(?:,{_NAME})+)\)=(\(.*\))", re.DOTALL)
 _PLUS_MINUS = re.compile(r"\\(pm|mp)(?![a-zA-Z])")

@@ -31,7 +31,7 @@ _ARGUMENT_OR_CLOSE = re.compile(
 )
 # Names of functions that need no brackets, and what has to follow their names.
 _FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|ln|log"
-_OPERAND = r"(?= ?(?:[(_]|[0-9]|\\|[a-zA-Z](?![a-zA-Z])))"
+_OPERAND = r"(?= ?(?:[(_^]|[0-9]|\\|[a-zA-Z](?![a-zA-Z])))"
 _THOUSANDS = re.compile(
     r"((?:\\?\$|[€£¥₹]|\\text\{(?:[^{}0-9]*\})?|[A-Za-z]{2,3}\.? ?)?[+-]?[1-9][0-9]{0,2})"
     r"((?:(?:,|\{,\}|,?\\[!,]| )[0-9]{3})+)(\.[0-9]+)?((?![0-9])(?:[^0-9,;=]|\^\{?-?[0-9])*)",
@@ -56,7 +56,12 @@ _RULES: list[tuple[re.Pattern, Any]] = [
         (r"(?<!\\)\\[!,]|\\[hv]?phantom\s*(?:\{[^{}]*\}|[^\\{}])", ""),
         (r"(?<!\\)\\[;:> ]|~|\\q?quad(?![a-zA-Z])", " "),
         # Signs and commands with several spellings.
-        (r"^(\\(?:text|math)\w*\{)?(\([A-J]\))(\}?) +(?=-)", r"\1\2\3:"),  # choice (B) is -1
+        # A choice: "B. 12", and "(B) -1", which is no difference.
+        (r"^([A-J])[.:] +", r"(\1) "),
+        (
+            r"^(?:\\(?:text|math)\w*\{(\([A-J]\))(?: +\} *|\} +)|(\([A-J]\)) +)(?=-)",
+            r"\1\2:",
+        ),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\(?:le|leqslant|leqq)(?![a-zA-Z])|<=", r"\\leq"),
         (r"\\(?:ge|geqslant|geqq)(?![a-zA-Z])|>=", r"\\geq"),

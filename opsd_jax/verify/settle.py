@@ -106,7 +106,8 @@ def _compare_notation(gold: str, answer: str, *, choice_removed: bool) -> Verdic
 def _compare_quantities(gold: str, answer: str) -> Verdict | Pair:
     """Compares units and values of normalised answers. Returns a `Pair` if a parser is needed."""
     gold, gold_units = without_units(gold, gold=True)
-    answer, answer_units = without_units(answer, lone=bool(re.fullmatch(r"[-+0-9.,/]+", gold)))
+    numbers = all(plain_number(part) for part in listing(gold).parts)
+    answer, answer_units = without_units(answer, lone=numbers)
     if gold_units and answer_units and gold_units != answer_units:
         return MISMATCH
     right = compare_numbers(gold, answer)

@@ -29,7 +29,7 @@ _SPELLINGS = [
     "V volt volts", "A amp amps ampere amperes", "K kelvin kelvins", "C coulomb coulombs",
     "F farad farads", "T tesla teslas", "Wb weber webers", "H henry henries", "Ω ohm ohms",
     "mol mole moles", "eV", "cal calorie calories", "kcal", "atm", "bar", "rad radian radians",
-    "rpm",
+    "rpm", "mpg",
     "degree degrees deg 度", "celsius", "fahrenheit", "B byte bytes", "bit bits",
     "dB decibel decibels",
     "cent cents ¢", "dollar dollars usd us 美元", "euro euros eur €", "gbp £",
@@ -61,7 +61,7 @@ _NUMERALS = (
 )
 _OTHER_FACTORS = (
     "halves sixes twenties k mn bn pi base mod modulo plus minus over divided multiplied raised "
-    "squared cubed factorial power powers root roots log ln sin cos tan inverse reciprocal "
+    "squared cubed factorial power powers log ln sin cos tan inverse reciprocal "
     "negative positive doubled tripled quadrupled halved double triple percent percents permille "
     "and or not no non if but maybe perhaps possibly probably likely either neither wrong "
     "incorrect false unless except else otherwise instead versus vs is was equals less greater "
@@ -89,6 +89,7 @@ _SET_UNIT = re.compile(
     rf"(?:\\frac\{{ ?)?(?:\\(?:mu|Omega) ?)?{_SETTING}|\^\\circ|\\(?:mu|Omega)(?![a-zA-Z])"
 )
 _BARE_UNIT = re.compile(r" ?[a-zA-Zμµ€£¥₹₩₽¢\u4e00-\u9fff]")
+TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 _VALUE_END = re.compile(r".*(?:[0-9)}]|\\pi ?)", re.DOTALL)
 _OPERATOR_END = re.compile(r".*(?:[\\\s^_=,+*/({\[<>-]|\\(?:cdot|times|div|pm|in) ?)", re.DOTALL)
 _SIMPLER = [
@@ -127,6 +128,8 @@ def quantity(text: str, *, gold: bool = False, lone: bool = False) -> tuple[str,
         return currency[1] + quantity(currency[4], gold=gold)[0], name
     for start in range(max(1, len(text) - LONGEST_UNIT), len(text)):
         value, suffix = text[:start], text[start:]
+        if suffix[0] == "^" and TRIGONOMETRY.search(value):
+            continue  # the degrees of an angle
         if _SET_UNIT.match(suffix) and not _OPERATOR_END.fullmatch(value[-8:]):
             name = unit_name(suffix)
             if name or is_counted(suffix, gold=gold):

@@ -83,7 +83,7 @@ def test_the_page_names_every_convention_reason_and_field():
 
 
 def examples():
-    """Returns (verifier, gold answer, answer, whether it is accepted) for the tables of examples."""
+    """Yields (verifier, gold answer, answer, whether it is accepted) of the tables of examples."""
     verifiers = {"`numeric`": numeric(relative_tolerance=0.01), "`choice`": choice()}
     for row in re.findall(r"^\| ?(.*) \|$", PAGE, re.MULTILINE):
         kind, *cells = re.split(r"(?<!\\) \| ", row)

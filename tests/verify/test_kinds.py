@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001
 """Right and wrong answers by the kind of mistake that a maths verifier can make with them."""
 
 import pytest
@@ -687,6 +688,86 @@ KINDS = {
         r"x \leq 2": ([r"x<=2"], []),
         r"x>2": ([r"2<x"], [r"x>3"]),
         r"x+y>2": ([r"2<x+y"], []),
+    },
+    "names before an equals sign": {
+        r"\frac{3}{2}": (
+            [r"\frac{a}{b}=\frac{3}{2}"],
+            [
+                r"\frac{3}{2}=x=5",
+                r"\frac{1}{3} \; ! \; \frac{3}{2}",
+                r"\frac{1}{3} \vdash \frac{3}{2}",
+                r"\forall \frac{3}{2}",
+                r"2[\frac{3}{2}",
+                r"\sqrt{x=\frac32}",
+                r"\frac{3}{2} \& 5",
+                r"|x=\frac32|",
+            ],
+        ),
+        r"\frac{1}{2}": ([r"\cos 60^\circ"], [r"\begin{array}{c} x \\ \frac{1}{2} \end{array}"]),
+        r"(3,4)": ([], [r"7(3,4)", r"\sqrt{(3,4)}", r"(3,4) ? 7", r"|(3,4)|", r"(3,4)(5,6)"]),
+        r"\frac13,\frac18": ([], [r"2(\frac13,\frac18)"]),
+        r"y=\frac12": ([r"\frac12"], [r"-(y=\frac12)", r"\frac{1}{y=\frac12}"]),
+        r"\frac12": (
+            [
+                r"f(3)=\frac12",
+                r"P(X=2)=\frac12",
+                r"\sin 30^\circ=\frac12",
+                r"\cos\theta = \frac12",
+                r"\mathbb{P}(A)=\frac12",
+                r"\log_4 2=\frac12",
+                r"\boxed{\frac12}",
+                r"\text{probability } = \frac12",
+                r"\frac{1}{2}\,\text{ or }\,0.5",
+                r"\frac{1}{2}\quad",
+                r"\Pr(A)=\frac12",
+                r"P(A|B)=\frac12",
+                r"P(A\mid B)=\frac12",
+                r"\max_{x} f(x)=\frac12",
+            ],
+            [
+                r"\frac13 ? x=\frac12",
+                r"\frac13 \Rightarrow x=\frac12",
+                r"\Pr(A)=\frac13",
+                r"\mathbb{P}(A)=\frac13",
+            ],
+        ),
+        r"\frac32": (
+            [
+                r"S_{\infty}=\frac32",
+                r"|AB|=\frac32",
+                r"\overline{AB}=\frac32",
+                r"AB = \frac32",
+                r"\text{Area}=\frac32",
+                r"\frac{dy}{dx}=\frac32",
+                r"\int_0^1 f = \frac32",
+            ],
+            [r"(x=\frac32)+1", r"f(x=\frac32", r"x?=\frac32"],
+        ),
+        r"12": (
+            [
+                r"n=12",
+                r"\binom{4}{2}\cdot 2=12",
+                r"\sum_{k=1}^{3} 2k=12",
+                r"|S|=12",
+                r"a_5=12",
+                r"x = 12.",
+                r"x+y=12",
+                r"\gcd(24,36)=12",
+                r"\lfloor 12.5\rfloor = 12",
+                r"\#S=12",
+                r"D. 12",
+            ],
+            [],
+        ),
+        r"3": ([r"\lim_{x\to\infty} f(x)=3", r"\lim_{n \rightarrow \infty} a_n = 3"], []),
+        r"2": ([], [r"\text{not } 2", r"\text{not } 3 = 2"]),
+        r"\sqrt2": ([r"x=\sqrt2\approx1.41"], []),
+        r"17": ([], [r"\mapsto 17", r"16 \to 17", r"17 \quad 18"]),
+        r"5": ([r"5 roots", r"5 real roots"], [r"x=y?=5"]),
+        r"D": ([r"D. 12"], [r"C. 12"]),
+        r"1+\sqrt3 i": ([r"2(\cos 60^\circ+i\sin 60^\circ)"], []),
+        r"2(\cos 60^\circ+i\sin 60^\circ)": ([r"1+\sqrt3 i"], []),
+        r"\sin 30": ([], [r"\sin 30^\circ"]),
     },
 }
 CASES = [
