@@ -225,7 +225,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _chain(text: str) -> list[str]:
-    r"""Splits a chain of equations such as `x = 2 + 2 = 4` at each `=` or `\approx` outside brackets.
+    r"""Splits a chain such as `x = 2 + 2 = 4` at each `=` or `\approx` outside brackets.
 
     Returns:
       Terms and relations in turn: `[term, relation, term, ...]`.

@@ -1,7 +1,10 @@
 # ruff: noqa: RUF001
 """Right and wrong answers by the kind of mistake that a maths verifier can make with them."""
 
+import json
+
 import pytest
+from paths import SHARED
 
 from opsd_jax.problem import Problem
 from opsd_jax.verify.maths import maths
@@ -793,3 +796,15 @@ def test_every_gold_answer_is_understood(gold):
     verifier = maths()
     prepared = verifier.prepare_gold(problem(gold))
     assert (prepared if isinstance(prepared, Verdict) else verifier.judge(prepared)).correct
+
+
+BUGS = SHARED / "bugs" / "verifier_turn2.jsonl"
+
+
+@pytest.mark.skipif(not BUGS.exists(), reason="the cases of bug reports are not available")
+def test_cases_of_bug_reports_get_the_right_verdict():
+    verifier = maths()
+    for line in BUGS.open():
+        row = json.loads(line)
+        if not row.get("convention"):
+            assert verifier(problem(row["gold"]), row["pred"]).correct == row["expect"], row
