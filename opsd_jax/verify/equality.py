@@ -31,7 +31,8 @@ _LABEL = re.compile(
 _DERIVATIVE = re.compile(r"\s*\\frac\{(?:d|\\partial)")
 _MEMBER = re.compile(r"[a-zA-Z] ?\\in(?![a-zA-Z]) ?")
 _DENIAL = re.compile(r"\b(?:not|neither|never|isn't)\b")
-_BASE = re.compile(r"(?<![\^0-9])[0-9]+ ?_")  # the grammar ignores the base in 204_5
+# The base of 204_5, which the grammar ignores.
+_BASE = re.compile(r"(?<![\^0-9])[0-9]+ ?_(?:\{([^{}]*)\}|(.))")
 
 
 def equal(gold: str, answer: str) -> bool:
@@ -128,6 +129,9 @@ def _equal_expressions(gold: str, answer: str) -> bool:
     """Compares two answers that are not lists, and corrects known errors of math-verify."""
     import math_verify
 
+    bases = [sorted(map("".join, _BASE.findall(text))) for text in (gold, answer)]
+    if bases[0] != bases[1]:
+        return False
     chain = _first_of_chain(answer, alone=not _RELATION.search(gold))
     a, b = parse(_first_of_chain(gold) or gold), None if chain is None else parse(chain)
     if a is None or b is None:
@@ -152,8 +156,6 @@ def parse(text: str) -> Any:
     config = dataclasses.replace(
         math_verify.LatexExtractionConfig().normalization_config, units=False, boxed="none"
     )
-    if _BASE.search(text):
-        return None
     try:
         parsed = latex2sympy(
             normalize_latex(text, config),

@@ -16,7 +16,7 @@ _DOTS = re.compile(r"\\[a-z]?dots[a-z]?(?![a-zA-Z])|\.\.\.|…")
 _CHOICE = re.compile(r"\(?([A-J])(?:\)|[.:](?= )|$)[.:]? ?(.*)")
 _CLOCK = re.compile(r"0?([0-9]{1,2}):([0-9]{2})(?: ?([ap])\.?m\.?)?", re.IGNORECASE)
 _BASED = re.compile(
-    r"(?:[a-z]=)?\(?([0-9][0-9a-fA-F]*)\)?(?:(?:_\{?\(?(?:base ?)?| ?base ?)([0-9]+)\)?\}?)?"
+    r"(?:[a-z]=)?\(?(-?[0-9][0-9a-fA-F]*)\)?(?:(?:_\{?\(?(?:base ?)?| ?base ?)([0-9]+)\)?\}?)?"
 )
 _RATIO = re.compile(r"[0-9]+(?:\.[0-9]+)?(?::[0-9]+(?:\.[0-9]+)?)+")
 _CAPITALS = re.compile(r"[A-Z]{3,}")  # a triangle or an order of letters, not a product
