@@ -1,10 +1,13 @@
 """Measures the maths verifier: its accuracy, its resistance to hostile answers, and its cost.
 
     python benchmarks/verifier.py [--cases DIR]
+    python benchmarks/verifier.py --bugs FILE ...
 
 DIR contains JSON lines with `gold`, `pred` and `expect`, in the files derived_math500,
-rollouts_math_qwen, rollouts_gsm8k_gpt3, cases, probes and hostile. The benchmark prints every wrong
-verdict, and the results as one JSON line at the end.
+rollouts_math_qwen, rollouts_gsm8k_gpt3, cases, probes and hostile. The benchmark prints every
+wrong verdict, and the results as one JSON line at the end. With --bugs, it only scores FILEs of
+JSON lines in the same format. Where `expect` is true, the gold answer has to be accepted too. Rows
+with `control` are counted separately, and rows with `convention` are not scored.
 """
 
 from __future__ import annotations
@@ -78,6 +81,29 @@ def score_public(rows: list[Row]) -> int:
         + score("public", choices, choice(("boxed", "text")))
         + score("public", texts, maths(("boxed", "####", "text")))
     )
+
+
+def score_bugs(paths: list[pathlib.Path]) -> dict[str, int]:
+    """Scores cases of bug reports and their controls, and prints the rows with a wrong verdict."""
+    rows = [row for path in paths for row in read(path)]
+    with VerifierPool(maths()) as pool:
+        problems = [Problem(i, "", "", row["gold"]) for i, row in enumerate(rows)]
+        golds = [pool.submit_gold(problem) for problem in problems]
+        golds_right = [future.result().correct for future in golds]
+    counts = dict.fromkeys(("bugs_cases", "bugs_right", "controls", "controls_right"), 0)
+    for row, gold_right, verdict in zip(rows, golds_right, verify(rows, maths()), strict=True):
+        total, right = (
+            ("controls", "controls_right") if row.get("control") else ("bugs_cases", "bugs_right")
+        )
+        counts[total] += 1
+        if verdict.correct == row["expect"] and (gold_right or not row["expect"]):
+            counts[right] += 1
+        else:
+            print(
+                f"{right} {row['id']} ({row['cat']}): {row['gold']!r} | {row['pred']!r} | expected "
+                f"{row['expect']}, got {verdict.reason}; gold answer accepted: {gold_right}"
+            )
+    return counts
 
 
 def processes() -> dict[int, tuple[float, float]]:
@@ -192,7 +218,12 @@ def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=pathlib.Path, default=CASES)
-    directory = parser.parse_args().cases
+    parser.add_argument("--bugs", type=pathlib.Path, nargs="+", metavar="FILE")
+    arguments = parser.parse_args()
+    if arguments.bugs:
+        print(json.dumps(score_bugs(arguments.bugs)))
+        return
+    directory = arguments.cases
     derived, qwen, gsm8k, cases, probes, attacks = (
         read(directory / f"{name}.jsonl")
         for name in (

@@ -4,30 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from opsd_jax.problem import Problem
+from opsd_jax.verify.characters import plain_characters
 
-# Characters with several spellings: quotes, dashes, and characters that have a TeX command.
-_WIDE = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)}  # full-width ASCII
-_CHARACTERS = (
-    _WIDE
-    | str.maketrans("\u2018\u2019\u201c\u201d\u2212\u2010\u2011\u2013\u2014", "''\"\"-----")
-    | str.maketrans(
-        {
-            "\u00d7": r"\times ",
-            "\u00b7": r"\cdot ",
-            "\u22c5": r"\cdot ",
-            "\u00b0": r"^\circ ",
-            "\u03c0": r"\pi ",
-            "\u2264": r"\le ",
-            "\u2265": r"\ge ",
-            "\u2260": r"\ne ",
-        }
-    )
-)
 _SUBSTITUTIONS = [
     (re.compile(pattern), new)
     for pattern, new in [
@@ -70,9 +52,7 @@ def normalise(question: str) -> str:
     The normal form ignores case, whitespace, dollar signs, commands for spaces and sizes, the style
     of fractions, quotes and dashes, and the full stop at the end. It keeps numbers and operators.
     """
-    text = unicodedata.normalize("NFC", question).translate(_CHARACTERS).casefold()
-    if not text.isascii():  # category Cf: invisible characters, such as a soft hyphen
-        text = "".join(char for char in text if unicodedata.category(char) != "Cf")
+    text = plain_characters(question).casefold()
     for pattern, new in _SUBSTITUTIONS:
         text = pattern.sub(new, text)
     return text.rstrip(".:?")

@@ -9,16 +9,18 @@ import re
 from collections.abc import Callable, Sequence
 
 LONGEST = 1000  # characters; a longer answer is only compared as text
+LONGEST_EMPTY = 50  # characters of a box that has no content except spaces and empty boxes
 LONGEST_TEXT = 5000  # characters at the end of a response that convention "text" reads
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s*([^\s{}$\\]+)")
 # Text between two boxes that together give one answer: `\boxed{1}$ and $\boxed{2}`.
+_EMPTY = re.compile(r"(?:\\(?:boxed|fbox|text|quad)\b|\\[,;:! ]|[\s{}$.~])*")
 _CONNECTIVE = re.compile(
     r"(?:[\s$,;&]|\\[,;:! ()\[\]]|\\q?quad\b|(?:\\text\s*\{\s*)?\b(?:and|or)\b(?:\s*\})?)*"
 )
 _ANSWER_LINE = re.compile(
-    r"\banswer(?:[ \t]+is)?\**[ \t]*:\**[ \t]*(?:the (?:final )?answer is[ \t:]*)?(\S.*)$",
+    r"\banswer(?:[ \t]+is)?\**[ \t]*[:\uff1a]\**[ \t]*(?:the (?:final )?answer is[ \t:]*)?(\S.*)$",
     re.IGNORECASE | re.MULTILINE,
 )
 _HOPE = re.compile(r"\.?\s*I hope it is correct.*", re.IGNORECASE)
@@ -41,8 +43,9 @@ def after_thinking(response: str) -> str | None:
 def boxed(text: str) -> str | None:
     r"""Returns the content of the last box: `\boxed{}`, `\fbox{}` or, without braces, `\boxed 5`.
 
-    Consecutive boxes with only commas, "and" or "or" between them count as one answer, a list.
-    Otherwise a response could name several answers in a row and be correct with the last.
+    Empty boxes are ignored. Consecutive boxes with only commas, "and" or "or" between them count as
+    one answer, a list. Otherwise a response could name several answers in a row and be correct with
+    the last.
     """
     first = min((i for i in (text.find("\\boxed"), text.find("\\fbox")) if i >= 0), default=None)
     if first is None:
@@ -52,7 +55,7 @@ def boxed(text: str) -> str | None:
     for token in _BRACES.finditer(text, first):
         if token.group() == "}":
             box = opened.pop() if opened else None
-            if box is not None:
+            if box is not None and not _empty(text, box[1], token.start()):
                 boxes.append((*box, token.start()))
         elif token.group() == "{":
             opened.append(None)
@@ -74,6 +77,11 @@ def boxed(text: str) -> str | None:
     return ", ".join(reversed(answers))
 
 
+def _empty(text: str, start: int, end: int) -> bool:
+    """Returns whether a box has no content except spaces and empty boxes."""
+    return end - start <= LONGEST_EMPTY and _EMPTY.fullmatch(text, start, end) is not None
+
+
 def hashes(text: str) -> str | None:
     """Returns the rest of the line after the last `####` in a text."""
     lines = _HASHES_LINE.findall(text)
@@ -81,9 +89,9 @@ def hashes(text: str) -> str | None:
 
 
 def answer_line(text: str) -> str | None:
-    """Returns the rest of the line after the last "Answer:", without asterisks around it."""
+    """Returns the rest of the line after the last "Answer:", without Markdown around it."""
     lines = _ANSWER_LINE.findall(text)
-    return _HOPE.sub("", lines[-1][:LONGEST]).strip().strip("*").strip() if lines else None
+    return _HOPE.sub("", lines[-1][:LONGEST]).strip(" \t*`") if lines else None
 
 
 TEXT = "text"

@@ -1,81 +1,134 @@
-"""Normalises answers as text, splits off units, and reads plain numbers without a parser."""
+"""Normalises answers as text, and reads plain numbers without a parser."""
 
 from __future__ import annotations
 
 import re
 from fractions import Fraction
+from typing import Any
 
+from opsd_jax.verify.characters import plain_characters
+
+LONGEST_NUMBER = 1000  # characters
 _DELIMITED = re.compile(r"(?:\$\$?(.*?)\$\$?|\\\[(.*)\\\]|\\\((.*)\\\))[.\s]*", re.DOTALL)
 _TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|tt|sf|normal)?|math(?:rm|bf|it)|mbox|operatorname)\s*\{([^{}]*)\}"
 )
-_NAMES = [
-    "mm millimeter millimeters millimetres", "cm centimeter centimeters centimetres",
-    "m meter meters metre metres", "km kilometer kilometers kilometres",
-    "in inch inches", "ft foot feet", "yd yard yards", "mi mile miles",
-    "mg milligram milligrams", "g gram grams", "kg kilogram kilograms",
-    "lb lbs pound pounds", "oz ounce ounces", "l liter liters litre litres",
-    "ml milliliter milliliters millilitres", "gal gallon gallons",
-    "s sec second seconds", "min mins minute minutes", "h hr hrs hour hours", "day days",
-    "week weeks", "month months", "year years", "cent cents", "dollar dollars",
-    "degree degrees", "rad radian radians", "celsius", "fahrenheit", "unit units",
-]  # fmt: skip
-UNITS = {name: names.split()[0] for names in _NAMES for name in names.split()}
-_SPEEDS = {"mph": "mi/h", "kmh": "km/h", "kph": "km/h", "kmph": "km/h"}
-_UNIT = re.compile(
-    r"(.*[^\\\s^_=,+*/-]) ?"
-    r"(?:\\(?:text(?:bf|it|rm|normal)?|mathrm|mbox)\{([a-zA-Z ./]*)\}|"
-    rf"(?<=[0-9}}])[ ]?({'|'.join(name for name in UNITS if len(name) > 1)})|"
-    r"\^\{?\\circ\}?)"
-    r"(?:\^\{?([23])\}?)?",
-    re.DOTALL,
+# A decimal whose last digits recur: 0.1\overline{6}, 0.1\dot{6}, 0.1(6) or 0.1666...
+_DOT = r"\\dot\s*\{?([0-9])\}?"
+_DOTS = r"(?:\.\.\.|\\[lc]?dots(?![a-z]))"
+_RECURRING = re.compile(
+    r"(?<![0-9.])([0-9]{0,30})\.([0-9]{0,30}?)(?:"
+    r"\\(?:overline|bar)\s*(?:\{([0-9]{1,30})\}|([0-9]))|\(([0-9]{1,30})\)|"
+    rf"{_DOT}(?:([0-9]{{0,30}}){_DOT})?|"
+    rf"(?:(?P<one>[0-9])(?P=one)(?P=one)|(?P<more>[0-9]{{2,12}})(?P=more)){_DOTS}"
+    r")(?![0-9])"
 )
-# Words after a number that are not a unit but change its value.
-FACTORS = re.compile(
-    r"\b(?:and|or|not|no|if|pi|million|billion|trillion|thousand|hundred|dozen|half|base|mod)\b",
-    re.IGNORECASE,
+_OVERLINED = re.compile("(?:[0-9]\u0305)+")  # with combining characters
+_DOTTED = re.compile("([0-9])\u0307")
+# The opening bracket of an argument, or any other bracket.
+_ARGUMENT_OR_CLOSE = re.compile(
+    r"(?:(\\sqrt(?: ?\[[0-9a-z]\])?|\^) ?|((?<![a-zA-Z\\])[aA]bs))?\(|\)"
 )
-_REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\overline\s*\{?([0-9]+)\}?")
+# Names of functions that need no brackets, and what has to follow their names.
+_FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|ln|log"
+_OPERAND = r"(?= ?(?:[(_^]|[0-9]|\\|[a-zA-Z](?![a-zA-Z])))"
 _THOUSANDS = re.compile(
-    r"((?:\\?\$)?[+-]?[1-9][0-9]{0,2})((?:(?:,|\{,\}|,?\\[!,]| )[0-9]{3})+)(\.[0-9]+)?"
+    r"((?:\\?\$|[€£¥₹]|\\text\{(?:[^{}0-9]*\})?|[A-Za-z]{2,3}\.? ?)?[+-]?[1-9][0-9]{0,2})"
+    r"((?:(?:,|\{,\}|,?\\[!,]| )[0-9]{3})+)(\.[0-9]+)?((?![0-9])(?:[^0-9,;=]|\^\{?-?[0-9])*)",
+    re.DOTALL,
 )
 _NUMBER = re.compile(
     r"([+-]?)(?:([0-9]*\.[0-9]+|[0-9]+\.?)|(?:([0-9]+) )?([0-9]+)/0*([1-9][0-9]*))"
 )
-
+_SCIENTIFIC = re.compile(
+    r"(?:(.*[0-9.]) ?(?:\\times|\\cdot|\*) ?|([+-]?))10\^\{?([-+]?[0-9]{1,3})\}?", re.DOTALL
+)
 _ARGUMENT = r"\\[a-zA-Z]+|[0-9a-zA-Z]"
 
 # (pattern, replacement), applied in this order.
-_RULES = [
+_RULES: list[tuple[re.Pattern, Any]] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"\\?\$", ""),
         (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle)(?![a-zA-Z])", ""),
         (r"(?<=[0-9])(?:,\\!|\{,\}|\\,)(?=[0-9]{3}(?![0-9]))", ""),  # thousands
-        (r"(?<=[0-9])\\,(?=[0-9])", " "),
+        (r"(?<=[0-9])\\,(?=[0-9])|(?<=[0-9a-zA-Z])\\,(?=[a-zA-Z])", " "),
         (r"(?<!\\)\\[!,]|\\[hv]?phantom\s*(?:\{[^{}]*\}|[^\\{}])", ""),
         (r"(?<!\\)\\[;:> ]|~|\\q?quad(?![a-zA-Z])", " "),
+        # Signs and commands with several spellings.
+        # A choice: "B. 12", and "(B) -1", which is no difference.
+        (r"^([A-J])[.:] +", r"(\1) "),
+        (
+            r"^(?:\\(?:text|math)\w*\{(\([A-J]\))(?: +\} *|\} +)|(\([A-J]\)) +)(?=-)",
+            r"\1\2:",
+        ),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"\\(?:le|leqslant|leqq)(?![a-zA-Z])|<=", r"\\leq"),
+        (r"\\(?:ge|geqslant|geqq)(?![a-zA-Z])|>=", r"\\geq"),
+        (r"\\(?:ne|not ?=)(?![a-zA-Z])|!=", r"\\neq"),
+        (r"\\lt(?![a-zA-Z])", "<"),
+        (r"\\gt(?![a-zA-Z])", ">"),
+        (r"\\(?:langle|lparen)(?![a-zA-Z])", "("),
+        (r"\\(?:rangle|rparen)(?![a-zA-Z])", ")"),
+        (r"\\lbrace(?![a-zA-Z])", r"\\{"),
+        (r"\\rbrace(?![a-zA-Z])", r"\\}"),
+        (r"\\(begin|end)\{(?:small|[bB])matrix\}", r"\\\1{pmatrix}"),
+        (r"\\(?:varnothing|emptyset)(?![a-zA-Z])|\\\{\s*\\\}", r"\\emptyset"),
+        (r"\\(?:pounds|textsterling)(?![a-zA-Z])", "£"),
+        (r"\\(?:euro|texteuro|EUR)(?![a-zA-Z])", "€"),
+        (r"\\(?:yen|textyen)(?![a-zA-Z])", "¥"),
+        (r"\\(?:cent|textcent)(?![a-zA-Z])", "¢"),
+        (r"\\text\{\s*([€£¥₹¢])\s*\}", r"\1"),
+        (
+            r"\\(?:math(?:bf|it|sf|tt|normal)|boldsymbol|bm|pmb)\s*(?:\{([^{}]*)\}|([0-9a-zA-Z]))",
+            r"\1\2",
+        ),
+        (r"\\(?:mathrm|text(?:bf|it|rm)?|rm)\s*([0-9])", r"\1"),
+        (r"\\(?:large|Large|bf|it|rm|textstyle)(?![a-zA-Z])", ""),
+        (r"\\underline\{([^{}]*)\}", r"\1"),
+        # The notation of programs: x**2, sin(x), exp(2), pi/2, sqrt(2), 1.5e3.
+        (r"(?<=[0-9a-zA-Z)}])(?:\*\*| \*\* )(?=[-0-9a-zA-Z({\\])", "^"),
+        (r"\*\*", ""),
+        (rf"(?<![a-zA-Z\\])({_FUNCTIONS}){_OPERAND}", r"\\\1 "),
+        (r"(?<![a-zA-Z\\])a(sin|cos|tan)(?=\()", r"\\arc\1"),
+        (r"(?<![a-zA-Z\\])(exp|sec|csc)(?=\()", r"\\\1"),
+        (rf"\\(?:operatorname|mathrm|text)\{{({_FUNCTIONS}|exp|sec|csc)\}}", r"\\\1 "),
+        (
+            r"(?<![a-zA-Z\\{])(alpha|beta|gamma|delta|theta|lambda|sigma|phi|omega|pi)(?![a-zA-Z])",
+            r"\\\1 ",
+        ),
+        (r"(?<![a-zA-Z\\])(?:infinity|inf|oo)(?![a-zA-Z])", r"\\infty "),
+        (r"(?<![a-zA-Z\\])sqrt(?![a-zA-Z])", r"\\sqrt"),
+        (
+            r"(?<![0-9a-zA-Z.\\_])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]([-+]?[0-9]{1,3})"
+            r"(?![0-9a-zA-Z._])",
+            r"\1\\times10^{\2}",
+        ),
+        # Roots, fractions and powers have their arguments in braces.
+        (r"√\s*([0-9]+(?:\.[0-9]+)?|[a-zA-Z])", r"\\sqrt{\1}"),
+        (r"([∛∜])\s*([0-9]+(?:\.[0-9]+)?|[a-zA-Z])", r"\1{\2}"),
+        ("√", r"\\sqrt"),
+        ("∛", r"\\sqrt[3]"),
+        ("∜", r"\\sqrt[4]"),
         (r"\\frac\s+\{", r"\\frac{"),
         (rf"\\frac\s*({_ARGUMENT})", r"\\frac{\1}"),
         (rf"(\\frac\{{[^{{}}]*\}})\s*({_ARGUMENT})", r"\1{\2}"),
-        (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"\\sqrt\s*([0-9a-zA-Z])", r"\\sqrt{\1}"),
-        (r"\\(?:varnothing|emptyset)(?![a-zA-Z])|\\\{\s*\\\}|∅", r"\\emptyset"),
-        (r"\\(?:le|leqslant)(?![a-zA-Z])|≤", r"\\leq"),
-        (r"\\(?:ge|geqslant)(?![a-zA-Z])|≥", r"\\geq"),
-        ("\N{MINUS SIGN}", "-"),
-        (r"[,;\s]*(?:\\(?:text|mbox)\{[,\s]*(?:and|or)\s*\}|\b(?:and|or)\b)\s*|;", ","),
+        (r"\\sqrt\s*(\\frac\{[^{}]*\}\{[^{}]*\})", r"\\sqrt{\1}"),
+        (r"\^\s*([-+][0-9]+)", r"^{\1}"),
+        (r"\\lor(?![a-zA-Z])", r"\\vee"),
+        (r"\\land(?![a-zA-Z])", r"\\wedge"),
+        (
+            r"(?:(?<![,;\s])[,;\s]*)?(?:\\(?:text(?:rm|bf|it)?|mathrm|mbox)\{[,\s]*(?:and|or)\s*\}|"
+            r"\b(?:and|or)\b)\s*",
+            lambda words: r"\lor " if "or" in words[0] else r"\land ",
+        ),
+        (";", ","),
         (r"\\(?:text|mathrm|operatorname)\{\s*([eid])\s*\}", r"\1"),  # upright constants
-        (r"\\(?:text|mathrm)\{\s*pi\s*\}|π", r"\\pi "),
-        (r"\\(?:large|Large|bf|it|rm|textstyle)(?![a-zA-Z])|\*\*", ""),
-        (r"\\underline\{([^{}]*)\}", r"\1"),
-        (r"√\s*([0-9a-zA-Z])", r"\\sqrt{\1}"),
-        (r"\^?(?:\\degree(?![a-zA-Z])|°)", r"^\\circ"),
-        (r"\^\{?\\circ\}?\s*\\(?:text|mathrm)\{\s*C\s*\}", r"\\text{celsius}"),
-        (r"\^\{?\\circ\}?\s*\\(?:text|mathrm)\{\s*F\s*\}", r"\\text{fahrenheit}"),
-        ("²", "^2"),
-        ("³", "^3"),
+        (r"\\(?:text|mathrm)\{\s*\\?pi\s*\}", r"\\pi "),
+        (r"\^?\\degree(?![a-zA-Z])|\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![a-zA-Z])", r"^\\circ"),
+        (r"\^\\circ\s*(?:\\(?:text|mathrm)\{\s*C\s*\}|C(?![a-zA-Z]))", r"\\text{celsius}"),
+        (r"\^\\circ\s*(?:\\(?:text|mathrm)\{\s*F\s*\}|F(?![a-zA-Z]))", r"\\text{fahrenheit}"),
         (r"\\colon(?![a-zA-Z])|\{:\}", ":"),
         (r"\\text\{\s*percent\s*\}|\bpercent(?:age)?\b", r"\\%"),
         (r"\s+", " "),
@@ -86,6 +139,17 @@ _RULES = [
     ]
 ]
 
+# "and" and "or" separate the values of a list. Between inequalities and sets they differ.
+_REGION = re.compile(r"[<>]|\\(?:leq|geq|neq|in|infty)(?![a-zA-Z])")
+_IN_LISTS = [
+    (re.compile(r"\\(?:lor|land)(?![a-zA-Z]) ?(?=[0-9]{3}(?![0-9]))"), ", "),
+    (re.compile(r"\\(?:lor|land)(?![a-zA-Z]) ?"), ","),
+]
+_IN_REGIONS = [
+    (re.compile(r"\\vee(?![a-zA-Z])"), r"\\lor"),
+    (re.compile(r"\\wedge(?![a-zA-Z])"), r"\\land"),
+]
+
 
 def delimited(text: str) -> str | None:
     """Returns the formula inside delimiters such as `$...$`. Returns None for any other text."""
@@ -94,47 +158,35 @@ def delimited(text: str) -> str | None:
     return None if not inside or "$" in inside else inside
 
 
-def quantity(text: str) -> tuple[str, str | None]:
-    r"""Splits a normalised answer into its value and its unit.
-
-    A unit is the content of `\text{}` or a similar command, a known word after a digit, or the
-    degree sign.
-
-    Returns:
-      `(value, unit)`. The unit is None if there is none, or if it is not made of UNITS.
-    """
-    found = _UNIT.fullmatch(text)
-    if not found:
-        return text, None
-    value, setting, word, power = found.groups()
-    words = (word or ("degree" if setting is None else setting)).lower()
-    return (text, None) if FACTORS.search(words) else (value, _unit(words, power or "1"))
-
-
-def _unit(words: str, power: str) -> str | None:
-    """Returns the canonical name of a unit, such as "ft^2", or None if the unit is unknown."""
-    if squared := re.match(r"\s*(?:(square|sq)|cubic|cu)[. ]\s*", words):
-        words, power = words[squared.end() :], "2" if squared[1] else "3"
-    name = re.sub(r"[ .]", "", words.replace(" per ", "/"))
-    parts = _SPEEDS.get(name, name).split("/")
-    if not all(part in UNITS for part in parts):
-        return None
-    first, *others = (UNITS[part] for part in parts)
-    return "/".join([f"{first}^{power}", *others])
-
-
 def normalise(answer: str) -> str:
     """Removes typesetting from an answer, so that answers can be compared as texts."""
-    text = answer.strip()
+    text = plain_characters(answer.strip())
     inside = delimited(text)
-    text = _REPEATING.sub(_as_fraction, text if inside is None else inside)
+    text = text if inside is None else inside
+    text = _OVERLINED.sub(lambda run: rf"\overline{{{run[0][::2]}}}", text)
+    text = _RECURRING.sub(_as_fraction, _DOTTED.sub(r"\\dot{\1}", text))
     if number := _THOUSANDS.fullmatch(text.strip(" .$")):
-        text = number[1] + re.sub("[^0-9]", "", number[2]) + (number[3] or "")
+        text = number[1] + re.sub("[^0-9]", "", number[2]) + (number[3] or "") + number[4]
     if "\\begin" not in text:  # in an environment, two backslashes end a row
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
-    return text.strip()
+    for joined, separator in _IN_REGIONS if _REGION.search(text) else _IN_LISTS:
+        text = joined.sub(separator, text)
+    return _braced_arguments(text).strip()
+
+
+def _braced_arguments(text: str) -> str:
+    r"""Replaces the parentheses of arguments: `\sqrt(2)` by `\sqrt{2}`, and `abs(x)` by `|x|`."""
+    closings: list[str] = []
+
+    def replaced(token: re.Match) -> str:
+        if token[0] == ")":
+            return closings.pop() if closings else ")"
+        closings.append("}" if token[1] else "|" if token[2] else ")")
+        return f"{token[1]}{{" if token[1] else "|" if token[2] else "("
+
+    return _ARGUMENT_OR_CLOSE.sub(replaced, text)
 
 
 def bare(text: str) -> str:
@@ -143,8 +195,9 @@ def bare(text: str) -> str:
 
 
 def _as_fraction(decimal: re.Match) -> str:
-    """Returns a repeating decimal as a LaTeX fraction."""
-    whole, fixed, period = decimal.groups()
+    """Returns a recurring decimal as a LaTeX fraction."""
+    whole, fixed, *spellings = decimal.groups(default="")
+    period = "".join(spellings)
     before = int(f"0{whole}{fixed}")
     nines = 10 ** len(period) - 1
     return rf"\frac{{{before * nines + int(period)}}}{{{nines * 10 ** len(fixed)}}}"
@@ -153,9 +206,15 @@ def _as_fraction(decimal: re.Match) -> str:
 def plain_number(text: str) -> tuple[Fraction, bool] | None:
     """Parses a normalised text as a number. Returns its value, and whether it has a decimal point.
 
-    Returns None for everything except integers, decimals, fractions of integers and mixed numbers.
+    Returns None for everything except integers, decimals, fractions of integers, mixed numbers, and
+    these times a power of ten.
     """
+    if len(text) > LONGEST_NUMBER:
+        return None
     text = re.sub(r"\\frac\{([0-9]+)\}\{([0-9]+)\}", r" \1/\2", text).strip()
+    scientific = _SCIENTIFIC.fullmatch(text)
+    if scientific:
+        text = scientific[1] or f"{scientific[2]}1"
     number = _NUMBER.fullmatch(text.replace("- ", "-"))
     if not number:
         return None
@@ -164,4 +223,6 @@ def plain_number(text: str) -> tuple[Fraction, bool] | None:
         value = Fraction(decimal)
     else:
         value = Fraction(int(whole or 0)) + Fraction(int(numerator), int(denominator))
+    if scientific:
+        value *= Fraction(10) ** int(scientific[3])
     return -value if sign == "-" else value, "." in (decimal or "")

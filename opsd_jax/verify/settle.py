@@ -7,22 +7,24 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from opsd_jax.verify.extract import LONGEST
-from opsd_jax.verify.normalise import FACTORS, UNITS, bare, normalise, plain_number, quantity
+from opsd_jax.verify.lists import CONNECTIVE, listing
+from opsd_jax.verify.normalise import bare, normalise, plain_number
+from opsd_jax.verify.units import quantity
 from opsd_jax.verify.verdict import MATCH, MISMATCH, NO_ANSWER, Verdict, verdict_on
 
 _DOTS = re.compile(r"\\[a-z]?dots[a-z]?(?![a-zA-Z])|\.\.\.|…")
 _CHOICE = re.compile(r"\(?([A-J])(?:\)|[.:](?= )|$)[.:]? ?(.*)")
 _CLOCK = re.compile(r"0?([0-9]{1,2}):([0-9]{2})(?: ?([ap])\.?m\.?)?", re.IGNORECASE)
-# After a plain number, a single letter is a unit; elsewhere it may be a variable.
-_LONE_UNIT = re.compile(r"(.*[0-9}]) ?([mgsh])")
 _BASED = re.compile(
-    r"(?:[a-z]=)?\(?([0-9][0-9a-fA-F]*)\)?(?:(?:_\{?\(?(?:base ?)?| ?base ?)([0-9]+)\)?\}?)?"
+    r"(?:[a-z]=)?\(?(-?[0-9][0-9a-fA-F]*)\)?(?:(?:_\{?\(?(?:base ?)?| ?base ?)([0-9]+)\)?\}?)?"
 )
-_TUPLE = re.compile(r"[(\[][^()\[\]]*,[^()\[\]]*[)\]]")
-_LIST = re.compile(r"[^()\[\]{}=<>]*,[^()\[\]{}=<>]*|\\\{[^()\[\]{}]*,[^()\[\]{}]*\\\}")
 _RATIO = re.compile(r"[0-9]+(?:\.[0-9]+)?(?::[0-9]+(?:\.[0-9]+)?)+")
 _CAPITALS = re.compile(r"[A-Z]{3,}")  # a triangle or an order of letters, not a product
-_COUNTED = re.compile(r"(.*[0-9}])((?: [a-zA-Z]{2,}\.?)+)")
+# After the letter of a choice: another choice, or words that take it back.
+_HEDGE = re.compile(
+    r"\)?[-+*/^=,?]|(?!\)?[.:]? ?(?i:both|all|none|neither|only)\b)"
+    r".*(?:\([A-J]\)|(?<![a-zA-Z])(?i:or|maybe|possibly|perhaps|probably|either)(?![a-zA-Z]))"
+)
 
 
 class Pair(NamedTuple):
@@ -47,13 +49,22 @@ def settle(gold: str, answer: str, *, choice_removed: bool = False) -> Verdict |
       answer: the answer of the response.
       choice_removed: whether the letter of a choice was already removed from one of them.
     """
-    if len(answer) > LONGEST:
+    if max(len(gold), len(answer)) > LONGEST:
         return verdict_on(gold.strip() == answer.strip())
-    gold, answer = normalise(gold), normalise(answer)
+    gold, answer = _normalise_both(gold, answer)
     if not answer:
         return NO_ANSWER
     settled = _compare_notation(gold, answer, choice_removed=choice_removed)
     return _compare_quantities(gold, answer) if settled is None else settled
+
+
+def _normalise_both(gold: str, answer: str) -> tuple[str, str]:
+    """Normalises two answers. If one is a list, `60,120` in the other is a list, not a number."""
+    normal = [normalise(text) for text in (gold, answer)]
+    lists = [len(listing(text).parts) > 1 for text in normal]
+    if lists[0] != lists[1]:
+        normal[lists[0]] = normalise((gold, answer)[lists[0]].replace(",", ", "))
+    return normal[0], normal[1]
 
 
 def _compare_notation(gold: str, answer: str, *, choice_removed: bool) -> Verdict | Pair | None:
@@ -94,22 +105,38 @@ def _compare_notation(gold: str, answer: str, *, choice_removed: bool) -> Verdic
 
 def _compare_quantities(gold: str, answer: str) -> Verdict | Pair:
     """Compares units and values of normalised answers. Returns a `Pair` if a parser is needed."""
-    (gold, gold_unit), (answer, answer_unit) = quantity(gold), quantity(answer)
-    gold_number = plain_number(gold)
-    if gold_number and (lone := _LONE_UNIT.fullmatch(answer)):
-        answer, answer_unit = lone[1], answer_unit or f"{UNITS[lone[2]]}^1"
-    if gold_unit and answer_unit and gold_unit != answer_unit:
+    gold, gold_units = without_units(gold, gold=True)
+    numbers = all(plain_number(part) for part in listing(gold).parts)
+    answer, answer_units = without_units(answer, lone=numbers)
+    if gold_units and answer_units and gold_units != answer_units:
         return MISMATCH
-    counted = _COUNTED.fullmatch(bare(answer))
-    if gold_number and counted and not FACTORS.search(counted[2]):
-        answer = counted[1]
-    verdict = _compare_numbers(gold, answer)
-    if verdict is not None:
-        return verdict
-    for this, that in ((gold, answer), (answer, gold)):  # a point is not a list of values
-        if _TUPLE.fullmatch(this) and _LIST.fullmatch(that):
-            return MISMATCH
-    return Pair(gold, answer)
+    right = compare_numbers(gold, answer)
+    return Pair(gold, answer) if right is None else verdict_on(right)
+
+
+def without_units(text: str, *, gold: bool = False, lone: bool = False) -> tuple[str, set[str]]:
+    """Removes the units from a normalised answer and from its parts, if it is a list.
+
+    Args:
+      text: a normalised answer.
+      gold, lone: see `units.quantity`.
+
+    Returns:
+      The answer without units, and the names of the units.
+    """
+    text, unit = quantity(text, gold=gold, lone=lone)
+    units = {unit} if unit else set()
+    brackets, parts, names = listing(text)
+    split = [quantity(part, gold=gold, lone=lone) for part in parts]
+    values = [
+        f"{name}={value}" if name else value for name, (value, _) in zip(names, split, strict=True)
+    ]
+    if [value for value, _ in split] == list(parts) or len(parts) == 1 or CONNECTIVE.search(text):
+        return text, units
+    units |= {unit for _, unit in split if unit}
+    escape = "\\" if brackets == "{}" else ""
+    before, after = (escape + bracket for bracket in brackets) if brackets else ("", "")
+    return f"{before}{', '.join(values)}{after}", units
 
 
 def _ratio(text: str) -> list[Fraction]:
@@ -134,7 +161,9 @@ def _compare_choices(gold: str, gold_words: str, answer_words: str) -> Verdict |
     if gold_choice and answer_choice:
         texts = {gold_choice[2], answer_choice[2]} - {""}
         single = not any(_CHOICE.match(text.strip(" ,")) for text in texts)
-        return verdict_on(gold_choice[1] == answer_choice[1] and len(texts) < 2 and single)
+        hedged = not gold_choice[2] and _HEDGE.match(answer_words, answer_choice.end(1))
+        same = gold_choice[1] == answer_choice[1] and len(texts) < 2
+        return verdict_on(same and single and not hedged)
     if answer_choice and answer_choice[2]:  # "(C) 12" where the gold is 12
         return settle(gold, answer_choice[2], choice_removed=True)
     if gold_choice and gold_choice[2]:
@@ -142,8 +171,8 @@ def _compare_choices(gold: str, gold_words: str, answer_words: str) -> Verdict |
     return None
 
 
-def _compare_numbers(gold: str, answer: str) -> Verdict | None:
-    """Compares two plain numbers or percentages. Returns None for other answers.
+def compare_numbers(gold: str, answer: str) -> bool | None:
+    """Returns whether two plain numbers or percentages are equal. Returns None for other answers.
 
     50 % equals both 50 and 0.5.
     """
@@ -154,11 +183,9 @@ def _compare_numbers(gold: str, answer: str) -> Verdict | None:
     (gold_value, gold_is_decimal), (value, is_decimal) = gold_number, answer_number
     rounded = gold_is_decimal or is_decimal
     hundredths = Fraction(100) ** (percent[0] - percent[1])  # 100, 1 or 1/100
-    return verdict_on(
-        any(
-            gold_value == value * scale or (rounded and close(gold_value, value * scale))
-            for scale in {Fraction(1), hundredths}
-        )
+    return any(
+        gold_value == value * scale or (rounded and close(gold_value, value * scale))
+        for scale in {Fraction(1), hundredths}
     )
 
 

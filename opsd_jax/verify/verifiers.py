@@ -15,7 +15,9 @@ from opsd_jax.options import option, resolve
 from opsd_jax.problem import Problem
 from opsd_jax.verify import extract
 from opsd_jax.verify.maths import gold_of, maths
-from opsd_jax.verify.normalise import bare, normalise, plain_number, quantity
+from opsd_jax.verify.normalise import bare, normalise
+from opsd_jax.verify.units import quantity
+from opsd_jax.verify.value import evaluate
 from opsd_jax.verify.verdict import (
     MATCH,
     NO_ANSWER,
@@ -27,16 +29,40 @@ from opsd_jax.verify.verdict import (
     verdict_on,
 )
 
-_NUMBER = re.compile(
-    r"(?<![\w^{.])[-+]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+_EQUALS = re.compile(r"=|\\approx(?![a-zA-Z])|\\sim(?![a-zA-Z])")
+# The left side of an equation that names a quantity: v, v_0, \Delta x, F_{\text{net}}.
+_QUANTITY = re.compile(r"[^0-9<>]*(?:_(?:[0-9a-zA-Z]|\{.*\})|\([a-z0-9]\))?")
+_ABOUT = re.compile(
+    r"(?:(?:about|approximately|approx|roughly|around)\b\.?|\\approx|\\sim) *", re.IGNORECASE
 )
-_POWER_OF_TEN = re.compile(r"\s*(?:\\times|\\cdot|\*|\u00d7)\s*10\^\{?(-?[0-9]+)\}?")
+_SCALE = re.compile(
+    r"(.*[0-9}]) ?(hundred|thousand|million|billion|trillion|dozen|lakh|crore)s?(.*)", re.DOTALL
+)
+_SCALES = {
+    "hundred": 2,
+    "thousand": 3,
+    "million": 6,
+    "billion": 9,
+    "trillion": 12,
+    "lakh": 5,
+    "crore": 7,
+}
 _BEGINS = re.compile(r"\(?([A-Z])(?:[).:,\s]|$)")
 _NAMED = re.compile(
     r"(?i:(?:answer|choice|option)(?: is)?)\W{0,4}\(?([A-Z])(?:[).:,*]|\s*$)",
 )
 # "A" and "I" are also words, so they count as letters only before punctuation or the end.
 _ALONE = re.compile(r"(?<![\w'\u2019])(?:([B-HJ-Z])(?![\w'\u2019])|([AI])(?=[).:,*]|\s*$))")
+# "not A", and "B or maybe C". The letters of a hedge are distinct alternatives.
+_DENIED = re.compile(
+    r"(?:(?<!\w)(?i:not|non|nor|isn't|neither)\s+|不是\s*)\(?[A-Z](?![\w'\u2019])\)?"
+)
+_HEDGE = r"(?i:or|and|maybe|possibly|perhaps|probably|also)\b"
+_BETWEEN = rf"(?:[\s,/}}*)]|\\(?:text|textbf|mathrm)\s*\{{|\b(?:{_HEDGE}|either\b))"
+_HEDGED = re.compile(
+    rf"(?<!\w)[A-Z]\)?{_BETWEEN}{{0,20}}(?:/|{_HEDGE}){_BETWEEN}{{0,20}}\(?[A-Z](?!\w)"
+)
+_CALCULATION = re.compile(r"\(?[A-Z]\)? ?[+*/^=]")
 
 
 def at_once(judge: Judge, extract: Extract | None = None) -> Verifier:
@@ -157,13 +183,37 @@ def exact(conventions: Sequence[str] = ("boxed",), *, ignore_case: bool = False)
 def number_in(text: str) -> float | None:
     r"""Returns the number in a text such as "12.5 kg", "v = 1.2 \times 10^{3}" or "3/4".
 
-    Returns None if the text does not have exactly one number.
+    A unit or a currency may stand beside the number, and the name of the quantity before it.
+
+    Returns:
+      The number; None if the text has other words or operators, or several different numbers.
     """
-    text, _ = quantity(normalise(text[: extract.LONGEST].rpartition("=")[2]))
-    if spelled := plain_number(text):
-        return float(spelled[0]) if abs(spelled[0]) < 1e300 else None
-    found = _NUMBER.findall(_POWER_OF_TEN.sub(r"e\1", text))
-    return float(found[0].replace(",", "")) if len(found) == 1 else None
+    if len(text) > extract.LONGEST:
+        return None
+    *before, last = _EQUALS.split(normalise(text))
+    number = _number_and_unit(last)
+    if number is None:
+        return None
+    for part in before:
+        other = _number_and_unit(part)
+        if other is None and not _QUANTITY.fullmatch(part):
+            return None
+        if other is not None and abs(other - number) > 0.01 * abs(number):
+            return None
+    return number
+
+
+def _number_and_unit(text: str) -> float | None:
+    """Returns the value of a normalised text without its unit; None if it is not a number."""
+    text = _ABOUT.sub("", text.strip(), count=1) if _ABOUT.match(text.strip()) else text.strip()
+    scale = 1.0
+    if found := _SCALE.fullmatch(bare(text)):
+        text, scale = (
+            found[1] + found[3],
+            12.0 if found[2] == "dozen" else 10.0 ** _SCALES[found[2]],
+        )
+    value = evaluate(quantity(text, lone=True)[0].rstrip("%\\ "))
+    return None if value is None else value * scale
 
 
 def numeric(
@@ -199,21 +249,25 @@ def letter_in(text: str) -> str | None:
     It accepts "(C)", "C. because", "the answer is C", and otherwise the last single letter.
 
     Returns:
-      The letter; None if the text names no letter, or is a list of several.
+      The letter; None if the text names no letter, or hesitates between several, as "B or maybe C".
     """
-    named = _NAMED.findall(text)
-    if named:
-        return named[-1]
+    text = _DENIED.sub(" ", text)
     short = bare(normalise(text[: extract.LONGEST]))
-    alone = [first or second for first, second in _ALONE.findall(text)]
-    if begins := _BEGINS.match(short):
-        listed = re.fullmatch(r"\(?[A-Z]\)?(?:,\(?[A-Z]\)?)+", short)
-        lone = begins[1] not in "AI" or begins[1] in alone[:1] or len(short) < 4
-        if listed:
+    named, alone = list(_NAMED.finditer(text)), list(_ALONE.finditer(text))
+    letters = [found[1] or found[2] for found in alone]
+    if not named and (begins := _BEGINS.match(short)):
+        if re.fullmatch(r"\(?[A-Z]\)?(?:,\(?[A-Z]\)?)+", short) or _CALCULATION.match(short):
             return None
-        if lone and len(set(alone)) < 2:
+        lone = begins[1] not in "AI" or begins[1] in letters[:1] or len(short) < 4
+        if lone and len(set(letters)) < 2:
             return begins[1]
-    return alone[-1] if alone else None
+    if not (named or alone):
+        return None
+    chosen = (named or alone)[-1]
+    group = chosen.lastindex or 0
+    position = chosen.start(group)
+    hedged = any(hedge.start() <= position < hedge.end() for hedge in _HEDGED.finditer(text))
+    return None if hedged else chosen[group]
 
 
 def choice(conventions: Sequence[str] = ("boxed",)) -> Verifier:

@@ -15,9 +15,10 @@ from opsd_jax.config.run_options import parse_run
 from opsd_jax.data.load import load
 from opsd_jax.problem import Problem
 from opsd_jax.verify.extract import CONVENTIONS
+from opsd_jax.verify.maths import maths
 from opsd_jax.verify.pool import PoolOptions, VerifierPool
-from opsd_jax.verify.verdict import REASONS
-from opsd_jax.verify.verifiers import by_source
+from opsd_jax.verify.verdict import REASONS, Verdict
+from opsd_jax.verify.verifiers import by_source, choice, numeric
 
 PAGE = (ROOT / "docs" / "verifiers.md").read_text()
 SOURCES, COUNTDOWN, COUNTDOWN_SOURCE, ALONE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -79,3 +80,30 @@ def test_the_page_names_every_convention_reason_and_field():
         name for name in (*CONVENTIONS, *REASONS, *config_lib.verifier()) if name not in PAGE
     ]
     assert missing == []
+
+
+def examples():
+    """Yields (verifier, gold answer, answer, whether it is accepted) of the tables of examples."""
+    verifiers = {"`numeric`": numeric(relative_tolerance=0.01), "`choice`": choice()}
+    for row in re.findall(r"^\| ?(.*) \|$", PAGE, re.MULTILINE):
+        kind, *cells = re.split(r"(?<!\\) \| ", row)
+        spans = [re.findall("`([^`]+)`", cell) for cell in cells]
+        if len(cells) == 3 and len(spans[0]) == 1:
+            for accepted, answers in ((True, spans[1]), (False, spans[2])):
+                for answer in answers:
+                    yield verifiers.get(kind, maths()), spans[0][0], answer, accepted
+
+
+EXAMPLES = list(examples())
+
+
+@pytest.mark.parametrize(("verifier", "gold", "answer", "accepted"), EXAMPLES)
+def test_the_tables_of_examples_are_true(verifier, gold, answer, accepted):
+    problem = Problem(0, "", "", gold)
+    assert verifier(problem, rf"\boxed{{{answer}}}").correct == accepted
+    prepared = verifier.prepare_gold(problem)
+    assert (prepared if isinstance(prepared, Verdict) else verifier.judge(prepared)).correct
+
+
+def test_the_tables_have_examples_of_every_kind():
+    assert len(EXAMPLES) > 150

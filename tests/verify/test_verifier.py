@@ -1,14 +1,21 @@
 """The answers that the verifiers accept, the answers that they reject, and unreadable ones."""
 
+import functools
 import json
+import time
 
 import pytest
 from paths import SHARED
 
 from opsd_jax.problem import Problem
 from opsd_jax.verify import extract
+from opsd_jax.verify.characters import plain_characters
+from opsd_jax.verify.lists import listing
 from opsd_jax.verify.maths import maths
-from opsd_jax.verify.normalise import normalise, plain_number
+from opsd_jax.verify.normalise import bare, delimited, normalise, plain_number
+from opsd_jax.verify.settle import settle, understood, without_units
+from opsd_jax.verify.units import is_counted, quantity, unit_name
+from opsd_jax.verify.value import evaluate
 from opsd_jax.verify.verdict import Verdict, Verifier
 from opsd_jax.verify.verifiers import (
     VerifierOptions,
@@ -19,6 +26,8 @@ from opsd_jax.verify.verifiers import (
     exact,
     from_options,
     function,
+    letter_in,
+    number_in,
     numeric,
 )
 
@@ -50,6 +59,9 @@ def problem(answer, **fields):
         (r"\boxed 5.", "5."),
         (r"\fbox{7}", "7"),
         (r"\boxed{}", None),
+        (r"\boxed{5}. Write it as \boxed{}", "5"),
+        (r"\boxed{5} \boxed{ \text{ } }", "5"),
+        (r"\boxed{5} \boxed{\boxed{}}", "5"),
         (r"\boxed{", None),
         ("no box", None),
         (r"<think>\boxed{3}</think> It is \boxed{4}", "4"),
@@ -74,6 +86,8 @@ def test_boxed_finds_the_last_balanced_box(text, answer):
         (("answer",), "the answer is: 12", "12"),
         (("answer",), "Final Answer: The final answer is 12. I hope it is correct.", "12"),
         (("answer",), "the answerer: 12", None),
+        (("answer",), "Answer: `12`", "12"),
+        (("answer",), "Answer\uff1a12", "12"),
         (("boxed", "answer"), r"Answer: 3 \boxed{4}", "4"),
         (("answer", "boxed"), r"Answer: 3" "\n" r"\boxed{4}", "3"),
         (("boxed", "answer"), "Answer: 3", "3"),
@@ -92,12 +106,38 @@ def test_conventions_are_tried_in_order(conventions, text, answer):
 )
 def test_preparing_a_job_takes_linear_time(text):
     """`prepare` runs in the main process, so no text may block it."""
-    import time
-
     began = time.process_time()
     for verifier in (maths(tuple(extract.CONVENTIONS)), choice(), numeric(), exact()):
         verifier.prepare(problem("4"), text)
     assert time.process_time() - began < 2
+
+
+VERIFIERS = [kind(tuple(extract.CONVENTIONS)) for kind in (maths, choice, numeric, exact)]
+READERS = [
+    *(functools.partial(extract.extract, conventions=(name,)) for name in extract.CONVENTIONS),
+    *(plain_characters, normalise, bare, delimited, plain_number, evaluate, number_in, letter_in),
+    *(listing, quantity, unit_name, is_counted, without_units, understood),
+    lambda text: settle(text, "4"),
+    lambda text: settle("4", text),
+    lambda text: settle(text, f"{text}1"),
+    *(lambda text, v=v: v.prepare(problem("4"), text) for v in VERIFIERS),
+    *(lambda text, v=v: v.prepare(problem("4"), rf"\boxed{{{text}}}") for v in VERIFIERS),
+    *(lambda text, v=v: v.prepare(problem(text), r"\boxed{4}") for v in VERIFIERS),
+    *(lambda text, v=v: v.prepare(problem(text), text) for v in VERIFIERS),
+    *(lambda text, v=v: v.prepare_gold(problem(text)) for v in VERIFIERS),
+]
+PATTERNS = ["$", r"\[", ";", "(", "{", "1", "1 ", "x=1,", " or ", "(B) or ", r"\text{ m }"]
+PATTERNS += [r"\boxed{}", r"\boxed{1} and ", "Answer: 1\n", r"\frac", "0.1(3", "\u00b9", "</think>"]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_readers_of_text_are_fast_on_long_texts(pattern):
+    """These functions run in the main process."""
+    text = (pattern * 100_000)[:100_000]
+    for reader in READERS:
+        began = time.process_time()
+        reader(text)
+        assert time.process_time() - began < 1, reader
 
 
 # (gold answer, content of the box, whether it is right)
@@ -324,6 +364,21 @@ def test_numeric_accepts_numbers_within_a_tolerance():
     assert numeric(absolute_tolerance=0.1)(problem("0"), r"\boxed{0.05}") == MATCH
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [(r"2\pi", 6.283185), ("10^{-3}", 0.001), ("1.5e3", 1500), (r"\sqrt[3]{27}", 3), ("4!", 24)]
+    + [(r"\frac{3}{4}\text{ kg}", 0.75), ("2½", 2.5), ("3 million", 3e6), ("€1,200.50", 1200.5)]
+    + [(r"F_{\text{net}} = 3 N", 3), (r"\sqrt{2} \approx 1.41", 1.41), ("-|2-5|", -3)]
+    + [("0.(3)", 1 / 3), ("about 5 km", 5), ("2^{3}", 8), (r"-\sin(0)", 0), ("12 apples", 12)]
+    + [(text, None) for text in (r"5\pi r", "5i", "<5", "x_2", "5=4", "5 squared", "4 tenths")]
+    + [(text, None) for text in ("3 or 4", "", "x", "5 5", "(5", "9^{9^{9}}", "1/0", "(-8)^{0.5}")]
+    + [("(" * 400 + "1" + ")" * 400, None), ("2 meters less than 5", None), ("5?", None)],
+)
+def test_a_number_is_read_only_from_all_of_the_text(text, value):
+    found = number_in(text)
+    assert found == (None if value is None else pytest.approx(value))
+
+
 def test_choice_compares_letters():
     for text in (r"\boxed{C}", r"\boxed{(C)}", r"\boxed{\text{(C)}}", r"\boxed{C. because}"):
         assert choice()(problem("C"), text) == MATCH
@@ -338,6 +393,11 @@ def test_choice_compares_letters():
     assert free(problem("B"), "It's not A, so the answer is (B).") == MATCH
     assert free(problem("B"), "It is not A because of that, therefore B") == MATCH
     assert free(problem("B"), "no idea") == NO_ANSWER
+    for text in ("(B) or maybe (C)", "(B), possibly (C)", "B/C", "(B)+1", "either (B) or (C)"):
+        assert choice()(problem("B"), rf"\boxed{{{text}}}") == NO_ANSWER
+        assert choice()(problem("C"), rf"\boxed{{{text}}}") == NO_ANSWER
+    assert free(problem("B"), "I hesitate between (A) or (C). The answer is (B).") == MATCH
+    assert free(problem("B"), "The answer is B, not A") == MATCH
     for gold in ("twelve", "A, C"):
         assert choice().prepare_gold(problem(gold)) == Verdict(False, "not of this kind")
 
