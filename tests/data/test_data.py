@@ -400,8 +400,8 @@ def test_pass_rates_filter_problems(tmp_path):
     assert read(path, pass_rates=rates) == (problems, counts)
     for bad, reason in [
         ({"problem": "a"}, "responses.jsonl:2 has problem 'a', correct None and rollouts 1; exp"),
-        ({"problem": "a", "correct": 3, "rollouts": 2}, "correct 3 and rollouts 2; expected 'problem'"),
-        ({"problem": "a", "correct": 0, "rollouts": 0}, "correct 0 and rollouts 0; expected 'problem'"),
+        ({"problem": "a", "correct": 3, "rollouts": 2}, "correct 3 and rollouts 2; expected"),
+        ({"problem": "a", "correct": 0, "rollouts": 0}, "correct 0 and rollouts 0; expected"),
         ([], "responses.jsonl:2 is a JSON value of type list"),
     ]:
         write_json_lines(records, [{"problem": "a", "correct": True}, bad])
