@@ -12,8 +12,11 @@ from opsd_jax.data import files
 from opsd_jax.data.options import ColumnOptions, SourceOptions
 from opsd_jax.data.pass_rates import pass_rates
 from opsd_jax.problem import DataError, Problem
+from opsd_jax.storage.foreign import escape, shown
 
 LISTED = 10  # bad rows that a message lists
+COLUMNS = 30  # columns of a row that a message lists
+BAD_ROWS = 100_000  # bad rows at which reading stops, unless bad rows are dropped
 TEXT = "a string that is not empty"  # what a question or an answer should be
 
 # problems -> for each of them "" if its answer verifies against itself, otherwise why not
@@ -147,12 +150,19 @@ def questions(options: SourceOptions, field: str) -> tuple[list[str], Counts]:
     Raises:
       DataError: rows are bad. One error lists all of them.
     """
-    rows = files.rows(options.path, options.split, field, {options.columns.question})
-    readers = [_Reader(row) for row in rows]
-    read = [reader(options.columns.question, _text, TEXT) for reader in readers]
-    bad = _refuse([reader.row for reader in readers], options, field)
-    kept = [text for reader, text in zip(readers, read, strict=True) if not reader.row.errors]
-    return kept, Counts(rows=len(readers), kept=len(kept), bad=bad)
+    column = options.columns.question
+    rows: list[_Row] = []
+    kept: list[str] = []
+    for row in files.rows(options.path, options.split, field, {column}):
+        reader = _Reader(row)
+        text = reader(column, _text, TEXT)
+        rows.append(reader.row)
+        if not reader.row.errors:
+            kept.append(text)
+        elif len(rows) - len(kept) > BAD_ROWS and options.bad_rows != "drop":
+            break
+    bad = _refuse(rows, options, field)
+    return kept, Counts(rows=len(rows), kept=len(kept), bad=bad)
 
 
 def _read_rows(
@@ -170,6 +180,8 @@ def _read_rows(
         rows.append(reader.row)
         if candidate:
             candidates.append(candidate)
+        elif len(rows) - len(candidates) > BAD_ROWS and options.bad_rows != "drop":
+            _refuse(rows, options, field)
     return rows, candidates
 
 
@@ -228,10 +240,12 @@ class _Reader:
         try:
             return convert(value)
         except (TypeError, ValueError, OverflowError):
-            found = f"is {_shown(value)}"
+            found = f"is {shown(value)}"
             has = ""
             if value is None:
-                listed = ", ".join(self._all_columns) or "no columns"
+                names = [escape(name) for name in self._all_columns]
+                more = f", and {len(names) - COLUMNS} more" if len(names) > COLUMNS else ""
+                listed = ", ".join(names[:COLUMNS]) + more or "no columns"
                 found, has = "is missing", f" (the row has {listed})"
             self.row.errors.append(f"field {column!r} {found}; expected {expected}{has}")
             return absent
@@ -316,12 +330,6 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def _shown(value: Any) -> str:
-    """Returns the repr of a value, shortened to 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def _mark_repeated_ids(candidates: Sequence[_Candidate], column: str) -> None:
     """Adds an error to each row that has the same id as an earlier row.
 
@@ -399,7 +407,7 @@ def _mark_bad_golds(
         )
     for candidate, reason in zip(wanted, reasons, strict=True):
         if reason:
-            answer = f"field {options.columns.answer!r} is {_shown(candidate.problem.answer)}"
+            answer = f"field {options.columns.answer!r} is {shown(candidate.problem.answer)}"
             candidate.row.errors.append(f"{answer}; it does not verify against itself: {reason}")
 
 

@@ -1,0 +1,123 @@
+"""Text that somebody else wrote: JSON within limits, and messages without control characters.
+
+Model directories and datasets come from anywhere. A damaged or hostile file has to end in an error
+that names it, and nothing in it may act on a terminal or imitate a line of a log.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from collections import Counter
+from typing import Any
+
+from opsd_jax.options import ConfigError
+
+DOCUMENT_BYTES = 32 * 2**20  # largest JSON file; parsed, it takes up to 25 times as much memory
+DEPTH = 100  # deepest nesting of a JSON value; other code can use recursion on it
+
+# Control characters, line and paragraph separators, characters that change the direction of text,
+# and halves of surrogate pairs, which no encoding can write.
+_CONTROL = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def escape(text: str, keep: str = "") -> str:
+    r"""Replaces control characters in a text with escape sequences such as `\x1b` and `\n`.
+
+    Args:
+      text: the text.
+      keep: control characters that stay.
+    """
+    return _CONTROL.sub(
+        lambda found: found[0] if found[0] in keep else found[0].encode("unicode_escape").decode(),
+        text,
+    )
+
+
+def message(text: str) -> str:
+    """Returns a message as a terminal or a log should show it.
+
+    Control characters are escaped. Lines after the first are indented, so no text that a message
+    quotes can begin a line.
+    """
+    return re.sub(r"\n(?!  )", "\n  ", escape(text.rstrip("\n"), keep="\n"))
+
+
+def shown(value: Any, limit: int = 60) -> str:
+    """Returns the repr of a value, shortened to `limit` characters."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def parse_json(text: str | bytes, *, unique_keys: bool = False) -> Any:
+    """Returns the value of a JSON text.
+
+    Args:
+      text: the text; bytes may be in UTF-8, UTF-16 or UTF-32.
+      unique_keys: whether an object that has the same key twice is an error. If not, the last value
+        counts.
+
+    Raises:
+      ValueError: the text is not JSON, or it is nested more than DEPTH levels deep. The message is
+        one line.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_unique if unique_keys else None)
+    except RecursionError:
+        raise ValueError(f"nested over {DEPTH} levels deep") from None
+    opening = ("[", "{") if isinstance(text, str) else (b"[", b"{")
+    if sum(map(text.count, opening)) > DEPTH:  # type: ignore[arg-type]
+        level = [value]
+        for _ in range(DEPTH + 1):
+            level = [
+                item
+                for outer in level
+                if isinstance(outer, dict | list)
+                for item in (outer.values() if isinstance(outer, dict) else outer)
+            ]
+        if level:
+            raise ValueError(f"nested over {DEPTH} levels deep")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the key-value pairs of a JSON object as a dict. Raises ValueError for repeated keys.
+
+    A repeated key would make its value ambiguous.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        repeated = next(key for key, count in counts.items() if count > 1)
+        raise ValueError(f"the key {shown(repeated)} occurs twice; expected it once")
+    return found
+
+
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+    """Reads a JSON file of at most DOCUMENT_BYTES bytes whose top-level value must be an object.
+
+    Raises:
+      ConfigError: the file cannot be read or does not hold an object. The message names the file.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError("not a regular file")
+        with path.open("rb") as file:
+            text = file.read(DOCUMENT_BYTES + 1)
+        if len(text) > DOCUMENT_BYTES:
+            raise ValueError(f"over {DOCUMENT_BYTES:,} bytes, too large for a JSON file of a model")
+        value = parse_json(text)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path} cannot be read: {reason}; expected a JSON object.") from error
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"{path} contains a JSON value of type {type(value).__name__}; expected an object."
+        )
+    return value
