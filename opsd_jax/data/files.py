@@ -233,7 +233,9 @@ def _parquet(path: pathlib.Path, columns: Collection[str] | None) -> Iterator[Ro
     with pyarrow.parquet.ParquetFile(path) as file:
         names = file.schema_arrow.names
         if file.metadata.num_rows > ROWS:
-            raise DataError(f"{path} has {file.metadata.num_rows:,} rows; expected at most {ROWS:,}.")
+            raise DataError(
+                f"{path} has {file.metadata.num_rows:,} rows; expected at most {ROWS:,}."
+            )
         yield from _numbered(path, file.iter_batches(columns=_needed(names, columns)), names)
 
 

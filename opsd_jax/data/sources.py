@@ -12,10 +12,9 @@ from opsd_jax.data import files
 from opsd_jax.data.options import ColumnOptions, SourceOptions
 from opsd_jax.data.pass_rates import pass_rates
 from opsd_jax.problem import DataError, Problem
-from opsd_jax.storage.foreign import escape, shown
+from opsd_jax.storage.foreign import listed, shown
 
 LISTED = 10  # bad rows that a message lists
-COLUMNS = 30  # columns of a row that a message lists
 BAD_ROWS = 100_000  # bad rows at which reading stops, unless bad rows are dropped
 TEXT = "a string that is not empty"  # what a question or an answer should be
 
@@ -243,10 +242,8 @@ class _Reader:
             found = f"is {shown(value)}"
             has = ""
             if value is None:
-                names = [escape(name) for name in self._all_columns]
-                more = f", and {len(names) - COLUMNS} more" if len(names) > COLUMNS else ""
-                listed = ", ".join(names[:COLUMNS]) + more or "no columns"
-                found, has = "is missing", f" (the row has {listed})"
+                columns = listed([*self._all_columns]) or "no columns"
+                found, has = "is missing", f" (the row has {columns})"
             self.row.errors.append(f"field {column!r} {found}; expected {expected}{has}")
             return absent
 
@@ -421,9 +418,8 @@ def _refuse(rows: Sequence[_Row], options: SourceOptions, field: str) -> int:
     """
     bad = [f"{row.location}: {'; '.join(row.errors)}" for row in rows if row.errors]
     if bad:
-        listed = "\n".join(f"  {line}" for line in bad[:LISTED])
-        more = f"\n  and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
-        message = f"config.{field}: {len(bad)} bad of {len(rows)} rows:\n{listed}{more}"
+        lines = listed(bad, "\n  ", LISTED)
+        message = f"config.{field}: {len(bad)} bad of {len(rows)} rows:\n  {lines}"
         if options.bad_rows != "drop":
             fix = f"Fix them, or leave them out with config.{field}.bad_rows='drop'."
             raise DataError(f"{message}\n{fix}")

@@ -10,18 +10,19 @@ import json
 import pathlib
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from opsd_jax.options import ConfigError
 
 DOCUMENT_BYTES = 32 * 2**20  # largest JSON file; parsed, it takes up to 25 times as much memory
+LISTED = 30  # items that a message lists
+LISTED_CHARACTERS = 1000  # longest of these items
 DEPTH = 100  # deepest nesting of a JSON value; other code can use recursion on it
 
 # Control characters, line and paragraph separators, characters that change the direction of text,
 # and halves of surrogate pairs, which no encoding can write.
-_CONTROL = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-)
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def escape(text: str, keep: str = "") -> str:
@@ -53,6 +54,16 @@ def shown(value: Any, limit: int = 60) -> str:
     except RecursionError:
         text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def listed(items: Sequence[str], separator: str = ", ", count: int = LISTED) -> str:
+    """Returns the first `count` items as one text, and the number of the other items.
+
+    Control characters are escaped, and the end of a long item is left out.
+    """
+    first = [escape(item[:LISTED_CHARACTERS]) for item in items[:count]]
+    more = [f"and {len(items) - count} more"] if len(items) > count else []
+    return separator.join([*first, *more])
 
 
 def parse_json(text: str | bytes, *, unique_keys: bool = False) -> Any:
@@ -99,6 +110,22 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def read_document(path: pathlib.Path) -> bytes:
+    """Returns the content of a regular file of at most DOCUMENT_BYTES bytes.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: it is not a regular file, or it is too large.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("not a regular file")
+    with path.open("rb") as file:
+        text = file.read(DOCUMENT_BYTES + 1)
+    if len(text) > DOCUMENT_BYTES:
+        raise ValueError(f"over {DOCUMENT_BYTES:,} bytes")
+    return text
+
+
 def read_object(path: pathlib.Path) -> dict[str, Any]:
     """Reads a JSON file of at most DOCUMENT_BYTES bytes whose top-level value must be an object.
 
@@ -106,13 +133,7 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
       ConfigError: the file cannot be read or does not hold an object. The message names the file.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError("not a regular file")
-        with path.open("rb") as file:
-            text = file.read(DOCUMENT_BYTES + 1)
-        if len(text) > DOCUMENT_BYTES:
-            raise ValueError(f"over {DOCUMENT_BYTES:,} bytes, too large for a JSON file of a model")
-        value = parse_json(text)
+        value = parse_json(read_document(path))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{path} cannot be read: {reason}; expected a JSON object.") from error
