@@ -58,7 +58,7 @@ SIZE_FIELDS = {
 # The largest values of fields of `config.json`, far above those of any model. Work that is done
 # for each layer, before the weights are compared with the sizes, would take hours beyond them.
 LARGEST = {
-    "num_hidden_layers": 10_000,
+    "num_hidden_layers": 1000,
     "num_attention_heads": 10_000,
     "num_key_value_heads": 10_000,
     "head_dim": 10_000,

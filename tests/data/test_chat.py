@@ -249,7 +249,7 @@ def test_tokenizer_config_adds_tokens(tmp_path):
         ),
         ("tokenizer.json", None, r"there is no .*tokenizer.json; expected a Hugging Face model's"),
         ("tokenizer.json", "{}", r"tokenizer.json cannot be read: "),
-        ("tokenizer_config.json", "{", r"tokenizer_config.json is not valid JSON: "),
+        ("tokenizer_config.json", "{", r"tokenizer_config.json cannot be read: "),
         (
             "tokenizer_config.json",
             "[]",
