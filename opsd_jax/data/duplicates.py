@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 
 from opsd_jax.problem import Problem
 
+MARKS = 30  # combining marks on one letter; no script has as many (Unicode annex 15, section 13)
+
 # Characters with several spellings: quotes, dashes, and characters that have a TeX command.
 _WIDE = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)}  # full-width ASCII
 _CHARACTERS = (
@@ -70,12 +72,24 @@ def normalise(question: str) -> str:
     The normal form ignores case, whitespace, dollar signs, commands for spaces and sizes, the style
     of fractions, quotes and dashes, and the full stop at the end. It keeps numbers and operators.
     """
-    text = unicodedata.normalize("NFC", question).translate(_CHARACTERS).casefold()
+    if not question.isascii():
+        question = unicodedata.normalize("NFC", _without_long_marks(question))
+    text = question.translate(_CHARACTERS).casefold()
     if not text.isascii():  # category Cf: invisible characters, such as a soft hyphen
         text = "".join(char for char in text if unicodedata.category(char) != "Cf")
     for pattern, new in _SUBSTITUTIONS:
         text = pattern.sub(new, text)
     return text.rstrip(".:?")
+
+
+def _without_long_marks(text: str) -> str:
+    """Removes combining marks after the first MARKS in a row, which `normalize` sorts slowly."""
+    kept, marks = [], 0
+    for char in text:
+        marks = marks + 1 if unicodedata.combining(char) else 0
+        if marks <= MARKS:
+            kept.append(char)
+    return "".join(kept)
 
 
 def without_duplicates(

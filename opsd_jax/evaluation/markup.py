@@ -16,7 +16,8 @@ from markupsafe import Markup
 
 from opsd_jax.evaluation.markers import MARKERS
 
-_UNCERTAINTY = re.compile(r" (?:±.*|\[.*\])$")  # what `tables.number` and `tables.interval` add
+# A number with what `tables.number` or `tables.interval` adds.
+_UNCERTAINTY = re.compile(r"(\S+)( (?:±.*|\[.*\]))")
 
 
 def highlight_markers(text: str) -> Markup:
@@ -26,7 +27,9 @@ def highlight_markers(text: str) -> Markup:
 
 def small_uncertainty(cell: str) -> Markup:
     """Escapes a table cell for HTML and wraps its error or interval in a <small> element."""
-    return Markup(_UNCERTAINTY.sub(r"<small>\g<0></small>", html.escape(cell)))
+    cell = html.escape(cell)
+    found = _UNCERTAINTY.fullmatch(cell)
+    return Markup(f"{found[1]}<small>{found[2]}</small>" if found else cell)
 
 
 @functools.cache
