@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from opsd_jax.options import ConfigError
 from opsd_jax.problem import DataError
-from opsd_jax.storage.foreign import escape, parse_json, read_object, shown
+from opsd_jax.storage.foreign import check_file_name, escape, parse_json, read_object
 
 T = TypeVar("T")
 
@@ -29,6 +29,7 @@ T = TypeVar("T")
 # to exhaust the machine.
 LINE_BYTES = 16 * 2**20  # longest line of a JSON Lines file
 BLANK_LINES = 100_000  # consecutive blank lines
+WRONG_LINES = 10_000  # lines that are not JSON objects
 ROWS = 100_000_000
 # A compressed file may inflate to INFLATED_FREE bytes plus INFLATED_RATIO times its size.
 INFLATED_FREE, INFLATED_RATIO = 64 * 2**20, 100
@@ -125,10 +126,10 @@ def _files(path: pathlib.Path, split: str, field: str) -> list[pathlib.Path]:
         )
     if (path / "dataset_dict.json").exists():
         splits = read_object(path / "dataset_dict.json")["splits"]
-        return _files(choose({name: _inside(path, name) for name in splits}), "", field)
+        return _files(choose({name: path / check_file_name(name) for name in splits}), "", field)
     if (path / "state.json").exists():
         state = read_object(path / "state.json")
-        files = [_inside(path, file["filename"]) for file in state["_data_files"]]
+        files = [path / check_file_name(file["filename"]) for file in state["_data_files"]]
         return choose({str(state.get("_split") or ""): files})
     by_split = _files_by_split(path)
     if not by_split:
@@ -144,17 +145,6 @@ def _files(path: pathlib.Path, split: str, field: str) -> list[pathlib.Path]:
             "of these files."
         )
     return chosen
-
-
-def _inside(directory: pathlib.Path, name: str) -> pathlib.Path:
-    """Returns the path of a file that a directory's JSON file lists.
-
-    Raises:
-      ValueError: the name is not that of a file in the directory.
-    """
-    if pathlib.Path(name).name != name:
-        raise ValueError(f"{shown(name)} is not the name of a file in {directory}")
-    return directory / name
 
 
 def _files_by_split(directory: pathlib.Path) -> dict[str, list[pathlib.Path]]:
@@ -177,18 +167,23 @@ def _suffix(path: pathlib.Path) -> str:
 def _json_lines(path: pathlib.Path, columns: Collection[str] | None) -> Iterator[Row]:
     """Yields the rows of a JSON Lines file, with all columns."""
     del columns  # a line must be parsed as a whole
+    wrong = 0
     for number, line in _lines(path):
-        location = f"{path}:{number}"
+        value, error = None, ""
         try:
             value = parse_json(line, unique_keys=True)
-        except ValueError as error:
-            yield Row(location, None, f"not JSON ({error}); expected an object")
+        except ValueError as reason:
+            error = f"not JSON ({reason}); expected an object"
         else:
-            if isinstance(value, dict):
-                yield Row(location, value)
-            else:
-                kind = type(value).__name__
-                yield Row(location, None, f"a JSON value of type {kind}; expected an object")
+            if not isinstance(value, dict):
+                error = f"a JSON value of type {type(value).__name__}; expected an object"
+        wrong += bool(error)
+        if wrong > WRONG_LINES:
+            raise DataError(
+                f"{path}:{number} is {error}. Over {WRONG_LINES:,} lines of the file are not JSON "
+                "objects."
+            )
+        yield Row(f"{path}:{number}", None if error else value, error)
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:

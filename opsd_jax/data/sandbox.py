@@ -34,7 +34,7 @@ _SLOW = frozenset(
      "urlencode", "urlize", "wordcount", "wordwrap", "xmlattr"}
 )  # fmt: skip
 CALL = 10  # steps of a call, beside those for its arguments
-CHARACTERS = 20  # characters of a value that count as a step
+CHARACTERS = 100  # characters of a value that count as a step
 _WIDE = re.compile(r"[%{][^%{]*(?:\d{6}|\*)")  # a format such as %1000000s or {:1000000}
 
 
@@ -109,7 +109,9 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         # The string of a method such as `replace`. Jinja wraps the method `format`.
         owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)
         self._step(CALL)
-        self._check(getattr(obj, "__name__", ""), [owner, *arguments, *named.values()])
+        # In a loop or block, Jinja passes its variables along.
+        own = [named[key] for key in named if key not in ("_loop_vars", "_block_vars")]
+        self._check(getattr(obj, "__name__", ""), [owner, *arguments, *own])
         return self._checked(super().call(context, obj, *arguments, **named))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:

@@ -15,7 +15,7 @@ from opsd_jax.problem import DataError, Problem
 from opsd_jax.storage.foreign import listed, shown
 
 LISTED = 10  # bad rows that a message lists
-BAD_ROWS = 100_000  # bad rows at which reading stops, unless bad rows are dropped
+BAD_ROWS = 20_000  # bad rows at which reading stops, unless bad rows are dropped
 TEXT = "a string that is not empty"  # what a question or an answer should be
 
 # problems -> for each of them "" if its answer verifies against itself, otherwise why not

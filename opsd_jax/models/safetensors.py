@@ -21,6 +21,7 @@ import numpy as np
 
 from opsd_jax.storage.foreign import (
     DOCUMENT_BYTES,
+    check_file_name,
     listed,
     parse_json,
     read_document,
@@ -138,10 +139,7 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
     """
     try:
         weight_map = parse_json(read_document(index))["weight_map"]
-        for name in weight_map.values():
-            if pathlib.Path(name).name != name or not name.isprintable():
-                raise ValueError(f"{shown(name)} is not the name of a file in the directory")
-        return weight_map
+        return {name: check_file_name(file) for name, file in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(
             f"{index} cannot be used ({type(error).__name__}: {error}); expected a JSON object "

@@ -110,6 +110,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def check_file_name(name: Any) -> str:
+    """Returns a name that a file lists, if it is the name of another file in the same directory.
+
+    Raises:
+      ValueError: it is not such a name. A path could lead anywhere.
+    """
+    good = isinstance(name, str) and name.isprintable() and len(name.encode()) <= 255
+    if not good or not name or pathlib.Path(name).name != name:
+        raise ValueError(f"{shown(name)} is not the name of a file in the directory")
+    return name
+
+
 def read_document(path: pathlib.Path) -> bytes:
     """Returns the content of a regular file of at most DOCUMENT_BYTES bytes.
 
