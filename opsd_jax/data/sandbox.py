@@ -42,7 +42,7 @@ class Exhausted(jinja2.TemplateError):
     """Raised if a template takes too many steps, or makes a value that is too large."""
 
 
-def _filter(node: nodes.Expr, name: str, *arguments: nodes.Expr) -> nodes.Filter:
+def _filter(node: Any, name: str, *arguments: nodes.Expr) -> nodes.Filter:
     """Returns an expression that applies a filter to `node`."""
     return nodes.Filter(node, name, [*arguments], [], None, None, lineno=node.lineno)
 
@@ -100,7 +100,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         """Allows the next rendering in this thread STEPS steps."""
         self._taken.steps = 0
 
-    def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]
+    def concat(self, parts: Iterable[str]) -> str:
         """Joins the parts of a rendered text, after a check of their size."""
         return "".join(self._checked(list(parts)))
 

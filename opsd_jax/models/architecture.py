@@ -210,7 +210,7 @@ def _integer(fields: dict[str, Any], name: str) -> int:
 
 def _number(fields: dict[str, Any], name: str) -> float:
     """Returns the field `name`. Raises ValueError for a value that is not a positive number."""
-    value = fields.get(name)
+    value: Any = fields.get(name)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 < value <= LARGEST_NUMBER:  # false for NaN
         raise _unexpected(name, value, f"a number above 0 and at most {LARGEST_NUMBER:g}")

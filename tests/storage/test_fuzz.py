@@ -208,7 +208,7 @@ def test_json_lines(tmp_path):
             content = gzip.compress(content)
             content = damage(rng, content) if rng.random() < 0.3 else content
         path.write_bytes(content)
-        source = config_lib.source(str(path), bad_rows=rng.choice(["error", "drop"]))
+        source = config_lib.source(str(path), bad_rows=rng.choice(["refuse", "drop"]))
         with limited(case):
             sources.problems("maths", source, "data.train.maths", lambda found: [""] * len(found))
 
