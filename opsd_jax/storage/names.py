@@ -4,7 +4,7 @@ import re
 
 # What a stage, a source or a benchmark may be called, because its name becomes part of a file name.
 NAME = re.compile(r"[\w-]{1,80}")
-NAMES = "a name of at most 80 letters, digits, _ and -"
+NAMES = "a name of letters, digits, _ and -, of at most 80 characters"
 
 UNTRAINED = "untrained"  # the evaluation of the initial parameters
 REPORT = "report"

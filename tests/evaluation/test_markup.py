@@ -137,5 +137,5 @@ def test_the_files_of_a_report_stay_in_its_directory(tmp_path):
 
 @pytest.mark.parametrize("name", ["../a", "a/b", "a.b", "a\nb", "", "a b", "a" * 99])
 def test_the_name_of_a_benchmark_is_checked(name):
-    with pytest.raises(ConfigError, match="expected a name of at most 80 letters, digits, _ and -"):
+    with pytest.raises(ConfigError, match="expected a name of letters, digits, _ and -, of at"):
         benchmarks.source(f"{name}=a.jsonl")
