@@ -60,6 +60,15 @@ while [ $# -gt 0 ]; do
   shift
 done
 [ $# -gt 0 ] || { log "the arguments of opsd-jax are missing; write them after --"; exit 2; }
+# YAML has no form for most control characters, and takes some characters of Unicode (NEL, line and
+# paragraph separator) for line breaks.
+control=$'[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]|\xc2[\x80-\x9f]|\xe2\x80[\xa8\xa9]'
+for argument in "$@"; do
+  if printf %s "$argument" | LC_ALL=C tr '\n' ' ' | LC_ALL=C grep -qE "$control"; then
+    log "the argument $(printf %q "$argument") contains a control character; expected only tabs and line breaks"
+    exit 2
+  fi
+done
 if [ -n "$xpk" ]; then
   [ -n "$type" ] || { log "--tpu-type is missing; give one, such as --tpu-type v5litepod-64"; exit 2; }
 else
@@ -77,6 +86,9 @@ manifest() { # Prints the JobSet that runs opsd-jax with the given arguments.
   local arguments="" argument escaped
   for argument in "$@" --coordinator auto; do
     escaped=${argument//\\/"\\\\"}
+    escaped=${escaped//$'\n'/"\\n"} # YAML turns a line break inside quotes into a space
+    escaped=${escaped//$'\r'/"\\r"}
+    escaped=${escaped//$'\t'/"\\t"}
     arguments+=", \"${escaped//\"/"\\\""}\""
   done
   local text

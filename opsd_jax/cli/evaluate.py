@@ -212,4 +212,5 @@ def _name(benchmarks: list[str], settings: dict[str, Any]) -> str:
     """Returns a directory name for an evaluation: its benchmarks and a digest of its settings."""
     named = {name: value for name, value in settings.items() if name != "model"}
     digest = hashlib.sha256(files.to_json(named, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{'+'.join(sorted(benchmarks)) or 'heldout'}-{digest}"
+    names = "+".join(sorted(benchmarks))[:200]  # file systems allow 255 characters
+    return f"{names or 'heldout'}-{digest}"

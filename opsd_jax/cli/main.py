@@ -56,9 +56,19 @@ def _log_to_stderr() -> None:
     for handler in logger.handlers:
         logger.removeHandler(handler)
     handler = logging.StreamHandler()  # writes to the current sys.stderr
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Formatter("%(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+
+
+class _Formatter(logging.Formatter):
+    """Formats log messages without control characters that a file or a model wrote."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the text of a record."""
+        from opsd_jax.storage.foreign import message
+
+        return message(super().format(record))
 
 
 def _run(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
@@ -99,9 +109,11 @@ def _run(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         return 1
 
 
-def say(message: str) -> None:
+def say(text: str) -> None:
     """Prints a message to standard error, after the prefix "opsd-jax: "."""
-    print(f"opsd-jax: {message}", file=sys.stderr)
+    from opsd_jax.storage.foreign import message
+
+    print(f"opsd-jax: {message(text)}", file=sys.stderr)
 
 
 def _storage_message(error: Exception, arguments: argparse.Namespace) -> str | None:

@@ -18,7 +18,7 @@ from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.stages import algorithm_of
 from opsd_jax.stages.algorithm import Algorithm
 from opsd_jax.stages.options import EARLIER_STAGE, StageOptions
-from opsd_jax.storage.names import RESERVED
+from opsd_jax.storage.names import NAME, NAMES, RESERVED
 from opsd_jax.training.checkpoint import CheckpointOptions
 from opsd_jax.verify.pool import PoolOptions
 
@@ -94,6 +94,8 @@ class RunOptions:
                 known = ", ".join(self.sections)
                 expected = f"names of stages ({known}), but {name!r} is not a stage"
                 fail("stages", self.stages, expected)
+            if not NAME.fullmatch(name):
+                raise ConfigError(f"config has a stage named {name!r}; expected {NAMES}.")
             before = self.sections[name].init_from
             if before and before not in self.stages[:i]:
                 fail(f"{name}.init_from", before, EARLIER_STAGE)

@@ -1,7 +1,7 @@
 """Renders chats with the Jinja chat templates of Hugging Face models.
 
-Anyone can write the template of a model, so it runs in Jinja's sandbox. There it cannot reach
-Python's internals or change its arguments.
+Anyone can write the template of a model, so it runs in a sandbox. There it cannot reach Python's
+internals, change its arguments, or take much time or memory.
 """
 
 from __future__ import annotations
@@ -9,19 +9,25 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
 import jinja2.ext
-import jinja2.sandbox
 
-from opsd_jax.options import fail
+from opsd_jax.data.sandbox import Sandbox
+from opsd_jax.options import ConfigError, fail
+from opsd_jax.storage.foreign import escape, read_document, shown
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
 # Placeholder for a response in a rendered chat; the response's own token ids replace it.
 _RESPONSE = "\N{SYMBOL FOR SUBSTITUTE}response\N{SYMBOL FOR SUBSTITUTE}"
+
+LONGEST_TEMPLATE = 200_000  # characters; released templates have up to 20,000
+LONGEST_REASON = 1000  # characters of an exception that a message quotes
 
 _ANY_TURN = {"role": "user", "content": "?"}  # a user's turn whose content does not matter
 
@@ -51,12 +57,14 @@ class ChatTemplate:
           special_tokens: name -> text of special tokens, as variables of the template.
 
         Raises:
-          ValueError: the text is not a Jinja template.
+          ConfigError: the text is not a Jinja template.
         """
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+        environment = self._environment = Sandbox(
+            {"tojson": _tojson},
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, jinja2.ext.loopcontrols],
         )
-        environment.filters["tojson"] = _tojson
         environment.globals |= {
             "raise_exception": _raise,
             "strftime_now": functools.partial(strftime, ""),
@@ -64,11 +72,17 @@ class ChatTemplate:
                 *pairs, **names
             ),  # a function: a class gives access to internals
         }
+        if len(source) > LONGEST_TEMPLATE:
+            raise ConfigError(
+                f"the chat template has {len(source):,} characters; expected at most "
+                f"{LONGEST_TEMPLATE:,}."
+            )
         try:
+            environment.restart()
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise ValueError(
-                f"the chat template cannot be parsed: {error}; expected a Jinja template."
+        except Exception as error:  # deep nesting causes several exceptions of Python
+            raise ConfigError(
+                f"the chat template cannot be parsed: {_reason(error)}; expected a Jinja template."
             ) from error
         self._special_tokens = dict(special_tokens)
 
@@ -87,10 +101,11 @@ class ChatTemplate:
           generation_prompt: whether the text ends with the beginning of the assistant's next turn.
 
         Raises:
-          ValueError: the template raises an exception.
+          ConfigError: the template raises an exception, or takes too much time or memory.
         """
         variables = self._special_tokens | dict(options or {})
         try:
+            self._environment.restart()
             return self._template.render(
                 messages=[dict(message) for message in messages],
                 tools=None,
@@ -99,9 +114,24 @@ class ChatTemplate:
                 **variables,
             )
         except Exception as error:  # a template can raise any exception
-            raise ValueError(
-                f"the chat template raised an exception: {type(error).__name__}: {error}"
-            ) from error
+            raise ConfigError(f"the chat template raised an exception: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Returns an exception's type and message as one line, which a template may have written."""
+    return f"{type(error).__name__}: {escape(str(error)[:LONGEST_REASON])}"
+
+
+def read_template(path: pathlib.Path) -> str:
+    """Returns the text of a file with a chat template.
+
+    Raises:
+      ConfigError: the file cannot be read, or it is not UTF-8.
+    """
+    try:
+        return read_document(path).decode()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}; expected a Jinja template.") from error
 
 
 def _tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
@@ -123,8 +153,10 @@ def strftime(date: str, form: str) -> str:
       form: format as for `datetime.date.strftime`.
 
     Raises:
-      ValueError: the date is "".
+      ValueError: the date is "", or the format has a width.
     """
+    if re.search("[0-9]{3}", form):
+        raise ValueError(f"the format of a date is {shown(form)}; expected one without a width.")
     if not date:
         raise ValueError(
             "the template asks for today's date, so the prompts would change if the run resumed on "

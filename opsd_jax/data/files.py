@@ -12,7 +12,6 @@ A directory with a dataset is one of
 from __future__ import annotations
 
 import gzip
-import json
 import pathlib
 import re
 import sys
@@ -20,9 +19,20 @@ import zlib
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from opsd_jax.options import ConfigError
 from opsd_jax.problem import DataError
+from opsd_jax.storage.foreign import check_file_name, escape, parse_json, read_object
 
 T = TypeVar("T")
+
+# Limits on a file. They are far above those of any dataset; a file beyond them is damaged or meant
+# to exhaust the machine.
+LINE_BYTES = 16 * 2**20  # longest line of a JSON Lines file
+BLANK_LINES = 100_000  # consecutive blank lines
+WRONG_LINES = 10_000  # lines that are not JSON objects
+ROWS = 100_000_000
+# A compressed file may inflate to INFLATED_FREE bytes plus INFLATED_RATIO times its size.
+INFLATED_FREE, INFLATED_RATIO = 64 * 2**20, 100
 
 
 class Row(NamedTuple):
@@ -68,7 +78,8 @@ def rows(
     except Exception as error:
         if not isinstance(error, _DAMAGED) and not _is_arrow_error(error):
             raise
-        reason = f"{type(error).__name__}: {error}"
+        kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+        reason = f"{kind}{escape(str(error))}"
         raise DataError(
             f"config.{field}.path is {path!r}, which cannot be read: {reason}."
         ) from error
@@ -114,12 +125,12 @@ def _files(path: pathlib.Path, split: str, field: str) -> list[pathlib.Path]:
             "paths start in the current directory."
         )
     if (path / "dataset_dict.json").exists():
-        splits = json.loads((path / "dataset_dict.json").read_bytes())["splits"]
-        return _files(choose({name: path / name for name in splits}), "", field)
+        splits = read_object(path / "dataset_dict.json")["splits"]
+        return _files(choose({name: path / check_file_name(name) for name in splits}), "", field)
     if (path / "state.json").exists():
-        state = json.loads((path / "state.json").read_bytes())
-        files = [path / file["filename"] for file in state["_data_files"]]
-        return choose({state.get("_split") or "": files})
+        state = read_object(path / "state.json")
+        files = [path / check_file_name(file["filename"]) for file in state["_data_files"]]
+        return choose({str(state.get("_split") or ""): files})
     by_split = _files_by_split(path)
     if not by_split:
         raise DataError(
@@ -140,7 +151,7 @@ def _files_by_split(directory: pathlib.Path) -> dict[str, list[pathlib.Path]]:
     """Returns the data files in a directory, grouped by the split in their file names."""
     by_split: dict[str, list[pathlib.Path]] = {}
     for file in sorted([*directory.glob("*"), *directory.glob("data/*")]):
-        if _suffix(file) in _READERS and not file.name.startswith("."):
+        if _suffix(file) in _READERS and not file.name.startswith(".") and file.is_file():
             stem = file.name.removesuffix(_suffix(file))
             # The hub appends a hash to some names: train-00000-of-00002-a09b74b3ef9c3b56.parquet.
             name = re.sub(r"-\d+-of-\d+(-[0-9a-f]+)?$", "", stem)
@@ -156,37 +167,57 @@ def _suffix(path: pathlib.Path) -> str:
 def _json_lines(path: pathlib.Path, columns: Collection[str] | None) -> Iterator[Row]:
     """Yields the rows of a JSON Lines file, with all columns."""
     del columns  # a line must be parsed as a whole
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            location = f"{path}:{number}"
-            try:
-                value = json.loads(line, object_pairs_hook=_object)
-            except (ValueError, RecursionError) as error:
-                yield Row(location, None, f"not JSON ({error}); expected an object")
-                continue
-            except _RepeatedKey as error:
-                yield Row(location, None, f"the key {error} occurs twice; expected it once")
-                continue
-            if isinstance(value, dict):
-                yield Row(location, value)
+    wrong = 0
+    for number, line in _lines(path):
+        value, error = None, ""
+        try:
+            value = parse_json(line, unique_keys=True)
+        except ValueError as reason:
+            error = f"not JSON ({reason}); expected an object"
+        else:
+            if not isinstance(value, dict):
+                error = f"a JSON value of type {type(value).__name__}; expected an object"
+        wrong += bool(error)
+        if wrong > WRONG_LINES:
+            raise DataError(
+                f"{path}:{number} is {error}. Over {WRONG_LINES:,} lines of the file are not JSON "
+                "objects."
+            )
+        yield Row(f"{path}:{number}", None if error else value, error)
+
+
+def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
+    """Yields (number, line) for each line of a file that is not blank. The first number is 1.
+
+    Raises:
+      DataError: the file is beyond one of the limits.
+    """
+    compressed = path.suffix == ".gz"
+    room = INFLATED_FREE + INFLATED_RATIO * path.stat().st_size
+    rows = blank = number = 0
+    with gzip.open(path) if compressed else path.open("rb") as file:
+        while line := file.readline(LINE_BYTES + 1):
+            number += 1
+            room -= len(line)
+            is_blank = not line.strip()
+            blank = blank + 1 if is_blank else 0
+            rows += not is_blank
+            if len(line) > LINE_BYTES:
+                found = f"has over {LINE_BYTES:,} bytes; expected one row per line"
+            elif compressed and room < 0:
+                found = (
+                    f"is after over {INFLATED_RATIO} times the bytes of the compressed file; "
+                    "expected a file that compresses less. If it is not damaged, decompress it"
+                )
+            elif blank > BLANK_LINES:
+                found = f"is after {BLANK_LINES:,} blank lines; expected a row on each line"
+            elif rows > ROWS:
+                found = f"is after {ROWS:,} rows; expected fewer rows. Split the file"
             else:
-                kind = type(value).__name__
-                yield Row(location, None, f"a JSON value of type {kind}; expected an object")
-
-
-class _RepeatedKey(Exception):
-    """Raised if a JSON object has the same key twice, which makes its value ambiguous."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns the key-value pairs of a JSON object as a dict. Raises an error for repeated keys."""
-    columns = dict(pairs)
-    if len(columns) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _RepeatedKey(repr(next(key for key in keys if keys.count(key) > 1)))
-    return columns
+                if not is_blank:
+                    yield number, line
+                continue
+            raise DataError(f"{path}:{number} {found}.")
 
 
 def _parquet(path: pathlib.Path, columns: Collection[str] | None) -> Iterator[Row]:
@@ -196,6 +227,10 @@ def _parquet(path: pathlib.Path, columns: Collection[str] | None) -> Iterator[Ro
 
     with pyarrow.parquet.ParquetFile(path) as file:
         names = file.schema_arrow.names
+        if file.metadata.num_rows > ROWS:
+            raise DataError(
+                f"{path} has {file.metadata.num_rows:,} rows; expected at most {ROWS:,}."
+            )
         yield from _numbered(path, file.iter_batches(columns=_needed(names, columns)), names)
 
 

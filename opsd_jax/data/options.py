@@ -13,6 +13,7 @@ from typing import Any
 
 from opsd_jax.data.contexts import CONTEXTS
 from opsd_jax.options import ConfigError, fail, option
+from opsd_jax.storage.names import NAME, NAMES
 from opsd_jax.verify.verifiers import VerifierOptions
 
 SECTIONS = ("train", "heldout", "exclude")  # the fields of DataOptions that hold sources
@@ -191,11 +192,8 @@ class DataOptions:
         for section in SECTIONS:
             for name in getattr(self, section):
                 place = f"config.{field}.{section}"
-                if not re.fullmatch(r"[\w-]+", name):
-                    raise ConfigError(
-                        f"{place} has a source named {name!r}; expected a name of letters, digits, "
-                        "_ and -."
-                    )
+                if not NAME.fullmatch(name):
+                    raise ConfigError(f"{place} has a source named {name!r}; expected {NAMES}.")
                 if names[name] > 1:
                     raise ConfigError(
                         f"{place} has a source named {name!r}, which another section has as well; "

@@ -31,7 +31,7 @@ def pass_rates(path: str, source: str, field: str) -> dict[int | str, float]:
     rollouts: Counter[str] = Counter()
     try:
         lines = files.read_json_lines(pathlib.Path(path), "Expected the records of rollouts.")
-    except (files.RecordError, UnicodeDecodeError) as error:
+    except files.RecordError as error:
         raise DataError(f"config.{field}.path is {path!r}: {error}") from error
     for number, columns in enumerate(lines, 1):
         if not isinstance(columns, dict):

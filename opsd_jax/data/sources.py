@@ -12,8 +12,10 @@ from opsd_jax.data import files
 from opsd_jax.data.options import ColumnOptions, SourceOptions
 from opsd_jax.data.pass_rates import pass_rates
 from opsd_jax.problem import DataError, Problem
+from opsd_jax.storage.foreign import listed, shown
 
 LISTED = 10  # bad rows that a message lists
+BAD_ROWS = 20_000  # bad rows at which reading stops, unless bad rows are dropped
 TEXT = "a string that is not empty"  # what a question or an answer should be
 
 # problems -> for each of them "" if its answer verifies against itself, otherwise why not
@@ -147,12 +149,19 @@ def questions(options: SourceOptions, field: str) -> tuple[list[str], Counts]:
     Raises:
       DataError: rows are bad. One error lists all of them.
     """
-    rows = files.rows(options.path, options.split, field, {options.columns.question})
-    readers = [_Reader(row) for row in rows]
-    read = [reader(options.columns.question, _text, TEXT) for reader in readers]
-    bad = _refuse([reader.row for reader in readers], options, field)
-    kept = [text for reader, text in zip(readers, read, strict=True) if not reader.row.errors]
-    return kept, Counts(rows=len(readers), kept=len(kept), bad=bad)
+    column = options.columns.question
+    rows: list[_Row] = []
+    kept: list[str] = []
+    for row in files.rows(options.path, options.split, field, {column}):
+        reader = _Reader(row)
+        text = reader(column, _text, TEXT)
+        rows.append(reader.row)
+        if not reader.row.errors:
+            kept.append(text)
+        elif len(rows) - len(kept) > BAD_ROWS and options.bad_rows != "drop":
+            break
+    bad = _refuse(rows, options, field)
+    return kept, Counts(rows=len(rows), kept=len(kept), bad=bad)
 
 
 def _read_rows(
@@ -170,6 +179,8 @@ def _read_rows(
         rows.append(reader.row)
         if candidate:
             candidates.append(candidate)
+        elif len(rows) - len(candidates) > BAD_ROWS and options.bad_rows != "drop":
+            _refuse(rows, options, field)
     return rows, candidates
 
 
@@ -228,11 +239,11 @@ class _Reader:
         try:
             return convert(value)
         except (TypeError, ValueError, OverflowError):
-            found = f"is {_shown(value)}"
+            found = f"is {shown(value)}"
             has = ""
             if value is None:
-                listed = ", ".join(self._all_columns) or "no columns"
-                found, has = "is missing", f" (the row has {listed})"
+                columns = listed([*self._all_columns]) or "no columns"
+                found, has = "is missing", f" (the row has {columns})"
             self.row.errors.append(f"field {column!r} {found}; expected {expected}{has}")
             return absent
 
@@ -316,12 +327,6 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def _shown(value: Any) -> str:
-    """Returns the repr of a value, shortened to 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def _mark_repeated_ids(candidates: Sequence[_Candidate], column: str) -> None:
     """Adds an error to each row that has the same id as an earlier row.
 
@@ -399,7 +404,7 @@ def _mark_bad_golds(
         )
     for candidate, reason in zip(wanted, reasons, strict=True):
         if reason:
-            answer = f"field {options.columns.answer!r} is {_shown(candidate.problem.answer)}"
+            answer = f"field {options.columns.answer!r} is {shown(candidate.problem.answer)}"
             candidate.row.errors.append(f"{answer}; it does not verify against itself: {reason}")
 
 
@@ -413,9 +418,8 @@ def _refuse(rows: Sequence[_Row], options: SourceOptions, field: str) -> int:
     """
     bad = [f"{row.location}: {'; '.join(row.errors)}" for row in rows if row.errors]
     if bad:
-        listed = "\n".join(f"  {line}" for line in bad[:LISTED])
-        more = f"\n  and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
-        message = f"config.{field}: {len(bad)} bad of {len(rows)} rows:\n{listed}{more}"
+        lines = listed(bad, "\n  ", LISTED)
+        message = f"config.{field}: {len(bad)} bad of {len(rows)} rows:\n  {lines}"
         if options.bad_rows != "drop":
             fix = f"Fix them, or leave them out with config.{field}.bad_rows='drop'."
             raise DataError(f"{message}\n{fix}")

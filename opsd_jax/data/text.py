@@ -20,7 +20,7 @@ from typing import Any
 import grain
 from ml_collections import ConfigDict
 
-from opsd_jax.data.chat import Chat, ChatTemplate, cut_to_fit
+from opsd_jax.data.chat import Chat, ChatTemplate, cut_to_fit, read_template
 from opsd_jax.data.contexts import CONTEXTS, Context
 from opsd_jax.data.load import load
 from opsd_jax.data.mixture import mixture
@@ -230,7 +230,7 @@ def make_chat(options: DataOptions, tokenizer: Tokenizer) -> Chat:
         if not path.is_file():
             fail("data.chat_template", options.chat_template, CHAT_TEMPLATES)
         special_tokens = getattr(tokenizer, "special_tokens", {})
-        template = ChatTemplate(path.read_text(encoding="utf-8"), special_tokens)
+        template = ChatTemplate(read_template(path), special_tokens)
     return Chat(
         tokenizer,
         template,

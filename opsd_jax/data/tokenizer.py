@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import tokenizers
 
-from opsd_jax.data.chat import ChatTemplate
+from opsd_jax.data.chat import LONGEST_REASON, ChatTemplate, read_template
+from opsd_jax.options import ConfigError
+from opsd_jax.storage.foreign import escape, listed, read_object, shown
+
+TOKENIZER_BYTES = 256 * 2**20  # largest tokenizer.json; released files have up to 40 MB
 
 
 class ByteTokenizer:
@@ -49,12 +53,18 @@ class PretrainedTokenizer:
         """Loads the tokenizer and its chat template from a model's directory.
 
         Raises:
-          ValueError: a file is missing or cannot be used. Names the file and the reason.
+          ConfigError: a file is missing or cannot be used. Names the file and the reason.
         """
-        directory = pathlib.Path(directory)
+        self._directory = pathlib.Path(directory)
+        with _named(self._directory):
+            self._load(self._directory)
+            self.decode(self.encode("1 + 1 = 2?"))  # fails with a vocabulary that lacks tokens
+
+    def _load(self, directory: pathlib.Path) -> None:
+        """Loads the files and sets all attributes. Raises any exception for unexpected content."""
         self._tokenizer = _tokenizer(directory / "tokenizer.json")
         settings = _json(directory / "tokenizer_config.json")
-        _add_missing(self._tokenizer, settings.get("added_tokens_decoder", {}))
+        _add_missing(self._tokenizer, settings.get("added_tokens_decoder") or {})
         named = _json(directory / "special_tokens_map.json") | settings
         if isinstance(extra := named.get("extra_special_tokens"), dict):
             named = extra | named
@@ -70,6 +80,10 @@ class PretrainedTokenizer:
         self.eos_ids = _eos_ids(directory, vocabulary.get(self.special_tokens.get("eos_token", "")))
         self.pad_id = vocabulary.get(self.special_tokens.get("pad_token", ""), self.eos_ids[0])
         source = _chat_template(directory, settings)
+        if not isinstance(source, str | None):
+            raise ConfigError(
+                f"{directory} has a chat_template of type {type(source).__name__}; expected a text."
+            )
         self.chat_template = ChatTemplate(source, self.special_tokens) if source else None
 
     def encode(self, text: str) -> list[int]:
@@ -77,35 +91,65 @@ class PretrainedTokenizer:
 
         Special tokens that the text contains become their ids.
         """
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with _named(self._directory):
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_document(self, text: str) -> list[int]:
         """Returns the token ids of a text, and adds special tokens such as <|begin_of_text|>.
 
         An end-of-sequence token at the end is removed.
         """
-        ids = self._tokenizer.encode(text, add_special_tokens=True).ids
+        with _named(self._directory):
+            ids = self._tokenizer.encode(text, add_special_tokens=True).ids
         return ids[:-1] if ids and ids[-1] in self.eos_ids else ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids. Skips special tokens and ids beyond the vocabulary."""
         known = [i for i in ids if i < self.vocab_size]
-        return self._tokenizer.decode(known, skip_special_tokens=True)
+        with _named(self._directory):
+            return self._tokenizer.decode(known, skip_special_tokens=True)
+
+
+class _named:
+    """Context manager that turns exceptions in its block into a ConfigError with a directory.
+
+    It covers the errors of the package `tokenizers`, which can panic as well.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        self._directory = directory
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if error is None or isinstance(error, ConfigError):
+            return
+        # The exception for a panic in Rust is no Exception, and its class cannot be imported.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            reason = escape(str(error)[:LONGEST_REASON])
+            raise ConfigError(
+                f"{self._directory} has a tokenizer that cannot be used: {type(error).__name__}: "
+                f"{reason}; expected the tokenizer files of a Hugging Face model."
+            ) from error
 
 
 def _tokenizer(path: pathlib.Path) -> tokenizers.Tokenizer:
     """Loads the tokenizer in a `tokenizer.json`, and disables its truncation and padding."""
     if not path.is_file():
-        raise ValueError(
+        raise ConfigError(
             f"there is no {path}; expected a Hugging Face model's directory. If the model has only "
             "vocab and merges files, create this file with transformers: "
             "AutoTokenizer.from_pretrained(…).save_pretrained(…)."
         )
+    if path.stat().st_size > TOKENIZER_BYTES:
+        raise ConfigError(f"{path} has over {TOKENIZER_BYTES:,} bytes; expected a smaller file.")
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises the class Exception itself
-        raise ValueError(
-            f"{path} cannot be read: {error}; expected the tokenizer.json of a Hugging Face model."
+        raise ConfigError(
+            f"{path} cannot be read: {escape(str(error)[:LONGEST_REASON])}; expected the "
+            "tokenizer.json of a Hugging Face model."
         ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -120,21 +164,22 @@ def _eos_ids(directory: pathlib.Path, first: int | None) -> tuple[int, ...]:
       first: id of the tokenizer's `eos_token`, if it has one.
 
     Raises:
-      ValueError: there is no such id, or a file has something else in its place.
+      ConfigError: there is no such id, or a file has something else in its place.
     """
     ids = [] if first is None else [first]
     for file in ("generation_config.json", "config.json"):
         more = _json(directory / file).get("eos_token_id")
         if more is not None:
             more = more if isinstance(more, list) else [more]
-            if not all(type(i) is int for i in more):
-                raise ValueError(
-                    f"{directory / file}: eos_token_id is {more}; expected an id, or a list of ids."
+            if not all(type(i) is int and 0 <= i < 2**31 for i in more):
+                raise ConfigError(
+                    f"{directory / file}: eos_token_id is {shown(more)}; expected an id, or a list "
+                    "of ids."
                 )
             ids += more
             break
     if not ids:
-        raise ValueError(
+        raise ConfigError(
             f"{directory} defines no end-of-sequence token; expected eos_token in "
             "tokenizer_config.json, or eos_token_id in generation_config.json."
         )
@@ -143,17 +188,7 @@ def _eos_ids(directory: pathlib.Path, first: int | None) -> tuple[int, ...]:
 
 def _json(path: pathlib.Path) -> dict[str, Any]:
     """Returns the JSON object in a file, or {} if the file does not exist."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}; expected a JSON object.") from error
-    if not isinstance(value, dict):
-        raise ValueError(
-            f"{path} contains a JSON value of type {type(value).__name__}; expected an object."
-        )
-    return value
+    return read_object(path) if path.exists() else {}
 
 
 def _text(token: Any) -> str:
@@ -161,20 +196,22 @@ def _text(token: Any) -> str:
     return token if isinstance(token, str) else str(token.get("content", ""))
 
 
-def _add_missing(tokenizer: tokenizers.Tokenizer, listed: dict[str, Any]) -> None:
+def _add_missing(tokenizer: tokenizers.Tokenizer, defined: dict[str, Any]) -> None:
     """Adds the tokens that only `tokenizer_config.json` defines, in the order of their ids.
 
     Args:
       tokenizer: the tokenizer in `tokenizer.json`.
-      listed: `added_tokens_decoder` of `tokenizer_config.json`: id -> token.
+      defined: `added_tokens_decoder` of `tokenizer_config.json`: id -> token.
     """
     properties = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    for _, token in sorted(listed.items(), key=lambda item: int(item[0])):
-        if tokenizer.token_to_id(_text(token)) is None:
-            known = {name: token[name] for name in properties if name in token}
-            added = tokenizers.AddedToken(_text(token), **known)
-            add = tokenizer.add_special_tokens if added.special else tokenizer.add_tokens
-            add([added])
+    missing = [
+        tokenizers.AddedToken(_text(token), **{p: token[p] for p in properties if p in token})
+        for _, token in sorted(defined.items(), key=lambda item: int(item[0]))
+        if tokenizer.token_to_id(_text(token)) is None
+    ]
+    # Each call takes time in proportion to all tokens that were added before.
+    for special, tokens in itertools.groupby(missing, lambda token: token.special):
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(list(tokens))
 
 
 def _chat_template(directory: pathlib.Path, settings: dict[str, Any]) -> str | None:
@@ -185,8 +222,8 @@ def _chat_template(directory: pathlib.Path, settings: dict[str, Any]) -> str | N
       settings: content of its `tokenizer_config.json`.
     """
     path = directory / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
+    if path.exists():
+        return read_template(path)
     source = settings.get("chat_template") or _json(directory / "chat_template.json").get(
         "chat_template"
     )
@@ -194,9 +231,9 @@ def _chat_template(directory: pathlib.Path, settings: dict[str, Any]) -> str | N
         return source
     by_name = {entry.get("name"): entry.get("template") for entry in source}
     if not isinstance(default := by_name.get("default"), str):
-        raise ValueError(
-            f"{directory} has the chat templates {', '.join(map(str, by_name))}; expected one "
-            "named 'default'. To use another one, set config.data.chat_template to the path of its "
-            "file."
+        names = listed([str(name) for name in by_name])
+        raise ConfigError(
+            f"{directory} has the chat templates {names}; expected one named 'default'. "
+            "To use another one, set config.data.chat_template to the path of its file."
         )
     return default

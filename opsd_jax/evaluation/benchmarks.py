@@ -9,6 +9,7 @@ from opsd_jax.data import files
 from opsd_jax.data.options import ColumnOptions, SourceOptions
 from opsd_jax.data.sources import reach
 from opsd_jax.options import ConfigError
+from opsd_jax.storage.names import NAME, NAMES
 from opsd_jax.verify.verifiers import VerifierOptions
 
 
@@ -61,6 +62,8 @@ def source(text: str) -> tuple[str, SourceOptions]:
       DataError: the file cannot be read.
     """
     name, _, path = text.partition("=")
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"--benchmark {text} has the name {name!r}; expected {NAMES}.")
     known = BENCHMARKS.get(name)
     if not path:
         if known is None:

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from opsd_jax.stages.algorithm import Curve
+from opsd_jax.storage.foreign import escape
 
 BEFORE, AFTER = "#8a94a6", "#1f6feb"
 COLOURS = ("#1f6feb", "#d1242f", "#2da44e", "#9a6700", "#8250df")
@@ -27,6 +28,7 @@ STYLE: Any = {
     "legend.frameon": False,
     "svg.hashsalt": "opsd_jax",  # makes the text of a plot reproducible
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a name may contain dollar signs
 }
 
 
@@ -65,7 +67,7 @@ def stages(summaries: Sequence[dict[str, Any]]) -> str:
     """
 
     def draw(axes):
-        names = [s["name"] for s in summaries]
+        names = [escape(s["name"]) for s in summaries]
         y = np.arange(len(names))[::-1]
         for axis, key, scale, label in (
             (axes[0], "accuracy", 100, "held-out accuracy, %"),
@@ -120,7 +122,7 @@ def lengths(named: Mapping[str, Sequence[int]]) -> str:
         for (name, values), colour in zip(
             named.items(), (BEFORE, AFTER)[-len(named) :], strict=True
         ):
-            label = f"{name}: mean {np.mean(values):.1f}"
+            label = f"{escape(name)}: mean {np.mean(values):.1f}"
             axis.hist(values, bins.tolist(), color=colour, alpha=0.65, label=label)
         axis.set_xlabel("response length, tokens")
         axis.set_ylabel("responses")
@@ -151,7 +153,7 @@ def accuracy_and_length(named: Mapping[str, Sequence[dict[str, Any]]]) -> str:
                     color=colour,
                     markerfacecolor=face,
                     capsize=3,
-                    label=name if face != "none" else None,
+                    label=escape(name) if face != "none" else None,
                 )
         axis.set_xlabel("mean response length, tokens")
         axis.set_ylabel("accuracy, %")
@@ -223,7 +225,7 @@ def comparison(changes: Sequence[tuple[str, dict[str, Any]]]) -> str:
                 fmt="o",
                 color=colour,
                 capsize=3,
-                label=name,
+                label=escape(name),
             )
         axis.set_xlabel("change of mean length, %")
         axis.set_ylabel("change of accuracy, points")

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from opsd_jax.evaluation import comparison, divergence, page, plots, records
+from opsd_jax.evaluation import comparison, divergence, markup, page, plots, records
 from opsd_jax.evaluation.statistics import Record
 from opsd_jax.stages import algorithm_of
 from opsd_jax.stages.options import StageOptions
@@ -157,9 +157,9 @@ def markdown(report: Report) -> str:
         lines += ["", *table.markdown()]
     lines += [
         "",
-        page.method(report.results),
+        markup.markdown(page.method(report.results)),
         "",
-        report.results["note"],
+        *map(markup.markdown, report.results["note"].splitlines()),
         "",
         *(f"![{name.replace('_', ' ')}]({name}.svg)" for name in report.plots),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -127,8 +128,9 @@ def _markdown(
     title: str, shown: Sequence[tables.Table], notes: Sequence[str], drawn: Mapping[str, str]
 ) -> str:
     """Returns the text of `report.md`: the notes, the tables and links to the plots."""
-    lines = [f"# {title}"]
-    for block in [*notes[:2], *("\n".join(table.markdown()) for table in shown), *notes[2:]]:
+    lines = [f"# {markup.markdown(title)}"]
+    first, last = ([markup.markdown(note) for note in part] for part in (notes[:2], notes[2:]))
+    for block in [*first, *("\n".join(table.markdown()) for table in shown), *last]:
         lines += ["", block]
     lines += ["", *(f"![{name}]({name}.svg)" for name in drawn)]
     return "\n".join(lines) + "\n"
@@ -154,5 +156,6 @@ def _draw(
             named = {"before": lengths(old_by_source[source]), "after": lengths(part)}
         else:
             named = {summary["name"]: lengths(part)}
-        drawn[f"lengths_{source or 'all'}"] = plots.lengths(named)
+        file = re.sub(r"[^\w-]", "_", source)[:80]  # the records may come from anywhere
+        drawn[f"lengths_{file or 'all'}"] = plots.lengths(named)
     return drawn

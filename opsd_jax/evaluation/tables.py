@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from opsd_jax.evaluation import markup
+
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 
 Named = Sequence[tuple[str, dict[str, Any]]]  # (name, metrics) or (name, changes), one per row
@@ -18,8 +20,9 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
     def markdown(self) -> list[str]:
-        """Returns the table as lines of Markdown."""
-        lines = [self.head, ["---"] * len(self.head), *self.rows]
+        """Returns the table as lines of Markdown. The first cell of a row is escaped."""
+        rows = [[markup.markdown(name), *cells] for name, *cells in self.rows]
+        lines = [self.head, ["---"] * len(self.head), *rows]
         return [f"| {' | '.join(cells)} |" for cells in lines]
 
 

@@ -12,6 +12,7 @@ from opsd_jax.models.options import DecoderOptions
 from opsd_jax.models.rope import TYPES, RopeScaling
 from opsd_jax.options import ConfigError, check_bounds
 from opsd_jax.parallel.aot import on_tpu
+from opsd_jax.storage.foreign import read_object
 
 
 class Architecture(NamedTuple):
@@ -54,6 +55,16 @@ SIZE_FIELDS = {
     "num_heads": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads",
 }
+# The largest values of fields of `config.json`, far above those of any model. Work that is done
+# for each layer, before the weights are compared with the sizes, would take hours beyond them.
+LARGEST = {
+    "num_hidden_layers": 1000,
+    "num_attention_heads": 10_000,
+    "num_key_value_heads": 10_000,
+    "head_dim": 10_000,
+    "original_max_position_embeddings": 2**40,
+}
+LARGEST_INTEGER, LARGEST_NUMBER = 2**24, 1e15  # of all other fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,24 +118,6 @@ class DecoderConfig(DecoderOptions):
             )
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Reads a JSON file whose top-level value must be an object.
-
-    Raises:
-      ValueError: The file can't be read or doesn't hold an object. The message names the file.
-    """
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path} cannot be read: {reason}.") from error
-    if not isinstance(value, dict):
-        raise ValueError(
-            f"{path} contains a JSON value of type {type(value).__name__}; expected an object."
-        )
-    return value
-
-
 def from_json(path: pathlib.Path, **options: Any) -> DecoderConfig:
     """Reads a `DecoderConfig` from a Hugging Face `config.json`.
 
@@ -134,24 +127,24 @@ def from_json(path: pathlib.Path, **options: Any) -> DecoderConfig:
         sequence_parallel, attention, scan_unroll and cache.
 
     Raises:
-      ValueError: The file can't be read, a field is missing, or the decoder doesn't support the
+      ConfigError: The file can't be read, a field is missing, or the decoder doesn't support the
         value of a field. The message names the file, the field, its value and what was expected.
     """
     # A field that is null counts as absent.
-    fields = {name: value for name, value in read_json(path).items() if value is not None}
+    fields = {name: value for name, value in read_object(path).items() if value is not None}
     if "num_attention_heads" in fields:
         fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
     try:
         return _from_fields(fields, options)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _from_fields(fields: dict[str, Any], options: dict[str, Any]) -> DecoderConfig:
     """Converts the fields of a `config.json` to a `DecoderConfig`, or raises ValueError."""
     names = fields.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise _unexpected("architectures", names, f"one of {', '.join(ARCHITECTURES)}")
     architecture = ARCHITECTURES[name]
     for field, value in (
@@ -174,22 +167,31 @@ def _from_fields(fields: dict[str, Any], options: dict[str, Any]) -> DecoderConf
         raise _unexpected("rope_scaling", rope, "a single object that applies to all layers")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise _unexpected("partial_rotary_factor", rope["partial_rotary_factor"], _only(1.0))
+    tied = fields.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise _unexpected("tie_word_embeddings", tied, "true or false")
+    theta = _number({"rope_theta": 10_000.0, **fields, **rope}, "rope_theta")
+    if theta <= 1:
+        raise _unexpected("rope_theta", theta, "a number above 1")
     return DecoderConfig(
         **sizes,
         head_dim=head_dim,
-        rope_theta=_number({"rope_theta": 10_000.0, **fields, **rope}, "rope_theta"),
+        rope_theta=theta,
         rope_scaling=_rope_scaling(rope, fields.get("max_position_embeddings")),
         rms_norm_eps=_number({"rms_norm_eps": 1e-6, **fields}, "rms_norm_eps"),
         qk_norm=architecture.qk_norm,
         attention_bias=architecture.attention_bias,
-        tie_word_embeddings=bool(fields.get("tie_word_embeddings")),
+        tie_word_embeddings=tied,
         **options,
     )
 
 
 def _unexpected(field: str, value: Any, expected: str) -> ValueError:
     """Returns a ValueError that names a field of `config.json`, its value and the valid values."""
-    return ValueError(f"{field} is {json.dumps(value)}; expected {expected}.")
+    text = json.dumps(value)
+    if len(text) > 200:
+        text = f"{text[:197]}..."
+    return ValueError(f"{field} is {text}; expected {expected}.")
 
 
 def _only(value: Any) -> str:
@@ -198,29 +200,40 @@ def _only(value: Any) -> str:
 
 
 def _integer(fields: dict[str, Any], name: str) -> int:
-    """Returns the field `name`, or raises ValueError if it is not a positive integer."""
+    """Returns the field `name`. Raises ValueError for a value that is not a possible size."""
     value = fields.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise _unexpected(name, value, "an integer above 0")
+    largest = LARGEST.get(name, LARGEST_INTEGER)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
+        raise _unexpected(name, value, f"an integer above 0 and at most {largest:,}")
     return value
 
 
 def _number(fields: dict[str, Any], name: str) -> float:
-    """Returns the field `name`, or raises ValueError if it is not a positive number."""
-    value = fields.get(name)
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-        raise _unexpected(name, value, "a number above 0")
+    """Returns the field `name`. Raises ValueError for a value that is not a positive number."""
+    value: Any = fields.get(name)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= LARGEST_NUMBER:  # false for NaN
+        raise _unexpected(name, value, f"a number above 0 and at most {LARGEST_NUMBER:g}")
     return float(value)
 
 
 def _check_window(fields: dict[str, Any], num_layers: int) -> None:
     """Raises ValueError if any layer in a `config.json` uses sliding-window attention."""
     types = fields.get("layer_types")
-    if types is not None and set(types) != {"full_attention"}:
-        raise _unexpected("layer_types", sorted(set(types)), 'only "full_attention"')
-    sliding = fields.get("use_sliding_window") and fields.get("sliding_window") is not None
-    if types is None and sliding and fields.get("max_window_layers", 28) < num_layers:
-        raise _unexpected("use_sliding_window", True, _only(False))
+    if types is not None:
+        other = (
+            [kind for kind in types if kind != "full_attention"]
+            if isinstance(types, list)
+            else types
+        )
+        if other or not types:
+            raise _unexpected("layer_types", other, 'a list with only "full_attention"')
+    elif fields.get("use_sliding_window") and fields.get("sliding_window") is not None:
+        first = fields.get("max_window_layers", 28)
+        if not isinstance(first, int):
+            raise _unexpected("max_window_layers", first, "an integer")
+        if first < num_layers:
+            raise _unexpected("use_sliding_window", True, _only(False))
 
 
 def _rope_scaling(rope: dict[str, Any], max_position_embeddings: int | None) -> RopeScaling:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +26,7 @@ from opsd_jax.models.safetensors import CODES, StoredTensor, WeightsError
 from opsd_jax.options import ConfigError, fields_of
 from opsd_jax.parallel import aot
 from opsd_jax.policy import Model, Params
+from opsd_jax.storage.foreign import listed, read_object
 
 CONFIG = "config.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -80,7 +82,7 @@ def open_model(directory: pathlib.Path, **options: Any) -> Model:
     Raises:
       ValueError: `config.json` cannot be read, or the decoder does not support one of its fields.
       WeightsError: A safetensors file is missing or damaged, or tensors are missing, unexpected or
-        of the wrong shape. The message lists all of them.
+        of the wrong shape. The message lists them.
     """
     config = architecture.from_json(directory / CONFIG, **options)
     model = decoder.model(config)
@@ -105,7 +107,7 @@ def check_tensors(
     Args:
       stored: The tensors in the safetensors files, by name.
       expected: The tensors that the model needs, by name.
-      directory: The directory of the files, for the error message, which lists every wrong tensor.
+      directory: The directory of the files, for the error message, which lists the wrong tensors.
     """
     problems = [f"{name} is missing" for name in expected if name not in stored]
     for name, tensor in stored.items():
@@ -123,7 +125,7 @@ def check_tensors(
     if problems:
         raise WeightsError(
             f"the weights in {directory} do not match the {CONFIG} there:\n  "
-            + "\n  ".join(problems)
+            + listed(problems, "\n  ")
         )
 
 
@@ -164,13 +166,48 @@ def _files(directory: pathlib.Path, dtype: str) -> dict[str, Any]:
       dtype: The new dtype in `config.json`; "" keeps the old dtype.
 
     Returns:
-      File name -> the path to copy, or the value to write as JSON.
+      Path in the export -> the file to copy, or the value to write as JSON.
     """
-    config = architecture.read_json(directory / CONFIG)
+    config = read_object(directory / CONFIG)
     if dtype:
         config["dtype" if "dtype" in config else "torch_dtype"] = dtype
-    copies = {path.name: path for name in COMPANIONS for path in sorted(directory.glob(name))}
-    return {**copies, CONFIG: config}
+    return {**_companions(directory), CONFIG: config}
+
+
+def _companions(directory: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Returns the files of a model directory that COMPANIONS matches, to copy into an export.
+
+    A symbolic link could name any file of this machine, which the export would then contain. Only
+    links to files in the directory are followed, and those of a snapshot in the Hugging Face cache,
+    whose files are links to `../../blobs`.
+
+    Returns:
+      Path in the directory -> the regular file to copy.
+
+    Raises:
+      WeightsError: a file is a link to another place, or it is not a regular file.
+    """
+    places = [directory.resolve()]
+    if places[0].parent.name == "snapshots":
+        places.append(places[0].parent.parent / "blobs")
+    found = {}
+    queue = [path for pattern in COMPANIONS for path in sorted(directory.glob(pattern))]
+    for path in queue:
+        file = pathlib.Path(os.path.realpath(path))
+        if not any(file.is_relative_to(place) for place in places):
+            raise WeightsError(
+                f"{path} is a symbolic link to {file}, outside of the model's directory, so it is "
+                "not exported; expected a file in the directory. Replace the link by a copy."
+            )
+        if file.is_dir() and not path.is_symlink():
+            queue += sorted(path.iterdir())
+        elif file.is_file():
+            found[str(path.relative_to(directory))] = file
+        else:
+            raise WeightsError(
+                f"{path} cannot be exported; expected a regular file, or a directory of such files."
+            )
+    return found
 
 
 def _save(
@@ -214,6 +251,7 @@ def rewrite(source: pathlib.Path, directory: pathlib.Path, dtype: str = "") -> N
     check_tensors(stored, expected, source)
     check_tied(stored, expected, source)
     codes = {name: CODES[dtype] if dtype else stored[name].code for name in expected}
+    files = _files(source, dtype)
     with weights.new_directory(directory) as partial:
         table = {name: (codes[name], stored[name].shape) for name in expected}
         with safetensors.writer(partial, table) as put:
@@ -221,4 +259,4 @@ def rewrite(source: pathlib.Path, directory: pathlib.Path, dtype: str = "") -> N
                 for start, count in _ranges(stored[name]):
                     values = stored[name].read(start, count)
                     put(name, start, values.astype(safetensors.DTYPES[codes[name]]))
-        weights.add_files(partial, _files(source, dtype))
+        weights.add_files(partial, files)

@@ -19,8 +19,19 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from opsd_jax.storage.foreign import (
+    DOCUMENT_BYTES,
+    check_file_name,
+    listed,
+    parse_json,
+    read_document,
+    shown,
+)
+
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+LONGEST_NAME = 1000  # Largest number of characters in the name of a tensor.
+LONGEST_SHAPE = 16  # Largest number of dimensions of a tensor.
 SHARD_BYTES = 5 * 10**9  # A larger model is split into several files of at most this size.
 # Name of a dtype -> its code in safetensors files, and code -> NumPy dtype. Weights of any other
 # dtype are not supported.
@@ -98,7 +109,7 @@ def tensors_of(directory: pathlib.Path) -> dict[str, StoredTensor]:
         missing = [str(file.name) for file in files if not file.is_file()]
         if missing:
             raise WeightsError(
-                f"{index} lists files that are missing from {directory}: {', '.join(missing)}. "
+                f"{index} lists files that are missing from {directory}: {listed(missing)}. "
                 "Complete the download."
             )
     else:
@@ -127,10 +138,8 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
       WeightsError: The index cannot be read or used. The message names it.
     """
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        if not all(pathlib.Path(name).name == name for name in weight_map.values()):
-            raise ValueError("a file name includes a directory")
-        return weight_map
+        weight_map = parse_json(read_document(index))["weight_map"]
+        return {name: check_file_name(file) for name, file in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(
             f"{index} cannot be used ({type(error).__name__}: {error}); expected a JSON object "
@@ -150,20 +159,16 @@ def _read_header(file: pathlib.Path) -> dict[str, StoredTensor]:
             (length,) = struct.unpack("<Q", opened.read(8).ljust(8, b"\xff"))
             if 8 + length > size:
                 raise ValueError(f"the header is longer than the file, which has {size} bytes")
-            entries = json.loads(opened.read(length))
+            if length > DOCUMENT_BYTES:
+                raise ValueError(f"the header has over {DOCUMENT_BYTES:,} bytes")
+            entries = parse_json(opened.read(length), unique_keys=True)
             entries.pop("__metadata__", None)
             tensors, end = {}, 0
-            for name, entry in entries.items():
-                code, shape = entry["dtype"], tuple(entry["shape"])
-                first, last = entry["data_offsets"]
-                expected = _bytes(code, shape) if code in DTYPES else last - first
-                if first < 0 or last - first != expected:
-                    raise ValueError(
-                        f"{name} has dtype {code} and shape {list(shape)}, which take {expected} "
-                        f"bytes, but its data_offsets are {first} and {last}"
-                    )
-                tensors[name] = StoredTensor(file, code, shape, 8 + length + first)
-                end = max(end, 8 + length + last)
+            for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+                code, shape, last = _entry(name, entry, end)
+                tensors[name] = StoredTensor(file, code, shape, 8 + length + end)
+                end = last
+            end += 8 + length
     except OSError as error:
         raise WeightsError(f"{file} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -177,6 +182,42 @@ def _read_header(file: pathlib.Path) -> dict[str, StoredTensor]:
             "truncated or damaged. Download it again."
         )
     return tensors
+
+
+def _entry(name: str, entry: dict[str, Any], start: int) -> tuple[str, tuple[int, ...], int]:
+    """Checks a tensor's entry in the header of a safetensors file.
+
+    Args:
+      name: The name of the tensor.
+      entry: Its dtype, shape and data_offsets.
+      start: The data offset at which the tensor must start, which is the end of the tensor before
+        it. The format allows no gap, and no overlap.
+
+    Returns:
+      `(code, shape, end)`: the code of its dtype, its shape, and the data offset of its end.
+
+    Raises:
+      ValueError: The entry is not valid.
+    """
+    code, shape = entry["dtype"], entry["shape"]
+    first, last = entry["data_offsets"]
+    if not name.isprintable() or len(name) > LONGEST_NAME:
+        raise ValueError(f"{shown(name)} is not the name of a tensor")
+    numbers = [first, last, *shape]
+    if not isinstance(code, str) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+        raise ValueError(
+            f"{name} has dtype {shown(code)}, shape {shown(shape)} and data_offsets "
+            f"{shown(first)} and {shown(last)}; expected integers of at least 0"
+        )
+    if len(shape) > LONGEST_SHAPE:
+        raise ValueError(f"{name} has {len(shape)} dimensions")
+    expected = _bytes(code, tuple(shape)) if code in DTYPES else last - first
+    if first != start or last < first or last - first != expected:
+        raise ValueError(
+            f"{name} has dtype {code} and shape {shape}, which take {expected} bytes, but its "
+            f"data_offsets are {first} and {last}, and the tensor before it ends at {start}"
+        )
+    return code, tuple(shape), last
 
 
 def _bytes(code: str, shape: tuple[int, ...]) -> int:

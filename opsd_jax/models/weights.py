@@ -297,7 +297,7 @@ def save(
       params: The parameters of a decoder.
       directory: The directory to write. It must be new or empty.
       codes: The name of each stored tensor -> the code of the dtype in which it is stored.
-      files: File name -> a path to copy, or a value to write as JSON.
+      files: Path in the directory -> a regular file to copy, or a value to write as JSON.
 
     Raises:
       WeightsError: The directory is not empty, or cannot be written.
@@ -379,12 +379,12 @@ def add_files(directory: pathlib.Path, files: Mapping[str, Any]) -> None:
 
     Args:
       directory: The directory.
-      files: File name -> a path to copy, or a value to write as JSON.
+      files: Path in the directory -> a regular file to copy, or a value to write as JSON.
     """
     for name, content in files.items():
-        if not isinstance(content, pathlib.Path):
-            (directory / name).write_text(json.dumps(content, indent=2) + "\n")
-        elif content.is_dir():
-            shutil.copytree(content, directory / name)
+        path = directory / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        if isinstance(content, pathlib.Path):
+            shutil.copyfile(content, path, follow_symlinks=False)
         else:
-            shutil.copyfile(content, directory / name)
+            path.write_text(json.dumps(content, indent=2) + "\n")

@@ -37,7 +37,6 @@ from opsd_jax.stages.options import RolloutOptions, StageOptions
 logger = logging.getLogger(__name__)
 
 _LISTED = re.compile(r"\s*\d+\.")
-_ENDS_SENTENCE = re.compile(r"[.!?][\"')\]]*\s*$|\n\s*$")
 
 
 def _are_kinds(kinds: tuple[str, ...]) -> bool:
@@ -311,20 +310,21 @@ def reminder_places(pieces: Sequence[str], every: int, *, thinking: bool = False
     end = token_at("</think>") if "</think>" in text else len(pieces)
     if not thinking and "<think>" not in text and "</think>" in text:
         return []  # the thinking has an end but no beginning
-    places = []
-    for target in range(every, end, every):
-        for at in range(target, last, -1):
-            if _ends_sentence(pieces, at):
-                places.append(at)
-                last = at
-                break
+    places, nearest = [], last  # `nearest` is the last end of a sentence so far
+    for at in range(last + 1, end):
+        if _ends_sentence(pieces, at):
+            nearest = at
+        if at % every == 0 and nearest > last:
+            places.append(nearest)
+            last = nearest
     return places
 
 
 def _ends_sentence(pieces: Sequence[str], at: int) -> bool:
     """Returns whether a sentence ends before token `at`. Dots in "3." and "3.14" do not count."""
     before, after = pieces[at - 1], pieces[at][:1]
-    if not _ENDS_SENTENCE.search(before):
+    text = before.rstrip()
+    if "\n" not in before[len(text) :] and not text.rstrip("\"')]").endswith((".", "!", "?")):
         return False
     if not (before[-1:].isspace() or not after or after.isspace()):
         return False

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 from etils import epath
 
 from opsd_jax.parallel import hosts
+from opsd_jax.storage.foreign import parse_json
 
 Path: TypeAlias = pathlib.Path | epath.Path  # a local path, or gs://BUCKET/...
 
@@ -44,12 +45,13 @@ def write_atomically(path: Path, text: str) -> None:
       RecordError: the bucket rejects the file.
       OSError: the disk rejects the file.
     """
+    content = text.encode("utf-8", "backslashreplace")  # of half of a surrogate pair: \ud800
     if in_bucket(path):
         with writing(path):
-            path.write_text(text)
+            path.write_bytes(content)
         return
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    partial.write_bytes(content)
     partial.replace(path)
 
 
@@ -163,7 +165,7 @@ def read_json_lines(path: Path, fix: str) -> list[Any]:
       RecordError: the file cannot be read, or a line is not JSON. Names the file and the line.
     """
     try:
-        lines = path.read_text().split("\n")[:-1]
+        lines = path.read_bytes().split(b"\n")[:-1]
     except OSError as error:
         raise RecordError(
             f"{path} cannot be read ({error.strerror}). Check the path and its permissions."
@@ -171,8 +173,8 @@ def read_json_lines(path: Path, fix: str) -> list[Any]:
     values = []
     for number, line in enumerate(lines, 1):
         try:
-            values.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            values.append(parse_json(line))
+        except ValueError as error:
             raise RecordError(
                 f"line {number} of {path} is not valid JSON: {error}. {fix}"
             ) from error
@@ -186,8 +188,8 @@ def read_json(path: Path) -> Any:
       RecordError: the file is not JSON. Names the file.
     """
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        return parse_json(path.read_bytes())
+    except ValueError as error:
         raise RecordError(
             f"{path} is damaged: it is not valid JSON ({error}). Delete it and run the same "
             "command again to create a new one."

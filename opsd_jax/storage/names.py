@@ -1,4 +1,10 @@
-"""Names of the directories that a run creates, other than the directories of its stages."""
+"""Names of the directories and files that a run creates."""
+
+import re
+
+# What a stage, a source or a benchmark may be called, because its name becomes part of a file name.
+NAME = re.compile(r"[\w-]{1,80}")
+NAMES = "a name of letters, digits, _ and -, of at most 80 characters"
 
 UNTRAINED = "untrained"  # the evaluation of the initial parameters
 REPORT = "report"

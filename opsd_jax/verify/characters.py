@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
+MARKS = 30  # combining marks on one letter; no script has as many (Unicode annex 15, section 13)
+
 # Characters with several spellings: full-width ASCII, quotes, dashes, and signs with a TeX command.
 _TABLE = (
     {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)}
@@ -59,9 +61,19 @@ def plain_characters(text: str) -> str:
     """
     if text.isascii():
         return text
-    text = unicodedata.normalize("NFC", text)
+    text = unicodedata.normalize("NFC", _without_long_marks(text))
     text = _SCRIPTS.sub(_script, _FRACTIONS.sub(_fraction, text)).translate(_TABLE)
     return "".join(char for char in text if unicodedata.category(char) != "Cf")
+
+
+def _without_long_marks(text: str) -> str:
+    """Removes combining marks after the first MARKS in a row, which `normalize` sorts slowly."""
+    kept, marks = [], 0
+    for char in text:
+        marks = marks + 1 if unicodedata.combining(char) else 0
+        if marks <= MARKS:
+            kept.append(char)
+    return "".join(kept)
 
 
 def _fraction(match: re.Match) -> str:

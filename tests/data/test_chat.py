@@ -2,6 +2,7 @@
 
 import datetime
 import json
+from unittest import mock
 
 import pytest
 import tiny_tokenizer
@@ -9,6 +10,7 @@ import tokenizers
 
 from opsd_jax.data.chat import Chat, ChatTemplate, cut_to_fit
 from opsd_jax.data.tokenizer import PretrainedTokenizer
+from opsd_jax.options import ConfigError
 
 FAMILIES = tuple(tiny_tokenizer.TEMPLATES)
 QUESTION = "  What is {x} <think> in 12 + 34?\nPut it within \\boxed{}. é ∑ 中\n"
@@ -249,7 +251,7 @@ def test_tokenizer_config_adds_tokens(tmp_path):
         ),
         ("tokenizer.json", None, r"there is no .*tokenizer.json; expected a Hugging Face model's"),
         ("tokenizer.json", "{}", r"tokenizer.json cannot be read: "),
-        ("tokenizer_config.json", "{", r"tokenizer_config.json is not valid JSON: "),
+        ("tokenizer_config.json", "{", r"tokenizer_config.json cannot be read: "),
         (
             "tokenizer_config.json",
             "[]",
@@ -276,3 +278,101 @@ def test_a_text_is_cut_to_the_longest_part_that_fits():
         ValueError, match="2 tokens even without the privileged context; expected at most 1"
     ):
         cut_to_fit(render, "abcdef", 1)
+
+
+DOUBLED = (
+    "{{% set n = namespace(x='a') %}}"
+    "{{% for i in range(60) %}}{{% set n.x = {} %}}{{% endfor %}}{{{{ n.x }}}}"
+)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' * 10**10 }}",
+        "{{ ['a'] * 10**9 }}",
+        "{{ 10 ** 99999 }}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}" + "{% if x.y %}a{% endif %}" * 3000 + "{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(40) }}",
+        "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+        DOUBLED.format("n.x ~ n.x"),
+        DOUBLED.format("n.x + n.x"),
+        DOUBLED.format("[n.x, n.x]"),
+        "{% set x %}{% for i in range(99999) %}{{ 'a' * i }}{% endfor %}{% endset %}",
+        "{{ 'a' | center(10**9) }}",
+        "{{ 'a'.center(1000000000) }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '%1000000000d' | format(1) }}",
+        "{{ '{:1000000000}'.format(1) }}",
+        "{{ ('a' * 99999).replace('a', 'b' * 99999) }}",
+        "{{ ('ab' * 99999) | list | join('x' * 99999) }}",
+        "{{ ('a b ' * 2000000) | wordwrap | length }}",
+        "{{ strftime_now('%1000000000d') }}",
+        "{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}",
+        "{{ " + "[" * 9999 + " }}",
+        "{% if x %}" * 300 + "{% endif %}" * 300,
+        "{{ 'a' }}" * 99999,
+    ],
+    ids=lambda source: source[:40],
+)
+def test_a_template_cannot_take_much_time_or_memory(source):
+    with pytest.raises(ConfigError, match="the chat template") as error:
+        ChatTemplate(source, {}).render([{"role": "user", "content": "What?"}])
+    assert len(str(error.value)) < 2000
+
+
+def test_the_limits_of_templates_leave_room_for_long_chats():
+    source = (
+        "{% for m in messages %}{% set content = m.content | trim %}"
+        "{{ loop.index0 }}/{{ loop.length }} {{ loop.last }} {{ '%s:' % m.role }} "
+        "{{ content.split('</think>')[-1].replace('a', 'bb') + '\n' ~ content | length }}"
+        "{% endfor %}{{ messages | map(attribute='role') | unique | list | tojson(indent=2) }}"
+    )
+    messages = [{"role": "user", "content": " a" * 50_000}] * 20
+    text = ChatTemplate(source, {}).render(messages)
+    assert text.startswith("0/20 False user: bb bb ")
+    assert text.endswith('99999[\n  "user"\n]')
+
+
+def test_the_message_of_a_template_is_one_line():
+    with pytest.raises(ConfigError, match=r"TemplateError: a\\nb\\x1b\[0m$"):
+        ChatTemplate("{{ raise_exception('a\nb\x1b[0m') }}", {}).render([])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("chat_template.jinja", b"\xff", r"chat_template\.jinja cannot be read: 'utf-8' codec"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": [1]}', "cannot be used: AttributeErr"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"a": 1}}', "cannot be used: ValueE"),
+        (
+            "tokenizer_config.json",
+            b'{"eos_token": "<|im_end|>", "chat_template": 5}',
+            "of type int",
+        ),
+        ("tokenizer_config.json", b"[" * 10**5, "nested over 100 levels deep"),
+        (
+            "generation_config.json",
+            b'{"eos_token_id": -1}',
+            r"eos_token_id is \[-1\]; expected an id",
+        ),
+        ("tokenizer.json", b'{"model": {"type": "WordLevel", "vocab": {}, "unk_token": "u"}}', "."),
+    ],
+)
+def test_a_damaged_tokenizer_directory_is_a_config_error(tmp_path, file, content, message):
+    tiny_tokenizer.write(tmp_path, "qwen3")
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        PretrainedTokenizer(tmp_path)
+
+
+def test_a_panic_of_the_tokenizer_is_a_config_error(tmp_path, monkeypatch):
+    """A panic in Rust raises an exception whose class is no Exception."""
+    tiny_tokenizer.write(tmp_path, "qwen3")
+    panic = type("PanicException", (BaseException,), {})("index out of bounds")
+    broken = mock.Mock(**{"from_file.side_effect": panic})
+    monkeypatch.setattr("opsd_jax.data.tokenizer.tokenizers.Tokenizer", broken)
+    with pytest.raises(ConfigError, match="cannot be used: PanicException: index out of bounds"):
+        PretrainedTokenizer(tmp_path)

@@ -147,6 +147,71 @@ def test_a_path_without_data_is_an_error(tmp_path, make, split, message):
         read(make(tmp_path), split=split)
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (lambda: b" " * (files.LINE_BYTES + 1), r"1 has over 16,777,216 bytes; expected one row"),
+        (lambda: b"{}\n" + b"\n" * 200_000, r"100002 is after 100,000 blank lines"),
+        (lambda: b'{"a": 1}\n' * 9 + b"{\n" * 20_000, r"10010 is not JSON .* Over 10,000 lines"),
+        (lambda: b'{"a": 1}\n' * 30_000, r"20001 bad of 20001 rows:"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_file_beyond_a_limit_is_refused(tmp_path, content, reason, name):
+    path = tmp_path / name
+    content = content()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    for check in (read, lambda path: sources.questions(config_lib.source(str(path)), "data.x")):
+        with pytest.raises(DataError, match=reason):
+            check(path)
+
+
+def test_a_file_that_inflates_too_much_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl.gz"
+    row = json.dumps({"problem": "What?" * 9999, "answer": "1"}).encode() + b"\n"
+    path.write_bytes(gzip.compress(row * 90))
+    assert len(read(path)[0]) == 90  # small files may compress well
+    monkeypatch.setattr(files, "INFLATED_FREE", 2**20)
+    with pytest.raises(DataError, match="over 100 times the bytes of the compressed file"):
+        read(path)
+
+
+def test_a_file_with_too_many_rows_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "ROWS", 2)
+    path = write_json_lines(tmp_path / "a.jsonl", ROWS)
+    with pytest.raises(DataError, match=f"{path}:3 is after 2 rows"):
+        read(path)
+    with pytest.raises(DataError, match="has 3 rows; expected at most 2"):
+        read(write_parquet(tmp_path / "a.parquet", ROWS))
+
+
+def test_blank_lines_between_rows_are_skipped(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n\n".join(json.dumps(row) for row in ROWS) + "\n" * 99_999)
+    assert read(path)[0] == PROBLEMS
+
+
+def test_the_names_of_columns_are_escaped_in_errors(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        json.dumps({"a\nconfig: all is well\x1b[0m": 1} | {f"c{i}": 0 for i in range(99)})
+    )
+    with pytest.raises(DataError) as error:
+        read(path)
+    assert r"(the row has a\nconfig: all is well\x1b[0m, c0, " in str(error.value)
+    assert "c28, and 70 more)" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["../secret.arrow", "/etc/passwd", "", "x" * 300, 3, None])
+def test_a_dataset_lists_only_files_of_its_own(tmp_path, name):
+    write_arrow(tmp_path / "secret.arrow", ROWS)
+    directory = tmp_path / "d"
+    directory.mkdir()
+    (directory / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+    with pytest.raises(DataError, match="is not the name of a file in the directory"):
+        read(directory)
+
+
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl.gz", "d/state.json"])
 def test_a_damaged_file_is_named(tmp_path, name):
     path = tmp_path / name

@@ -3,7 +3,9 @@
 import jinja2
 import pytest
 
-from opsd_jax.evaluation import markup, tables
+from opsd_jax.evaluation import benchmarks, markup, plots, records, statistics, tables
+from opsd_jax.evaluation import summary as summary_lib
+from opsd_jax.options import ConfigError
 
 HOSTILE = "<script>alert('x')</script> & wait"
 
@@ -61,3 +63,79 @@ def test_a_page_without_comparison_has_no_examples():
 def test_a_missing_value_is_an_error():
     with pytest.raises(jinja2.UndefinedError, match="title"):
         markup.render("evaluation.html.j2")
+
+
+CONTROL = "a\x1b[31m\x00\ud800\u202eb\r"
+ESCAPED = r"a\x1b[31m\x00\ud800\u202eb\r"
+
+
+def test_control_characters_are_escaped():
+    text = page(title=CONTROL, pairs=[(response(response=CONTROL), response())])
+    assert text.count(ESCAPED) == 3  # the title twice, and the response
+    text.encode()
+    assert all(char.isprintable() or char in "\n\t" for char in text)
+
+
+def test_the_middle_of_a_long_response_is_left_out():
+    long = "a" * 10**6 + "b" * 10**6
+    text = page(pairs=[(response(response=long, question=long, answer=long), response())])
+    assert text.count("[… 1,900,000 characters are left out …]") == 3
+    assert len(text) < 500_000
+    assert markup.shorten("a" * markup.SHOWN) == "a" * markup.SHOWN
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("opsd_correct (0.5)", "opsd_correct (0.5)"),
+        ("untrained → opsd", "untrained → opsd"),
+        ("<img src=x>", r"&lt;img src=x\>"),
+        ("![a](b) [c](d)", r"\!\[a\](b) \[c\](d)"),
+        ("a|b`c`*d*_e_~f~", r"a\|b\`c\`\*d\*\_e\_\~f\~"),
+        ("&lt;\n# b\\", r"&amp;lt;\\n\# b\\"),
+    ],
+)
+def test_markup_in_a_name_is_escaped_in_markdown(name, shown):
+    assert markup.markdown(name) == shown
+    table = tables.Table(["name", "accuracy"], [[name, "1.0 [0.5, 1.5]"]])
+    assert table.markdown()[-1] == f"| {shown} | 1.0 [0.5, 1.5] |"
+
+
+def test_plots_show_any_name():
+    names = [CONTROL, r"$\frac$", "<script>", "a" * 300]
+    for name in names:
+        assert "<script>" not in plots.lengths({name: [1, 2]})
+    assert r"\ud800" in plots.lengths({CONTROL: [1, 2]})
+
+
+def test_the_files_of_a_report_stay_in_its_directory(tmp_path):
+    """The source of a record becomes part of a file name."""
+    counts = {name: 1 for name in statistics.RATIOS} | {f"{n}_se": None for n in statistics.RATIOS}
+    summary = counts | {
+        "name": CONTROL, "problems": 1, "samples": 1, "sources": {}, "pass_at": {},
+        "pass_at_se": {},
+        "median_length": 1, "p95_length": 1, "median_length_correct": 1, "p95_length_correct": 1,
+        "settings": {
+            "model": "<b>[x](y)", "temperature": 1.0, "top_p": 1.0, "top_k": 0,
+            "response_tokens": 9, "seed": 0,
+        },
+    }  # fmt: skip
+    record = response(problem="a", sample=0, source="../../up\x1b", truncated=False, extracted=None)
+    out = tmp_path / "a" / "b" / "out"
+    out.mkdir(parents=True)
+    records.finish(out, summary)
+    records.recorder(out, [record])
+    summary_lib.write(out)
+    assert {path.name for path in out.iterdir()} == {
+        "evaluation.json", "responses.jsonl", "report.md", "index.html", "accuracy_length.svg",
+        "lengths_______up_.svg",
+    }  # fmt: skip
+    text = (out / "report.md").read_text()
+    assert r"Model: &lt;b\>\[x\](y)." in text
+    assert "\x1b" not in text + (out / "index.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["../a", "a/b", "a.b", "a\nb", "", "a b", "a" * 99])
+def test_the_name_of_a_benchmark_is_checked(name):
+    with pytest.raises(ConfigError, match="expected a name of letters, digits, _ and -, of at"):
+        benchmarks.source(f"{name}=a.jsonl")

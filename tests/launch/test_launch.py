@@ -386,6 +386,35 @@ def test_a_jobset_is_started_followed_and_deleted(gke):
     ]
 
 
+def test_every_argument_arrives_unchanged(gke):
+    hard = [
+        "a\nb",
+        "a\r\n",
+        "\n",
+        "\t x",
+        "\\n",
+        '"\n"',
+        "$(x) `y` ${z}",
+        "é 漢 \U0001f600",
+        "",
+        "'",
+        "#",
+    ]
+    done, calls, _ = gke(COMPLETED, *POOL, command=["--", "train", *hard])
+    assert done.returncode == 0, done.stderr
+    pod = yaml.safe_load(calls[2][-1])["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    assert pod["spec"]["containers"][0]["args"] == ["train", *hard, "--coordinator", "auto"]
+
+
+@pytest.mark.parametrize("char", ["\x1b[31m", "\x07", "\x7f", "\x85", "\u2028"])
+def test_an_argument_that_yaml_cannot_hold_is_refused(gke, char):
+    done, calls, _ = gke(COMPLETED, *POOL, command=["--", "train", f"a{char}b\nc"])
+    assert (done.returncode, calls) == (2, [])
+    (line,) = done.stderr.splitlines()
+    assert "contains a control character" in line
+    assert "\x1b" not in line
+
+
 def test_without_a_claim_no_volume_is_mounted(gke):
     done, calls, _ = gke(COMPLETED, *POOL[:-2])
     assert done.returncode == 0, done.stderr

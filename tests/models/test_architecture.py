@@ -129,6 +129,16 @@ def test_normalised_queries_with_biases_cannot_be_exported():
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "original_max_position_emb.* is null"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}}, "truncate is false"),
         ({"rope_theta": "1e6"}, 'rope_theta is "1e6"; expected a number'),
+        ({"num_hidden_layers": 10**7}, "num_hidden_layers is 10000000; .* at most 1,000"),
+        ({"vocab_size": 10**400}, r"vocab_size is 1000\d+\.\.\.; expected an integer above 0"),
+        ({"rope_theta": 10**400}, r"rope_theta is 1000\d+\.\.\.; expected a number above 0"),
+        ({"rope_theta": 1}, "rope_theta is 1.0; expected a number above 1"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is NaN; expected a number"),
+        ({"layer_types": [["full_attention"]]}, "layer_types is .*; expected a list with only"),
+        ({"layer_types": 3}, "layer_types is 3; expected a list"),
+        ({"architectures": [["LlamaForCausalLM"]]}, "architectures is .*; expected one of"),
+        ({"tie_word_embeddings": "false"}, 'tie_word_embeddings is "false"; expected true or'),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": "1"}, "max_window"),
     ],
 )
 def test_an_unsupported_config_json_is_an_error(written, changes, message):
@@ -147,7 +157,7 @@ def test_null_counts_as_absent(tmp_path):
     assert sizes.rope_theta == 10_000.0
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", None])
+@pytest.mark.parametrize("text", ["{", "[1]", None, '{"a":' * 10**5, "1" * 5000])
 def test_an_unreadable_config_json_is_named(tmp_path, text):
     path = tmp_path / "config.json"
     if text is not None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -336,3 +337,80 @@ def test_two_processes_load_and_save_one_model(directory, tmp_path):
     processes.run(PROCESS, str(directory), processes=2, devices=2)
     for number in range(3):
         assert_same_tensors(directory, tmp_path / f"out{number}")
+
+
+def test_an_export_copies_only_files_of_the_model(directory, tmp_path):
+    """A link could name any file of the machine, such as a private key."""
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "a.jinja").write_text("secret")
+    link, out = directory / "tokenizer_secret.json", tmp_path / "out"
+    for target in (secret, tmp_path / "keys", "/dev/zero", "../secret", "absent", link):
+        link.symlink_to(target)
+        with pytest.raises(WeightsError, match=r"tokenizer_secret\.json (is a symb|cannot be exp)"):
+            pretrained.rewrite(directory, out)
+        link.unlink()
+    templates = directory / "additional_chat_templates"
+    templates.mkdir(exist_ok=True)
+    (templates / "tool.jinja").symlink_to(secret)
+    with pytest.raises(WeightsError, match=r"tool\.jinja is a symbolic link to .*secret, outside"):
+        pretrained.rewrite(directory, out)
+    assert not out.exists()
+    (templates / "tool.jinja").unlink()
+    (directory / "tokenizer.json").write_text("{}")
+    link.symlink_to("tokenizer.json")  # a link inside the directory
+    pretrained.rewrite(directory, out)
+    assert (out / "tokenizer_secret.json").read_text() == "{}"
+    assert not (out / "tokenizer_secret.json").is_symlink()
+
+
+def test_a_snapshot_in_the_hugging_face_cache_is_exported(directory, tmp_path):
+    """Its files are links to `blobs`, next to `snapshots`."""
+    snapshot, blobs = (
+        tmp_path / "models--a" / "snapshots" / "1234",
+        tmp_path / "models--a" / "blobs",
+    )
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (directory / "tokenizer.json").write_text("{}")
+    for i, path in enumerate(sorted(path for path in directory.iterdir() if path.is_file())):
+        shutil.copy(path, blobs / str(i))
+        (snapshot / path.name).symlink_to(f"../../blobs/{i}")
+    pretrained.rewrite(snapshot, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert_same_tensors(directory, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda entry: entry | {"shape": ["a", 10**9]}, "expected integers of at least 0"),
+        (lambda entry: entry | {"shape": [-1, -16]}, "expected integers of at least 0"),
+        (lambda entry: entry | {"shape": [10**300]}, "expected integers of at least 0"),
+        (lambda entry: entry | {"shape": [1] * 99}, "has 99 dimensions"),
+        (lambda entry: entry | {"dtype": ["F32"]}, "expected integers of at least 0"),
+        (lambda entry: entry | {"data_offsets": [4, 68]}, "the tensor before it ends at 0"),
+        (lambda entry: [entry], "is damaged or is not a safetensors file"),
+    ],
+)
+def test_a_header_is_checked_by_field(tmp_path, change, message):
+    path = tmp_path / "model.safetensors"
+    entry = {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}
+    text = json.dumps({"a": change(entry)}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(64))
+    with pytest.raises(WeightsError, match=message):
+        safetensors.tensors_of(tmp_path)
+
+
+def test_a_header_with_a_hostile_or_repeated_name_is_an_error(tmp_path):
+    path = tmp_path / "model.safetensors"
+    entry = '{"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}'
+    for names, message in (
+        ([r"a\nb"], r"'a\\nb' is not the name of a tensor"),
+        (["a", "a"], "the key 'a' occurs twice"),
+    ):
+        text = ("{" + ", ".join(f'"{name}": {entry}' for name in names) + "}").encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(64))
+        with pytest.raises(WeightsError, match=message):
+            safetensors.tensors_of(tmp_path)
