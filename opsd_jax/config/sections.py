@@ -98,7 +98,7 @@ def source(path: str | pathlib.Path = "", **changes: Any) -> ConfigDict:
     each field.
 
     Args:
-      path: a file (.jsonl, .jsonl.gz, .parquet, .arrow) or a Hugging Face `datasets` directory.
+      path: a .jsonl, .jsonl.gz, .json, .csv, .parquet or .arrow file, or a directory of a dataset.
       changes: the other fields -> values.
     """
     return _changed(SourceOptions(path=os.fspath(path)), changes)

@@ -1,4 +1,4 @@
-"""Reads rows, each with its location, from JSON Lines, Parquet, Arrow and Hugging Face datasets.
+"""Reads rows, each with its location, from JSON, CSV, Parquet, Arrow and Hugging Face datasets.
 
 A directory with a dataset is one of
 - the output of `datasets.Dataset.save_to_disk`: `state.json` and the Arrow files that it lists;
@@ -11,23 +11,30 @@ A directory with a dataset is one of
 
 from __future__ import annotations
 
+import csv
 import gzip
 import pathlib
 import re
 import sys
 import zlib
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TextIO, TypeVar
 
 from opsd_jax.options import ConfigError
 from opsd_jax.problem import DataError
-from opsd_jax.storage.foreign import check_file_name, escape, parse_json, read_object
+from opsd_jax.storage.foreign import (
+    check_file_name,
+    escape,
+    parse_json,
+    read_document,
+    read_object,
+)
 
 T = TypeVar("T")
 
 # Limits on a file. They are far above those of any dataset; a file beyond them is damaged or meant
 # to exhaust the machine.
-LINE_BYTES = 16 * 2**20  # longest line of a JSON Lines file
+LINE_BYTES = 16 * 2**20  # longest line of a JSON Lines or CSV file
 BLANK_LINES = 100_000  # consecutive blank lines
 WRONG_LINES = 10_000  # lines that are not JSON objects
 ROWS = 100_000_000
@@ -86,9 +93,9 @@ def rows(
 
 
 # Exceptions that damaged files cause: zlib.error and EOFError come from gzip, the others from
-# Parquet, Arrow and state.json, and from values without a Python type.
+# CSV, Parquet, Arrow and state.json, and from values without a Python type.
 _DAMAGED = (
-    OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, NotImplementedError,
+    OSError, EOFError, zlib.error, csv.Error, ValueError, KeyError, TypeError, NotImplementedError,
     OverflowError, RecursionError,
 )  # fmt: skip
 
@@ -148,10 +155,17 @@ def _files(path: pathlib.Path, split: str, field: str) -> list[pathlib.Path]:
 
 
 def _files_by_split(directory: pathlib.Path) -> dict[str, list[pathlib.Path]]:
-    """Returns the data files in a directory, grouped by the split in their file names."""
+    """Returns the data files in a directory, grouped by the split in their file names.
+
+    JSON and CSV files count only if there are no others, because they often describe the dataset.
+    """
+    found = sorted([*directory.glob("*"), *directory.glob("data/*")])
+    found = [file for file in found if not file.name.startswith(".") and file.is_file()]
+    rest = [suffix for suffix in _READERS if suffix not in (".json", ".csv")]
+    suffixes = rest if any(_suffix(file) in rest for file in found) else [*_READERS]
     by_split: dict[str, list[pathlib.Path]] = {}
-    for file in sorted([*directory.glob("*"), *directory.glob("data/*")]):
-        if _suffix(file) in _READERS and not file.name.startswith(".") and file.is_file():
+    for file in found:
+        if _suffix(file) in suffixes and not file.name.startswith("dataset_info"):
             stem = file.name.removesuffix(_suffix(file))
             # The hub appends a hash to some names: train-00000-of-00002-a09b74b3ef9c3b56.parquet.
             name = re.sub(r"-\d+-of-\d+(-[0-9a-f]+)?$", "", stem)
@@ -184,6 +198,52 @@ def _json_lines(path: pathlib.Path, columns: Collection[str] | None) -> Iterator
                 "objects."
             )
         yield Row(f"{path}:{number}", None if error else value, error)
+
+
+def _json(path: pathlib.Path, columns: Collection[str] | None) -> Iterator[Row]:
+    """Yields the rows of a file with a JSON array of objects, or with JSON Lines."""
+    with path.open("rb") as file:
+        is_array = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+    if not is_array:
+        yield from _json_lines(path, columns)
+        return
+    for number, value in enumerate(parse_json(read_document(path), unique_keys=True), 1):
+        good = isinstance(value, dict)
+        error = f"a JSON value of type {type(value).__name__}; expected an object"
+        yield Row(f"{path}:{number}", value if good else None, "" if good else error)
+
+
+def _csv(path: pathlib.Path, columns: Collection[str] | None) -> Iterator[Row]:
+    """Yields the rows of a CSV file, whose first row names the columns. Every value is a string."""
+    del columns
+    csv.field_size_limit(LINE_BYTES)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        table = csv.reader(_csv_lines(path, file), strict=True)
+        names = next(table, [])
+        if len({*names}) < len(names):
+            raise DataError(
+                f"{path} has the columns {', '.join(map(repr, names))}; expected each name once."
+            )
+        for number, values in enumerate(table, 2):
+            location = f"{path}:{number}"
+            if number > ROWS:
+                raise DataError(f"{location} is after {ROWS:,} rows; expected fewer rows.")
+            if not values:
+                continue  # a blank line
+            if len(values) != len(names):
+                yield Row(location, None, f"{len(values)} values; expected {len(names)}")
+            else:
+                yield Row(location, dict(zip(names, values, strict=True)))
+
+
+def _csv_lines(path: pathlib.Path, file: TextIO) -> Iterator[str]:
+    """Yields the lines of a text file. Raises DataError for one of over LINE_BYTES characters."""
+    while line := file.readline(LINE_BYTES + 1):
+        if len(line) > LINE_BYTES:
+            raise DataError(
+                f"{path} has a line of over {LINE_BYTES:,} characters; expected shorter lines."
+            )
+        yield line
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
@@ -281,6 +341,8 @@ def _pyarrow() -> Any:
 _READERS = {
     ".jsonl": _json_lines,
     ".jsonl.gz": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
     ".parquet": _parquet,
     ".arrow": _arrow,
 }

@@ -83,7 +83,7 @@ class SourceOptions:
 
     path: str = option(
         "",
-        "A .jsonl, .jsonl.gz, .parquet or .arrow file, or a directory of a Hugging Face dataset.",
+        "A .jsonl, .jsonl.gz, .json, .csv, .parquet or .arrow file, or a directory of a dataset.",
     )
     split: str = option("", "Split to read from a directory that has several.")
     columns: ColumnOptions = option(ColumnOptions(), "Names of the source's columns.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import NamedTuple
 
 from opsd_jax.data import files
@@ -52,7 +53,8 @@ def source(text: str) -> tuple[str, SourceOptions]:
 
     Args:
       text: "NAME", one of BENCHMARKS, which is downloaded; or "NAME=PATH", a file or directory with
-        the columns that the benchmark has on the hub, or with the default columns.
+        the columns that the benchmark has on the hub, or with the default columns. "math-500" and
+        "AIME_2024" name "math500" and "aime24".
 
     Returns:
       (name, options of the source).
@@ -64,6 +66,8 @@ def source(text: str) -> tuple[str, SourceOptions]:
     name, _, path = text.partition("=")
     if not NAME.fullmatch(name):
         raise ConfigError(f"--benchmark {text} has the name {name!r}; expected {NAMES}.")
+    plain = re.sub(r"[-_]|20(?=\d\d$)", "", name.lower())
+    name = plain if plain in BENCHMARKS else name
     known = BENCHMARKS.get(name)
     if not path:
         if known is None:

@@ -481,6 +481,18 @@ def test_a_failed_download_suggests_a_path(monkeypatch):
         benchmarks.source("aime24")
 
 
+@pytest.mark.parametrize("spelling", ["math-500", "MATH500", "AIME_2024", "aime-2025", "aime24"])
+def test_a_benchmark_has_several_spellings(tmp_path, spelling):
+    path = write_rows(tmp_path / "rows.jsonl", [{"problem": "a", "answer": "7"}])
+    name, _ = benchmarks.source(f"{spelling}={path}")
+    assert name in ("math500", "aime24", "aime25")
+
+
+def test_the_name_of_one_s_own_benchmark_is_kept(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"problem": "a", "answer": "7"}])
+    assert benchmarks.source(f"My-2024_set={path}")[0] == "My-2024_set"
+
+
 def test_a_download_is_read_with_the_columns_of_the_hub(monkeypatch, tmp_path):
     rows = [{"question": "2+3?", "answer": "Two and three.\n#### 5"}]
     path = write_rows(tmp_path / "test.jsonl", rows)
