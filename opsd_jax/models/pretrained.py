@@ -91,6 +91,7 @@ def open_model(directory: pathlib.Path, **options: Any) -> Model:
     check_tensors(stored, expected, directory)
 
     def load(abstract: Params) -> Params:
+        weights.check_sums(directory)
         check_tied(stored, expected, directory)
         return weights.load(stored, abstract)
 
@@ -249,6 +250,7 @@ def rewrite(source: pathlib.Path, directory: pathlib.Path, dtype: str = "") -> N
     stored = safetensors.tensors_of(source)
     expected = weights.all_layouts(jax.eval_shape(model.init, jax.random.key(0)))
     check_tensors(stored, expected, source)
+    weights.check_sums(source)
     check_tied(stored, expected, source)
     codes = {name: CODES[dtype] if dtype else stored[name].code for name in expected}
     files = _files(source, dtype)

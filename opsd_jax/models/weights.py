@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import os
@@ -31,6 +32,7 @@ from opsd_jax.parallel.mesh import path_name
 from opsd_jax.policy import Params
 
 PIECE = 32 * 2**20  # Size of a piece in bytes.
+SUMS = "SHA256SUMS"  # The digests of the files of an export, as `sha256sum --check` reads them.
 
 # The path of a parameter -> the name of its stored tensor, the dimensions of the stored tensor, and
 # the dimensions of the parameter. A letter stands for one dimension: "hc" is a stored dimension in
@@ -358,6 +360,8 @@ def check_new(directory: pathlib.Path) -> None:
 def new_directory(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     """Context manager that yields a temporary directory, and renames it to `directory` on success.
 
+    It adds the file SUMS with the digests of the other files.
+
     Raises:
       WeightsError: The directory is not empty, or cannot be written.
     """
@@ -367,11 +371,36 @@ def new_directory(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
+        names = sorted(path.name for path in partial.iterdir() if path.is_file())
+        lines = [f"{_digest(partial / name)}  {name}\n" for name in names]
+        (partial / SUMS).write_text("".join(lines))
         partial.replace(directory)
     except OSError as error:
         raise WeightsError(f"{directory} cannot be written: {error.strerror}.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _digest(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_sums(directory: pathlib.Path) -> None:
+    """Checks the safetensors files in a directory against its SUMS, if it has this file.
+
+    Raises:
+      WeightsError: A file differs from the one that was exported. The message names it.
+    """
+    path = directory / SUMS
+    lines = path.read_text().splitlines() if path.is_file() else []
+    digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    for file in sorted(directory.glob("*.safetensors")):
+        if file.name in digests and digests[file.name] != _digest(file):
+            raise WeightsError(
+                f"{file} is damaged: it differs from the file that {path} lists. Export or copy "
+                f"the model again. If you changed the file yourself, delete {path}."
+            )
 
 
 def add_files(directory: pathlib.Path, files: Mapping[str, Any]) -> None:

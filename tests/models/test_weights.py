@@ -127,8 +127,27 @@ def test_an_export_has_the_requested_dtype_and_the_companion_files(directory, tm
             "tokenizer.json",
             "chat_template.jinja",
             "additional_chat_templates",
+            "SHA256SUMS",
         }
         assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def test_a_damaged_export_is_named(tmp_path, tensors):
+    source = hf_files.write(tmp_path / "source", tensors, hf_files.CONFIG)
+    pretrained.rewrite(source, tmp_path / "out")
+    check = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
+    assert subprocess.run(check, cwd=tmp_path / "out", capture_output=True).returncode == 0
+    weights.check_sums(tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    model = opened(tmp_path / "out")
+    for use in (lambda: load(model), lambda: pretrained.rewrite(path.parent, tmp_path / "again")):
+        with pytest.raises(WeightsError, match=r"model.safetensors is damaged: it differs from"):
+            use()
+    (tmp_path / "out" / "SHA256SUMS").unlink()
+    load(model)
 
 
 def test_all_wrong_tensors_are_listed_in_one_error(tmp_path, tensors):
