@@ -165,6 +165,8 @@ class Bounds(NamedTuple):
       check: whether a value is one that `expects` describes; None if nothing or other code checks.
       omit: names of the fields of a nested NamedTuple that the config leaves out.
       finite: whether infinity is refused.
+      added: whether a config that an earlier version saved may lack the field. Its default value
+        then has to be what that version did.
     """
 
     description: str
@@ -177,6 +179,7 @@ class Bounds(NamedTuple):
     check: Callable[[Any], bool] | None = None
     omit: tuple[str, ...] = ()
     finite: bool = True
+    added: bool = False
 
     def text(self) -> str:
         """Returns the bounds as a phrase, such as "at least 1", or "" if there are none."""
@@ -410,7 +413,7 @@ def _parse_section(cls: Any, config: Any, field: str, omit: tuple[str, ...], who
                     f"config.{place}{name} is missing, and it has no default value. Set it. Its "
                     f"description: {bounds.description}"
                 )
-            if whole:
+            if whole and not bounds.added:
                 raise ConfigError(
                     f"config.{place}{name} is missing. Set it, for example to its default value, "
                     f"{default!r}."
@@ -501,6 +504,7 @@ class Field(NamedTuple):
       default: its default value; MISSING if the field is required.
       description: what it does.
       bounds: the bounds on its value, as a phrase; "" for no bounds.
+      added: whether a saved config may lack it.
     """
 
     name: str
@@ -508,6 +512,7 @@ class Field(NamedTuple):
     default: Any
     description: str
     bounds: str
+    added: bool = False
 
 
 def describe(cls: type, field: str = "", default: Any = None) -> Iterator[Field]:
@@ -535,4 +540,5 @@ def _describe(cls: Any, place: str, instance: Any, omit: tuple[str, ...]) -> Ite
         else:
             text = kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2]
             text = str(kind).replace("collections.abc.", "") if typing.get_origin(kind) else text
-            yield Field(f"{place}{name}", text, value, bounds.description, bounds.text())
+            about = bounds.description, bounds.text(), bounds.added
+            yield Field(f"{place}{name}", text, value, *about)

@@ -210,7 +210,7 @@ def missing_fields(config: ConfigDict) -> list[str]:
         known += describe(algorithm.options, name)
     flat = flatten(config)
     there = {*flat, *(name[:i] for name in flat for i, char in enumerate(name) if char == ".")}
-    return [field.name for field in known if field.name not in there]
+    return [field.name for field in known if field.name not in there and not field.added]
 
 
 def identity(config: ConfigDict | RunOptions) -> dict[str, Any]:

@@ -28,6 +28,7 @@ import dataclasses
 import fcntl
 import hashlib
 import importlib
+import logging
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -38,13 +39,25 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from opsd_jax.options import option
 from opsd_jax.problem import Problem
-from opsd_jax.verify.verdict import CRASH, MEMORY, TIMEOUT, Job, Judge, Verdict, Verifier
+from opsd_jax.verify.verdict import (
+    CRASH,
+    MEMORY,
+    TIMEOUT,
+    Job,
+    Judge,
+    Verdict,
+    Verifier,
+    checked,
+)
 from opsd_jax.verify.verifiers import as_verifier
+
+logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 5  # times that a job is started while its workers are killed from outside
 MAX_FAILED_STARTS = 5  # consecutive failed starts of workers before the pool gives up
@@ -52,6 +65,9 @@ KILLED_START = 0.05  # a start that was killed from outside counts as this much 
 START_SECONDS = 60.0  # time limit for the start of a worker
 JOBS_PER_WORKER = 5000  # then the worker is replaced, because the parser's caches grow
 CACHED_VERDICTS = 1 << 16  # verdicts of earlier jobs that the pool keeps
+FIRST_VERDICTS = 100  # verdicts before `PoolOptions.failures` applies
+LOGGED_FAILURES = 3  # failures that are logged with their traceback
+LOGGED_CHARACTERS = 4000  # end of a traceback that is logged
 # Modules that the server process imports before it forks workers, so that workers start fast.
 PRELOADED = ("opsd_jax.verify.warm", "opsd_jax.verify.pool")
 
@@ -75,11 +91,19 @@ class PoolOptions:
     memory_mb: int = option(
         512, "Memory that a worker may allocate for one response, in MiB; Linux only.", above=0
     )
+    failures: float = option(
+        0.5,
+        "Fraction of verifications that may fail (exceptions, timeouts, crashes); beyond it the "
+        "run stops, after the first 100 verifications. 1 never stops it.",
+        at_least=0,
+        at_most=1,
+        added=True,
+    )
 
 
 DEFAULTS = PoolOptions()
 # For gold answers. Each is checked once, and a slow machine must not make one of them a bad row.
-PATIENT = PoolOptions(seconds=10.0)
+PATIENT = PoolOptions(seconds=10.0, failures=1.0)
 
 
 class _Pending:
@@ -198,6 +222,7 @@ class VerifierPool:
         # The thread sleeps until it can read from a worker's pipe or from this one.
         self._wake_reader, self._wake_writer = _CONTEXT.Pipe(duplex=False)
         self.judged = 0
+        self._verdicts, self._failures = 0, 0
 
     def submit(self, problem: Problem, response: str) -> Future[Verdict]:
         """Queues a response for verification, and returns a future for its verdict.
@@ -213,12 +238,19 @@ class VerifierPool:
 
     def _submit(self, prepare: Callable[..., Verdict | Job], *arguments) -> Future[Verdict]:
         """Calls `prepare`, queues any job it returns, and returns a future for the verdict."""
+        job, failure = b"", ""
         try:
             prepared = prepare(*arguments)
-            job = b"" if isinstance(prepared, Verdict) else pickle.dumps(prepared)
+            if isinstance(prepared, Verdict):
+                prepared = checked(prepared)
+            else:
+                job = pickle.dumps(prepared)
         except Exception as error:
-            prepared = _verdict_of_exception(error)
+            prepared, failure = _verdict_of_exception(error), traceback.format_exc()
         if isinstance(prepared, Verdict):
+            self._count(failure)
+            if self._failure:
+                raise PoolError(self._failure)
             settled: Future[Verdict] = Future()
             settled.set_result(prepared)
             return settled
@@ -333,19 +365,43 @@ class VerifierPool:
         if not worker.ready:
             worker.ready, worker.deadline, self._failed_starts = True, math.inf, 0
             return
-        verdict = Verdict(*message)
-        self._settle(worker, verdict)
+        *verdict, failure = message
+        verdict = Verdict(*verdict)
+        self._settle(worker, verdict, failure)
         # After a failed allocation, the state of the process is unknown.
         if verdict == MEMORY or worker.jobs >= JOBS_PER_WORKER:
             worker.stop()
 
-    def _settle(self, worker: _Worker, verdict: Verdict) -> None:
+    def _count(self, failure: str) -> None:
+        """Counts a verification, and logs the first failures. Too many failures end the pool.
+
+        Args:
+          failure: the traceback or reason of a failed verification; "" for one that did not fail.
+        """
+        with self._lock:
+            self._verdicts += 1
+            if not failure:
+                return
+            self._failures += 1
+            if self._failures <= LOGGED_FAILURES:
+                logger.warning("a response is incorrect because its verifier failed: %s", failure)
+            limit = self._options.failures
+            if self._verdicts >= FIRST_VERDICTS and self._failures > limit * self._verdicts:
+                self._failure = self._failure or (
+                    f"the verifier failed for {self._failures} of {self._verdicts} responses; "
+                    f"expected at most a fraction of config.pool.failures = {limit}. The log has "
+                    "the first failures. Fix the verifier, or increase config.pool.failures."
+                )
+
+    def _settle(self, worker: _Worker, verdict: Verdict, failure: str = "") -> None:
         """Gives a verdict to the job that a worker is running, if there is one."""
         pending = worker.take_job()
         if pending is None:
             return
         self.judged += 1
-        if verdict in (TIMEOUT, CRASH, MEMORY):
+        failed = verdict in (TIMEOUT, CRASH, MEMORY)
+        self._count(failure or (verdict.reason if failed else ""))
+        if failed:
             with self._lock:
                 self._cache.pop(pending.key, None)
         pending.future.set_result(verdict)
@@ -403,12 +459,11 @@ def _worker_main(
             fcntl.fcntl(pipe, fcntl.F_SETFL, flags | os.O_ASYNC)
             _set_limits(options)
             try:
-                correct, reason = decide(job)
-                verdict = bool(correct), str(reason)
+                verdict = *checked(decide(job)), ""
             except MemoryError:
-                verdict = False, MEMORY.reason
+                verdict = *MEMORY, ""
             except BaseException as error:
-                verdict = False, _verdict_of_exception(error).reason
+                verdict = *_verdict_of_exception(error), traceback.format_exc()[-LOGGED_CHARACTERS:]
             fcntl.fcntl(pipe, fcntl.F_SETFL, flags)
             pipe.send(verdict)
 

@@ -70,6 +70,18 @@ class Verifier(NamedTuple):
         return prepared if isinstance(prepared, Verdict) else self.judge(prepared)
 
 
+def checked(found: tuple[bool, str]) -> Verdict:
+    """Returns what a verifier has returned as a `Verdict`.
+
+    Raises:
+      TypeError, ValueError: it is not a pair of a bool and a reason.
+    """
+    correct, reason = found
+    if correct not in (True, False):
+        raise TypeError(f"a verifier returned {found!r}; expected a Verdict.")
+    return Verdict(bool(correct), str(reason))
+
+
 def verdict_on(right: bool) -> Verdict:
     """Returns MATCH if `right` is true, otherwise MISMATCH."""
     return MATCH if right else MISMATCH

@@ -102,8 +102,8 @@ def _whole_response(problem: Problem, response: str) -> Job:
 def _call(judge: Judge, job: Job) -> Verdict:
     """Calls a user's function with the problem and response of a job, and returns a `Verdict`."""
     verdict = judge(*job)
-    if isinstance(verdict, bool):
-        return verdict_on(verdict)
+    if verdict in (True, False):  # also of NumPy
+        return verdict_on(bool(verdict))
     if not isinstance(verdict, Verdict):
         raise TypeError(f"a verifier returned {verdict!r}; expected a Verdict or a bool.")
     return verdict

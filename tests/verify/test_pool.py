@@ -367,3 +367,42 @@ def test_check_golds_verifies_each_answer_against_itself(monkeypatch):
     broken = "empty, or its braces do not match"
     assert check_golds(maths(), problems) == ["", "", "", broken, "", "timeout"]
     assert check_golds(judges.misbehave, problems) == [""] * 6  # it cannot check gold answers
+
+
+def broken(problem, response):
+    if response.startswith("bad"):
+        raise KeyError("answer")
+    return True
+
+
+def test_the_first_failures_are_logged_with_their_traceback(caplog):
+    responses = [f"bad {i}" for i in range(10)] + ["good"] * 10
+    for verifier in (broken, at_once(broken_at_once)):
+        caplog.clear()
+        found = verdicts(verifier, responses)
+        assert [v.correct for v in found] == [False] * 10 + [True] * 10
+        logged = [r.getMessage() for r in caplog.records if "verifier failed" in r.getMessage()]
+        assert len(logged) == pool_lib.LOGGED_FAILURES
+        assert all("Traceback" in text and "KeyError: 'answer'" in text for text in logged)
+
+
+def broken_at_once(problem, response):
+    return Verdict(broken(problem, response), "match")
+
+
+@pytest.mark.parametrize("verifier", [broken, at_once(broken_at_once)], ids=["worker", "at once"])
+def test_a_verifier_that_mostly_fails_ends_the_pool(verifier):
+    responses = [f"{'bad' if i % 3 else 'good'} {i}" for i in range(120)]
+    with pytest.raises(PoolError, match=r"failed for \d+ of \d+ responses.*config.pool.failures"):
+        verdicts(verifier, responses)
+    few = [f"{'good' if i % 3 else 'bad'} {i}" for i in range(120)]
+    assert sum(v.correct for v in verdicts(verifier, few)) == 80
+    with VerifierPool(verifier, PoolOptions(failures=1.0)) as pool:
+        futures = [pool.submit(ANY, f"bad {i}") for i in range(120)]
+        assert not any(future.result().correct for future in futures)
+
+
+@pytest.mark.parametrize("correct", ["no", None, 0.5, [True]])
+def test_a_verdict_that_is_no_bool_is_a_failure(correct):
+    found = verdicts(at_once(lambda problem, response: Verdict(correct, "match")), ["x"])
+    assert found == [Verdict(False, "verifier TypeError")]
