@@ -17,6 +17,15 @@ LOST = 75  # exit code EX_TEMPFAIL: try again
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one `opsd-jax` command and returns its exit code."""
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:  # while a stage trains, a signal saves a checkpoint instead
+        say("interrupted. Finished work is kept; run the same command again to resume.")
+        return 130
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    """Parses the arguments, joins the other hosts, and runs the command."""
     rest, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     wants_help = rest[:1] == ["train"] and not {"-h", "--help"}.isdisjoint(rest)
     arguments = parser(show_fields=wants_help).parse_args(rest)
@@ -85,6 +94,8 @@ def _run(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
 
     command = importlib.import_module(f"opsd_jax.cli.{arguments.command}")
     try:
+        if arguments.command in ("train", "evaluate", "convert"):
+            _check_platform()
         return command.main(arguments, overrides)
     except Interrupted as stop:
         say(f"{stop}: progress is saved; run the same command again to resume.")
@@ -102,11 +113,45 @@ def _run(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         if isinstance(error, RecordError | Diverged | PoolError):
             say(str(error))
             return 1
-        message = _storage_message(error, arguments)
+        message = _memory_message(error) or _storage_message(error, arguments)
         if message is None:
             raise
         say(message)
         return 1
+
+
+def _check_platform() -> None:
+    """Raises ConfigError if JAX has no device of the platform that JAX_PLATFORMS names."""
+    import jax
+
+    from opsd_jax.options import ConfigError
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter if a plugin is not installed
+        reason = str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS")[0]
+        raise ConfigError(
+            f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS', '')!r}, and JAX finds no such "
+            f"device ({reason or 'the plugin is not installed'}); expected cpu, tpu (pip install "
+            "'jax[tpu]') or cuda (pip install 'jax[cuda12]') on a machine that has it."
+        ) from error
+
+
+def _memory_message(error: Exception) -> str | None:
+    """Returns a message for an error of memory, or None for any other error."""
+    import jax
+
+    from opsd_jax.storage import files
+
+    device = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    if not device and not isinstance(error, MemoryError):
+        return None
+    return (
+        f"{'a device' if device else 'this machine'} is out of memory ({files.reason(error)}). "
+        "Lower config.STAGE.microbatch, config.STAGE.slots or the last of config.STAGE.buckets, or "
+        "shard the model over more devices with config.mesh. For TPUs, `opsd-jax plan` shows what "
+        "each program needs."
+    )
 
 
 def say(text: str) -> None:
