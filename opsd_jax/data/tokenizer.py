@@ -13,6 +13,8 @@ from opsd_jax.data.chat import LONGEST_REASON, ChatTemplate, read_template
 from opsd_jax.options import ConfigError
 from opsd_jax.storage.foreign import escape, listed, read_object, shown
 
+THINKING = ("<think>", "</think>")  # tags around the thinking of a response
+
 TOKENIZER_BYTES = 256 * 2**20  # largest tokenizer.json; released files have up to 40 MB
 
 
@@ -45,7 +47,7 @@ class PretrainedTokenizer:
       pad_id: id of the padding token; if there is none, the first of `eos_ids`.
       eos_ids: id of `eos_token`, then the ids in `generation_config.json` or `config.json`.
       special_tokens: name -> text of special tokens, the variables of chat templates.
-      control_tokens: texts that always encode to a special token.
+      control_tokens: texts that always encode to a special token, without the tags in THINKING.
       chat_template: the directory's chat template, or None.
     """
 
@@ -73,8 +75,13 @@ class PretrainedTokenizer:
             for name, value in named.items()
             if name.endswith("_token") and isinstance(value, str | dict)
         }
-        added = self._tokenizer.get_added_tokens_decoder().values()
-        self.control_tokens = tuple(token.content for token in added if token.special)
+        special = {
+            id: token.content
+            for id, token in self._tokenizer.get_added_tokens_decoder().items()
+            # Verifiers and contexts read these tags, whatever a tokenizer says of them.
+            if token.special and token.content not in THINKING
+        }
+        self._skipped, self.control_tokens = frozenset(special), tuple(special.values())
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         self.eos_ids = _eos_ids(directory, vocabulary.get(self.special_tokens.get("eos_token", "")))
@@ -104,10 +111,13 @@ class PretrainedTokenizer:
         return ids[:-1] if ids and ids[-1] in self.eos_ids else ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of token ids. Skips special tokens and ids beyond the vocabulary."""
-        known = [i for i in ids if i < self.vocab_size]
+        """Returns the text of token ids, without special tokens and ids beyond the vocabulary.
+
+        The tags in THINKING stay, also if they are special tokens.
+        """
+        kept = [i for i in ids if i < self.vocab_size and i not in self._skipped]
         with _named(self._directory):
-            return self._tokenizer.decode(known, skip_special_tokens=True)
+            return self._tokenizer.decode(kept, skip_special_tokens=False)
 
 
 class _named:

@@ -11,6 +11,7 @@ import tokenizers
 from opsd_jax.data.chat import Chat, ChatTemplate, cut_to_fit
 from opsd_jax.data.tokenizer import PretrainedTokenizer
 from opsd_jax.options import ConfigError
+from opsd_jax.verify import extract
 
 FAMILIES = tuple(tiny_tokenizer.TEMPLATES)
 QUESTION = "  What is {x} <think> in 12 + 34?\nPut it within \\boxed{}. é ∑ 中\n"
@@ -210,6 +211,27 @@ def test_an_invalid_template_is_an_error():
         ChatTemplate("{% if %}", {})
     with pytest.raises(ValueError, match="raised an exception: TemplateError: not like this"):
         ChatTemplate("{{ raise_exception('not like this') }}", {}).render([])
+
+
+def test_thinking_tags_are_text_even_if_they_are_special_tokens(tmp_path):
+    """Otherwise no response would have an answer, because no thinking would ever end."""
+    tiny_tokenizer.write(tmp_path, "qwen3")
+    path = tmp_path / "tokenizer.json"
+    saved = json.loads(path.read_text())
+    there = {token["content"] for token in saved["added_tokens"]}
+    assert {"<think>", "</think>", "<|im_end|>"} <= there
+    for token in saved["added_tokens"]:
+        token["special"] = True
+    path.write_text(json.dumps(saved))
+    tokenizer = PretrainedTokenizer(tmp_path)
+    response = "two and two.</think>\n\n\\boxed{4}"
+    text = tokenizer.decode([*tokenizer.encode(f"{response}<|im_end|>"), 10**9])
+    assert text == response
+    assert extract.extract(text, ("boxed",)) == "4"
+    unfinished = tokenizer.decode(tokenizer.encode("<think>\nmaybe \\boxed{4} and on"))
+    assert extract.extract(unfinished, ("boxed",)) is None
+    assert "<|im_end|>" in tokenizer.control_tokens
+    assert "<think>" not in tokenizer.control_tokens
 
 
 def test_tokenizer_config_adds_tokens(tmp_path):
