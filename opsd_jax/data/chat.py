@@ -285,6 +285,12 @@ class Chat:
         stripped = text.rstrip()
         return text[stripped.rindex("<think>") :] if stripped.endswith("<think>") else ""
 
+    def thinks_nothing(self) -> bool:
+        """Returns whether the template ends each prompt with a finished, empty thinking part."""
+        if self._template is None:
+            return False
+        return self._render(self._template, [_ANY_TURN]).rstrip().endswith("</think>")
+
 
 def cut_to_fit(render: Callable[[str], list[int]], text: str, limit: int) -> tuple[list[int], bool]:
     """Renders a text as at most `limit` token ids, cutting off the end of the text if needed.

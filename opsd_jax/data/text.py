@@ -77,7 +77,7 @@ class Prompts:
         self.tokenizer = tokenizer
         self._options = options
         self._chat = make_chat(options, tokenizer)
-        self.begun = self._chat.begun()
+        self.begun, self._thinks_nothing = self._chat.begun(), self._chat.thinks_nothing()
         control_tokens: Sequence[str] = getattr(tokenizer, "control_tokens", ())
         # Without control tokens, "$^" matches nothing.
         self._control_tokens = re.compile("|".join(map(re.escape, control_tokens)) or "$^")
@@ -143,16 +143,30 @@ class Prompts:
     def demonstration(self, problem: Problem) -> Demonstration:
         """Returns an SFT example: the student's prompt, and the solution as the response.
 
+        If the prompt already has the <think> with which the solution begins, the response begins
+        after it.
+
         Raises:
-          DataError: the prompt begins a thought, and the solution does not end it.
+          DataError: the prompt begins a thought, and the solution does not end it; or the prompt
+            ends an empty thought, and the solution has another one.
         """
-        if self.begun and "</think>" not in problem.solution:
+        solution = problem.solution
+        if self._thinks_nothing and "<think>" in solution:
+            raise DataError(
+                f"the prompt of problem {problem.id} ends with an empty thought, but its solution "
+                "has a <think>, so SFT would teach the model to think nevertheless; expected a "
+                "solution without it, or config.data.thinking = 'on'."
+            )
+        if self.begun and solution.lstrip().startswith("<think>"):
+            solution = solution.lstrip().removeprefix("<think>")
+            solution = solution.lstrip() if self.begun[-1].isspace() else solution
+        if self.begun and "</think>" not in solution:
             raise DataError(
                 f"the chat template begins the response of problem {problem.id} with <think>, but "
                 "its solution has no </think>, so SFT would teach the model never to stop "
                 "thinking; expected a </think> in the solution, or another chat_template."
             )
-        response = [*self.tokenizer.encode(problem.solution), self.tokenizer.eos_ids[0]]
+        response = [*self.tokenizer.encode(solution), self.tokenizer.eos_ids[0]]
         return Demonstration(self.student(problem), response)
 
     def _prompt(self, message: str) -> list[int]:
