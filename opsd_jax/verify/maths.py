@@ -24,6 +24,19 @@ from opsd_jax.verify.normalise import delimited, normalise
 from opsd_jax.verify.settle import Pair, settle, understood, without_units
 from opsd_jax.verify.verdict import MATCH, NO_ANSWER, Verdict, Verifier, verdict_on
 
+# What datasets have in place of an answer, and what some have around it.
+_PLACEHOLDER = re.compile(
+    r"(?:none|null|nil|nan|n/?a|unknown|todo|tbd|proof|prove(?: it)?|[?.\-]+|"
+    r"not (?:found|available|provided|given|applicable|known)|no (?:final )?answer|"
+    r"(?:see|refer to) (?:the )?(?:solution|proof|explanation|above|below|attached|figure))\.?",
+    re.IGNORECASE,
+)
+_AROUND = re.compile(
+    r"(?:(?:the )?(?:final |correct )?(?:answer|ans|solution|result)\b\.?(?: is\b)?\s*[:=]?\s|"
+    r"(?:the )?(?:final |correct )?(?:answer|ans|solution|result)\s*[:=]|#{2,}|"
+    r"\{\s*[\"']).*|.*\(\s*(?:approx|about|rounded|exact)[^()]*\)",
+    re.IGNORECASE | re.DOTALL,
+)
 # Between a number and a letter of a script that is written without spaces.
 _NO_SPACES = re.compile(r"(?<=[\u0e00-\u0eff\u3040-\u30ff\u4e00-\u9fff])(?=[-0-9])")
 
@@ -77,6 +90,10 @@ def _prepare_gold(problem: Problem) -> Verdict | Pair:
     answer = gold_of(problem.answer).strip()
     if not answer or extract.boxed(rf"\boxed{{{answer}}}") != answer:
         return Verdict(False, "empty, or its braces do not match")
+    if _PLACEHOLDER.fullmatch(answer):
+        return Verdict(False, "it says that there is no answer; expected an answer, or no such row")
+    if _AROUND.fullmatch(answer):
+        return Verdict(False, "there is text around the answer; expected the answer alone")
     if len(answer) > extract.LONGEST:
         return MATCH  # only compared as text
     gold, _ = without_units(normalise(answer), gold=True)

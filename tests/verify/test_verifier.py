@@ -13,6 +13,7 @@ from opsd_jax.verify.characters import plain_characters
 from opsd_jax.verify.lists import listing
 from opsd_jax.verify.maths import maths
 from opsd_jax.verify.normalise import bare, delimited, normalise, plain_number
+from opsd_jax.verify.pool import check_golds
 from opsd_jax.verify.settle import settle, understood, without_units
 from opsd_jax.verify.units import is_counted, quantity, unit_name
 from opsd_jax.verify.value import evaluate
@@ -491,3 +492,25 @@ def test_labelled_responses_get_the_verdict_of_their_label():
         for line in (CASES / f"{name}.jsonl").open():
             row = json.loads(line)
             assert verifier(problem(row["gold"]), row["pred"]).correct == row["expect"], row["id"]
+
+
+NONE = """None|nan|null|N/A|unknown|Not found|proof|See solution|see the proof.|no answer|?|-|TBD"""
+WRAPPED = """Answer: 70|The answer is 70|Final answer: 70|ans = 70|#### 70|{"value": "70"}|
+{'value': 70}|70 (approx)|70 (approximately)|70 (rounded to integers)"""
+GOOD = r"""70|\text{None}|\text{no solution}|Evelyn|\{1,2\}|-1|x|2(3)|no solution|
+\text{not possible}|(-1)|answer|(1,2)|f(x) = 2x|A"""
+
+
+def test_gold_answers_that_are_none_are_refused():
+    """As `None` or `See solution`, and with text around the answer. Other texts are kept."""
+    golds = {
+        answer.strip(): reason
+        for answers, reason in (
+            (NONE, "it says that there is no answer; expected an answer, or no such row"),
+            (WRAPPED, "there is text around the answer; expected the answer alone"),
+            (GOOD, ""),
+        )
+        for answer in answers.split("|")
+    }
+    found = check_golds(maths(), [Problem(i, "", "", answer) for i, answer in enumerate(golds)])
+    assert dict(zip(golds, found, strict=True)) == golds
