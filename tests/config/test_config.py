@@ -137,7 +137,7 @@ def test_a_config_that_cannot_run_is_refused(field, text, message):
 @pytest.mark.parametrize(
     ("field", "text", "message"),
     [
-        ("task", "opsd_jax.data.nothing:task", "config.task is 'opsd_jax.data.nothing:task'"),
+        ("task", "opsd_jax.data.nothing:task", "config.task: 'opsd_jax.data.nothing:task' cannot be"),
         ("model.make", "nonsense", "config.model.make: 'nonsense' cannot be imported"),
         ("model.vocab_size", "16", "vocab_size is 16; expected at least 32, the size of the"),
         ("model.scan_unroll", "2", "scan_unroll is 2; expected a divisor"),
@@ -145,17 +145,17 @@ def test_a_config_that_cannot_run_is_refused(field, text, message):
         (
             "mesh",
             "(3, 1, 1)",
-            r"config.mesh: mesh \(3, 1, 1\) over .* needs 3 devices, .* is 8",
+            r"config.mesh: mesh \(3, 1, 1\) over .* needs 3 devices, but there are 8",
         ),
         (
             "decode_mesh",
             "(4, 1, 1)",
-            r"config.decode_mesh: mesh \(4, 1, 1\) over .* needs 4 devices, .* is 8",
+            r"config.decode_mesh: mesh \(4, 1, 1\) over .* needs 4 devices, but there are 8",
         ),
         (
             "decode_mesh",
             "(-1, 3, 1)",
-            r"config.decode_mesh: mesh .* needs 3 devices or a multiple of that, .* is 8",
+            r"config.decode_mesh: mesh .* needs 3 devices or a multiple of that, but there are 8",
         ),
         (
             "decode_mesh",
@@ -245,9 +245,9 @@ def test_sampling_may_have_its_own_mesh(tmp_path):
     decode_mesh = run.parameters.decode_mesh
     assert dict(decode_mesh.shape) == {"data": 4, "fsdp": 1, "tensor": 2}
     assert decode_mesh.devices.flatten().tolist() == mesh.devices.flatten().tolist()
-    with pytest.raises(config_lib.ConfigError, match=r"slots is 6; expected a mul.* fsdp = 4"):
+    with pytest.raises(config_lib.ConfigError, match=r"slots is 6; expected a multiple of 4, the"):
         made(**{"rlvr.slots": "6"})
-    with pytest.raises(config_lib.ConfigError, match=r"batch is 12; expected a mul.* fsdp = 8"):
+    with pytest.raises(config_lib.ConfigError, match=r"batch is 12; expected a multiple of 8, the"):
         made(**{"rlvr.microbatch": "12"})
 
 

@@ -123,8 +123,8 @@ def test_the_files_of_a_report_stay_in_its_directory(tmp_path):
     record = response(problem="a", sample=0, source="../../up\x1b", truncated=False, extracted=None)
     out = tmp_path / "a" / "b" / "out"
     out.mkdir(parents=True)
-    records.finish(out, summary)
     records.recorder(out, [record])
+    records.finish(out, summary)
     summary_lib.write(out)
     assert {path.name for path in out.iterdir()} == {
         "evaluation.json", "responses.jsonl", "report.md", "index.html", "accuracy_length.svg",
