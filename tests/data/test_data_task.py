@@ -456,7 +456,10 @@ def test_a_run_resumes_only_with_the_data_that_it_began_with(config, tmp_path):
     check()
     path = pathlib.Path(config.data.train.more.path)
     path.write_text(path.read_text().replace('"18"', '"19"'))
-    message = r"(?s)different data\. .* config.data.train.more: 2 problems, \w+ there, 2 .* \w+ now"
+    message = (
+        r"(?s)holds a run with different data\. .*"
+        r"  config.data.train.more: 2 problems, \w+ there, 2 problems, \w+ now"
+    )
     with pytest.raises(config_lib.ConfigError, match=message) as error:
         check()
     assert "train.sums" not in str(error.value)
@@ -484,6 +487,9 @@ def test_a_run_does_not_resume_with_another_tokenizer(config, tmp_path):
     task = task_of(config)
     workdir.check_data(task, tmp_path)
     other = task._replace(prompt=lambda problem: [id + 1 for id in task.prompt(problem)])
-    message = r"(?s)different data\. .*  config.data.prompts: .* as tokens, \w+ there"
+    message = (
+        r"(?s)holds a run with different data\. .*"
+        r"  config.data.prompts: the first 8 of each source as tokens, \w+ there"
+    )
     with pytest.raises(config_lib.ConfigError, match=message):
         workdir.check_data(other, tmp_path)
