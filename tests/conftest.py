@@ -46,10 +46,9 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compilation_cache(request):
-    """Caches compiled programs, so that tests, workers and the next test runs share them."""
-    directory = request.config.cache.mkdir("compiled")
-    jax.config.update("jax_compilation_cache_dir", str(directory))
+def compilation_cache(tmp_path_factory):
+    """Caches compiled programs, so that several tests or restarted runs share them."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

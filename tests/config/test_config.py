@@ -137,7 +137,11 @@ def test_a_config_that_cannot_run_is_refused(field, text, message):
 @pytest.mark.parametrize(
     ("field", "text", "message"),
     [
-        ("task", "opsd_jax.data.nothing:task", "config.task: 'opsd_jax.data.nothing:task' cannot be"),
+        (
+            "task",
+            "opsd_jax.data.nothing:task",
+            "config.task: 'opsd_jax.data.nothing:task' cannot be imported",
+        ),
         ("model.make", "nonsense", "config.model.make: 'nonsense' cannot be imported"),
         ("model.vocab_size", "16", "vocab_size is 16; expected at least 32, the size of the"),
         ("model.scan_unroll", "2", "scan_unroll is 2; expected a divisor"),

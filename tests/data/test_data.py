@@ -122,7 +122,7 @@ def test_a_split_is_selected_by_name(tmp_path):
     [
         (lambda p: p / "absent.jsonl", "", r"absent.jsonl'; there is no such file or directory"),
         (lambda p: p, "", "a directory without data; expected state.json, dataset_dict.json, or"),
-        (lambda p: write_json_lines(p / "a.txt", []), "", r"ends in .jsonl, .jsonl.gz, .json, .csv"),
+        (lambda p: write_json_lines(p / "a.txt", []), "", r"ends in .jsonl, .jsonl.gz, .json, "),
         (
             lambda p: write_json_lines(p / "a.jsonl", ROWS),
             "train",

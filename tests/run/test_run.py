@@ -485,19 +485,19 @@ def test_the_miniature_learns(tiny, tmp_path, monkeypatch):
     must be clearly more accurate, and OPSD must shorten responses by a quarter at equal accuracy.
     """
     monkeypatch.syspath_prepend(SUPPORT)
-    began = time.process_time()
+    began = time.monotonic()
     with jax.default_device(jax.devices()[0]):
         first = jax.devices()[:1]
         monkeypatch.setattr(jax, "devices", lambda: first)
         run(tiny, tmp_path)
-    seconds = time.process_time() - began
+    seconds = time.monotonic() - began
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     sft, rlvr, opsd = report["stages"]
     assert 0.6 < sft["accuracy"] < 0.85
     assert rlvr["accuracy"] > 0.9
     assert opsd["accuracy"] > rlvr["accuracy"] - 0.05
     assert opsd["mean_length"] < 0.75 * rlvr["mean_length"]
-    assert seconds < 240  # of CPU: a minute on two idle cores takes half
+    assert seconds < 120  # a minute on two idle cores, more on a busy machine
 
 
 def test_a_user_s_own_model_trains(tiny, tmp_path, monkeypatch):

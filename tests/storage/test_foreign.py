@@ -10,12 +10,13 @@ from opsd_jax.cli import main
 from opsd_jax.options import ConfigError
 from opsd_jax.storage import files, foreign
 
-HOSTILE = "a\nopsd-jax: all is well\r\x1b[31m\x9b\u2028\u202e\ud800"
+HOSTILE = "a\nopsd-jax: all is well\r\x1b[31m\x9b\u2028\u202e"
 
 
 def test_control_characters_are_escaped():
-    escaped = r"a\nopsd-jax: all is well\r\x1b[31m\x9b\u2028\u202e\ud800"
+    escaped = r"a\nopsd-jax: all is well\r\x1b[31m\x9b\u2028\u202e"
     assert foreign.escape(HOSTILE) == escaped
+    assert foreign.escape("half a pair \ud800") == r"half a pair \ud800"
     assert foreign.escape("a\tb\nc", keep="\n") == r"a\tb" + "\nc"
     assert foreign.escape("é 漢 😀 \u200d") == "é 漢 😀 \u200d"
 
@@ -32,7 +33,7 @@ def test_no_text_from_a_file_can_begin_a_line_of_a_log(capsys):
     main.say(f"the key {HOSTILE}")
     first, second, third, fourth = capsys.readouterr().err.splitlines()
     assert (first, third) == ("data: the key a", "opsd-jax: the key a")
-    assert second == fourth == r"  opsd-jax: all is well\r\x1b[31m\x9b\u2028\u202e\ud800"
+    assert second == fourth == r"  opsd-jax: all is well\r\x1b[31m\x9b\u2028\u202e"
 
 
 def test_lists_and_values_in_messages_are_short():
