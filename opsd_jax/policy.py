@@ -103,6 +103,8 @@ class Model(NamedTuple):
         transformers can load. Every host calls it. `dtype` is "float32", "bfloat16" or "float16";
         "" keeps the data types in which the weights were stored. `opsd-jax convert` needs it. None
         means that the model can't be exported.
+      max_positions: The most tokens of a sequence that the model was made for. A run whose prompts
+        and responses can be longer together is refused. 0 means any number.
     """
 
     policy: Policy
@@ -116,6 +118,7 @@ class Model(NamedTuple):
     ragged: bool = False
     load: Callable[[Params], Params] | None = None
     save: Callable[..., None] | None = None
+    max_positions: int = 0
 
 
 def from_nnx(

@@ -19,12 +19,13 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from opsd_jax.config import sections
 from opsd_jax.config.run_options import RunOptions, parse_run
 from opsd_jax.evaluation import benchmarks, records, summary
-from opsd_jax.models.options import TPU_ONLY
+from opsd_jax.models.options import TPU_ONLY, default_dtype
 from opsd_jax.options import ConfigError, section
 from opsd_jax.parallel import hosts
 from opsd_jax.parallel import mesh as mesh_lib
@@ -181,7 +182,8 @@ def _of_model(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
         )
     config = sections.default().unlock()
     # Nothing is trained, so the weights can have the dtype of the matmuls.
-    config.model = sections.pretrained(arguments.model, param_dtype="bfloat16").unlock()
+    dtype = default_dtype(jax.default_backend())
+    config.model = sections.pretrained(arguments.model, dtype=dtype, param_dtype=dtype).unlock()
     config.task, config.data.tokenizer = TEXT_TASK, str(arguments.model)
     return UNTRAINED, config
 

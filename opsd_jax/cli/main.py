@@ -64,10 +64,21 @@ def _log_to_stderr() -> None:
     logger = logging.getLogger("opsd_jax")
     for handler in logger.handlers:
         logger.removeHandler(handler)
-    handler = logging.StreamHandler()  # writes to the current sys.stderr
+    handler = _Handler()  # writes to the current sys.stderr
     handler.setFormatter(_Formatter("%(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+
+
+class _Handler(logging.StreamHandler):
+    """Writes log messages above the progress bar, if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes a record."""
+        import tqdm
+
+        with tqdm.tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
 
 
 class _Formatter(logging.Formatter):
@@ -88,7 +99,7 @@ def _run(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     from opsd_jax.problem import DataError
     from opsd_jax.storage import files
     from opsd_jax.storage.files import RecordError
-    from opsd_jax.training.loop import Diverged
+    from opsd_jax.training.loop import Diverged, NoSignal
     from opsd_jax.training.signals import Interrupted
     from opsd_jax.verify.pool import PoolError
 
@@ -110,7 +121,7 @@ def _run(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
                 "to resume from the last checkpoint."
             )
             return LOST
-        if isinstance(error, RecordError | Diverged | PoolError):
+        if isinstance(error, RecordError | Diverged | NoSignal | PoolError):
             say(str(error))
             return 1
         message = _memory_message(error) or _storage_message(error, arguments)

@@ -18,7 +18,7 @@ def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
       PlanError: XLA cannot compile for the topology.
       ConfigError: the config cannot run on the topology.
     """
-    config = loading.load(arguments.config, overrides, data=False)
+    config = loading.load(arguments.config, overrides, data=False, platform="tpu")
     made = plan(
         config,
         arguments.topology,

@@ -23,7 +23,10 @@ from opsd_jax.stages import algorithm_of
 
 # Fields that a resumed run may change. They decide where the run computes and which files it keeps,
 # but not its results.
-FREE = ("mesh", "decode_mesh", "pool.", "checkpoints.", "wandb_project")
+FREE = (
+    "mesh", "decode_mesh", "pool.", "checkpoints.", "max_without_signal", "model.max_positions",
+    "wandb_project",
+)  # fmt: skip
 
 
 def packaged() -> dict[str, pathlib.Path]:
@@ -36,7 +39,11 @@ def packaged() -> dict[str, pathlib.Path]:
 
 
 def load(
-    name: str | pathlib.Path, overrides: Mapping[str, str] | None = None, *, data: bool = True
+    name: str | pathlib.Path,
+    overrides: Mapping[str, str] | None = None,
+    *,
+    data: bool = True,
+    platform: str = "",
 ) -> RunOptions:
     """Loads a config file, applies overrides, and returns the checked options.
 
@@ -44,6 +51,7 @@ def load(
       name: a Python file, or the name of a packaged config such as "quickstart".
       overrides: dotted field -> text, as on the command line.
       data: whether to check the sources of `config.data` too.
+      platform: where the run computes; see `parse_run`.
 
     Raises:
       ConfigError: the file cannot be loaded, or a field is unknown or has an invalid value.
@@ -53,7 +61,7 @@ def load(
         override(config, field, text)
     if not config.data.tokenizer:
         config.data.tokenizer = config.model.get("path", "")
-    options = parse_run(config)
+    options = parse_run(config, platform)
     if data:
         options.data.check_sources("data")
     return options

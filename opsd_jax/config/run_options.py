@@ -8,11 +8,12 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from opsd_jax.data.options import DataOptions
 from opsd_jax.evaluation.options import EvaluationOptions
-from opsd_jax.models.options import DecoderOptions, PretrainedOptions
+from opsd_jax.models.options import DecoderOptions, PretrainedOptions, default_dtype
 from opsd_jax.options import ConfigError, fail, fields_of, lock, option, parse, section
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.stages import algorithm_of
@@ -72,6 +73,13 @@ class RunOptions:
         "Number of consecutive steps with a non-finite gradient after which the run stops.",
         at_least=1,
     )
+    max_without_signal: int = option(
+        50,
+        "Number of consecutive steps without a gradient, because no rollout trains the model, "
+        "after which the run stops; 0 never stops it.",
+        at_least=0,
+        added=True,
+    )
     wandb_project: str = option(
         "", "Weights & Biases project; '' for none. Needs the extra `wandb`."
     )
@@ -104,8 +112,13 @@ class RunOptions:
             fail("wandb_project", self.wandb_project, expected)
 
 
-def parse_run(config: ConfigDict) -> RunOptions:
+def parse_run(config: ConfigDict, platform: str = "") -> RunOptions:
     """Converts a config to `RunOptions` and checks it, without reading any file.
+
+    Args:
+      config: the config.
+      platform: where the run computes, such as "tpu", which decides what `model.dtype = "auto"` is;
+        "" for the default platform of this process.
 
     Raises:
       ConfigError: a field is unknown or has an invalid value.
@@ -129,6 +142,9 @@ def parse_run(config: ConfigDict) -> RunOptions:
     kind = MODELS.get(model.make) if isinstance(model, ConfigDict) and "make" in model else None
     if kind is not None:
         model = parse(kind, model, "model")
+        if model.dtype == "auto":
+            dtype = default_dtype(platform or jax.default_backend())
+            model = dataclasses.replace(model, dtype=dtype)
     elif not isinstance(model, ConfigDict) or "make" not in model:
         expected = "a section with the field `make`, 'package.module:function'"
         fail("model", model, expected)

@@ -22,7 +22,12 @@ from opsd_jax.stages import ALGORITHMS
 from opsd_jax.training.optimizer import OptimizerOptions
 from opsd_jax.verify.verifiers import VerifierOptions
 
-OWN_DIRECTORY = ("make", "path", "preset")  # fields of `PretrainedOptions` that a decoder lacks
+OWN_DIRECTORY = (
+    "make",
+    "path",
+    "preset",
+    "max_positions",
+)  # fields of `PretrainedOptions` that a decoder lacks
 
 
 def default() -> ConfigDict:
@@ -144,7 +149,7 @@ def preset(name: str, **changes: Any) -> ConfigDict:
         raise ConfigError(f"there is no preset {name!r}; expected one of {', '.join(PRESETS)}.")
     large = dataclasses.asdict(PretrainedOptions())  # how large models run: bfloat16, remat
     options = {name: value for name, value in large.items() if name not in OWN_DIRECTORY}
-    return decoder(**{**options, **PRESETS[name], **changes})
+    return decoder(**{**options, "dtype": "bfloat16", **PRESETS[name], **changes})
 
 
 def pretrained(path: str | pathlib.Path = "", preset: str = "", **changes: Any) -> ConfigDict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -16,12 +17,15 @@ from opsd_jax.policy import Params
 from opsd_jax.problem import Problem
 from opsd_jax.rollout import sampling
 from opsd_jax.rollout.collect import Collector, Rollouts
+from opsd_jax.rollout.diagnosis import diagnose
 from opsd_jax.rollout.engines import Engines
 from opsd_jax.storage import files
 from opsd_jax.storage.files import Path
 from opsd_jax.training.progress import Progress
 from opsd_jax.training.signals import Interrupted, StopSignal
 from opsd_jax.verify.pool import VerifierPool
+
+logger = logging.getLogger(__name__)
 
 
 class Evaluator:
@@ -107,7 +111,20 @@ class Evaluator:
             f"accuracy {summary['accuracy']:.1%} ± {summary['accuracy_se']:.1%}, "
             f"length {summary['mean_length']:.1f} ± {summary['mean_length_se']:.1f} tokens"
         )
+        if hosts.is_first():
+            self._describe(name, responses)
         return responses, {"name": name, **summary, "settings": settings}
+
+    def _describe(self, name: str, responses: Sequence[records.Record]) -> None:
+        """Says how many responses have no answer and, if they are many, what to change."""
+        diagnosis = diagnose(
+            [record["verdict"] for record in responses],
+            sum(record["correct"] for record in responses),
+            lambda i: responses[i]["response"],
+            section="evaluation",
+            response_tokens=self._options.response_tokens,
+        )
+        logger.info("evaluation of %s: %s", name, diagnosis)
 
     def _sample(
         self,

@@ -62,6 +62,7 @@ LARGEST = {
     "num_attention_heads": 10_000,
     "num_key_value_heads": 10_000,
     "head_dim": 10_000,
+    "max_position_embeddings": 2**40,
     "original_max_position_embeddings": 2**40,
 }
 LARGEST_INTEGER, LARGEST_NUMBER = 2**24, 1e15  # of all other fields
@@ -140,6 +141,32 @@ def from_json(path: pathlib.Path, **options: Any) -> DecoderConfig:
         raise ConfigError(f"{path}: {error}") from None
 
 
+def max_positions(path: pathlib.Path) -> int:
+    """Returns the most tokens of a sequence according to a `config.json`; 0 if it doesn't say.
+
+    RoPE scaling of type "linear" extends `max_position_embeddings`, and "yarn" extends
+    `original_max_position_embeddings`. For "llama3", `max_position_embeddings` is the extended
+    number.
+
+    Raises:
+      ConfigError: The file can't be read, or the value of a field is not a possible size.
+    """
+    fields = {name: value for name, value in read_object(path).items() if value is not None}
+    name = "max_position_embeddings"
+    try:
+        if name not in fields:
+            return 0
+        positions = _integer(fields, name)
+        scaling = _rope_scaling(_rope(fields), positions)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if scaling.rope_type == "linear":
+        return int(positions * scaling.factor)
+    if scaling.rope_type == "yarn":
+        return max(positions, int(scaling.original_max_position_embeddings * scaling.factor))
+    return positions
+
+
 def _from_fields(fields: dict[str, Any], options: dict[str, Any]) -> DecoderConfig:
     """Converts the fields of a `config.json` to a `DecoderConfig`, or raises ValueError."""
     names = fields.get("architectures")
@@ -161,10 +188,7 @@ def _from_fields(fields: dict[str, Any], options: dict[str, Any]) -> DecoderConf
     head_dim = architecture.head_dim or sizes["hidden_size"] // sizes["num_heads"]
     if fields.get("head_dim") is not None:
         head_dim = _integer(fields, "head_dim")
-    # Older files have rope_theta and rope_scaling. Newer files have both in rope_parameters.
-    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise _unexpected("rope_scaling", rope, "a single object that applies to all layers")
+    rope = _rope(fields)
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise _unexpected("partial_rotary_factor", rope["partial_rotary_factor"], _only(1.0))
     tied = fields.get("tie_word_embeddings", False)
@@ -184,6 +208,17 @@ def _from_fields(fields: dict[str, Any], options: dict[str, Any]) -> DecoderConf
         tie_word_embeddings=tied,
         **options,
     )
+
+
+def _rope(fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns `rope_scaling` or `rope_parameters` of a `config.json`, or {} if it has neither.
+
+    Older files have rope_theta and rope_scaling. Newer files have both in rope_parameters.
+    """
+    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise _unexpected("rope_scaling", rope, "a single object that applies to all layers")
+    return rope
 
 
 def _unexpected(field: str, value: Any, expected: str) -> ValueError:

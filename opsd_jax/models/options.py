@@ -88,16 +88,33 @@ class PretrainedOptions(ModelOptions):
     """
 
     make: str = with_default(ModelOptions, "make", "opsd_jax.models.pretrained:from_config")
+    dtype: str = option(
+        "auto",
+        "Data type of activations, matmuls and the cache; 'auto' is 'float32' on CPUs, which "
+        "compute in bfloat16 slowly, and 'bfloat16' elsewhere.",
+        choices=("auto", *DTYPES),
+    )
     # param_dtype stays float32: an update of relative size 1e-6 is lost on a bfloat16 parameter,
     # which has 8 significant bits.
-    dtype: str = with_default(ModelOptions, "dtype", "bfloat16")
     remat: str = with_default(ModelOptions, "remat", "full")
     path: str = option("", "Local directory with a Hugging Face config.json and *.safetensors.")
+    max_positions: int = option(
+        0,
+        "Most tokens of a prompt with its response; 0 takes max_position_embeddings from "
+        "config.json. A larger value allows sequences that the model was not trained on.",
+        at_least=0,
+        added=True,
+    )
     preset: str = option(
         "",
         "Preset whose sizes `opsd-jax plan` uses if `path` is empty.",
         choices=("", *PRESETS),
     )
+
+
+def default_dtype(platform: str) -> str:
+    """Returns the data type that `dtype = "auto"` stands for on a platform, such as "cpu"."""
+    return "float32" if platform == "cpu" else "bfloat16"
 
 
 Options = TypeVar("Options", bound=ModelOptions)

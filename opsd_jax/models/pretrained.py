@@ -19,7 +19,12 @@ import jax
 
 from opsd_jax.models import architecture, decoder, safetensors, weights
 from opsd_jax.models.architecture import DecoderConfig
-from opsd_jax.models.options import ModelOptions, PretrainedOptions, parse_model
+from opsd_jax.models.options import (
+    ModelOptions,
+    PretrainedOptions,
+    default_dtype,
+    parse_model,
+)
 from opsd_jax.models.presets import PRESETS
 from opsd_jax.models.rope import RopeScaling
 from opsd_jax.models.safetensors import CODES, StoredTensor, WeightsError
@@ -52,6 +57,8 @@ def from_config(options: PretrainedOptions | Mapping[str, Any]) -> Model:
     """
     options = parse_model(PretrainedOptions, options)
     fields = {name: getattr(options, name) for name in fields_of(ModelOptions)}
+    if options.dtype == "auto":
+        fields["dtype"] = default_dtype("tpu" if aot.on_tpu() else jax.default_backend())
     if options.preset and not options.path and aot.is_planned():
         sizes = {**PRESETS[options.preset]}
         if "rope_scaling" in sizes:
@@ -69,7 +76,8 @@ def from_config(options: PretrainedOptions | Mapping[str, Any]) -> Model:
             f"config.model.path is {options.path!r}; expected a directory on this machine. "
             "Download the model first, because opsd_jax does not download models."
         )
-    return open_model(directory, **fields)
+    model = open_model(directory, **fields)
+    return model._replace(max_positions=options.max_positions or model.max_positions)
 
 
 def open_model(directory: pathlib.Path, **options: Any) -> Model:
@@ -95,7 +103,11 @@ def open_model(directory: pathlib.Path, **options: Any) -> Model:
         check_tied(stored, expected, directory)
         return weights.load(stored, abstract)
 
-    return model._replace(load=load, save=functools.partial(_save, directory, stored))
+    return model._replace(
+        load=load,
+        save=functools.partial(_save, directory, stored),
+        max_positions=architecture.max_positions(directory / CONFIG),
+    )
 
 
 def check_tensors(

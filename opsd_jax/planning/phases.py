@@ -133,6 +133,7 @@ class Phases:
         self.config, self.compiler, self.chip, self.length = config, compiler, chip, length
         self.parameters = Parameters(config, pathlib.Path(), devices)
         checks.check_devices(config, self.parameters.mesh, self.parameters.decode_mesh)
+        checks.check_positions(config, self.parameters.model.max_positions)
         self.model, self.mesh = self.parameters.model, self.parameters.mesh
         self.layout = self.parameters.decoding
         self.weights = mesh_lib.shard_bytes(self.parameters.abstract)

@@ -51,15 +51,17 @@ def assemble(config: RunOptions, workdir: Path) -> Run:
     """
     parameters = Parameters(config, workdir)
     checks.check_devices(config, parameters.mesh, parameters.decode_mesh)
+    model = parameters.model
+    checks.check_positions(config, model.max_positions)
     task = make_task(config)
     seed = functools.partial(stage_seed, config)
-    checks.check_data(config, task, parameters.model.vocab_size, seed)
+    checks.check_data(config, task, model.vocab_size, seed, model.max_positions)
     pool = VerifierPool(task.verify, config.pool)
-    engines = Engines(parameters.model, lambda: parameters.decoding, task.tokenizer.pad_id)
+    engines = Engines(model, lambda: parameters.decoding, task.tokenizer.pad_id)
     evaluator = Evaluator(
         config.evaluation,
         task,
-        parameters.model.vocab_size,
+        model.vocab_size,
         engines,
         pool,
         lambda params: parameters.decoding.convert(params),

@@ -17,11 +17,18 @@ from opsd_jax.options import ConfigError, fail
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.problem import Problem
 from opsd_jax.stages.algorithm import DataSample
+from opsd_jax.stages.options import RolloutOptions
+from opsd_jax.stages.privileged import PrivilegedOptions, inserted_tokens
 
 # The rows of a dataset that are tokenized before a run begins:
 WHOLE = 50_000  # all rows, if there are at most this many;
 LONGEST = 256  # in a larger dataset in memory, the rows with the longest questions and solutions;
 FIRST = 64  # in any other dataset, the first rows, because each row may have to be generated
+
+LIMIT = (
+    "the model's max_position_embeddings. To go beyond, set config.model.max_positions to the "
+    "number that you want"
+)
 
 
 def check_devices(
@@ -68,8 +75,48 @@ def check_devices(
             check_divides(f"{name}.{sampling.slots_field}", sampling.slots, decode_mesh)
 
 
+def check_positions(config: RunOptions, limit: int) -> None:
+    """Checks that no prompt with its response can be longer than the model was made for.
+
+    Args:
+      config: the options of the run.
+      limit: the most tokens of a sequence (`Model.max_positions`); 0 for any number.
+
+    Raises:
+      ConfigError: names the field to lower.
+    """
+    if not limit:
+        return
+
+    def check(field: str, value: int, others: int) -> None:
+        if value + others <= limit:
+            return
+        if others >= limit:
+            raise ConfigError(
+                f"config.{field} is {value}, in addition to {others} tokens of prompt and "
+                f"response; expected a sum of at most {limit} tokens, {LIMIT}."
+            )
+        expected = f"at most {limit - others}, so that the sequence has at most {limit} tokens"
+        fail(field, value, f"{expected}, {LIMIT}")
+
+    limits = config.evaluation
+    check("evaluation.response_tokens", limits.response_tokens, limits.prompt_tokens)
+    for name in config.stages:
+        options = config.sections[name]
+        for sampling in config.algorithm(name).sampling(options):
+            field = f"{name}.{sampling.response_tokens_field}"
+            check(field, sampling.response_tokens, sampling.prompt_tokens)
+        if isinstance(options, PrivilegedOptions) and isinstance(options, RolloutOptions):
+            response = options.response_tokens + inserted_tokens(options, options.response_tokens)
+            check(f"{name}.teacher_prompt_tokens", options.teacher_prompt_tokens, response)
+
+
 def check_data(
-    config: RunOptions, task: Task, vocab_size: int, stage_seed: Callable[[str], int]
+    config: RunOptions,
+    task: Task,
+    vocab_size: int,
+    stage_seed: Callable[[str], int],
+    max_positions: int = 0,
 ) -> None:
     """Checks that a config fits the data. Reads only a part of a large dataset.
 
@@ -78,6 +125,7 @@ def check_data(
       task: the data of the run.
       vocab_size: the vocabulary size of the model.
       stage_seed: the name of a stage -> its seed.
+      max_positions: the most tokens of a sequence (`Model.max_positions`); 0 for any number.
 
     Raises:
       ConfigError: a field does not fit the data.
@@ -104,7 +152,8 @@ def check_data(
             )
         options = config.sections[name]
         algorithm = config.algorithm(name)
-        algorithm.check_data(options, name, sample(seed=stage_seed(name)))
+        rows = sample(seed=stage_seed(name), max_positions=max_positions)
+        algorithm.check_data(options, name, rows)
 
 
 def _looked_at(task: Task, data: grain.MapDataset, whole: int) -> Iterable[int]:

@@ -107,6 +107,7 @@ def train(this: Run, name: str, progress: Progress, stop: StopSignal) -> Params:
         options=LoopOptions(
             checkpoint_every=options.checkpoint_every,
             max_nonfinite=config.max_nonfinite,
+            max_without_signal=config.max_without_signal,
             checkpoints=config.checkpoints,
             identity=loading.identity(config),
             wandb_project=config.wandb_project,

@@ -42,12 +42,14 @@ class DataSample(NamedTuple):
       longest: `(dataset, row -> token ids) -> (tokens, description of the row)`: finds the longest
         row of a dataset, among the rows that the check may read.
       seed: seed of the stage.
+      max_positions: the most tokens of a sequence that the model was made for; 0 for any number.
     """
 
     task: Task
     problems: Callable[[], Sequence[Problem]]
     longest: Callable[[Any, Callable[[Any], Sequence[int]]], tuple[int, str]]
     seed: int
+    max_positions: int = 0
 
     def check_fits(
         self, field: str, limit: int, data: Any, tokens: Callable[[Any], Sequence[int]]

@@ -37,6 +37,7 @@ from opsd_jax.stages.privileged import ContextFinder, PrivilegedOptions, inserte
 from opsd_jax.stages.rollouts import (
     RollOut,
     check_prompts,
+    diagnosis,
     group_records,
     make_roll_out,
     rollout_metrics,
@@ -206,7 +207,12 @@ def stage(
         batch = batch_of(rows)
         metrics = rollout_metrics(rollouts, options.group_size) | taught.metrics
         metrics |= {"active_rows": float(len(rows)), "useful_tokens": useful_fraction([batch])}
-        return StepData([batch], metrics, group_records(rollouts, options.group_size))
+        return StepData(
+            [batch],
+            metrics,
+            group_records(rollouts, options.group_size),
+            diagnosis(rollouts, task, options),
+        )
 
     return Stage(
         steps=options.steps,

@@ -24,6 +24,7 @@ from opsd_jax.stages.parts import Parts
 from opsd_jax.stages.rollouts import (
     RollOut,
     check_prompts,
+    diagnosis,
     group_records,
     make_roll_out,
     rollout_metrics,
@@ -211,6 +212,7 @@ def stage(
             made,
             metrics | {"useful_tokens": useful_fraction(made)},
             group_records(rollouts, options.group_size),
+            diagnosis(rollouts, task, options),
         )
 
     return Stage(

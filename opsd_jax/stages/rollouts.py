@@ -14,6 +14,7 @@ from opsd_jax.data.task import Task
 from opsd_jax.policy import Params
 from opsd_jax.rollout import sampling
 from opsd_jax.rollout.collect import Collector, Rollouts, concatenate
+from opsd_jax.rollout.diagnosis import Diagnosis, diagnose
 from opsd_jax.stages.algorithm import DataSample, Responses
 from opsd_jax.stages.batch import Lengths
 from opsd_jax.stages.options import RolloutOptions
@@ -195,6 +196,20 @@ def rollout_metrics(rollouts: Rollouts, group_size: int) -> dict[str, float]:
         "groups_all_incorrect": float(np.sum(by_problem == 0)),
         "verifier_wait_seconds": wait_seconds,
     } | {f"verdict/{reason.replace(' ', '_')}": float(reasons[reason]) for reason in reasons}
+
+
+def diagnosis(
+    rollouts: Rollouts, task: Task, options: RolloutOptions
+) -> Callable[[str], Diagnosis]:
+    """Returns a function that maps the name of the stage to a diagnosis of verified rollouts."""
+    verdicts, outcomes, _ = rollouts.judged
+    return lambda name: diagnose(
+        [verdict.reason for verdict in verdicts],
+        int(outcomes.correct.sum()),
+        lambda i: task.begun + task.tokenizer.decode(rollouts.responses[i].tolist()),
+        section=name,
+        response_tokens=options.response_tokens,
+    )
 
 
 def group_records(rollouts: Rollouts, group_size: int) -> list[dict[str, Any]]:

@@ -114,6 +114,8 @@ def _check_data(options: SFTOptions, name: str, data: DataSample) -> None:
     computed = lambda row: [*row.prompt, *row.response][:-1]
     demonstrations = data.task.demonstrations(data.seed)
     data.check_fits(f"{name}.buckets", options.buckets[-1], demonstrations, computed)
+    if data.max_positions:
+        data.check_fits("model.max_positions", data.max_positions, demonstrations, computed)
 
 
 def _step_rows(options: SFTOptions, responses: Responses) -> tuple[list[int], list[Lengths]]:

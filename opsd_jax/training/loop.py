@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from opsd_jax.parallel import hosts
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel.watchdog import Watchdog, waiting
 from opsd_jax.policy import Params
@@ -26,9 +28,17 @@ from opsd_jax.training.stage import Batch, Metric, Stage, StepData
 from opsd_jax.training.state import State, abstract_state, init_state
 from opsd_jax.training.step import batch_shardings, compile_train_step
 
+DIAGNOSED = 3  # first steps whose rollouts are described if few of them have an answer
+
+logger = logging.getLogger(__name__)
+
 
 class Diverged(RuntimeError):
     """The gradient was not finite for too many steps in a row."""
+
+
+class NoSignal(RuntimeError):
+    """No step had a gradient for too many steps in a row."""
 
 
 class LoopOptions(NamedTuple):
@@ -37,6 +47,7 @@ class LoopOptions(NamedTuple):
     Attributes:
       checkpoint_every: number of steps between two checkpoints; the last step always saves one.
       max_nonfinite: number of steps in a row without a finite gradient that ends the run.
+      max_without_signal: number of steps in a row without a gradient that ends the run; 0 for none.
       checkpoints: which checkpoints to keep.
       identity: JSON-ready values that identify the run; checkpoints with others are refused.
       wandb_project: Weights & Biases project; "" for none.
@@ -44,6 +55,7 @@ class LoopOptions(NamedTuple):
 
     checkpoint_every: int
     max_nonfinite: int
+    max_without_signal: int = 0
     checkpoints: CheckpointOptions = DEFAULT_OPTIONS
     identity: Mapping[str, Any] | None = None
     wandb_project: str = ""
@@ -84,6 +96,7 @@ def run_stage(
     Raises:
       Interrupted: `stop` received a signal; the completed steps, if any, are in a checkpoint.
       Diverged: `options.max_nonfinite` steps in a row had no finite gradient.
+      NoSignal: `options.max_without_signal` steps in a row had no gradient.
     """
     abstract = abstract_state(abstract_params, optimizer, stage.teacher, mesh)
     with contextlib.ExitStack() as stack:
@@ -106,7 +119,7 @@ def run_stage(
                 stage,
                 lambda state, batch: compiled(state, mesh_lib.placed(batch, shardings)),
                 state,
-                recorder=_Recorder(checkpoints, writer, report, options.max_nonfinite, began),
+                recorder=_Recorder(checkpoints, writer, report, options, directory.name, began),
                 watchdog=watchdog,
                 stop=stop,
                 checkpoint_every=options.checkpoint_every,
@@ -170,15 +183,17 @@ class _Recorder:
         checkpoints: Checkpoints,
         writer: metrics_lib.MetricsWriter | metrics_lib.NoWriter,
         report: Report,
-        max_nonfinite: int,
+        options: LoopOptions,
+        name: str,
         began: float,
     ):
-        """Creates a recorder. The time of the first step is measured from `began`.
+        """Creates a recorder of the stage `name`.
 
-        `began` is a value of `time.monotonic()`.
+        The time of the first step is measured from `began`, a value of `time.monotonic()`.
         """
         self._checkpoints, self._writer, self._report = checkpoints, writer, report
-        self._max_nonfinite, self._nonfinite = max_nonfinite, 0  # steps in a row
+        self._options, self._name = options, name
+        self._nonfinite, self._without_signal = 0, 0  # steps in a row
         self._pending: tuple[int, list[Any], StepData] | None = None
         self._latest: dict[str, float] = {}  # metrics of the last step that was written
         self._ended = began  # time at which that step ended
@@ -195,6 +210,7 @@ class _Recorder:
 
         Raises:
           Diverged: too many steps in a row had no finite gradient.
+          NoSignal: too many steps in a row had no gradient.
         """
         if self._pending is None:
             return
@@ -206,13 +222,33 @@ class _Recorder:
         self._writer.write(step, values, data.groups)
         self._report(step, values)
         self._nonfinite = self._nonfinite + 1 if values["nonfinite"] == 1 else 0
-        if self._nonfinite >= self._max_nonfinite:
+        if self._nonfinite >= self._options.max_nonfinite:
             raise Diverged(
                 f"the gradient was not finite for {self._nonfinite} steps in a row, up to step "
-                f"{step}; expected fewer than config.max_nonfinite = {self._max_nonfinite}. The "
-                f"newest checkpoint is from step {self._checkpoints.latest}. Try a lower "
-                "learning_rate or clip_norm, in another workdir."
+                f"{step}; expected fewer than config.max_nonfinite = "
+                f"{self._options.max_nonfinite}. The newest checkpoint is from step "
+                f"{self._checkpoints.latest}. Try a lower learning_rate or clip_norm, in another "
+                "workdir."
             )
+        self._check_signal(step, values, data)
+
+    def _check_signal(self, step: int, values: dict[str, float], data: StepData) -> None:
+        """Describes the rollouts of the first steps. Raises NoSignal if no step has a gradient."""
+        if step < DIAGNOSED and data.diagnose is not None and hosts.is_first():
+            diagnosis = data.diagnose(self._name)
+            if diagnosis.details or step == 0:
+                logger.info("%s, step %d: %s", self._name, step, diagnosis)
+        # An update without rows has no metric `grad_norm`.
+        learns = values.get("grad_norm", 0.0) != 0
+        self._without_signal = 0 if learns else self._without_signal + 1
+        if self._without_signal != self._options.max_without_signal or learns:
+            return
+        seen = f" In this step, {data.diagnose(self._name)}" if data.diagnose else ""
+        raise NoSignal(
+            f"{self._name} learns nothing: no update had a gradient for {self._without_signal} "
+            f"steps in a row, up to step {step}; expected fewer than config.max_without_signal = "
+            f"{self._options.max_without_signal}.{seen}"
+        )
 
     def save(self, steps: int, state: State, ended: float) -> None:
         """Writes all pending metrics, then saves a checkpoint.

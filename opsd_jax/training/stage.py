@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import jax
 
 from opsd_jax.policy import Params
+from opsd_jax.rollout.diagnosis import Diagnosis
 
 # The rows of one optimizer update, as a tuple of buckets. A bucket holds up to M microbatches of m
 # rows each, all of one shape:
@@ -75,11 +76,14 @@ class StepData(NamedTuple):
         or read tokens, from which the progress bar computes tokens per second.
       groups: a JSON-ready record of each problem's group of rollouts, with the number of correct
         ones. They are written to `groups.jsonl`, from which a later run can select problems.
+      diagnose: name of the stage -> a description of the step's rollouts. It is shown for the first
+        steps, and if the run stops because no step has a gradient. None for a step without any.
     """
 
     batches: list[Batch]
     metrics: dict[str, float]
     groups: Sequence[dict[str, Any]] = ()
+    diagnose: Callable[[str], Diagnosis] | None = None
 
 
 class Stage(NamedTuple):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import re
 import sys
 
 import pytest
@@ -13,7 +14,7 @@ from opsd_jax import config as config_lib
 from opsd_jax.cli import main
 from opsd_jax.config import fields, loading
 from opsd_jax.config.run_options import parse_run
-from opsd_jax.run import assembly
+from opsd_jax.run import assembly, checks
 from opsd_jax.run.workdir import claimed
 
 QUICKSTART = str(CONFIGS / "quickstart.py")
@@ -236,6 +237,57 @@ def test_tpu_kernels_are_refused_on_other_devices(tmp_path, field, form):
         assembly.assemble(config, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("fields", "limit", "message"),
+    [
+        ({}, 64 + 24, ""),
+        ({}, 64 + 23, "evaluation.response_tokens is 24; expected at most 23, so that the seq"),
+        (
+            {"evaluation.response_tokens": "4"},
+            64 + 23,
+            "rlvr.response_tokens is 24; expected at most 23, so that the sequence has at most 87",
+        ),
+        (
+            {"opsd.teacher_prompt_tokens": "128", "opsd.buckets": "(88,)"},
+            64 + 24,
+            "opsd.teacher_prompt_tokens is 128; expected at most 64, so that the sequence has at",
+        ),
+        (
+            {"evaluation.prompt_tokens": "100"},
+            64 + 24,
+            "evaluation.response_tokens is 24, in addition to 100 tokens of prompt and response; "
+            "expected a sum of at most 88 tokens, the model's max_position_embeddings",
+        ),
+        ({"opsd.contexts": "('memo',)"}, 64 + 24, "opsd.memo.tokens is 1024, in addition to 344"),
+    ],
+)
+def test_a_sequence_longer_than_the_model_was_made_for_is_refused(fields, limit, message):
+    lengths = {
+        f"{section}.{name}": str(value)
+        for section in ("evaluation", "rlvr", "opsd")
+        for name, value in (("prompt_tokens", 64), ("response_tokens", 24))
+    }
+    lengths |= {"rlvr.buckets": "(88,)", "opsd.buckets": "(88,)"}
+    lengths |= {"opsd.teacher_prompt_tokens": "64", "opsd.teacher_buckets": "()"}
+    config = load(**(lengths | fields))
+    checks.check_positions(config, 0)
+    if not message:
+        checks.check_positions(config, limit)
+        return
+    with pytest.raises(config_lib.ConfigError, match=f"config.{re.escape(message)}"):
+        checks.check_positions(config, limit)
+
+
+def test_the_dtype_of_a_pretrained_model_follows_the_platform(tmp_path):
+    pretrained = loading.read("rlvr_hf")
+    dtype = lambda **how: parse_run(pretrained, **how).model.dtype
+    assert (dtype(), dtype(platform="tpu")) == ("float32", "bfloat16")
+    pretrained.model.dtype = "bfloat16"
+    assert dtype() == "bfloat16"
+    fields = {"model.preset": "qwen3-0.6b"}
+    assert loading.load("rlvr_hf", fields, data=False, platform="tpu").model.dtype == "bfloat16"
+
+
 def test_sampling_may_have_its_own_mesh(tmp_path):
     """Microbatches must divide over the training mesh, and decoding slots over the sampling mesh.
     The problems of a step need not divide over either.
@@ -326,8 +378,9 @@ def test_a_config_json_of_version_0_1_0_is_read():
     """Stages that do not run may contradict themselves. Fields added later have default values."""
     saved = json.loads((pathlib.Path(__file__).parent / "rlvr_hf_0_1_0.json").read_text())
     config = parse_run(loading.from_flat(saved))
-    assert loading.flatten(config) == saved | {"pool.failures": 0.5}
-    loading.check_same(config, loading.load("rlvr_hf", data=False), "workdir")
+    added = {"pool.failures": 0.5, "max_without_signal": 50, "model.max_positions": 0}
+    assert loading.flatten(config) == saved | added
+    loading.check_same(config, loading.load("rlvr_hf", data=False, platform="tpu"), "workdir")
     saved["stages"] = ["rlvr", "opsd"]
     with pytest.raises(config_lib.ConfigError, match="teacher_buckets is"):
         parse_run(loading.from_flat(saved))

@@ -84,6 +84,53 @@ def test_older_and_newer_files_give_the_same_sizes(written):
     assert architecture.from_json(written()).rope_theta == 10_000.0
 
 
+@pytest.mark.parametrize(
+    ("changes", "positions"),
+    [
+        ({"max_position_embeddings": None}, 0),
+        ({"max_position_embeddings": 8192}, 8192),
+        ({"rope_scaling": {"type": "linear", "factor": 2.5}}, 20_480),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            32_768,
+        ),
+        (
+            {
+                "max_position_embeddings": 40_960,
+                "rope_scaling": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 32_768,
+                },
+            },
+            131_072,
+        ),
+        (
+            {
+                "max_position_embeddings": 131_072,
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "original_max_position_embeddings": 8192,
+                },
+            },
+            131_072,
+        ),
+    ],
+)
+def test_the_longest_sequence_of_a_config_json(written, changes, positions):
+    path = written(**{"max_position_embeddings": 8192, **changes})
+    assert architecture.max_positions(path) == positions
+
+
+@pytest.mark.parametrize("value", [0, -1, "8192", 1e400, True])
+def test_an_impossible_longest_sequence_is_refused(written, value):
+    with pytest.raises(
+        config_lib.ConfigError, match=r"config\.json: max_position_embeddings is .*; expected"
+    ):
+        architecture.max_positions(written(max_position_embeddings=value))
+
+
 @pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen2.5-7b", "llama-3.2-1b"])
 def test_a_config_json_that_we_write_reads_back(name, tmp_path):
     section = config_lib.preset(name)

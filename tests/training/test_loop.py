@@ -7,8 +7,9 @@ import optax
 import pytest
 
 from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.rollout.diagnosis import Diagnosis
 from opsd_jax.training import metrics as metrics_lib
-from opsd_jax.training.loop import LoopOptions, run_stage
+from opsd_jax.training.loop import LoopOptions, NoSignal, run_stage
 from opsd_jax.training.signals import StopSignal
 from opsd_jax.training.stage import Stage, StepData
 
@@ -39,7 +40,7 @@ def train(tmp_path):
     replicated = mesh_lib.replicated(mesh)
     make = jax.jit(lambda: {"slope": jnp.zeros(())}, out_shardings={"slope": replicated})
 
-    def train(stage):
+    def train(stage, **options):
         with StopSignal() as stop:
             return run_stage(
                 stage,
@@ -48,7 +49,7 @@ def train(tmp_path):
                 abstract_params=mesh_lib.abstract_of(jax.eval_shape(make), {"slope": replicated}),
                 mesh=mesh,
                 directory=tmp_path,
-                options=LoopOptions(checkpoint_every=4, max_nonfinite=1),
+                options=LoopOptions(checkpoint_every=4, max_nonfinite=1, **options),
                 stop=stop,
             )
 
@@ -109,3 +110,31 @@ def test_explicit_transfers_are_allowed(train):
         return batches(step, params)
 
     train(STAGE._replace(steps=2, batches=transferring))
+
+
+@pytest.mark.parametrize("x", [np.zeros(16, np.float32), np.zeros(0, np.float32)])
+def test_a_stage_without_a_gradient_stops(train, tmp_path, caplog, x):
+    """Rows with a gradient of 0 give no signal, and a batch without rows doesn't either."""
+    signal = (0, 4)  # steps with a gradient
+
+    def quiet(step, params):
+        data = batches(step, params) if step in signal else StepData([pack(x)], {"tokens": 16.0})
+        return data._replace(diagnose=lambda name: Diagnosis(f"seen by {name} in {step}.", "Fix."))
+
+    stage = STAGE._replace(batches=quiet)
+    with pytest.raises(NoSignal) as stopped, caplog.at_level("INFO", "opsd_jax"):
+        train(stage, max_without_signal=4)
+    name = tmp_path.name
+    assert str(stopped.value) == (
+        f"{name} learns nothing: no update had a gradient for 4 steps in a row, up to step 8; "
+        "expected fewer than config.max_without_signal = 4. In this step, "
+        f"seen by {name} in 8.\nFix."
+    )
+    assert caplog.messages == [
+        f"{name}, step {step}: seen by {name} in {step}.\nFix." for step in range(3)
+    ]
+    assert [row["step"] for row in metrics_lib.read(tmp_path)] == list(range(9))
+
+
+def test_a_stage_without_a_gradient_goes_on_if_the_config_says_so(train):
+    train(STAGE._replace(batches=lambda *_: StepData([pack(np.zeros(0))], {"tokens": 16.0})))
