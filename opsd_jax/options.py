@@ -165,6 +165,8 @@ class Bounds(NamedTuple):
       check: whether a value is one that `expects` describes; None if nothing or other code checks.
       omit: names of the fields of a nested NamedTuple that the config leaves out.
       finite: whether infinity is refused.
+      prepare: `(section, its place)`, called before the section is parsed, for example to import
+        what it names; None for nothing.
       added: whether a config that an earlier version saved may lack the field. Its default value
         then has to be what that version did.
     """
@@ -179,6 +181,7 @@ class Bounds(NamedTuple):
     check: Callable[[Any], bool] | None = None
     omit: tuple[str, ...] = ()
     finite: bool = True
+    prepare: Callable[[Any, str], None] | None = None
     added: bool = False
 
     def text(self) -> str:
@@ -420,6 +423,8 @@ def _parse_section(cls: Any, config: Any, field: str, omit: tuple[str, ...], who
                 )
             values[name] = default
             continue
+        if bounds.prepare is not None:
+            bounds.prepare(config[name], f"{place}{name}")
         value = _typed(kind, config[name], f"{place}{name}", bounds, whole)
         if expected := bounds.expected(value):
             fail(f"{place}{name}", value, expected)

@@ -45,8 +45,9 @@ class OPSD(NamedTuple):
       gate: weights of correct, incorrect and truncated rollouts in the loss, in this order;
         `losses.GATES` has the choices of the paper.
       divergence: divergence of the student from the teacher: "reverse_kl", "forward_kl", "jsd",
-        "skewed_kl", "sampled_kl" or another name in `losses.DIVERGENCES`; or three names
-        separated by commas, for correct, incorrect and truncated rollouts.
+        "skewed_kl", "sampled_kl" or another name in `losses.DIVERGENCES` (in a config also
+        "package.module:function"); or three names separated by commas, for correct, incorrect and
+        truncated rollouts.
       beta: weight of the teacher in the mixture of divergence "jsd", from 0 (defined as the forward
         KL) to 1 (defined as the reverse KL).
       alpha: weight of the teacher in the target of divergence "skewed_kl", above 0 and at most 1.

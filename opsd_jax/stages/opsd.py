@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from opsd_jax import losses
 from opsd_jax.data.task import Task
 from opsd_jax.losses.gate import GATE_TEXTS
-from opsd_jax.options import fail, option, with_default
+from opsd_jax.options import fail, import_function, option, with_default
 from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
 from opsd_jax.stages import privileged as privileged_lib
@@ -61,6 +63,28 @@ def _is_gate(text: str) -> bool:
     return True
 
 
+def _import_divergences(loss: Any, field: str) -> None:
+    """Adds the functions that a section `loss` names as "package.module:function" to the table.
+
+    Args:
+      loss: the section.
+      field: its place in the config.
+
+    Raises:
+      ConfigError: a function cannot be imported, or does not take logits.
+    """
+    text = loss.get("divergence", "")
+    for name in map(str.strip, text.split(",") if isinstance(text, str) else ()):
+        if ":" not in name or name in losses.DIVERGENCES:
+            continue
+        found = import_function(name, f"{field}.divergence")
+        takes = inspect.signature(found).parameters if callable(found) else {}
+        if not {"student_logits", "teacher_logits"} <= {*takes}:
+            expected = "the name of a function of student_logits and teacher_logits"
+            fail(f"{field}.divergence", name, expected)
+        losses.DIVERGENCES[name] = found
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OPSDOptions(PrivilegedOptions):
     """The options of an OPSD stage."""
@@ -89,7 +113,10 @@ class OPSDOptions(PrivilegedOptions):
         check=lambda lengths: not lengths or ascending(lengths),
     )
     loss: losses.OPSD = option(
-        losses.OPSD(), "The divergence and its weights (opsd_jax.losses.OPSD).", omit=("gate",)
+        losses.OPSD(),
+        "The divergence and its weights (opsd_jax.losses.OPSD).",
+        omit=("gate",),
+        prepare=_import_divergences,
     )
     checkpoint_every: int = option(25, "Steps between checkpoints.", at_least=1)
     optimizer: OptimizerOptions = option(

@@ -197,7 +197,7 @@ def test_the_stage_trains_on_rollouts_with_a_context(config, task, rollouts):
     stage = opsd.stage(
         options, task, model.policy, lambda *_: rollouts, ContextFinder(options, task, 2)
     )
-    (batch,), metrics, _ = stage.batches(0, None)
+    (batch,), metrics, *_ = stage.batches(0, None)
     assert metrics["active_rows"] == 3
     assert metrics["no_context"] == 3
     assert sum(bool(row.any()) for row in batch[0]["rows"]["mask"].reshape(-1, 160)) == 3
@@ -299,7 +299,7 @@ def test_only_the_context_makes_a_divergence(config, task, rollouts, kind, every
     options = stage_options(config.opsd)
     finder = ContextFinder(options, task, 2, memos)
     stage = opsd.stage(options, task, model.policy, lambda *_: rollouts, finder)
-    (batch,), metrics, _ = stage.batches(0, None)
+    (batch,), metrics, *_ = stage.batches(0, None)
     assert metrics["active_rows"] == (3 if kind == "sibling" else 6)
     for bucket in batch:
         for m in range(int(bucket["count"])):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 import threading
 from concurrent.futures import Future
 
@@ -12,7 +13,9 @@ from tiny_config import stage_options
 
 from opsd_jax import config as config_lib
 from opsd_jax import losses
+from opsd_jax.config.run_options import parse_run
 from opsd_jax.data.arithmetic import informed_prompt
+from opsd_jax.options import names_from
 from opsd_jax.rollout import sampling
 from opsd_jax.rollout.collect import Rollouts
 from opsd_jax.stages import opsd as opsd_lib
@@ -79,7 +82,7 @@ def test_opsd_trains_on_the_rollouts_that_the_gate_keeps(
     stage = opsd(
         section, task, model.policy, lambda step, params: rollouts, ContextFinder(section, task, 1)
     )
-    (batch,), metrics, _ = stage.batches(0, None)
+    (batch,), metrics, *_ = stage.batches(0, None)
     rows = rows_of(batch)
     outcomes_Nx3 = np.stack(rollouts.judged.outcomes, axis=1)
     expected = outcomes_Nx3 @ np.array(weights)
@@ -108,7 +111,7 @@ def test_opsd_takes_the_first_rows_up_to_its_cap(config, task, model, rollouts):
 
 def test_rlvr_gives_each_rollout_its_advantage(config, task, model, rollouts):
     stage = rlvr(stage_options(config.rlvr), task, model.policy, lambda step, params: rollouts)
-    parts, metrics, _ = stage.batches(0, None)
+    parts, metrics, *_ = stage.batches(0, None)
     assert len(parts) == config.rlvr.updates == 2
     rewards = rollouts.judged.outcomes.correct.astype(float)
     assert metrics["reward"] == rewards.mean()
@@ -135,7 +138,7 @@ def test_rlvr_leaves_out_groups_without_signal(config, task, model, rollouts):
 
 def test_rlvr_punishes_overlong_responses_in_tokens(config, task, model, rollouts):
     section = stage_options(config.rlvr, overlong_buffer=60, overlong_factor=0.5)
-    parts, metrics, _ = rlvr(section, task, model.policy, lambda *_: rollouts).batches(0, None)
+    parts, metrics, *_ = rlvr(section, task, model.policy, lambda *_: rollouts).batches(0, None)
     assert metrics["reward"] == rollouts.judged.outcomes.correct.mean()
     over = np.clip([(len(r) - 28) / 60 for r in rollouts.responses], 0, 1)
     rewards = rollouts.judged.outcomes.correct - 0.5 * over
@@ -266,7 +269,7 @@ def test_dynamic_sampling_replaces_problems_without_signal(config, task, model, 
     right = lambda problem, i: i == 0 if problem % every == 0 else problem % 2 == 0
     sampled = collector(right)
     stage = stage_with(rlvr_lib, section, task, model, sampled)
-    parts, metrics, records = stage.batches(3, None)
+    parts, metrics, records, _ = stage.batches(3, None)
     ids = [i for call in sampled.calls for i in call]
     assert len(set(ids)) == len(ids) == metrics["problems"] == len(records)
     informative = [i for i in ids if i % every == 0]
@@ -360,7 +363,7 @@ def test_opsd_resamples_until_its_rows_are_full(config, task, model, collector):
     )
     sampled = collector(lambda problem, i: problem % 50 == 0)
     stage = stage_with(opsd_lib, section, task, model, sampled)
-    (batch,), metrics, _ = stage.batches(0, None)
+    (batch,), metrics, *_ = stage.batches(0, None)
     right = [i for call in sampled.calls for i in call if i % 50 == 0]
     assert metrics["active_rows"] == len(all_rows(batch)) == min(6, 2 * len(right))
     assert 1 < len(sampled.calls) <= 5
@@ -386,9 +389,9 @@ def test_a_stage_waits_for_verdicts_after_making_prompts(config, task, model, ro
     stage = rlvr(
         stage_options(config.rlvr), task._replace(prompt=prompt), model.policy, lambda *_: pending
     )
-    _, metrics, _ = stage.batches(0, None)
+    _, metrics, *_ = stage.batches(0, None)
     assert 0.1 < metrics["verifier_wait_seconds"] < 5
-    _, settled, _ = rlvr(
+    _, settled, *_ = rlvr(
         stage_options(config.rlvr), task, model.policy, lambda *_: rollouts
     ).batches(0, None)
     assert settled["verifier_wait_seconds"] < 0.05
@@ -403,12 +406,72 @@ def test_every_reason_is_counted(config, task, model, rollouts):
     reasons = ["timeout", "crash", "memory", "no answer", "verifier ValueError"]
     replies = [Verdict(False, reason) for reason in reasons] + rollouts.replies[5:]
     marked = dataclasses.replace(rollouts, replies=replies)
-    _, metrics, _ = rlvr(stage_options(config.rlvr), task, model.policy, lambda *_: marked).batches(
-        0, None
-    )
+    _, metrics, *_ = rlvr(
+        stage_options(config.rlvr), task, model.policy, lambda *_: marked
+    ).batches(0, None)
     counts = {k.removeprefix("verdict/"): v for k, v in metrics.items() if k.startswith("verdict/")}
     assert counts.pop("") == 27  # verdicts of the fixture have no reason
     assert counts == {
         **dict.fromkeys(["match", "mismatch", "truncated"], 0),
         **dict.fromkeys(["timeout", "crash", "memory", "no_answer", "verifier_ValueError"], 1),
     }
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """A module with a divergence of the user's own, which is not imported yet."""
+    (tmp_path / "own_divergences.py").write_text(
+        "import jax\nimport jax.numpy as jnp\n"
+        "def total_variation(*, student_logits, teacher_logits):\n"
+        "    p, q = (jax.nn.softmax(x) for x in (student_logits, teacher_logits))\n"
+        "    return 0.5 * jnp.abs(p - q).sum(-1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "own_divergences:total_variation"
+    losses.DIVERGENCES.pop("own_divergences:total_variation", None)
+    sys.modules.pop("own_divergences", None)
+
+
+def test_a_divergence_of_ones_own_is_named_in_the_config(config, own_module):
+    config.opsd.loss.divergence = own_module
+    options = stage_options(config.opsd).loss_options()
+    options.check()
+    student, teacher = np.log([[[0.5, 0.5]]]), np.log([[[0.9, 0.1]]])
+    loss = losses.opsd(
+        student=student,
+        teacher=teacher,
+        mask=np.ones((1, 1), bool),
+        outcomes=(np.array([True]), np.array([False]), np.array([False])),
+        options=options,
+    )
+    assert float(loss.mean) == pytest.approx(0.4)
+    config.opsd.loss.divergence = f"{own_module}, reverse_kl, jsd"
+    assert stage_options(config.opsd).loss_options().divergences[0] == own_module
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nothing:of", "config.opsd.loss.divergence: 'nothing:of' cannot be imported"),
+        (
+            "json:dumps",
+            "config.opsd.loss.divergence is 'json:dumps'; expected the name of a function of "
+            "student_logits and teacher_logits",
+        ),
+        ("total", "expected one of reverse_kl"),
+    ],
+)
+def test_a_name_that_is_no_divergence_is_refused(config, name, message):
+    config.opsd.loss.divergence = name
+    with pytest.raises(config_lib.ConfigError, match=message):
+        parse_run(config)
+    assert name not in losses.DIVERGENCES
+
+
+def test_a_divergence_that_only_a_directory_names_is_not_imported(config, own_module, tmp_path):
+    config.opsd.loss.divergence = own_module
+    with names_from("config.json", []), pytest.raises(config_lib.ConfigError, match="--trust own_"):
+        parse_run(config)
+    assert "own_divergences" not in sys.modules
+    with names_from("config.json", ["own_divergences"]):
+        parse_run(config)
