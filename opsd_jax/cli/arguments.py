@@ -114,6 +114,13 @@ def local(text: str) -> pathlib.Path:
     return pathlib.Path(text).absolute()
 
 
+def model(text: str) -> str:
+    """Parses the directory of a model, which becomes absolute, or its name on the Hub."""
+    from opsd_jax.storage import hub
+
+    return text if hub.is_name(text, hub.MODEL) else str(local(text))
+
+
 def directory(text: str) -> Any:
     """Parses the path of a directory on this machine or in a bucket (gs://BUCKET/...)."""
     if "://" not in text:
@@ -208,7 +215,11 @@ def _add_model(sub: argparse.ArgumentParser) -> None:
     """Adds the arguments that select a model: a stage of a run, or a model directory."""
     which = sub.add_mutually_exclusive_group(required=True)
     _add_workdir(which, required=False)
-    which.add_argument("--model", type=local, help="directory of a Hugging Face model")
+    which.add_argument(
+        "--model",
+        type=model,
+        help="directory of a Hugging Face model, or its name on the Hub, OWNER/NAME[@REVISION]",
+    )
     sub.add_argument("--stage", help="stage of the run (default: the last finished one)")
     _add_trust(sub)
 

@@ -15,6 +15,7 @@ from opsd_jax.options import ConfigError
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.run import workdir as workdir_lib
 from opsd_jax.run.parameters import Parameters, chosen_stage
+from opsd_jax.storage import hub
 from opsd_jax.storage.files import Path
 
 
@@ -36,7 +37,8 @@ def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
                 "--stage applies to a run; expected --workdir in place of --model, or no --stage."
             )
         else:
-            pretrained.rewrite(arguments.model, arguments.out, dtype)
+            source = hub.local(arguments.model, hub.MODEL, "--model")
+            pretrained.rewrite(source, arguments.out, dtype)
     except ConfigError:
         raise
     except ValueError as error:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
+import pathlib
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -33,7 +34,7 @@ from opsd_jax.problem import Problem
 from opsd_jax.run import assembly, pipeline
 from opsd_jax.run import workdir as workdir_lib
 from opsd_jax.run.parameters import chosen_stage, meshes
-from opsd_jax.storage import files
+from opsd_jax.storage import files, hub
 from opsd_jax.storage.names import EVALUATIONS, PARAMS, UNTRAINED
 from opsd_jax.training.progress import Progress
 from opsd_jax.training.signals import StopSignal
@@ -83,10 +84,10 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     problems = this.evaluator.problems()
     if arguments.benchmark and arguments.problems:
         problems = _first_of_each(problems, arguments.problems)
-    model = workdir / stage if workdir else arguments.model
-    weights = model / PARAMS if workdir else model
+    model = str(workdir / stage) if workdir else config.model.path
+    weights = workdir / stage / PARAMS if workdir else hub.local(model, hub.MODEL, "--model")
     fingerprint = hosts.together(lambda: records.fingerprint(weights))
-    settings = pipeline.evaluation_settings(this, str(model), fingerprint, problems)
+    settings = pipeline.evaluation_settings(this, model, fingerprint, problems)
     if arguments.trust:
         settings["trusted"] = sorted({*arguments.trust})
     workdir_lib.check_equal(settings, "settings")
@@ -109,7 +110,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         hosts.from_first(lambda: records.check_settings(directory, settings))
         if not hosts.from_first((directory / records.SUMMARY).exists):
             _, statistics = this.evaluator(
-                stage if workdir else arguments.model.name,
+                stage if workdir else pathlib.PurePath(model).name,
                 this.parameters.of(stage),
                 progress,
                 stop,
@@ -183,8 +184,9 @@ def _of_model(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
     config = sections.default().unlock()
     # Nothing is trained, so the weights can have the dtype of the matmuls.
     dtype = default_dtype(jax.default_backend())
-    config.model = sections.pretrained(arguments.model, dtype=dtype, param_dtype=dtype).unlock()
-    config.task, config.data.tokenizer = TEXT_TASK, str(arguments.model)
+    path = hub.pinned(arguments.model, hub.MODEL, "--model")
+    config.model = sections.pretrained(path, dtype=dtype, param_dtype=dtype).unlock()
+    config.task, config.data.tokenizer = TEXT_TASK, path
     return UNTRAINED, config
 
 

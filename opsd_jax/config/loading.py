@@ -17,9 +17,11 @@ from ml_collections import ConfigDict
 
 import opsd_jax
 from opsd_jax.config.run_options import RunOptions, parse_run, run_section
+from opsd_jax.data.options import SECTIONS
 from opsd_jax.models.options import DecoderOptions, PretrainedOptions
 from opsd_jax.options import ConfigError, describe, fields_of
 from opsd_jax.stages import algorithm_of
+from opsd_jax.storage import hub
 
 # Fields that a resumed run may change. They decide where the run computes and which files it keeps,
 # but not its results.
@@ -47,10 +49,13 @@ def load(
 ) -> RunOptions:
     """Loads a config file, applies overrides, and returns the checked options.
 
+    What the config names on the Hugging Face Hub is downloaded, and its commit added to the name.
+
     Args:
       name: a Python file, or the name of a packaged config such as "quickstart".
       overrides: dotted field -> text, as on the command line.
-      data: whether to check the sources of `config.data` too.
+      data: whether the model and the data are used: whether to download them, and to check the
+        sources of `config.data` too.
       platform: where the run computes; see `parse_run`.
 
     Raises:
@@ -59,12 +64,32 @@ def load(
     config = read(name)
     for field, text in (overrides or {}).items():
         override(config, field, text)
+    if data:
+        _pin(config)
     if not config.data.tokenizer:
         config.data.tokenizer = config.model.get("path", "")
     options = parse_run(config, platform)
     if data:
         options.data.check_sources("data")
     return options
+
+
+def _pin(config: ConfigDict) -> None:
+    """Downloads what a config names on the Hugging Face Hub, and adds the commit to each name.
+
+    Raises:
+      ConfigError: something cannot be downloaded.
+    """
+
+    def pin(section: Any, name: str, kind: str, field: str) -> None:
+        if isinstance(section, ConfigDict) and isinstance(path := section.get(name), str):
+            section[name] = hub.pinned(path, kind, f"config.{field}.{name}")
+
+    pin(config.model, "path", hub.MODEL, "model")
+    pin(config.data, "tokenizer", hub.MODEL, "data")
+    for sources in SECTIONS:
+        for name, source in config.data.get(sources, {}).items():
+            pin(source, "path", hub.DATASET, f"data.{sources}.{name}")
 
 
 def read(name: str | pathlib.Path) -> ConfigDict:

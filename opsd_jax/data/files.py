@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TextIO, TypeVar
 
 from opsd_jax.options import ConfigError
 from opsd_jax.problem import DataError
+from opsd_jax.storage import hub
 from opsd_jax.storage.foreign import (
     check_file_name,
     escape,
@@ -66,17 +67,19 @@ def rows(
     A line that is not a JSON object is yielded as a row with an error.
 
     Args:
-      path: path of the file or directory.
+      path: path of the file or directory, or a name on the Hugging Face Hub (storage/hub.py).
       split: split to read from a directory that has several.
       field: config field of the section with `path` and `split`, for errors.
       columns: names of the columns to read, which may be dotted; None for all columns. Parquet and
         Arrow files may have other columns of types that cannot be read.
 
     Raises:
+      ConfigError: the dataset cannot be downloaded from the hub.
       DataError: the file, directory or split does not exist or cannot be read.
     """
+    directory = hub.local(path, hub.DATASET, f"config.{field}.path")
     try:
-        for file in _files(pathlib.Path(path), split, field):
+        for file in _files(directory, split, field):
             yield from _READERS[_suffix(file)](file, columns)
     except ImportError as error:
         raise DataError(f"config.{field}.path is {path!r}: {error}.") from error

@@ -83,7 +83,8 @@ class SourceOptions:
 
     path: str = option(
         "",
-        "A .jsonl, .jsonl.gz, .json, .csv, .parquet or .arrow file, or a directory of a dataset.",
+        "A .jsonl, .jsonl.gz, .json, .csv, .parquet or .arrow file, a directory of a dataset, or a "
+        "name on the Hugging Face Hub, such as 'openai/gsm8k/main' (owner, name, directory).",
     )
     split: str = option("", "Split to read from a directory that has several.")
     columns: ColumnOptions = option(ColumnOptions(), "Names of the source's columns.")
@@ -148,8 +149,8 @@ class DataOptions:
     )
     tokenizer: str = option(
         "",
-        "Directory with a tokenizer.json, or a 'package.module:function' that returns a "
-        "tokenizer; '' is the model's directory.",
+        "Directory or name on the Hugging Face Hub with a tokenizer.json, or a "
+        "'package.module:function' that returns a tokenizer; '' is the model's directory.",
     )
     chat_template: str = option("", "Chat template.", expects=CHAT_TEMPLATES)
     thinking: str = option(

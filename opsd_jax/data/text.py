@@ -29,6 +29,7 @@ from opsd_jax.data.task import Demonstration, Task, Tokenizer
 from opsd_jax.data.tokenizer import PretrainedTokenizer
 from opsd_jax.options import fail, import_function
 from opsd_jax.problem import DataError, Problem
+from opsd_jax.storage import hub
 from opsd_jax.verify.verifiers import by_source
 
 _PLACEHOLDER = re.compile(r"\{(question|solution|answer|context)\}")
@@ -218,14 +219,15 @@ def make_tokenizer(name: str) -> Tokenizer:
     """Returns the tokenizer that `config.data.tokenizer` names.
 
     Args:
-      name: a directory, or "package.module:function" of a function that returns a tokenizer.
+      name: a directory, a model on the Hugging Face Hub, or "package.module:function" of a
+        function that returns a tokenizer.
 
     Raises:
       ConfigError: the function cannot be imported.
       ValueError: the directory cannot be read.
     """
     if pathlib.Path(name).is_dir() or ":" not in name:
-        return PretrainedTokenizer(name)
+        return PretrainedTokenizer(hub.local(name, hub.MODEL, "config.data.tokenizer"))
     return import_function(name, "data.tokenizer")()
 
 

@@ -97,7 +97,11 @@ class PretrainedOptions(ModelOptions):
     # param_dtype stays float32: an update of relative size 1e-6 is lost on a bfloat16 parameter,
     # which has 8 significant bits.
     remat: str = with_default(ModelOptions, "remat", "full")
-    path: str = option("", "Local directory with a Hugging Face config.json and *.safetensors.")
+    path: str = option(
+        "",
+        "Directory with a Hugging Face config.json and *.safetensors, or a name on the Hugging "
+        "Face Hub, such as 'Qwen/Qwen3-0.6B' or 'Qwen/Qwen3-0.6B@REVISION'.",
+    )
     max_positions: int = option(
         0,
         "Most tokens of a prompt with its response; 0 takes max_position_embeddings from "

@@ -1,6 +1,6 @@
 """Builds a `Model` from a directory with a Hugging Face `config.json` and safetensors files.
 
-    config.model = config_lib.pretrained("/models/Qwen3-1.7B")
+    config.model = config_lib.pretrained("/models/Qwen3-1.7B")  # or "Qwen/Qwen3-1.7B"
 
 `config.json` gives the sizes. An export copies the tokenizer, the chat template and the generation
 config from the directory.
@@ -31,6 +31,7 @@ from opsd_jax.models.safetensors import CODES, StoredTensor, WeightsError
 from opsd_jax.options import ConfigError, fields_of
 from opsd_jax.parallel import aot
 from opsd_jax.policy import Model, Params
+from opsd_jax.storage import hub
 from opsd_jax.storage.foreign import listed, read_object
 
 CONFIG = "config.json"
@@ -67,14 +68,15 @@ def from_config(options: PretrainedOptions | Mapping[str, Any]) -> Model:
     if not options.path:
         raise ConfigError(
             "config.model.path is ''; expected a directory with a Hugging Face config.json and "
-            "*.safetensors. Pass, for example, --config.model.path=/models/Qwen3-1.7B. Only "
-            "`opsd-jax plan` accepts a preset without a path."
+            "*.safetensors, or the name of a model on the Hugging Face Hub. Pass, for example, "
+            "--config.model.path=Qwen/Qwen3-1.7B. Only `opsd-jax plan` accepts a preset without a "
+            "path."
         )
-    directory = pathlib.Path(options.path)
+    directory = hub.local(options.path, hub.MODEL, "config.model.path")
     if not directory.is_dir():
         raise ConfigError(
-            f"config.model.path is {options.path!r}; expected a directory on this machine. "
-            "Download the model first, because opsd_jax does not download models."
+            f"config.model.path is {options.path!r}; expected a directory on this machine, or "
+            "the name of a model on the Hugging Face Hub, such as 'Qwen/Qwen3-1.7B'."
         )
     model = open_model(directory, **fields)
     return model._replace(max_positions=options.max_positions or model.max_positions)
