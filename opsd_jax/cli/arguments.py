@@ -139,6 +139,16 @@ def directory(text: str) -> Any:
     return epath.Path(text)
 
 
+def fork(text: str) -> tuple[Any, int | None]:
+    """Parses a checkpoint of another run, RUN/STAGE or RUN/STAGE@STEP, as its path and its step."""
+    path, at, step = text.rpartition("@") if "@" in text else (text, "", "")
+    if at and not step.isdecimal():
+        raise argparse.ArgumentTypeError(
+            f"{text} is not RUN/STAGE@STEP; expected a number of steps"
+        )
+    return directory(path), int(step) if at else None
+
+
 def mesh(text: str) -> tuple[int, ...]:
     """Parses the axis sizes of a mesh, such as "1,-1,1"."""
     return tuple(int(size) for size in text.split(","))
@@ -236,6 +246,13 @@ def _add_train(sub: argparse.ArgumentParser) -> None:
         type=directory,
         help="work directory of the run, or gs://BUCKET/...; created if it does not exist, resumed "
         "if it holds a run",
+    )
+    sub.add_argument(
+        "--fork",
+        type=fork,
+        metavar="RUN/STAGE[@STEP]",
+        help="go on from this checkpoint of another run, with other options of the stage, such as "
+        "more steps; --workdir gets copies",
     )
     _add_config(sub)
     _add_hosts(sub)

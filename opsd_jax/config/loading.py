@@ -30,6 +30,9 @@ FREE = (
     "wandb_project",
 )  # fmt: skip
 
+# Fields that an earlier version lacks, with default values that mean what that version did.
+ADDED = {field.name: field.default for field in describe(RunOptions) if field.added}
+
 
 def packaged() -> dict[str, pathlib.Path]:
     """Returns the paths of the config files that come with the package, by name."""
@@ -247,8 +250,15 @@ def missing_fields(config: ConfigDict) -> list[str]:
 
 
 def identity(config: ConfigDict | RunOptions) -> dict[str, Any]:
-    """Returns a flat dict of the config fields that must not change when a run is resumed."""
-    flat = flatten(config)
+    """Returns a flat dict of the config fields that must not change when a run is resumed.
+
+    Fields in ADDED with their default values are left out.
+    """
+    flat = {
+        field: value
+        for field, value in flatten(config).items()
+        if field not in ADDED or value != ADDED[field]
+    }
     stages = {field.removesuffix(".algorithm") for field in flat if field.endswith(".algorithm")}
     free = (*FREE, *(f"{name}." for name in stages - set(flat["stages"])))
     return {field: value for field, value in flat.items() if not field.startswith(free)}
@@ -270,5 +280,6 @@ def check_same(
     if different:
         raise ConfigError(
             f"{workdir} holds a run with a different config:\n" + "\n".join(different) + "\n"
-            "To resume that run, use the same config. To start a new run, pass another --workdir."
+            "To resume that run, use the same config. To start a new run, pass another --workdir. "
+            f"To go on from one of its checkpoints, also pass --fork {workdir}/STAGE."
         )

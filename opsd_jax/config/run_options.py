@@ -42,6 +42,12 @@ class RunOptions:
         expects=f"distinct names, none of them {', '.join(map(repr, RESERVED))}",
         check=lambda stages: len({*stages, *RESERVED}) == len(stages) + len(RESERVED),
     )
+    init_from: str = option(
+        "",
+        "Result of another run, RUN/STAGE, that replaces the model's own initial parameters; '' "
+        "for none.",
+        added=True,
+    )
     mesh: tuple[int, ...] = option(
         (-1, 1, 1),
         "Sizes of the mesh axes data, fsdp and tensor; -1 takes the remaining devices.",

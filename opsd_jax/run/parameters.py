@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Sequence
 
 import jax
+from etils import epath
 
 from opsd_jax.config.run_options import RunOptions
 from opsd_jax.models.safetensors import WeightsError
@@ -129,11 +130,15 @@ class Parameters:
         return layout_lib.decode_layout(self.model, self.abstract, self.decode_mesh)
 
     def initial(self) -> Params:
-        """Returns the initial parameters of the run, either randomly initialized or loaded.
+        """Returns the initial parameters of the run: of another run, loaded, or random.
 
         Raises:
           ConfigError: the weights cannot be read.
         """
+        if self.config.init_from:
+            return checkpoint.restore_params(
+                epath.Path(self.config.init_from) / PARAMS, self.abstract
+            )
         if self.model.load is not None:
             try:
                 return self.model.load(self.abstract)

@@ -2,6 +2,7 @@
 
     workdir/config.json               the config; a run with a different config is refused
     workdir/data.json                 digests of the problems; different problems are refused
+    workdir/lineage.json              the runs that it was made from, if any
     workdir/note.txt                  the task's note to the reader of the report
     workdir/<stage>/checkpoints/      checkpoints to resume from
     workdir/<stage>/params/           the stage's result, from which later stages start
@@ -31,7 +32,7 @@ from opsd_jax.evaluation import records, report
 from opsd_jax.parallel import hosts
 from opsd_jax.policy import Params
 from opsd_jax.problem import Problem
-from opsd_jax.run import probe
+from opsd_jax.run import lineage, probe
 from opsd_jax.run import workdir as workdir_lib
 from opsd_jax.run.assembly import Run, assemble, make_stage
 from opsd_jax.storage import files
@@ -47,8 +48,13 @@ from opsd_jax.training.signals import StopSignal
 NOTE = "note.txt"  # the task's note for the reader of the report
 
 
-def run(config: RunOptions, workdir: Path) -> None:
+def run(config: RunOptions, workdir: Path, fork: lineage.Origin | None = None) -> None:
     """Trains and evaluates the stages of a config in order. Skips finished stages.
+
+    Args:
+      config: the options of the run.
+      workdir: its work directory.
+      fork: a checkpoint of another run, from which this run goes on; None for none.
 
     Raises:
       ConfigError: the config cannot be run, or the work directory holds a run with a different
@@ -63,6 +69,7 @@ def run(config: RunOptions, workdir: Path) -> None:
         StopSignal() as stop,
         Progress() as progress,
     ):
+        hosts.from_first(lambda: lineage.begin(config, workdir, fork))
         workdir_lib.check_data(this.task, workdir)
         hosts.from_first(lambda: files.write_atomically(workdir / NOTE, this.task.note))
         finished = hosts.from_first(
@@ -110,6 +117,7 @@ def train(this: Run, name: str, progress: Progress, stop: StopSignal) -> Params:
             max_without_signal=config.max_without_signal,
             checkpoints=config.checkpoints,
             identity=loading.identity(config),
+            ancestors=hosts.from_first(lambda: lineage.identities(this.workdir)),
             wandb_project=config.wandb_project,
         ),
         stop=stop,
@@ -169,5 +177,6 @@ def write_report(config: RunOptions, workdir: Path) -> Path:
     """Writes the report to `workdir/report/`, and returns the path of its HTML page."""
     path = workdir / NOTE
     note = path.read_text() if path.exists() else ""
+    note = "\n".join(filter(None, [note, lineage.text(workdir)]))
     sections = {name: config.sections[name] for name in config.stages}
     return report.write(sections, workdir, note)

@@ -8,7 +8,7 @@ import functools
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -86,6 +86,7 @@ class Checkpoints:
         directory: Path,
         identity: Mapping[str, Any] | None = None,
         options: CheckpointOptions = DEFAULT_OPTIONS,
+        ancestors: Sequence[Mapping[str, Any]] = (),
     ):
         """Opens the checkpoint directory, and creates it if it is missing.
 
@@ -94,7 +95,9 @@ class Checkpoints:
           identity: JSON-ready values that identify the run, such as its config. They are saved with
             each checkpoint, and `restore` refuses a checkpoint with other values.
           options: which checkpoints to keep.
+          ancestors: identities of other runs whose checkpoints are accepted too.
         """
+        self._ancestors = [json.loads(files.to_json(ancestor)) for ancestor in ancestors]
         self._identity, self._best_metric = files.to_json(identity or {}), options.best_metric
         preservation_policy, best_fn = options.policy()
         self._manager = ocp.CheckpointManager(
@@ -189,7 +192,7 @@ class Checkpoints:
         saved, mine = json.loads(metadata["about"]), json.loads(self._identity)
         # Earlier versions also saved the config of stages that do not run.
         different = sorted(n for n in mine if saved.get(n) != mine[n])
-        if different:
+        if different and saved not in self._ancestors:
             listed = "\n".join(
                 f"  {n}: {saved.get(n, 'absent')!r} there, {mine[n]!r} now" for n in different
             )
@@ -303,7 +306,7 @@ def _check_values(path: Path, saved: Mapping[str, str], state: Any, then: str) -
         )
 
 
-def _checksums_of(path: Path) -> Path:
+def checksums_of(path: Path) -> Path:
     """Returns the file with the checksums of the parameters in `path`."""
     return path.with_name(f"{path.name}.checksums.json")
 
@@ -318,7 +321,7 @@ def save_params(path: Path, params: Params) -> None:
 
     def write() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_atomically(_checksums_of(path), sums)
+        files.write_atomically(checksums_of(path), sums)
 
     with writing(path):
         hosts.from_first(write)
@@ -345,7 +348,7 @@ def restore_params(path: Path, abstract: Params) -> Params:
 
     def read() -> tuple[Params, dict[str, str]]:
         with _restoring(path, _MADE_AGAIN):
-            beside = _checksums_of(path)
+            beside = checksums_of(path)
             saved = files.read_json(beside) if beside.exists() else {}  # none in version 0.1.0
             return _restore(files.absolute(path), abstract), saved
 

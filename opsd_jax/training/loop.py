@@ -10,7 +10,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel.watchdog import Watchdog, waiting
 from opsd_jax.policy import Params
 from opsd_jax.storage.files import Path
+from opsd_jax.storage.names import CHECKPOINTS
 from opsd_jax.training import metrics as metrics_lib
 from opsd_jax.training.checkpoint import DEFAULT_OPTIONS, CheckpointOptions, Checkpoints
 from opsd_jax.training.signals import Interrupted, StopSignal
@@ -50,6 +51,7 @@ class LoopOptions(NamedTuple):
       max_without_signal: number of steps in a row without a gradient that ends the run; 0 for none.
       checkpoints: which checkpoints to keep.
       identity: JSON-ready values that identify the run; checkpoints with others are refused.
+      ancestors: identities of the runs that this run was forked from; theirs are accepted.
       wandb_project: Weights & Biases project; "" for none.
     """
 
@@ -58,6 +60,7 @@ class LoopOptions(NamedTuple):
     max_without_signal: int = 0
     checkpoints: CheckpointOptions = DEFAULT_OPTIONS
     identity: Mapping[str, Any] | None = None
+    ancestors: Sequence[Mapping[str, Any]] = ()
     wandb_project: str = ""
 
 
@@ -102,7 +105,9 @@ def run_stage(
     with contextlib.ExitStack() as stack:
         began = time.monotonic()
         checkpoints = stack.enter_context(
-            Checkpoints(directory / "checkpoints", options.identity, options.checkpoints)
+            Checkpoints(
+                directory / CHECKPOINTS, options.identity, options.checkpoints, options.ancestors
+            )
         )
         start, state = checkpoints.restore(abstract)
         if state is None:

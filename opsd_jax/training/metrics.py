@@ -51,7 +51,7 @@ def writer(
     return MetricsWriter(directory, start, wandb_project) if hosts.is_first() else NoWriter()
 
 
-def _lines(rows: Iterable[dict[str, Any]]) -> str:
+def lines(rows: Iterable[dict[str, Any]]) -> str:
     """Formats rows as JSON Lines text."""
     return "".join(json.dumps(row) + "\n" for row in rows)
 
@@ -87,7 +87,7 @@ class MetricsWriter:
         directory.mkdir(parents=True, exist_ok=True)
         earlier = lambda file: [row for row in read(directory, file) if row["step"] < start]
         self._rows, self._groups = (
-            Lines(directory / file, _lines(earlier(file))) for file in (FILE, GROUPS)
+            Lines(directory / file, lines(earlier(file))) for file in (FILE, GROUPS)
         )
         self._directory = directory
         # TensorBoard's writer appends to its file, which a bucket does not allow: it writes to a
@@ -118,8 +118,8 @@ class MetricsWriter:
           groups: a JSON-ready record of each problem.
         """
         if groups:
-            self._groups.write(_lines({"step": step, **group} for group in groups))
-        self._rows.write(_lines([{"step": step, **values}]))
+            self._groups.write(lines({"step": step, **group} for group in groups))
+        self._rows.write(lines([{"step": step, **values}]))
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
         if self._wandb is not None:
