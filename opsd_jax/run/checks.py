@@ -100,7 +100,10 @@ def check_positions(config: RunOptions, limit: int) -> None:
         fail(field, value, f"{expected}, {LIMIT}")
 
     limits = config.evaluation
-    check("evaluation.response_tokens", limits.response_tokens, limits.prompt_tokens)
+    try:
+        check("evaluation.response_tokens", limits.response_tokens, limits.prompt_tokens)
+    except ConfigError as error:
+        raise ConfigError(f"{error} For `opsd-jax evaluate`, pass --response-tokens.") from None
     for name in config.stages:
         options = config.sections[name]
         for sampling in config.algorithm(name).sampling(options):
