@@ -156,7 +156,10 @@ def strftime(date: str, form: str) -> str:
       ValueError: the date is "", or the format has a width.
     """
     if re.search("[0-9]{3}", form):
-        raise ValueError(f"the format of a date is {shown(form)}; expected one without a width.")
+        raise ValueError(
+            f"the template formats a date with {shown(form)}; expected a format without field "
+            "widths, such as '%d %b %Y'."
+        )
     if not date:
         raise ValueError(
             "the template asks for today's date, so the prompts would change if the run resumed on "

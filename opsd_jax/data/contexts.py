@@ -208,7 +208,7 @@ def is_written(name: str) -> bool:
 
 
 def worded_as(name: str) -> str:
-    """Returns the key of CONTEXTS that defines the wording of a context kind.
+    """Returns the key of the entry of CONTEXTS whose wording a context kind uses.
 
     Args:
       name: as for `context_kind`. A user's function has the wording of "column".

@@ -135,7 +135,7 @@ class MemoWording:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """The sources of a run's problems, and the texts of its prompts."""
+    """The sources of a run's problems, and the wording of its prompts."""
 
     train: Mapping[str, SourceOptions] = option({}, "Sources to train on, by name.")
     heldout: Mapping[str, SourceOptions] = option({}, "Sources to evaluate on, by name.")

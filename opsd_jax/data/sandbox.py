@@ -105,7 +105,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return "".join(self._checked(list(parts)))
 
     def call(self, context: Any, obj: Any, *arguments: Any, **named: Any) -> Any:
-        """Calls an object for a template, within the limits."""
+        """Calls an object on behalf of a template, if the sandbox's limits allow it."""
         # The string of a method such as `replace`. Jinja wraps the method `format`.
         owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)
         self._step(CALL)
@@ -115,7 +115,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return self._checked(super().call(context, obj, *arguments, **named))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Applies an operator for a template, within the limits."""
+        """Applies an operator on behalf of a template, if the sandbox's limits allow it."""
         if not (isinstance(left, int | float) and isinstance(right, int | float)):
             self._check(operator, [left, right])
         elif operator == "**" and isinstance(left, int) and left.bit_length() * abs(right) > BITS:
@@ -163,7 +163,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             elif isinstance(item, int) and item.bit_length() > BITS:
                 raise Exhausted(f"it computes an integer of over {BITS} bits")
             if size > LONGEST:
-                raise Exhausted(f"it makes a value of over {LONGEST:,} characters")
+                raise Exhausted(f"it produces a value of more than {LONGEST:,} characters")
         self._step(size // CHARACTERS)
         return size
 
@@ -186,10 +186,10 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             self._step(sum(sizes))
         *_, second, first = sorted([1, 1, *widths, *sizes])
         if name in _MULTIPLY and first * second > 10 * LONGEST:
-            raise Exhausted(f"{name} makes a value of over {LONGEST:,} characters")
+            raise Exhausted(f"{name} produces a value of more than {LONGEST:,} characters")
         if name in ("%", "format", "format_map") and any(
             isinstance(value, str) and _WIDE.search(value) for value in arguments
         ):
-            raise Exhausted(f"{name} makes a value of over {LARGEST:,} characters")
+            raise Exhausted(f"{name} produces a value of more than {LARGEST:,} characters")
         if name not in _MULTIPLY and max(widths, default=0) > LARGEST:
             raise Exhausted(f"it passes {max(widths)} to {name}")

@@ -131,7 +131,7 @@ def _resampled(*, before: Sums, after: Sums, seed: int) -> dict[str, np.ndarray]
 
 
 def _standard_error(change: Change, *, before: Sums, after: Sums) -> float:
-    """Returns the standard error of a change, computed from each problem's influence."""
+    """Returns the standard error of a metric's change, from each problem's influence on it."""
     with np.errstate(all="ignore"):
         old, old_influence_G = _influence(change.metric, before)
         new, new_influence_G = _influence(change.metric, after)

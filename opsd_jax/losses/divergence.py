@@ -295,7 +295,10 @@ def top_k(
 
 
 def _support(support: str, student_logits, teacher_logits, k: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the indices of the entries that `top_k` keeps, and a mask of the duplicates."""
+    """Returns the indices of the entries that `top_k` compares, and a mask of repeated ones.
+
+    With support "union", entries of the student that the teacher has too are repeated.
+    """
 
     def most_likely(logits):
         return jax.lax.top_k(jax.lax.stop_gradient(logits), k)[1]

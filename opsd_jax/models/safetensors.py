@@ -214,8 +214,9 @@ def _entry(name: str, entry: dict[str, Any], start: int) -> tuple[str, tuple[int
     expected = _bytes(code, tuple(shape)) if code in DTYPES else last - first
     if first != start or last < first or last - first != expected:
         raise ValueError(
-            f"{name} has dtype {code} and shape {shape}, which take {expected} bytes, but its "
-            f"data_offsets are {first} and {last}, and the tensor before it ends at {start}"
+            f"{name} has data_offsets {first} and {last}; expected {start} and {start + expected}, "
+            f"because the tensor before it ends at {start}, and dtype {code} with shape {shape} "
+            f"takes {expected} bytes"
         )
     return code, tuple(shape), last
 

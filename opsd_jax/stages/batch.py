@@ -127,7 +127,7 @@ def _sequence(row: Row, name: str) -> tuple[np.ndarray, np.ndarray]:
     """
     prompt = np.asarray(row[name], np.int32)
     if not len(prompt):
-        raise ValueError(f"a row's prompt {name!r} is empty; expected at least one token.")
+        raise ValueError(f"the prompt {name!r} of a row is empty; expected at least one token.")
     response = np.asarray(row["response"], np.int32)
     columns = len(prompt) - 1 + np.arange(len(response), dtype=np.int32)
     if inserts := row.get(f"{name}/inserts"):

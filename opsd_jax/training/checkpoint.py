@@ -301,8 +301,8 @@ def _check_values(path: Path, saved: Mapping[str, str], state: Any, then: str) -
     """
     if saved and (different := changed(saved, checksums(state))):
         raise Damaged(
-            f"{path} cannot be restored (the values of {', '.join(different[:3])} are not those "
-            f"that were saved).{_IF_DAMAGED}{then}."
+            f"{path} cannot be restored (the values of {', '.join(different[:3])} differ from the "
+            f"saved values).{_IF_DAMAGED}{then}."
         )
 
 

@@ -159,7 +159,7 @@ def delimited(text: str) -> str | None:
 
 
 def normalise(answer: str) -> str:
-    """Removes typesetting from an answer, so that answers can be compared as texts."""
+    """Removes typesetting from an answer, so that answers can be compared as strings."""
     text = plain_characters(answer.strip())
     inside = delimited(text)
     text = text if inside is None else inside

@@ -59,7 +59,7 @@ def settle(gold: str, answer: str, *, choice_removed: bool = False) -> Verdict |
 
 
 def _normalise_both(gold: str, answer: str) -> tuple[str, str]:
-    """Normalises two answers. If one is a list, `60,120` in the other is a list, not a number."""
+    """Normalises two answers. If one is a list, `60,120` in the other is read as a list too."""
     normal = [normalise(text) for text in (gold, answer)]
     lists = [len(listing(text).parts) > 1 for text in normal]
     if lists[0] != lists[1]:

@@ -204,7 +204,7 @@ def number_in(text: str) -> float | None:
 
 
 def _number_and_unit(text: str) -> float | None:
-    """Returns the value of a normalised text without its unit; None if it is not a number."""
+    """Returns the number in a normalised text, without its unit, or None if there is none."""
     text = _ABOUT.sub("", text.strip(), count=1) if _ABOUT.match(text.strip()) else text.strip()
     scale = 1.0
     if found := _SCALE.fullmatch(bare(text)):

@@ -230,7 +230,7 @@ def twice(directory):
         (cut_off, r"model-00002-of-00003\.safetensors has \d+ bytes, but its header describes \d+"),
         (no_header, r"model-00002-of-00003\.safetensors is damaged or is not a safetensors file"),
         (empty, r"model-00002-of-00003\.safetensors is damaged or is not a safetensors file"),
-        (wrong_offsets, r"model-00002-of-00003\.safetensors is damaged .* data_offsets are 1 and"),
+        (wrong_offsets, r"model-00002-of-00003\.safetensors is damaged .* data_offsets 1 and"),
         (
             absent,
             r"index\.json lists files that are missing from .*: model-00002-of-00003\.safetensors",

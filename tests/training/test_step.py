@@ -160,7 +160,7 @@ def test_the_useful_fraction_counts_the_tokens_that_are_computed(rows):
 
 
 def test_an_empty_prompt_is_an_error(rows):
-    with pytest.raises(ValueError, match="a row's prompt 'teacher' is empty; expected at"):
+    with pytest.raises(ValueError, match="the prompt 'teacher' of a row is empty; expected at"):
         pack([rows[0] | {"teacher": []}])
 
 
