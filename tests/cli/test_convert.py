@@ -148,7 +148,8 @@ def test_a_model_without_save_cannot_be_converted(finished, tmp_path, capsys):
     path = finished / "config.json"
     changes = {"model.make": "tiny_model:make"}
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    assert convert("--workdir", finished, "--out", tmp_path / "out") == 2
+    trusted = ("--trust", "tiny_model")
+    assert convert("--workdir", finished, *trusted, "--out", tmp_path / "out") == 2
     assert "'tiny_model:make', which returns a Model without `save`" in capsys.readouterr().err
 
 
