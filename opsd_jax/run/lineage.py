@@ -172,13 +172,14 @@ def _compare(
                 f"--fork {origin}: {where} has no stage {origin.stage!r}; expected RUN/STAGE or "
                 f"RUN/STAGE@STEP with one of its stages, {', '.join(stages)}."
             )
-    at = config.stages.index(origin.stage)
-    before = tuple(config.stages[:at])
+    earlier = lambda stages: tuple(stages)[: list(stages).index(origin.stage)]
+    before = earlier(config.stages)
     there, now = loading.identity(saved), loading.identity(config)
+    of_one = tuple(f"{name}." for name in {*saved.stages} ^ {*config.stages})
     changes = {
         field: [there.get(field, "absent"), now.get(field, "absent")]
         for field in sorted(there.keys() | now.keys())
-        if there.get(field) != now.get(field)
+        if there.get(field) != now.get(field) and not field.startswith(of_one)
     }
     free = tuple(f"{name}." for name in {*saved.stages, *config.stages} - {*before})
     fixed = [
@@ -186,8 +187,8 @@ def _compare(
         for field, (old, new) in changes.items()
         if field != "stages" and not field.startswith(free)
     ]
-    if tuple(saved.stages[:at]) != before:
-        fixed.append(f"  the stages before {origin.stage}: {saved.stages[:at]} there, {before} now")
+    if (old := earlier(saved.stages)) != before:
+        fixed.append(f"  the stages before {origin.stage}: {old} there, {before} now")
     if fixed:
         raise ConfigError(
             f"--fork {origin}: that run has a different config:\n" + "\n".join(fixed) + "\nOnly "

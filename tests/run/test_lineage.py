@@ -98,7 +98,7 @@ def test_a_fork_goes_on_with_other_options(base, first, tmp_path):
     pipeline.run(config, workdir, Origin(first, "sft", 3))
     pipeline.run(config, workdir)
     assert digest(workdir / "sft") == finished
-    with pytest.raises(ConfigError, match=rf"--fork is {first}/sft@6, but the run .* sft@3; expe"):
+    with pytest.raises(ConfigError, match=rf"--fork is {first}/sft@6, but the run .*/sft@3; expe"):
         pipeline.run(config, workdir, Origin(first, "sft", 6))
 
 
@@ -121,6 +121,7 @@ def test_more_steps_of_a_finished_stage(base, first, tmp_path):
 
 def test_a_copy_that_was_interrupted_is_made_again(base, first, tmp_path, monkeypatch):
     workdir = tmp_path / "forked"
+    workdir.mkdir()
     config = parse_run(changed(base, {"stages": ("sft",), "sft.steps": 7}))
     copy = lineage._copy
 
