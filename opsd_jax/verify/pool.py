@@ -32,6 +32,7 @@ import logging
 import math
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.util
 import os
 import pickle
 import resource
@@ -217,6 +218,7 @@ class VerifierPool:
         self._cache: collections.OrderedDict[bytes, Future[Verdict]] = collections.OrderedDict()
         self._failure = ""
         self._thread: threading.Thread | None = None
+        self._at_exit: multiprocessing.util.Finalize | None = None
         self._workers: list[_Worker] = []  # only the thread uses them
         self._failed_starts = 0.0
         # The thread sleeps until it can read from a worker's pipe or from this one.
@@ -269,6 +271,9 @@ class VerifierPool:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="verifiers", daemon=True)
                 self._thread.start()
+                # At exit, multiprocessing ends the workers and waits for them. The pool has to be
+                # closed first, or it replaces them, and the exit takes as long as their jobs.
+                self._at_exit = multiprocessing.util.Finalize(None, self.close, exitpriority=10)
             self._wake_writer.send_bytes(b"")
         return pending.future
 
@@ -278,6 +283,8 @@ class VerifierPool:
             self._failure = self._failure or "the pool of verifiers is closed."
             if not self._wake_writer.closed:
                 self._wake_writer.send_bytes(b"")
+        if self._at_exit is not None:
+            self._at_exit.cancel()
         if self._thread is not None:
             self._thread.join()
         self._wake_writer.close()
