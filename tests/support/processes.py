@@ -38,8 +38,10 @@ def environment(devices: int) -> dict[str, str]:
     flags = os.environ.get("XLA_FLAGS", "")
     return os.environ | {
         "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        **{
+            name.upper(): str(getattr(jax.config, name))
+            for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+        },
     }
 
 
