@@ -2,16 +2,21 @@
 
 Every error message names the argument, the value or shape found, and what was expected. The bounds
 of an option are part of its annotation, as in `beta: Annotated[float, Range(0, 1)]`, and
-`check_options` checks them.
+`check_options` checks them. Values that are known only on the device have a `debug_check`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import contextlib
+import contextvars
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple, get_type_hints
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import checkify
+
+_checks_values = contextvars.ContextVar("checks_values", default=True)
 
 
 class Range(NamedTuple):
@@ -103,3 +108,27 @@ def check_row_weight(row_weight: Any, mask: Any) -> None:
     """Raises ValueError unless `row_weight` is a scalar or has one number per row of `mask`."""
     if jnp.ndim(row_weight):
         check_shape(mask.shape[:1], "one number for each row of mask", row_weight=row_weight)
+
+
+def debug_check(condition: jax.Array, message: str) -> None:
+    """Checks a condition on values if the program is wrapped in `checkify`, as its function does.
+
+    Within `without_debug_checks`, programs have no checks.
+    """
+    if _checks_values.get():
+        checkify.debug_check(condition, message)
+
+
+@contextlib.contextmanager
+def without_debug_checks() -> Iterator[None]:
+    """Context manager in which programs are traced without the checks of `debug_check`.
+
+    `checkify` numbers the checks of a process in the order of tracing and writes the numbers into
+    the program, even where a check has no effect. A resumed run, which traces fewer programs, would
+    then find none of its train steps in JAX's persistent compilation cache.
+    """
+    token = _checks_values.set(False)
+    try:
+        yield
+    finally:
+        _checks_values.reset(token)

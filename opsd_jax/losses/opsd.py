@@ -10,7 +10,6 @@ from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
 
 from opsd_jax.losses.checks import (
@@ -20,6 +19,7 @@ from opsd_jax.losses.checks import (
     check_options,
     check_row_weight,
     check_shape,
+    debug_check,
 )
 from opsd_jax.losses.divergence import DIVERGENCES, RESTS, SUPPORTS, top_k
 from opsd_jax.losses.fused import TokenLoss, masked_values, weighted_loss
@@ -203,7 +203,7 @@ def opsd(
         chunk=chunk,
         partition=partition,
     )
-    checkify.debug_check(
+    debug_check(
         jnp.all(jnp.isfinite(diagnostics["divergence"])),
         "the divergence is not finite somewhere; check the teacher's logits for NaN and infinity.",
     )
@@ -235,7 +235,7 @@ def opsd_weights(
         "one value for each row of mask",
         **dict(zip(("correct", "incorrect", "truncated"), outcomes, strict=True)),
     )
-    checkify.debug_check(
+    debug_check(
         jnp.all(sum(jnp.asarray(outcome, jnp.int32) for outcome in outcomes) <= 1),
         "outcomes are not disjoint; expected each rollout to be at most one of correct, incorrect "
         "and truncated.",

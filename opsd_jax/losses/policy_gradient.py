@@ -9,11 +9,17 @@ from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
 
 from opsd_jax.losses.advantage import BASELINES, SCALES, advantages
-from opsd_jax.losses.checks import OneOf, Range, check_mask, check_options, check_shape
+from opsd_jax.losses.checks import (
+    OneOf,
+    Range,
+    check_mask,
+    check_options,
+    check_shape,
+    debug_check,
+)
 from opsd_jax.losses.fused import TokenLoss, token_values, weighted_loss
 from opsd_jax.losses.head import LogitsOrHead
 from opsd_jax.losses.likelihood import entropy, importance_ratio, k3, token_logprobs
@@ -304,12 +310,12 @@ def _check_values(mask, advantages_BxT, behaviour_logprobs_BxT) -> None:
 
     The checks have no effect outside `checkify`.
     """
-    checkify.debug_check(
+    debug_check(
         jnp.all(jnp.where(mask, jnp.isfinite(advantages_BxT), True)),
         "advantages are not finite somewhere; expected no NaN or infinity.",
     )
     valid = jnp.isfinite(behaviour_logprobs_BxT) & (behaviour_logprobs_BxT < 1e-4)
-    checkify.debug_check(
+    debug_check(
         jnp.all(jnp.where(mask, valid, 1)),
         "behaviour_logprobs are above 0, or not finite, somewhere; expected log-probabilities.",
     )

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import checkify
 
 from opsd_jax.losses.checks import (
     OneOf,
@@ -20,6 +19,7 @@ from opsd_jax.losses.checks import (
     check_mask,
     check_row_weight,
     check_shape,
+    debug_check,
 )
 
 AGGREGATIONS = ("sequence", "token", "fixed")
@@ -66,7 +66,7 @@ def token_weights(
     OneOf(AGGREGATIONS).check("aggregation", aggregation)
     Range(1e-6).check("length", length)
     weight_B = jnp.broadcast_to(jnp.asarray(row_weight, jnp.float32), mask.shape[:1])
-    checkify.debug_check(
+    debug_check(
         jnp.all(weight_B >= 0),
         "row_weight is negative or NaN somewhere; expected numbers of at least 0.",
     )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from opsd_jax.losses.checks import without_debug_checks
 from opsd_jax.parallel import aot
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel.program import ProgramKey, ProgramKind, bucket_scope
@@ -133,7 +134,7 @@ def compile_train_step(
         in_shardings=(state_shardings, shardings),
         out_shardings=(state_shardings, None),
     )
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), without_debug_checks():
         return aot.compiled(
             ProgramKey(ProgramKind.TRAIN_STEP),
             step.lower(abstract_state, mesh_lib.abstract_of(stage.empty_batch, shardings)),

@@ -1,12 +1,16 @@
 """A run compiles its programs at the start and never again."""
 
 import jax
+import pytest
 
 from opsd_jax.config.run_options import parse_run
+from opsd_jax.parallel import aot
 from opsd_jax.run import assembly
 from opsd_jax.training.loop import LoopOptions, run_stage
 from opsd_jax.training.optimizer import make_optimizer
 from opsd_jax.training.signals import StopSignal
+from opsd_jax.training.state import abstract_state
+from opsd_jax.training.step import compile_train_step
 
 
 def test_nothing_compiles_after_the_first_steps(config, tmp_path):
@@ -45,3 +49,19 @@ def test_nothing_compiles_after_the_first_steps(config, tmp_path):
     assert len({number for number, _ in seen[1:-1]}) == 1
     assert len({values["active_rows"] for _, values in seen}) > 2
     assert len({values["useful_tokens"] for _, values in seen}) > 2
+
+
+@pytest.mark.parametrize("name", ["sft", "rlvr", "opsd"])
+def test_a_train_step_is_the_same_program_whatever_was_traced_before(
+    config, tmp_path, monkeypatch, name
+):
+    """JAX's persistent compilation cache finds the program of a resumed run only if it is."""
+    monkeypatch.setattr(aot, "compiled", lambda _, lowered: lowered.as_text())
+    this = assembly.assemble(parse_run(config), tmp_path)
+    with this.pool:
+        stage = assembly.make_stage(this, name)
+        optimizer = make_optimizer(this.config.sections[name].optimizer, 10)
+        mesh = this.parameters.mesh
+        abstract = abstract_state(this.parameters.abstract, optimizer, stage.teacher, mesh)
+        first, second = (compile_train_step(stage, optimizer, abstract, mesh) for _ in range(2))
+    assert first == second
