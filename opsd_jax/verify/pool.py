@@ -74,8 +74,6 @@ PRELOADED = ("opsd_jax.verify.warm", "opsd_jax.verify.pool")
 
 # Exit codes of a worker that was killed from outside. 255: the server process was killed too.
 _KILLED = (-signal.SIGKILL, -signal.SIGTERM, 255)
-# Verdicts that the machine may have caused.
-_FAILURES = (TIMEOUT, CRASH, MEMORY)
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
@@ -408,7 +406,7 @@ class VerifierPool:
         if pending is None:
             return
         self.judged += 1
-        failed = verdict in _FAILURES
+        failed = verdict in (TIMEOUT, CRASH, MEMORY)
         self._count(failure or (verdict.reason if failed else ""))
         if failed:
             with self._lock:
@@ -432,22 +430,12 @@ class VerifierPool:
 def check_golds(verifier: Verifier | Judge, problems: Sequence[Problem]) -> list[str]:
     """Checks whether the verifier accepts each problem's own answer.
 
-    An answer whose job fails is checked once more, because the rows that a run trains on must not
-    depend on whether the machine was busy.
-
     Returns:
       For each problem "" if its answer verifies, otherwise the reason why not.
     """
     with VerifierPool(verifier, PATIENT) as pool:
         futures = [pool.submit_gold(problem) for problem in problems]
         verdicts = [future.result() for future in futures]
-        again = {
-            i: pool.submit_gold(problems[i])
-            for i, verdict in enumerate(verdicts)
-            if verdict in _FAILURES
-        }
-        for i, future in again.items():
-            verdicts[i] = future.result()
     return ["" if verdict.correct else verdict.reason for verdict in verdicts]
 
 
