@@ -47,10 +47,15 @@ class _Repository(NamedTuple):
 
 
 def _parse(path: str, kind: str) -> _Repository | None:
-    """Parses a name on the hub. Returns None for any other path, and for one that exists here."""
+    """Parses a name on the hub. Returns None for any other path.
+
+    A path that exists here, or whose first directory exists here, is not a name.
+    """
     found = _NAME.fullmatch(path)
-    if found is None or pathlib.Path(path).exists() or (kind == MODEL and found[2]):
+    if found is None or (kind == MODEL and found[2]):
         return None
+    if pathlib.Path(path).exists() or pathlib.Path(path.partition("/")[0]).exists():
+        return None  # a mistake in "models/qwen" is not the name of a repository
     if path.endswith(tuple(pattern[1:] for pattern in FILES[DATASET])):
         return None  # a data file that does not exist
     return _Repository(*found.groups())

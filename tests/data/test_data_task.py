@@ -438,9 +438,11 @@ def test_the_config_in_the_documentation_loads(tmp_path, monkeypatch):
     path = tmp_path / "maths.py"
     path.write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
     overrides = {"data.train.maths.weight": "3", "data.tokenizer": TOKENIZER}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "data").mkdir()
     config = loading.load(path, overrides)
     assert config.data.train["maths"].weight == 3.0
-    monkeypatch.chdir(tmp_path)
     assert main.main(["train", "--config", str(path), "--workdir", "run"]) == 2
     with pytest.raises(DataError, match=r"math500.path is 'data/math500.jsonl'; there is no such"):
         text.task(config.data)

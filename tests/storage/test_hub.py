@@ -80,7 +80,9 @@ def test_other_paths_are_not_names(path):
 def test_a_directory_on_this_machine_takes_precedence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert hub.is_name("models/qwen", hub.MODEL)
-    (tmp_path / "models" / "qwen").mkdir(parents=True)
+    (tmp_path / "models").mkdir()
+    assert not hub.is_name("models/qwen", hub.MODEL)
+    (tmp_path / "models" / "qwen").mkdir()
     assert not hub.is_name("models/qwen", hub.MODEL)
     arguments_of = lambda path: arguments.parser().parse_args(
         ["convert", "--model", path, "--out", "out"]
