@@ -31,7 +31,11 @@ FREE = (
 )  # fmt: skip
 
 # Fields that an earlier version lacks, with default values that mean what that version did.
-ADDED = {field.name: field.default for field in describe(RunOptions) if field.added}
+ADDED = {
+    field.name: field.default
+    for field in (*describe(RunOptions), *describe(PretrainedOptions, "model"))
+    if field.added
+}
 
 
 def packaged() -> dict[str, pathlib.Path]:
@@ -249,16 +253,21 @@ def missing_fields(config: ConfigDict) -> list[str]:
     return [field.name for field in known if field.name not in there and not field.added]
 
 
+def as_before(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a flat config without the fields in ADDED that have their default values."""
+    return {
+        field: value
+        for field, value in config.items()
+        if field not in ADDED or value != ADDED[field]
+    }
+
+
 def identity(config: ConfigDict | RunOptions) -> dict[str, Any]:
     """Returns a flat dict of the config fields that must not change when a run is resumed.
 
     Fields in ADDED with their default values are left out.
     """
-    flat = {
-        field: value
-        for field, value in flatten(config).items()
-        if field not in ADDED or value != ADDED[field]
-    }
+    flat = as_before(flatten(config))
     stages = {field.removesuffix(".algorithm") for field in flat if field.endswith(".algorithm")}
     free = (*FREE, *(f"{name}." for name in stages - set(flat["stages"])))
     return {field: value for field, value in flat.items() if not field.startswith(free)}

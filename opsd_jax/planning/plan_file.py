@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from opsd_jax.config import loading
 from opsd_jax.planning import table
 from opsd_jax.planning.plan import Plan
 
@@ -63,7 +64,7 @@ def config_hash(config: Mapping[str, Any]) -> str:
     prefixes = ("stages", "mesh", "decode_mesh", "data.heldout", *(f"{s}." for s in sections))
     fields = {
         field: value
-        for field, value in config.items()
+        for field, value in loading.as_before(config).items()
         if field.startswith(prefixes) and not field.endswith(".seed")
     }
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

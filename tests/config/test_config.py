@@ -378,8 +378,13 @@ def test_a_config_json_of_version_0_1_0_is_read():
     """Stages that do not run may contradict themselves. Fields added later have default values."""
     saved = json.loads((pathlib.Path(__file__).parent / "rlvr_hf_0_1_0.json").read_text())
     config = parse_run(loading.from_flat(saved))
-    added = {"pool.failures": 0.5, "max_without_signal": 50, "model.max_positions": 0}
-    assert loading.flatten(config) == saved | added
+    assert loading.ADDED == {
+        "init_from": "",
+        "max_without_signal": 50,
+        "model.max_positions": 0,
+        "pool.failures": 0.5,
+    }
+    assert loading.flatten(config) == saved | loading.ADDED
     loading.check_same(config, loading.load("rlvr_hf", data=False, platform="tpu"), "workdir")
     saved["stages"] = ["rlvr", "opsd"]
     with pytest.raises(config_lib.ConfigError, match="teacher_buckets is"):

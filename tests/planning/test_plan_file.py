@@ -27,7 +27,7 @@ def field(text, name):
 def planned(request):
     """A config's path, the config, and the text of its plan."""
     path = CONFIGS / f"{request.param.stem}.py"
-    return path, loading.load(path, data=False), request.param.read_text()
+    return path, loading.load(path, data=False, platform="tpu"), request.param.read_text()
 
 
 def test_every_config_for_a_pod_has_a_plan():
