@@ -234,12 +234,8 @@ def stage(
         batch = batch_of(rows)
         metrics = rollout_metrics(rollouts, options.group_size) | taught.metrics
         metrics |= {"active_rows": float(len(rows)), "useful_tokens": useful_fraction([batch])}
-        return StepData(
-            [batch],
-            metrics,
-            group_records(rollouts, options.group_size),
-            diagnosis(rollouts, task, options),
-        )
+        groups = group_records(rollouts, options.group_size)
+        return StepData([batch], metrics, groups, diagnosis(rollouts, task, options))
 
     return Stage(
         steps=options.steps,

@@ -102,13 +102,10 @@ def run_stage(
       NoSignal: `options.max_without_signal` steps in a row had no gradient.
     """
     abstract = abstract_state(abstract_params, optimizer, stage.teacher, mesh)
+    saved = options.identity, options.checkpoints, options.ancestors
     with contextlib.ExitStack() as stack:
         began = time.monotonic()
-        checkpoints = stack.enter_context(
-            Checkpoints(
-                directory / CHECKPOINTS, options.identity, options.checkpoints, options.ancestors
-            )
-        )
+        checkpoints = stack.enter_context(Checkpoints(directory / CHECKPOINTS, *saved))
         start, state = checkpoints.restore(abstract)
         if state is None:
             state = _initial_state(stage, optimizer, params(), abstract)
