@@ -11,13 +11,14 @@ made from, the oldest ancestor first:
 from __future__ import annotations
 
 import hashlib
+import logging
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from opsd_jax.config import loading
 from opsd_jax.config.run_options import RunOptions
-from opsd_jax.options import ConfigError
+from opsd_jax.options import ConfigError, names_from, package_of
 from opsd_jax.run import workdir as workdir_lib
 from opsd_jax.storage import files
 from opsd_jax.storage.files import Path
@@ -27,6 +28,9 @@ from opsd_jax.training import metrics as metrics_lib
 
 LINEAGE = "lineage.json"
 COPYING = "copying"  # in an entry whose files are not complete yet
+LEFT_OUT = (CHECKPOINTS, "damaged")  # directories that a finished stage does not need
+
+logger = logging.getLogger(__name__)
 
 
 class Origin(NamedTuple):
@@ -59,7 +63,8 @@ def _write(workdir: Path, entries: list[dict[str, Any]]) -> None:
 def begin(config: RunOptions, workdir: Path, origin: Origin | None) -> None:
     """Copies the checkpoint `origin` into a new work directory, and records the run's ancestors.
 
-    Does nothing if that has been done, so a forked run resumes like any other.
+    Does nothing if that has been done, so a forked run resumes like any other, with or without
+    `--fork`.
 
     Args:
       config: the options of the run.
@@ -71,6 +76,11 @@ def begin(config: RunOptions, workdir: Path, origin: Origin | None) -> None:
     """
     if origin is not None:
         _fork(config, workdir, origin)
+    elif interrupted := [entry["checkpoint"] for entry in read(workdir) if entry.get(COPYING)]:
+        raise ConfigError(
+            f"--workdir {workdir}: the copy of {interrupted[0]} was interrupted; expected "
+            f"--fork {interrupted[0]} again, or another --workdir."
+        )
     if config.init_from:
         _check_result(config.init_from, workdir)
 
@@ -98,15 +108,17 @@ def text(workdir: Path) -> str:
 def _check_result(result: str, workdir: Path) -> None:
     """Checks that `config.init_from` is a finished stage, and that it has not changed."""
     path = epath.Path(result) / PARAMS
+    entries = read(workdir)
+    recorded = next((entry for entry in entries if "result" in entry), None)
     if not checkpoint.has_params(path):
+        if recorded is not None and (workdir / UNTRAINED).exists():
+            return  # a run that has begun may not need it again
         raise ConfigError(
             f"config.init_from is {result!r}; expected the directory of a finished stage, such as "
             f"'runs/first/rlvr', but {path} does not exist."
         )
     sums = checkpoint.checksums_of(path)
     digest = hashlib.sha256(sums.read_bytes()).hexdigest() if sums.exists() else ""
-    entries = read(workdir)
-    recorded = next((entry for entry in entries if "result" in entry), None)
     if recorded is None:
         _write(workdir, [*entries, {"result": result, "sha256": digest}])
     elif recorded["sha256"] != digest:
@@ -136,10 +148,13 @@ def _fork(config: RunOptions, workdir: Path, origin: Origin) -> None:
     entry = {"checkpoint": str(origin), "changes": changes, "config": identity}
     ancestors = read(origin.workdir)
     _write(workdir, [*ancestors, entry | {COPYING: True}])
+    logger.info("copying %s to %s", origin, workdir)
     for name in (UNTRAINED, *before, workdir_lib.DATA):
         if (source := origin.workdir / name).exists():
             _copy(source, workdir / name)
     source, target = origin.workdir / origin.stage, workdir / origin.stage
+    if (target / CHECKPOINTS).exists():  # of a copy that was interrupted
+        epath.Path(target / CHECKPOINTS).rmtree()
     _copy(source / CHECKPOINTS / str(origin.step), target / CHECKPOINTS / str(origin.step))
     for file in (metrics_lib.FILE, metrics_lib.GROUPS):
         rows = [row for row in metrics_lib.read(source, file) if row["step"] < origin.step]
@@ -165,7 +180,9 @@ def _compare(
       ConfigError: another field differs than those of the forked stage and later ones, or a stage
         before it has not finished.
     """
-    saved = workdir_lib.config_of(origin.workdir)
+    packages = [package_of(options.algorithm) for options in config.sections.values()]
+    with names_from(origin.workdir / workdir_lib.CONFIG, packages):
+        saved = workdir_lib.config_of(origin.workdir)
     for stages, where in ((saved.stages, origin.workdir), (config.stages, "the config")):
         if origin.stage not in stages:
             raise ConfigError(
@@ -207,7 +224,11 @@ def _compare(
 def _step(config: RunOptions, origin: Origin) -> int:
     """Returns the step of the checkpoint to copy."""
     directory = origin.workdir / origin.stage / CHECKPOINTS
-    found = sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+    found = sorted(
+        int(path.name)
+        for path in directory.glob("*")
+        if path.name.isdigit() and checkpoint.is_complete(path)
+    )
     step = origin.step if origin.step is not None else max(found, default=None)
     if step is None or step not in found:
         raise ConfigError(
@@ -223,10 +244,11 @@ def _step(config: RunOptions, origin: Origin) -> int:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copies a file or a directory. Files that exist are replaced."""
+    """Copies a file, or a directory without LEFT_OUT. Files that exist are replaced."""
     if not source.is_dir():
         epath.Path(source).copy(target, overwrite=True)
         return
     target.mkdir(parents=True, exist_ok=True)
     for child in source.iterdir():
-        _copy(child, target / child.name)
+        if child.name not in LEFT_OUT:
+            _copy(child, target / child.name)

@@ -15,7 +15,8 @@ from opsd_jax.options import ConfigError, import_function
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.policy import Model, Params
 from opsd_jax.rollout import layout as layout_lib
-from opsd_jax.storage.files import Path
+from opsd_jax.storage import files
+from opsd_jax.storage.files import Path, RecordError
 from opsd_jax.storage.names import PARAMS, UNTRAINED
 from opsd_jax.training import checkpoint
 
@@ -136,9 +137,16 @@ class Parameters:
           ConfigError: the weights cannot be read.
         """
         if self.config.init_from:
-            return checkpoint.restore_params(
-                epath.Path(self.config.init_from) / PARAMS, self.abstract
-            )
+            path = epath.Path(self.config.init_from) / PARAMS
+            try:
+                return checkpoint.restore_params(path, self.abstract)
+            except RecordError as error:
+                cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+                raise ConfigError(
+                    f"config.init_from is {self.config.init_from!r}, whose parameters cannot be "
+                    f"restored ({files.reason(cause)}); expected the result of a run with the same "
+                    "config.model."
+                ) from error
         if self.model.load is not None:
             try:
                 return self.model.load(self.abstract)

@@ -64,12 +64,11 @@ def run(config: RunOptions, workdir: Path, fork: lineage.Origin | None = None) -
     """
     this = hosts.together(lambda: assemble(config, workdir))
     with (
-        workdir_lib.claimed(config, workdir),
+        workdir_lib.claimed(config, workdir, lambda: lineage.begin(config, workdir, fork)),
         this.pool,
         StopSignal() as stop,
         Progress() as progress,
     ):
-        hosts.from_first(lambda: lineage.begin(config, workdir, fork))
         workdir_lib.check_data(this.task, workdir)
         hosts.from_first(lambda: files.write_atomically(workdir / NOTE, this.task.note))
         finished = hosts.from_first(

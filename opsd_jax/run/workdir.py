@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -80,8 +80,16 @@ def _lock(directory: Path, flag: str, stack: contextlib.ExitStack) -> None:
 
 
 @contextlib.contextmanager
-def claimed(config: RunOptions, workdir: Path) -> Iterator[None]:
+def claimed(
+    config: RunOptions, workdir: Path, begin: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """Context manager that locks a work directory for a run with the given config.
+
+    Args:
+      config: the options of the run.
+      workdir: the directory.
+      begin: called on the first host before the config is written, so that a directory for which it
+        raises an error does not yet hold a run.
 
     Raises:
       ConfigError: the directory cannot be written, another process uses it, it holds a run with a
@@ -93,6 +101,7 @@ def claimed(config: RunOptions, workdir: Path) -> Iterator[None]:
             algorithms = [options.algorithm for options in config.sections.values()]
             with names_from(workdir / CONFIG, [package_of(name) for name in algorithms]):
                 loading.check_same(config, config_of(workdir), workdir)
+        begin()
         files.write_atomically(workdir / CONFIG, loading.to_json(config))
 
     check_equal(loading.flatten(config), "config")

@@ -191,8 +191,9 @@ class Checkpoints:
             raise ValueError("the checkpoint does not identify the run that saved it")
         saved, mine = json.loads(metadata["about"]), json.loads(self._identity)
         # Earlier versions also saved the config of stages that do not run.
-        different = sorted(n for n in mine if saved.get(n) != mine[n])
-        if different and saved not in self._ancestors:
+        differing = lambda other: sorted(n for n in other if saved.get(n) != other[n])
+        different = differing(mine)
+        if different and all(map(differing, self._ancestors)):
             listed = "\n".join(
                 f"  {n}: {saved.get(n, 'absent')!r} there, {mine[n]!r} now" for n in different
             )
@@ -331,8 +332,15 @@ def save_params(path: Path, params: Params) -> None:
 
 def has_params(path: Path) -> bool:
     """Returns whether `path` holds parameters from a completed call of `save_params`."""
-    # In a bucket, the directory exists before all of its files do.
-    return path.exists() and bool(ocp.utils.is_checkpoint_finalized(files.absolute(path)))
+    return path.exists() and is_complete(path)
+
+
+def is_complete(path: Path) -> bool:
+    """Returns whether a directory of parameters or of a checkpoint has all of its files.
+
+    In a bucket, the directory exists before all of its files do.
+    """
+    return bool(ocp.utils.is_checkpoint_finalized(files.absolute(path)))
 
 
 def restore_params(path: Path, abstract: Params) -> Params:

@@ -134,7 +134,12 @@ def test_a_copy_that_was_interrupted_is_made_again(base, first, tmp_path, monkey
     with pytest.raises(OSError, match="No space left"):
         lineage.begin(config, workdir, Origin(first, "sft"))
     monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"sft@6 was interrupted; expected --fork .*sft@6 again"):
+        lineage.begin(config, workdir, None)
+    partial = workdir / "sft" / "checkpoints" / "9"
+    partial.mkdir(parents=True)
     lineage.begin(config, workdir, Origin(first, "sft"))
+    assert not partial.exists()
     assert "copying" not in lineage.read(workdir)[0]
     assert digest(workdir / "sft" / "checkpoints" / "6") == digest(
         first / "sft" / "checkpoints" / "6"
@@ -161,6 +166,17 @@ def test_what_cannot_be_forked_is_an_error(base, first, tmp_path, fields, stage,
     with pytest.raises(ConfigError, match=message):
         lineage.begin(parse_run(changed(base, fields)), tmp_path, Origin(first, stage, step))
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_directory_for_which_a_fork_was_refused_can_be_used(base, first, tmp_path):
+    workdir = tmp_path / "longer"
+    refused = parse_run(changed(base, {"stages": ("sft",)}))
+    with pytest.raises(ConfigError, match="expected more steps"):
+        pipeline.run(refused, workdir, Origin(first, "sft"))
+    assert [path.name for path in workdir.iterdir()] == ["lock"]
+    longer = parse_run(changed(base, {"stages": ("sft",), "sft.steps": 7}))
+    pipeline.run(longer, workdir, Origin(first, "sft"))
+    assert len(rows(workdir, "sft")) == 7
 
 
 def test_a_fork_needs_a_new_directory(base, first):
@@ -205,6 +221,12 @@ def test_a_run_begins_with_the_result_of_another(base, first, tmp_path):
     (workdir / "lineage.json").write_text(json.dumps(entries))
     with pytest.raises(ConfigError, match=r"config.init_from is '.*', which has changed since"):
         pipeline.run(parse_run(config), workdir)
+
+
+def test_a_result_of_another_model_is_an_error(base, first, tmp_path):
+    config = parse_run(changed(base, {"init_from": str(first / "sft"), "model.num_layers": 1}))
+    with pytest.raises(ConfigError, match=r"expected the result of a run with the same config\.mo"):
+        pipeline.run(config, tmp_path / "second")
 
 
 def test_a_result_that_does_not_exist_is_an_error(base, first, tmp_path):
