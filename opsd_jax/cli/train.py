@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from typing import Any
 
 from opsd_jax.cli import report
 from opsd_jax.config import loading
 from opsd_jax.parallel import hosts
 from opsd_jax.run import lineage, pipeline
+from opsd_jax.run.workdir import CONFIG
+from opsd_jax.storage import files
 
 
 def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     """Runs `opsd-jax train` and returns the exit code. Raises the same errors as `pipeline.run`."""
-    config = hosts.together(lambda: loading.load(arguments.config, overrides))
     origin = None
     if arguments.fork is not None:
         stage, step = arguments.fork
         origin = lineage.Origin(stage.parent, stage.name, step)
+
+    def earlier() -> Mapping[str, Any]:
+        """Returns the saved config of the run, or of the run to fork; {} if there is none."""
+        runs = [arguments.workdir, *([origin.workdir] if origin else [])]
+        saved = [run / CONFIG for run in runs if (run / CONFIG).exists()]
+        return files.read_json(saved[0]) if saved else {}
+
+    config = hosts.together(lambda: loading.load(arguments.config, overrides, earlier))
     pipeline.run(config, arguments.workdir, origin)
     return report.write(config, arguments.workdir)

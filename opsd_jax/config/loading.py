@@ -10,7 +10,7 @@ import math
 import pathlib
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -50,6 +50,7 @@ def packaged() -> dict[str, pathlib.Path]:
 def load(
     name: str | pathlib.Path,
     overrides: Mapping[str, str] | None = None,
+    earlier: Callable[[], Mapping[str, Any]] = dict,
     *,
     data: bool = True,
     platform: str = "",
@@ -61,6 +62,8 @@ def load(
     Args:
       name: a Python file, or the name of a packaged config such as "quickstart".
       overrides: dotted field -> text, as on the command line.
+      earlier: returns the flat config of the run that is resumed. A name on the hub without a
+        revision stands for the commit that the run began with.
       data: whether the model and the data are used: whether to download them, and to check the
         sources of `config.data` too.
       platform: where the run computes; see `parse_run`.
@@ -72,7 +75,7 @@ def load(
     for field, text in (overrides or {}).items():
         override(config, field, text)
     if data:
-        _pin(config)
+        _pin(config, earlier)
     if not config.data.tokenizer:
         config.data.tokenizer = config.model.get("path", "")
     options = parse_run(config, platform)
@@ -81,19 +84,26 @@ def load(
     return options
 
 
-def _pin(config: ConfigDict) -> None:
+def _pin(config: ConfigDict, earlier: Callable[[], Mapping[str, Any]]) -> None:
     """Downloads what a config names on the Hugging Face Hub, and adds the commit to each name.
+
+    See `load` for the arguments.
 
     Raises:
       ConfigError: something cannot be downloaded.
     """
 
     def pin(section: Any, name: str, kind: str, field: str) -> None:
-        if isinstance(section, ConfigDict) and isinstance(path := section.get(name), str):
-            section[name] = hub.pinned(path, kind, f"config.{field}.{name}")
+        if not isinstance(section, ConfigDict) or not isinstance(path := section.get(name), str):
+            return
+        if hub.is_name(path, kind):
+            recorded = earlier().get(f"{field}.{name}")
+            if isinstance(recorded, str) and recorded.partition("@")[0] == path:
+                path = recorded
+        section[name] = hub.pinned(path, kind, f"config.{field}.{name}")
 
     pin(config.model, "path", hub.MODEL, "model")
-    pin(config.data, "tokenizer", hub.MODEL, "data")
+    pin(config.data, "tokenizer", hub.TOKENIZER, "data")
     for sources in SECTIONS:
         for name, source in config.data.get(sources, {}).items():
             pin(source, "path", hub.DATASET, f"data.{sources}.{name}")

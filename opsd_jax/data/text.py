@@ -227,7 +227,7 @@ def make_tokenizer(name: str) -> Tokenizer:
       ValueError: the directory cannot be read.
     """
     if pathlib.Path(name).is_dir() or ":" not in name:
-        return PretrainedTokenizer(hub.local(name, hub.MODEL, "config.data.tokenizer"))
+        return PretrainedTokenizer(hub.local(name, hub.TOKENIZER, "config.data.tokenizer"))
     return import_function(name, "data.tokenizer")()
 
 

@@ -16,18 +16,21 @@ from typing import NamedTuple
 
 from opsd_jax.options import ConfigError
 
-MODEL, DATASET = "model", "dataset"
+MODEL, TOKENIZER, DATASET = "model", "tokenizer", "dataset"
+_TOKENIZER_FILES = (
+    "config.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template*", "additional_chat_templates/*",
+)  # fmt: skip
 # Patterns of the files to download.
 FILES = {
     MODEL: (
-        "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
-        "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-        "chat_template*", "additional_chat_templates/*",
+        *_TOKENIZER_FILES, "generation_config.json", "*.safetensors", "*.safetensors.index.json",
     ),
+    TOKENIZER: _TOKENIZER_FILES,
     DATASET: ("*.jsonl", "*.jsonl.gz", "*.json", "*.csv", "*.parquet", "*.arrow"),
 }  # fmt: skip
 # In a model's repository: the weights in the layout of another library.
-OTHERS = {MODEL: ("original/*", "consolidated*"), DATASET: ()}
+OTHERS = {MODEL: ("original/*", "consolidated*"), TOKENIZER: ("original/*",), DATASET: ()}
 _PART = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 _NAME = re.compile(rf"({_PART}/{_PART})((?:/{_PART})*)(?:@([A-Za-z0-9._/-]+))?")
 
@@ -52,7 +55,7 @@ def _parse(path: str, kind: str) -> _Repository | None:
     A path that exists here, or whose first directory exists here, is not a name.
     """
     found = _NAME.fullmatch(path)
-    if found is None or (kind == MODEL and found[2]):
+    if found is None or (kind != DATASET and found[2]):
         return None
     if pathlib.Path(path).exists() or pathlib.Path(path.partition("/")[0]).exists():
         return None  # a mistake in "models/qwen" is not the name of a repository
@@ -109,7 +112,7 @@ def _snapshot(repository: _Repository, path: str, kind: str, field: str) -> path
         return pathlib.Path(
             huggingface_hub.snapshot_download(
                 repository.name,
-                repo_type=kind,
+                repo_type=DATASET if kind == DATASET else MODEL,
                 revision=repository.revision,
                 allow_patterns=patterns,
                 ignore_patterns=[*OTHERS[kind]],

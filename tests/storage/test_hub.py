@@ -120,3 +120,21 @@ def test_a_config_records_the_commits(cache, tmp_path):
     assert make_tokenizer(options.data.tokenizer).encode("1")
     planned = loading.load(str(CONFIGS / "rlvr_hf.py"), {"model.path": "Qwen/none"}, data=False)
     assert planned.model.path == "Qwen/none"  # nothing was downloaded
+
+
+def test_a_run_resumes_with_the_commits_that_it_began_with(cache, tmp_path):
+    data = tmp_path / "problems.jsonl"
+    data.write_text('{"problem": "1 + 1?", "answer": "2"}\n')
+    load = lambda model, *earlier: loading.load(
+        str(CONFIGS / "rlvr_hf.py"),
+        {"model.path": model, "data.train.problems.path": str(data)},
+        *earlier,
+    )
+    tiny_tokenizer.write(cache(hub.MODEL, "Qwen/tiny"), "qwen3")
+    before = load("Qwen/tiny")
+    tiny_tokenizer.write(cache(hub.MODEL, "Qwen/tiny", OTHER), "qwen3")  # the branch moves on
+    earlier = lambda: loading.flatten(before)
+    again = load("Qwen/tiny", earlier)
+    assert again.model.path == again.data.tokenizer == f"Qwen/tiny@{COMMIT}"
+    other = f"Qwen/tiny@{OTHER}"
+    assert load("Qwen/tiny").model.path == load(other, earlier).model.path == other
