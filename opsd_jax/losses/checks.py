@@ -111,9 +111,11 @@ def check_row_weight(row_weight: Any, mask: Any) -> None:
 
 
 def debug_check(condition: jax.Array, message: str) -> None:
-    """Checks a condition on values if the program is wrapped in `checkify`, as its function does.
+    """Like `checkify.debug_check`, but without effect within `without_debug_checks`.
 
-    Within `without_debug_checks`, programs have no checks.
+    Args:
+      condition: bool scalar, which must be true. Checked only in programs wrapped in `checkify`.
+      message: the error otherwise.
     """
     if _checks_values.get():
         checkify.debug_check(condition, message)

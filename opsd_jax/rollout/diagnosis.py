@@ -55,14 +55,15 @@ def diagnose(
         return Diagnosis(counts, "")
     lines = [f"One ends {_end(text(i))}" for i in _examples(reasons)]
     if cut >= MANY * total / 2:
-        lines.append(f"Truncated responses: raise config.{section}.response_tokens.")
+        flag = ", or --response-tokens of `evaluate`" if section == "evaluation" else ""
+        lines.append(f"Truncated responses: raise config.{section}.response_tokens{flag}.")
     if unread >= MANY * total / 2:
         lines.append(
             "No readable answer: ask for it in config.data.prompt in a form that the verifier "
             "reads, by default \\boxed{...}; or train with SFT on such solutions first; or let the "
             "verifier read other forms with the field verifier.answer of a source."
         )
-    if not correct and unread + cut < total:
+    if not correct and unread + cut < MANY * total:
         lines.append("Wrong answers only: choose easier problems, or train with SFT first.")
     return Diagnosis(counts, "\n".join(lines))
 
