@@ -2,12 +2,18 @@
 
     python benchmarks/verifier.py [--cases DIR]
     python benchmarks/verifier.py --bugs FILE ...
+    python benchmarks/verifier.py --peers PYTHON ... [--cases DIR]
 
 DIR contains JSON lines with `gold`, `pred` and `expect`, in the files derived_math500,
 rollouts_math_qwen, rollouts_gsm8k_gpt3, cases, probes and hostile. The benchmark prints every
 wrong verdict, and the results as one JSON line at the end. With --bugs, it only scores FILEs of
 JSON lines in the same format. Where `expect` is true, the gold answer has to be accepted too. Rows
 with `control` are counted separately, and rows with `convention` are not scored.
+
+With --peers, it compares the verdicts on the answers in DIR with those of lm-evaluation-harness and
+lighteval. PYTHONs are the interpreters of environments that have them (see peers.py). It prints
+each disagreement and who is right, and as its last line a JSON object: grader -> number of answers,
+of right verdicts, and of disagreements in which `maths` or the grader is right.
 """
 
 from __future__ import annotations
@@ -18,12 +24,14 @@ import json
 import os
 import pathlib
 import statistics
+import subprocess
 import tempfile
 import threading
 import time
 from typing import Any
 
 from opsd_jax.problem import Problem
+from opsd_jax.verify import extract
 from opsd_jax.verify.maths import maths
 from opsd_jax.verify.pool import VerifierPool
 from opsd_jax.verify.verdict import Verifier
@@ -103,6 +111,44 @@ def score_bugs(paths: list[pathlib.Path]) -> dict[str, int]:
                 f"{right} {row['id']} ({row['cat']}): {row['gold']!r} | {row['pred']!r} | expected "
                 f"{row['expect']}, got {verdict.reason}; gold answer accepted: {gold_right}"
             )
+    return counts
+
+
+def answers(directory: pathlib.Path) -> list[Row]:
+    """Returns the rows whose answer `maths` extracts, with that `answer`."""
+    rows = []
+    for name in ("derived_math500", "rollouts_math_qwen", "rollouts_gsm8k_gpt3", "cases", "probes"):
+        for row in read(directory / f"{name}.jsonl"):
+            bare = row["kind"] == "answer" and "\\boxed" not in row["pred"]
+            answer = row["pred"] if bare else extract.extract(row["pred"], ("boxed", "####"))
+            if row["kind"] != "mcq" and answer:
+                rows.append(row | {"answer": answer})
+    return rows
+
+
+def compare(pythons: list[str], rows: list[Row]) -> dict[str, dict[str, int]]:
+    """Compares the verdicts of `maths` with those of other graders, and prints what differs."""
+    text = "".join(json.dumps({key: row[key] for key in ("gold", "answer")}) + "\n" for row in rows)
+    theirs: list[dict[str, bool]] = [{} for _ in rows]
+    for python in pythons:
+        command = [python, str(pathlib.Path(__file__).with_name("peers.py"))]
+        output = subprocess.run(command, input=text, stdout=subprocess.PIPE, text=True, check=True)
+        for verdicts, line in zip(theirs, output.stdout.splitlines(), strict=True):
+            verdicts.update(json.loads(line))
+    boxed = [row | {"pred": rf"\boxed{{{row['answer']} }}"} for row in rows]
+    ours = [verdict.correct for verdict in verify(boxed, maths())]
+    fields = ("answers", "right", "only_maths_right", "only_grader_right")
+    counts = {
+        name: dict.fromkeys(fields, 0) | {"answers": len(rows)} for name in ("maths", *theirs[0])
+    }
+    for row, our, verdicts in zip(rows, ours, theirs, strict=True):
+        counts["maths"]["right"] += our == row["expect"]
+        for name, verdict in verdicts.items():
+            counts[name]["right"] += verdict == row["expect"]
+            if verdict != our:
+                winner = "only_maths_right" if our == row["expect"] else "only_grader_right"
+                counts[name][winner] += 1
+                print(f"{winner} {name} {row['id']}: {row['gold']!r} | {row['answer']!r}")
     return counts
 
 
@@ -219,7 +265,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=pathlib.Path, default=CASES)
     parser.add_argument("--bugs", type=pathlib.Path, nargs="+", metavar="FILE")
+    parser.add_argument("--peers", nargs="+", metavar="PYTHON")
     arguments = parser.parse_args()
+    if arguments.peers:
+        print(json.dumps(compare(arguments.peers, answers(arguments.cases))))
+        return
     if arguments.bugs:
         print(json.dumps(score_bugs(arguments.bugs)))
         return
