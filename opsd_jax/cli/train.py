@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,11 +22,12 @@ def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         stage, step = arguments.fork
         origin = lineage.Origin(stage.parent, stage.name, step)
 
+    @functools.cache
     def earlier() -> Mapping[str, Any]:
         """Returns the saved config of the run, or of the run to fork; {} if there is none."""
         runs = [arguments.workdir, *([origin.workdir] if origin else [])]
-        saved = [run / CONFIG for run in runs if (run / CONFIG).exists()]
-        return files.read_json(saved[0]) if saved else {}
+        saved = next((run / CONFIG for run in runs if (run / CONFIG).exists()), None)
+        return files.read_json(saved) if saved else {}
 
     config = hosts.together(lambda: loading.load(arguments.config, overrides, earlier))
     pipeline.run(config, arguments.workdir, origin)

@@ -30,7 +30,7 @@ FILES = {
     DATASET: ("*.jsonl", "*.jsonl.gz", "*.json", "*.csv", "*.parquet", "*.arrow"),
 }  # fmt: skip
 # In a model's repository: the weights in the layout of another library.
-OTHERS = {MODEL: ("original/*", "consolidated*"), TOKENIZER: ("original/*",), DATASET: ()}
+OTHERS = {MODEL: ("original/*", "consolidated*"), TOKENIZER: (), DATASET: ()}
 _PART = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 _NAME = re.compile(rf"({_PART}/{_PART})((?:/{_PART})*)(?:@([A-Za-z0-9._/-]+))?")
 

@@ -27,9 +27,9 @@ def checksums(tree: Any) -> dict[str, str]:
       tree: a pytree of arrays, which may be sharded over several processes.
     """
     named, _ = jax.tree_util.tree_flatten_with_path(tree)
+    leaves = [leaf for _, leaf in named]
     # On a CPU, XLA adds arrays several times as fast as it sums the words of one array. Where
     # memory is scarce or arrays are split over devices, they are summed where they are.
-    leaves = [leaf for _, leaf in named]
     folded = tuple(
         jax.default_backend() == "cpu"
         and leaf.sharding.is_fully_replicated

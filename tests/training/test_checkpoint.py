@@ -118,7 +118,8 @@ def test_damaged_parameters_are_an_error_that_names_them(tmp_path):
     save_params(tmp_path / "other", params | {"a": params["a"].at[7].set(-7)})
     shutil.rmtree(tmp_path / "params")
     shutil.copytree(tmp_path / "other", tmp_path / "params")
-    with pytest.raises(RecordError, match=r"cannot be restored \(the values of a differ from"):
+    message = r"params cannot be restored \(the values of a differ from the saved values\)"
+    with pytest.raises(RecordError, match=message):
         restore_params(tmp_path / "params", abstract)
     (tmp_path / "params.checksums.json").unlink()  # as in a run of version 0.1.0
     restore_params(tmp_path / "params", abstract)
