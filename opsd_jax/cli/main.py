@@ -60,23 +60,27 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _log_to_stderr() -> None:
-    """Sends the package's log messages to standard error, as plain lines."""
-    logger = logging.getLogger("opsd_jax")
-    for handler in logger.handlers:
-        logger.removeHandler(handler)
-    handler = _Handler()  # writes to the current sys.stderr
-    handler.setFormatter(_Formatter("%(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    """Sends log messages to standard error as plain lines: the package's, and others' warnings.
+
+    The root logger gets the handler. While it had none, the first call of `logging.warning` in
+    any package would give it one that repeats every message.
+    """
+    root = logging.getLogger()
+    if not any(isinstance(handler, _Handler) for handler in root.handlers):
+        handler = _Handler()
+        handler.setFormatter(_Formatter("%(message)s"))
+        root.addHandler(handler)
+    logging.getLogger("opsd_jax").setLevel(logging.INFO)
 
 
 class _Handler(logging.StreamHandler):
-    """Writes log messages above the progress bar, if there is one."""
+    """Writes log messages to the current `sys.stderr`, above the progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes a record."""
         import tqdm
 
+        self.stream = sys.stderr
         with tqdm.tqdm.external_write_mode(file=self.stream):
             super().emit(record)
 

@@ -59,3 +59,20 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(report, "main", interrupt)
     assert main.main(["report", *WORKDIR]) == 130
     assert "interrupted. Finished work is kept" in capsys.readouterr().err
+
+
+def test_a_message_of_the_log_is_written_once():
+    """Any package may call logging.warning, which sets up a root logger that has no handler."""
+    said = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import logging; from opsd_jax.cli import main; main._log_to_stderr(); "
+            "main._log_to_stderr(); logging.warning('other'); "
+            "logging.getLogger('opsd_jax.run').info('ours'); logging.getLogger('any').info('no')",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stderr.splitlines() == ["other", "ours"]
