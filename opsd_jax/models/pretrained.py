@@ -47,7 +47,7 @@ def from_config(options: PretrainedOptions | Mapping[str, Any]) -> Model:
     """Builds the pretrained model in the directory `options.path`, without reading its weights.
 
     The function reads `config.json` and the headers of the safetensors files. `Model.load` reads
-    the weights. Within `opsd-jax plan`, a preset can replace the directory.
+    the weights. `opsd-jax plan` needs only `config.json`, and a preset can replace it.
 
     Args:
       options: The config section `model`, parsed or as it is in the config.
@@ -57,10 +57,11 @@ def from_config(options: PretrainedOptions | Mapping[str, Any]) -> Model:
       ValueError: `open_model` does not accept the directory.
     """
     options = parse_model(PretrainedOptions, options)
+    planned = aot.is_planned()
     fields = {name: getattr(options, name) for name in fields_of(ModelOptions)}
     if options.dtype == "auto":
         fields["dtype"] = default_dtype("tpu" if aot.on_tpu() else jax.default_backend())
-    if options.preset and not options.path and aot.is_planned():
+    if options.preset and not options.path and planned:
         sizes = {**PRESETS[options.preset]}
         if "rope_scaling" in sizes:
             sizes["rope_scaling"] = RopeScaling(**sizes["rope_scaling"])
@@ -72,13 +73,14 @@ def from_config(options: PretrainedOptions | Mapping[str, Any]) -> Model:
             "--config.model.path=Qwen/Qwen3-1.7B. Only `opsd-jax plan` accepts a preset without a "
             "path."
         )
-    directory = hub.local(options.path, hub.MODEL, "config.model.path")
+    kind = hub.SIZES if planned else hub.MODEL
+    directory = hub.local(options.path, kind, "config.model.path")
     if not directory.is_dir():
         raise ConfigError(
             f"config.model.path is {options.path!r}; expected a directory on this machine, or "
             "the name of a model on the Hugging Face Hub, such as 'Qwen/Qwen3-1.7B'."
         )
-    model = open_model(directory, **fields)
+    model = (_without_weights if planned else open_model)(directory, **fields)
     return model._replace(max_positions=options.max_positions or model.max_positions)
 
 
@@ -94,8 +96,7 @@ def open_model(directory: pathlib.Path, **options: Any) -> Model:
       WeightsError: A safetensors file is missing or damaged, or tensors are missing, unexpected or
         of the wrong shape. The message lists them.
     """
-    config = architecture.from_json(directory / CONFIG, **options)
-    model = decoder.model(config)
+    model = _without_weights(directory, **options)
     stored = safetensors.tensors_of(directory)
     expected = weights.all_layouts(jax.eval_shape(model.init, jax.random.key(0)))
     check_tensors(stored, expected, directory)
@@ -108,8 +109,14 @@ def open_model(directory: pathlib.Path, **options: Any) -> Model:
     return model._replace(
         load=load,
         save=functools.partial(_save, directory, stored),
-        max_positions=architecture.max_positions(directory / CONFIG),
     )
+
+
+def _without_weights(directory: pathlib.Path, **options: Any) -> Model:
+    """Builds the model that `config.json` describes. Arguments and errors as for `open_model`."""
+    path = directory / CONFIG
+    model = decoder.model(architecture.from_json(path, **options))
+    return model._replace(max_positions=architecture.max_positions(path))
 
 
 def check_tensors(

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from opsd_jax.options import ConfigError
 
-MODEL, TOKENIZER, DATASET = "model", "tokenizer", "dataset"
+MODEL, SIZES, TOKENIZER, DATASET = "model", "model's config.json", "tokenizer", "dataset"
 _TOKENIZER_FILES = (
     "config.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json",
     "added_tokens.json", "chat_template*", "additional_chat_templates/*",
@@ -26,11 +26,12 @@ FILES = {
     MODEL: (
         *_TOKENIZER_FILES, "generation_config.json", "*.safetensors", "*.safetensors.index.json",
     ),
+    SIZES: ("config.json",),
     TOKENIZER: _TOKENIZER_FILES,
     DATASET: ("*.jsonl", "*.jsonl.gz", "*.json", "*.csv", "*.parquet", "*.arrow"),
 }  # fmt: skip
 # In a model's repository: the weights in the layout of another library.
-OTHERS = {MODEL: ("original/*", "consolidated*"), TOKENIZER: (), DATASET: ()}
+OTHERS = {MODEL: ("original/*", "consolidated*"), SIZES: (), TOKENIZER: (), DATASET: ()}
 _PART = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 _NAME = re.compile(rf"({_PART}/{_PART})((?:/{_PART})*)(?:@([A-Za-z0-9._/-]+))?")
 
@@ -75,7 +76,7 @@ def local(path: str, kind: str, field: str) -> pathlib.Path:
     Args:
       path: a path, which is returned as it is, or a name, whose files are downloaded unless they
         are in the cache.
-      kind: MODEL or DATASET.
+      kind: MODEL, SIZES, TOKENIZER or DATASET.
       field: the config field or argument with the path, for errors.
 
     Raises:

@@ -22,7 +22,8 @@ from opsd_jax.parallel.watchdog import waiting
 from opsd_jax.policy import Params
 from opsd_jax.storage import files
 from opsd_jax.storage.files import Path, RecordError, writing
-from opsd_jax.training.checksum import changed, checksums
+from opsd_jax.storage.foreign import listed
+from opsd_jax.training.checksum import changed, checksums, paths
 from opsd_jax.training.state import State
 
 logger = logging.getLogger(__name__)
@@ -153,8 +154,8 @@ class Checkpoints:
           The number of completed steps, and the state; 0 and None if there is no checkpoint.
 
         Raises:
-          RecordError: every checkpoint is damaged, one belongs to another run, or an intact one
-            cannot be read at the moment. Names the directory.
+          RecordError: every checkpoint is damaged, one belongs to another run or has other arrays,
+            or an intact one cannot be read at the moment. Names the directory.
         """
         directory = self._manager.directory
         damaged: list[tuple[int, Damaged]] = []
@@ -179,6 +180,7 @@ class Checkpoints:
         path = self._manager.directory / str(step)
         with _restoring(path, _RESTARTS):
             saved = self._check_identity(step, path)
+            _check_arrays(path, saved, abstract)
             return _restore(path / "default", abstract), saved
 
     def _check_identity(self, step: int, path: Path) -> dict[str, str]:
@@ -214,7 +216,7 @@ class Checkpoints:
 
 
 class Foreign(RecordError):
-    """A checkpoint was saved by another run, whose `identity` is different."""
+    """A checkpoint was saved by another run, or with options that need other arrays."""
 
 
 class Damaged(RecordError):
@@ -240,6 +242,29 @@ def _is_damage(error: Exception) -> bool:
         return isinstance(error, FileNotFoundError)
     other = isinstance(error, MemoryError | JaxRuntimeError) or files.is_bucket_error(error)
     return not other and not any(text in str(error) for text in _TEMPORARY)
+
+
+def _check_arrays(path: Path, saved: Mapping[str, str], abstract: State) -> None:
+    """Raises Foreign if a checkpoint does not have the arrays of `abstract`.
+
+    A fork can change options that decide which arrays there are.
+
+    Args:
+      path: the directory of the checkpoint.
+      saved: its checksums; none in a checkpoint of version 0.1.0.
+      abstract: the state to restore.
+    """
+    needed = set(paths(abstract))
+    missing, unused = sorted(needed - saved.keys()), sorted(saved.keys() - needed)
+    if not saved or not (missing or unused):
+        return
+    raise Foreign(
+        f"{path} {'lacks' if missing else 'has'} {listed(missing or unused, count=2)}, which this "
+        f"config {'needs' if missing else 'does not use'}. A fork cannot change options that "
+        "decide which arrays there are, such as teacher.kind or a KL penalty of 0. Expected the "
+        "checkpoint's values, in another --workdir; or a stage that begins with the result of one "
+        "(config.init_from)."
+    )
 
 
 def _restore(path: Path, abstract: Any) -> Any:

@@ -26,24 +26,29 @@ def checksums(tree: Any) -> dict[str, str]:
     Args:
       tree: a pytree of arrays, which may be sharded over several processes.
     """
-    named, _ = jax.tree_util.tree_flatten_with_path(tree)
-    leaves = [leaf for _, leaf in named]
+    arrays = jax.tree.leaves(tree)
     # On a CPU, XLA adds arrays several times as fast as it sums the words of one array. Where
     # memory is scarce or arrays are split over devices, they are summed where they are.
     folded = tuple(
         jax.default_backend() == "cpu"
         and leaf.sharding.is_fully_replicated
         and _rows(leaf.shape, leaf.dtype) % _PARTS**2 == 0
-        for leaf in leaves
+        for leaf in arrays
     )
     with jax.transfer_guard("allow"):
-        words = _folded(leaves, folded)
-        leaves = [x if word is None else word for x, word in zip(leaves, words, strict=True)]
+        words = _folded(arrays, folded)
+        leaves = [x if word is None else word for x, word in zip(arrays, words, strict=True)]
         sums = jax.device_get(_sums(leaves, folded))
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}:{value:08x}"
-        for (path, leaf), value in zip(named, sums, strict=True)
+        path: f"{array.dtype}:{value:08x}"
+        for path, array, value in zip(paths(tree), arrays, sums, strict=True)
     }
+
+
+def paths(tree: Any) -> list[str]:
+    """Returns the path of each array in a pytree, such as "params/layers/0/w"."""
+    named, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in named]
 
 
 def changed(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

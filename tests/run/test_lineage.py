@@ -13,6 +13,7 @@ from opsd_jax.options import ConfigError
 from opsd_jax.run import lineage, pipeline
 from opsd_jax.run.lineage import Origin
 from opsd_jax.run.parameters import Parameters
+from opsd_jax.storage.files import RecordError
 from opsd_jax.training import metrics as metrics_lib
 
 
@@ -177,6 +178,16 @@ def test_a_directory_for_which_a_fork_was_refused_can_be_used(base, first, tmp_p
     longer = parse_run(changed(base, {"stages": ("sft",), "sft.steps": 7}))
     pipeline.run(longer, workdir, Origin(first, "sft"))
     assert len(rows(workdir, "sft")) == 7
+
+
+def test_a_fork_cannot_change_which_arrays_there_are(base, first, tmp_path):
+    config = changed(base, {"rlvr.steps": 3, "rlvr.objective.kl_coefficient": 0.1})
+    message = (
+        r"rlvr/checkpoints/1 lacks teacher/\S+, teacher/.* and \d+ more, which this config needs"
+    )
+    with pytest.raises(RecordError, match=message):
+        pipeline.run(parse_run(config), tmp_path / "forked", Origin(first, "rlvr", 1))
+    assert (tmp_path / "forked" / "rlvr" / "checkpoints" / "1").is_dir()  # nothing is set aside
 
 
 def test_a_fork_needs_a_new_directory(base, first):

@@ -1,19 +1,25 @@
 """Names of models and datasets on the Hugging Face Hub, with the hub's client and a full cache."""
 
+import json
 import pathlib
 
+import huggingface_hub
 import pytest
 import tiny_tokenizer
 from huggingface_hub import constants
 from paths import CONFIGS
 
 from opsd_jax import config as config_lib
-from opsd_jax.cli import arguments
+from opsd_jax.cli import arguments, main, report
 from opsd_jax.config import loading
 from opsd_jax.data import files as data_files
 from opsd_jax.data.text import make_tokenizer
 from opsd_jax.models import pretrained
+from opsd_jax.models.safetensors import WeightsError
 from opsd_jax.options import ConfigError
+from opsd_jax.parallel import aot
+from opsd_jax.run import pipeline
+from opsd_jax.run import workdir as workdir_lib
 from opsd_jax.storage import hub
 
 COMMIT, OTHER = "a" * 40, "b" * 40
@@ -138,3 +144,49 @@ def test_a_run_resumes_with_the_commits_that_it_began_with(cache, tmp_path):
     assert again.model.path == again.data.tokenizer == f"Qwen/tiny@{COMMIT}"
     other = f"Qwen/tiny@{OTHER}"
     assert load("Qwen/tiny").model.path == load(other, earlier).model.path == other
+
+
+def test_train_uses_the_commits_of_its_work_directory(cache, tmp_path, monkeypatch):
+    """The command itself, but for the training."""
+    seen = []
+
+    def run(config, workdir, fork):
+        with workdir_lib.claimed(config, workdir):
+            seen.append(config.model.path)
+
+    monkeypatch.setattr(pipeline, "run", run)
+    monkeypatch.setattr(report, "write", lambda config, workdir: 0)
+    data = tmp_path / "problems.jsonl"
+    data.write_text('{"problem": "1 + 1?", "answer": "2"}\n')
+    command = ["train", "--config", str(CONFIGS / "rlvr_hf.py"), "--config.model.path=Qwen/tiny"]
+    command.append(f"--config.data.train.problems.path={data}")
+    run_in = lambda name: main.main([*command, "--workdir", str(tmp_path / name)])
+    tiny_tokenizer.write(cache(hub.MODEL, "Qwen/tiny"), "qwen3")
+    assert run_in("first") == 0
+    tiny_tokenizer.write(cache(hub.MODEL, "Qwen/tiny", OTHER), "qwen3")  # the branch moves on
+    assert (run_in("first"), run_in("second")) == (0, 0)
+    assert seen == [f"Qwen/tiny@{commit}" for commit in (COMMIT, COMMIT, OTHER)]
+
+
+def test_a_plan_downloads_only_the_config_of_a_model(cache, monkeypatch):
+    snapshot = cache(hub.MODEL, "Qwen/tiny")
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+    fields = {**sizes, **heads, "architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu"}
+    (snapshot / "config.json").write_text(json.dumps({**fields, "max_position_embeddings": 640}))
+    asked = []
+    download = huggingface_hub.snapshot_download
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda *names, **options: (
+            asked.append(options["allow_patterns"]) or download(*names, **options)
+        ),
+    )
+    with aot.planning(lambda key, lowered: None):
+        model = pretrained.from_config(config_lib.pretrained("Qwen/tiny"))
+    assert (model.vocab_size, model.max_positions) == (32, 640)
+    assert asked == [["config.json"]]
+    with pytest.raises(WeightsError, match="safetensors"):
+        pretrained.from_config(config_lib.pretrained("Qwen/tiny"))
+    assert "*.safetensors" in asked[-1]
