@@ -102,6 +102,7 @@ class Task(NamedTuple):
       end_thinking: token ids that close the thinking of a memo that has used up its budget.
       reminder: `(Context, limit) -> (token ids, cut)`, the context as a thought inside a response,
         cut as for `teacher_prompt`. None if the task has no reminders.
+      unanswered: what the user can do if most responses have no readable answer, as a clause.
     """
 
     tokenizer: Tokenizer
@@ -118,3 +119,4 @@ class Task(NamedTuple):
     memo_request: Callable[[Problem, str], list[int]] | None = None
     end_thinking: Sequence[int] = ()
     reminder: Callable[[Context, int], tuple[list[int], bool]] | None = None
+    unanswered: str = "train first with SFT on solutions with an answer that the verifier reads"

@@ -32,6 +32,11 @@ from opsd_jax.problem import DataError, Problem
 from opsd_jax.storage import hub
 from opsd_jax.verify.verifiers import by_source
 
+UNANSWERED = (
+    "ask for it in config.data.prompt in a form that the verifier reads, by default \\boxed{...}; "
+    "or train with SFT on such solutions first; or let the verifier read other forms with the "
+    "field verifier.answer of a source"
+)
 _PLACEHOLDER = re.compile(r"\{(question|solution|answer|context)\}")
 
 
@@ -62,6 +67,7 @@ def task(options: DataOptions) -> Task:
         memo_request=prompts.memo_request,
         end_thinking=tokenizer.encode("\n</think>\n\n"),
         reminder=prompts.reminder,
+        unanswered=UNANSWERED,
     )
 
 

@@ -123,6 +123,7 @@ class Evaluator:
             lambda i: responses[i]["response"],
             section="evaluation",
             response_tokens=self._options.response_tokens,
+            unanswered=self._task.unanswered,
         )
         logger.info("evaluation of %s: %s", name, diagnosis)
 

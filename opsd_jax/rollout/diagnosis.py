@@ -35,6 +35,7 @@ def diagnose(
     *,
     section: str,
     response_tokens: int,
+    unanswered: str,
 ) -> Diagnosis:
     """Describes verified responses, and says what to change if few of them have an answer.
 
@@ -44,6 +45,7 @@ def diagnose(
       text: index of a response -> its text.
       section: the config section with the sampling options, such as "evaluation" or "rlvr".
       response_tokens: the token budget of a response.
+      unanswered: what to do about responses without a readable answer (`Task.unanswered`).
     """
     total = len(reasons)
     unread, cut = reasons.count(NO_ANSWER.reason), reasons.count(TRUNCATED.reason)
@@ -58,11 +60,7 @@ def diagnose(
         flag = ", or --response-tokens of `evaluate`" if section == "evaluation" else ""
         lines.append(f"Truncated responses: raise config.{section}.response_tokens{flag}.")
     if unread >= MANY * total / 2:
-        lines.append(
-            "No readable answer: ask for it in config.data.prompt in a form that the verifier "
-            "reads, by default \\boxed{...}; or train with SFT on such solutions first; or let the "
-            "verifier read other forms with the field verifier.answer of a source."
-        )
+        lines.append(f"No readable answer: {unanswered}.")
     if not correct and unread + cut < MANY * total:
         lines.append("Wrong answers only: choose easier problems, or train with SFT first.")
     return Diagnosis(counts, "\n".join(lines))

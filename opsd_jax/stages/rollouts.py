@@ -209,6 +209,7 @@ def diagnosis(
         lambda i: task.begun + task.tokenizer.decode(rollouts.responses[i].tolist()),
         section=name,
         response_tokens=options.response_tokens,
+        unanswered=task.unanswered,
     )
 
 

@@ -249,7 +249,7 @@ class _Recorder:
         raise NoSignal(
             f"{self._name} learns nothing: no update had a gradient for {self._without_signal} "
             f"steps in a row, up to step {step}; expected fewer than config.max_without_signal = "
-            f"{self._options.max_without_signal}.{seen}"
+            f"{self._options.max_without_signal} (0 for no limit).{seen}"
         )
 
     def save(self, steps: int, state: State, ended: float) -> None:

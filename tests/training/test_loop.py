@@ -127,7 +127,7 @@ def test_a_stage_without_a_gradient_stops(train, tmp_path, caplog, x):
     name = tmp_path.name
     assert str(stopped.value) == (
         f"{name} learns nothing: no update had a gradient for 4 steps in a row, up to step 8; "
-        "expected fewer than config.max_without_signal = 4. In this step, "
+        "expected fewer than config.max_without_signal = 4 (0 for no limit). In this step, "
         f"seen by {name} in 8.\nFix."
     )
     assert caplog.messages == [
