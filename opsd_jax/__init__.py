@@ -1,7 +1,7 @@
 """Post-training of reasoning models in JAX: SFT, RLVR, and on-policy self-distillation.
 
 from opsd_jax import losses                      # the loss functions, for any model
-from opsd_jax import Model, Policy, from_nnx     # a model of your own
+from opsd_jax import Model, Policy, from_nnx     # a model of your own (or from_linen)
 from opsd_jax import config                      # configs, their sections and recipes
 """
 
@@ -19,6 +19,7 @@ _PUBLIC = {
     "Policy": "opsd_jax.policy",
     "Problem": "opsd_jax.problem",
     "config": "opsd_jax.config",
+    "from_linen": "opsd_jax.policy",
     "from_nnx": "opsd_jax.policy",
     "losses": "opsd_jax.losses",
     "recipes": "opsd_jax.config.recipes",

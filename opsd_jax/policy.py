@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from flax import nnx
+import jax.numpy as jnp
+from flax import linen, nnx
 from jax.sharding import PartitionSpec as P
 
 Params = Any  # A nested dict of arrays.
@@ -159,3 +160,45 @@ def from_nnx(
         return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(params=key))))
 
     return Policy(forward, unembed, init_cache), init
+
+
+def from_linen(module: linen.Module) -> tuple[Policy, Callable[[jax.Array], Params]]:
+    """Converts a Flax Linen module to a `Policy` and a function that initialises its parameters.
+
+    Args:
+      module: has the methods `__call__(tokens, positions, cache)`, `unembed(hidden)` and
+        `init_cache(batch, length)`, which do what `Policy` describes without the argument `params`.
+        All of its variables are in the collection "params". Metadata about their sharding is
+        dropped: `Model.rules` shards them.
+
+    Returns:
+      `(policy, init)`, as for `from_nnx`.
+
+    Raises:
+      ValueError: the module has variables in other collections, such as a cache.
+    """
+
+    def every_parameter(module, tokens):
+        return module.unembed(module(tokens, tokens, None)[0])
+
+    def variables(key: jax.Array) -> Any:
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return linen.meta.unbox(module.init(key, tokens, method=every_parameter))
+
+    abstract = jax.eval_shape(variables, jax.random.key(0))
+    if others := sorted(abstract.keys() - {"params"}):
+        raise ValueError(
+            f"the module has variables in the collections {others}; expected only 'params'. Its "
+            "cache has to be an argument and a result of __call__, as Policy describes."
+        )
+
+    def forward(params, tokens, positions, cache=None):
+        return module.apply({"params": params}, tokens, positions, cache)
+
+    def unembed(params, hidden):
+        return module.apply({"params": params}, hidden, method="unembed")
+
+    def init_cache(batch, length):
+        return module.apply(abstract, batch, length, method="init_cache")
+
+    return Policy(forward, unembed, init_cache), lambda key: variables(key)["params"]

@@ -57,7 +57,8 @@ def advantages(
     else:
         differ = _differ(groups)
         centred = groups - groups.mean(axis=1, keepdims=True)
-    centred = centred * differ  # equal rewards can differ from their mean, which is rounded
+    # Equal rewards can differ from their mean, which is rounded.
+    centred = centred * differ.astype(centred.dtype)
     if baseline == "leave_one_out":  # r - (sum - r) / (G - 1) = (r - mean) G / (G - 1)
         centred = centred * (group_size / (group_size - 1))
     if scale == "group":

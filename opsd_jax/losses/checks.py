@@ -39,7 +39,7 @@ class Range(NamedTuple):
 
     def check(self, name: str, value: Any) -> None:
         """Raises ValueError if `value` is out of bounds or NaN. Traced values are not checked."""
-        if isinstance(value, jax.core.Tracer) or (self.or_zero and value == 0):
+        if not is_known(value) or (self.or_zero and value == 0):
             return
         if not self.low <= value <= self.high:
             raise ValueError(f"{name} is {value}; expected {self}.")
@@ -70,12 +70,56 @@ class OneOf(NamedTuple):
 def check_options(options: Any) -> None:
     """Raises ValueError if a field of `options` violates the bounds in its type annotation.
 
+    Only numbers of type float may be traced: the other fields decide which program is compiled.
+
     Args:
       options: a NamedTuple. Fields without bounds pass.
     """
     for name, hint in get_type_hints(type(options), include_extras=True).items():
+        value, kind = getattr(options, name), getattr(hint, "__origin__", hint)
+        if kind in (int, bool, str) and not is_known(value):
+            raise ValueError(
+                f"{name} is traced ({value}); expected a Python {kind.__name__}, because it "
+                "decides which program is compiled. Only options of type float may be traced."
+            )
         for bounds in getattr(hint, "__metadata__", ()):
-            bounds.check(name, getattr(options, name))
+            bounds.check(name, value)
+
+
+def check_class(name: str, options: Any, cls: type) -> None:
+    """Raises ValueError unless the argument `name`, with the value `options`, is of class `cls`."""
+    if not isinstance(options, cls):
+        kind = cls.__name__
+        article = "an" if kind[0] in "AEIOU" else "a"
+        raise ValueError(
+            f"{name} is {options!r}; expected {article} {kind}, such as losses.{kind}()."
+        )
+
+
+def is_known(value: Any) -> bool:
+    """Returns whether a value is known while a program is traced."""
+    return not isinstance(value, jax.core.Tracer)
+
+
+def is_on(value: Any) -> bool:
+    """Returns whether an option, which 0 turns off, is on. A traced option is."""
+    return not is_known(value) or bool(value)
+
+
+def check_required(**arrays: Any) -> None:
+    """Raises ValueError if one of `arrays` (argument name -> array [B, T]) is None."""
+    for name, array in arrays.items():
+        if array is None:
+            raise ValueError(f"{name} is None; expected an array [rows, tokens].")
+
+
+def check_tokens(tokens: Any, mask: Any) -> None:
+    """Raises ValueError unless `tokens` are integers and have the shape of `mask`."""
+    check_required(tokens=tokens)
+    dtype = jnp.asarray(tokens).dtype
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"tokens has dtype {dtype}; expected integers, the token ids.")
+    check_shape(mask.shape, "the shape of mask", tokens=tokens)
 
 
 def check_shape(shape: Sequence[int], reason: str, **arrays: Any) -> None:
@@ -95,6 +139,7 @@ def check_shape(shape: Sequence[int], reason: str, **arrays: Any) -> None:
 
 def check_mask(mask: Any) -> jax.Array:
     """Returns `mask` as an array. Raises ValueError unless it is boolean and has rank 2."""
+    check_required(mask=mask)
     mask = jnp.asarray(mask)
     if mask.ndim != 2 or mask.dtype != jnp.bool_:
         raise ValueError(

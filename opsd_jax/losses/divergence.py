@@ -32,7 +32,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from opsd_jax.losses.checks import OneOf, Range
+from opsd_jax.losses.checks import OneOf, Range, is_known
 from opsd_jax.losses.likelihood import at_temperature, k3, log_normaliser, token_logprobs
 
 # (log S(v), log T(v)) -> the contribution of the vocabulary entry v to the divergence.
@@ -105,7 +105,7 @@ def jsd(
       student_logits: [..., V].
       teacher_logits: [..., V], over the same vocabulary.
       temperature: divides the logits of both sides; above 0.
-      beta: weight of the teacher in the mixture, in [0, 1].
+      beta: weight of the teacher in the mixture, in [0, 1]; above 0 and below 1 if it is traced.
 
     Returns:
       float32 [...], in nats.
@@ -117,7 +117,7 @@ def jsd(
     """
     Range(0, 1).check("beta", beta)
     mixed: Term = functools.partial(_jensen_shannon, beta)
-    term = _forward if beta == 0 else _reverse if beta == 1 else mixed
+    term = {0: _forward, 1: _reverse}.get(beta, mixed) if is_known(beta) else mixed
     return _divergence(term, student_logits, teacher_logits, temperature)
 
 
@@ -402,7 +402,7 @@ def _kl_term(x: jax.Array, y: jax.Array, weight: float) -> jax.Array:
     # The inputs are replaced too: in the branch that `where` does not take, 0 * inf would still
     # make the gradients NaN.
     x, y = jnp.where(possible, x, 0.0), jnp.where(possible, y, 0.0)
-    gap = x - y if weight == 1 else -_log_mix(y - x, weight)
+    gap = x - y if is_known(weight) and weight == 1 else -_log_mix(y - x, weight)
     return jnp.where(possible, jnp.exp(x) * gap, 0.0)
 
 

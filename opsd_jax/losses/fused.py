@@ -25,12 +25,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from opsd_jax.losses.checks import check_mask
+from opsd_jax.losses.checks import check_mask, is_known
 from opsd_jax.losses.head import (
     Head,
     LogitsOrHead,
     check_sources,
     logits_of,
+    stop_gradient,
     trim,
     vocabulary_size,
 )
@@ -89,7 +90,7 @@ def weighted_loss(
     Raises:
       ValueError: the shapes or vocabularies differ, or `partition` does not match the mesh.
     """
-    weights, inputs, teacher = jax.lax.stop_gradient((jnp.asarray(weights), inputs, teacher))
+    weights, inputs, teacher = stop_gradient((jnp.asarray(weights), inputs, teacher))
     check_sources(weights, inputs, student, teacher)
     if not isinstance(student, Head) or not weights.size:
         active = weights != 0
@@ -149,7 +150,7 @@ def token_values(
     Raises:
       ValueError: the shapes or vocabularies differ, or `partition` does not match the mesh.
     """
-    inputs, teacher = jax.lax.stop_gradient((inputs, teacher))
+    inputs, teacher = stop_gradient((inputs, teacher))
     mask = check_mask(mask)
     check_sources(mask, inputs, student, teacher)
     if not isinstance(student, Head) or not mask.size:
@@ -271,6 +272,7 @@ def _prepare(
         )
     vocab_size, width = vocabulary_size("student", student), student.hidden.shape[-1]
     chunk_size = chunk_tokens(chunk, width, vocab_size)
+    _check_mesh((trained, fixed))
     axes = _mesh_axes(partition, jnp.shape(student.hidden)[:2])
     loop = _Loop(loss, student_logits, teacher_logits, chunk_size, axes, partition)
     return loop, trained, fixed
@@ -296,13 +298,16 @@ def _run(loop: _Loop, trained, fixed, weights_BxT, *, differentiated: bool):
     # its part of the sum if the parameters are sharded.
     partition = loop.partition
     gradient_specs = (P(loop.axes), partition) if differentiated else None
-    value, gradients = jax.shard_map(
+    mapped = jax.shard_map(
         body,
         in_specs=((P(), partition), (P(), partition), partition),
         out_specs=((P(), partition), gradient_specs),
         axis_names=set(loop.axes),
         check_vma=False,
-    )(trained, fixed, weights_BxT)
+    )
+    if is_known(weights_BxT):  # outside jit, a shard_map must name all axes of the mesh
+        mapped = jax.jit(mapped)
+    value, gradients = mapped(trained, fixed, weights_BxT)
     if not differentiated:
         return value, None
     head_gradient, hidden_gradient = gradients
@@ -420,6 +425,20 @@ def _chunk_loss(loop: _Loop, params, head, hidden_CxD, weights_C, arrays_C):
     return weighted_sum(values_C, weights_C), diagnostics_C
 
 
+def _check_mesh(arrays: Any) -> None:
+    """Raises ValueError if the mesh in context or that of one of the arrays has Explicit axes."""
+    meshes = [jax.typeof(array).sharding.mesh for array in jax.tree.leaves(arrays)]
+    meshes.append(jax.sharding.get_abstract_mesh())
+    explicit = sorted({axis for mesh in meshes for axis in mesh.explicit_axes})
+    if explicit:
+        raise ValueError(
+            f"student is a Head, but the mesh has Explicit axes {explicit}; expected Auto axes. "
+            "Make the mesh with jax.make_mesh(shape, names, (jax.sharding.AxisType.Auto,) * "
+            "len(names)), or call the function that computes the loss as "
+            "jax.sharding.auto_axes(function, out_sharding=jax.P())(...) inside jax.set_mesh(mesh)."
+        )
+
+
 def _mesh_axes(partition: P | None, shape: tuple[int, ...]) -> tuple[str, ...]:
     """Checks a partition against the mesh in context, and returns the mesh axes that it names.
 
@@ -428,16 +447,9 @@ def _mesh_axes(partition: P | None, shape: tuple[int, ...]) -> tuple[str, ...]:
       shape: the sizes [B, T].
 
     Raises:
-      ValueError: the mesh has Explicit axes or does not have a named axis, or a size is not
-        divisible.
+      ValueError: the mesh does not have a named axis, or a size is not divisible.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    explicit = list(mesh.explicit_axes)
-    if explicit:
-        raise ValueError(
-            f"the current mesh has Explicit axes {explicit}; expected Auto axes, as in "
-            "jax.make_mesh(shape, names, (jax.sharding.AxisType.Auto,) * len(names))."
-        )
     axes: list[str] = []
     for size, names in zip(shape, partition or (), strict=False):
         names = (names,) if isinstance(names, str) else names or ()

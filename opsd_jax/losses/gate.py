@@ -51,4 +51,5 @@ def gate_weights(correct, incorrect, truncated, gate: tuple[float, float, float]
     Returns:
       float [N]. A rollout with no outcome has weight 0.
     """
-    return gate[0] * correct + gate[1] * incorrect + gate[2] * truncated
+    outcomes = [outcome.astype(float) for outcome in (correct, incorrect, truncated)]
+    return sum(weight * outcome for weight, outcome in zip(gate, outcomes, strict=True))

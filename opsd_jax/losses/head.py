@@ -65,26 +65,61 @@ def trim(head: Head) -> tuple[Callable[..., jax.Array], dict[int, jax.Array], di
       and `fixed` the other arrays that it reads, both by index. `unembed(trained, fixed, hidden)`
       returns float32 logits.
     """
-    leaves, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, head.params))
-
-    def unembed(leaves, hidden):
-        params = jax.tree.unflatten(tree, leaves)
-        return head.unembed(params, hidden).astype(jnp.float32)
-
-    hidden = jax.ShapeDtypeStruct((1, head.hidden.shape[-1]), head.hidden.dtype)
-    program = jax.make_jaxpr(unembed)(leaves, hidden)
+    unembed, arrays = _split(head)
+    program = jax.make_jaxpr(unembed)(arrays, _one_token(head))
+    if any(_is_differentiated(constant) for constant in program.consts):
+        raise ValueError(
+            "unembed closes over arrays of the model that is being differentiated; expected all "
+            "arrays in the params of the Head, also those of a teacher that shares them."
+        )
     _, used = partial_eval.dce_jaxpr(program.jaxpr, [True])
-    read = {i: x for i, x in enumerate(leaves) if used[i]}
+    read = {i: x for (i, x), is_used in zip(arrays.items(), used, strict=False) if is_used}
     trained = {i: x for i, x in read.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
     fixed = {i: x for i, x in read.items() if i not in trained}
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+    shapes = {i: jax.ShapeDtypeStruct(x.shape, x.dtype) for i, x in arrays.items()}
 
     def unembed_read(trained, fixed, hidden):
-        given = trained | fixed
-        zeros = lambda x: jnp.zeros(x.shape, x.dtype)  # in place of an unread array; XLA drops it
-        return unembed([given[i] if i in given else zeros(x) for i, x in enumerate(shapes)], hidden)
+        # Zeros take the place of an array that is not read; XLA drops them.
+        zeros = {i: jnp.zeros(x.shape, x.dtype) for i, x in shapes.items() if i not in read}
+        return unembed(zeros | trained | fixed, hidden).astype(jnp.float32)
 
     return unembed_read, trained, fixed
+
+
+def stop_gradient(tree: Any) -> Any:
+    """Like `jax.lax.stop_gradient`, for pytrees that may have other leaves than arrays."""
+    return jax.tree.map(lambda x: jax.lax.stop_gradient(x) if _is_array(x) else x, tree)
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex)
+
+
+def _is_differentiated(constant: Any) -> bool:
+    """Returns whether an array depends on an input of `jax.grad` or a similar function."""
+    return type(constant).__name__ in ("JVPTracer", "LinearizeTracer")  # private classes of JAX
+
+
+def _split(head: Head) -> tuple[Callable[..., jax.Array], dict[int, jax.Array]]:
+    """Separates the arrays in `head.params` from other leaves, such as an activation function.
+
+    Returns:
+      `(unembed, arrays)`: the arrays by index, and `unembed(arrays, hidden) -> logits`.
+    """
+    leaves, tree = jax.tree.flatten(head.params)
+    arrays = {i: jnp.asarray(x) for i, x in enumerate(leaves) if _is_array(x)}
+    others = [None if i in arrays else x for i, x in enumerate(leaves)]
+
+    def unembed(arrays, hidden):
+        given = [arrays.get(i, x) for i, x in enumerate(others)]
+        return head.unembed(jax.tree.unflatten(tree, given), hidden)
+
+    return unembed, arrays
+
+
+def _one_token(head: Head) -> jax.ShapeDtypeStruct:
+    """Returns the shape and dtype of the hidden states of one token, [1, D]."""
+    return jax.ShapeDtypeStruct((1, head.hidden.shape[-1]), head.hidden.dtype)
 
 
 def check_sources(weights_BxT, inputs, student: LogitsOrHead, teacher: LogitsOrHead | None) -> None:
@@ -138,6 +173,13 @@ def vocabulary_size(name: str, source: LogitsOrHead) -> int:
         [n, V].
     """
     array = _array(source)
+    if not hasattr(array, "shape"):
+        raise ValueError(
+            f"{name} is a {type(array).__name__}; expected logits [rows, tokens, V], or a Head. If "
+            "the model returns a tuple, such as (logits, cache), pass the logits only."
+        )
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(f"{name} has dtype {array.dtype}; expected floating point.")
     if jnp.ndim(array) != 3:
         raise ValueError(
             f"{name} has shape {list(jnp.shape(array))}; expected logits [rows, tokens, V], or a "
@@ -145,8 +187,22 @@ def vocabulary_size(name: str, source: LogitsOrHead) -> int:
         )
     if not isinstance(source, Head):
         return array.shape[-1]
-    hidden = jax.ShapeDtypeStruct((1, array.shape[-1]), array.dtype)
-    logits = jax.eval_shape(source.unembed, source.params, hidden)
+    hidden = _one_token(source)
+    unembed, arrays = _split(source)
+    given = f"{name}.unembed, for hidden states of shape {list(hidden.shape)},"
+    try:
+        logits = jax.eval_shape(unembed, arrays, hidden)
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise ValueError(
+            f"{given} raises {type(error).__name__} ({reason}); expected logits of shape [1, V]. A "
+            "function of hidden states [rows, tokens, D] needs another axis: "
+            "lambda params, hidden: function(params, hidden[None])[0]."
+        ) from error
+    if not hasattr(logits, "shape"):
+        raise ValueError(
+            f"{given} returns a {type(logits).__name__}; expected only the logits, [1, V]."
+        )
     if logits.ndim != 2 or logits.shape[0] != 1:
         raise ValueError(
             f"{name}.unembed maps hidden states of shape {list(hidden.shape)} to shape "

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from opsd_jax.losses.checks import Range
+from opsd_jax.losses.checks import Range, check_class
 from opsd_jax.losses.fused import TokenLoss, masked_values, weighted_loss
 from opsd_jax.losses.head import LogitsOrHead
 from opsd_jax.losses.opsd import OPSD, Outcomes, opsd_inputs, opsd_token_loss, opsd_weights
@@ -125,6 +125,8 @@ def _check_options(
     policy: PolicyGradient, distillation: OPSD, policy_weight, distillation_weight
 ) -> None:
     """Raises ValueError if a weight is negative or the two losses use different aggregations."""
+    check_class("policy", policy, PolicyGradient)
+    check_class("distillation", distillation, OPSD)
     Range(0).check("policy_weight", policy_weight)
     Range(0).check("distillation_weight", distillation_weight)
     if (policy.aggregation, policy.length) != (distillation.aggregation, distillation.length):

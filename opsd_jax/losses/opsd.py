@@ -15,11 +15,14 @@ from jax.sharding import PartitionSpec as P
 from opsd_jax.losses.checks import (
     OneOf,
     Range,
+    check_class,
     check_mask,
     check_options,
     check_row_weight,
     check_shape,
+    check_tokens,
     debug_check,
+    is_on,
 )
 from opsd_jax.losses.divergence import DIVERGENCES, RESTS, SUPPORTS, top_k
 from opsd_jax.losses.fused import TokenLoss, masked_values, weighted_loss
@@ -184,6 +187,7 @@ def opsd(
 
     Reference: OPSD (arXiv 2605.06188), eq. 1.
     """
+    check_class("options", options, OPSD)
     if teacher is None:
         raise ValueError("teacher is None; expected logits or a Head.")
     weights, total = opsd_weights(mask, outcomes, row_weight, options)
@@ -269,16 +273,16 @@ def opsd_inputs(
 
     The arguments are described in `opsd`. The result is the argument `inputs` of `opsd_token_loss`.
     """
-    check_shape(
-        mask.shape, "the shape of mask", tokens=tokens, behaviour_logprobs=behaviour_logprobs
-    )
+    if tokens is not None:
+        check_tokens(tokens, mask)
+    check_shape(mask.shape, "the shape of mask", behaviour_logprobs=behaviour_logprobs)
     inputs = {}
     if len(set(options.divergences)) > 1:
         outcome_B = jnp.argmax(jnp.stack(outcomes), axis=0)
         inputs["outcome"] = jnp.broadcast_to(outcome_B[:, None], mask.shape)
-    if options.importance_cap or options.needs_tokens:
+    if is_on(options.importance_cap) or options.needs_tokens:
         inputs["tokens"] = _required("tokens", tokens, options)
-    if options.importance_cap:
+    if is_on(options.importance_cap):
         inputs["behaviour"] = _required("behaviour_logprobs", behaviour_logprobs, options)
     return inputs
 
@@ -303,7 +307,7 @@ def opsd_token_loss(options: OPSD, temperature: float) -> TokenLoss:
         else:
             values = _divergence_by_outcome(options, student, teacher, inputs)
         diagnostics = {"divergence": values}
-        if options.clip:
+        if is_on(options.clip):
             # This bounds the sum over the vocabulary. A bound on the term of each entry could make
             # a divergence negative.
             size = jax.lax.stop_gradient(jnp.abs(values))

@@ -15,13 +15,17 @@ from opsd_jax.losses.advantage import BASELINES, SCALES, advantages
 from opsd_jax.losses.checks import (
     OneOf,
     Range,
+    check_class,
     check_mask,
     check_options,
+    check_required,
     check_shape,
+    check_tokens,
     debug_check,
+    is_on,
 )
 from opsd_jax.losses.fused import TokenLoss, token_values, weighted_loss
-from opsd_jax.losses.head import LogitsOrHead
+from opsd_jax.losses.head import LogitsOrHead, stop_gradient
 from opsd_jax.losses.likelihood import entropy, importance_ratio, k3, token_logprobs
 from opsd_jax.losses.reduction import AGGREGATIONS, token_weights
 from opsd_jax.losses.result import Loss
@@ -92,7 +96,7 @@ class PolicyGradient(NamedTuple):
     def check(self) -> None:
         """Raises ValueError if an option is invalid. The message names the option."""
         check_options(self)
-        if self.dual_clip and self.clip != "ppo":
+        if is_on(self.dual_clip) and self.clip != "ppo":
             raise ValueError(
                 f"dual_clip is {self.dual_clip} with clip {self.clip!r}; expected dual_clip 0, or "
                 "clip 'ppo'."
@@ -221,6 +225,8 @@ def response_logprobs(
     Raises:
       ValueError: the shape of an argument is wrong.
     """
+    mask = check_mask(mask)
+    check_tokens(tokens, mask)
     return token_values(
         lambda logits, _, tokens: (token_logprobs(logits, tokens, temperature), {}),
         mask,
@@ -250,22 +256,20 @@ def policy_inputs(
     The arguments are described in `policy_gradient`. The result is the argument `inputs` of
     `policy_token_loss`.
     """
-    if not isinstance(options, PolicyGradient):
-        raise ValueError(
-            f"options is {options!r}; expected a PolicyGradient, such as PRESETS['grpo']."
-        )
+    check_class("options", options, PolicyGradient)
     options.check()
     mask = check_mask(mask)
+    check_tokens(tokens, mask)
+    check_required(behaviour_logprobs=behaviour_logprobs)
     check_shape(
         mask.shape,
         "the shape of mask",
-        tokens=tokens,
         behaviour_logprobs=behaviour_logprobs,
         old_logprobs=old_logprobs,
         reference_logprobs=reference_logprobs,
     )
     advantages_BxT = _per_token(advantages, mask)
-    if options.kl_coefficient and reference_logprobs is None:
+    if is_on(options.kl_coefficient) and reference_logprobs is None:
         raise ValueError(
             f"reference_logprobs is None with kl_coefficient {options.kl_coefficient}; expected "
             "the reference model's log-probabilities [rows, tokens], or kl_coefficient 0."
@@ -276,14 +280,14 @@ def policy_inputs(
         "advantages": advantages_BxT,
         "old": behaviour_logprobs if old_logprobs is None else old_logprobs,
     }
-    if old_logprobs is not None and options.importance_cap:
+    if old_logprobs is not None and is_on(options.importance_cap):
         mismatch = importance_ratio(old_logprobs - behaviour_logprobs)
         inputs["importance"] = jnp.minimum(mismatch, options.importance_cap)
     if reference_logprobs is not None:
         inputs["reference"] = reference_logprobs
     if options.ratio == "sequence":
         logprobs_BxT = response_logprobs(
-            student=jax.lax.stop_gradient(student),
+            student=stop_gradient(student),
             tokens=tokens,
             mask=mask,
             temperature=temperature,
@@ -291,7 +295,7 @@ def policy_inputs(
             partition=partition,
         )
         gap_BxT = jnp.where(mask, logprobs_BxT - inputs["old"], 0.0)
-        mean_B = jnp.sum(gap_BxT, axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1)
+        mean_B = jnp.sum(gap_BxT, axis=1) / jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.float32), 1)
         inputs["sequence_log_ratio"] = jnp.broadcast_to(mean_B[:, None], mask.shape)
     return inputs
 
@@ -316,7 +320,7 @@ def _check_values(mask, advantages_BxT, behaviour_logprobs_BxT) -> None:
     )
     valid = jnp.isfinite(behaviour_logprobs_BxT) & (behaviour_logprobs_BxT < 1e-4)
     debug_check(
-        jnp.all(jnp.where(mask, valid, 1)),
+        jnp.all(jnp.where(mask, valid, True)),
         "behaviour_logprobs are above 0, or not finite, somewhere; expected log-probabilities.",
     )
 
@@ -341,7 +345,7 @@ def policy_token_loss(options: PolicyGradient, temperature: float) -> TokenLoss:
             loss = -jax.lax.stop_gradient(clipped) * advantages * logprobs
         else:
             loss = -ratio * advantages
-        if options.dual_clip:
+        if is_on(options.dual_clip):
             bound = -options.dual_clip * advantages
             loss = jnp.where(advantages < 0, jnp.minimum(loss, bound), loss)
         diagnostics = {
@@ -354,7 +358,7 @@ def policy_token_loss(options: PolicyGradient, temperature: float) -> TokenLoss:
             diagnostics["importance"] = inputs["importance"]
         if "reference" in inputs:
             diagnostics["kl"] = k3(inputs["reference"] - logprobs)
-            if options.kl_coefficient:
+            if is_on(options.kl_coefficient):
                 loss += options.kl_coefficient * diagnostics["kl"]
         return loss, diagnostics
 

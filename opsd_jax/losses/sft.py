@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from opsd_jax.losses.checks import check_shape
+from opsd_jax.losses.checks import check_tokens
 from opsd_jax.losses.fused import weighted_loss
 from opsd_jax.losses.head import LogitsOrHead
 from opsd_jax.losses.likelihood import log_normaliser, token_logprobs
@@ -48,7 +48,7 @@ def sft(
       ValueError: the shape of an argument is wrong, or an option is unknown.
     """
     weights, total = token_weights(mask, row_weight, aggregation=aggregation, length=length)
-    check_shape(mask.shape, "the shape of mask", tokens=tokens)
+    check_tokens(tokens, mask)
 
     def token_loss(logits, _, tokens):
         logprobs = token_logprobs(logits, tokens)
