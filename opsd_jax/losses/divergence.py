@@ -117,7 +117,8 @@ def jsd(
     """
     Range(0, 1).check("beta", beta)
     mixed: Term = functools.partial(_jensen_shannon, beta)
-    term = {0: _forward, 1: _reverse}.get(beta, mixed) if is_known(beta) else mixed
+    ends: dict[float, Term] = {0: _forward, 1: _reverse}
+    term = ends.get(beta, mixed) if is_known(beta) else mixed
     return _divergence(term, student_logits, teacher_logits, temperature)
 
 

@@ -298,7 +298,7 @@ def _run(loop: _Loop, trained, fixed, weights_BxT, *, differentiated: bool):
     # its part of the sum if the parameters are sharded.
     partition = loop.partition
     gradient_specs = (P(loop.axes), partition) if differentiated else None
-    mapped = jax.shard_map(
+    mapped: Callable[..., Any] = jax.shard_map(
         body,
         in_specs=((P(), partition), (P(), partition), partition),
         out_specs=((P(), partition), gradient_specs),
