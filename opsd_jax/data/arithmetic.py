@@ -287,14 +287,14 @@ def answer_in(problem: Problem, response: str) -> str | None:
 
 
 class Part:
-    """The question numbers at positions [low, high) of a fixed permutation of all numbers.
+    """The positions [low, high) of a fixed permutation of the numbers of all problems.
 
     A slice of a shuffled grain dataset would change with the epoch, because grain shuffles each
     epoch again before it slices.
     """
 
-    def __init__(self, low: int, high: int):
-        self._numbers = grain.MapDataset.range(SPACE).shuffle(seed=1)
+    def __init__(self, low: int, high: int, space: int = SPACE):
+        self._numbers = grain.MapDataset.range(space).shuffle(seed=1)
         self._low, self._high = low, high
 
     def __len__(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from opsd_jax.losses.checks import OneOf, Range
+from opsd_jax.losses.checks import OneOf, Range, as_floats
 
 BASELINES = ("group", "leave_one_out", "batch")
 SCALES = ("group", "batch", "none")
@@ -135,6 +135,6 @@ def overlong_penalty(lengths, *, max_tokens: int, buffer: int, factor: float = 1
     """
     Range(1, max_tokens).check("buffer", buffer)
     Range(0).check("factor", factor)
-    # `lengths * 1.0` makes floats: unsigned integers would wrap around in the subtraction.
-    over = (lengths * 1.0 - (max_tokens - buffer)) / buffer
+    # Unsigned integers would wrap around in the subtraction.
+    over = (as_floats(lengths) - (max_tokens - buffer)) / buffer
     return -factor * over.clip(0, 1)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import checkify
 
 _checks_values = contextvars.ContextVar("checks_values", default=True)
@@ -39,9 +40,10 @@ class Range(NamedTuple):
 
     def check(self, name: str, value: Any) -> None:
         """Raises ValueError if `value` is out of bounds or NaN. Traced values are not checked."""
-        if not is_known(value) or (self.or_zero and value == 0):
+        known = number(value)
+        if not is_known(known) or (self.or_zero and known == 0):
             return
-        if not self.low <= value <= self.high:
+        if not self.low <= known <= self.high:
             raise ValueError(f"{name} is {value}; expected {self}.")
 
 
@@ -70,7 +72,7 @@ class OneOf(NamedTuple):
 def check_options(options: Any) -> None:
     """Raises ValueError if a field of `options` violates the bounds in its type annotation.
 
-    Only numbers of type float may be traced: the other fields decide which program is compiled.
+    Only numbers of type float may be traced.
 
     Args:
       options: a NamedTuple. Fields without bounds pass.
@@ -79,8 +81,8 @@ def check_options(options: Any) -> None:
         value, kind = getattr(options, name), getattr(hint, "__origin__", hint)
         if kind in (int, bool, str) and not is_known(value):
             raise ValueError(
-                f"{name} is traced ({value}); expected a Python {kind.__name__}, because it "
-                "decides which program is compiled. Only options of type float may be traced."
+                f"{name} is traced ({value}); expected a Python {kind.__name__}. Only options of "
+                "type float may be traced."
             )
         for bounds in getattr(hint, "__metadata__", ()):
             bounds.check(name, value)
@@ -101,16 +103,34 @@ def is_known(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
+def number(value: Any) -> Any:
+    """Returns a known number as a Python float. A traced number is returned unchanged.
+
+    While a program is traced, operations on a concrete array have traced results.
+    """
+    return float(np.asarray(value)) if is_known(value) else value
+
+
 def is_on(value: Any) -> bool:
     """Returns whether an option, which 0 turns off, is on. A traced option is."""
-    return not is_known(value) or bool(value)
+    return number(value) != 0 if is_known(value) else True
 
 
-def check_required(**arrays: Any) -> None:
-    """Raises ValueError if one of `arrays` (argument name -> array [B, T]) is None."""
+def as_floats(array: Any) -> Any:
+    """Returns an array of numbers or booleans as floats: a JAX array, or else a NumPy array."""
+    return (array if isinstance(array, jax.Array) else np.asarray(array)).astype(float)
+
+
+def check_required(shape: str = "[rows, tokens]", /, **arrays: Any) -> None:
+    """Raises ValueError if one of `arrays` (argument name -> array) is None.
+
+    Args:
+      shape: the expected shape, for the message.
+      **arrays: argument name -> array.
+    """
     for name, array in arrays.items():
         if array is None:
-            raise ValueError(f"{name} is None; expected an array [rows, tokens].")
+            raise ValueError(f"{name} is None; expected an array {shape}.")
 
 
 def check_tokens(tokens: Any, mask: Any) -> None:

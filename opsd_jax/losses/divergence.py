@@ -32,11 +32,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from opsd_jax.losses.checks import OneOf, Range, is_known
+from opsd_jax.losses.checks import OneOf, Range, is_known, number
 from opsd_jax.losses.likelihood import at_temperature, k3, log_normaliser, token_logprobs
 
-# (log S(v), log T(v)) -> the contribution of the vocabulary entry v to the divergence.
-Term = Callable[[jax.Array, jax.Array], jax.Array]
+# (weight, log S(v), log T(v)) -> the contribution of the vocabulary entry v to the divergence, with
+# the weight of a mixture, if it has one.
+Term = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
 def reverse_kl(
@@ -116,10 +117,10 @@ def jsd(
     Reference: GKD (arXiv 2306.13649), eq. 1.
     """
     Range(0, 1).check("beta", beta)
-    mixed: Term = functools.partial(_jensen_shannon, beta)
+    beta = number(beta)
     ends: dict[float, Term] = {0: _forward, 1: _reverse}
-    term = ends.get(beta, mixed) if is_known(beta) else mixed
-    return _divergence(term, student_logits, teacher_logits, temperature)
+    term = ends.get(beta, _jensen_shannon) if is_known(beta) else _jensen_shannon
+    return _divergence(term, student_logits, teacher_logits, temperature, beta)
 
 
 def skewed_kl(
@@ -139,7 +140,7 @@ def skewed_kl(
       student_logits: [..., V].
       teacher_logits: [..., V], over the same vocabulary.
       temperature: divides the logits of both sides; above 0.
-      alpha: weight of the teacher in the target, above 0 and at most 1.
+      alpha: weight of the teacher in the target, above 0 and at most 1; below 1 if it is traced.
 
     Returns:
       float32 [...], in nats.
@@ -151,9 +152,7 @@ def skewed_kl(
     region, with the reward log(alpha T + (1 - alpha) S) - log S.
     """
     Range(1e-6, 1).check("alpha", alpha)
-    return _divergence(
-        functools.partial(_kl_term, weight=alpha), student_logits, teacher_logits, temperature
-    )
+    return _divergence(_skewed, student_logits, teacher_logits, temperature, number(alpha))
 
 
 def sampled_kl(
@@ -337,36 +336,50 @@ def _check_same_vocabulary(student_logits: Any, teacher_logits: Any) -> None:
         )
 
 
-def _divergence(term: Term, student_logits, teacher_logits, temperature) -> jax.Array:
+def _divergence(
+    term: Term, student_logits, teacher_logits, temperature, weight: Any = None
+) -> jax.Array:
     """Computes the sum of `term` over the vocabulary, after checking the logits and temperature."""
     _check_same_vocabulary(student_logits, teacher_logits)
+    if is_known(weight):  # then the term can depend on its value
+        term, weight = functools.partial(_at_weight, term, weight), None
     return _sum_of_terms(
         term,
+        weight,
         at_temperature(student_logits, temperature),
         at_temperature(teacher_logits, temperature),
     )
 
 
+def _at_weight(term: Term, weight: Any, _: Any, log_s: jax.Array, log_t: jax.Array) -> jax.Array:
+    """Returns `term` with a known weight."""
+    return term(weight, log_s, log_t)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sum_of_terms(term: Term, student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
-    """Computes sum_v term(log S(v), log T(v)), where S and T are the softmaxes of the logits.
+def _sum_of_terms(
+    term: Term, weight: Any, student_logits: jax.Array, teacher_logits: jax.Array
+) -> jax.Array:
+    """Computes sum_v term(weight, log S(v), log T(v)). S and T are the softmaxes of the logits.
 
-    Logits are float32 [..., V], and the result is float32 [...]. The backward pass recomputes
-    the softmaxes and the terms from the logits. With a vocabulary of 151,936 entries, storing
-    another array [..., V] costs more than computing it again.
+    Logits are float32 [..., V], and the result is float32 [...]. A traced weight is an argument,
+    without a gradient, because a function with a `custom_vjp` cannot close over it. The backward
+    pass recomputes the softmaxes and the terms from the logits. With a vocabulary of 151,936
+    entries, storing another array [..., V] costs more than computing it again.
     """
-    return _sum_of_terms_fwd(term, student_logits, teacher_logits)[0]
+    return _sum_of_terms_fwd(term, weight, student_logits, teacher_logits)[0]
 
 
-def _sum_of_terms_fwd(term, student_logits, teacher_logits):
+def _sum_of_terms_fwd(term, weight, student_logits, teacher_logits):
     totals = log_normaliser(student_logits), log_normaliser(teacher_logits)
     log_s, log_t = student_logits - totals[0][..., None], teacher_logits - totals[1][..., None]
-    value = jnp.sum(term(log_s, log_t), axis=-1)
-    return value, (student_logits, teacher_logits, totals, value)
+    value = jnp.sum(term(weight, log_s, log_t), axis=-1)
+    return value, (weight, student_logits, teacher_logits, totals, value)
 
 
 def _sum_of_terms_bwd(term, residuals, cotangent):
-    student_logits, teacher_logits, totals, value = residuals
+    weight, student_logits, teacher_logits, totals, value = residuals
+    term = functools.partial(term, weight)
 
     def slope_and_probability(totals, side):
         """Returns `(d term / d log S, S)` if `side` is 0, or `(d term / d log T, T)` if it is 1."""
@@ -391,7 +404,7 @@ def _sum_of_terms_bwd(term, residuals, cotangent):
         totals = tuple(n + after for n in totals)
         slope, probability = slope_and_probability(totals, side)
         gradients.append(cotangent[..., None] * (slope - probability * total[..., None]))
-    return tuple(gradients)
+    return None, *gradients
 
 
 _sum_of_terms.defvjp(_sum_of_terms_fwd, _sum_of_terms_bwd)
@@ -418,14 +431,19 @@ def _log_mix(d: jax.Array, weight: float) -> jax.Array:
     )
 
 
-def _reverse(log_s: jax.Array, log_t: jax.Array) -> jax.Array:
+def _reverse(_: Any, log_s: jax.Array, log_t: jax.Array) -> jax.Array:
     """Returns each vocabulary entry's contribution to the reverse KL divergence, KL(S || T)."""
     return _kl_term(log_s, log_t, 1.0)
 
 
-def _forward(log_s: jax.Array, log_t: jax.Array) -> jax.Array:
+def _forward(_: Any, log_s: jax.Array, log_t: jax.Array) -> jax.Array:
     """Returns each vocabulary entry's contribution to the forward KL divergence, KL(T || S)."""
     return _kl_term(log_t, log_s, 1.0)
+
+
+def _skewed(alpha: float, log_s: jax.Array, log_t: jax.Array) -> jax.Array:
+    """Returns each vocabulary entry's contribution to KL(S || alpha T + (1 - alpha) S)."""
+    return _kl_term(log_s, log_t, alpha)
 
 
 def _jensen_shannon(beta: float, log_s: jax.Array, log_t: jax.Array) -> jax.Array:

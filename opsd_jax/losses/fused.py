@@ -18,6 +18,7 @@ A pytree has the suffix of the axes that its arrays share.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from opsd_jax.losses.head import (
     Head,
     LogitsOrHead,
     check_sources,
+    hoist,
     logits_of,
     stop_gradient,
     trim,
@@ -94,8 +96,9 @@ def weighted_loss(
     check_sources(weights, inputs, student, teacher)
     if not isinstance(student, Head) or not weights.size:
         active = weights != 0
-        logits = {"student_logits": logits_of(student), "teacher_logits": logits_of(teacher)}
-        values, diagnostics = masked_values(loss, active, **logits, inputs=inputs)
+        values, diagnostics = masked_values(
+            loss, active, **_both_logits(student, teacher), inputs=inputs
+        )
         return weighted_sum(values, weights), jax.lax.stop_gradient(diagnostics)
 
     loop, trained, fixed = _prepare(loss, student, teacher, inputs, chunk, partition)
@@ -154,8 +157,7 @@ def token_values(
     mask = check_mask(mask)
     check_sources(mask, inputs, student, teacher)
     if not isinstance(student, Head) or not mask.size:
-        logits = {"student_logits": logits_of(student), "teacher_logits": logits_of(teacher)}
-        return masked_values(loss, mask, **logits, inputs=inputs)[0]
+        return masked_values(loss, mask, **_both_logits(student, teacher), inputs=inputs)[0]
 
     loop, trained, fixed = _prepare(loss, student, teacher, inputs, chunk, partition)
 
@@ -176,6 +178,14 @@ def token_values(
 
     run.defvjp(forward, backward)
     return run(trained, fixed, mask)
+
+
+def _both_logits(student: LogitsOrHead, teacher: LogitsOrHead | None) -> dict[str, Any]:
+    """Returns the logits of both sides. Those of the teacher have no gradients."""
+    return {
+        "student_logits": logits_of(student),
+        "teacher_logits": stop_gradient(logits_of(teacher)),
+    }
 
 
 def masked_values(
@@ -218,17 +228,19 @@ def chunk_tokens(chunk: int | None, width: int, vocab_size: int) -> int:
 class _Loop(NamedTuple):
     """The static arguments of the loop over chunks of tokens: functions, sizes and mesh axes.
 
+    The first argument of each function holds the traced arrays that it closes over (see `hoist`).
+
     Attributes:
-      loss: the loss of each token, written on logits.
-      student_logits: `(trained, fixed, hidden_CxD) -> logits_CxV`.
-      teacher_logits: `(params, x_C) -> logits_CxV`, where x are hidden states or logits; None
-        without a teacher.
-      chunk_size: C, if a device has that many tokens.
+      loss: the loss of each token, written on logits: `(closed, *arguments of a TokenLoss)`.
+      student_logits: `(closed, trained, fixed, hidden_CxD) -> logits_CxV`.
+      teacher_logits: `(closed, params, x_C) -> logits_CxV`, where x are hidden states or logits;
+        None without a teacher.
+      chunk_size: C.
       axes: mesh axes that the tokens are split over; () without a partition.
       partition: how [B, T] is split over these axes.
     """
 
-    loss: TokenLoss
+    loss: Callable[..., tuple[jax.Array, dict[str, Any]]]
     student_logits: Callable[..., jax.Array]
     teacher_logits: Callable[..., Any]
     chunk_size: int
@@ -256,9 +268,6 @@ def _prepare(
     if isinstance(teacher, Head):
         unembed, *teacher_params = trim(teacher)
         teacher_logits, teacher_BxT = (lambda params, x: unembed(*params, x)), teacher.hidden
-    trained = head, student.hidden
-    fixed = (student_fixed, teacher_params), (teacher_BxT, inputs)
-
     if chunk is not None and (not isinstance(chunk, int) or chunk < 0):
         raise ValueError(
             f"chunk is {chunk!r}; expected an int, in tokens, or None or 0 for the default size."
@@ -271,11 +280,32 @@ def _prepare(
             "the gradients over its devices yourself."
         )
     vocab_size, width = vocabulary_size("student", student), student.hidden.shape[-1]
-    chunk_size = chunk_tokens(chunk, width, vocab_size)
-    _check_mesh((trained, fixed))
-    axes = _mesh_axes(partition, jnp.shape(student.hidden)[:2])
-    loop = _Loop(loss, student_logits, teacher_logits, chunk_size, axes, partition)
-    return loop, trained, fixed
+    _check_mesh((head, student_fixed, teacher_params, student.hidden, teacher_BxT, inputs))
+    shape = jnp.shape(student.hidden)[:2]
+    axes = _mesh_axes(partition, shape)
+    parts = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
+    size = min(chunk_tokens(chunk, width, vocab_size), math.prod(shape) // parts)
+
+    def of_chunk(x):
+        dtype = jax.dtypes.canonicalize_dtype(jnp.result_type(x))
+        return jax.ShapeDtypeStruct((size, *jnp.shape(x)[2:]), dtype)
+
+    hidden_C, teacher_C, inputs_C = jax.tree.map(of_chunk, (student.hidden, teacher_BxT, inputs))
+    logits_CxV = jax.ShapeDtypeStruct((size, vocab_size), jnp.float32)
+    both = logits_CxV, None if teacher is None else logits_CxV
+    manual = dict.fromkeys(axes, jax.sharding.AxisType.Manual)  # as within the shard_map
+    mesh = jax.sharding.get_abstract_mesh()
+    with jax.sharding.use_abstract_mesh(mesh.update_axis_types(manual) if axes else mesh):
+        student_logits, of_student = hoist(student_logits, head, student_fixed, hidden_C)
+        teacher_logits, of_teacher = hoist(teacher_logits, teacher_params, teacher_C)
+        loss, of_loss = hoist(loss, *both, inputs_C)
+    differentiable = {i for i, x in of_student.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+    trained_closed = {i: of_student.pop(i) for i in differentiable}
+
+    trained = (trained_closed, head), student.hidden
+    closed = stop_gradient((of_student, of_teacher, of_loss))
+    fixed = (closed, student_fixed, teacher_params), (teacher_BxT, inputs)
+    return _Loop(loss, student_logits, teacher_logits, size, axes, partition), trained, fixed
 
 
 def _run(loop: _Loop, trained, fixed, weights_BxT, *, differentiated: bool):
@@ -322,7 +352,7 @@ def _run_on_device(loop: _Loop, trained, fixed, weights_BxT, *, differentiated: 
     """Runs the loop over chunks for the tokens of one device. The arguments are as in `_run`."""
     (head, hidden_BxTxD), (params, arrays_BxT) = trained, fixed
     shape, n = weights_BxT.shape, weights_BxT.size
-    size = min(loop.chunk_size, n)
+    size = loop.chunk_size
     flatten = lambda x: jnp.asarray(x).reshape(n, *jnp.shape(x)[2:])
     hidden_NxD, weights_N, arrays_N = jax.tree.map(flatten, (hidden_BxTxD, weights_BxT, arrays_BxT))
     order_M, active, trip_count = _chunk_order(weights_N, size, loop.axes)
@@ -417,22 +447,27 @@ def _take_chunk(index_C, weights_N, arrays_N, *, order_M, active):
 
 def _chunk_loss(loop: _Loop, params, head, hidden_CxD, weights_C, arrays_C):
     """Returns the weighted sum of the losses in one chunk, and the diagnostics of each token."""
-    (student_fixed, teacher_params), (teacher_C, inputs_C) = params, arrays_C
-    student_logits = loop.student_logits(head, student_fixed, hidden_CxD)
-    teacher_logits = loop.teacher_logits(teacher_params, teacher_C)
-    values_C, diagnostics_C = loop.loss(student_logits, teacher_logits, inputs_C)
+    (trained_closed, head), (teacher_C, inputs_C) = head, arrays_C
+    (of_student, of_teacher, of_loss), student_fixed, teacher_params = params
+    closed = trained_closed | of_student
+    student_logits = loop.student_logits(closed, head, student_fixed, hidden_CxD)
+    teacher_logits = loop.teacher_logits(of_teacher, teacher_params, teacher_C)
+    values_C, diagnostics_C = loop.loss(of_loss, student_logits, teacher_logits, inputs_C)
     diagnostics_C = _fill_masked(weights_C != 0, {**diagnostics_C, "loss": values_C}, 0)
     return weighted_sum(values_C, weights_C), diagnostics_C
 
 
 def _check_mesh(arrays: Any) -> None:
-    """Raises ValueError if the mesh in context or that of one of the arrays has Explicit axes."""
-    meshes = [jax.typeof(array).sharding.mesh for array in jax.tree.leaves(arrays)]
-    meshes.append(jax.sharding.get_abstract_mesh())
-    explicit = sorted({axis for mesh in meshes for axis in mesh.explicit_axes})
+    """Raises ValueError if the mesh in context has Explicit axes, or arrays are split over some."""
+    explicit = {*jax.sharding.get_abstract_mesh().explicit_axes}
+    for array in jax.tree.leaves(arrays):
+        sharding = jax.typeof(array).sharding
+        split = jax.tree.leaves(tuple(sharding.spec))  # names of axes
+        explicit |= {*split} & {axis for axis in sharding.mesh.explicit_axes}
     if explicit:
         raise ValueError(
-            f"student is a Head, but the mesh has Explicit axes {explicit}; expected Auto axes. "
+            f"student is a Head, but the mesh has Explicit axes {sorted(explicit)}; expected Auto "
+            "axes. "
             "Make the mesh with jax.make_mesh(shape, names, (jax.sharding.AxisType.Auto,) * "
             "len(names)), or call the function that computes the loss as "
             "jax.sharding.auto_axes(function, out_sharding=jax.P())(...) inside jax.set_mesh(mesh)."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from opsd_jax.losses.checks import as_floats
+
 # Weights of correct, incorrect and truncated rollouts (arXiv 2605.06188).
 GATES = {
     "correct": (1.0, 0.0, 0.0),  # the paper's Correct-only
@@ -51,5 +53,5 @@ def gate_weights(correct, incorrect, truncated, gate: tuple[float, float, float]
     Returns:
       float [N]. A rollout with no outcome has weight 0.
     """
-    outcomes = [outcome.astype(float) for outcome in (correct, incorrect, truncated)]
+    outcomes = map(as_floats, (correct, incorrect, truncated))
     return sum(weight * outcome for weight, outcome in zip(gate, outcomes, strict=True))

@@ -12,7 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.interpreters import partial_eval
+
+from opsd_jax.losses.checks import is_known
 
 
 @functools.partial(
@@ -67,11 +70,6 @@ def trim(head: Head) -> tuple[Callable[..., jax.Array], dict[int, jax.Array], di
     """
     unembed, arrays = _split(head)
     program = jax.make_jaxpr(unembed)(arrays, _one_token(head))
-    if any(_is_differentiated(constant) for constant in program.consts):
-        raise ValueError(
-            "unembed closes over arrays of the model that is being differentiated; expected all "
-            "arrays in the params of the Head, also those of a teacher that shares them."
-        )
     _, used = partial_eval.dce_jaxpr(program.jaxpr, [True])
     read = {i: x for (i, x), is_used in zip(arrays.items(), used, strict=False) if is_used}
     trained = {i: x for i, x in read.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
@@ -92,12 +90,39 @@ def stop_gradient(tree: Any) -> Any:
 
 
 def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex)
+    """Returns whether a leaf is an array of numbers. Python numbers are not: they may be flags."""
+    if isinstance(leaf, np.ndarray | np.generic):
+        return leaf.dtype.kind not in "OSU"  # objects and strings
+    return isinstance(leaf, jax.Array)
 
 
-def _is_differentiated(constant: Any) -> bool:
-    """Returns whether an array depends on an input of `jax.grad` or a similar function."""
-    return type(constant).__name__ in ("JVPTracer", "LinearizeTracer")  # private classes of JAX
+def hoist(
+    function: Callable[..., Any], *arguments: Any
+) -> tuple[Callable[..., Any], dict[int, jax.Array]]:
+    """Makes the traced arrays that a function closes over an argument of the function.
+
+    A function with a `custom_vjp` cannot close over them.
+
+    Args:
+      function: a function of pytrees of arrays.
+      *arguments: its arguments, or their shapes and dtypes.
+
+    Returns:
+      `(hoisted, constants)`, so that `hoisted(constants, *arguments)` is `function(*arguments)`.
+      The constants are the traced arrays, by index. If there are any, `hoisted` only accepts
+      arguments of the given shapes.
+    """
+    program, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    constants = {i: x for i, x in enumerate(program.consts) if not is_known(x)}
+    if not constants:
+        return lambda _, *arguments: function(*arguments), {}
+
+    def hoisted(constants, *arguments):
+        given = [constants.get(i, x) for i, x in enumerate(program.consts)]
+        values = jax.core.eval_jaxpr(program.jaxpr, given, *jax.tree.leaves(arguments))
+        return jax.tree.unflatten(jax.tree.structure(shape), values)
+
+    return hoisted, constants
 
 
 def _split(head: Head) -> tuple[Callable[..., jax.Array], dict[int, jax.Array]]:
@@ -173,13 +198,15 @@ def vocabulary_size(name: str, source: LogitsOrHead) -> int:
         [n, V].
     """
     array = _array(source)
+    what = f"{name}.hidden" if isinstance(source, Head) else name
     if not hasattr(array, "shape"):
         raise ValueError(
-            f"{name} is a {type(array).__name__}; expected logits [rows, tokens, V], or a Head. If "
-            "the model returns a tuple, such as (logits, cache), pass the logits only."
+            f"{what} is a {type(array).__name__}; expected an array: logits [rows, tokens, V], or "
+            "the hidden states of a Head. If the model returns a tuple, such as (logits, cache), "
+            "pass only its first element."
         )
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ValueError(f"{name} has dtype {array.dtype}; expected floating point.")
+        raise ValueError(f"{what} has dtype {array.dtype}; expected floating point.")
     if jnp.ndim(array) != 3:
         raise ValueError(
             f"{name} has shape {list(jnp.shape(array))}; expected logits [rows, tokens, V], or a "
@@ -195,8 +222,8 @@ def vocabulary_size(name: str, source: LogitsOrHead) -> int:
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0][:200]
         raise ValueError(
-            f"{given} raises {type(error).__name__} ({reason}); expected logits of shape [1, V]. A "
-            "function of hidden states [rows, tokens, D] needs another axis: "
+            f"{given} raises {type(error).__name__} ({reason}); expected logits of shape [1, V]. "
+            "If the function takes hidden states [rows, tokens, D], add an axis: "
             "lambda params, hidden: function(params, hidden[None])[0]."
         ) from error
     if not hasattr(logits, "shape"):

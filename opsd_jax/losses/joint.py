@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from opsd_jax.losses.checks import Range, check_class
+from opsd_jax.losses.checks import Range, check_class, is_known, number
 from opsd_jax.losses.fused import TokenLoss, masked_values, weighted_loss
 from opsd_jax.losses.head import LogitsOrHead
 from opsd_jax.losses.opsd import OPSD, Outcomes, opsd_inputs, opsd_token_loss, opsd_weights
@@ -129,7 +129,9 @@ def _check_options(
     check_class("distillation", distillation, OPSD)
     Range(0).check("policy_weight", policy_weight)
     Range(0).check("distillation_weight", distillation_weight)
-    if (policy.aggregation, policy.length) != (distillation.aggregation, distillation.length):
+    lengths = policy.length, distillation.length
+    differ = all(map(is_known, lengths)) and number(lengths[0]) != number(lengths[1])
+    if policy.aggregation != distillation.aggregation or differ:
         raise ValueError(
             f"policy has aggregation {policy.aggregation!r} and length {policy.length}, and "
             f"distillation has {distillation.aggregation!r} and {distillation.length}; expected "

@@ -55,6 +55,7 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array, temperature: float = 1.
         `temperature` is not above 0.
     """
     check_shape(logits.shape[:-1], "the shape of the logits without V", tokens=tokens)
+    tokens = jnp.asarray(tokens).astype(jnp.int32)
     logits, vocab_size = at_temperature(logits, temperature), logits.shape[-1]
     # This is not a gather: the gradient of a gather is a scatter into zeros [..., V], and where the
     # vocabulary is split over devices, a gather would collect the logits on every device.

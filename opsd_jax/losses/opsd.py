@@ -18,6 +18,7 @@ from opsd_jax.losses.checks import (
     check_class,
     check_mask,
     check_options,
+    check_required,
     check_row_weight,
     check_shape,
     check_tokens,
@@ -229,16 +230,15 @@ def opsd_weights(
     """
     options.check()
     mask = check_mask(mask)
+    check_required("(correct, incorrect, truncated)", outcomes=outcomes)
     if len(outcomes) != 3:
         raise ValueError(
             f"outcomes has {len(outcomes)} masks; expected 3 (correct, incorrect, truncated)."
         )
     check_row_weight(row_weight, mask)
-    check_shape(
-        mask.shape[:1],
-        "one value for each row of mask",
-        **dict(zip(("correct", "incorrect", "truncated"), outcomes, strict=True)),
-    )
+    named = dict(zip(("correct", "incorrect", "truncated"), outcomes, strict=True))
+    check_required("[rows]", **named)
+    check_shape(mask.shape[:1], "one value for each row of mask", **named)
     debug_check(
         jnp.all(sum(jnp.asarray(outcome, jnp.int32) for outcome in outcomes) <= 1),
         "outcomes are not disjoint; expected each rollout to be at most one of correct, incorrect "
@@ -259,7 +259,7 @@ def opsd_weights(
     )
     return token_weights(
         window_BxT,
-        gate_weights(*outcomes, options.gate) * row_weight,
+        gate_weights(*outcomes, options.gate) * jnp.asarray(row_weight, jnp.float32),
         aggregation=options.aggregation,
         length=options.length,
         position_weights=by_position_BxT,

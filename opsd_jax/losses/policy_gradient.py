@@ -260,7 +260,7 @@ def policy_inputs(
     options.check()
     mask = check_mask(mask)
     check_tokens(tokens, mask)
-    check_required(behaviour_logprobs=behaviour_logprobs)
+    check_required(advantages=advantages, behaviour_logprobs=behaviour_logprobs)
     check_shape(
         mask.shape,
         "the shape of mask",

@@ -260,10 +260,10 @@ def _check_arrays(path: Path, saved: Mapping[str, str], abstract: State) -> None
         return
     raise Foreign(
         f"{path} {'lacks' if missing else 'has'} {listed(missing or unused, count=2)}, which this "
-        f"config {'needs' if missing else 'does not use'}. A fork cannot change options that "
-        "decide which arrays there are, such as teacher.kind or a KL penalty of 0. Expected the "
-        "checkpoint's values, in another --workdir; or a stage that begins with the result of one "
-        "(config.init_from)."
+        f"config {'needs' if missing else 'does not use'}. Expected the options, and the versions "
+        "of optax and opsd_jax, with which it was saved: some decide which arrays there are, such "
+        "as teacher.kind and a KL penalty of 0, and a fork cannot change these. A new run can "
+        "begin with the result of a stage instead (config.init_from)."
     )
 
 

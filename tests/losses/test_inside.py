@@ -34,7 +34,7 @@ def unembed(params, hidden):
     return hidden @ params
 
 
-def distilled(data, w, *, partition=None, **options):
+def distilled(data, w, *, partition=None, row_weight=1.0, **options):
     return losses.opsd(
         student=losses.Head(unembed, w, data["hidden"]),
         teacher=losses.Head(unembed, data["teacher"], data["hidden"]),
@@ -44,6 +44,7 @@ def distilled(data, w, *, partition=None, **options):
         behaviour_logprobs=data["logprobs"],
         options=losses.OPSD(**options),
         partition=partition,
+        row_weight=row_weight,
     ).mean
 
 
@@ -79,10 +80,16 @@ def explicit():
 
 @pytest.mark.parametrize("in_context", [False, True])
 def test_a_head_on_explicit_axes_is_refused_by_name(data, explicit, in_context):
-    w = jax.device_put(data["w"], NamedSharding(explicit, P()))
+    w = jax.device_put(data["w"], NamedSharding(explicit, P(None, "tensor")))
     context = jax.set_mesh(explicit if in_context else jax.make_mesh((), ()))
-    with context, pytest.raises(ValueError, match=r"Explicit axes \['data', 'tensor'\]; expected"):
+    with context, pytest.raises(ValueError, match=r"has Explicit axes \['.*tensor'\]; expected"):
         trained(data, w)
+
+
+def test_replicated_arrays_on_an_explicit_mesh_are_used(data, explicit):
+    w = jax.device_put(data["w"], NamedSharding(explicit, P()))
+    expected = jax.value_and_grad(lambda w: trained(data, w))(data["w"])
+    assert_equal(jax.jit(jax.value_and_grad(lambda w: trained(data, w)))(w), expected)
 
 
 @pytest.mark.parametrize("split", [P(), P(None, "tensor")])
@@ -92,9 +99,7 @@ def test_auto_axes_around_the_loss_are_as_documented(data, explicit, split):
         name: jax.device_put(x, NamedSharding(explicit, split if x.shape == (D, V) else P("data")))
         for name, x in data.items()
     }
-    loss = lambda w, data: jax.sharding.auto_axes(
-        lambda w, data: distilled(data, w), axes=("data", "tensor"), out_sharding=P()
-    )(w, data)
+    loss = jax.sharding.auto_axes(lambda w, data: distilled(data, w), out_sharding=P())
     with jax.set_mesh(explicit):
         for run in (jax.value_and_grad(loss), jax.jit(jax.value_and_grad(loss))):
             value, gradient = run(placed["w"], placed)
@@ -110,22 +115,43 @@ def test_a_partition_works_outside_jit(data):
     assert_equal(got, expected)
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
-def test_an_unembed_that_closes_over_the_model_says_what_to_do(data, wrap):
-    head = lambda w: losses.Head(lambda _, hidden: hidden @ w, {}, data["hidden"])
-    student = lambda w: trained(data, w, student=head(w))
-    teacher = lambda w: (
+FORMS = {
+    "eager": jax.value_and_grad,
+    "jit": lambda f: jax.jit(jax.value_and_grad(f)),
+    "inner jit": lambda f: jax.value_and_grad(jax.jit(f)),
+    "checkpoint": lambda f: jax.jit(jax.value_and_grad(jax.checkpoint(f))),
+    "scan": lambda f: jax.jit(
+        jax.value_and_grad(
+            lambda w, *rest: jax.lax.scan(lambda c, _: (c + f(w, *rest), None), 0.0, length=1)[0]
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("form", [*FORMS])
+@pytest.mark.parametrize("partition", [None, P("data")])
+def test_an_unembed_may_close_over_the_model(data, form, partition):
+    """The student's gradient is the same as through `params`; the teacher's is 0."""
+    over = lambda w: losses.Head(lambda scale, hidden: hidden @ w * scale, 0.5, data["hidden"])
+    given = lambda w: losses.Head(lambda w, hidden: hidden @ w * 0.5, w, data["hidden"])
+    common = {"mask": data["mask"], "outcomes": OUTCOMES, "partition": partition}
+    close = lambda w: losses.opsd(student=over(w), teacher=over(w + 1.0), **common).mean
+    fixed = lambda w: jax.lax.stop_gradient(w + 1.0)
+    plain = lambda w: losses.opsd(student=given(w), teacher=given(fixed(w)), **common).mean
+    with jax.set_mesh(jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))):
+        expected = jax.jit(jax.value_and_grad(plain))(data["w"])
+        assert_equal(FORMS[form](close)(data["w"]), expected)
+
+
+def test_a_teacher_that_closes_over_the_model_has_no_gradient_beside_logits(data):
+    teacher = lambda w: losses.Head(lambda _, hidden: hidden @ w * 1.5, {}, data["hidden"])
+    loss = lambda w, other: (
         losses.opsd(
-            student=losses.Head(unembed, w, data["hidden"]),
-            teacher=head(w),
-            mask=data["mask"],
-            outcomes=OUTCOMES,
+            student=data["hidden"] @ w, teacher=teacher(other), mask=data["mask"], outcomes=OUTCOMES
         ).mean
     )
-    for loss in (student, teacher):
-        with pytest.raises(ValueError, match="unembed closes over arrays of the model"):
-            wrap(jax.grad(loss))(data["w"])
-    np.testing.assert_allclose(wrap(student)(data["w"]), trained(data, data["w"]), rtol=1e-6)
+    expected = jax.grad(loss)(data["w"], data["w"])
+    assert_equal(jax.grad(lambda w: loss(w, w))(data["w"]), expected)
 
 
 def test_an_unembed_may_close_over_other_arrays(data):
@@ -133,17 +159,24 @@ def test_an_unembed_may_close_over_other_arrays(data):
         student = losses.Head(lambda w, hidden: hidden @ w * scale, w, data["hidden"])
         return trained(data, w, student=student)
 
-    expected = trained(data, data["w"] * 2)
-    assert_equal(jax.jit(jax.value_and_grad(loss))(data["w"], 2.0)[0], expected)
-    assert_equal(jax.vmap(loss, (None, 0))(data["w"], jnp.array([2.0, 2.0]))[1], expected)
+    expected = jax.value_and_grad(lambda w: trained(data, w * 2))(data["w"])
+    for form in FORMS.values():
+        assert_equal(form(loss)(data["w"], 2.0), expected)
+    mapped = jax.vmap(loss, (None, 0))(data["w"], jnp.array([2.0, 2.0]))
+    assert_equal(mapped[1], expected[0])
 
 
 def test_params_may_have_leaves_that_are_functions(data):
     """As the modules of Equinox have."""
 
     def loss(w):
-        params = {"activation": jnp.tanh, "w": w, "unused": [w, jax.nn.relu]}
-        apply = lambda params, hidden: params["activation"](hidden @ params["w"])
+        params = {"activation": jnp.tanh, "w": w, "unused": [w, jax.nn.relu, "name", jnp.float32]}
+        params |= {"inference": True, "size": V}
+
+        def apply(params, hidden):
+            logits = hidden @ params["w"] if params["inference"] else hidden
+            return params["activation"](logits).reshape(-1, params["size"])
+
         head = losses.Head(apply, params, data["hidden"])
         return losses.opsd(
             student=head,
@@ -177,14 +210,34 @@ def test_params_may_have_leaves_that_are_functions(data):
         (reinforced, "dual_clip", {}),
     ],
 )
-@pytest.mark.parametrize("partition", [None, P("data")])
-def test_a_traced_number_is_an_option(data, loss, option, others, partition):
+@pytest.mark.parametrize("form", [*FORMS])
+def test_a_traced_number_is_an_option(data, loss, option, others, form):
     """Schedules trace them."""
     value = 1.3 if option == "dual_clip" else 0.3
     f = lambda w, value: loss(data, w, **others, **{option: value})
     expected = jax.value_and_grad(f)(data["w"], value)
+    assert_equal(FORMS[form](f)(data["w"], value), expected)
+    assert_equal(FORMS[form](f)(data["w"], jnp.float32(value)), expected)
+    constant = jnp.float32(value)
+    assert_equal(FORMS[form](lambda w: f(w, constant))(data["w"]), expected)
+
+
+def test_a_traced_option_with_a_partition_or_with_logits(data):
+    both = {"student": data["hidden"] @ data["w"], "teacher": data["hidden"] @ data["teacher"]}
+    of_logits = lambda logits, beta: (
+        losses.opsd(
+            **both | {"student": logits},
+            mask=data["mask"],
+            outcomes=OUTCOMES,
+            options=losses.OPSD(divergence="jsd", beta=beta),
+        ).mean
+    )
+    split = lambda w, beta: distilled(data, w, divergence="jsd", beta=beta, partition=P("data"))
     with jax.set_mesh(jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))):
-        assert_equal(jax.jit(jax.value_and_grad(f))(data["w"], value), expected)
+        for f, x in ((of_logits, both["student"]), (split, data["w"])):
+            expected = jax.jit(jax.value_and_grad(lambda x, f=f: f(x, 0.3)))(x)
+            for form in FORMS.values():
+                assert_equal(form(f)(x, 0.3), expected)
 
 
 @pytest.mark.parametrize("option", ["top_k", "skip_first", "first_only", "control_variate"])
@@ -196,7 +249,10 @@ def test_a_traced_option_that_decides_on_the_program_is_named(data, option):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"student": (0, None)}, r"student is a tuple; expected logits .* pass the logits only"),
+        (
+            {"student": (0, None)},
+            r"student is a tuple; expected an array: logits .* pass only its first element",
+        ),
         ({"student": np.zeros((B, T, V), int)}, "student has dtype int64; expected floating point"),
         ({"tokens": None}, r"tokens is None; expected an array \[rows, tokens\]"),
         ({"mask": None}, r"mask is None; expected an array \[rows, tokens\]"),
@@ -230,8 +286,14 @@ def test_wrong_options_and_missing_log_probabilities_are_named(data):
     for name in ("policy", "distillation"):
         with pytest.raises(ValueError, match=f"{name} is 1; expected an? "):
             losses.joint(**policy, **distillation, **{name: 1})
-    with pytest.raises(ValueError, match="behaviour_logprobs is None; expected an array"):
-        losses.policy_gradient(**policy | {"behaviour_logprobs": None})
+    for name in ("behaviour_logprobs", "advantages"):
+        with pytest.raises(ValueError, match=f"{name} is None; expected an array"):
+            losses.policy_gradient(**policy | {name: None})
+    for outcomes, name in ((None, "outcomes"), ((*OUTCOMES[:2], None), "truncated")):
+        with pytest.raises(ValueError, match=f"{name} is None; expected an array"):
+            losses.opsd(**arguments, **distillation | {"outcomes": outcomes})
+    tokens = np.asarray(data["tokens"], np.uint8)
+    assert_equal(trained(data, data["w"], tokens=tokens), trained(data, data["w"]))
 
 
 @pytest.mark.parametrize("divergence", [*losses.DIVERGENCES])
@@ -250,7 +312,8 @@ def test_strict_promotion_of_the_policy_gradient(data, preset):
     rewards = jnp.arange(B) % 3 / 2
     with jax.numpy_dtype_promotion("strict"):
         got = f(data["w"])
-        losses.informative(rewards, 4)
+        losses.overlong_penalty(jnp.arange(B), max_tokens=6, buffer=3)
+        distilled(data, data["w"], row_weight=losses.informative(rewards, 4))
         losses.PRESETS[preset].advantages(rewards, 4)
     assert_equal(got, f(data["w"]))
 
@@ -285,9 +348,12 @@ import opsd_jax.losses
 print(time.perf_counter() - began)
 print(sorted({name.partition(".")[0] for name in {*sys.modules} - before}))
 """
-    run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    seconds, names = run.stdout.splitlines()
-    assert set(eval(names)) <= {"opsd_jax", *sys.stdlib_module_names}
-    assert float(seconds) < 0.1
+    times = []
+    for _ in range(3):  # other processes may disturb one of them
+        run = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        )
+        seconds, names = run.stdout.splitlines()
+        assert set(eval(names)) <= {"opsd_jax", *sys.stdlib_module_names}
+        times.append(float(seconds))
+    assert min(times) < 0.1
