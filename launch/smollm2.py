@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import pathlib
 import shutil
 import subprocess
@@ -100,9 +99,7 @@ def check(file: pathlib.Path) -> None:
     """Raises Unusable if a file is not the GGUF of the package."""
     if not file.is_file():
         raise Unusable(f"--gguf {file}: there is no such file; expected {MEMBER} of {PACKAGE}.")
-    with file.open("rb") as opened:
-        found = hashlib.file_digest(opened, "sha256").hexdigest()
-    if found != SHA256:
+    if (found := weights.digest(file)) != SHA256:
         raise Unusable(
             f"{file} has the SHA-256 {found}; expected {SHA256}, that of {MEMBER} in {PACKAGE}. It "
             "is incomplete, damaged or another model: download it again."

@@ -27,7 +27,7 @@ import numpy as np
 
 from opsd_jax.data.contexts import CONTEXTS, Context
 from opsd_jax.data.options import DataOptions
-from opsd_jax.data.task import Demonstration, Task, check_fits
+from opsd_jax.data.task import Demonstration, Task, check_fits, check_no_sources
 from opsd_jax.problem import Problem
 from opsd_jax.verify.verdict import Verdict
 from opsd_jax.verify.verifiers import at_once
@@ -310,11 +310,7 @@ def task(options: DataOptions) -> Task:
     Raises:
       ValueError: the config has sources, which this task does not read.
     """
-    if options.train or options.heldout or options.exclude:
-        raise ValueError(
-            "the arithmetic task reads no files, but config.data has sources; expected no sources, "
-            "or config.task = 'opsd_jax.data.text:task'."
-        )
+    check_no_sources(options, "the arithmetic task reads no files")
     heldout = grain.MapDataset.source(Part(0, HELD_OUT))
     train = grain.MapDataset.source(Part(HELD_OUT, SPACE))
     return Task(

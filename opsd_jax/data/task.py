@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import grain
 
 from opsd_jax.data.contexts import Context
+from opsd_jax.data.options import DataOptions
 from opsd_jax.problem import DataError, Problem
 from opsd_jax.verify.verdict import Judge, Verifier
 
@@ -30,6 +31,20 @@ def check_fits(ids: list[int], limit: int, problem: Problem, field: str) -> list
             f"Increase {field}, or remove the problem from the data."
         )
     return ids
+
+
+def check_no_sources(options: DataOptions, reason: str) -> None:
+    """Raises ValueError if the config has sources, for a task that generates its problems.
+
+    Args:
+      options: the section `data`.
+      reason: why there must be none, for the message.
+    """
+    if options.train or options.heldout or options.exclude:
+        raise ValueError(
+            f"{reason}, but config.data has sources; expected no sources, or config.task = "
+            "'opsd_jax.data.text:task'."
+        )
 
 
 class Demonstration(NamedTuple):

@@ -26,7 +26,7 @@ import numpy as np
 from opsd_jax.data.arithmetic import Part
 from opsd_jax.data.contexts import Context
 from opsd_jax.data.options import DataOptions
-from opsd_jax.data.task import Demonstration, Task
+from opsd_jax.data.task import Demonstration, Task, check_no_sources
 from opsd_jax.data.text import Prompts, check_wording, make_tokenizer
 from opsd_jax.problem import Problem
 from opsd_jax.verify.maths import maths
@@ -52,6 +52,8 @@ RESTATE_RATE = 0.3  # fraction of verbose demonstrations that begin with the fac
 SUMMARY_RATE = 0.4  # fraction of verbose demonstrations that end with all equations again
 # Range of the probability that a step is checked.
 CHECK_VERBOSE, CHECK_CONCISE = (0.3, 0.9), (0.0, 0.1)
+
+UNLIMITED = 1 << 30  # tokens of a prompt
 
 GAINS = ("buys {n} more {items}", "finds {n} {items}", "gets {n} {items} from {other}")
 LOSSES = ("gives {n} {items} to {other}", "loses {n} {items}", "sells {n} {items}")
@@ -98,9 +100,8 @@ def _equation(step) -> str:
     return f"{before} {sign} {change} = {after}."
 
 
-def _concise(story: Story) -> str:
-    equations = " ".join(map(_equation, story.steps))
-    return rf"{equations} The answer is \boxed{{{story.answer}}}."
+def _conclusion(story: Story) -> str:
+    return rf"The answer is \boxed{{{story.answer}}}."
 
 
 def _check(step, rng: np.random.Generator) -> str:
@@ -124,18 +125,18 @@ def _verbose(story: Story, rng: np.random.Generator) -> str:
         sentences.append(f"So now {story.name} has {step[3]} {story.items}.")
     if rng.random() < SUMMARY_RATE:
         sentences += ["Let me go over it again.", *map(_equation, story.steps)]
-    sentences.append(rf"The answer is \boxed{{{story.answer}}}.")
-    return " ".join(sentences)
+    return " ".join([*sentences, _conclusion(story)])
 
 
-def _nearly_concise(story: Story, rng: np.random.Generator) -> str:
-    rate = rng.uniform(*CHECK_CONCISE)
+def _concise(story: Story, rng: np.random.Generator | None = None) -> str:
+    """Returns the concise solution; with a generator, a response that checks some of its steps."""
     sentences = []
+    rate = rng.uniform(*CHECK_CONCISE) if rng else 0.0
     for step in story.steps:
         sentences.append(_equation(step))
-        if rng.random() < rate:
+        if rng and rng.random() < rate:
             sentences.append(_check(step, rng))
-    return " ".join([*sentences, rf"The answer is \boxed{{{story.answer}}}."])
+    return " ".join([*sentences, _conclusion(story)])
 
 
 def problem(number: int) -> Problem:
@@ -144,21 +145,18 @@ def problem(number: int) -> Problem:
     return Problem(int(number), story.question, _concise(story), story.answer)
 
 
-def demonstrate(
-    prompts: Prompts, limit: int, number: int, rng: np.random.Generator
-) -> Demonstration:
+def demonstrate(prompts: Prompts, number: int, rng: np.random.Generator) -> Demonstration:
     """Returns a random SFT example for problem `number`: a prompt and a response.
 
     Args:
       prompts: renders the prompts.
-      limit: the longest prompt with a solution, in tokens.
       number: the number of the problem.
       rng: decides on the style.
     """
     asked, story = problem(number), Story(int(number))
     if rng.random() < PRIVILEGED_FRACTION:
-        prompt, _ = prompts.teacher(asked, Context("solution", asked.solution), limit)
-        text = _nearly_concise(story, rng)
+        prompt, _ = prompts.teacher(asked, Context("solution", asked.solution), UNLIMITED)
+        text = _concise(story, rng)
     else:
         prompt, text = prompts.student(asked), _verbose(story, rng)
     tokenizer = prompts.tokenizer
@@ -172,11 +170,7 @@ def task(options: DataOptions) -> Task:
       ConfigError: a wording, the tokenizer or the chat template cannot be used. Names the field.
       ValueError: the config has sources, which this task does not read.
     """
-    if options.train or options.heldout or options.exclude:
-        raise ValueError(
-            "the word problems are generated, but config.data has sources; expected no sources, "
-            "or config.task = 'opsd_jax.data.text:task'."
-        )
+    check_no_sources(options, "the word problems are generated")
     check_wording(options)
     prompts = Prompts(options, make_tokenizer(options.tokenizer))
     heldout, train = Part(0, HELD_OUT, SPACE), Part(HELD_OUT, SPACE, SPACE)
@@ -186,7 +180,7 @@ def task(options: DataOptions) -> Task:
         train=numbers.map(problem),
         heldout=grain.MapDataset.source(heldout).map(problem),
         demonstrations=lambda seed: (
-            numbers.seed(seed).shuffle().random_map(functools.partial(demonstrate, prompts, 10_000))
+            numbers.seed(seed).shuffle().random_map(functools.partial(demonstrate, prompts))
         ),
         prompt=prompts.student,
         teacher_prompt=prompts.teacher,

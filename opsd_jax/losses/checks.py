@@ -113,7 +113,7 @@ def number(value: Any) -> Any:
 
 def is_on(value: Any) -> bool:
     """Returns whether an option, which 0 turns off, is on. A traced option is."""
-    return number(value) != 0 if is_known(value) else True
+    return not is_known(value) or number(value) != 0
 
 
 def as_floats(array: Any) -> Any:

@@ -35,9 +35,9 @@ import jax.numpy as jnp
 from opsd_jax.losses.checks import OneOf, Range, is_known, number
 from opsd_jax.losses.likelihood import at_temperature, k3, log_normaliser, token_logprobs
 
-# (weight, log S(v), log T(v)) -> the contribution of the vocabulary entry v to the divergence, with
-# the weight of a mixture, if it has one.
-Term = Callable[[Any, jax.Array, jax.Array], jax.Array]
+# (log S(v), log T(v)) -> the contribution of the vocabulary entry v to the divergence. The
+# weight of a mixture, if there is one, is the first argument.
+Term = Callable[..., jax.Array]
 
 
 def reverse_kl(
@@ -118,9 +118,10 @@ def jsd(
     """
     Range(0, 1).check("beta", beta)
     beta = number(beta)
-    ends: dict[float, Term] = {0: _forward, 1: _reverse}
-    term = ends.get(beta, _jensen_shannon) if is_known(beta) else _jensen_shannon
-    return _divergence(term, student_logits, teacher_logits, temperature, beta)
+    if is_known(beta) and beta in (0, 1):
+        end = _forward if beta == 0 else _reverse
+        return _divergence(end, student_logits, teacher_logits, temperature)
+    return _divergence(_jensen_shannon, student_logits, teacher_logits, temperature, beta)
 
 
 def skewed_kl(
@@ -337,49 +338,44 @@ def _check_same_vocabulary(student_logits: Any, teacher_logits: Any) -> None:
 
 
 def _divergence(
-    term: Term, student_logits, teacher_logits, temperature, weight: Any = None
+    term: Term, student_logits, teacher_logits, temperature, *weights: Any
 ) -> jax.Array:
     """Computes the sum of `term` over the vocabulary, after checking the logits and temperature."""
     _check_same_vocabulary(student_logits, teacher_logits)
-    if is_known(weight):  # then the term can depend on its value
-        term, weight = functools.partial(_at_weight, term, weight), None
+    if all(map(is_known, weights)):  # then the term can depend on their values
+        term, weights = functools.partial(term, *weights), ()
     return _sum_of_terms(
         term,
-        weight,
+        weights,
         at_temperature(student_logits, temperature),
         at_temperature(teacher_logits, temperature),
     )
 
 
-def _at_weight(term: Term, weight: Any, _: Any, log_s: jax.Array, log_t: jax.Array) -> jax.Array:
-    """Returns `term` with a known weight."""
-    return term(weight, log_s, log_t)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sum_of_terms(
-    term: Term, weight: Any, student_logits: jax.Array, teacher_logits: jax.Array
+    term: Term, weights: Any, student_logits: jax.Array, teacher_logits: jax.Array
 ) -> jax.Array:
-    """Computes sum_v term(weight, log S(v), log T(v)). S and T are the softmaxes of the logits.
+    """Computes sum_v term(*weights, log S(v), log T(v)). S and T are the softmaxes of the logits.
 
-    Logits are float32 [..., V], and the result is float32 [...]. A traced weight is an argument,
-    without a gradient, because a function with a `custom_vjp` cannot close over it. The backward
+    Logits are float32 [..., V], and the result is float32 [...]. Traced weights are an argument,
+    without a gradient, because a function with a `custom_vjp` cannot close over them. The backward
     pass recomputes the softmaxes and the terms from the logits. With a vocabulary of 151,936
     entries, storing another array [..., V] costs more than computing it again.
     """
-    return _sum_of_terms_fwd(term, weight, student_logits, teacher_logits)[0]
+    return _sum_of_terms_fwd(term, weights, student_logits, teacher_logits)[0]
 
 
-def _sum_of_terms_fwd(term, weight, student_logits, teacher_logits):
+def _sum_of_terms_fwd(term, weights, student_logits, teacher_logits):
     totals = log_normaliser(student_logits), log_normaliser(teacher_logits)
     log_s, log_t = student_logits - totals[0][..., None], teacher_logits - totals[1][..., None]
-    value = jnp.sum(term(weight, log_s, log_t), axis=-1)
-    return value, (weight, student_logits, teacher_logits, totals, value)
+    value = jnp.sum(term(*weights, log_s, log_t), axis=-1)
+    return value, (weights, student_logits, teacher_logits, totals, value)
 
 
 def _sum_of_terms_bwd(term, residuals, cotangent):
-    weight, student_logits, teacher_logits, totals, value = residuals
-    term = functools.partial(term, weight)
+    weights, student_logits, teacher_logits, totals, value = residuals
+    term = functools.partial(term, *weights)
 
     def slope_and_probability(totals, side):
         """Returns `(d term / d log S, S)` if `side` is 0, or `(d term / d log T, T)` if it is 1."""
@@ -431,12 +427,12 @@ def _log_mix(d: jax.Array, weight: float) -> jax.Array:
     )
 
 
-def _reverse(_: Any, log_s: jax.Array, log_t: jax.Array) -> jax.Array:
+def _reverse(log_s: jax.Array, log_t: jax.Array) -> jax.Array:
     """Returns each vocabulary entry's contribution to the reverse KL divergence, KL(S || T)."""
     return _kl_term(log_s, log_t, 1.0)
 
 
-def _forward(_: Any, log_s: jax.Array, log_t: jax.Array) -> jax.Array:
+def _forward(log_s: jax.Array, log_t: jax.Array) -> jax.Array:
     """Returns each vocabulary entry's contribution to the forward KL divergence, KL(T || S)."""
     return _kl_term(log_t, log_s, 1.0)
 

@@ -463,14 +463,14 @@ def _check_mesh(arrays: Any) -> None:
     for array in jax.tree.leaves(arrays):
         sharding = jax.typeof(array).sharding
         split = jax.tree.leaves(tuple(sharding.spec))  # names of axes
-        explicit |= {*split} & {axis for axis in sharding.mesh.explicit_axes}
+        explicit |= {*split} & {*sharding.mesh.explicit_axes}
     if explicit:
         raise ValueError(
             f"student is a Head, but the mesh has Explicit axes {sorted(explicit)}; expected Auto "
-            "axes. "
-            "Make the mesh with jax.make_mesh(shape, names, (jax.sharding.AxisType.Auto,) * "
-            "len(names)), or call the function that computes the loss as "
-            "jax.sharding.auto_axes(function, out_sharding=jax.P())(...) inside jax.set_mesh(mesh)."
+            "axes. Make the mesh with jax.make_mesh(shape, names, "
+            "(jax.sharding.AxisType.Auto,) * len(names)), or call the function that computes the "
+            "loss as jax.sharding.auto_axes(function, out_sharding=jax.P())(...) inside "
+            "jax.set_mesh(mesh)."
         )
 
 

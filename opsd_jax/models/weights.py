@@ -372,7 +372,7 @@ def new_directory(directory: pathlib.Path) -> Iterator[pathlib.Path]:
         partial.mkdir(parents=True)
         yield partial
         names = sorted(path.name for path in partial.iterdir() if path.is_file())
-        lines = [f"{_digest(partial / name)}  {name}\n" for name in names]
+        lines = [f"{digest(partial / name)}  {name}\n" for name in names]
         (partial / SUMS).write_text("".join(lines))
         partial.replace(directory)
     except OSError as error:
@@ -381,7 +381,8 @@ def new_directory(directory: pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _digest(path: pathlib.Path) -> str:
+def digest(path: pathlib.Path) -> str:
+    """Returns the SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -394,9 +395,9 @@ def check_sums(directory: pathlib.Path) -> None:
     """
     path = directory / SUMS
     lines = path.read_text().splitlines() if path.is_file() else []
-    digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    digests = {name: saved for saved, _, name in (line.partition("  ") for line in lines)}
     for file in sorted(directory.glob("*.safetensors")):
-        if file.name in digests and digests[file.name] != _digest(file):
+        if file.name in digests and digests[file.name] != digest(file):
             raise WeightsError(
                 f"{file} is damaged: it differs from the file that {path} lists. Export or copy "
                 f"the model again. If you changed the file yourself, delete {path}."

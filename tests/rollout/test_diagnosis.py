@@ -2,6 +2,7 @@
 
 import pytest
 
+from opsd_jax.data.text import UNANSWERED
 from opsd_jax.rollout.diagnosis import END, diagnose
 
 TEXTS = ["It is \\boxed{4}.", "x" * 1000 + "so the total is 42.", "And\nthen", "It is \\boxed{5}."]
@@ -14,7 +15,7 @@ def diagnosed(reasons, correct=0):
         TEXTS.__getitem__,
         section="rlvr",
         response_tokens=128,
-        unanswered="change the prompt",
+        unanswered=UNANSWERED,
     )
 
 
@@ -32,7 +33,9 @@ def test_responses_without_answers_are_counted_and_shown():
         "No readable answer",
     ]
     assert "config.rlvr.response_tokens" in advice[0]
-    assert advice[1] == "No readable answer: change the prompt."
+    assert "config.data.prompt" in advice[1]
+    assert "verifier.answer" in advice[1]
+    assert advice[1] == f"No readable answer: {UNANSWERED}."
 
 
 @pytest.mark.parametrize(
