@@ -62,8 +62,8 @@ def task():
 
 
 @pytest.fixture(scope="session")
-def config():
-    """A config whose whole run takes seconds. Copy it before you change it."""
+def shared_config():
+    """A config whose whole run takes seconds, for fixtures that live longer than a test."""
     config = tiny_config.quickstart()
     changes = {
         "mesh": "(-1, 1, 1)",
@@ -103,9 +103,15 @@ def config():
     return config
 
 
+@pytest.fixture
+def config(shared_config):
+    """A copy of `shared_config` that a test may change."""
+    return shared_config.copy_and_resolve_references()
+
+
 @pytest.fixture(scope="session")
-def model(config):
-    return decoder.from_config(config.model)
+def model(shared_config):
+    return decoder.from_config(shared_config.model)
 
 
 @pytest.fixture(scope="session")

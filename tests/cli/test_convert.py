@@ -190,7 +190,6 @@ def test_a_path_without_a_model_is_a_config_error(config_file, tmp_path, capsys,
 
 
 def test_weights_that_disappear_before_they_are_read_are_a_config_error(source, config, tmp_path):
-    config = config.copy_and_resolve_references()
     config.unlock()
     config.model = config_lib.pretrained(source)
     this = assembly.assemble(parse_run(config), tmp_path)

@@ -43,11 +43,11 @@ def questions(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def workdir(config, questions, tmp_path_factory):
+def workdir(shared_config, questions, tmp_path_factory):
     """The directory of a run that has trained nothing. Its file of training data does not exist."""
     workdir = tmp_path_factory.mktemp("runs") / "text"
     workdir.mkdir()
-    run = config.copy_and_resolve_references()
+    run = shared_config.copy_and_resolve_references()
     run.unlock()
     run.task = "opsd_jax.data.text:task"
     run.mesh = (1, 1, -1)

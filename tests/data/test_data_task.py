@@ -191,7 +191,6 @@ def config(config, tmp_path, monkeypatch):
         for i, (a, b) in enumerate((a, b) for a in range(1, 8) for b in (1, 2))
     ]
     rows[5].pop("solution")
-    config = config.copy_and_resolve_references()
     with config.unlocked():
         config.task = "opsd_jax.data.text:task"
         config.data.train.sums = config_lib.source(write(tmp_path / "train.jsonl", rows))

@@ -114,9 +114,9 @@ def test_writing_changes_only_the_given_positions(shape):
 
 
 @pytest.fixture(scope="module")
-def sizes(config):
+def sizes(shared_config):
     """Two layers with a head size that the kernel supports."""
-    section = config.model.copy_and_resolve_references()
+    section = shared_config.model.copy_and_resolve_references()
     section.update({"head_dim": 128, "num_heads": 4, "num_kv_heads": 2, "cache": "paged"})
     return decoder.config_of(section)
 

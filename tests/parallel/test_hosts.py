@@ -55,10 +55,10 @@ def wait_for(path, seconds=400):
 
 
 @pytest.fixture(scope="module")
-def alone(config, tmp_path_factory):
+def alone(shared_config, tmp_path_factory):
     """The work directory of a run in one process with eight devices."""
     workdir = tmp_path_factory.mktemp("hosts") / "alone"
-    ((code, errors),) = Run(config, workdir, processes=1, devices=8).ended()
+    ((code, errors),) = Run(shared_config, workdir, processes=1, devices=8).ended()
     assert code == 0, errors[-3000:]
     return workdir
 

@@ -37,9 +37,9 @@ class Refusing(Compiler):
 
 
 @pytest.fixture(scope="module")
-def every(config):
+def every(shared_config):
     """A config with a stage of each algorithm, the user's too; OPSD samples memos."""
-    every = config.copy_and_resolve_references()
+    every = shared_config.copy_and_resolve_references()
     with every.unlocked():
         every.mesh = (2, 2, 2)
         every.stages = tuple(BATCH)

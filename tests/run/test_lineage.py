@@ -18,9 +18,9 @@ from opsd_jax.training import metrics as metrics_lib
 
 
 @pytest.fixture(scope="module")
-def base(config):
+def base(shared_config):
     """A config of two stages, with SFT checkpoints at steps 3 and 6."""
-    base = config.copy_and_resolve_references()
+    base = shared_config.copy_and_resolve_references()
     with base.unlocked():
         base.stages = ("sft", "rlvr")
         base.rlvr.steps, base.rlvr.optimizer.warmup = 2, 1

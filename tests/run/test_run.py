@@ -69,9 +69,9 @@ def assert_same(a, b):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(config, tmp_path_factory):
+def undisturbed(shared_config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
-    run(config, workdir)
+    run(shared_config, workdir)
     return workdir
 
 

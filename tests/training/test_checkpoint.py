@@ -16,8 +16,8 @@ from opsd_jax.training.state import abstract_state, init_state
 
 
 @pytest.fixture(scope="module")
-def optimizer(config):
-    return make_optimizer(config.rlvr.optimizer, 10)
+def optimizer(shared_config):
+    return make_optimizer(shared_config.rlvr.optimizer, 10)
 
 
 @pytest.fixture(scope="module")

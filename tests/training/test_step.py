@@ -73,8 +73,8 @@ def start(params, teacher):
 
 
 @pytest.fixture(scope="module")
-def loss_fn(model, config):
-    head = make_head(model.policy, config.opsd.teacher)
+def loss_fn(model, shared_config):
+    head = make_head(model.policy, shared_config.opsd.teacher)
     return functools.partial(opsd.loss_fn, model.policy, head, losses.OPSD(gate=GATE), 1.0, 0)
 
 
