@@ -76,6 +76,19 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (x32 * scale).astype(x.dtype)
 
 
+def product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Multiplies x [B, T, D] by a weight [D, ...].
+
+    On one device, all tokens become one dimension. Otherwise the gradient of the weight would sum
+    over two dimensions, for which XLA:CPU transposes and copies an operand. On several devices B
+    and T may be sharded over different axes, so they stay apart.
+    """
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return jnp.tensordot(x, weight, axes=1)
+    size, *outer = weight.shape
+    return (x.reshape(-1, size) @ weight.reshape(size, -1)).reshape(*x.shape[:-1], *outer)
+
+
 def write(
     cache: LayerCache, k_BxTxKxC: jax.Array, v_BxTxKxC: jax.Array, positions_BxT: jax.Array
 ) -> LayerCache:
@@ -131,9 +144,9 @@ class Block(nnx.Module):
     def queries_keys_values(self, x_BxTxD, table):
         """Computes queries, keys and values [B, T, heads, C]. Applies RoPE to queries and keys."""
         config, w = self.config, self._weight
-        q_BxTxHxC = jnp.einsum("btd,dhc->bthc", x_BxTxD, w(self.q))
-        k_BxTxKxC = jnp.einsum("btd,dkc->btkc", x_BxTxD, w(self.k))
-        v_BxTxKxC = jnp.einsum("btd,dkc->btkc", x_BxTxD, w(self.v))
+        q_BxTxHxC = product(x_BxTxD, w(self.q))
+        k_BxTxKxC = product(x_BxTxD, w(self.k))
+        v_BxTxKxC = product(x_BxTxD, w(self.v))
         if config.attention_bias:
             q_BxTxHxC += w(self.q_bias)[None, None]
             k_BxTxKxC += w(self.k_bias)[None, None]
@@ -148,7 +161,7 @@ class Block(nnx.Module):
         # The matmul sums over one dimension. With two, XLA:CPU would transpose and copy both
         # operands.
         B, T, H, C = out_BxTxHxC.shape
-        return out_BxTxHxC.reshape(B, T, H * C) @ self._weight(self.o).reshape(H * C, -1)
+        return product(out_BxTxHxC.reshape(B, T, H * C), self._weight(self.o).reshape(H * C, -1))
 
     def attention(self, x_BxTxD, positions_BxT, table, cache):
         """Computes causal self-attention over the input tokens, or over the cache if there is one.
@@ -180,9 +193,8 @@ class Block(nnx.Module):
     def mlp(self, x_BxTxD):
         """Applies the SwiGLU MLP (Shazeer, arXiv 2002.05202)."""
         w = self._weight
-        gate_BxTxF = jnp.einsum("btd,df->btf", x_BxTxD, w(self.gate))
-        up_BxTxF = jnp.einsum("btd,df->btf", x_BxTxD, w(self.up))
-        return jnp.einsum("btf,fd->btd", jax.nn.silu(gate_BxTxF) * up_BxTxF, w(self.down))
+        gate_BxTxF, up_BxTxF = product(x_BxTxD, w(self.gate)), product(x_BxTxD, w(self.up))
+        return product(jax.nn.silu(gate_BxTxF) * up_BxTxF, w(self.down))
 
     def __call__(self, x_BxTxD, positions_BxT, table, cache=None):
         """Applies the layer to the residual stream [B, T, D].
