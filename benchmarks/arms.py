@@ -1,11 +1,15 @@
 """Compares OPSD on correct, on incorrect and on all rollouts, from one RLVR model per seed.
 
-    python benchmarks/arms.py [--seeds 0 1 2] [--workdir runs/arms]
+    python benchmarks/arms.py [--config configs/quickstart_arms.py] [--workdir runs/arms]
+        [--seeds 0 1 2] [--only-table] [--config.field=value ...]
 
-Runs configs/quickstart_arms.py once per seed, each in its own process (about six minutes on two
-idle cores). Finished runs are not repeated, and unfinished ones resume. Prints a Markdown table of
-means and standard deviations over seeds, and as its last line a JSON object with the values of
-each seed.
+Runs the config once per seed, each in its own process (the quickstart's takes about six minutes on
+two idle cores). Finished runs are not repeated, and unfinished ones resume. `--only-table` runs
+nothing and reads the work directories.
+
+Prints a Markdown table of means and standard deviations over seeds. Changes also have a 95 %
+interval, paired and clustered by problem, over the responses of all seeds. The last line is a JSON
+object with the values of each seed.
 """
 
 from __future__ import annotations
@@ -16,67 +20,79 @@ import pathlib
 import statistics
 import subprocess
 import sys
+from typing import Any
+
+from opsd_jax.evaluation import comparison, records, tables
+from opsd_jax.storage.names import UNTRAINED
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "quickstart_arms.py"
+CHANGES = ("d_accuracy_points", "d_length_percent")
 
 
-def run(seed: int, workdir: pathlib.Path) -> dict:
-    """Runs one seed, unless it is finished, and returns its report."""
-    command = [sys.executable, "-m", "opsd_jax", "train", "--config", str(CONFIG)]
-    command += ["--workdir", str(workdir), f"--config.seed={seed}"]
+def run(config: str, workdir: pathlib.Path, seed: int, overrides: list[str]) -> None:
+    """Runs one seed, unless it is finished."""
+    command = [sys.executable, "-m", "opsd_jax", "train", "--config", config]
+    command += ["--workdir", str(workdir), f"--config.seed={seed}", *overrides]
     subprocess.run(command, check=True, stdout=sys.stderr)
-    return json.loads((workdir / "report" / "report.json").read_text())
 
 
 def show(values: list[float], sign: str = "") -> str:
     """Formats the mean and the standard deviation of values."""
-    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):{sign}.1f} ± {deviation:.1f}"
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return tables.number(statistics.mean(values), deviation, sign)
+
+
+def pooled(workdirs: list[pathlib.Path], before: str, after: str) -> dict[str, Any]:
+    """Compares two evaluations over the responses of all seeds."""
+    sides = ([r for w in workdirs for r in records.read(w / name)[0]] for name in (before, after))
+    return comparison.compare(*sides)
 
 
 def main() -> None:
     """Runs the seeds and prints the table and the JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", default=str(CONFIG))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/arms"))
-    arguments = parser.parse_args()
-    reports = [run(seed, arguments.workdir / f"seed{seed}") for seed in arguments.seeds]
+    parser.add_argument("--only-table", action="store_true")
+    arguments, overrides = parser.parse_known_args()
+    workdirs = [arguments.workdir / f"seed{seed}" for seed in arguments.seeds]
+    for seed, workdir in zip(arguments.seeds, workdirs, strict=True):
+        if not arguments.only_table:
+            run(arguments.config, workdir, seed, overrides)
+    reports = [json.loads((workdir / "report/report.json").read_text()) for workdir in workdirs]
 
     stages = [stage["name"] for stage in reports[0]["stages"]]
-    levels = {
-        name: [next(s for s in r["stages"] if s["name"] == name) for r in reports]
-        for name in stages
-    }
+    levels = {name: [r["stages"][i] for r in reports] for i, name in enumerate(stages)}
     changes = {
-        name: [next(c for c in r["changes"] if c["name"] == name) for r in reports]
-        for name in stages
+        change["name"]: [r["changes"][i] for r in reports]
+        for i, change in enumerate(reports[0]["changes"])
     }
-    print("| after | accuracy, % | mean length | Δ accuracy, points | Δ length, % |")
-    print("|---|---|---|---|---|")
-    for name in stages:
-        cells = [
-            name,
-            show([100 * s["accuracy"] for s in levels[name]]),
-            show([s["mean_length"] for s in levels[name]]),
-        ]
-        cells += (
-            ["", ""]
-            if name == "sft"
-            else [
-                show([c["d_accuracy_points"] for c in changes[name]], "+"),
-                show([c["d_length_percent"] for c in changes[name]], "+"),
-            ]
-        )
-        print(f"| {' | '.join(cells)} |")
+    print(
+        "| after | accuracy, % | mean length, tokens | truncated, % | markers per 1,000 tokens "
+        "| Δ accuracy, points | Δ length, % |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    if reports[0]["untrained"]:
+        levels = {UNTRAINED: [r["untrained"] for r in reports], **levels}
+    for name, evaluations in levels.items():
+        values = lambda key, scale=1, found=evaluations: show([scale * s[key] for s in found])
+        cells = [name, values("accuracy", 100), values("mean_length")]
+        cells += [values("truncation_rate", 100), values("markers_per_1000")]
+        if name in changes:
+            whole = pooled(workdirs, changes[name][0]["from"], name)
+            for key in CHANGES:
+                bounds = [tables.number(whole[f"{key}_{end}"], sign="+") for end in ("low", "high")]
+                each = show([change[key] for change in changes[name]], "+")
+                cells.append(f"{each} [{', '.join(bounds)}]")
+        print(f"| {' | '.join(cells + [''] * (7 - len(cells)))} |")
 
-    result = {
+    result: dict[str, Any] = {
         (name.removeprefix("opsd_")): {
-            key: [round(c[key], 2) for c in changes[name]]
-            for key in ("d_accuracy_points", "d_length_percent")
+            key: [round(change[key], 2) for change in found] for key in CHANGES
         }
-        for name in stages
-        if name != "sft"
+        for name, found in changes.items()
     }
     result["seeds"] = arguments.seeds
     result["stage_seconds"] = {name: [round(s["seconds"]) for s in levels[name]] for name in stages}

@@ -7,17 +7,9 @@ responses by similar amounts, Correct-only to keep the accuracy, and Incorrect-o
 points, depending on the seed.
 """
 
-from opsd_jax.config import loading
+from opsd_jax.config import loading, recipes
 
 
 def get_config():
     """Returns the quickstart config with one OPSD stage for each gate."""
-    config = loading.read("quickstart")
-    arms = {f"opsd_{gate}": gate for gate in ("correct", "incorrect", "all")}
-    with config.unlocked():
-        for name, gate in arms.items():
-            config[name] = config.opsd.copy_and_resolve_references()
-            config[name].gate = gate
-        del config.opsd
-    config.stages = ("sft", "rlvr", *arms)
-    return config
+    return recipes.gate_arms(loading.read("quickstart"))

@@ -1,4 +1,4 @@
-"""Recipes: configs that train a Hugging Face model on your own problems."""
+"""Recipes: configs for a Hugging Face model on your own problems, and comparisons of gates."""
 
 from __future__ import annotations
 
@@ -102,4 +102,22 @@ def paper_opsd(preset: str = "") -> ConfigDict:
     config = opsd(preset)
     config.opsd.contexts = ("memo",)
     config.opsd.memo.update({"tokens": 8192, "close_tokens": 2048})
+    return config
+
+
+def gate_arms(config: ConfigDict) -> ConfigDict:
+    """Replaces the last stage, `opsd`, by one for each of three gates: correct, incorrect and all.
+
+    All three start from what `opsd` started from.
+
+    Args:
+      config: a config, which is changed.
+    """
+    arms = {f"opsd_{gate}": gate for gate in ("correct", "incorrect", "all")}
+    with config.unlocked():
+        for name, gate in arms.items():
+            config[name] = config.opsd.copy_and_resolve_references()
+            config[name].gate = gate
+        del config.opsd
+    config.stages = (*config.stages[:-1], *arms)
     return config

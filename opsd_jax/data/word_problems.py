@@ -8,8 +8,8 @@ The concise solution, which the teacher sees, is one equation for each step:
     14 + 5 = 19. 19 - 7 = 12. The answer is \boxed{12}.
 
 Demonstrations teach the format and two styles. After the student's prompt a response is verbose: it
-repeats the question, explains each step and often checks it again. After a prompt that shows the
-concise solution it is concise, so the model keeps reading that context.
+says what each step means and often checks it. After a prompt that shows the concise solution it is
+concise, so the model keeps reading that context.
 
 Prompts are rendered as `config.data` says, with the model's chat template. All data are a pure
 function of (index, seed).
@@ -48,8 +48,6 @@ SPACE = len(NAMES) * len(ITEMS) * len(SIGNS) * STARTS * CHANGES**2  # 1,048,576 
 HELD_OUT = 4096  # problems that are never trained on
 
 PRIVILEGED_FRACTION = 0.3  # demonstrations that are concise, after a prompt with the solution
-RESTATE_RATE = 0.3  # fraction of verbose demonstrations that begin with the facts
-SUMMARY_RATE = 0.4  # fraction of verbose demonstrations that end with all equations again
 # Range of the probability that a step is checked.
 CHECK_VERBOSE, CHECK_CONCISE = (0.3, 0.9), (0.0, 0.1)
 
@@ -64,7 +62,6 @@ class Story:
 
     Attributes:
       question: the text of the question.
-      facts: its sentences, without the question at the end.
       steps: (number before, sign, number, number after) of each step.
     """
 
@@ -76,16 +73,16 @@ class Story:
         # The wording is a pure function of the problem. It does not distinguish problems.
         rng = random.Random(number)
         other = rng.choice([x for x in NAMES if x != name])
-        self.facts, self.steps = [f"{name} has {value} {items}."], []
+        facts, self.steps = [f"{name} has {value} {items}."], []
         for i, sign in enumerate(signs):
             change = 2 + choice(range(CHANGES))
             event = rng.choice(GAINS if sign == PLUS else LOSSES)
             event = event.format(n=change, items=items, other=other)
-            self.facts.append(f"Then {name} {event}." if i else f"{name} {event}.")
+            facts.append(f"Then {name} {event}." if i else f"{name} {event}.")
             after = value + change if sign == PLUS else value - change
             self.steps.append((value, sign, change, after))
             value = after
-        self.question = f"{' '.join(self.facts)} How many {items} does {name} have now?"
+        self.question = f"{' '.join(facts)} How many {items} does {name} have now?"
         self.name, self.items, self.answer = name, items, str(value)
 
 
@@ -115,16 +112,12 @@ def _check(step, rng: np.random.Generator) -> str:
 def _verbose(story: Story, rng: np.random.Generator) -> str:
     """Returns a verbose response."""
     sentences = ["Let me think step by step."]
-    if rng.random() < RESTATE_RATE:
-        sentences += ["The problem says:", *story.facts]
     rate = rng.uniform(*CHECK_VERBOSE)
-    for fact, step in zip(story.facts[1:], story.steps, strict=True):
-        sentences += [fact, _equation(step)]
+    for step in story.steps:
+        sentences.append(_equation(step))
         if rng.random() < rate:
             sentences.append(_check(step, rng))
         sentences.append(f"So now {story.name} has {step[3]} {story.items}.")
-    if rng.random() < SUMMARY_RATE:
-        sentences += ["Let me go over it again.", *map(_equation, story.steps)]
     return " ".join([*sentences, _conclusion(story)])
 
 

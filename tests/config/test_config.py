@@ -474,11 +474,11 @@ def test_config_json_is_readable(tmp_path):
     assert saved["stages"] == ["sft", "rlvr", "opsd"]
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.py")), ids=lambda path: path.stem)
 def test_every_config_loads_and_names_itself(path):
     loading.load(path, data=False)
     text = path.read_text()
-    named = {f"--config configs/{path.name}", f"--config {path.stem} "}
+    named = {f"--config configs/{path.relative_to(CONFIGS)}", f"--config {path.stem} "}
     assert any(name in text for name in named)
 
 
