@@ -43,8 +43,8 @@ PLUS, MINUS = "+", "-"
 SIGNS = ((PLUS, PLUS), (PLUS, MINUS), (MINUS, PLUS), (MINUS, MINUS))
 STARTS = 16  # numbers that a problem may begin with, from FIRST on
 FIRST = {signs: 20 if signs == (MINUS, MINUS) else 10 for signs in SIGNS}  # the result is positive
-CHANGES = 8  # numbers that are added or taken away: 2 to 9
-SPACE = len(NAMES) * len(ITEMS) * len(SIGNS) * STARTS * CHANGES**2  # 1,048,576 problems
+CHANGES = 5  # numbers that are added or taken away: 2 to 6
+SPACE = len(NAMES) * len(ITEMS) * len(SIGNS) * STARTS * CHANGES**2  # 409,600 problems
 HELD_OUT = 4096  # problems that are never trained on
 
 PRIVILEGED_FRACTION = 0.3  # demonstrations that are concise, after a prompt with the solution
