@@ -26,7 +26,7 @@ def get_config():
     config.stages = ("sft", "rlvr", "opsd")
 
     sft = config.sft
-    sft.update({"steps": 32, "batch_size": 16, "microbatch": 4, "buckets": (128, 144, 176)})
+    sft.update({"steps": 32, "batch_size": 16, "microbatch": 4, "buckets": (128, 144, 192)})
     sft.update({"loss_chunk": 1024, "checkpoint_every": 8, "init_from": ""})
     sft.optimizer.update({"learning_rate": 2e-4, "b2": 0.98, "warmup": 4})
 
