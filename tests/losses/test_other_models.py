@@ -2,13 +2,28 @@
 
 import environments
 import pytest
-from paths import ROOT
+from paths import ROOT, SUPPORT
 
-EXAMPLES, SUPPORT = ROOT / "examples", ROOT / "tests" / "support"
+# gemma requires kauldron, which requires more than the model needs: TensorFlow data sets, clouds.
+GEMMA = (
+    "absl-py", "chex", "clu", "einops", "etils[edc,enp,epath,epy,etree]", "flax", "grain",
+    "immutabledict", "jax==0.10.2", "jaxtyping", "lark", "numpy", "orbax-checkpoint",
+    "sentencepiece", "tensorflow-cpu", "treescope", "typeguard>=4",
+)  # fmt: skip
 
 
 @pytest.mark.slow
-def test_tunix(tmp_path):
-    python = environments.make(tmp_path, "google-tunix==0.1.7")
-    script = SUPPORT / "inside_tunix.py"
-    environments.run([python, script, EXAMPLES / "tunix_qwen3.py"], tmp_path)
+@pytest.mark.parametrize(
+    ("library", "example", "packages", "alone"),
+    [
+        ("tunix", "tunix_qwen3.py", ("google-tunix==0.1.7",), ()),
+        ("gemma", "gemma_opsd.py", GEMMA, ("gemma==3.3.0", "kauldron==1.4.2")),
+    ],
+    ids=["tunix", "gemma"],
+)
+def test_values_and_gradients_are_those_of_the_models_own_logits(
+    tmp_path, library, example, packages, alone
+):
+    python = environments.make(tmp_path, *packages, alone=alone)
+    script = SUPPORT / "inside_other_models.py"
+    environments.run([python, script, library, ROOT / "examples" / example], tmp_path)

@@ -9,8 +9,10 @@ import pytest
 from paths import ROOT
 
 
-def make(directory, *packages, python=sys.executable):
+def make(directory, *packages, alone=(), python=sys.executable):
     """Makes an environment with packages from the index, and this package without dependencies.
+
+    The packages `alone` are installed without their dependencies too.
 
     Skips the test if the index does not have the packages for this Python.
 
@@ -29,7 +31,7 @@ def make(directory, *packages, python=sys.executable):
         shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("__pycache__"))
     for part in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / part, source)
-    subprocess.run([*pip, "install", "--no-deps", source], check=True)
+    subprocess.run([*pip, "install", "--no-deps", source, *alone], check=True)
     return inside
 
 
