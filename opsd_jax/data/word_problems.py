@@ -8,7 +8,7 @@ The concise solution, which the teacher sees, is one equation for each step:
     14 + 5 = 19. 19 - 7 = 12. The answer is \boxed{12}.
 
 Demonstrations teach the format and two styles. After the student's prompt a response is verbose: it
-says what each step means and often checks it. After a prompt that shows the concise solution it is
+often says what a step means, and checks it. After a prompt that shows the concise solution it is
 concise, so the model keeps reading that context.
 
 Prompts are rendered as `config.data` says, with the model's chat template. All data are a pure
@@ -48,8 +48,9 @@ SPACE = len(NAMES) * len(ITEMS) * len(SIGNS) * STARTS * CHANGES**2  # 409,600 pr
 HELD_OUT = 4096  # problems that are never trained on
 
 PRIVILEGED_FRACTION = 0.3  # demonstrations that are concise, after a prompt with the solution
-# Range of the probability that a step is checked.
-CHECK_VERBOSE, CHECK_CONCISE = (0.3, 0.9), (0.0, 0.1)
+# Range of the probability that an optional sentence is there. It differs between demonstrations.
+# Where a style is certain, the reverse KL to a teacher with another style has almost no gradient.
+VERBOSE, CONCISE = (0.5, 1.0), (0.0, 0.1)
 
 UNLIMITED = 1 << 30  # tokens of a prompt
 
@@ -109,33 +110,32 @@ def _check(step, rng: np.random.Generator) -> str:
     return f"{rng.choice(begin)} {inverse} Yes, that is right."
 
 
-def _verbose(story: Story, rng: np.random.Generator) -> str:
-    """Returns a verbose response."""
-    sentences = ["Let me think step by step."]
-    rate = rng.uniform(*CHECK_VERBOSE)
-    for step in story.steps:
-        sentences.append(_equation(step))
-        if rng.random() < rate:
-            sentences.append(_check(step, rng))
-        sentences.append(f"So now {story.name} has {step[3]} {story.items}.")
-    return " ".join([*sentences, _conclusion(story)])
+def _solution(story: Story) -> str:
+    """Returns the concise solution."""
+    return " ".join([*map(_equation, story.steps), _conclusion(story)])
 
 
-def _concise(story: Story, rng: np.random.Generator | None = None) -> str:
-    """Returns the concise solution; with a generator, a response that checks some of its steps."""
-    sentences = []
-    rate = rng.uniform(*CHECK_CONCISE) if rng else 0.0
+def _response(story: Story, verbosity: tuple[float, float], rng: np.random.Generator) -> str:
+    """Returns the solution with some of its optional sentences.
+
+    Args:
+      story: the problem.
+      verbosity: range of the probability that an optional sentence is there.
+      rng: draws this probability, and the sentences.
+    """
+    rate = rng.uniform(*verbosity)
+    chosen = lambda *sentences: [text for text in sentences if rng.random() < rate]
+    sentences = chosen("Let me think step by step.")
     for step in story.steps:
-        sentences.append(_equation(step))
-        if rng and rng.random() < rate:
-            sentences.append(_check(step, rng))
+        meaning = f"So now {story.name} has {step[3]} {story.items}."
+        sentences += [_equation(step), *chosen(_check(step, rng), meaning)]
     return " ".join([*sentences, _conclusion(story)])
 
 
 def problem(number: int) -> Problem:
     """Returns the problem with a number in [0, SPACE)."""
     story = Story(int(number))
-    return Problem(int(number), story.question, _concise(story), story.answer)
+    return Problem(int(number), story.question, _solution(story), story.answer)
 
 
 def demonstrate(prompts: Prompts, number: int, rng: np.random.Generator) -> Demonstration:
@@ -149,9 +149,9 @@ def demonstrate(prompts: Prompts, number: int, rng: np.random.Generator) -> Demo
     asked, story = problem(number), Story(int(number))
     if rng.random() < PRIVILEGED_FRACTION:
         prompt, _ = prompts.teacher(asked, Context("solution", asked.solution), UNLIMITED)
-        text = _concise(story, rng)
+        text = _response(story, CONCISE, rng)
     else:
-        prompt, text = prompts.student(asked), _verbose(story, rng)
+        prompt, text = prompts.student(asked), _response(story, VERBOSE, rng)
     tokenizer = prompts.tokenizer
     return Demonstration(prompt, [*tokenizer.encode(text), tokenizer.eos_ids[0]])
 
