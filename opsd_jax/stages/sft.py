@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import numpy as np
 
@@ -78,17 +79,24 @@ def stage(options: SFTOptions, task: Task, policy: Policy, seed: int) -> Stage:
         pad_id=task.tokenizer.pad_id,
     )
 
+    similar = math.gcd(options.batch_size, options.microbatch)
+
     @functools.lru_cache(maxsize=1)
-    def window(index: int) -> list[list[Demonstration]]:
-        """Returns, for each of WINDOW steps, a list of demonstrations of similar length."""
+    def window(index: int) -> list[Demonstration]:
+        """Returns the demonstrations of WINDOW steps, in an order that needs little padding.
+
+        The rows of a microbatch are of similar length. The microbatches of a step are not, because
+        length goes with style, and steps of one style each would pull the model to and fro.
+        """
         size = options.batch_size * WINDOW
         rows = sorted((demonstrations[index * size + i] for i in range(size)), key=length)
-        order = np.random.default_rng((seed, index)).permutation(WINDOW)
-        return [rows[i * options.batch_size : (i + 1) * options.batch_size] for i in order]
+        order = np.random.default_rng((seed, index)).permutation(size // similar)
+        return [row for i in order for row in rows[i * similar : (i + 1) * similar]]
 
     def batches(step, params):
         del params
-        rows = window(step // WINDOW)[step % WINDOW]
+        first = step % WINDOW * options.batch_size
+        rows = window(step // WINDOW)[first : first + options.batch_size]
         batch = batch_of([{"student": row.prompt, "response": row.response} for row in rows])
         metrics = {
             "length": float(np.mean([len(row.response) for row in rows])),
