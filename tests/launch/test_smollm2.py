@@ -1,26 +1,19 @@
-"""launch/smollm2.py: each way in which the model cannot be had is one line; then the real model.
-
-The real model is trained by a run that is killed, and its export generates as in transformers.
-"""
+"""launch/smollm2.py: each way in which the model cannot be had is one line; then the real model."""
 
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import pytest
 from paths import ROOT
 
-from opsd_jax.cli import main
 from opsd_jax.models import pretrained
 
 SCRIPT = ROOT / "launch" / "smollm2.py"
-SHORT = ROOT / "configs" / "smollm2" / "short.py"
 
 
 def run(*arguments, **environment):
@@ -97,61 +90,3 @@ def test_the_model_continues_a_text_as_in_transformers(directory):
     greedy = jnp.argmax(model.policy.unembed(params, hidden), axis=-1)[0].tolist()
     start = inputs["input_ids"].shape[1]
     assert greedy[start - 1 : -1] == expected[start:]
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_and_its_export_generates_the_same(directory, tmp_path):
-    """The run of `launch/released.sh --short`, with fewer steps and shorter responses."""
-    pytest.importorskip("transformers")
-    workdir = tmp_path / "run"
-    changes = {
-        "model.path": directory,
-        "sft.steps": 2,
-        "sft.checkpoint_every": 1,
-        "rlvr.steps": 1,
-        "rlvr.prompts": 2,
-        "rlvr.slots": 16,
-        "opsd.steps": 1,
-        "opsd.prompts": 8,
-        "opsd.slots": 8,
-        "opsd.max_rows": 4,
-        "opsd.gate": "all",
-        "evaluation.problems": 16,
-        "evaluation.slots": 16,
-        "evaluation.temperature": 0,
-    }
-    command = [sys.executable, "-m", "opsd_jax", "train", "--config", SHORT, "--workdir", workdir]
-    command += [f"--config.{field}={value}" for field, value in changes.items()]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    while not (workdir / "sft/checkpoints/1").is_dir():
-        assert process.poll() is None
-        time.sleep(0.2)
-    process.kill()
-    process.wait()
-    subprocess.run(command, env=environment, check=True)
-    assert (workdir / "report/report.json").is_file()
-
-    for stage in ("sft", "rlvr", "opsd"):
-        records = [json.loads(line) for line in (workdir / stage / "responses.jsonl").open()]
-        export = tmp_path / stage
-        convert = ["convert", "--workdir", str(workdir), "--stage", stage, "--out", str(export)]
-        assert main.main(convert) == 0
-        assert [r["tokens"] for r in records] == generated(export, [r["question"] for r in records])
-
-
-def generated(directory, questions):
-    """Returns the greedy responses of transformers, as token ids that end with the EOS token."""
-    import torch
-    import transformers
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, padding_side="left")
-    reference = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    inputs = tokenizer.apply_chat_template(
-        [[{"role": "user", "content": question}] for question in questions],
-        add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True,
-    )  # fmt: skip
-    made = reference.generate(**inputs, max_new_tokens=112, do_sample=False)
-    responses = made[:, inputs["input_ids"].shape[1] :].tolist()
-    end = tokenizer.eos_token_id
-    return [ids[: ids.index(end) + 1] if end in ids else ids for ids in responses]
