@@ -4,7 +4,7 @@
         --config.init_from=runs/smollm2/sft --config.model.path=models/SmolLM2-135M-Instruct
 
 It begins with the SFT model of ./launch/released.sh. Hardware: two CPU cores, 9 GB of memory; about
-an hour and a half for each seed. docs/released_model.md has the results.
+an hour and a half for each seed.
 """
 
 import pathlib

@@ -2,11 +2,11 @@
 
     ./launch/released.sh    # opsd-jax train --config configs/smollm2/whole.py ...
 
-Hardware: two CPU cores, 9 GB of memory; two to three hours. docs/released_model.md has the results.
+Hardware: two CPU cores, 9 GB of memory; two to three hours. The whole run has not been made yet,
+and the settings of RLVR and OPSD are not final: benchmarks/README.md says what was tried.
 
-The model writes no \\boxed{} of its own, so SFT teaches it the format, and a verbose style, until
-about a quarter of its answers are right. RLVR raises that. OPSD then shortens the responses: its
-teacher sees the concise solution.
+The model writes no \\boxed{} of its own, so SFT teaches it the format and a verbose style. OPSD is
+to shorten the responses: its teacher sees the concise solution.
 """
 
 from opsd_jax import config as config_lib
