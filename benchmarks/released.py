@@ -11,8 +11,9 @@ step: an SFT step (forward, backward and AdamW) on 16 rows of 256 tokens in micr
 last 193 tokens of a row are targets. In torch the model is that of transformers with sdpa
 attention, the loss is `cross_entropy` on the logits of the targets, and AdamW is torch's.
 
-Everything is float32, without gradient checkpointing, on all cores. Both sides run in turns in one
-process. The figures are ratios of the medians of wall-clock times. The last line is a JSON object.
+Everything is float32, on all cores. torch stores all activations, and our step the outputs of the
+matmuls (remat "products"). Both sides run in turns in one process. The figures are ratios of the
+medians of wall-clock times. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ import numpy as np
 import optax
 import torch
 import transformers
+from rollout_ours import sampler
+from rollout_torch import sample
 
 from opsd_jax import config as config_lib
 from opsd_jax.models import pretrained
-from opsd_jax.parallel.mesh import abstract_of, make_mesh, tree_shardings
 from opsd_jax.policy import Model
 from opsd_jax.rollout import sampling
-from opsd_jax.rollout.engine import Engine, EngineShape
-from opsd_jax.rollout.layout import decode_layout
+from opsd_jax.rollout.engine import EngineShape
 from opsd_jax.stages import batch as batch_lib
 from opsd_jax.stages import sft
 from opsd_jax.stages.teacher import frozen
@@ -61,11 +62,7 @@ def token_ids(vocabulary: int, rows: int, tokens: int) -> np.ndarray:
 
 def our_decoding(model: Model) -> Run:
     """Returns a function that samples the responses with the rollout engine."""
-    mesh = make_mesh((1, 1, 1), jax.devices())
-    params = jax.jit(model.init)(jax.random.key(0))
-    abstract = abstract_of(params, tree_shardings(mesh, model.rules, params))
-    layout = decode_layout(model, abstract, mesh)
-    engine = Engine(model, layout.abstract, layout.mesh, EngineShape(ROWS, ROWS, PROMPT, NEW))
+    engine, layout, params = sampler(model, EngineShape(ROWS, ROWS, PROMPT, NEW))
     decoded = layout.convert(params)
     return lambda: [
         *engine(
@@ -83,16 +80,7 @@ def their_decoding(model: transformers.PreTrainedModel) -> Run:
     """Returns a function that samples the responses with `generate`."""
     prompts = torch.from_numpy(token_ids(model.config.vocab_size, ROWS, PROMPT))
     model.generation_config.eos_token_id = None
-    return lambda: model.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=NEW,
-        pad_token_id=0,
-    )
+    return lambda: sample(model, prompts, NEW)
 
 
 def our_step(model: Model) -> Run:

@@ -8,9 +8,19 @@ import rollout_protocol
 from opsd_jax.models import decoder
 from opsd_jax.models.architecture import DecoderConfig
 from opsd_jax.parallel.mesh import abstract_of, make_mesh, tree_shardings
+from opsd_jax.policy import Model, Params
 from opsd_jax.rollout import sampling
 from opsd_jax.rollout.engine import Engine, EngineShape
-from opsd_jax.rollout.layout import decode_layout
+from opsd_jax.rollout.layout import Layout, decode_layout
+
+
+def sampler(model: Model, shape: EngineShape) -> tuple[Engine, Layout, Params]:
+    """Returns the engine on one device, the layout for decoding, and random parameters."""
+    mesh = make_mesh((1, 1, 1), jax.devices())
+    params = jax.jit(model.init)(jax.random.key(0))
+    abstract = abstract_of(params, tree_shardings(mesh, model.rules, params))
+    layout = decode_layout(model, abstract, mesh)
+    return Engine(model, layout.abstract, layout.mesh, shape), layout, params
 
 
 def engine(vocabulary: int, lengths: list[int], static: bool = False, capacity: int = 0):
@@ -37,15 +47,11 @@ def engine(vocabulary: int, lengths: list[int], static: bool = False, capacity: 
             cache="dense",
         )
     )
-    mesh = make_mesh((1, 1, 1), jax.devices())
-    params = jax.jit(model.init)(jax.random.key(0))
-    abstract = abstract_of(params, tree_shardings(mesh, model.rules, params))
-    layout = decode_layout(model, abstract, mesh)
     room = (capacity or rollout_protocol.PROMPT + max(lengths)) - rollout_protocol.PROMPT
     shape = EngineShape(
         rollout_protocol.ROWS, rollout_protocol.ROWS // 4, rollout_protocol.PROMPT, room
     )
-    sampler = Engine(model, layout.abstract, layout.mesh, shape)
+    refilled, layout, params = sampler(model, shape)
     sampling_params = sampling.params(vocabulary, stop=())
     prompts = rollout_protocol.prompts(vocabulary, len(lengths))
     repetitions = itertools.count()
@@ -59,7 +65,7 @@ def engine(vocabulary: int, lengths: list[int], static: bool = False, capacity: 
             some = slice(start, start + at_once)
             budgets = [[length] for length in lengths[some]]
             ids = [[i] for i in range(len(lengths))][some]
-            for ended in sampler(
+            for ended in refilled(
                 decoded,
                 prompts[some],
                 ids,

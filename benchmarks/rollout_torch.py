@@ -25,6 +25,19 @@ def transformer(vocabulary: int) -> transformers.Qwen3ForCausalLM:
     return transformers.Qwen3ForCausalLM(config).eval()
 
 
+def sample(model: transformers.PreTrainedModel, prompts: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Returns the prompts with `tokens` more tokens, sampled from the model's own distribution."""
+    return model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=tokens,
+    )
+
+
 def engine(vocabulary: int, lengths: list[int]):
     """Samples static batches, each to its longest length. The model has no EOS token."""
     qwen3 = transformer(vocabulary)
@@ -33,15 +46,7 @@ def engine(vocabulary: int, lengths: list[int]):
     def run():
         made = []
         for prompts, longest in requests:
-            tokens = qwen3.generate(
-                prompts,
-                attention_mask=torch.ones_like(prompts),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=longest,
-            )
+            tokens = sample(qwen3, prompts, longest)
             made += [tokens.shape[1] - rollout_protocol.PROMPT] * len(tokens)
         return made
 

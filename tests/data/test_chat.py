@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import tiny_tokenizer
 import tokenizers
+from chats import assert_same_chat
 
 from opsd_jax.data.chat import Chat, ChatTemplate, cut_to_fit
 from opsd_jax.data.tokenizer import PretrainedTokenizer
@@ -56,18 +57,7 @@ def test_prompts_equal_those_of_transformers(directory, thinking, system):
         turns, add_generation_prompt=True, tokenize=True, return_dict=False, **arguments
     )
     assert chat.prompt(QUESTION) == list(expected)
-    # Chats of several turns, with and without a generation prompt.
-    turns += [
-        {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nIt is 46. "},
-        {"role": "user", "content": "Sure?"},
-    ]
-    for generation in (True, False):
-        text = theirs.apply_chat_template(
-            turns, add_generation_prompt=generation, tokenize=False, **arguments
-        )
-        rendered = ours.chat_template.render(turns, arguments, generation_prompt=generation)
-        assert rendered == text
-        assert ours.encode(rendered) == theirs(text, add_special_tokens=False).input_ids
+    assert_same_chat(ours, theirs, turns, arguments)
     # Text without a template begins with the same special tokens.
     assert ours.encode_document(QUESTION) == theirs(QUESTION).input_ids
     ids = theirs(QUESTION).input_ids

@@ -5,6 +5,7 @@ import subprocess
 import numpy as np
 import pytest
 import real_tokenizers
+from chats import assert_same_chat
 
 from opsd_jax.data.chat import Chat
 from opsd_jax.data.tokenizer import PretrainedTokenizer
@@ -93,12 +94,4 @@ def test_prompts(both, directory, thinking, system):
             asked, add_generation_prompt=True, return_dict=False, **arguments
         )
         assert chat.prompt(text) == expected
-    asked += [
-        {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nIt is 46. "},
-        {"role": "user", "content": "Sure?"},
-    ]
-    for generation in (True, False):
-        text = theirs.apply_chat_template(
-            asked, add_generation_prompt=generation, tokenize=False, **arguments
-        )
-        assert ours.chat_template.render(asked, arguments, generation_prompt=generation) == text
+    assert_same_chat(ours, theirs, asked, arguments)
