@@ -1,6 +1,6 @@
 """Trains Gemma, as implemented in Google DeepMind's package gemma, with OPSD.
 
-    pip install gemma && pip install --no-deps opsd-jax && python examples/gemma_opsd.py
+    pip install gemma && pip install --no-deps . && python examples/gemma_opsd.py
 
 The sizes are tiny; `gm.nn.Gemma3_1B()` and its checkpoint go in their place. The teacher is a copy
 of the parameters that sees a hint before the question.

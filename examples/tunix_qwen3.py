@@ -1,6 +1,6 @@
 """Trains Tunix's Qwen3 with OPSD.
 
-    pip install google-tunix && pip install --no-deps opsd-jax && python examples/tunix_qwen3.py
+    pip install google-tunix && pip install --no-deps . && python examples/tunix_qwen3.py
 
 The sizes are tiny; `ModelConfig.qwen3_0p6b()` and the weights of Tunix's loader go in their place.
 As in examples/nnx_opsd.py, the teacher is a frozen copy that sees a hint before the question.

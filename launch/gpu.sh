@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does what launch/released.sh does on one NVIDIA GPU, such as an H100, in bfloat16: trains
 # SmolLM2-135M-Instruct through SFT → RLVR → OPSD. It takes the same arguments. Set MODEL and CONFIG
-# for another model and config.
+# for another model and config. It has not run on a GPU yet.
 #
 #   ./launch/gpu.sh [--short] [WORKDIR] [--config.field=value ...]
 set -euo pipefail

@@ -3,8 +3,8 @@
     python benchmarks/arms.py --config configs/smollm2/arms.py --workdir runs/smollm2_arms \\
         --config.init_from=runs/smollm2/sft --config.model.path=models/SmolLM2-135M-Instruct
 
-It begins with the SFT model of ./launch/released.sh. Hardware: two CPU cores, 9 GB of memory; about
-an hour and a half for each seed.
+It begins with the SFT model of ./launch/released.sh. Hardware: two CPU cores, 9 GB of memory; an
+estimated hour and a half for each seed. It has not been run yet.
 """
 
 import pathlib
