@@ -9,6 +9,19 @@ import pytest
 from paths import ROOT
 
 
+def find_python(version):
+    """Finds a Python of a version such as "3.12". Returns its path, or None if none runs."""
+    ask = [f"python{version}", "-c", "import sys; print(sys.executable)"]
+    of_pyenv = {"PYENV_VERSION": version}  # without it, pyenv's command may be there and not run
+    try:
+        told = subprocess.run(
+            ask, env=os.environ | of_pyenv, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return None
+    return told.stdout.strip() or None
+
+
 def make(directory, *packages, alone=(), python=sys.executable):
     """Makes an environment with packages from the index, and this package without dependencies.
 
