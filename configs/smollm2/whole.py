@@ -26,22 +26,23 @@ def get_config():
     config.stages = ("sft", "rlvr", "opsd")
 
     sft = config.sft
-    sft.update({"steps": 32, "batch_size": 16, "microbatch": 4, "buckets": (128, 144, 192)})
+    sft.update({"steps": 42, "batch_size": 16, "microbatch": 4, "buckets": (128, 144, 192)})
     sft.update({"loss_chunk": 1024, "checkpoint_every": 8, "init_from": ""})
     sft.optimizer.update({"learning_rate": 2e-4, "b2": 0.98, "warmup": 4})
 
     rlvr = config.rlvr
-    rlvr.update({"steps": 16, "prompts": 8, "group_size": 8, "slots": 64, "updates": 1})
+    rlvr.update({"steps": 12, "prompts": 8, "group_size": 8, "slots": 64, "updates": 1})
     rlvr.update({**ROLLOUTS, **BUCKETS, "checkpoint_every": 4})
-    rlvr.optimizer = config_lib.optimizer(learning_rate=5e-5)
+    rlvr.optimizer = config_lib.optimizer(learning_rate=1e-5, warmup=2)
 
     opsd = config.opsd
     opsd.update({"steps": 10, "prompts": 64, "group_size": 1, "slots": 64, "max_rows": 24})
     opsd.update({**ROLLOUTS, **BUCKETS, "checkpoint_every": 5, "contexts": ("solution",)})
     opsd.update({"teacher_prompt_tokens": 112, "teacher_buckets": (152, 168, 192, 224)})
-    opsd.optimizer = config_lib.optimizer(learning_rate=5e-5)
+    opsd.optimizer = config_lib.optimizer(learning_rate=5e-5, warmup=2)
 
     evaluation = config.evaluation
     evaluation.update({**ROLLOUTS, "problems": 256, "samples": 1, "slots": 64})
     evaluation.update({"temperature": 1.0, "top_k": 0, "top_p": 1.0})
+    evaluation.divergence_responses = 64
     return config

@@ -7,7 +7,7 @@ sequence.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,6 @@ from opsd_jax.stages.batch import collate, response_head
 from opsd_jax.stages.privileged import PrivilegedOptions, inserted_tokens
 
 FILE = "divergence.json"
-PROBED = 1024  # largest number of held-out responses whose divergence a run measures
 MULTIPLE = 128  # padded lengths are multiples of it, so that a mesh can split them
 
 Curve = dict[str, list[float]]  # "mean", "se" and "count" at each position
@@ -70,7 +69,7 @@ def probed(evaluation: EvaluationOptions, problems: int) -> int:
       evaluation: options of the evaluation.
       problems: the number of evaluated problems.
     """
-    return min(problems, max(1, PROBED // evaluation.samples))
+    return min(problems, max(1, evaluation.divergence_responses // evaluation.samples))
 
 
 class DivergenceProbe:
@@ -127,6 +126,7 @@ class DivergenceProbe:
         teacher: Params,
         rollouts: Rollouts,
         taught: Mapping[int, Mapping[str, Any]],
+        advance: Callable[[int], None],
     ) -> dict[str, Curve]:
         """Computes the mean divergence at each response position, separately for each outcome.
 
@@ -136,6 +136,7 @@ class DivergenceProbe:
           rollouts: verified held-out rollouts.
           taught: index of a rollout -> the teacher's part of its row (`TeacherInputs.rows`).
             Rollouts that are absent are left out.
+          advance: called after each microbatch with the number of its rollouts.
 
         Returns:
           For each outcome with rollouts of at least two problems, its `by_position` curve. The
@@ -151,6 +152,7 @@ class DivergenceProbe:
             for n in range(len(part)):
                 mask_T = rows["mask"][n]
                 kl_NxR[first + n, : mask_T.sum()] = kl_mxT[n][mask_T]
+            advance(len(part))
         ids_N = np.array([rollouts.problems[i].id for i in chosen])
         _, outcomes, _ = rollouts.judged
         curves = {}

@@ -41,4 +41,11 @@ class EvaluationOptions:
     response_tokens: int = option(
         8192, "Longest response, in tokens; one that reaches it is truncated.", at_least=1
     )
+    divergence_responses: int = option(
+        1024,
+        "Measure the divergence from a privileged teacher on about this many of the responses, "
+        "before and after its stage.",
+        at_least=2,
+        added=True,
+    )
     seed: int = option(0, "Seed of the random numbers for sampling.", at_least=0, below=2**31)

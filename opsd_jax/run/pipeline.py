@@ -163,7 +163,7 @@ def evaluate_and_record(
     )
     options = this.config.sections.get(name)
     if options is not None:
-        probe.measure(this, name, params, responses, stop)
+        probe.measure(this, name, params, responses, progress, stop)
     summary["steps"] = 0 if options is None else options.steps
     summary["seconds"] = time.monotonic() - began
     # ru_maxrss is in KiB on Linux and in bytes on macOS.

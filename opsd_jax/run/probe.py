@@ -12,11 +12,17 @@ from opsd_jax.run.parameters import seed_of
 from opsd_jax.stages.privileged import privileged_options
 from opsd_jax.storage import files
 from opsd_jax.storage.names import UNTRAINED
+from opsd_jax.training.progress import Progress
 from opsd_jax.training.signals import StopSignal
 
 
 def measure(
-    this: Run, name: str, params: Params, responses: list[dict[str, Any]], stop: StopSignal
+    this: Run,
+    name: str,
+    params: Params,
+    responses: list[dict[str, Any]],
+    progress: Progress,
+    stop: StopSignal,
 ) -> None:
     """Measures the model's divergence from its teacher before and after a stage, and saves it.
 
@@ -29,7 +35,8 @@ def measure(
       name: the stage.
       params: the result of the stage.
       responses: the records of its evaluation.
-      stop: ends the sampling of memos.
+      progress: shows the responses that are measured.
+      stop: ends the measurement.
     """
     evaluation = this.config.evaluation
     algorithm = this.config.algorithm(name)
@@ -43,6 +50,13 @@ def measure(
     samples = algorithm.privileged_sampling(options, evaluation, 0)
     convert = this.parameters.decoding.convert if samples else lambda params: params
     parameters = this.parameters
+    teacher = parameters.of(options.init_from)
+    started_from = this.workdir / (options.init_from or UNTRAINED)
+    before, _ = hosts.from_first(lambda: records.read(started_from))
+    count = divergence.probed(evaluation, len(before) // evaluation.samples)
+    problems = [this.task.heldout[i] for i in range(count)]
+    measured = 0
+    progress.start(f"divergence {name}", 2 * count * evaluation.samples, unit="response")
     probe = divergence.DivergenceProbe(
         options,
         evaluation,
@@ -51,19 +65,27 @@ def measure(
         parameters.mesh,
         parameters.abstract,
     )
-    teacher = parameters.of(options.init_from)
-    started_from = this.workdir / (options.init_from or UNTRAINED)
-    before, _ = hosts.from_first(lambda: records.read(started_from))
-    count = divergence.probed(evaluation, len(before) // evaluation.samples)
-    problems = [this.task.heldout[i] for i in range(count)]
+
+    def advance(number: int) -> None:
+        nonlocal measured
+        stop.check()
+        measured += number
+        progress.reach(measured)
 
     def curve(student: Params, responses: list[dict[str, Any]]) -> dict[str, Any]:
         rollouts = records.rollouts_of(problems, responses)
         n = len(rollouts.responses)
         taught = privileged(0, convert(student), rollouts, range(n), capacity=n)
-        return probe(student=student, teacher=teacher, rollouts=rollouts, taught=taught.rows)
+        return probe(
+            student=student,
+            teacher=teacher,
+            rollouts=rollouts,
+            taught=taught.rows,
+            advance=advance,
+        )
 
     curves = {"before": curve(teacher, before), "after": curve(params, responses)}
+    progress.finish()
     if hosts.is_first():
         path = this.workdir / name / divergence.FILE
         files.write_atomically(path, files.to_json(curves) + "\n")
