@@ -1,11 +1,12 @@
 """Compares OPSD on correct, on incorrect and on all rollouts, from one RLVR model per seed.
 
     python benchmarks/arms.py [--config configs/quickstart_arms.py] [--workdir runs/arms]
-        [--seeds 0 1 2] [--only-table] [--config.field=value ...]
+        [--seeds 0 1 2] [--only-table] [--save DIRECTORY] [--config.field=value ...]
 
 Runs the config once per seed, each in its own process (the quickstart's takes about six minutes on
 two idle cores). Finished runs are not repeated, and unfinished ones resume. `--only-table` runs
-nothing and reads the work directories.
+nothing and reads the work directories. `--save` copies what it reads there to a directory that
+`--workdir` can name later.
 
 Prints a Markdown table of means and standard deviations over seeds. Changes also have a 95 %
 interval, paired and clustered by problem, over the responses of all seeds. The last line is a JSON
@@ -17,17 +18,20 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
 from typing import Any
 
-from opsd_jax.evaluation import comparison, records, tables
+from opsd_jax.evaluation import comparison, divergence, records, tables
 from opsd_jax.storage.names import UNTRAINED
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "quickstart_arms.py"
 CHANGES = ("d_accuracy_points", "d_length_percent")
+REPORT = "report/report.json"
+KEPT = ("problem", "source", "sample", "response", "length", "correct", "truncated", "verdict")
 
 
 def run(config: str, workdir: pathlib.Path, seed: int, overrides: list[str]) -> None:
@@ -49,6 +53,21 @@ def pooled(workdirs: list[pathlib.Path], before: str, after: str) -> dict[str, A
     return comparison.compare(*sides)
 
 
+def save(workdir: pathlib.Path, directory: pathlib.Path) -> None:
+    """Copies the records of a run, without tokens and questions, its divergences and its report."""
+    for summary in workdir.glob(f"*/{records.SUMMARY}"):
+        responses, evaluation = records.read(summary.parent)
+        copy = directory / summary.parent.name
+        copy.mkdir(parents=True, exist_ok=True)
+        kept = [{name: record[name] for name in KEPT} for record in responses]
+        (copy / records.RESPONSES).write_text(records.to_lines(kept))
+        records.finish(copy, evaluation)
+    for path in [*workdir.glob(f"*/{divergence.FILE}"), workdir / REPORT]:
+        copy = directory / path.relative_to(workdir)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+
+
 def main() -> None:
     """Runs the seeds and prints the table and the JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -56,12 +75,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/arms"))
     parser.add_argument("--only-table", action="store_true")
+    parser.add_argument("--save", type=pathlib.Path)
     arguments, overrides = parser.parse_known_args()
     workdirs = [arguments.workdir / f"seed{seed}" for seed in arguments.seeds]
     for seed, workdir in zip(arguments.seeds, workdirs, strict=True):
         if not arguments.only_table:
             run(arguments.config, workdir, seed, overrides)
-    reports = [json.loads((workdir / "report/report.json").read_text()) for workdir in workdirs]
+        if arguments.save:
+            save(workdir, arguments.save / workdir.name)
+    reports = [json.loads((workdir / REPORT).read_text()) for workdir in workdirs]
 
     stages = [stage["name"] for stage in reports[0]["stages"]]
     levels = {name: [r["stages"][i] for r in reports] for i, name in enumerate(stages)}

@@ -18,6 +18,6 @@ case ${1:-} in
   /*) workdir=$1; shift ;;
   ?*) workdir=$caller/$1; shift ;;
 esac
-export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+use_cpu
 exec python -m opsd_jax train \
   --config "${CONFIG:-configs/quickstart.py}" --workdir "$workdir" "$@"

@@ -33,6 +33,6 @@ model=${MODEL:-$PWD/models/SmolLM2-135M-Instruct}
 if [ -z "${MODEL:-}" ]; then
   python launch/smollm2.py "$model"
 fi
-export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+use_cpu
 exec python -m opsd_jax train \
   --config "${CONFIG:-$config}" --workdir "$workdir" --config.model.path="$model" "$@"

@@ -1,5 +1,7 @@
-# The other scripts source this file. `setup [EXTRA]` creates .venv (or $OPSD_JAX_VENV), installs
-# the package and the extra into it, and puts it on PATH. It skips what is installed already.
+# The other scripts source this file.
+#
+# `setup [EXTRA]` creates .venv (or $OPSD_JAX_VENV), installs the package and the extra into it, and
+# puts it on PATH. It skips what is installed already.
 # shellcheck shell=bash
 
 setup() {
@@ -39,4 +41,14 @@ setup() {
     echo "$wanted" > "$mark"
   fi
   PATH=$(cd "$venv" && pwd)/bin:$PATH
+}
+
+# Runs on the CPU unless JAX_PLATFORMS says otherwise. XLA:CPU allocates its temporary arrays anew for
+# each program. glibc then keeps their memory, in huge pages, and does not return it to the system:
+# train steps of SmolLM2-135M take a sixth less time (benchmarks/README.md).
+use_cpu() {
+  export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+  if [ "$JAX_PLATFORMS" = cpu ]; then
+    export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=34359738368}
+  fi
 }
