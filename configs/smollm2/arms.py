@@ -3,7 +3,7 @@
     python benchmarks/arms.py --config configs/smollm2/arms.py --workdir runs/smollm2_arms \\
         --config.model.path=models/SmolLM2-135M-Instruct
 
-Hardware: two CPU cores, 9 GB of memory, an hour and a half to two for each seed.
+Hardware: two CPU cores, 10 GB of memory, an hour and a half to two for each seed.
 """
 
 import pathlib

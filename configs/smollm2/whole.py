@@ -2,8 +2,8 @@
 
     ./launch/released.sh    # opsd-jax train --config configs/smollm2/whole.py ...
 
-Hardware: two CPU cores, 9 GB of memory; an estimated two to three hours. It has not been run yet,
-and the settings of RLVR and OPSD are not final: benchmarks/README.md says what was tried.
+Hardware: two CPU cores, 10 GB of memory, two to three hours. docs/released_model.md has the result,
+benchmarks/README.md what else was tried.
 
 The model writes no \\boxed{} of its own, so SFT teaches it the format and a verbose style. OPSD is
 to shorten the responses: its teacher sees the concise solution.
