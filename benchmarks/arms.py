@@ -54,7 +54,7 @@ def pooled(workdirs: list[pathlib.Path], before: str, after: str) -> dict[str, A
 
 
 def save(workdir: pathlib.Path, directory: pathlib.Path) -> None:
-    """Copies the records of a run, without tokens and questions, its divergences and its report."""
+    """Copies what a table or a plot of a run needs. Records lose their tokens and questions."""
     for summary in workdir.glob(f"*/{records.SUMMARY}"):
         responses, evaluation = records.read(summary.parent)
         copy = directory / summary.parent.name
@@ -62,7 +62,8 @@ def save(workdir: pathlib.Path, directory: pathlib.Path) -> None:
         kept = [{name: record[name] for name in KEPT} for record in responses]
         (copy / records.RESPONSES).write_text(records.to_lines(kept))
         records.finish(copy, evaluation)
-    for path in [*workdir.glob(f"*/{divergence.FILE}"), workdir / REPORT]:
+    metrics = [*workdir.glob("*/metrics.jsonl")]
+    for path in [*metrics, *workdir.glob(f"*/{divergence.FILE}"), workdir / REPORT]:
         copy = directory / path.relative_to(workdir)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
@@ -77,6 +78,8 @@ def main() -> None:
     parser.add_argument("--only-table", action="store_true")
     parser.add_argument("--save", type=pathlib.Path)
     arguments, overrides = parser.parse_known_args()
+    if arguments.save and arguments.save.resolve() == arguments.workdir.resolve():
+        parser.error("--save is the --workdir; expected another directory")
     workdirs = [arguments.workdir / f"seed{seed}" for seed in arguments.seeds]
     for seed, workdir in zip(arguments.seeds, workdirs, strict=True):
         if not arguments.only_table:

@@ -43,9 +43,9 @@ setup() {
   PATH=$(cd "$venv" && pwd)/bin:$PATH
 }
 
-# Runs on the CPU unless JAX_PLATFORMS says otherwise. XLA:CPU allocates its temporary arrays anew for
-# each program. glibc then keeps their memory, in huge pages, and does not return it to the system:
-# train steps of SmolLM2-135M take a sixth less time (benchmarks/README.md).
+# Runs on the CPU unless JAX_PLATFORMS says otherwise. XLA:CPU allocates its temporary arrays anew at
+# each execution. These settings make glibc keep freed memory, in huge pages: train steps of
+# SmolLM2-135M take a sixth less time (benchmarks/README.md).
 use_cpu() {
   export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
   if [ "$JAX_PLATFORMS" = cpu ]; then

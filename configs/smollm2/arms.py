@@ -1,9 +1,9 @@
 """SFT → RLVR → OPSD of SmolLM2-135M on correct, on incorrect and on all rollouts.
 
-    python benchmarks/arms.py --config configs/smollm2/arms.py --workdir runs/smollm2_arms \\
-        --config.model.path=models/SmolLM2-135M-Instruct
+    CONFIG=configs/smollm2/arms.py ./launch/released.sh runs/smollm2_arms/seed0
+    # opsd-jax train --config configs/smollm2/arms.py ...
 
-Hardware: two CPU cores, 10 GB of memory, an hour and a half to two for each seed.
+Hardware: two CPU cores, 11 GB of memory, about 100 minutes for each seed.
 """
 
 import pathlib

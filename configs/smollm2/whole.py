@@ -2,11 +2,12 @@
 
     ./launch/released.sh    # opsd-jax train --config configs/smollm2/whole.py ...
 
-Hardware: two CPU cores, 10 GB of memory, two to three hours. docs/released_model.md has the result,
+Hardware: two CPU cores, 8.2 GB of memory, about 75 minutes. docs/released_model.md has the result,
 benchmarks/README.md what else was tried.
 
-The model writes no \\boxed{} of its own, so SFT teaches it the format and a verbose style. OPSD is
-to shorten the responses: its teacher sees the concise solution.
+The released model solves almost none of the problems and writes no \\boxed{}. SFT teaches it the
+arithmetic, the format and a verbose style. OPSD shortens the responses: its teacher sees the
+concise solution.
 """
 
 from opsd_jax import config as config_lib

@@ -19,18 +19,23 @@ later problems of the dataset, with `--first`.
 from __future__ import annotations
 
 import argparse
+import difflib
 import functools
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
-
-import reasoning_gym
 
 from opsd_jax.problem import Problem
 from opsd_jax.storage.files import to_json, write_atomically
 from opsd_jax.verify import extract
 from opsd_jax.verify.verdict import MATCH, MISMATCH, NO_ANSWER, Verdict, Verifier, verdict_on
+
+try:
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+except ImportError as error:
+    raise ImportError("reasoning-gym is missing; run pip install 'opsd-jax[gym]'") from error
 
 
 class Job(NamedTuple):
@@ -38,16 +43,20 @@ class Job(NamedTuple):
 
     Attributes:
       question: the question of the problem.
-      made: the column "gym" of its row, as JSON.
-      answer: the answer to score.
+      spec: how its dataset is made, as JSON: the column "gym" of its row without the index.
+      number: number of the problem in the dataset.
+      answer: the answer to score; "" only checks that the problem is the one in the file.
     """
 
     question: str
-    made: str
+    spec: str
+    number: int
     answer: str
 
 
-def rows(name: str, first: int, problems: int, seed: int, options: dict[str, Any]) -> Iterator:
+def rows(
+    name: str, *, first: int, problems: int, seed: int, options: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
     """Yields the rows of a file of problems.
 
     Args:
@@ -58,22 +67,22 @@ def rows(name: str, first: int, problems: int, seed: int, options: dict[str, Any
       options: further options of the dataset.
     """
     size = first + problems
-    made = {"dataset": name, "options": options, "seed": seed, "size": size}
-    dataset = _dataset(to_json(made))
+    spec = {"dataset": name, "options": options, "seed": seed, "size": size}
+    dataset = _dataset(to_json(spec))
     for index in range(first, size):
         entry = dataset[index]
         # Some datasets whose problems have many right answers give none.
         answer = {"answer": entry["answer"]} if isinstance(entry["answer"], str) else {}
         row = {"id": f"{name}/{seed}/{index}", "problem": entry["question"], **answer}
-        yield {**row, "gym": {**made, "index": index}}
+        yield {**row, "gym": {**spec, "index": index}}
 
 
 @functools.lru_cache(16)
-def _dataset(made: str) -> Any:
-    """Returns the dataset that the column "gym" of a row describes, as JSON."""
-    spec = json.loads(made)
+def _dataset(spec: str) -> Any:
+    """Returns the dataset that the `spec` of a job describes."""
+    values = json.loads(spec)
     return reasoning_gym.create_dataset(
-        spec["dataset"], size=spec["size"], seed=spec["seed"], **spec["options"]
+        values["dataset"], size=values["size"], seed=values["seed"], **values["options"]
     )
 
 
@@ -83,25 +92,30 @@ def judge(job: Job) -> Verdict:
     Raises:
       ValueError: the installed version makes another problem than the file has.
     """
-    made = json.loads(job.made)
-    index = made.pop("index")
-    dataset = _dataset(to_json(made))
-    entry = dataset[index]
+    dataset = _dataset(job.spec)
+    entry = dataset[job.number]
     if entry["question"] != job.question:
+        name = json.loads(job.spec)["dataset"]
         raise ValueError(
-            f"problem {index} of {made['dataset']} is not the one in the file; expected the "
-            "version of reasoning-gym that wrote the file. Write the file again."
+            f"problem {job.number} of {name} is not the one in the file; expected the version "
+            "of reasoning-gym that wrote the file. Write the file again."
         )
+    if not job.answer:
+        return MATCH
     try:
         return verdict_on(dataset.score_answer(job.answer, entry) == 1.0)
-    except Exception:  # the scorers of some datasets raise it for answers of another form
+    except (ImportError, MemoryError):
+        raise
+    except Exception:  # some scorers raise one for an answer of another form
         return MISMATCH
 
 
 def _job(problem: Problem, answer: str) -> Job:
     if "gym" not in problem.extra:
         raise ValueError("a problem has no column 'gym'; expected extra=('gym',) in its source")
-    return Job(problem.question, to_json(problem.extra["gym"]), answer)
+    spec = dict(problem.extra["gym"])
+    number = spec.pop("index")
+    return Job(problem.question, to_json(spec), number, answer)
 
 
 def _prepare(problem: Problem, response: str) -> Verdict | Job:
@@ -109,14 +123,10 @@ def _prepare(problem: Problem, response: str) -> Verdict | Job:
     return NO_ANSWER if answer is None else _job(problem, answer)
 
 
-def _prepare_gold(problem: Problem) -> Verdict | Job:
-    return _job(problem, problem.answer) if problem.answer else MATCH
-
-
 verifier = Verifier(
     prepare=_prepare,
     judge=judge,
-    prepare_gold=_prepare_gold,
+    prepare_gold=lambda problem: _job(problem, problem.answer),
     extract=lambda problem, response: extract.extract(response),
 )
 
@@ -147,12 +157,24 @@ def main() -> None:
     given = parser.parse_args()
     if given.problems < 1 or given.first < 0:
         parser.error("expected --problems of at least 1, and --first of at least 0")
+    if given.dataset not in DATASETS:
+        near = difflib.get_close_matches(given.dataset, DATASETS)
+        parser.error(f"there is no dataset {given.dataset!r}; the nearest: {', '.join(near)}")
+    if not given.file.parent.is_dir():
+        parser.error(f"{given.file}: there is no directory {given.file.parent}")
+    made = rows(
+        given.dataset,
+        first=given.first,
+        problems=given.problems,
+        seed=given.seed,
+        options=dict(given.options),
+    )
     try:
-        made = [*rows(given.dataset, given.first, given.problems, given.seed, dict(given.options))]
-    # The datasets check their options with `assert`.
-    except (AssertionError, TypeError, ValueError) as error:
-        parser.error(f"reasoning-gym refuses {given.dataset}: {error}")
-    write_atomically(given.file, "".join(to_json(row) + "\n" for row in made))
+        text = "".join(to_json(row) + "\n" for row in made)
+    except Exception as error:  # the datasets check their options in many ways, often with `assert`
+        reason = str(error) or type(error).__name__
+        parser.error(f"reasoning-gym cannot make {given.dataset} with these options: {reason}")
+    write_atomically(given.file, text)
 
 
 if __name__ == "__main__":

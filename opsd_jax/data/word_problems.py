@@ -1,11 +1,11 @@
 r"""A task for a small released model: generated word problems with two steps of arithmetic.
 
-    Mia has 14 apples. She buys 5 more apples. Then she gives 7 apples to Tom. How many apples does
+    Mia has 14 apples. Mia buys 5 more apples. Then Mia gives 6 apples to Tom. How many apples does
     Mia have now?
 
 The concise solution, which the teacher sees, is one equation for each step:
 
-    14 + 5 = 19. 19 - 7 = 12. The answer is \boxed{12}.
+    14 + 5 = 19. 19 - 6 = 13. The answer is \boxed{13}.
 
 Demonstrations teach the format and two styles. After the student's prompt a response is verbose: it
 often says what a step means, and checks it. After a prompt that shows the concise solution it is

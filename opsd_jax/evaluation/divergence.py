@@ -65,11 +65,15 @@ def token_kl(
 def probed(evaluation: EvaluationOptions, problems: int) -> int:
     """Returns the number of evaluated problems for which the divergence is measured.
 
+    A curve needs at least two.
+
     Args:
       evaluation: options of the evaluation.
       problems: the number of evaluated problems.
     """
-    return min(problems, max(1, evaluation.divergence_responses // evaluation.samples))
+    if not evaluation.divergence_responses:
+        return 0
+    return min(problems, max(2, evaluation.divergence_responses // evaluation.samples))
 
 
 class DivergenceProbe:

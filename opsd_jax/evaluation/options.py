@@ -44,8 +44,8 @@ class EvaluationOptions:
     divergence_responses: int = option(
         1024,
         "Measure the divergence from a privileged teacher on about this many of the responses, "
-        "before and after its stage.",
-        at_least=2,
+        "before and after its stage; 0 for none.",
+        at_least=0,
         added=True,
     )
     seed: int = option(0, "Seed of the random numbers for sampling.", at_least=0, below=2**31)

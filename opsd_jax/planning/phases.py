@@ -363,7 +363,7 @@ class Phases:
             useful_tokens=useful if samplings else None,
             row_fields=rows,
         )
-        if algorithm.privileged is not None:
+        if algorithm.privileged is not None and self.config.evaluation.divergence_responses:
             self._add_probe(name, algorithm, privileged_options(options))
 
     def _add_probe(self, name: str, algorithm: Algorithm, options: PrivilegedOptions) -> None:

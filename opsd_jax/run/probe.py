@@ -40,7 +40,7 @@ def measure(
     """
     evaluation = this.config.evaluation
     algorithm = this.config.algorithm(name)
-    if algorithm.privileged is None:
+    if algorithm.privileged is None or not evaluation.divergence_responses:
         return
     options = privileged_options(this.config.sections[name])
     seed = seed_of(this.config, "probe")
@@ -55,7 +55,6 @@ def measure(
     before, _ = hosts.from_first(lambda: records.read(started_from))
     count = divergence.probed(evaluation, len(before) // evaluation.samples)
     problems = [this.task.heldout[i] for i in range(count)]
-    measured = 0
     progress.start(f"divergence {name}", 2 * count * evaluation.samples, unit="response")
     probe = divergence.DivergenceProbe(
         options,
@@ -67,10 +66,8 @@ def measure(
     )
 
     def advance(number: int) -> None:
-        nonlocal measured
         stop.check()
-        measured += number
-        progress.reach(measured)
+        progress.advance(number)
 
     def curve(student: Params, responses: list[dict[str, Any]]) -> dict[str, Any]:
         rollouts = records.rollouts_of(problems, responses)

@@ -53,8 +53,12 @@ class Progress:
 
     def reach(self, done: int) -> None:
         """Moves the bar to `done` completed units."""
+        self.advance(done - self._bar.n)
+
+    def advance(self, units: int) -> None:
+        """Moves the bar by `units` completed units."""
         self._bar.set_postfix_str("", refresh=False)
-        self._bar.update(done - self._bar.n)
+        self._bar.update(units)
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """Advances the bar after a training step, and shows the step's metrics.

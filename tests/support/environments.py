@@ -12,7 +12,7 @@ from paths import ROOT
 def find_python(version):
     """Finds a Python of a version such as "3.12". Returns its path, or None if none runs."""
     ask = [f"python{version}", "-c", "import sys; print(sys.executable)"]
-    of_pyenv = {"PYENV_VERSION": version}  # without it, pyenv's command may be there and not run
+    of_pyenv = {"PYENV_VERSION": version}  # without it, pyenv's command may exist but fail
     try:
         told = subprocess.run(
             ask, env=os.environ | of_pyenv, capture_output=True, text=True, check=False

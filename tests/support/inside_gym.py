@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
 from opsd_jax.data import gym
@@ -17,24 +18,19 @@ TWO_VALUED = {"game_of_life_halting"}  # its scorer takes every text without "Tr
 
 def problems(name, number=3, **options):
     """Returns problems as a source with `extra=("gym",)` reads them from a file of JSON lines."""
-    rows = json.loads(json.dumps([*gym.rows(name, 5, number, 0, options)]))
+    made = gym.rows(name, first=5, problems=number, seed=0, options=options)
+    rows = json.loads(json.dumps([*made]))
     return [
         Problem(row["id"], row["problem"], "", row.get("answer", ""), extra={"gym": row["gym"]})
         for row in rows
     ]
 
 
-def judged_gold(problem):
-    """Returns the verdict on a problem's own answer."""
-    prepared = gym.verifier.prepare_gold(problem)
-    return gym.judge(prepared) if isinstance(prepared, gym.Job) else prepared
-
-
 @pytest.mark.parametrize("name", sorted({*DATASETS} - {"composite"}))
 def test_the_right_answer_is_right_and_no_answer_is_not(name):
     for problem in problems(name):
         assert bool(problem.answer) == (name not in WITHOUT_ANSWER)
-        assert judged_gold(problem) == MATCH
+        assert gym.judge(gym.verifier.prepare_gold(problem)) == MATCH
         assert gym.verifier(problem, "I do not know.") == NO_ANSWER
         if problem.answer.count("{") == problem.answer.count("}"):  # otherwise no box can hold it
             if problem.answer:
@@ -45,11 +41,9 @@ def test_the_right_answer_is_right_and_no_answer_is_not(name):
 
 def test_part_of_a_score_is_not_correct():
     problem, *_ = problems("leg_counting")
-    entry = gym._dataset(
-        gym.to_json({k: v for k, v in problem.extra["gym"].items() if k != "index"})
-    )
     longer = f"1{problem.answer}"
-    assert 0 < entry.score_answer(longer, entry[5]) < 1
+    entry = {"answer": problem.answer, "metadata": {}}
+    assert 0 < reasoning_gym.get_score_answer_fn("leg_counting")(longer, entry) < 1
     assert gym.verifier(problem, rf"\boxed{{{longer}}}") == MISMATCH
 
 
@@ -57,6 +51,9 @@ def test_a_problem_of_another_version_is_an_error():
     problem, *_ = problems("leg_counting")
     with pytest.raises(ValueError, match="problem 5 of leg_counting is not the one in the file"):
         gym.verifier(problem._replace(question="How many?"), r"\boxed{1}")
+    without_answer = problem._replace(question="How many?", answer="")
+    with pytest.raises(ValueError, match="Write the file again"):
+        gym.judge(gym.verifier.prepare_gold(without_answer))
 
 
 def test_a_source_must_name_the_column():
@@ -78,6 +75,12 @@ def run(monkeypatch, tmp_path, *arguments):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+def test_a_missing_directory_is_named(monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, tmp_path / "absent", "leg_counting")
+    assert "there is no directory" in capsys.readouterr().err
+
+
 def test_the_command_writes_rows(monkeypatch, tmp_path):
     options = ["--problems", "4", "--options", "max_animals=1", "min_animals=1"]
     rows = run(monkeypatch, tmp_path, "leg_counting", *options)
@@ -88,9 +91,12 @@ def test_the_command_writes_rows(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["leg_countin"], "refuses leg_countin: "),
+        (["leg_countin"], "there is no dataset 'leg_countin'; the nearest: leg_counting"),
         (["leg_counting", "--options", "max_animal=1"], "unexpected keyword argument 'max_animal'"),
-        (["leg_counting", "--options", "max_animals=0"], "refuses leg_counting: "),
+        (
+            ["leg_counting", "--options", "max_animals=0"],
+            "cannot make leg_counting with these options",
+        ),
         (["leg_counting", "--options", "max_animals"], "expected NAME=VALUE"),
         (["leg_counting", "--problems", "0"], "expected --problems of at least 1"),
     ],
