@@ -49,6 +49,6 @@ setup() {
 use_cpu() {
   export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
   if [ "$JAX_PLATFORMS" = cpu ]; then
-    export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=34359738368}
+    export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=34359738368}
   fi
 }
