@@ -9,7 +9,7 @@ from opsd_jax.parallel import hosts
 from opsd_jax.policy import Params
 from opsd_jax.run.assembly import Run, stage_parts
 from opsd_jax.run.parameters import seed_of
-from opsd_jax.stages.privileged import privileged_options
+from opsd_jax.stages.privileged import PrivilegedOptions, privileged_options
 from opsd_jax.storage import files
 from opsd_jax.storage.names import UNTRAINED
 from opsd_jax.training.progress import Progress
@@ -49,21 +49,13 @@ def measure(
     # Only memos need parameters, in the decode layout.
     samples = algorithm.privileged_sampling(options, evaluation, 0)
     convert = this.parameters.decoding.convert if samples else lambda params: params
-    parameters = this.parameters
-    teacher = parameters.of(options.init_from)
+    teacher = this.parameters.of(options.init_from)
     started_from = this.workdir / (options.init_from or UNTRAINED)
     before, _ = hosts.from_first(lambda: records.read(started_from))
     count = divergence.probed(evaluation, len(before) // evaluation.samples)
     problems = [this.task.heldout[i] for i in range(count)]
     progress.start(f"divergence {name}", 2 * count * evaluation.samples, unit="response")
-    probe = divergence.DivergenceProbe(
-        options,
-        evaluation,
-        this.task,
-        parameters.model.policy,
-        parameters.mesh,
-        parameters.abstract,
-    )
+    probe = _probe(this, options)
 
     def advance(number: int) -> None:
         stop.check()
@@ -74,11 +66,7 @@ def measure(
         n = len(rollouts.responses)
         taught = privileged(0, convert(student), rollouts, range(n), capacity=n)
         return probe(
-            student=student,
-            teacher=teacher,
-            rollouts=rollouts,
-            taught=taught.rows,
-            advance=advance,
+            student=student, teacher=teacher, rollouts=rollouts, taught=taught.rows, advance=advance
         )
 
     curves = {"before": curve(teacher, before), "after": curve(params, responses)}
@@ -86,3 +74,16 @@ def measure(
     if hosts.is_first():
         path = this.workdir / name / divergence.FILE
         files.write_atomically(path, files.to_json(curves) + "\n")
+
+
+def _probe(this: Run, options: PrivilegedOptions) -> divergence.DivergenceProbe:
+    """Compiles the probe of a stage with the given options."""
+    parameters = this.parameters
+    return divergence.DivergenceProbe(
+        options,
+        this.config.evaluation,
+        this.task,
+        parameters.model.policy,
+        parameters.mesh,
+        parameters.abstract,
+    )
