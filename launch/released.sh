@@ -6,7 +6,7 @@
 #
 #   ./launch/released.sh [--short] [WORKDIR] [--config.field=value ...]
 #
-# The whole run takes about 75 minutes on two cores, the short one (--short) 15.
+# The whole run takes an estimated 75 minutes on two cores, the short one (--short) 15.
 # WORKDIR is runs/smollm2 or runs/smollm2_short. MODEL takes the model from another directory, or
 # from the Hugging Face Hub by its name. CONFIG is another config. launch/gpu.sh is for a GPU.
 set -euo pipefail

@@ -43,8 +43,8 @@ setup() {
   PATH=$(cd "$venv" && pwd)/bin:$PATH
 }
 
-# Runs on the CPU unless JAX_PLATFORMS says otherwise. XLA:CPU allocates its temporary arrays anew at
-# each execution. These settings make glibc keep freed memory, in huge pages: train steps of
+# Runs on the CPU unless JAX_PLATFORMS says otherwise. XLA:CPU allocates its temporary arrays again
+# at each execution. These settings make glibc keep freed memory, in huge pages: train steps of
 # SmolLM2-135M take a sixth less time (benchmarks/README.md).
 use_cpu() {
   export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}

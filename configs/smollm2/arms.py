@@ -3,7 +3,7 @@
     CONFIG=configs/smollm2/arms.py ./launch/released.sh runs/smollm2_arms/seed0
     # opsd-jax train --config configs/smollm2/arms.py ...
 
-Hardware: two CPU cores, an estimated 14 GB of memory, 100 minutes for each seed.
+Hardware: two CPU cores, an estimated 14 GB of memory and 100 minutes for each seed.
 """
 
 import pathlib

@@ -2,8 +2,8 @@
 
     ./launch/released.sh    # opsd-jax train --config configs/smollm2/whole.py ...
 
-Hardware: two CPU cores, 11.5 GB of memory, about 75 minutes. docs/released_model.md has the result,
-benchmarks/README.md what else was tried.
+Hardware: two CPU cores, 11.5 GB of memory, an estimated 75 minutes.
+docs/released_model.md has the result, benchmarks/README.md what else was tried.
 
 The released model solves almost none of the problems and writes no \\boxed{}. SFT teaches it the
 arithmetic, the format and a verbose style. OPSD shortens the responses: its teacher sees the
