@@ -21,7 +21,9 @@ from opsd_jax.verify.verdict import REASONS, Verdict
 from opsd_jax.verify.verifiers import by_source, choice, numeric
 
 PAGE = (ROOT / "docs" / "verifiers.md").read_text()
-SOURCES, COUNTDOWN, COUNTDOWN_SOURCE, ALONE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+SOURCES, GYM_SOURCE, COUNTDOWN, COUNTDOWN_SOURCE, ALONE = re.findall(
+    r"```python\n(.*?)```", PAGE, re.DOTALL
+)
 
 
 @pytest.fixture
@@ -64,6 +66,14 @@ def test_the_example_sources_are_valid(here):
     train = parse_run(config).data.train
     assert train["gsm8k"].verifier.answer == ("####", "boxed")
     assert train["physics"].verifier.kind == "numeric"
+
+
+def test_the_example_of_reasoning_gym_is_valid(here):
+    config = tiny_config.quickstart()
+    exec(GYM_SOURCE, {"config": config, "config_lib": config_lib})
+    data = parse_run(config).data
+    assert data.train["legs"].extra == ("gym",)
+    assert data.heldout_problems == 256
 
 
 def test_verification_without_a_config(here):
