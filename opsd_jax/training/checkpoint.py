@@ -103,6 +103,7 @@ class Checkpoints:
         preservation_policy, best_fn = options.policy()
         self._manager = ocp.CheckpointManager(
             files.absolute(directory),
+            item_handlers=ocp.StandardCheckpointHandler(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy, best_fn=best_fn, create=True
             ),

@@ -42,6 +42,14 @@ def saved(model, optimizer, tmp_path_factory):
     return jax.device_get(state), directory
 
 
+def test_a_restoration_is_silent(saved, caplog):
+    expected, directory = saved
+    abstract = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, expected))
+    with Checkpoints(directory) as checkpoints:
+        step, _ = checkpoints.restore(abstract)
+    assert (step, caplog.messages) == (7, [])
+
+
 @pytest.mark.parametrize("rules", ["own", "replicated", "last axis"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 2), (1, 2, 1), (1, 8, 1), (2, 2, 2)])
 def test_a_state_is_restored_on_other_devices_with_other_rules(
