@@ -9,8 +9,9 @@ nothing and reads the work directories. `--save` copies what it reads there to a
 `--workdir` can name later.
 
 Prints a Markdown table of means and standard deviations over seeds. Changes also have a 95 %
-interval, paired and clustered by problem, over the responses of all seeds. The last line is a JSON
-object with the values of each seed.
+interval, paired and clustered by problem, over the responses of all seeds. The last row compares
+the result on incorrect rollouts with that on correct ones. The last line is a JSON object with the
+values of each seed. A seed may have fewer stages than the others (`--config.stages=...`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from opsd_jax.storage.names import UNTRAINED
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "quickstart_arms.py"
 CHANGES = ("d_accuracy_points", "d_length_percent")
+ARMS = ("opsd_correct", "opsd_incorrect")  # compared with each other, too
 REPORT = "report/report.json"
 KEPT = ("problem", "source", "sample", "response", "length", "correct", "truncated", "verdict")
 
@@ -51,6 +53,17 @@ def pooled(workdirs: list[pathlib.Path], before: str, after: str) -> dict[str, A
     """Compares two evaluations over the responses of all seeds."""
     sides = ([r for w in workdirs for r in records.read(w / name)[0]] for name in (before, after))
     return comparison.compare(*sides)
+
+
+def describe(changes: dict[pathlib.Path, Any], before: str, after: str) -> list[str]:
+    """Formats CHANGES: mean, deviation over seeds, and interval over the responses of all seeds."""
+    whole = pooled(list(changes), before, after)
+    cells = []
+    for key in CHANGES:
+        bounds = [tables.number(whole[f"{key}_{end}"], sign="+") for end in ("low", "high")]
+        each = show([change[key] for change in changes.values()], "+")
+        cells.append(f"{each} [{', '.join(bounds)}]")
+    return cells
 
 
 def save(workdir: pathlib.Path, directory: pathlib.Path) -> None:
@@ -86,42 +99,51 @@ def main() -> None:
             run(arguments.config, workdir, seed, overrides)
         if arguments.save:
             save(workdir, arguments.save / workdir.name)
-    reports = [json.loads((workdir / REPORT).read_text()) for workdir in workdirs]
+    reports = {w: json.loads((w / REPORT).read_text()) for w in workdirs}
 
-    stages = [stage["name"] for stage in reports[0]["stages"]]
-    levels = {name: [r["stages"][i] for r in reports] for i, name in enumerate(stages)}
-    changes = {
-        change["name"]: [r["changes"][i] for r in reports]
-        for i, change in enumerate(reports[0]["changes"])
-    }
+    # Evaluation or pair of evaluations -> work directory -> entry. A seed may lack some stages.
+    levels: dict[str, dict[pathlib.Path, Any]] = {}
+    pairs: dict[tuple[str, str], dict[pathlib.Path, Any]] = {}
+    for workdir, report in reports.items():
+        untrained = [report["untrained"]] if report["untrained"] else []
+        for stage in [*untrained, *report["stages"]]:
+            levels.setdefault(stage["name"], {})[workdir] = stage
+        for change in report["changes"]:
+            pairs.setdefault((change["from"], change["name"]), {})[workdir] = change
+    if both := levels.get(ARMS[0], {}).keys() & levels.get(ARMS[1], {}).keys():
+        pairs[ARMS] = {w: pooled([w], *ARMS) for w in workdirs if w in both}
+
     print(
-        "| after | accuracy, % | mean length, tokens | truncated, % | markers per 1,000 tokens "
-        "| Δ accuracy, points | Δ length, % |"
+        "| after | seeds | accuracy, % | mean length, tokens | truncated, % "
+        "| markers per 1,000 tokens | compared with | Δ accuracy, points | Δ length, % |"
     )
-    print("|---|---|---|---|---|---|---|")
-    if reports[0]["untrained"]:
-        levels = {UNTRAINED: [r["untrained"] for r in reports], **levels}
-    for name, evaluations in levels.items():
-        values = lambda key, scale=1, found=evaluations: show([scale * s[key] for s in found])
-        cells = [name, values("accuracy", 100), values("mean_length")]
-        cells += [values("truncation_rate", 100), values("markers_per_1000")]
-        if name in changes:
-            whole = pooled(workdirs, changes[name][0]["from"], name)
-            for key in CHANGES:
-                bounds = [tables.number(whole[f"{key}_{end}"], sign="+") for end in ("low", "high")]
-                each = show([change[key] for change in changes[name]], "+")
-                cells.append(f"{each} [{', '.join(bounds)}]")
-        print(f"| {' | '.join(cells + [''] * (7 - len(cells)))} |")
+    print("|---" * 9 + "|")
+    compared = {after: before for before, after in pairs if (before, after) != ARMS}
+    rows = [(name, compared.get(name)) for name in levels]
+    if ARMS in pairs:
+        rows.append((ARMS[1], ARMS[0]))
+    for name, before in rows:
+        found = list(levels[name].values())
+        cells = [name, str(len(found)), show([100 * stage["accuracy"] for stage in found])]
+        cells += [show([stage["mean_length"] for stage in found])]
+        cells += [show([100 * stage["truncation_rate"] for stage in found])]
+        cells += [show([stage["markers_per_1000"] for stage in found]), before or ""]
+        cells += describe(pairs[before, name], before, name) if before else ["", ""]
+        print(f"| {' | '.join(cells)} |")
 
     result: dict[str, Any] = {
-        (name.removeprefix("opsd_")): {
-            key: [round(change[key], 2) for change in found] for key in CHANGES
+        f"{after.removeprefix('opsd_')}_over_{before.removeprefix('opsd_')}": {
+            key: [round(change[key], 2) for change in found.values()] for key in CHANGES
         }
-        for name, found in changes.items()
+        for (before, after), found in pairs.items()
     }
     result["seeds"] = arguments.seeds
-    result["stage_seconds"] = {name: [round(s["seconds"]) for s in levels[name]] for name in stages}
-    result["peak_rss_gib"] = round(max(report["peak_rss_gib"] for report in reports), 2)
+    result["stage_seconds"] = {
+        name: [round(stage["seconds"]) for stage in found.values()]
+        for name, found in levels.items()
+        if name != UNTRAINED
+    }
+    result["peak_rss_gib"] = round(max(r["peak_rss_gib"] for r in reports.values()), 2)
     print(json.dumps(result))
 
 
