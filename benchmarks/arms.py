@@ -23,7 +23,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from typing import Any
+from typing import Any, TypeVar
 
 from opsd_jax.evaluation import comparison, divergence, records, tables
 from opsd_jax.storage.names import UNTRAINED
@@ -32,6 +32,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "quickstart_arms.py"
 CHANGES = ("d_accuracy_points", "d_length_percent")
 ARMS = ("opsd_correct", "opsd_incorrect")  # compared with each other, too
+Pair = tuple[str, str]  # the names of two evaluations
+Name = TypeVar("Name", str, Pair)
+Entries = dict[Name, dict[pathlib.Path, Any]]  # name -> work directory -> entry of its report
 REPORT = "report/report.json"
 KEPT = ("problem", "source", "sample", "response", "length", "correct", "truncated", "verdict")
 
@@ -64,6 +67,28 @@ def describe(changes: dict[pathlib.Path, Any], before: str, after: str) -> list[
         each = show([change[key] for change in changes.values()], "+")
         cells.append(f"{each} [{', '.join(bounds)}]")
     return cells
+
+
+def gather(workdirs: list[pathlib.Path]) -> tuple[Entries[str], Entries[Pair], float]:
+    """Reads the reports of work directories. A report may lack some stages.
+
+    Returns:
+      The evaluations by name, the changes by the two evaluations they compare, and the peak of the
+      processes' memory, in GiB.
+    """
+    levels: Entries[str] = {}
+    pairs: Entries[Pair] = {}
+    peak = 0.0
+    for workdir in workdirs:
+        report = json.loads((workdir / REPORT).read_text())
+        peak = max(peak, report["peak_rss_gib"])
+        for stage in [*filter(None, [report["untrained"]]), *report["stages"]]:
+            levels.setdefault(stage["name"], {})[workdir] = stage
+        for change in report["changes"]:
+            pairs.setdefault((change["from"], change["name"]), {})[workdir] = change
+    if both := levels.get(ARMS[0], {}).keys() & levels.get(ARMS[1], {}).keys():
+        pairs[ARMS] = {w: pooled([w], *ARMS) for w in workdirs if w in both}
+    return levels, pairs, peak
 
 
 def save(workdir: pathlib.Path, directory: pathlib.Path) -> None:
@@ -99,19 +124,7 @@ def main() -> None:
             run(arguments.config, workdir, seed, overrides)
         if arguments.save:
             save(workdir, arguments.save / workdir.name)
-    reports = {w: json.loads((w / REPORT).read_text()) for w in workdirs}
-
-    # Evaluation or pair of evaluations -> work directory -> entry. A seed may lack some stages.
-    levels: dict[str, dict[pathlib.Path, Any]] = {}
-    pairs: dict[tuple[str, str], dict[pathlib.Path, Any]] = {}
-    for workdir, report in reports.items():
-        untrained = [report["untrained"]] if report["untrained"] else []
-        for stage in [*untrained, *report["stages"]]:
-            levels.setdefault(stage["name"], {})[workdir] = stage
-        for change in report["changes"]:
-            pairs.setdefault((change["from"], change["name"]), {})[workdir] = change
-    if both := levels.get(ARMS[0], {}).keys() & levels.get(ARMS[1], {}).keys():
-        pairs[ARMS] = {w: pooled([w], *ARMS) for w in workdirs if w in both}
+    levels, pairs, peak = gather(workdirs)
 
     print(
         "| after | seeds | accuracy, % | mean length, tokens | truncated, % "
@@ -131,11 +144,12 @@ def main() -> None:
         cells += describe(pairs[before, name], before, name) if before else ["", ""]
         print(f"| {' | '.join(cells)} |")
 
+    named = {"incorrect_over_correct" if p == ARMS else p[1]: found for p, found in pairs.items()}
     result: dict[str, Any] = {
-        f"{after.removeprefix('opsd_')}_over_{before.removeprefix('opsd_')}": {
+        name.removeprefix("opsd_"): {
             key: [round(change[key], 2) for change in found.values()] for key in CHANGES
         }
-        for (before, after), found in pairs.items()
+        for name, found in named.items()
     }
     result["seeds"] = arguments.seeds
     result["stage_seconds"] = {
@@ -143,7 +157,7 @@ def main() -> None:
         for name, found in levels.items()
         if name != UNTRAINED
     }
-    result["peak_rss_gib"] = round(max(r["peak_rss_gib"] for r in reports.values()), 2)
+    result["peak_rss_gib"] = round(peak, 2)
     print(json.dumps(result))
 
 
