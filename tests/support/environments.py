@@ -51,6 +51,7 @@ def make(directory, *packages, alone=(), python=sys.executable):
 def run(command, cwd):
     """Runs a command on CPU with eight devices. Returns its output; fails if it fails."""
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags["HOME"] = str(cwd)  # some libraries write caches there
     ended = subprocess.run(
         command, cwd=cwd, env=os.environ | flags, capture_output=True, text=True, check=False
     )
