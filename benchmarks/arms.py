@@ -23,7 +23,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from typing import Any, TypeVar
+from typing import Any
 
 from opsd_jax.evaluation import comparison, divergence, records, tables
 from opsd_jax.storage.names import UNTRAINED
@@ -32,9 +32,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "quickstart_arms.py"
 CHANGES = ("d_accuracy_points", "d_length_percent")
 ARMS = ("opsd_correct", "opsd_incorrect")  # compared with each other, too
-Pair = tuple[str, str]  # the names of two evaluations
-Name = TypeVar("Name", str, Pair)
-Entries = dict[Name, dict[pathlib.Path, Any]]  # name -> work directory -> entry of its report
+ARMS_CHANGE = "incorrect_over_correct"
+Entries = dict[str, dict[pathlib.Path, Any]]  # name -> work directory -> entry of its report
 REPORT = "report/report.json"
 KEPT = ("problem", "source", "sample", "response", "length", "correct", "truncated", "verdict")
 
@@ -52,16 +51,19 @@ def show(values: list[float], sign: str = "") -> str:
     return tables.number(statistics.mean(values), deviation, sign)
 
 
-def pooled(workdirs: list[pathlib.Path], before: str, after: str) -> dict[str, Any]:
-    """Compares two evaluations over the responses of all seeds."""
-    sides = ([r for w in workdirs for r in records.read(w / name)[0]] for name in (before, after))
+def pooled(changes: dict[pathlib.Path, Any]) -> dict[str, Any]:
+    """Compares the two evaluations of a change over the responses of all seeds."""
+    sides = (
+        [record for w, change in changes.items() for record in records.read(w / change[side])[0]]
+        for side in ("from", "name")
+    )
     return comparison.compare(*sides)
 
 
-def describe(changes: dict[pathlib.Path, Any], before: str, after: str) -> list[str]:
-    """Formats CHANGES: mean, deviation over seeds, and interval over the responses of all seeds."""
-    whole = pooled(list(changes), before, after)
-    cells = []
+def describe(changes: dict[pathlib.Path, Any]) -> list[str]:
+    """Formats what is compared with, and CHANGES: mean, deviation over seeds, pooled interval."""
+    whole = pooled(changes)
+    cells = [", ".join(sorted({change["from"] for change in changes.values()}))]
     for key in CHANGES:
         bounds = [tables.number(whole[f"{key}_{end}"], sign="+") for end in ("low", "high")]
         each = show([change[key] for change in changes.values()], "+")
@@ -69,15 +71,15 @@ def describe(changes: dict[pathlib.Path, Any], before: str, after: str) -> list[
     return cells
 
 
-def gather(workdirs: list[pathlib.Path]) -> tuple[Entries[str], Entries[Pair], float]:
+def gather(workdirs: list[pathlib.Path]) -> tuple[Entries, Entries, float]:
     """Reads the reports of work directories. A report may lack some stages.
 
     Returns:
-      The evaluations by name, the changes by the two evaluations they compare, and the peak of the
-      processes' memory, in GiB.
+      The evaluations; the changes, by the name of the later evaluation or ARMS_CHANGE; and the peak
+      of the processes' memory, in GiB.
     """
-    levels: Entries[str] = {}
-    pairs: Entries[Pair] = {}
+    levels: Entries = {}
+    changes: Entries = {}
     peak = 0.0
     for workdir in workdirs:
         report = json.loads((workdir / REPORT).read_text())
@@ -85,10 +87,11 @@ def gather(workdirs: list[pathlib.Path]) -> tuple[Entries[str], Entries[Pair], f
         for stage in [*filter(None, [report["untrained"]]), *report["stages"]]:
             levels.setdefault(stage["name"], {})[workdir] = stage
         for change in report["changes"]:
-            pairs.setdefault((change["from"], change["name"]), {})[workdir] = change
-    if both := levels.get(ARMS[0], {}).keys() & levels.get(ARMS[1], {}).keys():
-        pairs[ARMS] = {w: pooled([w], *ARMS) for w in workdirs if w in both}
-    return levels, pairs, peak
+            changes.setdefault(change["name"], {})[workdir] = change
+        if all(workdir in levels.get(arm, {}) for arm in ARMS):
+            arms = dict(zip(("from", "name"), ARMS, strict=True))
+            changes.setdefault(ARMS_CHANGE, {})[workdir] = arms | pooled({workdir: arms})
+    return levels, changes, peak
 
 
 def save(workdir: pathlib.Path, directory: pathlib.Path) -> None:
@@ -124,32 +127,30 @@ def main() -> None:
             run(arguments.config, workdir, seed, overrides)
         if arguments.save:
             save(workdir, arguments.save / workdir.name)
-    levels, pairs, peak = gather(workdirs)
+    levels, changes, peak = gather(workdirs)
 
     print(
         "| after | seeds | accuracy, % | mean length, tokens | truncated, % "
         "| markers per 1,000 tokens | compared with | Δ accuracy, points | Δ length, % |"
     )
     print("|---" * 9 + "|")
-    compared = {after: before for before, after in pairs if (before, after) != ARMS}
-    rows = [(name, compared.get(name)) for name in levels]
-    if ARMS in pairs:
-        rows.append((ARMS[1], ARMS[0]))
-    for name, before in rows:
+    rows = [(name, changes.get(name)) for name in levels]
+    if ARMS_CHANGE in changes:
+        rows.append((ARMS[1], changes[ARMS_CHANGE]))
+    for name, change in rows:
         found = list(levels[name].values())
         cells = [name, str(len(found)), show([100 * stage["accuracy"] for stage in found])]
         cells += [show([stage["mean_length"] for stage in found])]
         cells += [show([100 * stage["truncation_rate"] for stage in found])]
-        cells += [show([stage["markers_per_1000"] for stage in found]), before or ""]
-        cells += describe(pairs[before, name], before, name) if before else ["", ""]
+        cells += [show([stage["markers_per_1000"] for stage in found])]
+        cells += describe(change) if change else [""] * 3
         print(f"| {' | '.join(cells)} |")
 
-    named = {"incorrect_over_correct" if p == ARMS else p[1]: found for p, found in pairs.items()}
     result: dict[str, Any] = {
         name.removeprefix("opsd_"): {
             key: [round(change[key], 2) for change in found.values()] for key in CHANGES
         }
-        for name, found in named.items()
+        for name, found in changes.items()
     }
     result["seeds"] = arguments.seeds
     result["stage_seconds"] = {
