@@ -68,11 +68,9 @@ def probed(evaluation: EvaluationOptions, problems: int) -> int:
     A curve needs at least two.
 
     Args:
-      evaluation: options of the evaluation.
+      evaluation: options of the evaluation, with `divergence_responses` above 0.
       problems: the number of evaluated problems.
     """
-    if not evaluation.divergence_responses:
-        return 0
     return min(problems, max(2, evaluation.divergence_responses // evaluation.samples))
 
 
