@@ -48,12 +48,16 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """Caches compiled programs, so that tests, restarted runs and both workers share them."""
+    """Caches compiled programs, so that tests, their processes and both workers share them."""
     workers = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         workers = workers.parent
-    jax.config.update("jax_compilation_cache_dir", str(workers / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    for name, value in {
+        "jax_compilation_cache_dir": str(workers / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }.items():
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ from opsd_jax.options import ConfigError, section
 from opsd_jax.parallel import hosts
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.problem import Problem
-from opsd_jax.run import assembly, pipeline
+from opsd_jax.run import assembly, compilation, pipeline
 from opsd_jax.run import workdir as workdir_lib
 from opsd_jax.run.parameters import chosen_stage, meshes
 from opsd_jax.storage import files, hub
@@ -80,6 +80,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     stage, config = hosts.together(lambda: config_of(arguments))
     workdir = arguments.workdir
+    compilation.use_cache(config.compilation_cache, workdir or arguments.out)
     this = hosts.together(lambda: assembly.assemble(config, workdir or arguments.out))
     problems = this.evaluator.problems()
     if arguments.benchmark and arguments.problems:

@@ -86,6 +86,13 @@ class RunOptions:
         at_least=0,
         added=True,
     )
+    compilation_cache: str = option(
+        "auto",
+        "Directory in which compiled programs outlive the process; '' for none. 'auto' is "
+        "JAX_COMPILATION_CACHE_DIR if set, or one in the user's cache, or one beside the work "
+        "directory if that is in a bucket or there are several processes.",
+        added=True,
+    )
     wandb_project: str = option(
         "", "Weights & Biases project; '' for none. Needs the extra `wandb`."
     )

@@ -32,7 +32,7 @@ from opsd_jax.evaluation import records, report
 from opsd_jax.parallel import hosts
 from opsd_jax.policy import Params
 from opsd_jax.problem import Problem
-from opsd_jax.run import lineage, probe
+from opsd_jax.run import compilation, lineage, probe
 from opsd_jax.run import workdir as workdir_lib
 from opsd_jax.run.assembly import Run, assemble, make_stage
 from opsd_jax.storage import files
@@ -62,6 +62,7 @@ def run(config: RunOptions, workdir: Path, fork: lineage.Origin | None = None) -
       DataError: a source cannot be used.
       Interrupted: a signal arrived; a checkpoint was saved.
     """
+    compilation.use_cache(config.compilation_cache, workdir)
     this = hosts.together(lambda: assemble(config, workdir))
     with (
         workdir_lib.claimed(config, workdir, lambda: lineage.begin(config, workdir, fork)),

@@ -379,6 +379,7 @@ def test_a_config_json_of_version_0_1_0_is_read():
     saved = json.loads((pathlib.Path(__file__).parent / "rlvr_hf_0_1_0.json").read_text())
     config = parse_run(loading.from_flat(saved))
     assert loading.ADDED == {
+        "compilation_cache": "auto",
         "evaluation.divergence_responses": 1024,
         "init_from": "",
         "max_without_signal": 50,

@@ -31,18 +31,9 @@ def free_port() -> int:
 
 
 def environment(devices: int) -> dict[str, str]:
-    """Returns the environment of a process with this number of CPU devices.
-
-    It has the compiler flags and the compilation cache of this process.
-    """
+    """Returns the environment of a process with this number of CPU devices."""
     flags = os.environ.get("XLA_FLAGS", "")
-    return os.environ | {
-        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
-        **{
-            name.upper(): str(getattr(jax.config, name))
-            for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-        },
-    }
+    return os.environ | {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}"}
 
 
 def run(script: str, *arguments: str, processes: int, devices: int) -> None:

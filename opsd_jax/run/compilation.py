@@ -1,0 +1,46 @@
+"""The directory in which compiled programs outlive a process."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+import platform
+
+import jax
+
+from opsd_jax.parallel import hosts
+from opsd_jax.storage.files import Path, in_bucket
+
+AUTO = "auto"
+NAME = "compiled"
+
+
+def use_cache(option: str, workdir: Path) -> None:
+    """Lets JAX save the programs that it compiles in a directory, and read them there.
+
+    Call it before anything is compiled. What cannot be read or written is compiled as usual, with a
+    warning.
+
+    Args:
+      option: `config.compilation_cache`. With "auto", a directory that JAX has been given, as by
+        the environment variable JAX_COMPILATION_CACHE_DIR, is kept.
+      workdir: the work directory of the run.
+    """
+    given = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined] # not in its stub
+    if option == AUTO and given:
+        return
+    if option == AUTO:
+        shared = hosts.count() > 1 or in_bucket(workdir)
+        option = str(workdir.parent / NAME if shared else _of_this_machine())
+    jax.config.update("jax_compilation_cache_dir", option or None)
+
+
+def _of_this_machine() -> pathlib.Path:
+    """Returns a directory in the user's cache, for machines with this processor."""
+    caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    info = pathlib.Path("/proc/cpuinfo")  # a home directory may be shared with other processors
+    lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])
+    processor = f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
+    return pathlib.Path(caches) / "opsd_jax" / NAME / processor
