@@ -180,7 +180,7 @@ def opsd(
 
     Returns:
       A `Loss`. Its diagnostics are "loss", "divergence" (before the clip and the importance weight)
-      and, with an `importance_cap`, "importance".
+      and, with an `importance_cap`, "importance" and "log_ratio" (log p - log p_behaviour).
 
     Raises:
       ValueError: the shape of an argument is wrong, an option is invalid, or an argument that the
@@ -314,7 +314,8 @@ def opsd_token_loss(options: OPSD, temperature: float) -> TokenLoss:
             values *= options.clip / jnp.maximum(size, options.clip)
         if "behaviour" in inputs:
             logprobs = jax.lax.stop_gradient(token_logprobs(student, inputs["tokens"]))
-            ratio = importance_ratio(logprobs - inputs["behaviour"])
+            diagnostics["log_ratio"] = logprobs - inputs["behaviour"]
+            ratio = importance_ratio(diagnostics["log_ratio"])
             diagnostics["importance"] = jnp.minimum(ratio, options.importance_cap)
             values *= diagnostics["importance"]
         return values, diagnostics

@@ -165,9 +165,9 @@ def policy_gradient(
       partition: how [B, T] is split over the mesh in context; see `weighted_loss`.
 
     Returns:
-      A `Loss`. Its diagnostics are "loss", "entropy" in nats, "ratio", "clipped" (1 where the ratio
-      is out of bounds), "kl" (k3, with a reference) and "importance" (the factor, with
-      `old_logprobs`).
+      A `Loss`. Its diagnostics are "loss", "entropy" in nats, "ratio", "log_ratio" (of the
+      token, even if "ratio" is of the response), "clipped" (1 where the ratio is out of bounds),
+      "kl" (k3, with a reference) and "importance" (the factor, with `old_logprobs`).
 
     Raises:
       ValueError: the shape of an argument is wrong, an option is invalid, or `reference_logprobs`
@@ -330,7 +330,7 @@ def policy_token_loss(options: PolicyGradient, temperature: float) -> TokenLoss:
 
     def token_loss(logits, _, inputs):
         logprobs = token_logprobs(logits, inputs["tokens"], temperature)
-        log_ratio = logprobs - inputs["old"]
+        log_ratio = token_log_ratio = logprobs - inputs["old"]
         if "sequence_log_ratio" in inputs:
             # The value comes from the whole response, and the gradient from this token.
             zero = logprobs - jax.lax.stop_gradient(logprobs)
@@ -351,6 +351,7 @@ def policy_token_loss(options: PolicyGradient, temperature: float) -> TokenLoss:
         diagnostics = {
             "entropy": jax.lax.stop_gradient(entropy(logits, temperature)),
             "ratio": ratio,
+            "log_ratio": token_log_ratio,
             "clipped": ((ratio < low) | (ratio > high)).astype(jnp.float32),
         }
         if "importance" in inputs:

@@ -28,6 +28,7 @@ from opsd_jax.losses.gate import GATE_TEXTS
 from opsd_jax.options import fail, import_function, option, with_default
 from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
+from opsd_jax.stages import drift
 from opsd_jax.stages import privileged as privileged_lib
 from opsd_jax.stages import teacher as teacher_lib
 from opsd_jax.stages.algorithm import Algorithm, Curve, DataSample, Responses, RowFields
@@ -173,7 +174,8 @@ def loss_fn(
         chunk=chunk,
         partition=rows_in_context(),
     )
-    return loss.sum, (loss.weight, {"token_divergence": loss.metric("divergence")})
+    metrics = drift.sums(loss) | {"token_divergence": loss.metric("divergence")}
+    return loss.sum, (loss.weight, metrics)
 
 
 def buckets(options: OPSDOptions) -> list[Lengths]:
@@ -251,6 +253,7 @@ def stage(
             options.loss_chunk,
         ),
         teacher=teacher_lib.make_teacher(options.teacher, keep),
+        summary=drift.summary,
     )
 
 

@@ -17,6 +17,7 @@ from opsd_jax.data.task import Task
 from opsd_jax.options import fail, option, with_default
 from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
+from opsd_jax.stages import drift
 from opsd_jax.stages.algorithm import Algorithm, Curve, Responses, RowFields
 from opsd_jax.stages.batch import Lengths, pack, response_head, useful_fraction
 from opsd_jax.stages.options import RolloutOptions, StageOptions
@@ -125,7 +126,7 @@ def loss_fn(
         chunk=chunk,
         partition=partition,
     )
-    metrics = {
+    metrics = drift.sums(loss) | {
         "entropy": loss.metric("entropy"),
         "ratio_outside_clip": loss.metric("clipped"),
     }
@@ -224,6 +225,7 @@ def stage(
             loss_fn, policy, options.objective, options.temperature, options.loss_chunk
         ),
         teacher=frozen(keep) if options.objective.kl_coefficient > 0 else None,
+        summary=drift.summary,
     )
 
 

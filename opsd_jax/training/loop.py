@@ -121,7 +121,9 @@ def run_stage(
                 stage,
                 lambda state, batch: compiled(state, mesh_lib.placed(batch, shardings)),
                 state,
-                recorder=_Recorder(checkpoints, writer, report, options, directory.name, began),
+                recorder=_Recorder(
+                    checkpoints, writer, report, options, stage.summary, directory.name, began
+                ),
                 watchdog=watchdog,
                 stop=stop,
                 checkpoint_every=options.checkpoint_every,
@@ -186,15 +188,16 @@ class _Recorder:
         writer: metrics_lib.MetricsWriter | metrics_lib.NoWriter,
         report: Report,
         options: LoopOptions,
+        summary: Callable[[dict[str, Any]], dict[str, float]],
         name: str,
         began: float,
     ):
-        """Creates a recorder of the stage `name`.
+        """Creates a recorder of the stage `name`, whose `Stage.summary` is `summary`.
 
         The time of the first step is measured from `began`, a value of `time.monotonic()`.
         """
         self._checkpoints, self._writer, self._report = checkpoints, writer, report
-        self._options, self._name = options, name
+        self._options, self._summary, self._name = options, summary, name
         self._nonfinite, self._without_signal = 0, 0  # steps in a row
         self._pending: tuple[int, list[Any], StepData] | None = None
         self._latest: dict[str, float] = {}  # metrics of the last step that was written
@@ -218,7 +221,8 @@ class _Recorder:
             return
         (step, totals, data), self._pending = self._pending, None
         with waiting("the train step"):
-            values = metrics_lib.means(jax.device_get(totals)) | data.metrics
+            means = metrics_lib.means(jax.device_get(totals))
+        values = self._summary(means) | data.metrics
         values["seconds"], self._ended = ended - self._ended, ended
         self._latest = values
         self._writer.write(step, values, data.groups)

@@ -20,21 +20,24 @@ FILE = "metrics.jsonl"  # one row per step
 GROUPS = "groups.jsonl"  # one row per problem of a step: how many of its rollouts were correct
 
 
-def means(totals: Iterable[dict[str, tuple[Any, Any]]]) -> dict[str, float]:
+def means(totals: Iterable[dict[str, tuple[Any, Any]]]) -> dict[str, Any]:
     """Returns the weighted mean of each metric over several updates.
 
     Args:
-      totals: metrics of each update, name -> (sum, weight), as host numbers.
+      totals: metrics of each update, name -> (sum, weight), as host numbers or arrays.
 
     Returns:
-      Name -> the total of the sums divided by the total of the weights, without the metrics whose
-      total weight is 0.
+      Name -> the total of the sums divided by the total of the weights, a float or an array,
+      without the metrics whose total weight is 0.
     """
-    sums: dict[str, np.ndarray] = {}
+    sums: dict[str, Any] = {}
+    weights: dict[str, float] = {}
     for metrics in totals:
-        for name, pair in metrics.items():
-            sums[name] = sums.get(name, np.zeros(2)) + np.array([float(x) for x in pair])
-    return {name: float(s / w) for name, (s, w) in sums.items() if w}
+        for name, (total, weight) in metrics.items():
+            sums[name] = sums.get(name, 0.0) + np.float64(total)
+            weights[name] = weights.get(name, 0.0) + float(weight)
+    mean = {name: total / weights[name] for name, total in sums.items() if weights[name]}
+    return {name: value if np.ndim(value) else float(value) for name, value in mean.items()}
 
 
 def read(directory: Path, file: str = FILE) -> list[dict[str, Any]]:

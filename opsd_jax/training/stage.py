@@ -44,8 +44,8 @@ Batch = tuple[dict[str, Any], ...]
 # One microbatch, as the loss gets it: the tree `rows` of a bucket, with arrays [m, ...].
 Microbatch = dict[str, Any]
 
-# A sum and its weight, float32 []. The loop adds up both over microbatches and updates, and reports
-# their quotient.
+# A sum, float32 of any shape, and its weight, float32 []. The loop adds up both over microbatches
+# and updates, and reports their quotient.
 Metric = tuple[jax.Array, jax.Array]
 
 
@@ -108,6 +108,8 @@ class Stage(NamedTuple):
         devices, and divides once. An update of total weight 0 changes nothing.
         `metrics` maps names to `Metric`s; the train step adds `loss`, `grad_norm`, `empty` and
         `nonfinite`.
+      summary: `means -> metrics`, computes the metrics that are written, all of them numbers, from
+        the quotients of the step's `Metric`s. By default these are written.
       teacher: how to make and update the parameters that the loss gets as `teacher`; if None, the
         loss gets None.
     """
@@ -121,3 +123,4 @@ class Stage(NamedTuple):
         tuple[jax.Array, tuple[jax.Array, dict[str, Metric]]],
     ]
     teacher: Teacher | None = None
+    summary: Callable[[dict[str, Any]], dict[str, float]] = lambda means: means
