@@ -104,6 +104,10 @@ class Model(NamedTuple):
         transformers can load. Every host calls it. `dtype` is "float32", "bfloat16" or "float16";
         "" keeps the data types in which the weights were stored. `opsd-jax convert` needs it. None
         means that the model can't be exported.
+      quantised: `(options) -> Model`, this model with weights or a cache in 8 bits. `options` are
+        `opsd_jax.models.quantised.QuantisationOptions`. Its `decode_params` take the parameters of
+        this model, and may return others in number and shape. Stages sample rollouts with it; this
+        model is trained, evaluated and saved. None refuses `config.rollout_quantisation`.
       max_positions: The most tokens of a sequence that the model was made for. A run whose prompts
         and responses can be longer together is refused. 0 means any number.
     """
@@ -119,6 +123,7 @@ class Model(NamedTuple):
     ragged: bool = False
     load: Callable[[Params], Params] | None = None
     save: Callable[..., None] | None = None
+    quantised: Callable[..., Model] | None = None
     max_positions: int = 0
 
 

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from opsd_jax.data.options import DataOptions
 from opsd_jax.evaluation.options import EvaluationOptions
 from opsd_jax.models.options import DecoderOptions, PretrainedOptions, default_dtype
+from opsd_jax.models.quantised import QuantisationOptions
 from opsd_jax.options import ConfigError, fail, fields_of, lock, option, parse, section
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.stages import algorithm_of
@@ -59,6 +60,11 @@ class RunOptions:
         "Mesh sizes while sampling, when weights are sharded over tensor alone; () is `mesh`.",
         expects=f"() or {mesh_lib.SHAPE}",
         check=lambda shape: not shape or mesh_lib.is_shape(shape),
+    )
+    rollout_quantisation: QuantisationOptions = option(
+        QuantisationOptions(),
+        "Rollouts of the stages in 8 bits. Training and evaluations are not affected.",
+        added=True,
     )
     task: str = option(
         "opsd_jax.data.text:task",

@@ -72,6 +72,10 @@ LARGEST_INTEGER, LARGEST_NUMBER = 2**24, 1e15  # of all other fields
 class DecoderConfig(DecoderOptions):
     """Validated decoder options, with each "auto" replaced by a specific implementation.
 
+    Attributes:
+      int8_weights: Whether `Model.decode_params` rounds the weights of matmuls to 8 bits.
+      int8_cache: Whether the cache has keys and values in 8 bits.
+
     The constructor replaces "auto" in `attention` and `cache` by the TPU kernel if programs are
     compiled for TPUs and the kernel supports the sizes, and by "dense" otherwise.
 
@@ -79,6 +83,9 @@ class DecoderConfig(DecoderOptions):
       ConfigError: A field is out of bounds, two sizes don't fit together, or a kernel doesn't
         support them.
     """
+
+    int8_weights: bool = False
+    int8_cache: bool = False
 
     def __post_init__(self):
         """Validates the fields and replaces each "auto" by a specific implementation."""

@@ -5,6 +5,8 @@ Shapes: B rows, T queries, S keys, H query heads, K key-value heads, G = H / K, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -13,6 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.sharding import PartitionSpec as P
 
+from opsd_jax.models.quantised import Quantised
 from opsd_jax.parallel.mesh import ROWS, on_each_device
 
 # The name under which `jax.checkpoint` policies find the output of splash attention.
@@ -31,31 +34,45 @@ def mask(key_positions_BxS: jax.Array, positions_BxT: jax.Array) -> jax.Array:
 
 
 def dense(
-    q_BxTxHxC: jax.Array, k_BxKxCxS: jax.Array, v_BxKxSxC: jax.Array, mask_BxTxS: jax.Array
+    q_BxTxHxC: jax.Array,
+    k_BxKxCxS: jax.Array | Quantised,
+    v_BxKxSxC: jax.Array | Quantised,
+    mask_BxTxS: jax.Array,
 ) -> jax.Array:
     """Computes masked attention with plain JAX operations and a float32 softmax.
 
     Args:
       q_BxTxHxC: Queries.
-      k_BxKxCxS: Keys, of the same dtype as the queries.
-      v_BxKxSxC: Values. The output has their dtype.
+      k_BxKxCxS: Keys, of the same dtype as the queries or with a scale for each key.
+      v_BxKxSxC: Values, likewise.
       mask_BxTxS: bool, which keys each query attends to.
 
     Returns:
       The output [B, T, H, C]. It is finite but meaningless for a query without any key.
     """
     B, T, H, C = q_BxTxHxC.shape
+    k_BxKxCxS, k_scale = _apart(k_BxKxCxS, q_BxTxHxC.dtype)
+    v_BxKxSxC, v_scale = _apart(v_BxKxSxC, q_BxTxHxC.dtype)
     K = k_BxKxCxS.shape[1]
     # All queries that share a key-value head become one dimension. XLA:CPU runs the resulting
     # batched matmul far faster than an einsum that keeps heads and queries apart.
     q_BxKxGxTxC = q_BxTxHxC.reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4) * (C**-0.5)
     q_BxKxQxC = q_BxKxGxTxC.reshape(B, K, -1, C)
     scores = jnp.einsum("bkqc,bkcs->bkqs", q_BxKxQxC, k_BxKxCxS, preferred_element_type=jnp.float32)
+    if k_scale is not None:
+        scores *= k_scale  # [B, K, 1, S]
     scores = scores.reshape(B, K, H // K, T, -1)
     scores = jnp.where(mask_BxTxS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BxKxSxC.dtype)
-    out = jnp.einsum("bkqs,bksc->bkqc", weights.reshape(B, K, -1, scores.shape[-1]), v_BxKxSxC)
+    weights = jax.nn.softmax(scores, axis=-1).reshape(B, K, -1, scores.shape[-1])
+    if v_scale is not None:
+        weights *= v_scale.swapaxes(2, 3)  # [B, K, 1, S]
+    out = jnp.einsum("bkqs,bksc->bkqc", weights.astype(v_BxKxSxC.dtype), v_BxKxSxC)
     return out.reshape(B, K, H // K, T, C).transpose(0, 3, 1, 2, 4).reshape(B, T, H, C)
+
+
+def _apart(x: jax.Array | Quantised, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
+    """Returns values in `dtype` and their scale, or the array itself and None."""
+    return (x.values.astype(dtype), x.scale) if isinstance(x, Quantised) else (x, None)
 
 
 def splash(

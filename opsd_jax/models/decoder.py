@@ -13,6 +13,7 @@ G = H / K, C head size, F MLP size, V vocabulary size, L layers.
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -26,6 +27,7 @@ from opsd_jax import policy as policy_lib
 from opsd_jax.models import architecture, attention, paged, rope, safetensors, weights
 from opsd_jax.models.architecture import DecoderConfig
 from opsd_jax.models.options import DecoderOptions, parse_model
+from opsd_jax.models.quantised import QuantisationOptions, Quantised, quantise
 from opsd_jax.parallel.mesh import ROWS, constrain, path_name
 
 # The sharding of the parameters (`Model.rules`). The first dimension of "layers/..." is the layer.
@@ -40,11 +42,27 @@ DECODER_RULES = (
     (r"(layers/\w+_)?norm", P()),
 )
 # For sampling, weights are sharded over `tensor` only, so that no decoding step gathers a weight.
-DECODE_RULES = tuple(
-    (name, P(*(None if axis == "fsdp" else axis for axis in spec))) for name, spec in DECODER_RULES
+# A scale of a weight in 8 bits is sharded like the weight, except along axes that matmuls contract.
+DECODE_RULES = (
+    (r"layers/(o|down)/scale", P()),
+    *(
+        (rf"{name}(/values|/scale)?", P(*(None if axis == "fsdp" else axis for axis in spec)))
+        for name, spec in DECODER_RULES
+    ),
 )
+# The axes that matmuls contract. These weights are the ones that `config.int8_weights` quantises,
+# and `head` or, with tied embeddings, `embedding`.
+CONTRACTED = {
+    **dict.fromkeys(("layers/q", "layers/k", "layers/v", "layers/gate", "layers/up"), (1,)),
+    "layers/o": (1, 2),
+    "layers/down": (1,),
+}
 # The sharding of the cache that `Decoder.init_cache` creates.
-CACHE_RULES = ((r"\d+/(k|v)", P(ROWS, "tensor")), (r"\d+/pages", paged.PAGES))
+CACHE_RULES = (
+    (r"\d+/(k|v)(/values|/scale)?", P(ROWS, "tensor")),
+    (r"\d+/pages", paged.PAGES),
+    (r"\d+/scales", paged.SCALES),
+)
 
 # For each value of `config.remat` except "none": what a layer stores besides its input.
 _save_attention = jax.checkpoint_policies.save_only_these_names(attention.CHECKPOINT_NAME)
@@ -56,7 +74,7 @@ REMAT_POLICIES = {
     ),
 }
 
-LayerCache = dict[str, jax.Array]
+LayerCache = dict[str, Any]
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -76,13 +94,15 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (x32 * scale).astype(x.dtype)
 
 
-def product(x: jax.Array, weight: jax.Array) -> jax.Array:
+def product(x: jax.Array, weight: jax.Array | Quantised) -> jax.Array:
     """Multiplies x [B, T, D] by a weight [D, ...].
 
     On one device, all tokens become one dimension. Otherwise the gradient of the weight would sum
     over two dimensions, for which XLA:CPU transposes and copies an operand. On several devices B
     and T may be sharded over different axes, so they stay apart.
     """
+    if isinstance(weight, Quantised):
+        return weight.scaled(product(x, weight.values.astype(x.dtype))).astype(x.dtype)
     if jax.sharding.get_abstract_mesh().size > 1:
         return jnp.tensordot(x, weight, axes=1)
     size, *outer = weight.shape
@@ -98,12 +118,20 @@ def write(
     """
     if "pages" in cache:
         return paged.write(cache, k_BxTxKxC, v_BxTxKxC, positions_BxT)
-    length = cache["k"].shape[-1]
+    k: Any = k_BxTxKxC
+    v: Any = v_BxTxKxC
+    if isinstance(cache["k"], Quantised):
+        k, v = quantise(k, -1), quantise(v, -1)
+    length = jax.tree.leaves(cache["k"])[0].shape[-1]
     entry_BxT = jnp.where(positions_BxT < 0, length, positions_BxT)  # out of bounds, so dropped
     row_Bx1 = jnp.arange(len(entry_BxT))[:, None]
     return {
-        "k": cache["k"].at[row_Bx1, :, :, entry_BxT].set(k_BxTxKxC, mode="drop"),
-        "v": cache["v"].at[row_Bx1, :, entry_BxT].set(v_BxTxKxC, mode="drop"),
+        "k": jax.tree.map(
+            lambda old, new: old.at[row_Bx1, :, :, entry_BxT].set(new, mode="drop"), cache["k"], k
+        ),
+        "v": jax.tree.map(
+            lambda old, new: old.at[row_Bx1, :, entry_BxT].set(new, mode="drop"), cache["v"], v
+        ),
     }
 
 
@@ -137,9 +165,10 @@ class Block(nnx.Module):
         self.gate, self.up = weight(D, D, F), weight(D, D, F)
         self.down = weight(F, F, D, scale=depth)
 
-    def _weight(self, param: nnx.Param) -> jax.Array:
-        """Casts a parameter to `config.dtype`, the dtype of the matmuls."""
-        return param[...].astype(self.config.dtype)
+    def _weight(self, param: nnx.Param) -> Any:
+        """Casts a parameter to `config.dtype`, the dtype of the matmuls, unless it is quantised."""
+        weight = param.get_value()
+        return weight if isinstance(weight, Quantised) else weight.astype(self.config.dtype)
 
     def queries_keys_values(self, x_BxTxD, table):
         """Computes queries, keys and values [B, T, heads, C]. Applies RoPE to queries and keys."""
@@ -183,10 +212,11 @@ class Block(nnx.Module):
         if "pages" in cache and q_BxTxHxC.shape[1] == 1:
             return self.project(paged.attend(q_BxTxHxC, cache, positions_BxT)), cache
         if "pages" in cache:
-            k_BxKxCxS, v_BxKxSxC = paged.dense(cache)
+            k_BxKxCxS, v_BxKxSxC = paged.dense(cache, q_BxTxHxC.dtype)
         else:
             k_BxKxCxS, v_BxKxSxC = cache["k"], cache["v"]
-        mask_BxTxS = attention.mask(jnp.arange(k_BxKxCxS.shape[-1])[None], positions_BxT)
+        length = jax.tree.leaves(k_BxKxCxS)[0].shape[-1]
+        mask_BxTxS = attention.mask(jnp.arange(length)[None], positions_BxT)
         out_BxTxHxC = attention.dense(q_BxTxHxC, k_BxKxCxS, v_BxKxSxC, mask_BxTxS)
         return self.project(out_BxTxHxC), cache
 
@@ -260,7 +290,11 @@ class Decoder(nnx.Module):
 
     def _embed(self, tokens_BxT, *, shard: bool):
         """Looks up token embeddings [B, T, D]. If `shard` is True, constrains their sharding."""
-        embedding_VxD = self.embedding[...].astype(self.config.dtype)
+        embedding_VxD = self.embedding.get_value()
+        if isinstance(embedding_VxD, Quantised):
+            rows = embedding_VxD[tokens_BxT]
+            return (rows.values * rows.scale).astype(self.config.dtype)
+        embedding_VxD = embedding_VxD.astype(self.config.dtype)
         if not shard:
             return embedding_VxD[tokens_BxT]
         # The rows of the batch and the width of the embedding are both sharded over `fsdp`. Each
@@ -304,13 +338,15 @@ class Decoder(nnx.Module):
     def unembed(self, hidden):
         """Computes float32 logits [..., V] from hidden states [..., D]."""
         tied = self.config.tie_word_embeddings
-        head_DxV = self.embedding[...].T if tied else self.head[...]
-        return jnp.einsum(
+        head_DxV = self.embedding.get_value().T if tied else self.head.get_value()
+        values_DxV = head_DxV.values if isinstance(head_DxV, Quantised) else head_DxV
+        logits = jnp.einsum(
             "...d,dv->...v",
             hidden,
-            head_DxV.astype(hidden.dtype),
+            values_DxV.astype(hidden.dtype),
             preferred_element_type=jnp.float32,
         )
+        return head_DxV.scaled(logits) if isinstance(head_DxV, Quantised) else logits
 
     def init_cache(self, batch, length):
         """Returns an empty key-value cache: a tuple with one dict of arrays per layer.
@@ -321,13 +357,13 @@ class Decoder(nnx.Module):
         """
         K, C, dtype = self.config.num_kv_heads, self.config.head_dim, self.config.dtype
 
+        int8 = self.config.int8_cache
+
         def layer() -> LayerCache:
             if self.config.cache == "paged":
-                return paged.init(batch, length, K, C, dtype)
-            return {
-                "k": jnp.zeros((batch, K, C, length), dtype),
-                "v": jnp.zeros((batch, K, length, C), dtype),
-            }
+                return paged.init(batch, length, K, C, jnp.int8 if int8 else dtype)
+            k, v = jnp.zeros((batch, K, C, length), dtype), jnp.zeros((batch, K, length, C), dtype)
+            return {"k": quantise(k, 2), "v": quantise(v, 3)} if int8 else {"k": k, "v": v}
 
         return tuple(layer() for _ in range(self.config.num_layers))
 
@@ -348,6 +384,8 @@ def model(config: DecoderConfig) -> policy_lib.Model:
     """Builds a decoder as a `Model` that initialises its parameters randomly."""
     stacked, init = policy_lib.from_nnx(lambda rngs: Decoder(config, rngs=rngs))
     is_unrolled = lambda leaf: isinstance(leaf, tuple)
+    head = {"embedding": (1,)} if config.tie_word_embeddings else {"head": (0,)}
+    contracted = CONTRACTED | head
 
     def unrolled(params: policy_lib.Params) -> policy_lib.Params:
         return {**params, "layers": jax.tree.map(tuple, params["layers"])}
@@ -365,8 +403,17 @@ def model(config: DecoderConfig) -> policy_lib.Model:
 
     def decode_params(params: policy_lib.Params) -> policy_lib.Params:
         # The forward pass casts all parameters but the norms to this dtype in any case.
-        cast = lambda path, leaf: leaf if "norm" in path_name(path) else leaf.astype(config.dtype)
-        return jax.tree_util.tree_map_with_path(cast, params)
+        def prepare(path, leaf):
+            name = path_name(path)
+            if config.int8_weights and name in contracted:
+                return quantise(leaf, contracted[name])
+            return leaf if "norm" in name else leaf.astype(config.dtype)
+
+        return jax.tree_util.tree_map_with_path(prepare, params)
+
+    def quantised(options: QuantisationOptions) -> policy_lib.Model:
+        weights, cache = options.weights == "int8", options.cache == "int8"
+        return model(dataclasses.replace(config, int8_weights=weights, int8_cache=cache))
 
     return policy_lib.Model(
         stacked._replace(forward=forward),
@@ -379,6 +426,7 @@ def model(config: DecoderConfig) -> policy_lib.Model:
         cache_rules=CACHE_RULES,
         ragged=config.cache == "paged",
         save=save,
+        quantised=quantised,
     )
 
 

@@ -8,6 +8,11 @@ The cache of a layer is {"pages": [B, N, PAGE, 2K, C]}. Along the axis 2K the ke
 token alternate: k0, v0, k1, v1, ... With a mesh in context, rows are sharded over `data` and `fsdp`
 and heads over `tensor`, and each device writes and reads its own part.
 
+In 8 bits, an entry of `pages` stands for its product with a scale in "scales": [B, 2K, C], float32.
+The kernel has no argument for such scales. They are applied outside: those of the keys to the
+queries, those of the values to the output. So the scales of a row cannot change while it decodes:
+its first tokens, in most cases a whole prompt, determine them. See `calibrate`.
+
 Shapes: B rows, T tokens, N pages, S = N * PAGE entries, H query heads, K key-value heads,
 C head size.
 """
@@ -21,6 +26,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 from jax.sharding import PartitionSpec as P
 
+from opsd_jax.models.quantised import LARGEST, to_int8
 from opsd_jax.parallel.mesh import ROWS, on_each_device
 
 # Tokens per page. The kernel copies a page in one transfer, of 128 KiB to 1 MiB. Smaller pages need
@@ -36,13 +42,21 @@ BLOCK_TOKENS, BLOCK_BYTES = 2048, 2 << 20
 # With fewer rows, the overhead of a grid step dominates.
 QUERIES = 4
 
+# The largest number in 8 bits stands for this multiple of the largest value among a row's first
+# tokens. Larger values are clipped to it.
+HEADROOM = 1.5
+
 PAGES = P(ROWS, None, None, "tensor")  # The sharding of `pages`.
+SCALES = P(ROWS, "tensor")  # The sharding of `scales`.
 HEADS = P(ROWS, None, "tensor")  # The sharding of queries, keys and values [B, T, heads, C].
 
 
-def fits(num_kv_heads: int, head_dim: int) -> bool:
+def fits(num_kv_heads: int, head_dim: int, *, int8: bool = False) -> bool:
     """Returns whether the kernel supports `num_kv_heads` heads of size `head_dim` per device."""
-    return head_dim % 128 == 0 and (num_kv_heads in (1, 2, 4) or num_kv_heads % 8 == 0)
+    heads, odd = divmod(num_kv_heads, 2 if int8 else 1)
+    return (
+        head_dim % 128 == 0 and not odd and (heads in (1, 2, 4) or (heads > 0 and heads % 8 == 0))
+    )
 
 
 def init(
@@ -50,10 +64,44 @@ def init(
 ) -> dict[str, jax.Array]:
     """Returns an empty paged cache for one layer, with room for `length` tokens per row.
 
-    The length is rounded up to whole pages.
+    The length is rounded up to whole pages. The cache has scales if `dtype` is int8.
     """
-    shape = (batch, -(-length // PAGE), PAGE, 2 * num_kv_heads, head_dim)
-    return {"pages": jnp.zeros(shape, dtype)}
+    heads = 2 * num_kv_heads
+    cache = {"pages": jnp.zeros((batch, -(-length // PAGE), PAGE, heads, head_dim), dtype)}
+    if dtype == jnp.int8:
+        cache["scales"] = jnp.zeros((batch, heads, head_dim))
+    return cache
+
+
+def calibrate(scales_Bx2KxC: jax.Array, kv_BxTx2KxC: jax.Array, filled_BxT: jax.Array) -> jax.Array:
+    """Returns the scales of rows: those that they have or, if they are 0, those of new tokens.
+
+    A scale is HEADROOM / 127 times the largest absolute value of a channel over the tokens. For
+    keys it is the largest length of the two channels that RoPE rotates into one another, because a
+    later position turns one into the other.
+    """
+    kv = jnp.where(filled_BxT[..., None, None], kv_BxTx2KxC.astype(jnp.float32), 0.0)
+    k_BxTxKxC, v_BxTxKxC = kv[:, :, 0::2], kv[:, :, 1::2]
+    pairs = jnp.hypot(*jnp.split(k_BxTxKxC, 2, axis=-1))
+    largest = jnp.stack([jnp.concatenate([pairs, pairs], axis=-1), jnp.abs(v_BxTxKxC)], axis=3)
+    new = HEADROOM / LARGEST * jnp.max(largest, axis=1).reshape(scales_Bx2KxC.shape)
+    known = jnp.any(scales_Bx2KxC > 0, axis=(1, 2), keepdims=True)
+    return jnp.where(known, scales_Bx2KxC, new)
+
+
+def check_fits(num_kv_heads: int, head_dim: int, *, int8: bool) -> None:
+    """Raises ValueError if the kernel does not support one device's key-value heads."""
+    if fits(num_kv_heads, head_dim, int8=int8):
+        return
+    field, heads = "model.cache is 'paged'", "1, 2, 4 or a multiple of 8"
+    if int8:
+        field += " and rollout_quantisation.cache is 'int8'"
+        heads = "2, 4, 8 or a multiple of 16"
+    raise ValueError(
+        f"{field}, but each device has {num_kv_heads} key-value heads of size {head_dim}; expected "
+        f"{heads} heads, and a size that is a multiple of 128. Set model.cache to 'dense', or "
+        "change the size of `tensor` in decode_mesh."
+    )
 
 
 def pages_per_block(pages: jax.Array) -> int:
@@ -75,30 +123,44 @@ def write(
 ) -> dict[str, jax.Array]:
     """Returns a layer's paged cache, updated with new keys and values at the given positions.
 
-    Keys and values of padding, at position -1, are dropped.
+    Keys and values of padding, at position -1, are dropped. If the cache has scales, those of a row
+    without any are set, and keys and values beyond the range of their scale are clipped.
     """
 
-    def local(pages, k_BxTxKxC, v_BxTxKxC, positions_BxT):
-        B, N, page, heads, C = pages.shape
+    def local(cache, k_BxTxKxC, v_BxTxKxC, positions_BxT):
+        B, N, page, heads, C = cache["pages"].shape
         kv_BxTx2KxC = jnp.stack([k_BxTxKxC, v_BxTxKxC], axis=3).reshape(B, -1, heads, C)
         entry_BxT = jnp.where(positions_BxT < 0, N * page, positions_BxT)  # out of bounds: dropped
         at = jnp.arange(B)[:, None], entry_BxT // page, entry_BxT % page
-        return pages.at[at].set(kv_BxTx2KxC, mode="drop")
+        if "scales" in cache:
+            scales = calibrate(cache["scales"], kv_BxTx2KxC, positions_BxT >= 0)
+            cache = {**cache, "scales": scales}
+            kv_BxTx2KxC = to_int8(kv_BxTx2KxC, scales[:, None])
+        return {**cache, "pages": cache["pages"].at[at].set(kv_BxTx2KxC, mode="drop")}
 
-    local = on_each_device(local, (PAGES, HEADS, HEADS, P(ROWS)), PAGES)
-    return {"pages": local(cache["pages"], k_BxTxKxC, v_BxTxKxC, positions_BxT)}
+    specs = _specs(cache)
+    local = on_each_device(local, (specs, HEADS, HEADS, P(ROWS)), specs)
+    return local(cache, k_BxTxKxC, v_BxTxKxC, positions_BxT)
 
 
-def dense(cache: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def _specs(cache: dict[str, jax.Array]) -> dict[str, P]:
+    """Returns the sharding of each array of a layer's cache."""
+    return {name: {"pages": PAGES, "scales": SCALES}[name] for name in cache}
+
+
+def dense(cache: dict[str, jax.Array], dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Converts a layer's paged cache to dense keys [B, K, C, S] and values [B, K, S, C]."""
 
-    def local(pages):
-        B, N, page, heads, C = pages.shape
-        kv_BxSxKx2xC = pages.reshape(B, N * page, heads // 2, 2, C)
+    def local(cache):
+        B, N, page, heads, C = cache["pages"].shape
+        kv_BxSxKx2xC = cache["pages"].reshape(B, N * page, heads // 2, 2, C)
+        if "scales" in cache:
+            kv_BxSxKx2xC *= cache["scales"].reshape(B, 1, heads // 2, 2, C)
+        kv_BxSxKx2xC = kv_BxSxKx2xC.astype(dtype)
         return kv_BxSxKx2xC[..., 0, :].transpose(0, 2, 3, 1), kv_BxSxKx2xC[..., 1, :].swapaxes(1, 2)
 
     by_head = P(ROWS, "tensor")
-    return on_each_device(local, (PAGES,), (by_head, by_head))(cache["pages"])
+    return on_each_device(local, (_specs(cache),), (by_head, by_head))(cache)
 
 
 def attend(
@@ -118,14 +180,16 @@ def attend(
       ValueError: The kernel does not support the number of key-value heads of one device.
     """
 
-    def local(q_Bx1xHxC, pages, positions_Bx1):
+    def local(q_Bx1xHxC, cache, positions_Bx1):
+        pages, scaled = cache["pages"], "scales" in cache
         B, N, page, heads, C = pages.shape
-        if not fits(heads // 2, C):
-            raise ValueError(
-                f"model.cache is 'paged', but each device has {heads // 2} key-value heads of size "
-                f"{C}; expected 1, 2, 4 or a multiple of 8 heads, and a size that is a multiple of "
-                "128. Set model.cache to 'dense', or change the size of `tensor` in decode_mesh."
-            )
+        check_fits(heads // 2, C, int8=scaled)
+        if scaled:
+            # [B, 2K, C] -> the scales of the keys and of the values, [B, 1, H, C] each.
+            by_head = cache["scales"].reshape(B, 1, heads // 2, 2, C)
+            queries = q_Bx1xHxC.shape[2] // (heads // 2)
+            k_scale, v_scale = (jnp.repeat(by_head[..., i, :], queries, axis=2) for i in (0, 1))
+            q_Bx1xHxC = (q_Bx1xHxC * k_scale).astype(q_Bx1xHxC.dtype)
         position_B = positions_Bx1[:, 0]
         # The kernel processes the first `num_seqs` rows, each with at least one key. The active
         # rows are therefore sorted to the front, and an inactive row gets a length of 1.
@@ -141,9 +205,12 @@ def attend(
             sm_scale=C**-0.5,
             num_kv_pages_per_block=pages_per_block(pages),
             num_queries_per_block=min(QUERIES, B),
+            # With scales of 1, the kernel converts the pages to the queries' dtype.
+            **({"k_scale": 1.0, "v_scale": 1.0} if scaled else {}),
         )
         out_BxHxC = out_BxHxC[jnp.argsort(order_B)]
-        return jnp.where(position_B[:, None, None] < 0, 0, out_BxHxC)[:, None]
+        out_Bx1xHxC = jnp.where(position_B[:, None, None] < 0, 0, out_BxHxC)[:, None]
+        return (out_Bx1xHxC * v_scale).astype(out_BxHxC.dtype) if scaled else out_Bx1xHxC
 
-    local = on_each_device(local, (HEADS, PAGES, P(ROWS)), HEADS)
-    return local(q_Bx1xHxC, cache["pages"], positions_Bx1)
+    local = on_each_device(local, (HEADS, _specs(cache), P(ROWS)), HEADS)
+    return local(q_Bx1xHxC, cache, positions_Bx1)

@@ -36,6 +36,7 @@ from opsd_jax.rollout.engine import (
     EngineShape,
     shape_for,
 )
+from opsd_jax.rollout.layout import Sampler
 from opsd_jax.run import checks
 from opsd_jax.run.parameters import Parameters
 from opsd_jax.stages.algorithm import Algorithm, RowFields
@@ -48,6 +49,9 @@ from opsd_jax.training.step import compile_train_step
 
 # Problems of an evaluation whose size depends on the data: the size of MATH-500.
 DEFAULT_PROBLEMS = 500
+
+# The model, the sizes and whether sampling filters tokens.
+EngineKey = tuple[Sampler, EngineShape, bool]
 
 
 class Phase(NamedTuple):
@@ -135,12 +139,12 @@ class Phases:
         checks.check_devices(config, self.parameters.mesh, self.parameters.decode_mesh)
         checks.check_positions(config, self.parameters.model.max_positions)
         self.model, self.mesh = self.parameters.model, self.parameters.mesh
-        self.layout = self.parameters.decoding
         self.weights = mesh_lib.shard_bytes(self.parameters.abstract)
         self.programs: list[ProgramCosts] = []
-        self.engines: dict[tuple[EngineShape, bool], tuple[Engine, list[ProgramCosts]]] = {}
+        self.engines: dict[EngineKey, tuple[Engine, list[ProgramCosts]]] = {}
         self.phases: list[Phase] = []
         # Empty if training and sampling use the same layout.
+        self.moved_bytes = self.parameters.rollouts.layout.moved_bytes
         self.reshard = self.account({})
 
     def smallest_weight(self) -> int:
@@ -207,24 +211,27 @@ class Phases:
         )
 
     def engine(
-        self, shape: EngineShape, filters_tokens: bool, reads: float
+        self, sampler: Sampler, shape: EngineShape, filters_tokens: bool, reads: float
     ) -> tuple[Engine, list[ProgramCosts]]:
         """Returns an engine and the costs of its programs. Compiles the programs on first use.
 
         Args:
+          sampler: the model.
           shape: the engine's sizes.
           filters_tokens: whether sampling filters tokens by top-k, top-p or min-p.
           reads: cached tokens that a decoding step reads, if it reads only the filled part.
         """
-        if (shape, filters_tokens) not in self.engines:
-            engine = Engine(self.model, self.layout.abstract, self.layout.mesh, shape)
+        if (sampler, shape, filters_tokens) not in self.engines:
+            layout = sampler.layout
+            self.account({})  # Its program runs once in each evaluation, so it has no phase.
+            engine = Engine(sampler.model, layout.abstract, layout.mesh, shape)
             programs = self.account(
                 {(DECODE_STEPS,): STEPS_PER_CHUNK},
                 kernel_bytes=self.kernel_bytes(engine, reads),
                 lightest=not filters_tokens,
             )
-            self.engines[shape, filters_tokens] = engine, programs
-        return self.engines[shape, filters_tokens]
+            self.engines[sampler, shape, filters_tokens] = engine, programs
+        return self.engines[sampler, shape, filters_tokens]
 
     def kernel_bytes(self, engine: Engine, reads: float) -> float:
         """Returns how many bytes per device the attention kernels read for `reads` cached tokens.
@@ -239,6 +246,7 @@ class Phases:
         key: PhaseKey,
         resident: Mapping[Part, float],
         sampling: Sampling,
+        sampler: Sampler,
         *,
         times: int,
         filters_tokens: bool = False,
@@ -249,17 +257,18 @@ class Phases:
           key: which phase it is.
           resident: bytes of the arrays that stay in memory while the engine samples.
           sampling: the sizes of the engine, and the number and lengths of the responses.
+          sampler: the model.
           times: how often the run goes through the phase.
           filters_tokens: whether sampling filters tokens by top-k, top-p or min-p.
         """
         self.compiler.prefix = f"{key}: "
-        shards = mesh_lib.row_shards(self.layout.mesh)
+        shards = mesh_lib.row_shards(self.parameters.decode_mesh)
         shape = sampling.engine(functools.partial(shape_for, shards=shards))
         responses = self._response_lengths(sampling.samples, sampling.response_tokens)
         steps = workload.decode_steps(responses, shape.slots)
         prompts = sampling.prompt_tokens - (1 - self.length) * sampling.response_in_prompt
         reads = workload.cache_tokens_read(prompts, responses) / steps
-        engine, programs = self.engine(shape, filters_tokens, reads)
+        engine, programs = self.engine(sampler, shape, filters_tokens, reads)
         kernel_bytes = self.kernel_bytes(engine, reads)
         executions = _engine_executions(
             engine,
@@ -271,7 +280,7 @@ class Phases:
             key,
             {
                 **resident,
-                Part.SAMPLING_WEIGHTS: self.layout.moved_bytes,
+                Part.SAMPLING_WEIGHTS: sampler.layout.moved_bytes,
                 Part.CACHE: engine.cache_bytes,
                 Part.PROMPT_CACHE: engine.prefill_cache_bytes,
             },
@@ -310,7 +319,7 @@ class Phases:
             if sampling.continues:
                 sampling = sampling._replace(samples=max(1, filled))
             key = PhaseKey(stage, kind, sampling.name)
-            self.add_sampling(key, resident, sampling, times=times)
+            self.add_sampling(key, resident, sampling, self.parameters.rollouts, times=times)
             lengths = self._response_lengths(sampling.samples, sampling.response_tokens)
             filled = int((lengths == sampling.response_tokens).sum())
 
@@ -346,7 +355,7 @@ class Phases:
         }
         samplings = algorithm.sampling(options)
         if samplings and self.reshard:
-            moved = {Part.SAMPLING_WEIGHTS: self.layout.moved_bytes}
+            moved = {Part.SAMPLING_WEIGHTS: self.moved_bytes}
             reshard = matched_executions(self.reshard, {ProgramKey(ProgramKind.RESHARD): 1})
             key = PhaseKey(name, PhaseKind.RESHARD)
             self.add_phase(key, resident | moved, reshard, stage.steps)
@@ -447,6 +456,7 @@ class Phases:
                 response_tokens=options.response_tokens,
                 samples=responses,
             ),
+            self.parameters.evaluated,
             times=1 + len(self.config.stages),
             filters_tokens=options.top_k > 0 or options.top_p < 1 or options.min_p > 0,
         )

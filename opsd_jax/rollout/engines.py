@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 from opsd_jax.parallel import mesh as mesh_lib
-from opsd_jax.policy import Model
 from opsd_jax.rollout.engine import Engine, EngineShape, shape_for
-from opsd_jax.rollout.layout import Layout
+from opsd_jax.rollout.layout import Sampler
 
 MAX_ENGINES = 8  # kept per `Engines`
 
@@ -16,16 +14,14 @@ MAX_ENGINES = 8  # kept per `Engines`
 class Engines:
     """Compiles the rollout engines of a model on demand, and caches the most recently used ones."""
 
-    def __init__(self, model: Model, layout: Callable[[], Layout], pad_id: int):
-        """Creates an empty cache of engines.
+    def __init__(self, sampler: Sampler, pad_id: int):
+        """Creates an empty cache of engines, without compiling anything.
 
         Args:
-          model: the model.
-          layout: returns the parameters' layout for decoding. Called at the first request of an
-            engine.
+          sampler: the model.
           pad_id: the token id of padding.
         """
-        self._model, self._make_layout, self._pad_id = model, layout, pad_id
+        self._sampler, self._pad_id = sampler, pad_id
         self._engine = functools.lru_cache(maxsize=MAX_ENGINES)(self._compile)
 
     def __call__(
@@ -55,16 +51,11 @@ class Engines:
                 rollouts=rollouts,
                 prompt_tokens=prompt_tokens,
                 response_tokens=response_tokens,
-                shards=mesh_lib.row_shards(self._layout.mesh),
+                shards=mesh_lib.row_shards(self._sampler.layout.mesh),
             )
         )
 
-    @functools.cached_property
-    def _layout(self) -> Layout:
-        """The layout of the parameters for decoding, built at the first access."""
-        return self._make_layout()
-
     def _compile(self, shape: EngineShape) -> Engine:
         """Compiles an engine of the given shape."""
-        layout = self._layout
-        return Engine(self._model, layout.abstract, layout.mesh, shape, pad_id=self._pad_id)
+        layout = self._sampler.layout
+        return Engine(self._sampler.model, layout.abstract, layout.mesh, shape, pad_id=self._pad_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +31,23 @@ class Layout(NamedTuple):
     abstract: Params
     moved_bytes: int
     convert: Callable[[Params], Params]
+
+
+class Sampler:
+    """A model in the form that samples, and the layout of its parameters.
+
+    Attributes:
+      model: the model.
+    """
+
+    def __init__(self, model: Model, abstract_params: Params, mesh: jax.sharding.Mesh):
+        """Compiles nothing. The arguments are those of `decode_layout`."""
+        self.model, self._abstract_params, self._mesh = model, abstract_params, mesh
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """The `Layout` of the parameters. The first access compiles its `convert` function."""
+        return decode_layout(self.model, self._abstract_params, self._mesh)
 
 
 def check_fits(model: Model, shapes: Params, mesh: jax.sharding.Mesh) -> None:

@@ -29,7 +29,7 @@ class Run(NamedTuple):
       parameters: the model and its parameters.
       task: the data.
       pool: worker processes that judge responses.
-      engines: compiles engines that sample.
+      engines: compiles engines that sample for the stages.
       evaluator: evaluates parameters on held-out problems.
     """
 
@@ -57,14 +57,17 @@ def assemble(config: RunOptions, workdir: Path) -> Run:
     seed = functools.partial(stage_seed, config)
     checks.check_data(config, task, model.vocab_size, seed, model.max_positions)
     pool = VerifierPool(task.verify, config.pool)
-    engines = Engines(model, lambda: parameters.decoding, task.tokenizer.pad_id)
+    engines = Engines(parameters.rollouts, task.tokenizer.pad_id)
+    exact = engines
+    if parameters.rollouts is not parameters.evaluated:
+        exact = Engines(parameters.evaluated, task.tokenizer.pad_id)
     evaluator = Evaluator(
         config.evaluation,
         task,
         model.vocab_size,
-        engines,
+        exact,
         pool,
-        lambda params: parameters.decoding.convert(params),
+        lambda params: parameters.evaluated.layout.convert(params),
     )
     return Run(config, workdir, parameters, task, pool, engines, evaluator)
 
@@ -120,5 +123,5 @@ def make_stage(this: Run, name: str, poll: Callable[[], None] = lambda: None) ->
     if not algorithm.sampling(options):
         return stage
     # One conversion per step to the decode layout, whatever the step samples.
-    convert = this.parameters.decoding.convert
+    convert = this.parameters.rollouts.layout.convert
     return stage._replace(batches=lambda step, params: stage.batches(step, convert(params)))

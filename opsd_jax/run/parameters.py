@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import zlib
 from collections.abc import Sequence
 
@@ -10,6 +9,7 @@ import jax
 from etils import epath
 
 from opsd_jax.config.run_options import RunOptions
+from opsd_jax.models.quantised import QuantisationOptions
 from opsd_jax.models.safetensors import WeightsError
 from opsd_jax.options import ConfigError, import_function
 from opsd_jax.parallel import mesh as mesh_lib
@@ -87,6 +87,10 @@ class Parameters:
     """The model and meshes of a run, with methods that return the parameters of each stage.
 
     The constructor compiles nothing and reads neither weights nor data.
+
+    Attributes:
+      evaluated: the model as evaluations sample from it.
+      rollouts: the model as stages sample from it: `evaluated`, or another if it is quantised.
     """
 
     def __init__(
@@ -116,19 +120,34 @@ class Parameters:
             raise
         except ValueError as error:
             raise ConfigError(f"config: {error}") from error
+        rollouts = self._quantised()
         try:
             layout_lib.check_fits(self.model, shapes, self.decode_mesh)
+            layout_lib.check_fits(rollouts, shapes, self.decode_mesh)
         except ValueError as error:
             raise ConfigError(f"config.decode_mesh: {error}") from error
         self.abstract = mesh_lib.abstract_of(shapes, shardings)
+        self.evaluated = layout_lib.Sampler(self.model, self.abstract, self.decode_mesh)
+        self.rollouts = self.evaluated
+        if rollouts is not self.model:
+            self.rollouts = layout_lib.Sampler(rollouts, self.abstract, self.decode_mesh)
 
-    @functools.cached_property
-    def decoding(self) -> layout_lib.Layout:
-        """The `Layout` of the parameters for sampling.
+    def _quantised(self) -> Model:
+        """Returns the model that samples the rollouts of stages.
 
-        The first access compiles its `convert` function.
+        Raises:
+          ConfigError: the model cannot be quantised.
         """
-        return layout_lib.decode_layout(self.model, self.abstract, self.decode_mesh)
+        options = self.config.rollout_quantisation
+        if options == QuantisationOptions():
+            return self.model
+        if self.model.quantised is None:
+            raise ConfigError(
+                f"config.rollout_quantisation has weights = {options.weights!r} and cache = "
+                f"{options.cache!r}, but the model that config.model.make returns has no function "
+                "`quantised`; expected 'none' for both, or a Model with this function."
+            )
+        return self.model.quantised(options)
 
     def initial(self) -> Params:
         """Returns the initial parameters of the run: of another run, loaded, or random.

@@ -48,7 +48,7 @@ def measure(
     privileged = algorithm.privileged(options, parts, evaluation, evaluation.samples, seed)
     # Only memos need parameters, in the decode layout.
     samples = algorithm.privileged_sampling(options, evaluation, 0)
-    convert = this.parameters.decoding.convert if samples else lambda params: params
+    convert = this.parameters.rollouts.layout.convert if samples else lambda params: params
     teacher = this.parameters.of(options.init_from)
     started_from = this.workdir / (options.init_from or UNTRAINED)
     before, _ = hosts.from_first(lambda: records.read(started_from))

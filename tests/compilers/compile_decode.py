@@ -1,7 +1,7 @@
 """Compiles decoding for a TPU topology without the hardware; test_tpu.py runs it.
 
     python compile_decode.py TOPOLOGY DATAxFSDPxTENSOR dense|paged
-        [--program chunk|step|prefill|insert] [--layers 36]
+        [--program chunk|step|prefill|insert] [--layers 36] [--int8 weights cache]
 
 The model has Qwen3-8B's shapes, with the parameters in the layout for decoding. There are 64 slots
 of 8,192 tokens, and the cache is donated. `chunk`, `prefill` (16 prompts of 1,024 tokens) and
@@ -20,6 +20,7 @@ from jax.experimental import topologies
 
 from opsd_jax import config as config_lib
 from opsd_jax.models import decoder, paged
+from opsd_jax.models.quantised import QuantisationOptions
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel.mesh import abstract_of
 from opsd_jax.planning import costs, hlo
@@ -119,6 +120,8 @@ def main(arguments) -> None:
     mesh = mesh_lib.make_mesh([int(n) for n in arguments.mesh.split("x")], topology.devices)
     sizes = {"cache": arguments.cache, "num_layers": arguments.layers}
     model = decoder.from_config(config_lib.preset("qwen3-8b", **sizes))
+    if arguments.int8:
+        model = model.quantised(QuantisationOptions(**dict.fromkeys(arguments.int8, "int8")))
     done, params, cache = compiled(model, mesh, arguments.program)
     # No sampling parameter restricts the vocabulary, so the cheapest branch of `draw` runs.
     program, memory = hlo.Program(done.as_text(), lightest=True), done.memory_analysis()
@@ -151,7 +154,7 @@ def main(arguments) -> None:
     seen["ratio"] = seen["moved"] / (seen["weights"] + seen["filled_cache"])
     seen["largest_collective"] = max(collectives, default=0)  # elements, in the loop
     # Largest write of one instruction, as a fraction of a cache leaf; copying the leaf gives 1.
-    seen["largest_write"] = max(access.written for access in moved) / min(leaves)
+    seen["largest_write"] = max(access.written for access in moved) / max(leaves)
     if not in_loop:
         everywhere = [a for a in costs.accesses(program, vmem=True) if not a.loops]
         xla = done.cost_analysis()["bytes accessed"]
@@ -166,4 +169,5 @@ if __name__ == "__main__":
     parser.add_argument("cache", choices=("dense", "paged"))
     parser.add_argument("--program", choices=PROGRAMS, default="chunk")
     parser.add_argument("--layers", type=int, default=36)
+    parser.add_argument("--int8", nargs="*", choices=("weights", "cache"))
     main(parser.parse_args())

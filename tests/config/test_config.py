@@ -385,6 +385,8 @@ def test_a_config_json_of_version_0_1_0_is_read():
         "max_without_signal": 50,
         "model.max_positions": 0,
         "pool.failures": 0.5,
+        "rollout_quantisation.cache": "none",
+        "rollout_quantisation.weights": "none",
     }
     assert loading.flatten(config) == saved | loading.ADDED
     loading.check_same(config, loading.load("rlvr_hf", data=False, platform="tpu"), "workdir")

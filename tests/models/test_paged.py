@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding
 
 from opsd_jax import config as config_lib
-from opsd_jax.models import architecture, attention, decoder, paged
+from opsd_jax.models import architecture, attention, decoder, paged, rope
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel.mesh import abstract_of
 from opsd_jax.rollout import sampling
@@ -104,13 +104,75 @@ def test_writing_changes_only_the_given_positions(shape):
         with jax.set_mesh(mesh):
             pages = jax.device_put(cache["pages"], NamedSharding(mesh, paged.PAGES))
             after = jax.jit(paged.write)({"pages": pages}, k, v, at)
-    keys, values = map(np.array, paged.dense(after))
+    keys, values = map(np.array, paged.dense(after, "float32"))
     for b, t in np.argwhere(positions >= 0):
         np.testing.assert_array_equal(keys[b, :, :, positions[b, t]], k[b, t])
         np.testing.assert_array_equal(values[b, :, positions[b, t]], v[b, t])
         keys[b, :, :, positions[b, t]] = values[b, :, positions[b, t]] = 5
     assert (keys == 5).all()
     assert (values == 5).all()
+
+
+@pytest.mark.parametrize("shape", [None, (2, 2, 1), (8, 1, 1)])
+def test_in_8_bits_the_kernel_equals_attention_over_what_they_stand_for(shape):
+    q, k, v, at = filled("float32")
+
+    @jax.jit
+    def run(q, k, v, at, positions):
+        cache = paged.write(paged.init(B, S, K, C, jnp.int8), k, v, at)
+        return paged.attend(q, cache, positions), paged.dense(cache, "float32")
+
+    if shape is None:
+        out, (keys, values) = run(q, k, v, at, jnp.asarray(POSITIONS))
+    else:
+        mesh = mesh_lib.make_mesh(shape, jax.devices()[: np.prod(shape)])
+        heads, rows = NamedSharding(mesh, paged.HEADS), mesh_lib.rows(mesh)
+        with jax.set_mesh(mesh):
+            placed = jax.device_put((q, k, v, at, POSITIONS), (heads, heads, heads, rows, rows))
+            out, (keys, values) = jax.device_get(run(*placed))
+    mask = np.arange(S)[None, None] <= POSITIONS[..., None]
+    expected = attention.dense(q, keys, values, mask)
+    active = POSITIONS[:, 0] >= 0
+    np.testing.assert_allclose(out[active], expected[active], rtol=1e-4, atol=1e-5)
+    assert (out[~active] == 0).all()
+    # The longest of 1,024 pairs of normal numbers is about 4.5, so a key or value has an error of
+    # 1.5 * 4.5 / 127 / sqrt(12) = 0.015. The queries have a deviation of 3, so scores have 0.046.
+    exact = reference(q, k, v, POSITIONS)
+    rms = lambda x: np.sqrt(np.mean(np.square(x[active])))
+    assert 0.01 < rms(out - exact) / rms(exact) < 0.05
+
+
+def test_the_first_tokens_of_a_row_determine_its_scales():
+    positions = np.array([[0, 1, 2], [-1, 0, 1], [-1, -1, -1]])
+    keys = jax.random.split(jax.random.key(0), 2)
+    k, v = (jax.random.normal(key, (3, 3, K, C)) for key in keys)
+    cache = paged.write(paged.init(3, 300, K, C, jnp.int8), k, v, jnp.asarray(positions))
+    scales = np.asarray(cache["scales"]).reshape(3, K, 2, C)
+    for row, tokens in enumerate([k[0], k[1, 1:]]):
+        pairs = np.hypot(tokens[..., : C // 2], tokens[..., C // 2 :]).max(axis=0)
+        expected = paged.HEADROOM / 127 * np.tile(pairs, (1, 2))
+        np.testing.assert_allclose(scales[row, :, 0], expected, rtol=1e-6)
+    expected = paged.HEADROOM / 127 * np.abs(v[0]).max(axis=0)
+    np.testing.assert_allclose(scales[0, :, 1], expected, rtol=1e-6)
+    assert (scales[2] == 0).all()
+
+    after = paged.write(cache, 1e6 * k[:, :1], v[:, :1], jnp.asarray([[3], [-1], [0]]))
+    np.testing.assert_array_equal(after["scales"][:2], cache["scales"][:2])
+    assert (after["scales"][2] > 0).all()
+    clipped, _ = paged.dense(after, "float32")
+    np.testing.assert_allclose(np.abs(clipped[0, :, :, 3]), 127 * scales[0, :, 0], rtol=1e-6)
+
+
+def test_a_key_stays_in_the_range_of_its_scale_at_any_position():
+    k = 3 * jax.random.normal(jax.random.key(0), (1, 1, K, C))
+    k = jnp.broadcast_to(k, (1, 512, K, C))
+    table = rope.table(jnp.arange(512)[None], C, 1e4, rope.RopeScaling())
+    scales = [
+        paged.calibrate(jnp.zeros((1, 2 * K, C)), jnp.repeat(x, 2, axis=2), jnp.ones((1, 1), bool))
+        for x in jnp.split(rope.rotate(k, table), 512, axis=1)
+    ]
+    for other in scales[1:]:
+        np.testing.assert_allclose(other[:, 0::2], scales[0][:, 0::2], rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +260,16 @@ def test_an_unsupported_number_of_heads_per_device_is_an_error():
         ValueError, match="each device has 12 key-value heads of size 128; expected"
     ):
         paged.attend(jnp.zeros((1, 1, 24, 128)), cache, jnp.zeros((1, 1), jnp.int32))
+
+
+@pytest.mark.parametrize(("heads", "fits"), [(1, False), (2, True), (6, False), (16, True)])
+def test_8_bits_need_an_even_number_of_heads_per_device(heads, fits):
+    cache = paged.init(1, 1, heads, 128, jnp.int8)
+    attend = lambda: paged.attend(jnp.zeros((1, 1, heads, 128)), cache, jnp.zeros((1, 1), "int32"))
+    if fits:
+        return attend()
+    with pytest.raises(ValueError, match=f"is 'int8', but each device has {heads} key-value heads"):
+        attend()
 
 
 def test_auto_is_paged_on_a_tpu_if_the_kernel_supports_the_sizes(monkeypatch, sizes):

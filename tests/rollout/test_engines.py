@@ -1,5 +1,8 @@
 """Engines: compiled at the first request of their shape, and kept."""
 
+import functools
+from types import SimpleNamespace
+
 import jax
 import pytest
 
@@ -31,7 +34,7 @@ def layout():
 
 
 def test_a_shape_is_compiled_once(compiled, layout):
-    engines = Engines("model", lambda: layout, pad_id=7)
+    engines = Engines(SimpleNamespace(model="model", layout=layout), pad_id=7)
     first = engines(**SIZES)
     shape = EngineShape(64, 8, 16, 32)  # prompts are a multiple of 4 x 2 shards
     assert compiled == [("model", layout.abstract, layout.mesh, shape, 7)]
@@ -45,11 +48,15 @@ def test_a_shape_is_compiled_once(compiled, layout):
 def test_the_layout_is_made_at_the_first_request(compiled, layout):
     calls = []
 
-    def make_layout():
-        calls.append("layout")
-        return layout
+    class Sampler:
+        model = "model"
 
-    engines = Engines("model", make_layout, pad_id=0)
+        @functools.cached_property
+        def layout(self):
+            calls.append("layout")
+            return layout
+
+    engines = Engines(Sampler(), pad_id=0)
     assert not calls
     engines(**SIZES)
     engines(**SIZES | {"response_tokens": 48})
@@ -57,7 +64,7 @@ def test_the_layout_is_made_at_the_first_request(compiled, layout):
 
 
 def test_the_last_eight_engines_are_kept(compiled, layout):
-    engines = Engines("model", lambda: layout, pad_id=0)
+    engines = Engines(SimpleNamespace(model="model", layout=layout), pad_id=0)
     made = [engines(**SIZES | {"response_tokens": n}) for n in range(1, 10)]
     assert engines(**SIZES | {"response_tokens": 2}) is made[1]
     assert engines(**SIZES | {"response_tokens": 1}) is not made[0]
