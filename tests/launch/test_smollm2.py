@@ -1,15 +1,18 @@
 """launch/smollm2.py: each way in which the model cannot be had is one line; then the real model."""
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
+import processes
 import pytest
-from paths import ROOT
+from paths import CONFIGS, ROOT
 
 from opsd_jax.models import pretrained
 
@@ -90,3 +93,49 @@ def test_the_model_continues_a_text_as_in_transformers(directory):
     greedy = jnp.argmax(model.policy.unembed(params, hidden), axis=-1)[0].tolist()
     start = inputs["input_ids"].shape[1]
     assert greedy[start - 1 : -1] == expected[start:]
+
+
+FEW = {
+    "sft.steps": 2, "sft.optimizer.warmup": 1, "sft.checkpoint_every": 1,
+    "rlvr.steps": 1, "rlvr.prompts": 2, "rlvr.group_size": 4, "rlvr.slots": 8,
+    "rlvr.optimizer.warmup": 0,
+    "opsd.steps": 2, "opsd.prompts": 8, "opsd.slots": 8, "opsd.optimizer.warmup": 1,
+    "evaluation.problems": 8, "evaluation.slots": 8,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_and_its_results_load_in_transformers(directory, tmp_path):
+    """The short run with even fewer steps, killed after the first step of SFT and of OPSD."""
+    pytest.importorskip("transformers")
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = [sys.executable, "-m", "opsd_jax", "train", "--workdir", run]
+    command += ["--config", CONFIGS / "smollm2" / "short.py", f"--config.model.path={directory}"]
+    command += [f"--config.{name}={value}" for name, value in FEW.items()]
+
+    # With the flags of the other tests, which turn optimisation off, a step takes minutes.
+    optimised = {name: value for name, value in os.environ.items() if name != "NPROC"}
+    optimised["XLA_FLAGS"] = ""
+
+    def start():
+        with log.open("a") as file:
+            return subprocess.Popen(command, env=optimised, stdout=file, stderr=file)
+
+    for stage in ("sft", "opsd"):
+        process, metrics = start(), run / stage / "metrics.jsonl"
+        while not metrics.exists() or not metrics.read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        process.kill()
+        assert process.wait() < 0
+    assert start().wait() == 0, log.read_text()
+    for evaluated in ("untrained", "sft", "rlvr", "opsd"):
+        assert log.read_text().count(f"evaluation of {evaluated}: ") == 1
+    for stage, steps in {"sft": 2, "rlvr": 1, "opsd": 2}.items():
+        rows = processes.rows(run / stage / "metrics.jsonl")
+        assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    exported = [sys.executable, ROOT / "benchmarks" / "exported.py", "--workdir", run]
+    compared = subprocess.run(exported, env=optimised, capture_output=True, text=True, check=False)
+    assert compared.returncode == 0, compared.stdout + compared.stderr
+    found = json.loads(compared.stdout.splitlines()[-1])
+    assert [found[stage]["greedy_equal"] for stage in ("sft", "rlvr", "opsd")] == [8] * 3
