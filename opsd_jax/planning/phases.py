@@ -473,6 +473,8 @@ def _engine_executions(
     for length in engine.cache_lengths:
         executions[ProgramKey(ProgramKind.INSERT, length)] = 0
         executions[ProgramKey(ProgramKind.DECODE, length)] = 0
+        if engine.shape.continues:
+            executions[ProgramKey(ProgramKind.CONTINUE, length)] = 0
     longest = engine.cache_lengths[-1]
     return executions | {
         ProgramKey(ProgramKind.START): 1,
