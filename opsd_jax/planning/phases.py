@@ -266,6 +266,8 @@ class Phases:
         shape = sampling.engine(functools.partial(shape_for, shards=shards))
         responses = self._response_lengths(sampling.samples, sampling.response_tokens)
         steps = workload.decode_steps(responses, shape.slots)
+        if sampling.carries_over:  # no slot is idle
+            steps = math.ceil(responses.sum() / shape.slots)
         prompts = sampling.prompt_tokens - (1 - self.length) * sampling.response_in_prompt
         reads = workload.cache_tokens_read(prompts, responses) / steps
         engine, programs = self.engine(sampler, shape, filters_tokens, reads)
@@ -476,6 +478,10 @@ def _engine_executions(
         if engine.shape.continues:
             executions[ProgramKey(ProgramKind.CONTINUE, length)] = 0
     longest = engine.cache_lengths[-1]
+    if engine.shape.continues:  # every slot begins with a rollout of the step before
+        executions[ProgramKey(ProgramKind.CONTINUE, longest)] = -(
+            -engine.shape.slots // engine.continued
+        )
     return executions | {
         ProgramKey(ProgramKind.START): 1,
         ProgramKey(ProgramKind.PREFILL): prefills,

@@ -34,7 +34,10 @@ from opsd_jax.rollout.programs import (
 from opsd_jax.rollout.slots import RUNNING, STOP_EOS, STOP_LENGTH, Chunk, Rows
 
 __all__ = [
+    "NOTHING_BEGUN",
+    "NO_TOKENS",
     "ROLLOUTS_PER_INSERT",
+    "RUNNING",
     "STEPS_PER_CHUNK",
     "STOP_EOS",
     "STOP_LENGTH",
@@ -49,7 +52,7 @@ __all__ = [
 
 SHORTEST_CACHE = 128  # tokens; a shorter cache would save little
 NOTHING_BEGUN: Mapping[tuple[int, int], Response] = types.MappingProxyType({})
-_NO_TOKENS = np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.float32)
+NO_TOKENS = np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.float32)
 
 
 class Response(NamedTuple):
@@ -167,6 +170,7 @@ class Engine:
       cache_lengths: the lengths that the slots' cache can take, in tokens, ascending.
       cache_bytes: bytes per device of the slots' cache at its longest.
       prefill_cache_bytes: bytes per device of the cache of one prefill.
+      continued: rollouts that continue in one execution of a program.
     """
 
     def __init__(
@@ -208,6 +212,7 @@ class Engine:
         self._programs = Programs(model, abstract_params, mesh, shape, lengths)
         self.cache_bytes = self._programs.cache_bytes
         self.prefill_cache_bytes = self._programs.prefill_cache_bytes
+        self.continued = self._programs.continued
 
     def __call__(
         self,
@@ -341,7 +346,7 @@ class _Rollout:
         self.prompt, self.member = prompt, member
         self.prompt_ids, self.rollout_id, self.budget = prompt_ids, rollout_id, budget
         self.position = len(prompt_ids) - 1  # position of the last token
-        self._pieces: list[tuple[np.ndarray, ...]] = [_NO_TOKENS]
+        self._pieces: list[tuple[np.ndarray, ...]] = [NO_TOKENS]
         if begun is not None:
             self._add(begun.tokens, begun.sampling_logprobs, begun.model_logprobs)
 

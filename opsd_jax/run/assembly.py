@@ -124,4 +124,6 @@ def make_stage(this: Run, name: str, poll: Callable[[], None] = lambda: None) ->
         return stage
     # One conversion per step to the decode layout, whatever the step samples.
     convert = this.parameters.rollouts.layout.convert
-    return stage._replace(batches=lambda step, params: stage.batches(step, convert(params)))
+    return stage._replace(
+        batches=lambda step, params, *carried: stage.batches(step, convert(params), *carried)
+    )

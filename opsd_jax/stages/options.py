@@ -77,6 +77,19 @@ class RolloutOptions(StageOptions):
         "dynamic sampling).",
         at_least=0,
     )
+    carry_over: int = option(
+        0,
+        "Problems in flight beyond those of a step: it does not wait for all of their rollouts, "
+        "which go on in the next step. 0: every step waits for all of its rollouts.",
+        at_least=0,
+        added=True,
+    )
+    max_staleness: int = option(
+        4,
+        "With carry_over: a step waits for the rollouts that began this many steps ago.",
+        at_least=1,
+        added=True,
+    )
     temperature: float = option(
         1.0, "Sampling temperature; not 0, because a stage trains on random samples.", above=0
     )
@@ -90,9 +103,17 @@ class RolloutOptions(StageOptions):
         """The number of rollouts per step, not counting resampled ones."""
         return self.prompts * self.group_size
 
+    @property
+    def in_flight(self) -> int:
+        """The number of problems whose rollouts are sampled at the same time."""
+        return self.prompts + self.carry_over
+
     def check(self, field: str) -> None:
         super().check(field)
         longest = self.prompt_tokens + self.response_tokens - 1
         if self.buckets[-1] < longest:
             expected = f"a last length of at least {longest} = prompt_tokens + response_tokens - 1"
             fail(f"{field}.buckets", self.buckets, expected)
+        if self.carry_over and self.resample_rounds:
+            expected = f"0 together with {field}.resample_rounds = {self.resample_rounds}"
+            fail(f"{field}.carry_over", self.carry_over, expected)

@@ -269,7 +269,7 @@ def test_dynamic_sampling_replaces_problems_without_signal(config, task, model, 
     right = lambda problem, i: i == 0 if problem % every == 0 else problem % 2 == 0
     sampled = collector(right)
     stage = stage_with(rlvr_lib, section, task, model, sampled)
-    parts, metrics, records, _ = stage.batches(3, None)
+    parts, metrics, records, *_ = stage.batches(3, None)
     ids = [i for call in sampled.calls for i in call]
     assert len(set(ids)) == len(ids) == metrics["problems"] == len(records)
     informative = [i for i in ids if i % every == 0]
