@@ -381,6 +381,7 @@ def test_a_config_json_of_version_0_1_0_is_read():
     assert loading.ADDED == {
         "compilation_cache": "auto",
         "evaluation.divergence_responses": 1024,
+        "executables": "",
         "init_from": "",
         "max_without_signal": 50,
         "model.max_positions": 0,
