@@ -25,6 +25,7 @@ class ProgramKind(enum.Enum):
     PREFILL = "prefill"
     INSERT = "insert into"
     DECODE = "decode in"
+    SPECULATE = "speculate in"
     RESIZE = "resize"
     TRAIN_STEP = "train step"
     PROBE = "probe"
@@ -35,7 +36,8 @@ class ProgramKey(NamedTuple):
 
     Attributes:
       kind: what the program does.
-      cache_length: the cache's length in tokens, for INSERT and DECODE; None for other kinds.
+      cache_length: the cache's length in tokens, for INSERT, DECODE and SPECULATE; None
+        for other kinds.
     """
 
     kind: ProgramKind

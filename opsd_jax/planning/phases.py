@@ -137,6 +137,7 @@ class Phases:
         self.config, self.compiler, self.chip, self.length = config, compiler, chip, length
         self.parameters = Parameters(config, pathlib.Path(), devices)
         checks.check_devices(config, self.parameters.mesh, self.parameters.decode_mesh)
+        checks.check_speculation(config, self.parameters.rollouts.model)
         checks.check_positions(config, self.parameters.model.max_positions)
         self.model, self.mesh = self.parameters.model, self.parameters.mesh
         self.weights = mesh_lib.shard_bytes(self.parameters.abstract)
@@ -467,12 +468,15 @@ def _engine_executions(
 ) -> dict[ProgramKey, float]:
     """Returns how often a sampling phase executes each program of its engine.
 
-    The plan assumes that the cache always has its largest length and is never resized.
+    The plan assumes that the cache always has its largest length and is never resized, and that no
+    step is saved by speculation.
     """
     executions: dict[ProgramKey, float] = {ProgramKey(ProgramKind.RESIZE): 0}
     for length in engine.cache_lengths:
         executions[ProgramKey(ProgramKind.INSERT, length)] = 0
         executions[ProgramKey(ProgramKind.DECODE, length)] = 0
+        if engine.shape.speculation:
+            executions[ProgramKey(ProgramKind.SPECULATE, length)] = 0
     longest = engine.cache_lengths[-1]
     return executions | {
         ProgramKey(ProgramKind.START): 1,

@@ -77,10 +77,12 @@ class EndedRollouts(NamedTuple):
       responses: at least one.
       device_is_idle: `() -> bool`, whether the device has nothing left to do, because the next
         chunk is finished or there is none.
+      steps: number of forward passes of decoding since the last batch, or since the beginning.
     """
 
     responses: list[Response]
     device_is_idle: Callable[[], bool]
+    steps: int
 
 
 def shape_for(
@@ -91,6 +93,7 @@ def shape_for(
     prompt_tokens: int,
     response_tokens: int,
     shards: int,
+    speculation: int = 0,
 ) -> EngineShape:
     """Computes the `EngineShape` for a given number and size of rollouts.
 
@@ -104,11 +107,12 @@ def shape_for(
       prompt_tokens: maximum length of a prompt, in tokens.
       response_tokens: maximum length of a response, in tokens.
       shards: number of parts that the mesh splits rows into (`mesh.row_shards`).
+      speculation: tokens that speculation guesses per forward pass; 0 turns it off.
     """
     rounded_up = lambda count: -(-count // shards) * shards
     slots = min(slots, rounded_up(rollouts))
     prompts = rounded_up(max(1, slots // (4 * group_size)))
-    return EngineShape(slots, prompts, prompt_tokens, response_tokens)
+    return EngineShape(slots, prompts, prompt_tokens, response_tokens, speculation=speculation)
 
 
 def left_pad(
@@ -184,7 +188,8 @@ class Engine:
             the filled part of a cache, it is the largest length alone.
 
         Raises:
-          ValueError: `cache_lengths` do not ascend, or the last one is too short.
+          ValueError: `cache_lengths` do not ascend, or the last one is too short. Or
+            `shape.speculation` is not 0, and the model does not support it.
         """
         longest = shape.prompt_tokens + shape.response_tokens
         if cache_lengths is None:
@@ -243,17 +248,20 @@ class Engine:
             return
         batch = _Batch(self._programs, groups, self._pad_id, params, key, sampling_params)
         ended: list[Response] = []
+        steps = 0
         while True:
             batch.fill_slots()
             chunk = batch.decode()
             if ended:
-                yield EndedRollouts(ended, functools.partial(_is_done, chunk))
+                yield EndedRollouts(ended, functools.partial(_is_done, chunk), steps)
+                steps = 0
             if chunk is None:
                 return
             poll()
             with watchdog.waiting("decoding"):
                 fetched = jax.device_get(chunk)
             ended = batch.record(fetched)
+            steps += fetched.forward_passes()
 
     def _groups(
         self,
@@ -303,6 +311,15 @@ class _Rollout:
     def row(self) -> tuple[int, ...]:
         """Returns this rollout's initial values for the fields of `slots.Rows`, in order."""
         return self.prompt_ids[-1], self.position, self.rollout_id, 0, self.budget
+
+    def history(self, length: int) -> np.ndarray:
+        """Returns the tokens of the prompt and the response so far, padded: int32 [length]."""
+        history_H = np.zeros(length, np.int32)
+        history_H[: len(self.prompt_ids)] = self.prompt_ids
+        if self._pieces:
+            tokens_n = np.concatenate([tokens for tokens, *_ in self._pieces])
+            history_H[len(self.prompt_ids) : self.position + 1] = tokens_n
+        return history_H
 
     def append(self, chunk: Chunk, slot: int) -> None:
         """Appends this rollout's new tokens, which are in column `slot` of a fetched chunk."""
@@ -371,18 +388,27 @@ class _Batch:
         """Starts and returns the next chunk of decoding steps; None if every slot is empty."""
         if not any(self._active):
             return None
-        self._resize()
-        # Where rollouts wait for slots, refill when a sixteenth of the slots is free.
-        S = self._shape.slots
-        stop_after = max(1, S // 16) if self._prefilled or self._queue else S + 1
-        self._state, chunk = self._programs.decode[self._cache_length](
-            self._params,
-            self._state,
-            self._key_data,
-            self._sampling_params,
-            *self._put(np.int32(stop_after)),
+        is_waiting = bool(self._prefilled or self._queue)
+        active, few = sum(rollout is not None for rollout in self._active), self._shape.few
+        if active <= few and not is_waiting:
+            self._resize(self._programs.tokens_per_speculation)
+            program, last = self._programs.speculate, self._history()
+        else:
+            # Where rollouts wait for slots, refill when a sixteenth of the slots is free. Otherwise
+            # go on until few rollouts are active, so that speculation begins, or none.
+            self._resize(self._programs.steps_per_chunk)
+            stop_after = max(1, self._shape.slots // 16) if is_waiting else active - few
+            program, last = self._programs.decode, np.asarray(stop_after, np.int32)
+        self._state, chunk = program[self._cache_length](
+            self._params, self._state, self._key_data, self._sampling_params, *self._put(last)
         )
         return chunk
+
+    def _history(self) -> np.ndarray:
+        """Returns the token at each position of the rollout in each slot, int32 [S, H]."""
+        H = self._shape.prompt_tokens + self._shape.response_tokens
+        empty_H = np.zeros(H, np.int32)
+        return np.stack([empty_H if r is None else r.history(H) for r in self._active])
 
     def record(self, chunk: Chunk) -> list[Response]:
         """Appends a chunk's tokens to the rollouts and frees the slots of the rollouts that ended.
@@ -426,15 +452,14 @@ class _Batch:
             slot_m[i] = slot = free.popleft()
             rows[:, i] = rollout.row()
             self._active[slot] = rollout
-        self._resize()
+        self._resize(self._programs.steps_per_chunk)
         self._state = self._programs.insert[self._cache_length](
             self._state, cache, *self._put(source_m, slot_m, Rows(*rows))
         )
 
-    def _resize(self) -> None:
-        """Resizes the cache to the shortest available length that is enough for the next chunk."""
-        steps = self._programs.steps_per_chunk
-        needed = max(r.cache_length_after(steps) for r in self._active if r is not None)
+    def _resize(self, tokens: int) -> None:
+        """Resizes the cache to the shortest available length with room for `tokens` more tokens."""
+        needed = max(r.cache_length_after(tokens) for r in self._active if r is not None)
         goal = next(length for length in self._programs.cache_lengths if length >= needed)
         if goal != self._cache_length:
             self._state = self._programs.resize(self._state, self._cache_length, goal)

@@ -41,6 +41,7 @@ class Sampling(NamedTuple):
         plan assumes shorter responses, and therefore shorter prompts.
       continues: whether this sampling continues the responses of the entry before this one that
         filled their budget.
+      speculation: tokens that speculation guesses per forward pass; 0 turns it off.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Sampling(NamedTuple):
     samples: int
     response_in_prompt: int = 0
     continues: bool = False
+    speculation: int = 0
 
     def engine(self, engines: Callable[..., T]) -> T:
         """Builds the engine of this sampling, by calling `engines` with its sizes.
@@ -66,6 +68,7 @@ class Sampling(NamedTuple):
             rollouts=self.rollouts,
             prompt_tokens=self.prompt_tokens,
             response_tokens=self.response_tokens,
+            speculation=self.speculation,
         )
 
 
