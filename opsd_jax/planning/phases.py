@@ -137,6 +137,7 @@ class Phases:
         self.config, self.compiler, self.chip, self.length = config, compiler, chip, length
         self.parameters = Parameters(config, pathlib.Path(), devices)
         checks.check_devices(config, self.parameters.mesh, self.parameters.decode_mesh)
+        checks.check_speculation(config, self.parameters.rollouts.model)
         checks.check_positions(config, self.parameters.model.max_positions)
         self.model, self.mesh = self.parameters.model, self.parameters.mesh
         self.weights = mesh_lib.shard_bytes(self.parameters.abstract)
@@ -469,7 +470,8 @@ def _engine_executions(
 ) -> dict[ProgramKey, float]:
     """Returns how often a sampling phase executes each program of its engine.
 
-    The plan assumes that the cache always has its largest length and is never resized.
+    The plan assumes that the cache always has its largest length and is never resized, and that no
+    step is saved by speculation.
     """
     executions: dict[ProgramKey, float] = {ProgramKey(ProgramKind.RESIZE): 0}
     for length in engine.cache_lengths:
@@ -477,6 +479,8 @@ def _engine_executions(
         executions[ProgramKey(ProgramKind.DECODE, length)] = 0
         if engine.shape.continues:
             executions[ProgramKey(ProgramKind.CONTINUE, length)] = 0
+        if engine.shape.speculation:
+            executions[ProgramKey(ProgramKind.SPECULATE, length)] = 0
     longest = engine.cache_lengths[-1]
     if engine.shape.continues:  # every slot begins with a rollout of the step before
         executions[ProgramKey(ProgramKind.CONTINUE, longest)] = -(

@@ -86,10 +86,12 @@ class EndedRollouts(NamedTuple):
         rollouts that have not ended.
       device_is_idle: `() -> bool`, whether the device has nothing left to do, because the next
         chunk is finished or there is none.
+      steps: number of forward passes of decoding since the last batch, or since the beginning.
     """
 
     responses: list[Response]
     device_is_idle: Callable[[], bool]
+    steps: int
 
 
 def shape_for(
@@ -101,6 +103,7 @@ def shape_for(
     response_tokens: int,
     shards: int,
     continues: bool = False,
+    speculation: int = 0,
 ) -> EngineShape:
     """Computes the `EngineShape` for a given number and size of rollouts.
 
@@ -115,11 +118,12 @@ def shape_for(
       response_tokens: maximum length of a response, in tokens.
       shards: number of parts that the mesh splits rows into (`mesh.row_shards`).
       continues: whether rollouts can continue from tokens of an earlier call.
+      speculation: tokens that speculation guesses per forward pass; 0 turns it off.
     """
     rounded_up = lambda count: -(-count // shards) * shards
     slots = min(slots, rounded_up(rollouts))
     prompts = rounded_up(max(1, slots // (4 * group_size)))
-    return EngineShape(slots, prompts, prompt_tokens, response_tokens, continues)
+    return EngineShape(slots, prompts, prompt_tokens, response_tokens, continues, speculation)
 
 
 def left_pad(
@@ -196,7 +200,8 @@ class Engine:
             the filled part of a cache, it is the largest length alone.
 
         Raises:
-          ValueError: `cache_lengths` do not ascend, or the last one is too short.
+          ValueError: `cache_lengths` do not ascend, or the last one is too short. Or
+            `shape.speculation` is not 0, and the model does not support it.
         """
         longest = shape.prompt_tokens + shape.response_tokens
         if cache_lengths is None:
@@ -259,19 +264,22 @@ class Engine:
             return
         batch = _Batch(self._programs, groups, self._pad_id, params, key, sampling_params)
         ended: list[Response] = []
+        steps = 0
         while True:
             batch.fill_slots()
             chunk = batch.decode()
             if ended:
-                yield EndedRollouts(ended, functools.partial(_is_done, chunk))
+                yield EndedRollouts(ended, functools.partial(_is_done, chunk), steps)
+                steps = 0
             if chunk is None:
                 return
             poll()
             with watchdog.waiting("decoding"):
                 fetched = jax.device_get(chunk)
             ended = batch.record(fetched)
+            steps += fetched.forward_passes()
             if ended and enough(ended):
-                yield EndedRollouts(ended + batch.unfinished(), lambda: True)
+                yield EndedRollouts(ended + batch.unfinished(), lambda: True, steps)
                 return
 
     def _groups(
@@ -373,6 +381,12 @@ class _Rollout:
         """Returns this rollout's values for the fields of `slots.Rows`, in order."""
         return self.ids[-1], self.position, self.rollout_id, self.drawn, self.budget
 
+    def history(self, length: int) -> np.ndarray:
+        """Returns the tokens of the prompt and the response so far, padded: int32 [length]."""
+        history_H = np.zeros(length, np.int32)
+        history_H[: self.position + 1] = self.ids
+        return history_H
+
     def append(self, chunk: Chunk, slot: int) -> None:
         """Appends this rollout's new tokens, which are in column `slot` of a fetched chunk."""
         n = int(chunk.drawn[slot])
@@ -450,18 +464,26 @@ class _Batch:
         """Starts and returns the next chunk of decoding steps; None if every slot is empty."""
         if not any(self._active):
             return None
-        self._resize()
-        # Where rollouts wait for slots, refill when a sixteenth of the slots is free.
-        S = self._shape.slots
-        stop_after = max(1, S // 16) if self._are_waiting else S + 1
-        self._state, chunk = self._programs.decode[self._cache_length](
-            self._params,
-            self._state,
-            self._key_data,
-            self._sampling_params,
-            *self._put(np.int32(stop_after)),
+        active, few = sum(rollout is not None for rollout in self._active), self._shape.few
+        if active <= few and not self._are_waiting:
+            self._resize(self._programs.tokens_per_speculation)
+            program, last = self._programs.speculate, self._history()
+        else:
+            # Where rollouts wait for slots, refill when a sixteenth of the slots is free. Otherwise
+            # go on until few rollouts are active, so that speculation begins, or none.
+            self._resize(self._programs.steps_per_chunk)
+            stop_after = max(1, self._shape.slots // 16) if self._are_waiting else active - few
+            program, last = self._programs.decode, np.asarray(stop_after, np.int32)
+        self._state, chunk = program[self._cache_length](
+            self._params, self._state, self._key_data, self._sampling_params, *self._put(last)
         )
         return chunk
+
+    def _history(self) -> np.ndarray:
+        """Returns the token at each position of the rollout in each slot, int32 [S, H]."""
+        H = self._shape.prompt_tokens + self._shape.response_tokens
+        empty_H = np.zeros(H, np.int32)
+        return np.stack([empty_H if r is None else r.history(H) for r in self._active])
 
     def record(self, chunk: Chunk) -> list[Response]:
         """Appends a chunk's tokens to the rollouts and frees the slots of the rollouts that ended.
@@ -496,7 +518,7 @@ class _Batch:
             rollout, slot_m[i] = self._begun.popleft(), free.popleft()
             rows[:, i], prefixes[i] = rollout.row(), rollout.ids[:-1]
             self._active[slot_m[i]] = rollout
-        self._resize()
+        self._resize(self._programs.steps_per_chunk)
         arguments = *left_pad(prefixes, self._cache_length, self._pad_id), slot_m, Rows(*rows)
         self._state = self._programs.proceed[self._cache_length](
             self._params, self._state, *self._put(*arguments)
@@ -528,15 +550,14 @@ class _Batch:
             slot_m[i] = slot = free.popleft()
             rows[:, i] = rollout.row()
             self._active[slot] = rollout
-        self._resize()
+        self._resize(self._programs.steps_per_chunk)
         self._state = self._programs.insert[self._cache_length](
             self._state, cache, *self._put(source_m, slot_m, Rows(*rows))
         )
 
-    def _resize(self) -> None:
-        """Resizes the cache to the shortest available length that is enough for the next chunk."""
-        steps = self._programs.steps_per_chunk
-        needed = max(r.cache_length_after(steps) for r in self._active if r is not None)
+    def _resize(self, tokens: int) -> None:
+        """Resizes the cache to the shortest available length with room for `tokens` more tokens."""
+        needed = max(r.cache_length_after(tokens) for r in self._active if r is not None)
         goal = next(length for length in self._programs.cache_lengths if length >= needed)
         if goal != self._cache_length:
             self._state = self._programs.resize(self._state, self._cache_length, goal)

@@ -15,7 +15,7 @@ from opsd_jax.parallel import aot
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel.program import ProgramKey, ProgramKind
 from opsd_jax.policy import Cache, Model, Params
-from opsd_jax.rollout import sampling, slots
+from opsd_jax.rollout import sampling, slots, speculation
 from opsd_jax.rollout.slots import Rows, Slots
 
 STEPS_PER_CHUNK = 64  # decoding steps between two fetches by the host
@@ -34,6 +34,7 @@ class EngineShape(NamedTuple):
       prompt_tokens: P, maximum length of a prompt, in tokens.
       response_tokens: L, maximum length of a response, in tokens.
       continues: whether rollouts can continue from tokens of an earlier call.
+      speculation: K, number of tokens that speculation guesses per forward pass; 0 turns it off.
     """
 
     slots: int
@@ -41,6 +42,16 @@ class EngineShape(NamedTuple):
     prompt_tokens: int
     response_tokens: int
     continues: bool = False
+    speculation: int = 0
+
+    @property
+    def few(self) -> int:
+        """The most active slots with which the engine speculates; 0 if it never does.
+
+        A forward pass then computes at most as many tokens of active rollouts as an ordinary
+        decoding step of full slots, or those of one rollout.
+        """
+        return max(1, self.slots // (self.speculation + 1)) if self.speculation else 0
 
 
 class Programs:
@@ -62,9 +73,13 @@ class Programs:
         into.
       decode: for each cache length, `(params, state, key_data, sampling_params, stop_after) ->
         (Slots, Chunk)`; see `slots.decode`. Donates the state.
+      speculate: for each cache length, `(params, state, key_data, sampling_params, history_SxH) ->
+        (Slots, Chunk)`; see `speculation.decode`. H is P + L. Donates the state. Empty if
+        `shape.speculation` is 0.
       replicated: the sharding of the key and the sampling parameters, of which every device holds a
         full copy.
       steps_per_chunk: maximum number of steps of `decode`.
+      tokens_per_speculation: the most tokens that `speculate` adds to a rollout.
       cache_bytes: bytes per device of the slots' cache at its longest.
       prefill_cache_bytes: bytes per device of the cache of one prefill.
     """
@@ -85,7 +100,12 @@ class Programs:
           mesh: the mesh of that layout.
           shape: the sizes.
           cache_lengths: the lengths that the slots' cache can take, in tokens, ascending.
+
+        Raises:
+          ValueError: `shape.speculation` is not 0, and `speculation.check` refuses it.
         """
+        if shape.speculation:
+            speculation.check(model, shape.speculation)
         self.shape, self.cache_lengths = shape, cache_lengths
         self._model, self._mesh = model, mesh
         self._rows, self.replicated = mesh_lib.rows(mesh), mesh_lib.replicated(mesh)
@@ -93,6 +113,7 @@ class Programs:
         self._states = {length: self._abstract_state(length) for length in cache_lengths}
         self._prefilled = self._abstract_cache(shape.prompts, shape.prompt_tokens)
         self.steps_per_chunk, self.continued = STEPS_PER_CHUNK, mesh_lib.row_shards(mesh)
+        self.tokens_per_speculation = STEPS_PER_CHUNK + shape.speculation
         self.cache_bytes = mesh_lib.shard_bytes(self._states[cache_lengths[-1]].cache)
         self.prefill_cache_bytes = mesh_lib.shard_bytes(self._prefilled)
         with jax.set_mesh(mesh):
@@ -103,6 +124,8 @@ class Programs:
             continues = cache_lengths if shape.continues else ()
             self.proceed = {n: self._compile_proceed(n, abstract_params) for n in continues}
             self.decode = {n: self._compile_decode(n, abstract_params) for n in cache_lengths}
+            speculative = cache_lengths if shape.speculation else ()
+            self.speculate = {n: self._compile_speculate(n, abstract_params) for n in speculative}
             self._resize = self._compile_resize()
 
     def resize(self, state: Slots, old: int, new: int) -> Slots:
@@ -231,15 +254,47 @@ class Programs:
                 policy, params, state, key, sampling_params, stop_after, steps=steps
             )
 
-        state = self._states[length]
+        return self._compile_sampling(
+            ProgramKey(ProgramKind.DECODE, length), decode, abstract_params, np.int32(0)
+        )
+
+    def _compile_speculate(
+        self, length: int, abstract_params: Params
+    ) -> Callable[..., tuple[Slots, slots.Chunk]]:
+        """Compiles the program that decodes with speculation, for one cache length."""
+        policy, shape, steps = self._model.policy, self.shape, self.steps_per_chunk
+
+        def speculate(params, state, key_data, sampling_params, history_SxH):
+            return speculation.decode(
+                policy,
+                params,
+                state,
+                jax.random.wrap_key_data(key_data, impl=PRNG),
+                sampling_params,
+                jax.lax.with_sharding_constraint(history_SxH, self._rows),
+                steps=steps,
+                guesses=shape.speculation,
+            )
+
+        history = np.zeros((shape.slots, shape.prompt_tokens + shape.response_tokens), np.int32)
+        return self._compile_sampling(
+            ProgramKey(ProgramKind.SPECULATE, length), speculate, abstract_params, history
+        )
+
+    def _compile_sampling(
+        self, key: ProgramKey, function: Callable, abstract_params: Params, last: Any
+    ) -> Callable[..., tuple[Slots, slots.Chunk]]:
+        """Compiles a program that decodes; `last` has the shape of its last argument."""
+        assert key.cache_length is not None
+        state = self._states[key.cache_length]
         key_data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=PRNG)))
         sampling_params = sampling.params(self._model.vocab_size, stop=())
         return _compile(
-            ProgramKey(ProgramKind.DECODE, length),
-            decode,
+            key,
+            function,
             abstract_params,
             state,
-            *self._abstract_arguments(key_data, sampling_params, np.int32(0)),
+            *self._abstract_arguments(key_data, sampling_params, last),
             out=(_shardings(state), self.replicated),
             donate=1,
         )

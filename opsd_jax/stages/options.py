@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from opsd_jax.options import fail, option
+from opsd_jax.rollout.speculation import MOST_GUESSES
 from opsd_jax.training.optimizer import OptimizerOptions
 
 EARLIER_STAGE = "'' or a stage before this one"
@@ -96,6 +97,15 @@ class RolloutOptions(StageOptions):
     prompt_tokens: int = option(1024, "Longest prompt, in tokens.", at_least=1)
     response_tokens: int = option(
         8192, "Token budget of a response; a response that fills it is truncated.", at_least=1
+    )
+
+    speculation: int = option(
+        0,
+        "Tokens that are guessed from a rollout's earlier text and verified in one forward pass, "
+        "while few slots are active; 0 turns it off. It does not change the rollouts.",
+        at_least=0,
+        at_most=MOST_GUESSES,
+        added=True,
     )
 
     @property

@@ -45,6 +45,7 @@ def rollout_sampling(options: RolloutOptions, task: Task | None = None) -> tuple
             response_tokens=options.response_tokens,
             samples=options.rollouts,
             carries_over=options.carry_over > 0,
+            speculation=options.speculation,
         ),
     )
 
