@@ -274,10 +274,8 @@ class Engine:
             if chunk is None:
                 return
             poll()
-            with watchdog.waiting("decoding"):
-                fetched = jax.device_get(chunk)
-            ended = batch.record(fetched)
-            steps += fetched.forward_passes()
+            ended, passes = batch.record(chunk)
+            steps += passes
             if ended and enough(ended):
                 yield EndedRollouts(ended + batch.unfinished(), lambda: True, steps)
                 return
@@ -485,12 +483,15 @@ class _Batch:
         empty_H = np.zeros(H, np.int32)
         return np.stack([empty_H if r is None else r.history(H) for r in self._active])
 
-    def record(self, chunk: Chunk) -> list[Response]:
-        """Appends a chunk's tokens to the rollouts and frees the slots of the rollouts that ended.
+    def record(self, chunk: Chunk) -> tuple[list[Response], int]:
+        """Fetches a chunk's tokens, and frees the slots of the rollouts that ended.
 
         Returns:
-          The responses of the rollouts that ended.
+          `(ended, passes)`: the responses of the rollouts that ended, and the number of forward
+          passes.
         """
+        with watchdog.waiting("decoding"):
+            chunk = jax.device_get(chunk)
         ended = []
         for slot, rollout in enumerate(self._active):
             if rollout is None:
@@ -499,7 +500,7 @@ class _Batch:
             if chunk.stop[slot] != RUNNING:
                 ended.append(rollout.response(int(chunk.stop[slot])))
                 self._active[slot] = None
-        return ended
+        return ended, chunk.forward_passes()
 
     def unfinished(self) -> list[Response]:
         """Returns the responses so far of the rollouts that have not ended, with stop RUNNING."""
