@@ -38,6 +38,7 @@ from opsd_jax.stages.options import LENGTHS, StageOptions, ascending
 from opsd_jax.stages.parts import Parts, Sampling, TokenLimits
 from opsd_jax.stages.privileged import ContextFinder, PrivilegedOptions, inserted_tokens
 from opsd_jax.stages.rollouts import (
+    SAMPLER_CURVES,
     RollOut,
     check_prompts,
     make_roll_out,
@@ -318,6 +319,7 @@ ALGORITHM = Algorithm(
         Curve("token_divergence", "divergence a token, nats"),
         Curve("length", "mean length, tokens"),
         Curve("reward", "reward"),
+        *SAMPLER_CURVES,
     ),
     headline="length",
     before_and_after=True,

@@ -23,6 +23,7 @@ from opsd_jax.stages.batch import Lengths, pack, response_head
 from opsd_jax.stages.options import RolloutOptions, StageOptions
 from opsd_jax.stages.parts import Parts
 from opsd_jax.stages.rollouts import (
+    SAMPLER_CURVES,
     RollOut,
     check_prompts,
     make_roll_out,
@@ -243,6 +244,6 @@ ALGORITHM = Algorithm(
     step_rows=_step_rows,
     row_fields=RowFields(("prompts", "group_size"), divisor="updates"),
     sampling=rollout_sampling,
-    curves=(Curve("reward", "reward"), Curve("length", "mean length, tokens")),
+    curves=(Curve("reward", "reward"), Curve("length", "mean length, tokens"), *SAMPLER_CURVES),
     headline="accuracy",
 )

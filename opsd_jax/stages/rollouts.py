@@ -17,7 +17,7 @@ from opsd_jax.rollout import carry, sampling
 from opsd_jax.rollout.carry import Carried
 from opsd_jax.rollout.collect import Collector, Rollouts, concatenate
 from opsd_jax.rollout.diagnosis import Diagnosis, diagnose
-from opsd_jax.stages.algorithm import DataSample, Responses
+from opsd_jax.stages.algorithm import Curve, DataSample, Responses
 from opsd_jax.stages.batch import Lengths, useful_fraction
 from opsd_jax.stages.options import RolloutOptions
 from opsd_jax.stages.parts import Parts, Sampling
@@ -28,6 +28,12 @@ from opsd_jax.verify.verdict import REASONS
 # (step, params) -> the rollouts of the step. With `options.carry_over`, the third argument has the
 # rollouts that go on from the step before, and the result those that go on in the next one.
 RollOut = Callable[..., Rollouts]
+
+# How far the sampler is from the policy: in 8 bits, and with rollouts that are carried over.
+SAMPLER_CURVES = (
+    Curve("sampler_drift", "sampler drift, nats a token"),
+    Curve("staleness", "staleness, steps"),
+)
 
 
 def rollout_sampling(options: RolloutOptions, task: Task | None = None) -> tuple[Sampling, ...]:
