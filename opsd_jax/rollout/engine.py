@@ -22,6 +22,7 @@ from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel import watchdog
 from opsd_jax.policy import Cache, Model, Params
 from opsd_jax.rollout import sampling
+from opsd_jax.rollout.pages import PagePool
 from opsd_jax.rollout.programs import (
     PRNG,
     ROLLOUTS_PER_INSERT,
@@ -91,6 +92,7 @@ def shape_for(
     prompt_tokens: int,
     response_tokens: int,
     shards: int,
+    pool_tokens: int = 0,
 ) -> EngineShape:
     """Computes the `EngineShape` for a given number and size of rollouts.
 
@@ -104,11 +106,12 @@ def shape_for(
       prompt_tokens: maximum length of a prompt, in tokens.
       response_tokens: maximum length of a response, in tokens.
       shards: number of parts that the mesh splits rows into (`mesh.row_shards`).
+      pool_tokens: number of tokens that a paged cache holds; see `EngineShape`.
     """
     rounded_up = lambda count: -(-count // shards) * shards
     slots = min(slots, rounded_up(rollouts))
     prompts = rounded_up(max(1, slots // (4 * group_size)))
-    return EngineShape(slots, prompts, prompt_tokens, response_tokens)
+    return EngineShape(slots, prompts, prompt_tokens, response_tokens, pool_tokens)
 
 
 def left_pad(
@@ -158,6 +161,7 @@ class Engine:
       shape: the sizes that the programs are compiled for.
       cache_lengths: the lengths that the slots' cache can take, in tokens, ascending.
       cache_bytes: bytes per device of the slots' cache at its longest.
+      cache_tokens: number of tokens in this cache, over all devices.
       prefill_cache_bytes: bytes per device of the cache of one prefill.
     """
 
@@ -184,7 +188,8 @@ class Engine:
             the filled part of a cache, it is the largest length alone.
 
         Raises:
-          ValueError: `cache_lengths` do not ascend, or the last one is too short.
+          ValueError: `cache_lengths` do not ascend, or the last one is too short; or
+            `shape.pool_tokens` is too small for one rollout, or the model's cache has no pages.
         """
         longest = shape.prompt_tokens + shape.response_tokens
         if cache_lengths is None:
@@ -199,6 +204,7 @@ class Engine:
         self._pad_id, self._vocab_size = pad_id, model.vocab_size
         self._programs = Programs(model, abstract_params, mesh, shape, lengths)
         self.cache_bytes = self._programs.cache_bytes
+        self.cache_tokens = self._programs.cache_tokens
         self.prefill_cache_bytes = self._programs.prefill_cache_bytes
 
     def __call__(
@@ -300,6 +306,11 @@ class _Rollout:
         """Returns the cache length that suffices for the rollout's next `steps` tokens."""
         return min(self.position + steps, len(self.prompt_ids) + self.budget - 1)
 
+    def restart(self) -> None:
+        """Discards the tokens. The rollout will sample the same tokens again."""
+        self.position = len(self.prompt_ids) - 1
+        self._pieces.clear()
+
     def row(self) -> tuple[int, ...]:
         """Returns this rollout's initial values for the fields of `slots.Rows`, in order."""
         return self.prompt_ids[-1], self.position, self.rollout_id, 0, self.budget
@@ -319,9 +330,13 @@ class _Rollout:
 
 
 class _Prefilled(NamedTuple):
-    """A rollout that waits for a slot. Row `source` of `cache` contains its prefilled prompt."""
+    """A rollout that waits for a slot. Row `source` of `cache` contains its prefilled prompt.
+
+    `number` is different for each prefill.
+    """
 
     cache: Cache
+    number: int
     source: int
     rollout: _Rollout
 
@@ -352,6 +367,8 @@ class _Batch:
         self._key_data, self._sampling_params = self._put(key_data, sampling_params)
         self._queue = deque(groups)  # prompts that are not prefilled
         self._prefilled: deque[_Prefilled] = deque()
+        self._prefills = 0
+        self._pool = PagePool(programs.pool_sizes)
         self._active: list[_Rollout | None] = [None] * programs.shape.slots
         self._state, self._cache_length = programs.start(), programs.cache_lengths[0]
 
@@ -360,18 +377,40 @@ class _Batch:
         return mesh_lib.placed(arrays, jax.tree.map(lambda _: self._programs.replicated, arrays))
 
     def fill_slots(self) -> None:
-        """Inserts waiting rollouts until no slot is free or no rollout is waiting."""
-        free = deque(slot for slot, rollout in enumerate(self._active) if rollout is None)
-        while free and (self._prefilled or self._queue):
+        """Reserves pages for the next chunk, and inserts waiting rollouts while there is room."""
+        self._reserve()
+        while self._pool.has_free_slot and (self._prefilled or self._queue):
             if not self._prefilled:
                 self._prefill()
-            self._insert(free)
+            if not self._insert():
+                return
+
+    def _reserve(self) -> None:
+        """Gives active rollouts pages for the next chunk, and preempts some if it has to.
+
+        The preempted rollouts return to the front of the queue.
+        """
+        active = {slot: rollout for slot, rollout in enumerate(self._active) if rollout is not None}
+        preempted = self._pool.reserve({slot: self._needed(r) for slot, r in active.items()})
+        if not preempted:
+            return
+        for slot in preempted:
+            active[slot].restart()
+            self._active[slot] = None
+        self._queue.extendleft([active[slot]] for slot in reversed(preempted))
+        positions = [-1 if rollout is None else rollout.position for rollout in self._active]
+        self._state = self._programs.with_positions(self._state, np.array(positions, np.int32))
+
+    def _needed(self, rollout: _Rollout) -> int:
+        """Returns the cache length that suffices for a rollout's next chunk."""
+        return rollout.cache_length_after(self._programs.steps_per_chunk)
 
     def decode(self) -> Chunk | None:
         """Starts and returns the next chunk of decoding steps; None if every slot is empty."""
         if not any(self._active):
             return None
         self._resize()
+        self._state = self._programs.with_pages(self._state, self._pool.table)
         # Where rollouts wait for slots, refill when a sixteenth of the slots is free.
         S = self._shape.slots
         stop_after = max(1, S // 16) if self._prefilled or self._queue else S + 1
@@ -398,6 +437,7 @@ class _Batch:
             if chunk.stop[slot] != RUNNING:
                 ended.append(rollout.response(int(chunk.stop[slot])))
                 self._active[slot] = None
+                self._pool.free(slot)
         return ended
 
     def _prefill(self) -> None:
@@ -407,34 +447,55 @@ class _Batch:
         begun = [group[0].prompt_ids[:-1] for group in groups] + [()] * (n - len(groups))
         prompts = self._put(*left_pad(begun, P, self._pad_id))
         cache = self._programs.prefill(self._params, *prompts)
+        self._prefills += 1
         self._prefilled.extend(
-            _Prefilled(cache, source, rollout)
+            _Prefilled(cache, self._prefills, source, rollout)
             for source, group in enumerate(groups)
             for rollout in group
         )
 
-    def _insert(self, free: deque[int]) -> None:
-        """Inserts up to ROLLOUTS_PER_INSERT rollouts of one prefill into free slots."""
+    def _insert(self) -> bool:
+        """Inserts up to ROLLOUTS_PER_INSERT rollouts of one prefill into slots.
+
+        Returns:
+          Whether any rollout was inserted. If not, the first one waits for pages.
+        """
         m, cache = ROLLOUTS_PER_INSERT, self._prefilled[0].cache
         source_m = np.zeros(m, np.int32)
         slot_m = np.full(m, self._shape.slots, np.int32)  # past the last slot: not inserted
         rows = np.zeros((len(Rows._fields), m), np.int32)
         for i in range(m):
-            if not free or not self._prefilled or self._prefilled[0].cache is not cache:
+            if not self._prefilled or self._prefilled[0].cache is not cache:
                 break
-            _, source_m[i], rollout = self._prefilled.popleft()
-            slot_m[i] = slot = free.popleft()
-            rows[:, i] = rollout.row()
+            slot = self._start(self._prefilled[0])
+            if slot is None:
+                break
+            _, _, source_m[i], rollout = self._prefilled.popleft()
+            slot_m[i], rows[:, i] = slot, rollout.row()
             self._active[slot] = rollout
+        if slot_m[0] == self._shape.slots:
+            return False
         self._resize()
         self._state = self._programs.insert[self._cache_length](
-            self._state, cache, *self._put(source_m, slot_m, Rows(*rows))
+            self._programs.with_pages(self._state, self._pool.table),
+            cache,
+            *self._put(source_m, slot_m, Rows(*rows)),
+        )
+        return True
+
+    def _start(self, prefilled: _Prefilled) -> int | None:
+        """Gives a slot and pages to a waiting rollout. Returns the slot; None if it has to wait."""
+        _, number, source, rollout = prefilled
+        return self._pool.start(
+            self._needed(rollout),
+            rollout.cache_length_after(rollout.budget),
+            prompt=(number, source),
+            shared=len(rollout.prompt_ids) - 1,
         )
 
     def _resize(self) -> None:
         """Resizes the cache to the shortest available length that is enough for the next chunk."""
-        steps = self._programs.steps_per_chunk
-        needed = max(r.cache_length_after(steps) for r in self._active if r is not None)
+        needed = max(self._needed(r) for r in self._active if r is not None)
         goal = next(length for length in self._programs.cache_lengths if length >= needed)
         if goal != self._cache_length:
             self._state = self._programs.resize(self._state, self._cache_length, goal)

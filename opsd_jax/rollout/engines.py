@@ -32,6 +32,7 @@ class Engines:
         rollouts: int,
         prompt_tokens: int,
         response_tokens: int,
+        pool_tokens: int = 0,
     ) -> Engine:
         """Returns an engine for the given sizes, and compiles the engine if it is not cached.
 
@@ -43,6 +44,7 @@ class Engines:
           rollouts: rollouts per call of the engine.
           prompt_tokens: maximum length of a prompt, in tokens.
           response_tokens: maximum length of a response, in tokens.
+          pool_tokens: number of tokens that a paged cache holds; see `EngineShape`.
         """
         return self._engine(
             shape_for(
@@ -52,6 +54,7 @@ class Engines:
                 prompt_tokens=prompt_tokens,
                 response_tokens=response_tokens,
                 shards=mesh_lib.row_shards(self._sampler.layout.mesh),
+                pool_tokens=pool_tokens,
             )
         )
 

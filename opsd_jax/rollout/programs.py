@@ -13,8 +13,8 @@ import numpy as np
 from opsd_jax.parallel import aot
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel.program import ProgramKey, ProgramKind
-from opsd_jax.policy import Cache, Model, Params
-from opsd_jax.rollout import sampling, slots
+from opsd_jax.policy import Cache, Model, PagedCache, Params
+from opsd_jax.rollout import pages, sampling, slots
 from opsd_jax.rollout.slots import Rows, Slots
 
 STEPS_PER_CHUNK = 64  # decoding steps between two fetches by the host
@@ -32,12 +32,15 @@ class EngineShape(NamedTuple):
       prompts: n, prompts per prefill.
       prompt_tokens: P, maximum length of a prompt, in tokens.
       response_tokens: L, maximum length of a response, in tokens.
+      pool_tokens: number of tokens that a paged cache holds, over all devices; at most what the
+        slots need. 0 for room for a rollout of full length in every slot.
     """
 
     slots: int
     prompts: int
     prompt_tokens: int
     response_tokens: int
+    pool_tokens: int = 0
 
 
 class Programs:
@@ -54,10 +57,12 @@ class Programs:
         `slots.insert`. Donates the state.
       decode: for each cache length, `(params, state, key_data, sampling_params, stop_after) ->
         (Slots, Chunk)`; see `slots.decode`. Donates the state.
+      pool_sizes: the sizes of the page pool of the slots' cache.
       replicated: the sharding of the key and the sampling parameters, of which every device holds a
         full copy.
       steps_per_chunk: maximum number of steps of `decode`.
       cache_bytes: bytes per device of the slots' cache at its longest.
+      cache_tokens: number of tokens in this cache, over all devices.
       prefill_cache_bytes: bytes per device of the cache of one prefill.
     """
 
@@ -77,15 +82,29 @@ class Programs:
           mesh: the mesh of that layout.
           shape: the sizes.
           cache_lengths: the lengths that the slots' cache can take, in tokens, ascending.
+
+        Raises:
+          ValueError: `shape.pool_tokens` is too small for one rollout, or the cache has no pages.
         """
         self.shape, self.cache_lengths = shape, cache_lengths
         self._model, self._mesh = model, mesh
+        self.pool_sizes = pages.pool_sizes(
+            model.policy,
+            slots=shape.slots,
+            length=cache_lengths[-1],
+            shards=mesh_lib.row_shards(mesh),
+            pool_tokens=shape.pool_tokens,
+        )
         self._rows, self.replicated = mesh_lib.rows(mesh), mesh_lib.replicated(mesh)
         self._axes = slots.length_axes(model.policy)
         self._states = {length: self._abstract_state(length) for length in cache_lengths}
-        self._prefilled = self._abstract_cache(shape.prompts, shape.prompt_tokens)
+        self._prefilled = self._abstract_cache(
+            lambda: model.policy.init_cache(shape.prompts, shape.prompt_tokens)
+        )
         self.steps_per_chunk = STEPS_PER_CHUNK
         self.cache_bytes = mesh_lib.shard_bytes(self._states[cache_lengths[-1]].cache)
+        pool_tokens = self.pool_sizes.pages * self.pool_sizes.page
+        self.cache_tokens = pool_tokens or shape.slots * cache_lengths[-1]
         self.prefill_cache_bytes = mesh_lib.shard_bytes(self._prefilled)
         with jax.set_mesh(mesh):
             self.prepare, abstract_params = self._compile_prepare(abstract_params)
@@ -111,9 +130,33 @@ class Programs:
                 leaf.delete()
         return state._replace(cache=jax.tree.unflatten(tree, leaves))
 
-    def _abstract_cache(self, batch: int, length: int) -> Cache:
-        """Returns the shapes and shardings of a cache with `batch` rows of `length` tokens."""
-        shapes = jax.eval_shape(lambda: self._model.policy.init_cache(batch, length))
+    def with_pages(self, state: Slots, table: np.ndarray) -> Slots:
+        """Returns the state with another page table; the state itself if the cache has no pages.
+
+        Args:
+          state: the state.
+          table: int32, equal on all hosts; see `opsd_jax.policy.PagedCache`.
+        """
+        if not isinstance(state.cache, PagedCache):
+            return state
+        (placed,) = mesh_lib.placed((table.copy(),), (state.cache.table.sharding,))
+        return state._replace(cache=state.cache._replace(table=placed))
+
+    def with_positions(self, state: Slots, position: np.ndarray) -> Slots:
+        """Returns the state with other positions, int32 [S], where -1 empties a slot."""
+        (placed,) = mesh_lib.placed((position,), (self._rows,))
+        return state._replace(rows=state.rows._replace(position=placed))
+
+    def _empty_cache(self, length: int) -> Cache:
+        """Returns an empty cache for all slots, with rows of `length` tokens. Runs in a trace."""
+        cache = self._model.policy.init_cache(self.shape.slots, length)
+        if isinstance(cache, PagedCache):
+            return slots.pooled(cache, self.pool_sizes.pages)
+        return cache
+
+    def _abstract_cache(self, make: Callable[[], Cache]) -> Cache:
+        """Returns the shapes and shardings of the cache that `make` returns."""
+        shapes = jax.eval_shape(make)
         rules = self._model.cache_rules
         return mesh_lib.abstract_of(
             shapes, mesh_lib.tree_shardings(self._mesh, rules, shapes, "cache")
@@ -124,7 +167,7 @@ class Programs:
         S = self.shape.slots
         rows = jax.eval_shape(lambda: slots.empty_rows(S))
         rows = mesh_lib.abstract_of(rows, jax.tree.map(lambda _: self._rows, rows))
-        return Slots(rows, self._abstract_cache(S, length))
+        return Slots(rows, self._abstract_cache(lambda: self._empty_cache(length)))
 
     def _abstract_arguments(self, *arguments: Any) -> Any:
         """Returns the shapes of arguments, with a sharding that replicates them on every device."""
@@ -152,8 +195,7 @@ class Programs:
         """Compiles the program that creates empty slots, for one cache length."""
 
         def start():
-            S = self.shape.slots
-            return Slots(slots.empty_rows(S), self._model.policy.init_cache(S, length))
+            return Slots(slots.empty_rows(self.shape.slots), self._empty_cache(length))
 
         return _compile(ProgramKey(ProgramKind.START), start, out=_shardings(self._states[length]))
 
