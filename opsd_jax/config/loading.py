@@ -20,7 +20,7 @@ from opsd_jax.config.run_options import RunOptions, parse_run, run_section
 from opsd_jax.data.options import SECTIONS
 from opsd_jax.models.options import DecoderOptions, PretrainedOptions
 from opsd_jax.options import ConfigError, describe, fields_of
-from opsd_jax.stages import algorithm_of
+from opsd_jax.stages import ALGORITHMS, algorithm_of
 from opsd_jax.storage import hub
 
 # Fields that a resumed run may change. They decide where the run computes and which files it keeps,
@@ -34,6 +34,13 @@ FREE = (
 ADDED = {
     field.name: field.default
     for field in (*describe(RunOptions), *describe(PretrainedOptions, "model"))
+    if field.added
+}
+# The same for fields of a stage.
+ADDED_TO_STAGES = {
+    field.name: field.default
+    for algorithm in ALGORITHMS.values()
+    for field in describe(algorithm.options)
     if field.added
 }
 
@@ -264,18 +271,22 @@ def missing_fields(config: ConfigDict) -> list[str]:
 
 
 def as_before(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a flat config without the fields in ADDED that have their default values."""
+    """Returns a flat config without added fields that have their default values."""
+    stages = [name.removesuffix(".algorithm") for name in config if name.endswith(".algorithm")]
+    added = ADDED | {
+        f"{stage}.{field}": value for stage in stages for field, value in ADDED_TO_STAGES.items()
+    }
     return {
         field: value
         for field, value in config.items()
-        if field not in ADDED or value != ADDED[field]
+        if field not in added or value != added[field]
     }
 
 
 def identity(config: ConfigDict | RunOptions) -> dict[str, Any]:
     """Returns a flat dict of the config fields that must not change when a run is resumed.
 
-    Fields in ADDED with their default values are left out.
+    Added fields with their default values are left out.
     """
     flat = as_before(flatten(config))
     stages = {field.removesuffix(".algorithm") for field in flat if field.endswith(".algorithm")}

@@ -24,6 +24,7 @@ class ProgramKind(enum.Enum):
     START = "start"
     PREFILL = "prefill"
     INSERT = "insert into"
+    CONTINUE = "continue in"
     DECODE = "decode in"
     RESIZE = "resize"
     TRAIN_STEP = "train step"
@@ -35,7 +36,8 @@ class ProgramKey(NamedTuple):
 
     Attributes:
       kind: what the program does.
-      cache_length: the cache's length in tokens, for INSERT and DECODE; None for other kinds.
+      cache_length: the cache's length in tokens, for INSERT, CONTINUE and DECODE; None for the
+        others.
     """
 
     kind: ProgramKind

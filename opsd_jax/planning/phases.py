@@ -137,6 +137,9 @@ class Phases:
         self.config, self.compiler, self.chip, self.length = config, compiler, chip, length
         self.parameters = Parameters(config, pathlib.Path(), devices)
         checks.check_devices(config, self.parameters.mesh, self.parameters.decode_mesh)
+        checks.check_pools(
+            config, self.parameters.rollouts.model.policy, self.parameters.decode_mesh
+        )
         checks.check_positions(config, self.parameters.model.max_positions)
         self.model, self.mesh = self.parameters.model, self.parameters.mesh
         self.weights = mesh_lib.shard_bytes(self.parameters.abstract)
@@ -473,6 +476,8 @@ def _engine_executions(
     for length in engine.cache_lengths:
         executions[ProgramKey(ProgramKind.INSERT, length)] = 0
         executions[ProgramKey(ProgramKind.DECODE, length)] = 0
+        if engine.shape.continues:
+            executions[ProgramKey(ProgramKind.CONTINUE, length)] = 0
     longest = engine.cache_lengths[-1]
     return executions | {
         ProgramKey(ProgramKind.START): 1,

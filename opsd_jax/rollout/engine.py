@@ -2,7 +2,8 @@
 
 A fixed number of decoding slots is filled from a queue. The engine refills a slot as soon as its
 rollout ends, so a long rollout does not delay the others. Each prompt is prefilled once, and its
-keys and values are copied into the slot of each of its rollouts.
+keys and values are copied into the slot of each of its rollouts. A rollout can also continue from
+tokens that an earlier call sampled: they are prefilled after its prompt.
 
 The host starts a chunk of decoding steps and then fetches the sampled tokens. All its decisions
 depend only on these tokens and on the arguments, so every host makes the same decisions.
@@ -11,8 +12,9 @@ depend only on these tokens and on the arguments, so every host makes the same d
 from __future__ import annotations
 
 import functools
+import types
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -47,10 +49,12 @@ __all__ = [
 ]
 
 SHORTEST_CACHE = 128  # tokens; a shorter cache would save little
+NOTHING_BEGUN: Mapping[tuple[int, int], Response] = types.MappingProxyType({})
+_NO_TOKENS = np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.float32)
 
 
 class Response(NamedTuple):
-    """The response of a finished rollout, in host memory.
+    """The response of a rollout, in host memory.
 
     Attributes:
       prompt: the index of its prompt.
@@ -60,7 +64,8 @@ class Response(NamedTuple):
         was drawn from.
       model_logprobs: float32 [n], log-probability of each token under the model's own
         distribution: temperature 1, no restriction.
-      stop: STOP_EOS, or STOP_LENGTH if the rollout reached its token budget.
+      stop: STOP_EOS, or STOP_LENGTH if the rollout reached its token budget. RUNNING for a rollout
+        that the engine left unfinished; it may have no tokens.
     """
 
     prompt: int
@@ -75,7 +80,8 @@ class EndedRollouts(NamedTuple):
     """The responses of the rollouts that ended during one chunk of decoding steps.
 
     Attributes:
-      responses: at least one.
+      responses: at least one. If the engine was told to stop early, the last ones are those of the
+        rollouts that have not ended.
       device_is_idle: `() -> bool`, whether the device has nothing left to do, because the next
         chunk is finished or there is none.
     """
@@ -92,6 +98,7 @@ def shape_for(
     prompt_tokens: int,
     response_tokens: int,
     shards: int,
+    continues: bool = False,
     pool_tokens: int = 0,
 ) -> EngineShape:
     """Computes the `EngineShape` for a given number and size of rollouts.
@@ -106,12 +113,16 @@ def shape_for(
       prompt_tokens: maximum length of a prompt, in tokens.
       response_tokens: maximum length of a response, in tokens.
       shards: number of parts that the mesh splits rows into (`mesh.row_shards`).
+      continues: whether rollouts can continue from tokens of an earlier call.
       pool_tokens: number of tokens that a paged cache holds; see `EngineShape`.
     """
     rounded_up = lambda count: -(-count // shards) * shards
     slots = min(slots, rounded_up(rollouts))
     prompts = rounded_up(max(1, slots // (4 * group_size)))
-    return EngineShape(slots, prompts, prompt_tokens, response_tokens, pool_tokens)
+    if pool_tokens >= slots * (prompt_tokens + response_tokens):
+        pool_tokens = 0  # every slot has room for the longest rollout
+    continues = continues or pool_tokens > 0
+    return EngineShape(slots, prompts, prompt_tokens, response_tokens, continues, pool_tokens)
 
 
 def left_pad(
@@ -216,6 +227,8 @@ class Engine:
         key: jax.Array,
         sampling_params: sampling.SamplingParams,
         budgets: Sequence[Sequence[int]] | None = None,
+        begun: Mapping[tuple[int, int], Response] = NOTHING_BEGUN,
+        enough: Callable[[Sequence[Response]], bool] = lambda ended: False,
         poll: Callable[[], None] = lambda: None,
     ) -> Iterator[EndedRollouts]:
         """Samples rollouts for each prompt, and yields the responses in batches as rollouts end.
@@ -232,19 +245,20 @@ class Engine:
           sampling_params: from `sampling.params`.
           budgets: for each prompt, the maximum number of tokens of each response. The default value
             is the shape's `response_tokens`.
+          begun: for the rollout `(prompt, member)`, a response with stop RUNNING whose tokens it
+            continues. These rollouts start first. The shape has to have `continues`.
+          enough: called with the responses that ended in each chunk. Once it returns True, the
+            engine yields the responses of all other rollouts, with stop RUNNING, and ends. It has
+            to decide the same on every host.
           poll: called between chunks. An exception that it raises ends the sampling. It has to
             raise on every host at the same time.
 
         Raises:
-          ValueError: a prompt or a budget does not fit the shape, or `sampling_params` are for
-            another vocabulary.
+          ValueError: a prompt or a budget does not fit the shape, a rollout cannot continue, or
+            `sampling_params` are for another vocabulary.
         """
-        if len(sampling_params.stop) != self._vocab_size:
-            raise ValueError(
-                f"sampling_params was built for a vocabulary of {len(sampling_params.stop)} "
-                f"tokens; expected {self._vocab_size}, the vocabulary size of the model."
-            )
-        groups = self._groups(prompts, ids, budgets)
+        self._check_vocabulary(len(sampling_params.stop))
+        groups = self._groups(prompts, ids, budgets, begun)
         if not groups:
             return
         batch = _Batch(self._programs, groups, self._pad_id, params, key, sampling_params)
@@ -260,12 +274,16 @@ class Engine:
             with watchdog.waiting("decoding"):
                 fetched = jax.device_get(chunk)
             ended = batch.record(fetched)
+            if ended and enough(ended):
+                yield EndedRollouts(ended + batch.unfinished(), lambda: True)
+                return
 
     def _groups(
         self,
         prompts: Sequence[Sequence[int]],
         ids: Sequence[Sequence[int]],
         budgets: Sequence[Sequence[int]] | None,
+        begun: Mapping[tuple[int, int], Response],
     ) -> list[list[_Rollout]]:
         """Validates the arguments, and groups the rollouts by prompt. Omits prompts without any."""
         P, L = self.shape.prompt_tokens, self.shape.response_tokens
@@ -282,46 +300,89 @@ class Engine:
                     f"budgets[{i}] is {room}; expected one value for each of the {len(own)} "
                     f"rollouts of prompt {i}, from 1 to {L} tokens."
                 )
+            for j, budget in enumerate(room):
+                self._check_begun(begun.get((i, j)), i, j, budget)
             rollouts = [
-                _Rollout(i, j, prompt, rollout_id, budget)
+                _Rollout(i, j, prompt, rollout_id, budget, begun.get((i, j)))
                 for j, (rollout_id, budget) in enumerate(zip(own, room, strict=True))
             ]
             if rollouts:
                 groups.append(rollouts)
         return groups
 
+    def _check_vocabulary(self, size: int) -> None:
+        """Raises ValueError if `size` is not the vocabulary size of the model."""
+        if size != self._vocab_size:
+            raise ValueError(
+                f"sampling_params was built for a vocabulary of {size} tokens; expected "
+                f"{self._vocab_size}, the vocabulary size of the model."
+            )
+
+    def _check_begun(self, begun: Response | None, prompt: int, member: int, budget: int) -> None:
+        """Raises ValueError if a rollout cannot continue from the response `begun`."""
+        if begun is None or not len(begun.tokens):
+            return
+        if not self.shape.continues:
+            raise ValueError(
+                f"begun has rollout {member} of prompt {prompt}, but the engine was compiled "
+                "without `continues` in its shape; expected `continues=True`."
+            )
+        if begun.stop != RUNNING or len(begun.tokens) >= budget:
+            raise ValueError(
+                f"begun has {len(begun.tokens)} tokens and stop {begun.stop} for rollout {member} "
+                f"of prompt {prompt}; expected fewer tokens than its budget, {budget}, and stop "
+                f"{RUNNING}: an unfinished response."
+            )
+
 
 class _Rollout:
     """The state of one rollout: its prompt and the tokens sampled so far."""
 
     def __init__(
-        self, prompt: int, member: int, prompt_ids: Sequence[int], rollout_id: int, budget: int
+        self,
+        prompt: int,
+        member: int,
+        prompt_ids: Sequence[int],
+        rollout_id: int,
+        budget: int,
+        begun: Response | None = None,
     ):
         self.prompt, self.member = prompt, member
         self.prompt_ids, self.rollout_id, self.budget = prompt_ids, rollout_id, budget
         self.position = len(prompt_ids) - 1  # position of the last token
-        self._pieces: list[tuple[np.ndarray, ...]] = []
+        self._pieces: list[tuple[np.ndarray, ...]] = [_NO_TOKENS]
+        if begun is not None:
+            self._add(begun.tokens, begun.sampling_logprobs, begun.model_logprobs)
+
+    @property
+    def drawn(self) -> int:
+        """Number of tokens sampled so far."""
+        return self.position + 1 - len(self.prompt_ids)
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens of the prompt and those sampled so far."""
+        return [*self.prompt_ids, *np.concatenate([piece[0] for piece in self._pieces]).tolist()]
+
+    def _add(self, *columns: np.ndarray) -> None:
+        """Appends tokens, their sampling log-probabilities and the model's."""
+        self._pieces.append(columns)
+        self.position += len(columns[0])
 
     def cache_length_after(self, steps: int) -> int:
         """Returns the cache length that suffices for the rollout's next `steps` tokens."""
         return min(self.position + steps, len(self.prompt_ids) + self.budget - 1)
 
-    def restart(self) -> None:
-        """Discards the tokens. The rollout will sample the same tokens again."""
-        self.position = len(self.prompt_ids) - 1
-        self._pieces.clear()
-
     def row(self) -> tuple[int, ...]:
-        """Returns this rollout's initial values for the fields of `slots.Rows`, in order."""
-        return self.prompt_ids[-1], self.position, self.rollout_id, 0, self.budget
+        """Returns this rollout's values for the fields of `slots.Rows`, in order."""
+        return self.ids[-1], self.position, self.rollout_id, self.drawn, self.budget
 
     def append(self, chunk: Chunk, slot: int) -> None:
         """Appends this rollout's new tokens, which are in column `slot` of a fetched chunk."""
         n = int(chunk.drawn[slot])
-        self.position += n
         columns = chunk.tokens, chunk.sampling_logprobs, chunk.model_logprobs
         # Copies, so that the whole chunk is not kept alive.
-        self._pieces.append(tuple(np.array(column[:n, slot]) for column in columns))
+        self._add(*(np.array(column[:n, slot]) for column in columns))
 
     def response(self, stop: int) -> Response:
         """Returns the sampled tokens as a `Response` with the stop reason `stop`."""
@@ -365,7 +426,10 @@ class _Batch:
         self._params = programs.prepare(params)
         key_data = jax.random.key_data(_threefry(key))
         self._key_data, self._sampling_params = self._put(key_data, sampling_params)
-        self._queue = deque(groups)  # prompts that are not prefilled
+        # Rollouts that continue, and prompts that are not prefilled.
+        self._begun = deque(r for group in groups for r in group if r.drawn)
+        new = ([r for r in group if not r.drawn] for group in groups)
+        self._queue = deque(group for group in new if group)
         self._prefilled: deque[_Prefilled] = deque()
         self._prefills = 0
         self._pool = PagePool(programs.pool_sizes)
@@ -379,7 +443,11 @@ class _Batch:
     def fill_slots(self) -> None:
         """Reserves pages for the next chunk, and inserts waiting rollouts while there is room."""
         self._reserve()
-        while self._pool.has_free_slot and (self._prefilled or self._queue):
+        while self._pool.has_free_slot and self._are_waiting:
+            if self._begun:
+                if not self._continue():
+                    return
+                continue
             if not self._prefilled:
                 self._prefill()
             if not self._insert():
@@ -395,15 +463,19 @@ class _Batch:
         if not preempted:
             return
         for slot in preempted:
-            active[slot].restart()
             self._active[slot] = None
-        self._queue.extendleft([active[slot]] for slot in reversed(preempted))
+        self._begun.extendleft(active[slot] for slot in reversed(preempted))
         positions = [-1 if rollout is None else rollout.position for rollout in self._active]
         self._state = self._programs.with_positions(self._state, np.array(positions, np.int32))
 
     def _needed(self, rollout: _Rollout) -> int:
         """Returns the cache length that suffices for a rollout's next chunk."""
         return rollout.cache_length_after(self._programs.steps_per_chunk)
+
+    @property
+    def _are_waiting(self) -> bool:
+        """Whether rollouts wait for slots."""
+        return bool(self._begun or self._prefilled or self._queue)
 
     def decode(self) -> Chunk | None:
         """Starts and returns the next chunk of decoding steps; None if every slot is empty."""
@@ -413,7 +485,7 @@ class _Batch:
         self._state = self._programs.with_pages(self._state, self._pool.table)
         # Where rollouts wait for slots, refill when a sixteenth of the slots is free.
         S = self._shape.slots
-        stop_after = max(1, S // 16) if self._prefilled or self._queue else S + 1
+        stop_after = max(1, S // 16) if self._are_waiting else S + 1
         self._state, chunk = self._programs.decode[self._cache_length](
             self._params,
             self._state,
@@ -439,6 +511,40 @@ class _Batch:
                 self._active[slot] = None
                 self._pool.free(slot)
         return ended
+
+    def unfinished(self) -> list[Response]:
+        """Returns the responses so far of the rollouts that have not ended, with stop RUNNING."""
+        waiting = [*self._begun, *(item.rollout for item in self._prefilled)]
+        waiting += [rollout for group in self._queue for rollout in group]
+        active = [rollout for rollout in self._active if rollout is not None]
+        return [rollout.response(RUNNING) for rollout in active + waiting]
+
+    def _continue(self) -> bool:
+        """Prefills and inserts the next rollouts that have tokens already, as many as fit.
+
+        Returns:
+          Whether any rollout was inserted. If not, the first one waits for pages.
+        """
+        m, S = self._programs.continued, self._shape.slots
+        rows = np.zeros((len(Rows._fields), m), np.int32)
+        slot_m = np.full(m, S, np.int32)  # past the last slot: not inserted
+        prefixes: list[list[int]] = [[] for _ in range(m)]
+        for i in range(min(m, len(self._begun))):
+            slot = self._start(self._begun[0])
+            if slot is None:
+                break
+            rollout, slot_m[i] = self._begun.popleft(), slot
+            rows[:, i], prefixes[i] = rollout.row(), rollout.ids[:-1]
+        if slot_m[0] == S:
+            return False
+        self._resize()
+        arguments = *left_pad(prefixes, self._cache_length, self._pad_id), slot_m, Rows(*rows)
+        self._state = self._programs.proceed[self._cache_length](
+            self._params,
+            self._programs.with_pages(self._state, self._pool.table),
+            *self._put(*arguments),
+        )
+        return True
 
     def _prefill(self) -> None:
         """Prefills the next prompts in the queue."""
@@ -467,12 +573,12 @@ class _Batch:
         for i in range(m):
             if not self._prefilled or self._prefilled[0].cache is not cache:
                 break
-            slot = self._start(self._prefilled[0])
+            _, number, source, rollout = self._prefilled[0]
+            slot = self._start(rollout, (number, source), len(rollout.prompt_ids) - 1)
             if slot is None:
                 break
-            _, _, source_m[i], rollout = self._prefilled.popleft()
-            slot_m[i], rows[:, i] = slot, rollout.row()
-            self._active[slot] = rollout
+            self._prefilled.popleft()
+            source_m[i], slot_m[i], rows[:, i] = source, slot, rollout.row()
         if slot_m[0] == self._shape.slots:
             return False
         self._resize()
@@ -483,15 +589,18 @@ class _Batch:
         )
         return True
 
-    def _start(self, prefilled: _Prefilled) -> int | None:
-        """Gives a slot and pages to a waiting rollout. Returns the slot; None if it has to wait."""
-        _, number, source, rollout = prefilled
-        return self._pool.start(
-            self._needed(rollout),
-            rollout.cache_length_after(rollout.budget),
-            prompt=(number, source),
-            shared=len(rollout.prompt_ids) - 1,
-        )
+    def _start(self, rollout: _Rollout, prompt: Hashable = None, shared: int = 0) -> int | None:
+        """Gives a slot and pages to a rollout. Returns the slot; None if it has to wait.
+
+        Args:
+          rollout: the rollout.
+          prompt, shared: see `PagePool.start`.
+        """
+        longest = rollout.cache_length_after(rollout.budget)
+        slot = self._pool.start(self._needed(rollout), longest, prompt=prompt, shared=shared)
+        if slot is not None:
+            self._active[slot] = rollout
+        return slot
 
     def _resize(self) -> None:
         """Resizes the cache to the shortest available length that is enough for the next chunk."""

@@ -32,6 +32,7 @@ class Engines:
         rollouts: int,
         prompt_tokens: int,
         response_tokens: int,
+        continues: bool = False,
         pool_tokens: int = 0,
     ) -> Engine:
         """Returns an engine for the given sizes, and compiles the engine if it is not cached.
@@ -44,6 +45,7 @@ class Engines:
           rollouts: rollouts per call of the engine.
           prompt_tokens: maximum length of a prompt, in tokens.
           response_tokens: maximum length of a response, in tokens.
+          continues: whether rollouts can continue from tokens of an earlier call.
           pool_tokens: number of tokens that a paged cache holds; see `EngineShape`.
         """
         return self._engine(
@@ -54,6 +56,7 @@ class Engines:
                 prompt_tokens=prompt_tokens,
                 response_tokens=response_tokens,
                 shards=mesh_lib.row_shards(self._sampler.layout.mesh),
+                continues=continues,
                 pool_tokens=pool_tokens,
             )
         )

@@ -52,6 +52,11 @@ class PoolSizes(NamedTuple):
     width: int = 0
     page: int = 1
 
+    @property
+    def is_full(self) -> bool:
+        """Whether there are pages for the longest rollout in every slot."""
+        return self.pages >= self.slots * self.width
+
 
 def pool_sizes(
     policy: Policy, *, slots: int, length: int, shards: int, pool_tokens: int

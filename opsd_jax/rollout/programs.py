@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from opsd_jax.parallel import aot
@@ -32,14 +33,17 @@ class EngineShape(NamedTuple):
       prompts: n, prompts per prefill.
       prompt_tokens: P, maximum length of a prompt, in tokens.
       response_tokens: L, maximum length of a response, in tokens.
-      pool_tokens: number of tokens that a paged cache holds, over all devices; at most what the
-        slots need. 0 for room for a rollout of full length in every slot.
+      continues: whether rollouts can continue from tokens that they have already: those of an
+        earlier call, or those of this call if they lost their pages.
+      pool_tokens: number of tokens that a paged cache holds, over all devices. 0 gives every slot
+        room for a rollout of full length. A smaller pool needs `continues`.
     """
 
     slots: int
     prompts: int
     prompt_tokens: int
     response_tokens: int
+    continues: bool = False
     pool_tokens: int = 0
 
 
@@ -55,6 +59,11 @@ class Programs:
       prefill: `(params, tokens_nxP, positions_nxP) -> Cache`; see `slots.prefill`.
       insert: for each cache length, `(state, prefilled, source_m, slot_m, rows) -> Slots`; see
         `slots.insert`. Donates the state.
+      proceed: for each cache length C, `(params, state, tokens_mxC, positions_mxC, slot_m, rows)
+        -> Slots`, which prefills rollouts that have tokens already and inserts them. Donates the
+        state. Empty unless `shape.continues`.
+      continued: m, rollouts per call of `proceed`: one for each part that the mesh splits rows
+        into.
       decode: for each cache length, `(params, state, key_data, sampling_params, stop_after) ->
         (Slots, Chunk)`; see `slots.decode`. Donates the state.
       pool_sizes: the sizes of the page pool of the slots' cache.
@@ -84,7 +93,8 @@ class Programs:
           cache_lengths: the lengths that the slots' cache can take, in tokens, ascending.
 
         Raises:
-          ValueError: `shape.pool_tokens` is too small for one rollout, or the cache has no pages.
+          ValueError: `shape.pool_tokens` is too small for one rollout, or needs a cache with pages
+            or `shape.continues`.
         """
         self.shape, self.cache_lengths = shape, cache_lengths
         self._model, self._mesh = model, mesh
@@ -95,13 +105,18 @@ class Programs:
             shards=mesh_lib.row_shards(mesh),
             pool_tokens=shape.pool_tokens,
         )
+        if not (self.pool_sizes.is_full or shape.continues):
+            raise ValueError(
+                f"pool_tokens is {shape.pool_tokens} and continues is False; expected True, "
+                "because a rollout that loses its pages has to continue from its tokens."
+            )
         self._rows, self.replicated = mesh_lib.rows(mesh), mesh_lib.replicated(mesh)
         self._axes = slots.length_axes(model.policy)
         self._states = {length: self._abstract_state(length) for length in cache_lengths}
         self._prefilled = self._abstract_cache(
             lambda: model.policy.init_cache(shape.prompts, shape.prompt_tokens)
         )
-        self.steps_per_chunk = STEPS_PER_CHUNK
+        self.steps_per_chunk, self.continued = STEPS_PER_CHUNK, mesh_lib.row_shards(mesh)
         self.cache_bytes = mesh_lib.shard_bytes(self._states[cache_lengths[-1]].cache)
         pool_tokens = self.pool_sizes.pages * self.pool_sizes.page
         self.cache_tokens = pool_tokens or shape.slots * cache_lengths[-1]
@@ -111,6 +126,8 @@ class Programs:
             self.start = self._compile_start(cache_lengths[0])
             self.prefill = self._compile_prefill(abstract_params)
             self.insert = {n: self._compile_insert(n) for n in cache_lengths}
+            continues = cache_lengths if shape.continues else ()
+            self.proceed = {n: self._compile_proceed(n, abstract_params) for n in continues}
             self.decode = {n: self._compile_decode(n, abstract_params) for n in cache_lengths}
             self._resize = self._compile_resize()
 
@@ -226,6 +243,29 @@ class Programs:
             *self._abstract_arguments(values, values, Rows(*(values,) * len(Rows._fields))),
             out=_shardings(state),
             donate=0,
+        )
+
+    def _compile_proceed(self, length: int, abstract_params: Params) -> Callable[..., Slots]:
+        """Compiles the program that continues rollouts, for one cache length."""
+
+        def proceed(params, state, tokens_mxC, positions_mxC, slot_m, rows):
+            sharded = (
+                jax.lax.with_sharding_constraint(x, self._rows) for x in (tokens_mxC, positions_mxC)
+            )
+            prefilled = slots.prefill(self._model.policy, params, *sharded)
+            return slots.insert(self._axes, state, prefilled, jnp.arange(m), slot_m, rows)
+
+        state, m = self._states[length], self.continued
+        prefix, values = np.zeros((m, length), np.int32), np.zeros(m, np.int32)
+        rows = Rows(*(values,) * len(Rows._fields))
+        return _compile(
+            ProgramKey(ProgramKind.CONTINUE, length),
+            proceed,
+            abstract_params,
+            state,
+            *self._abstract_arguments(prefix, prefix, values, rows),
+            out=_shardings(state),
+            donate=1,
         )
 
     def _compile_decode(

@@ -39,6 +39,7 @@ def rollout_sampling(options: RolloutOptions, task: Task | None = None) -> tuple
             prompt_tokens=options.prompt_tokens,
             response_tokens=options.response_tokens,
             samples=options.rollouts,
+            pool_tokens=options.pool_tokens,
         ),
     )
 

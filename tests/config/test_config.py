@@ -388,7 +388,9 @@ def test_a_config_json_of_version_0_1_0_is_read():
         "rollout_quantisation.cache": "none",
         "rollout_quantisation.weights": "none",
     }
-    assert loading.flatten(config) == saved | loading.ADDED
+    assert loading.ADDED_TO_STAGES == {"pool_tokens": 0}
+    added = loading.ADDED | {"rlvr.pool_tokens": 0, "opsd.pool_tokens": 0}
+    assert loading.flatten(config) == saved | added
     loading.check_same(config, loading.load("rlvr_hf", data=False, platform="tpu"), "workdir")
     saved["stages"] = ["rlvr", "opsd"]
     with pytest.raises(config_lib.ConfigError, match="teacher_buckets is"):

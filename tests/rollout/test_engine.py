@@ -24,6 +24,7 @@ from opsd_jax.rollout import programs as programs_lib
 from opsd_jax.rollout import sampling, slots
 from opsd_jax.rollout.engine import STOP_EOS, STOP_LENGTH, Engine, EngineShape, left_pad
 from opsd_jax.rollout.layout import decode_layout
+from opsd_jax.rollout.slots import RUNNING
 
 EOS, V, BUDGET = 2, 32, 24
 PROMPTS = [[1, 9, 20], [1, 5, 6, 7, 8, 3], [4], [1, 7], [9, 9, 4], [3, 1, 2, 30, 7, 7, 7, 1]]
@@ -61,8 +62,24 @@ def make(model, params):
     """A function `(slots, mesh_shape, ...) -> sample`, which compiles equal engines only once."""
     made = {}
 
-    def make(slots=8, mesh_shape=(1, 1, 1), prompts=None, decode_mesh=(), budget=BUDGET, **options):
-        which = slots, mesh_shape, prompts, decode_mesh, budget, *map(str, options.items())
+    def make(
+        slots=8,
+        mesh_shape=(1, 1, 1),
+        prompts=None,
+        decode_mesh=(),
+        budget=BUDGET,
+        continues=False,
+        **options,
+    ):
+        which = (
+            slots,
+            mesh_shape,
+            prompts,
+            decode_mesh,
+            budget,
+            continues,
+            *map(str, options.items()),
+        )
         if which not in made:
             mesh = mesh_lib.make_mesh(mesh_shape, jax.devices()[: int(np.prod(mesh_shape))])
             placed = jax.device_put(params, mesh_lib.tree_shardings(mesh, model.rules, params))
@@ -71,18 +88,32 @@ def make(model, params):
                 model, abstract_of(placed, shardings), mesh_lib.reshaped(mesh, decode_mesh)
             )
             shards = mesh_lib.row_shards(layout.mesh)
-            shape = EngineShape(slots, prompts or shards, 8, budget)
+            shape = EngineShape(slots, prompts or shards, 8, budget, continues)
             programs = Programs()
             with mock.patch.object(aot, "compiled", programs.compile):
                 engine = Engine(model, layout.abstract, layout.mesh, shape, **options)
             made[which] = engine, layout.convert(placed), programs
         engine, placed, programs = made[which]
 
-        def sample(prompts=PROMPTS, ids=IDS, seed=5, budgets=None, stop=(EOS,), **options):
-            sampling_params = sampling.params(V, stop=stop, **options)
-            key = jax.random.key(seed)
+        def sample(
+            prompts=PROMPTS,
+            ids=IDS,
+            seed=5,
+            budgets=None,
+            stop=(EOS,),
+            begun=engine_lib.NOTHING_BEGUN,
+            enough=lambda ended: False,
+            **options,
+        ):
             ended = engine(
-                placed, prompts, ids, key=key, sampling_params=sampling_params, budgets=budgets
+                placed,
+                prompts,
+                ids,
+                key=jax.random.key(seed),
+                sampling_params=sampling.params(V, stop=stop, **options),
+                budgets=budgets,
+                begun=begun,
+                enough=enough,
             )
             return [response for batch in ended for response in batch.responses]
 
@@ -159,6 +190,37 @@ def test_the_number_of_slots_changes_nothing(make, rollouts, count):
 )
 def test_eight_devices_sample_the_same_rollouts_as_one(make, rollouts, mesh_shape, decode_mesh):
     assert_same(by_id(make(8, mesh_shape, decode_mesh=decode_mesh)()), rollouts)
+
+
+@pytest.mark.parametrize(
+    ("count", "mesh_shape"),
+    [(8, (1, 1, 1)), (3, (1, 1, 1)), pytest.param(8, (2, 2, 2), marks=pytest.mark.slow)],
+)
+def test_a_rollout_that_continues_ends_as_an_uninterrupted_one(
+    make, rollouts, monkeypatch, count, mesh_shape
+):
+    """The engine stops as soon as a rollout has ended, and the next call continues the others."""
+    monkeypatch.setattr(programs_lib, "STEPS_PER_CHUNK", 3)
+    sample, ended, begun, calls = make(count, mesh_shape, continues=True), {}, {}, 0
+    while len(ended) < len(rollouts):
+        left = [[i for i in own if i not in ended] for own in IDS]
+        place = {i: (p, m) for p, own in enumerate(left) for m, i in enumerate(own)}
+        starts = {place[i]: response for i, response in begun.items()}
+        found = by_id(sample(ids=left, begun=starts, enough=lambda ended: True), left)
+        ended |= {i: r for i, r in found.items() if r.stop != RUNNING}
+        begun = {i: r for i, r in found.items() if r.stop == RUNNING}
+        calls += 1
+    assert calls > 4
+    assert_same(ended, rollouts)
+
+
+def test_rollouts_that_cannot_continue_are_refused(make):
+    sample = make(continues=True)
+    some = sample()[0]
+    with pytest.raises(ValueError, match="rollout 1 of prompt 0; expected fewer tokens than its"):
+        sample(begun={(0, 1): some})
+    with pytest.raises(ValueError, match="compiled without `continues` in its shape"):
+        make()(begun={(0, 1): some._replace(stop=RUNNING)})
 
 
 def test_a_rollout_depends_on_its_id_alone(make, rollouts):
