@@ -173,6 +173,7 @@ class Engine:
       cache_lengths: the lengths that the slots' cache can take, in tokens, ascending.
       cache_bytes: bytes per device of the slots' cache at its longest.
       cache_tokens: number of tokens in this cache, over all devices.
+      pool_sizes: the sizes of its page pool.
       prefill_cache_bytes: bytes per device of the cache of one prefill.
     """
 
@@ -216,6 +217,7 @@ class Engine:
         self._programs = Programs(model, abstract_params, mesh, shape, lengths)
         self.cache_bytes = self._programs.cache_bytes
         self.cache_tokens = self._programs.cache_tokens
+        self.pool_sizes = self._programs.pool_sizes
         self.prefill_cache_bytes = self._programs.prefill_cache_bytes
 
     def __call__(
