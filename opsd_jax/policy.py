@@ -24,6 +24,25 @@ Rules = Sequence[tuple[str, P]]  # Pairs of a regular expression and a sharding;
 ROWS = ("data", "fsdp")  # The mesh axes over which the rows of a batch are sharded.
 
 
+class PagedCache(NamedTuple):
+    """A cache of keys and values in pages of a fixed number of tokens, which rows draw from a pool.
+
+    A page is read by the rows whose table names it. It is written by one row, except that rows with
+    the same prompt share the pages that the prompt fills. With a mesh, the first axis of every
+    array is sharded over `data` and `fsdp`, and a row uses only pages of its own shard.
+
+    Attributes:
+      pages: a pytree of arrays [N, PAGE, ...]: N pages of PAGE tokens.
+      rows: a pytree of arrays [B, ...] that belong to a row and do not depend on its length.
+      table: int32 [B, M], the pages of each row in the order of their positions: position p of
+        row b is in page `table[b, p // PAGE]`. N stands for no page.
+    """
+
+    pages: Any
+    rows: Any
+    table: jax.Array
+
+
 class Policy(NamedTuple):
     """A language model as three pure functions of its parameters.
 
@@ -59,6 +78,9 @@ class Policy(NamedTuple):
         depend on `length`. Entry i along it belongs to position i, because the engine shortens,
         lengthens and copies caches along this axis. The shape of a recurrent state doesn't depend
         on `length`.
+
+        Alternatively, the cache is a `PagedCache` whose table gives every row pages of its own for
+        `length` tokens, in order. The engine may then make the pool smaller, and it sets the table.
     """
 
     forward: Callable[..., tuple[jax.Array, Cache]]

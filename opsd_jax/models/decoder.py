@@ -60,8 +60,9 @@ CONTRACTED = {
 # The sharding of the cache that `Decoder.init_cache` creates.
 CACHE_RULES = (
     (r"\d+/(k|v)(/values|/scale)?", P(ROWS, "tensor")),
-    (r"\d+/pages", paged.PAGES),
-    (r"\d+/scales", paged.SCALES),
+    (r"pages/\d+", paged.PAGES),
+    (r"rows/\d+/scales", paged.SCALES),
+    (r"table", paged.TABLE),
 )
 
 # For each value of `config.remat` except "none": what a layer stores besides its input.
@@ -271,8 +272,10 @@ class Decoder(nnx.Module):
         With splash attention, a call with a cache and at least 128 tokens per row must be the
         first of its rows: the tokens attend to one another and not to the cache.
         """
-        config = self.config
+        config, is_paged = self.config, isinstance(cache, policy_lib.PagedCache)
         x_BxTxD = self._embed(tokens_BxT, shard=cache is None)
+        if is_paged:
+            cache = paged.split(cache)
         table = rope.table(positions_BxT, config.head_dim, config.rope_theta, config.rope_scaling)
         if cache is None:
             x_BxTxD, _ = self._scan_layers(x_BxTxD, positions_BxT, table, prefill=False)
@@ -286,6 +289,8 @@ class Decoder(nnx.Module):
             )
         else:
             x_BxTxD, cache = self._unrolled_layers(x_BxTxD, positions_BxT, table, cache)
+        if is_paged:
+            cache = paged.join(cache)
         return rms_norm(x_BxTxD, self.norm[...], config.rms_norm_eps), cache
 
     def _embed(self, tokens_BxT, *, shard: bool):
@@ -349,11 +354,11 @@ class Decoder(nnx.Module):
         return head_DxV.scaled(logits) if isinstance(head_DxV, Quantised) else logits
 
     def init_cache(self, batch, length):
-        """Returns an empty key-value cache: a tuple with one dict of arrays per layer.
+        """Returns an empty key-value cache: a `PagedCache`, or a tuple with one dict per layer.
 
-        A paged cache is described in opsd_jax/models/paged.py. A dense cache has keys [B, K, C, S]
-        and values [B, K, S, C]. The keys have their positions last, because the matmul with a
-        single query reads this layout sequentially.
+        A paged cache is described in opsd_jax/models/paged.py. A layer of a dense cache has keys
+        [B, K, C, S] and values [B, K, S, C]. The keys have their positions last, because the matmul
+        with a single query reads this layout sequentially.
         """
         K, C, dtype = self.config.num_kv_heads, self.config.head_dim, self.config.dtype
 
@@ -365,7 +370,8 @@ class Decoder(nnx.Module):
             k, v = jnp.zeros((batch, K, C, length), dtype), jnp.zeros((batch, K, length, C), dtype)
             return {"k": quantise(k, 2), "v": quantise(v, 3)} if int8 else {"k": k, "v": v}
 
-        return tuple(layer() for _ in range(self.config.num_layers))
+        layers = tuple(layer() for _ in range(self.config.num_layers))
+        return paged.join(layers) if self.config.cache == "paged" else layers
 
 
 def config_of(options: DecoderOptions | Mapping[str, Any]) -> DecoderConfig:

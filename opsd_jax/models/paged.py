@@ -1,24 +1,28 @@
 """A paged key-value cache, and attention over it with JAX's Pallas kernel for TPUs.
 
 For each row, the kernel reads only the blocks of pages that hold tokens. The cost of a decoding
-step therefore depends on the filled length of the cache, not on its full length. Every row owns its
-pages, in order, so there is no page table.
+step therefore depends on the filled length of the cache, not on its full length.
 
-The cache of a layer is {"pages": [B, N, PAGE, 2K, C]}. Along the axis 2K the keys and values of a
-token alternate: k0, v0, k1, v1, ... With a mesh in context, rows are sharded over `data` and `fsdp`
-and heads over `tensor`, and each device writes and reads its own part.
+The cache of a layer is {"pages": [N, PAGE, 2K, C], "table": int32 [B, M]}. The table lists the
+pages of each row in order; see `opsd_jax.policy.PagedCache`. Along the axis 2K the keys and values
+of a token alternate: k0, v0, k1, v1, ...
+
+With a mesh in context, rows and pages are sharded over `data` and `fsdp` and heads over `tensor`,
+and each device writes and reads its own part. Pages are numbered over all devices. Each device has
+the same number of pages, so the remainder of a page's number is its index on its device.
 
 In 8 bits, an entry of `pages` stands for its product with a scale in "scales": [B, 2K, C], float32.
 The kernel has no argument for such scales. They are applied outside: those of the keys to the
 queries, those of the values to the output. So the scales of a row cannot change while it decodes:
 its first tokens, in most cases a whole prompt, determine them. See `calibrate`.
 
-Shapes: B rows, T tokens, N pages, S = N * PAGE entries, H query heads, K key-value heads,
-C head size.
+Shapes: B rows, T tokens, N pages, M pages of a row, S = M * PAGE entries, H query heads,
+K key-value heads, C head size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,6 +32,7 @@ from jax.sharding import PartitionSpec as P
 
 from opsd_jax.models.quantised import LARGEST, to_int8
 from opsd_jax.parallel.mesh import ROWS, on_each_device
+from opsd_jax.policy import PagedCache
 
 # Tokens per page. The kernel copies a page in one transfer, of 128 KiB to 1 MiB. Smaller pages need
 # more transfers. Larger pages waste more memory on the last page of a row.
@@ -46,8 +51,9 @@ QUERIES = 4
 # tokens. Larger values are clipped to it.
 HEADROOM = 1.5
 
-PAGES = P(ROWS, None, None, "tensor")  # The sharding of `pages`.
+PAGES = P(ROWS, None, "tensor")  # The sharding of `pages`.
 SCALES = P(ROWS, "tensor")  # The sharding of `scales`.
+TABLE = P(ROWS)  # The sharding of `table`.
 HEADS = P(ROWS, None, "tensor")  # The sharding of queries, keys and values [B, T, heads, C].
 
 
@@ -64,13 +70,34 @@ def init(
 ) -> dict[str, jax.Array]:
     """Returns an empty paged cache for one layer, with room for `length` tokens per row.
 
-    The length is rounded up to whole pages. The cache has scales if `dtype` is int8.
+    The length is rounded up to whole pages, and each row has its own pages. The cache has scales if
+    `dtype` is int8.
     """
-    heads = 2 * num_kv_heads
-    cache = {"pages": jnp.zeros((batch, -(-length // PAGE), PAGE, heads, head_dim), dtype)}
+    heads, M = 2 * num_kv_heads, -(-length // PAGE)
+    cache = {
+        "pages": jnp.zeros((batch * M, PAGE, heads, head_dim), dtype),
+        "table": jnp.arange(batch * M, dtype=jnp.int32).reshape(batch, M),
+    }
     if dtype == jnp.int8:
         cache["scales"] = jnp.zeros((batch, heads, head_dim))
     return cache
+
+
+def join(layers: Sequence[dict[str, jax.Array]]) -> PagedCache:
+    """Returns the cache of a model, given the caches of its layers, which have the same table."""
+    return PagedCache(
+        tuple(layer["pages"] for layer in layers),
+        tuple({"scales": layer["scales"]} if "scales" in layer else {} for layer in layers),
+        layers[0]["table"],
+    )
+
+
+def split(cache: PagedCache) -> tuple[dict[str, jax.Array], ...]:
+    """Returns the caches of a model's layers. This is the inverse of `join`."""
+    return tuple(
+        {"pages": pages, "table": cache.table, **rows}
+        for pages, rows in zip(cache.pages, cache.rows, strict=True)
+    )
 
 
 def calibrate(scales_Bx2KxC: jax.Array, kv_BxTx2KxC: jax.Array, filled_BxT: jax.Array) -> jax.Array:
@@ -104,15 +131,16 @@ def check_fits(num_kv_heads: int, head_dim: int, *, int8: bool) -> None:
     )
 
 
-def pages_per_block(pages: jax.Array) -> int:
+def pages_per_block(pages: jax.Array, most: int) -> int:
     """Returns the number of cache pages that the kernel copies as one block.
 
     Args:
-      pages: The pages of one device, [B, N, PAGE, 2K, C].
+      pages: The pages of one device, [N, PAGE, 2K, C].
+      most: M, the largest number of pages of a row.
     """
-    _, N, page, heads, C = pages.shape
+    _, page, heads, C = pages.shape
     page_bytes = page * heads * C * pages.dtype.itemsize
-    return max(1, min(BLOCK_TOKENS // page, BLOCK_BYTES // page_bytes, N))
+    return max(1, min(BLOCK_TOKENS // page, BLOCK_BYTES // page_bytes, most))
 
 
 def write(
@@ -128,32 +156,36 @@ def write(
     """
 
     def local(cache, k_BxTxKxC, v_BxTxKxC, positions_BxT):
-        B, N, page, heads, C = cache["pages"].shape
-        kv_BxTx2KxC = jnp.stack([k_BxTxKxC, v_BxTxKxC], axis=3).reshape(B, -1, heads, C)
-        entry_BxT = jnp.where(positions_BxT < 0, N * page, positions_BxT)  # out of bounds: dropped
-        at = jnp.arange(B)[:, None], entry_BxT // page, entry_BxT % page
+        N, page, heads, C = cache["pages"].shape
+        B, T = positions_BxT.shape
+        kv_BxTx2KxC = jnp.stack([k_BxTxKxC, v_BxTxKxC], axis=3).reshape(B, T, heads, C)
+        page_BxT = jnp.take_along_axis(cache["table"], jnp.maximum(positions_BxT, 0) // page, 1) % N
+        at = jnp.where(positions_BxT < 0, N, page_BxT), positions_BxT % page  # N is dropped
+        changed = {}
         if "scales" in cache:
             scales = calibrate(cache["scales"], kv_BxTx2KxC, positions_BxT >= 0)
-            cache = {**cache, "scales": scales}
+            changed["scales"] = scales
             kv_BxTx2KxC = to_int8(kv_BxTx2KxC, scales[:, None])
-        return {**cache, "pages": cache["pages"].at[at].set(kv_BxTx2KxC, mode="drop")}
+        return {**changed, "pages": cache["pages"].at[at].set(kv_BxTx2KxC, mode="drop")}
 
     specs = _specs(cache)
-    local = on_each_device(local, (specs, HEADS, HEADS, P(ROWS)), specs)
-    return local(cache, k_BxTxKxC, v_BxTxKxC, positions_BxT)
+    changed = {name: spec for name, spec in specs.items() if name != "table"}
+    local = on_each_device(local, (specs, HEADS, HEADS, P(ROWS)), changed)
+    return {**cache, **local(cache, k_BxTxKxC, v_BxTxKxC, positions_BxT)}
 
 
 def _specs(cache: dict[str, jax.Array]) -> dict[str, P]:
     """Returns the sharding of each array of a layer's cache."""
-    return {name: {"pages": PAGES, "scales": SCALES}[name] for name in cache}
+    return {name: {"pages": PAGES, "scales": SCALES, "table": TABLE}[name] for name in cache}
 
 
 def dense(cache: dict[str, jax.Array], dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Converts a layer's paged cache to dense keys [B, K, C, S] and values [B, K, S, C]."""
 
     def local(cache):
-        B, N, page, heads, C = cache["pages"].shape
-        kv_BxSxKx2xC = cache["pages"].reshape(B, N * page, heads // 2, 2, C)
+        N, page, heads, C = cache["pages"].shape
+        B, M = cache["table"].shape
+        kv_BxSxKx2xC = cache["pages"][cache["table"] % N].reshape(B, M * page, heads // 2, 2, C)
         if "scales" in cache:
             kv_BxSxKx2xC *= cache["scales"].reshape(B, 1, heads // 2, 2, C)
         kv_BxSxKx2xC = kv_BxSxKx2xC.astype(dtype)
@@ -182,7 +214,8 @@ def attend(
 
     def local(q_Bx1xHxC, cache, positions_Bx1):
         pages, scaled = cache["pages"], "scales" in cache
-        B, N, page, heads, C = pages.shape
+        N, _, heads, C = pages.shape
+        B, M = cache["table"].shape
         check_fits(heads // 2, C, int8=scaled)
         if scaled:
             # [B, 2K, C] -> the scales of the keys and of the values, [B, 1, H, C] each.
@@ -197,13 +230,13 @@ def attend(
         active = jnp.sum(position_B >= 0, dtype=jnp.int32)
         out_BxHxC = ragged_paged_attention(
             q_Bx1xHxC[order_B, 0],
-            pages.reshape(B * N, page, heads, C),
+            pages,
             kv_lens=jnp.maximum(position_B[order_B] + 1, 1),
-            page_indices=(order_B[:, None] * N + jnp.arange(N)[None]).astype(jnp.int32),
+            page_indices=cache["table"][order_B] % N,
             cu_q_lens=jnp.arange(B + 1, dtype=jnp.int32),
             num_seqs=jnp.maximum(active, 1)[None],
             sm_scale=C**-0.5,
-            num_kv_pages_per_block=pages_per_block(pages),
+            num_kv_pages_per_block=pages_per_block(pages, M),
             num_queries_per_block=min(QUERIES, B),
             # With scales of 1, the kernel converts the pages to the queries' dtype.
             **({"k_scale": 1.0, "v_scale": 1.0} if scaled else {}),

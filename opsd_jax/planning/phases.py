@@ -68,6 +68,9 @@ class Phase(NamedTuple):
       useful_tokens: fraction of the computed tokens that are not padding; None if not applicable.
       sampling: what it samples; None for a phase without sampling.
       row_fields: the fields that set the number of rows of a train step; None for other phases.
+      cache_tokens: number of tokens in the cache, over all devices; 0 for a phase without sampling.
+      slots_that_fit: for how many decoding slots the pages of the cache are enough; None for a
+        cache without pages.
     """
 
     key: PhaseKey
@@ -79,6 +82,8 @@ class Phase(NamedTuple):
     useful_tokens: float | None = None
     sampling: Sampling | None = None
     row_fields: RowFields | None = None
+    cache_tokens: int = 0
+    slots_that_fit: int | None = None
 
     @property
     def name(self) -> str:
@@ -92,7 +97,10 @@ class Phase(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """Returns the phase as the dictionary that `opsd-jax plan --json` prints."""
-        useful = {} if self.useful_tokens is None else {"useful_tokens": self.useful_tokens}
+        optional = {
+            "useful_tokens": self.useful_tokens,
+            "slots_that_fit": self.slots_that_fit,
+        }
         return {
             "name": self.name,
             "times": self.times,
@@ -101,7 +109,7 @@ class Phase(NamedTuple):
             "programs": self.programs,
             "seconds_at_best": self.seconds_at_best,
             "seconds_in_turn": self.seconds_in_turn,
-            **useful,
+            **{name: value for name, value in optional.items() if value is not None},
         }
 
 
@@ -138,6 +146,9 @@ class Phases:
         self.parameters = Parameters(config, pathlib.Path(), devices)
         checks.check_devices(config, self.parameters.mesh, self.parameters.decode_mesh)
         checks.check_speculation(config, self.parameters.rollouts.model)
+        checks.check_pools(
+            config, self.parameters.rollouts.model.policy, self.parameters.decode_mesh
+        )
         checks.check_positions(config, self.parameters.model.max_positions)
         self.model, self.mesh = self.parameters.model, self.parameters.mesh
         self.weights = mesh_lib.shard_bytes(self.parameters.abstract)
@@ -182,10 +193,7 @@ class Phases:
         parts: Mapping[Part, float],
         executions: Sequence[tuple[float, ProgramCosts]],
         times: int,
-        *,
-        useful_tokens: float | None = None,
-        sampling: Sampling | None = None,
-        row_fields: RowFields | None = None,
+        **attributes: Any,
     ) -> None:
         """Adds a phase to the run.
 
@@ -194,7 +202,7 @@ class Phases:
           parts: bytes of each part of its memory, without temporaries.
           executions: the number of executions of each program, and its costs.
           times: how often the run goes through the phase.
-          useful_tokens, sampling, row_fields: attributes of `Phase`.
+          **attributes: further attributes of `Phase`.
         """
         temporaries = max(program.temporaries for _, program in executions)
         self.phases.append(
@@ -205,9 +213,7 @@ class Phases:
                 [program.name for _, program in executions],
                 sum(n * program.seconds_at_best for n, program in executions),
                 sum(n * program.seconds_in_turn for n, program in executions),
-                useful_tokens,
-                sampling,
-                row_fields,
+                **attributes,
             )
         )
 
@@ -239,7 +245,7 @@ class Phases:
 
         Returns 0 for a dense cache, because the costs of a program already include its reads.
         """
-        token_bytes = engine.cache_bytes / engine.shape.slots / engine.cache_lengths[-1]
+        token_bytes = engine.cache_bytes / engine.cache_tokens
         return reads * token_bytes if self.model.ragged else 0.0
 
     def add_sampling(
@@ -293,6 +299,10 @@ class Phases:
             ),
             times,
             sampling=sampling,
+            cache_tokens=engine.cache_tokens,
+            slots_that_fit=workload.slots_that_fit(
+                engine.pool_sizes, prompts, responses, sampling.group_size
+            ),
         )
 
     def _add_samplings(

@@ -72,6 +72,11 @@ def _memory(plan: Plan) -> Iterator[str]:
         parts = ((name, size) for name, size in phase.parts.items() if size > 0.005 * GIB)
         text = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts)
         yield from textwrap.wrap(text, 92, initial_indent="    ", subsequent_indent="    ")
+        if phase.slots_that_fit is not None and phase.sampling is not None:
+            yield (
+                f"    the cache holds {phase.cache_tokens:,} tokens: {phase.slots_that_fit} slots "
+                f"fit, {phase.sampling.slots} are set"
+            )
 
 
 def _programs(plan: Plan) -> Iterator[str]:
@@ -104,7 +109,8 @@ def _times(plan: Plan) -> Iterator[str]:
     length = f"{plan.response_length:.0%}"
     yield f"  Assumptions: the mean response has {length} of its budget (exponential distribution);"
     yield "  prompts are full and all rows are active; bfloat16 compute, HBM and one ring of the"
-    yield "  network run at peak; verification, checkpoints and compilation take no time."
+    yield "  network run at peak; verification, checkpoints and compilation take no time; no"
+    yield "  rollout waits for pages of the cache."
     if plan.slices > 1:
         yield "  Collectives between slices take longer than this, because their network is slower."
 
@@ -160,6 +166,8 @@ def _changes(plan: Plan, phase: Phase, largest: Part) -> list[str]:
 def _sampling_changes(plan: Plan, section: str, sampling: Sampling, largest: Part) -> list[str]:
     """Returns config changes that would reduce the caches or temporaries of a sampling phase."""
     slots = f"{section}.{sampling.slots_field}"
+    if largest is Part.CACHE and sampling.pool_tokens:
+        return [f"a smaller {section}.pool_tokens", "more devices"]
     if largest is Part.CACHE:
         return [f"a smaller {slots} or {section}.{sampling.response_tokens_field}", "more devices"]
     shards = plan.decode_mesh["data"] * plan.decode_mesh["fsdp"]

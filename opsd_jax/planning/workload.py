@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from opsd_jax.rollout.engine import STEPS_PER_CHUNK
+from opsd_jax.rollout.pages import PoolSizes
 from opsd_jax.stages.batch import Lengths, arranged
 
 
@@ -57,10 +59,70 @@ def decode_steps(responses: np.ndarray, slots: int) -> int:
       responses: int [count], length of each response in tokens.
       slots: number of decoding slots.
     """
-    ends = [0] * slots
-    for tokens in np.random.default_rng(0).permutation(responses):
+    return int(np.max(np.sum(_schedule(responses, slots), axis=0)))
+
+
+def _schedule(responses: np.ndarray, slots: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns when the responses start and how long they are, int [count] each, in steps.
+
+    See `decode_steps`.
+    """
+    ends, starts = [0] * slots, []
+    lengths = np.random.default_rng(0).permutation(responses)
+    for tokens in lengths:
+        starts.append(ends[0])
         heapq.heapreplace(ends, ends[0] + int(tokens))
-    return max(ends)
+    return np.array(starts), lengths
+
+
+def peak_pages(prompt: float, responses: np.ndarray, group_size: int, slots: int, page: int) -> int:
+    """Returns the largest number of pages that the rollouts of one shard use at the same time.
+
+    Rollouts of a prompt follow one another and share the pages that it fills. A rollout has pages
+    for the next chunk of decoding steps.
+
+    Args:
+      prompt: length of each prompt in tokens.
+      responses: int [count], length of each response in tokens.
+      group_size: responses per prompt.
+      slots: number of decoding slots.
+      page: tokens per page.
+    """
+    start_N, length_N = _schedule(responses, slots)
+    group_N, shared, peak = np.arange(len(start_N)) // group_size, int(prompt) // page, 0
+    for time in range(0, int(np.max(start_N + length_N)), STEPS_PER_CHUNK):
+        active_N = (start_N <= time) & (time < start_N + length_N)
+        tokens = prompt + np.minimum(time - start_N + STEPS_PER_CHUNK, length_N)[active_N]
+        own = np.sum(np.ceil(tokens / page) - shared)
+        peak = max(peak, int(own) + shared * len(np.unique(group_N[active_N])))
+    return peak
+
+
+def slots_that_fit(
+    sizes: PoolSizes, prompt: float, responses: np.ndarray, group_size: int
+) -> int | None:
+    """Returns for how many slots a pool has enough pages, or None if the cache has no pages.
+
+    With more slots, rollouts wait for pages or lose them.
+
+    Args:
+      sizes: the sizes of the pool.
+      prompt: length of each prompt in tokens.
+      responses: int [count], length of each response in tokens, over all shards.
+      group_size: responses per prompt.
+    """
+    if not sizes.pages:
+        return None
+    of_shard = np.random.default_rng(0).permutation(responses)[:: sizes.shards]
+    pages = sizes.pages // sizes.shards
+    low, high = pages // sizes.width, max(pages // sizes.width, len(of_shard))
+    while low < high:  # `low` slots fit, and more than `high` do not or have no rollout
+        middle = -(-(low + high) // 2)
+        if peak_pages(prompt, of_shard, group_size, middle, sizes.page) <= pages:
+            low = middle
+        else:
+            high = middle - 1
+    return low * sizes.shards
 
 
 def cache_tokens_read(prompt: float, responses: np.ndarray) -> float:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import types
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,7 @@ from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel import watchdog
 from opsd_jax.policy import Cache, Model, Params
 from opsd_jax.rollout import sampling
+from opsd_jax.rollout.pages import PagePool
 from opsd_jax.rollout.programs import (
     PRNG,
     ROLLOUTS_PER_INSERT,
@@ -104,6 +105,7 @@ def shape_for(
     shards: int,
     continues: bool = False,
     speculation: int = 0,
+    pool_tokens: int = 0,
 ) -> EngineShape:
     """Computes the `EngineShape` for a given number and size of rollouts.
 
@@ -119,11 +121,22 @@ def shape_for(
       shards: number of parts that the mesh splits rows into (`mesh.row_shards`).
       continues: whether rollouts can continue from tokens of an earlier call.
       speculation: tokens that speculation guesses per forward pass; 0 turns it off.
+      pool_tokens: number of tokens that a paged cache holds; see `EngineShape`.
     """
     rounded_up = lambda count: -(-count // shards) * shards
     slots = min(slots, rounded_up(rollouts))
     prompts = rounded_up(max(1, slots // (4 * group_size)))
-    return EngineShape(slots, prompts, prompt_tokens, response_tokens, continues, speculation)
+    if pool_tokens >= slots * (prompt_tokens + response_tokens):
+        pool_tokens = 0  # every slot has room for the longest rollout
+    return EngineShape(
+        slots,
+        prompts,
+        prompt_tokens,
+        response_tokens,
+        continues=continues or pool_tokens > 0,
+        speculation=speculation,
+        pool_tokens=pool_tokens,
+    )
 
 
 def left_pad(
@@ -173,6 +186,8 @@ class Engine:
       shape: the sizes that the programs are compiled for.
       cache_lengths: the lengths that the slots' cache can take, in tokens, ascending.
       cache_bytes: bytes per device of the slots' cache at its longest.
+      cache_tokens: number of tokens in this cache, over all devices.
+      pool_sizes: the sizes of its page pool.
       prefill_cache_bytes: bytes per device of the cache of one prefill.
       continued: rollouts that continue in one execution of a program.
     """
@@ -201,7 +216,8 @@ class Engine:
 
         Raises:
           ValueError: `cache_lengths` do not ascend, or the last one is too short. Or
-            `shape.speculation` is not 0, and the model does not support it.
+            `shape.speculation` is not 0, and the model does not support it. Or `shape.pool_tokens`
+            is too small for one rollout, or the model's cache has no pages.
         """
         longest = shape.prompt_tokens + shape.response_tokens
         if cache_lengths is None:
@@ -216,6 +232,8 @@ class Engine:
         self._pad_id, self._vocab_size = pad_id, model.vocab_size
         self._programs = Programs(model, abstract_params, mesh, shape, lengths)
         self.cache_bytes = self._programs.cache_bytes
+        self.cache_tokens = self._programs.cache_tokens
+        self.pool_sizes = self._programs.pool_sizes
         self.prefill_cache_bytes = self._programs.prefill_cache_bytes
         self.continued = self._programs.continued
 
@@ -399,9 +417,13 @@ class _Rollout:
 
 
 class _Prefilled(NamedTuple):
-    """A rollout that waits for a slot. Row `source` of `cache` contains its prefilled prompt."""
+    """A rollout that waits for a slot. Row `source` of `cache` contains its prefilled prompt.
+
+    `number` is different for each prefill.
+    """
 
     cache: Cache
+    number: int
     source: int
     rollout: _Rollout
 
@@ -435,6 +457,8 @@ class _Batch:
         new = ([r for r in group if not r.drawn] for group in groups)
         self._queue = deque(group for group in new if group)
         self._prefilled: deque[_Prefilled] = deque()
+        self._prefills = 0
+        self._pool = PagePool(programs.pool_sizes)
         self._active: list[_Rollout | None] = [None] * programs.shape.slots
         self._state, self._cache_length = programs.start(), programs.cache_lengths[0]
 
@@ -443,15 +467,36 @@ class _Batch:
         return mesh_lib.placed(arrays, jax.tree.map(lambda _: self._programs.replicated, arrays))
 
     def fill_slots(self) -> None:
-        """Inserts waiting rollouts until no slot is free or no rollout is waiting."""
-        free = deque(slot for slot, rollout in enumerate(self._active) if rollout is None)
-        while free and self._are_waiting:
+        """Reserves pages for the next chunk, and inserts waiting rollouts while there is room."""
+        self._reserve()
+        while self._pool.has_free_slot and self._are_waiting:
             if self._begun:
-                self._continue(free)
+                if not self._continue():
+                    return
                 continue
             if not self._prefilled:
                 self._prefill()
-            self._insert(free)
+            if not self._insert():
+                return
+
+    def _reserve(self) -> None:
+        """Gives active rollouts pages for the next chunk, and preempts some if it has to.
+
+        The preempted rollouts return to the front of the queue.
+        """
+        active = {slot: rollout for slot, rollout in enumerate(self._active) if rollout is not None}
+        preempted = self._pool.reserve({slot: self._needed(r) for slot, r in active.items()})
+        if not preempted:
+            return
+        for slot in preempted:
+            self._active[slot] = None
+        self._begun.extendleft(active[slot] for slot in reversed(preempted))
+        positions = [-1 if rollout is None else rollout.position for rollout in self._active]
+        self._state = self._programs.with_positions(self._state, np.array(positions, np.int32))
+
+    def _needed(self, rollout: _Rollout) -> int:
+        """Returns the cache length that suffices for a rollout's next chunk."""
+        return rollout.cache_length_after(self._programs.steps_per_chunk)
 
     @property
     def _are_waiting(self) -> bool:
@@ -472,6 +517,7 @@ class _Batch:
             self._resize(self._programs.steps_per_chunk)
             stop_after = max(1, self._shape.slots // 16) if self._are_waiting else active - few
             program, last = self._programs.decode, np.asarray(stop_after, np.int32)
+        self._state = self._programs.with_pages(self._state, self._pool.table)
         self._state, chunk = program[self._cache_length](
             self._params, self._state, self._key_data, self._sampling_params, *self._put(last)
         )
@@ -500,6 +546,7 @@ class _Batch:
             if chunk.stop[slot] != RUNNING:
                 ended.append(rollout.response(int(chunk.stop[slot])))
                 self._active[slot] = None
+                self._pool.free(slot)
         return ended, chunk.forward_passes()
 
     def unfinished(self) -> list[Response]:
@@ -509,21 +556,32 @@ class _Batch:
         active = [rollout for rollout in self._active if rollout is not None]
         return [rollout.response(RUNNING) for rollout in active + waiting]
 
-    def _continue(self, free: deque[int]) -> None:
-        """Prefills and inserts the next rollouts that have tokens already, as many as fit."""
+    def _continue(self) -> bool:
+        """Prefills and inserts the next rollouts that have tokens already, as many as fit.
+
+        Returns:
+          Whether any rollout was inserted. If not, the first one waits for pages.
+        """
         m, S = self._programs.continued, self._shape.slots
         rows = np.zeros((len(Rows._fields), m), np.int32)
         slot_m = np.full(m, S, np.int32)  # past the last slot: not inserted
         prefixes: list[list[int]] = [[] for _ in range(m)]
-        for i in range(min(m, len(free), len(self._begun))):
-            rollout, slot_m[i] = self._begun.popleft(), free.popleft()
+        for i in range(min(m, len(self._begun))):
+            slot = self._start(self._begun[0])
+            if slot is None:
+                break
+            rollout, slot_m[i] = self._begun.popleft(), slot
             rows[:, i], prefixes[i] = rollout.row(), rollout.ids[:-1]
-            self._active[slot_m[i]] = rollout
+        if slot_m[0] == S:
+            return False
         self._resize(self._programs.steps_per_chunk)
         arguments = *left_pad(prefixes, self._cache_length, self._pad_id), slot_m, Rows(*rows)
         self._state = self._programs.proceed[self._cache_length](
-            self._params, self._state, *self._put(*arguments)
+            self._params,
+            self._programs.with_pages(self._state, self._pool.table),
+            *self._put(*arguments),
         )
+        return True
 
     def _prefill(self) -> None:
         """Prefills the next prompts in the queue."""
@@ -532,29 +590,54 @@ class _Batch:
         begun = [group[0].prompt_ids[:-1] for group in groups] + [()] * (n - len(groups))
         prompts = self._put(*left_pad(begun, P, self._pad_id))
         cache = self._programs.prefill(self._params, *prompts)
+        self._prefills += 1
         self._prefilled.extend(
-            _Prefilled(cache, source, rollout)
+            _Prefilled(cache, self._prefills, source, rollout)
             for source, group in enumerate(groups)
             for rollout in group
         )
 
-    def _insert(self, free: deque[int]) -> None:
-        """Inserts up to ROLLOUTS_PER_INSERT rollouts of one prefill into free slots."""
+    def _insert(self) -> bool:
+        """Inserts up to ROLLOUTS_PER_INSERT rollouts of one prefill into slots.
+
+        Returns:
+          Whether any rollout was inserted. If not, the first one waits for pages.
+        """
         m, cache = ROLLOUTS_PER_INSERT, self._prefilled[0].cache
         source_m = np.zeros(m, np.int32)
         slot_m = np.full(m, self._shape.slots, np.int32)  # past the last slot: not inserted
         rows = np.zeros((len(Rows._fields), m), np.int32)
         for i in range(m):
-            if not free or not self._prefilled or self._prefilled[0].cache is not cache:
+            if not self._prefilled or self._prefilled[0].cache is not cache:
                 break
-            _, source_m[i], rollout = self._prefilled.popleft()
-            slot_m[i] = slot = free.popleft()
-            rows[:, i] = rollout.row()
-            self._active[slot] = rollout
+            _, number, source, rollout = self._prefilled[0]
+            slot = self._start(rollout, (number, source), len(rollout.prompt_ids) - 1)
+            if slot is None:
+                break
+            self._prefilled.popleft()
+            source_m[i], slot_m[i], rows[:, i] = source, slot, rollout.row()
+        if slot_m[0] == self._shape.slots:
+            return False
         self._resize(self._programs.steps_per_chunk)
         self._state = self._programs.insert[self._cache_length](
-            self._state, cache, *self._put(source_m, slot_m, Rows(*rows))
+            self._programs.with_pages(self._state, self._pool.table),
+            cache,
+            *self._put(source_m, slot_m, Rows(*rows)),
         )
+        return True
+
+    def _start(self, rollout: _Rollout, prompt: Hashable = None, shared: int = 0) -> int | None:
+        """Gives a slot and pages to a rollout. Returns the slot; None if it has to wait.
+
+        Args:
+          rollout: the rollout.
+          prompt, shared: see `PagePool.start`.
+        """
+        longest = rollout.cache_length_after(rollout.budget)
+        slot = self._pool.start(self._needed(rollout), longest, prompt=prompt, shared=shared)
+        if slot is not None:
+            self._active[slot] = rollout
+        return slot
 
     def _resize(self, tokens: int) -> None:
         """Resizes the cache to the shortest available length with room for `tokens` more tokens."""

@@ -34,6 +34,7 @@ class Engines:
         response_tokens: int,
         continues: bool = False,
         speculation: int = 0,
+        pool_tokens: int = 0,
     ) -> Engine:
         """Returns an engine for the given sizes, and compiles the engine if it is not cached.
 
@@ -47,6 +48,7 @@ class Engines:
           response_tokens: maximum length of a response, in tokens.
           continues: whether rollouts can continue from tokens of an earlier call.
           speculation: tokens that speculation guesses per forward pass; 0 turns it off.
+          pool_tokens: number of tokens that a paged cache holds; see `EngineShape`.
         """
         return self._engine(
             shape_for(
@@ -58,6 +60,7 @@ class Engines:
                 shards=mesh_lib.row_shards(self._sampler.layout.mesh),
                 continues=continues,
                 speculation=speculation,
+                pool_tokens=pool_tokens,
             )
         )
 

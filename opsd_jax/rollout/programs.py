@@ -14,8 +14,8 @@ import numpy as np
 from opsd_jax.parallel import aot
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel.program import ProgramKey, ProgramKind
-from opsd_jax.policy import Cache, Model, Params
-from opsd_jax.rollout import sampling, slots, speculation
+from opsd_jax.policy import Cache, Model, PagedCache, Params
+from opsd_jax.rollout import pages, sampling, slots, speculation
 from opsd_jax.rollout.slots import Rows, Slots
 
 STEPS_PER_CHUNK = 64  # decoding steps between two fetches by the host
@@ -33,8 +33,11 @@ class EngineShape(NamedTuple):
       prompts: n, prompts per prefill.
       prompt_tokens: P, maximum length of a prompt, in tokens.
       response_tokens: L, maximum length of a response, in tokens.
-      continues: whether rollouts can continue from tokens of an earlier call.
+      continues: whether rollouts can continue from tokens that they have already: those of an
+        earlier call, or those of this call if they lost their pages.
       speculation: K, number of tokens that speculation guesses per forward pass; 0 turns it off.
+      pool_tokens: number of tokens that a paged cache holds, over all devices. 0 gives every slot
+        room for a rollout of full length. A smaller pool needs `continues`.
     """
 
     slots: int
@@ -43,6 +46,7 @@ class EngineShape(NamedTuple):
     response_tokens: int
     continues: bool = False
     speculation: int = 0
+    pool_tokens: int = 0
 
     @property
     def few(self) -> int:
@@ -76,11 +80,13 @@ class Programs:
       speculate: for each cache length, `(params, state, key_data, sampling_params, history_SxH) ->
         (Slots, Chunk)`; see `speculation.decode`. H is P + L. Donates the state. Empty if
         `shape.speculation` is 0.
+      pool_sizes: the sizes of the page pool of the slots' cache.
       replicated: the sharding of the key and the sampling parameters, of which every device holds a
         full copy.
       steps_per_chunk: maximum number of steps of `decode`.
       tokens_per_speculation: the most tokens that `speculate` adds to a rollout.
       cache_bytes: bytes per device of the slots' cache at its longest.
+      cache_tokens: number of tokens in this cache, over all devices.
       prefill_cache_bytes: bytes per device of the cache of one prefill.
     """
 
@@ -102,19 +108,37 @@ class Programs:
           cache_lengths: the lengths that the slots' cache can take, in tokens, ascending.
 
         Raises:
-          ValueError: `shape.speculation` is not 0, and `speculation.check` refuses it.
+          ValueError: `shape.speculation` is not 0, and `speculation.check` refuses it. Or
+            `shape.pool_tokens` is too small for one rollout, or needs a cache with pages or
+            `shape.continues`.
         """
         if shape.speculation:
             speculation.check(model, shape.speculation)
         self.shape, self.cache_lengths = shape, cache_lengths
         self._model, self._mesh = model, mesh
+        self.pool_sizes = pages.pool_sizes(
+            model.policy,
+            slots=shape.slots,
+            length=cache_lengths[-1],
+            shards=mesh_lib.row_shards(mesh),
+            pool_tokens=shape.pool_tokens,
+        )
+        if not (self.pool_sizes.is_full or shape.continues):
+            raise ValueError(
+                f"pool_tokens is {shape.pool_tokens} and continues is False; expected True, "
+                "because a rollout that loses its pages has to continue from its tokens."
+            )
         self._rows, self.replicated = mesh_lib.rows(mesh), mesh_lib.replicated(mesh)
         self._axes = slots.length_axes(model.policy)
         self._states = {length: self._abstract_state(length) for length in cache_lengths}
-        self._prefilled = self._abstract_cache(shape.prompts, shape.prompt_tokens)
+        self._prefilled = self._abstract_cache(
+            lambda: model.policy.init_cache(shape.prompts, shape.prompt_tokens)
+        )
         self.steps_per_chunk, self.continued = STEPS_PER_CHUNK, mesh_lib.row_shards(mesh)
         self.tokens_per_speculation = STEPS_PER_CHUNK + shape.speculation
         self.cache_bytes = mesh_lib.shard_bytes(self._states[cache_lengths[-1]].cache)
+        pool_tokens = self.pool_sizes.pages * self.pool_sizes.page
+        self.cache_tokens = pool_tokens or shape.slots * cache_lengths[-1]
         self.prefill_cache_bytes = mesh_lib.shard_bytes(self._prefilled)
         with jax.set_mesh(mesh):
             self.prepare, abstract_params = self._compile_prepare(abstract_params)
@@ -144,9 +168,33 @@ class Programs:
                 leaf.delete()
         return state._replace(cache=jax.tree.unflatten(tree, leaves))
 
-    def _abstract_cache(self, batch: int, length: int) -> Cache:
-        """Returns the shapes and shardings of a cache with `batch` rows of `length` tokens."""
-        shapes = jax.eval_shape(lambda: self._model.policy.init_cache(batch, length))
+    def with_pages(self, state: Slots, table: np.ndarray) -> Slots:
+        """Returns the state with another page table; the state itself if the cache has no pages.
+
+        Args:
+          state: the state.
+          table: int32, equal on all hosts; see `opsd_jax.policy.PagedCache`.
+        """
+        if not isinstance(state.cache, PagedCache):
+            return state
+        (placed,) = mesh_lib.placed((table.copy(),), (state.cache.table.sharding,))
+        return state._replace(cache=state.cache._replace(table=placed))
+
+    def with_positions(self, state: Slots, position: np.ndarray) -> Slots:
+        """Returns the state with other positions, int32 [S], where -1 empties a slot."""
+        (placed,) = mesh_lib.placed((position,), (self._rows,))
+        return state._replace(rows=state.rows._replace(position=placed))
+
+    def _empty_cache(self, length: int) -> Cache:
+        """Returns an empty cache for all slots, with rows of `length` tokens. Runs in a trace."""
+        cache = self._model.policy.init_cache(self.shape.slots, length)
+        if isinstance(cache, PagedCache):
+            return slots.pooled(cache, self.pool_sizes.pages)
+        return cache
+
+    def _abstract_cache(self, make: Callable[[], Cache]) -> Cache:
+        """Returns the shapes and shardings of the cache that `make` returns."""
+        shapes = jax.eval_shape(make)
         rules = self._model.cache_rules
         return mesh_lib.abstract_of(
             shapes, mesh_lib.tree_shardings(self._mesh, rules, shapes, "cache")
@@ -157,7 +205,7 @@ class Programs:
         S = self.shape.slots
         rows = jax.eval_shape(lambda: slots.empty_rows(S))
         rows = mesh_lib.abstract_of(rows, jax.tree.map(lambda _: self._rows, rows))
-        return Slots(rows, self._abstract_cache(S, length))
+        return Slots(rows, self._abstract_cache(lambda: self._empty_cache(length)))
 
     def _abstract_arguments(self, *arguments: Any) -> Any:
         """Returns the shapes of arguments, with a sharding that replicates them on every device."""
@@ -185,8 +233,7 @@ class Programs:
         """Compiles the program that creates empty slots, for one cache length."""
 
         def start():
-            S = self.shape.slots
-            return Slots(slots.empty_rows(S), self._model.policy.init_cache(S, length))
+            return Slots(slots.empty_rows(self.shape.slots), self._empty_cache(length))
 
         return _compile(ProgramKey(ProgramKind.START), start, out=_shardings(self._states[length]))
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from opsd_jax.parallel.program import DECODE_STEPS
-from opsd_jax.policy import Cache, Params, Policy
+from opsd_jax.policy import Cache, PagedCache, Params, Policy
 from opsd_jax.rollout import sampling
 from opsd_jax.rollout.sampling import Array
 
@@ -103,10 +103,14 @@ def prefill(
 def length_axes(policy: Policy) -> Any:
     """Returns, for each cache array, the axis that grows with the cache length; -1 if none does.
 
+    For a `PagedCache`, which is never resized, the result is None.
+
     Raises:
       ValueError: an array has several such axes, or its first axis is one of them.
     """
     short, long = (jax.eval_shape(lambda n=n: policy.init_cache(1, n)) for n in (1024, 2048))
+    if isinstance(short, PagedCache):
+        return None
 
     def axis(a: jax.ShapeDtypeStruct, b: jax.ShapeDtypeStruct) -> int:
         axes = [
@@ -123,6 +127,14 @@ def length_axes(policy: Policy) -> Any:
     return jax.tree.map(axis, short, long)
 
 
+def pooled(cache: PagedCache, pages: int) -> PagedCache:
+    """Returns an empty cache like `cache`, with a pool of `pages` pages of which none is in use."""
+    empty = lambda leaf: jnp.zeros((pages, *leaf.shape[1:]), leaf.dtype)
+    return cache._replace(
+        pages=jax.tree.map(empty, cache.pages), table=jnp.full_like(cache.table, pages)
+    )
+
+
 def insert(
     axes: Any, slots: Slots, prefilled: Cache, source_m: jax.Array, slot_m: jax.Array, rows: Rows
 ) -> Slots:
@@ -134,7 +146,7 @@ def insert(
     Args:
       axes: the result of `length_axes`.
       slots: the state. Its cache may be shorter than the prefilled one, but has to hold the
-        prompts.
+        prompts. If it is paged, its table has the pages of the m rollouts already.
       prefilled: a cache of n prompts, from `prefill`.
       source_m: int32, the row of each rollout's prompt in `prefilled`.
       slot_m: int32, the slot of each rollout. A number past the last slot skips the rollout.
@@ -153,9 +165,29 @@ def insert(
         target = (slot_m, *(slice(None),) * (axis - 1), slice(0, size))
         return leaf.at[target].set(new, mode="drop")
 
-    return Slots(
-        jax.tree.map(lambda leaf, new: leaf.at[slot_m].set(new, mode="drop"), slots.rows, rows),
-        jax.tree.map(copy, axes, slots.cache, prefilled),
+    set_rows = lambda leaf, new: leaf.at[slot_m].set(new, mode="drop")
+    if isinstance(slots.cache, PagedCache):
+        cache = _insert_pages(slots.cache, prefilled, source_m, slot_m)
+    else:
+        cache = jax.tree.map(copy, axes, slots.cache, prefilled)
+    return Slots(jax.tree.map(set_rows, slots.rows, rows), cache)
+
+
+def _insert_pages(
+    cache: PagedCache, prefilled: PagedCache, source_m: jax.Array, slot_m: jax.Array
+) -> PagedCache:
+    """Copies the pages of m prompts to the pages in the table of `cache`. See `insert`.
+
+    A page that several rollouts share is written by each of them, with the same values.
+    """
+    source_mxN = prefilled.table[source_m]
+    no_page = jax.tree.leaves(cache.pages)[0].shape[0]
+    target_mxN = cache.table.at[slot_m, : source_mxN.shape[1]].get(mode="fill", fill_value=no_page)
+    copy_pages = lambda leaf, new: leaf.at[target_mxN].set(new[source_mxN], mode="drop")
+    copy_rows = lambda leaf, new: leaf.at[slot_m].set(new[source_m], mode="drop")
+    return cache._replace(
+        pages=jax.tree.map(copy_pages, cache.pages, prefilled.pages),
+        rows=jax.tree.map(copy_rows, cache.rows, prefilled.rows),
     )
 
 

@@ -51,6 +51,7 @@ def assemble(config: RunOptions, workdir: Path) -> Run:
     """
     parameters = Parameters(config, workdir)
     checks.check_devices(config, parameters.mesh, parameters.decode_mesh)
+    checks.check_pools(config, parameters.rollouts.model.policy, parameters.decode_mesh)
     model = parameters.model
     checks.check_speculation(config, parameters.rollouts.model)
     checks.check_positions(config, model.max_positions)

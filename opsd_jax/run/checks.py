@@ -15,9 +15,10 @@ from opsd_jax.data.task import Task
 from opsd_jax.models.options import TPU_ONLY
 from opsd_jax.options import ConfigError, fail
 from opsd_jax.parallel import mesh as mesh_lib
-from opsd_jax.policy import Model
+from opsd_jax.policy import Model, Policy
 from opsd_jax.problem import Problem
 from opsd_jax.rollout import speculation
+from opsd_jax.rollout.pages import pool_sizes
 from opsd_jax.stages.algorithm import DataSample
 from opsd_jax.stages.options import RolloutOptions
 from opsd_jax.stages.privileged import PrivilegedOptions, inserted_tokens
@@ -99,6 +100,31 @@ def check_speculation(config: RunOptions, model: Model) -> None:
             raise ConfigError(
                 f"{field} is {options.speculation}, but {error}; expected 0{dense}."
             ) from error
+
+
+def check_pools(config: RunOptions, policy: Policy, decode_mesh: jax.sharding.Mesh) -> None:
+    """Checks that the page pool of every stage has room for its longest rollout.
+
+    Args:
+      config: the options of the run.
+      policy: the model that samples rollouts.
+      decode_mesh: the devices while sampling.
+
+    Raises:
+      ConfigError: a pool is too small, or the model's cache has no pages.
+    """
+    for name in config.stages:
+        for sampling in config.algorithm(name).sampling(config.sections[name]):
+            try:
+                pool_sizes(
+                    policy,
+                    slots=sampling.slots,
+                    length=sampling.prompt_tokens + sampling.response_tokens,
+                    shards=mesh_lib.row_shards(decode_mesh),
+                    pool_tokens=sampling.pool_tokens,
+                )
+            except ValueError as error:
+                raise ConfigError(f"config.{name}.{error}") from error
 
 
 def check_positions(config: RunOptions, limit: int) -> None:

@@ -72,6 +72,13 @@ class RolloutOptions(StageOptions):
     slots: int = option(
         128, "Decoding slots: rollouts sampled at the same time, over all devices.", at_least=1
     )
+    pool_tokens: int = option(
+        0,
+        "Tokens that a paged cache holds while rollouts are sampled, over all devices; rollouts "
+        "take its pages as they grow. 0 for `slots` times prompt_tokens + response_tokens.",
+        at_least=0,
+        added=True,
+    )
     resample_rounds: int = option(
         0,
         "Further rounds of other problems when a step has too few rollouts to train on (DAPO's "

@@ -39,6 +39,8 @@ class Sampling(NamedTuple):
       samples: responses per step.
       response_in_prompt: tokens of the prompt that are an earlier response at its full budget. The
         plan assumes shorter responses, and therefore shorter prompts.
+      pool_tokens: number of tokens that a paged cache holds, over all devices; 0 for `slots` times
+        the longest rollout.
       continues: whether this sampling continues the responses of the entry before this one that
         filled their budget.
       carries_over: whether a call of the engine continues rollouts of the call before it.
@@ -55,6 +57,7 @@ class Sampling(NamedTuple):
     response_tokens: int
     samples: int
     response_in_prompt: int = 0
+    pool_tokens: int = 0
     continues: bool = False
     carries_over: bool = False
     speculation: int = 0
@@ -72,6 +75,7 @@ class Sampling(NamedTuple):
             response_tokens=self.response_tokens,
             continues=self.carries_over,
             speculation=self.speculation,
+            pool_tokens=self.pool_tokens,
         )
 
 

@@ -52,6 +52,7 @@ def rollout_sampling(options: RolloutOptions, task: Task | None = None) -> tuple
             samples=options.rollouts,
             carries_over=options.carry_over > 0,
             speculation=options.speculation,
+            pool_tokens=options.pool_tokens,
         ),
     )
 

@@ -106,12 +106,12 @@ def kernel_bytes(cache, mesh):
     """Returns the bytes that the kernel reads on a device, in whole blocks of pages per row."""
     rows = LENGTHS[:: mesh_lib.row_shards(mesh)]
     total = 0
-    for layer in cache:
-        shape = layer["pages"].sharding.shard_shape(layer["pages"].shape)
-        pages = jax.ShapeDtypeStruct(shape, layer["pages"].dtype)
-        block = paged.pages_per_block(pages)
+    for leaf in cache.pages:
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        pages = jax.ShapeDtypeStruct(shape, leaf.dtype)
+        block = paged.pages_per_block(pages, cache.table.shape[1])
         blocks = np.ceil(rows / (block * paged.PAGE)).sum()
-        total += blocks * block * math.prod(shape[2:]) * pages.dtype.itemsize
+        total += blocks * block * math.prod(shape[1:]) * pages.dtype.itemsize
     return total
 
 

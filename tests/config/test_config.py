@@ -7,6 +7,7 @@ import re
 import sys
 
 import jax.numpy as jnp
+import pages_on_cpu
 import pytest
 import tiny_config
 from paths import CONFIGS, ROOT
@@ -16,6 +17,7 @@ from opsd_jax.cli import main
 from opsd_jax.config import fields, loading
 from opsd_jax.config.run_options import parse_run
 from opsd_jax.models import decoder
+from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.run import assembly, checks
 from opsd_jax.run.workdir import claimed
 
@@ -302,6 +304,30 @@ def test_a_sequence_longer_than_the_model_was_made_for_is_refused(fields, limit,
         checks.check_positions(config, limit)
 
 
+@pytest.mark.parametrize(
+    ("cache", "tokens", "message"),
+    [
+        ("dense", 4096, "rlvr.pool_tokens is 4096; expected 0, because the model's cache has no"),
+        ("paged", 0, ""),
+        ("paged", 1024, ""),
+        ("paged", 1020, "rlvr.pool_tokens is 1020; expected at least 1024, or 0 for a full cache"),
+    ],
+)
+def test_a_pool_without_room_for_a_rollout_is_refused(cache, tokens, message):
+    """A rollout of 128 tokens takes 32 pages of 4, and 8 devices each have to hold one."""
+    lengths = {"rlvr.prompt_tokens": "40", "rlvr.response_tokens": "88", "rlvr.buckets": "(128,)"}
+    lengths |= {"rlvr.init_from": "", "stages": "('rlvr',)"}
+    config = load(**lengths, **{"rlvr.pool_tokens": str(tokens)})
+    mesh = mesh_lib.make_mesh((4, 2, 1))
+    with pages_on_cpu.small_pages():
+        policy = pages_on_cpu.model(cache).policy
+        if not message:
+            checks.check_pools(config, policy, mesh)
+            return
+        with pytest.raises(config_lib.ConfigError, match=f"config.{re.escape(message)}"):
+            checks.check_pools(config, policy, mesh)
+
+
 def test_the_dtype_of_a_pretrained_model_follows_the_platform(tmp_path):
     pretrained = loading.read("rlvr_hf")
     dtype = lambda **how: parse_run(pretrained, **how).model.dtype
@@ -413,7 +439,7 @@ def test_a_config_json_of_version_0_1_0_is_read():
         "rollout_quantisation.cache": "none",
         "rollout_quantisation.weights": "none",
     }
-    to_stages = {"carry_over": 0, "max_staleness": 4, "speculation": 0}
+    to_stages = {"carry_over": 0, "max_staleness": 4, "pool_tokens": 0, "speculation": 0}
     assert to_stages == loading.ADDED_TO_STAGES
     added = loading.ADDED | {
         f"{stage}.{field}": value

@@ -96,14 +96,15 @@ def test_without_an_active_row_the_output_is_zero():
 def test_writing_changes_only_the_given_positions(shape):
     positions = np.array([[3, -1, 300], [-1, -1, -1], *[[255, 256, 1023]] * 6])
     _, k, v, at = filled("float32", positions)
-    cache = jax.tree.map(lambda x: x + 5, paged.init(B, S, K, C, "float32"))
+    cache = paged.init(B, S, K, C, "float32")
+    cache["pages"] += 5
     if shape is None:
         after = jax.jit(paged.write)(cache, k, v, at)
     else:
         mesh = mesh_lib.make_mesh(shape)
         with jax.set_mesh(mesh):
             pages = jax.device_put(cache["pages"], NamedSharding(mesh, paged.PAGES))
-            after = jax.jit(paged.write)({"pages": pages}, k, v, at)
+            after = jax.jit(paged.write)({**cache, "pages": pages}, k, v, at)
     keys, values = map(np.array, paged.dense(after, "float32"))
     for b, t in np.argwhere(positions >= 0):
         np.testing.assert_array_equal(keys[b, :, :, positions[b, t]], k[b, t])
@@ -211,7 +212,7 @@ def test_prefill_and_decoding_equal_the_full_forward(sizes, shape):
             assert np.isfinite(hidden).all()
 
     cache = model.policy.init_cache(4, 300)
-    assert cache[0]["pages"].shape == (4, 2, paged.PAGE, 4, 128)
+    assert cache.pages[0].shape == (4 * 2, paged.PAGE, 4, 128)
     if shape is None:
         return run(params, cache)
     mesh = mesh_lib.make_mesh(shape, jax.devices()[:4])
@@ -255,7 +256,7 @@ def test_a_paged_cache_has_only_the_full_length(sizes):
 
 
 def test_an_unsupported_number_of_heads_per_device_is_an_error():
-    cache = {"pages": jnp.zeros((1, 1, paged.PAGE, 2 * 12, 128))}
+    cache = paged.init(1, 1, 12, 128, "float32")
     with pytest.raises(
         ValueError, match="each device has 12 key-value heads of size 128; expected"
     ):

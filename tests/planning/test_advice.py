@@ -100,6 +100,25 @@ def test_advice_on_a_batch_names_the_fields_of_the_algorithm(plan):
     assert {name: advice(plan, step, Part.BATCH) for name, step in steps.items()} == BATCH
 
 
+def test_advice_on_a_cache_with_a_pool_names_its_field(plan):
+    phase = next(phase for phase in plan.phases if phase.key.section == "rlvr" and phase.sampling)
+    limited = phase._replace(sampling=phase.sampling._replace(pool_tokens=640))
+    assert advice(plan, phase, Part.CACHE) == (
+        "a smaller rlvr.slots or rlvr.response_tokens; more devices"
+    )
+    assert advice(plan, limited, Part.CACHE) == "a smaller rlvr.pool_tokens; more devices"
+
+
+def test_a_plan_says_how_many_slots_fit(plan):
+    phase = next(phase for phase in plan.phases if phase.sampling)
+    paged = phase._replace(cache_tokens=8192, slots_that_fit=24)
+    lines = lambda phase: "\n".join(table.summary(plan._replace(phases=[phase])))
+    assert "slots fit" not in lines(phase)
+    slots = phase.sampling.slots
+    assert f"the cache holds 8,192 tokens: 24 slots fit, {slots} are set" in lines(paged)
+    assert paged.to_json()["slots_that_fit"] == 24
+
+
 def test_a_field_that_an_algorithm_names_has_to_exist(every):
     wrong = every.copy_and_resolve_references()
     wrong.best.algorithm = f"{__name__}:WRONG"

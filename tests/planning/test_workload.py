@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from opsd_jax.planning import workload
+from opsd_jax.rollout.pages import PagePool, PoolSizes
 from opsd_jax.stages import batch as batch_lib
 
 
@@ -44,6 +45,40 @@ def test_cache_reads_equal_the_sum_over_the_steps_of_every_response():
     lengths = workload.response_lengths(40, 400, 0.5)
     read_by_step = [np.arange(5, 5 + n) + 0.5 for n in lengths]
     assert workload.cache_tokens_read(5, lengths) == pytest.approx(sum(map(np.sum, read_by_step)))
+
+
+@pytest.mark.parametrize(("group_size", "slots"), [(1, 5), (4, 8)])
+def test_the_peak_of_the_pages_is_that_of_a_pool(monkeypatch, group_size, slots):
+    """Simulates every chunk of a pool that has enough pages. Slots are refilled between chunks."""
+    monkeypatch.setattr(workload, "STEPS_PER_CHUNK", 1)
+    lengths = workload.response_lengths(32, 50, 0.4)
+    order = np.random.default_rng(0).permutation(lengths).tolist()
+    pool, peak = PagePool(PoolSizes(slots, 1, slots * 17, 17, 4)), 0
+    waiting, active = list(range(32)), {}
+    while waiting or active:
+        assert pool.reserve({slot: 17 + done for slot, (_, done) in active.items()}) == []
+        while waiting and pool.has_free_slot:
+            prompt = waiting[0] // group_size
+            active[pool.start(17, 66, prompt=prompt, shared=16)] = waiting.pop(0), 0
+        peak = max(peak, len(np.unique(pool.table[pool.table < slots * 17])))
+        for slot, (i, done) in list(active.items()):
+            active[slot] = i, done + 1
+            if done + 1 == order[i]:
+                pool.free(slot)
+                del active[slot]
+    assert workload.peak_pages(16, lengths, group_size, slots, 4) == peak
+
+
+def test_more_slots_fit_into_the_same_memory_than_rollouts_of_full_length():
+    """RLVR of Qwen3-8B on a v5e-64: the pool has the memory of 256 rollouts of full length."""
+    lengths = workload.response_lengths(2048, 16_384, 0.5)
+    assert lengths.mean() == pytest.approx(8192, rel=0.01)
+    sizes = PoolSizes(slots=256, shards=8, pages=256 * 72, width=72, page=256)
+    apart, shared = (workload.slots_that_fit(sizes, 2048, lengths, size) for size in (1, 8))
+    assert 1.7 * 256 <= apart < shared
+    full = workload.slots_that_fit(sizes, 2048, np.full(2048, 16_384), 1)
+    assert full == 256
+    assert workload.slots_that_fit(PoolSizes(256), 2048, lengths, 8) is None
 
 
 @pytest.mark.parametrize("buckets", [(64,), (16, 32, 64), (20, 30, 40, 64)])
