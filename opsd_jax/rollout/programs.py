@@ -137,19 +137,18 @@ class Programs:
         self.steps_per_chunk, self.continued = STEPS_PER_CHUNK, mesh_lib.row_shards(mesh)
         self.tokens_per_speculation = STEPS_PER_CHUNK + shape.speculation
         self.cache_bytes = mesh_lib.shard_bytes(self._states[cache_lengths[-1]].cache)
-        pool_tokens = self.pool_sizes.pages * self.pool_sizes.page
-        self.cache_tokens = pool_tokens or shape.slots * cache_lengths[-1]
+        self.cache_tokens = self.pool_sizes.tokens or shape.slots * cache_lengths[-1]
         self.prefill_cache_bytes = mesh_lib.shard_bytes(self._prefilled)
         with jax.set_mesh(mesh):
             self.prepare, abstract_params = self._compile_prepare(abstract_params)
             self.start = self._compile_start(cache_lengths[0])
             self.prefill = self._compile_prefill(abstract_params)
             self.insert = {n: self._compile_insert(n) for n in cache_lengths}
-            continues = cache_lengths if shape.continues else ()
-            self.proceed = {n: self._compile_proceed(n, abstract_params) for n in continues}
             self.decode = {n: self._compile_decode(n, abstract_params) for n in cache_lengths}
-            speculative = cache_lengths if shape.speculation else ()
-            self.speculate = {n: self._compile_speculate(n, abstract_params) for n in speculative}
+            lengths = cache_lengths if shape.continues else ()
+            self.proceed = {n: self._compile_proceed(n, abstract_params) for n in lengths}
+            lengths = cache_lengths if shape.speculation else ()
+            self.speculate = {n: self._compile_speculate(n, abstract_params) for n in lengths}
             self._resize = self._compile_resize()
 
     def resize(self, state: Slots, old: int, new: int) -> Slots:

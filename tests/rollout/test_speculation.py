@@ -97,7 +97,7 @@ def make(model, params):
 
     @functools.cache
     def make(slots=8, guesses=0, mesh_shape=(1, 1, 1), lengths=None):
-        shape = EngineShape(slots, int(np.prod(mesh_shape[:2])), 8, BUDGET, guesses)
+        shape = EngineShape(slots, int(np.prod(mesh_shape[:2])), 8, BUDGET, speculation=guesses)
         return Sample(model, params, shape, mesh_shape, cache_lengths=lengths)
 
     return make
@@ -208,7 +208,7 @@ def test_rollouts_in_8_bits_are_the_same(model, params, always):
     arguments = {"key": jax.random.key(5), "sampling_params": sampling.params(V, **GREEDY)}
     placed, found = layout.convert(params), []
     for guesses in (0, 3):
-        shape = EngineShape(8, 8, 8, BUDGET, guesses)
+        shape = EngineShape(8, 8, 8, BUDGET, speculation=guesses)
         engine = Engine(quantised, layout.abstract, layout.mesh, shape)
         batches = list(engine(placed, PROMPTS, [[i] for i in range(6)], **arguments))
         found.append({(r.prompt, r.member): r for b in batches for r in b.responses})
@@ -244,7 +244,7 @@ def counter(size):
 def test_right_guesses_save_forward_passes():
     """Once a text has repeated itself, a pass samples all of its guesses and one more token."""
     prompt = [0, 1, 2, 3, 4, 5, 6, 7, 0]
-    sample = Sample(counter(8), {}, EngineShape(1, 1, 9, 21, 4))
+    sample = Sample(counter(8), {}, EngineShape(1, 1, 9, 21, speculation=4))
     (response,) = sample([prompt], [[0]], stop=()).values()
     assert response.tokens.tolist() == [(i + 1) % 8 for i in range(21)]
     assert response.stop == STOP_LENGTH
@@ -255,7 +255,7 @@ def test_right_guesses_save_forward_passes():
 @pytest.mark.parametrize("at", range(1, 8))
 def test_a_stop_token_among_right_guesses_ends_the_response(at):
     prompt = [0, 1, 2, 3, 4, 5, 6, 7, 0]
-    sample = Sample(counter(8), {}, EngineShape(1, 1, 9, 21, 4))
+    sample = Sample(counter(8), {}, EngineShape(1, 1, 9, 21, speculation=4))
     (response,) = sample([prompt], [[0]], stop=(at,)).values()
     assert response.tokens.tolist() == list(range(1, at + 1))
     assert len(response.model_logprobs) == len(response.sampling_logprobs) == at
@@ -327,7 +327,7 @@ def test_the_engine_speculates_while_few_slots_are_active(make):
     ("slot_count", "guesses", "few"), [(128, 4, 25), (128, 0, 0), (3, 4, 1), (8, 1, 4)]
 )
 def test_few_slots_have_no_more_tokens_per_pass_than_a_step_of_all(slot_count, guesses, few):
-    assert EngineShape(slot_count, 1, 8, 8, guesses).few == few
+    assert EngineShape(slot_count, 1, 8, 8, speculation=guesses).few == few
 
 
 def test_without_speculation_the_decode_programs_are_the_same(make):
@@ -340,7 +340,7 @@ def test_without_speculation_the_decode_programs_are_the_same(make):
 
 
 def test_the_cache_is_updated_in_place(model, params):
-    sample = Sample(model, params, EngineShape(8, 8, 8, 112, 3))
+    sample = Sample(model, params, EngineShape(8, 8, 8, 112, speculation=3))
     (program,) = (p for key, (_, p) in sample.programs.items() if key.kind is ProgramKind.SPECULATE)
     assert program.memory_analysis().alias_size_in_bytes >= sample.engine.cache_bytes
 
@@ -348,11 +348,11 @@ def test_the_cache_is_updated_in_place(model, params):
 @pytest.mark.parametrize("guesses", [-1, 32])
 def test_a_number_of_guesses_out_of_bounds_is_refused(guesses):
     with pytest.raises(ValueError, match=f"speculation is {guesses}; expected 1 to 31 guesses"):
-        Sample(counter(8), {}, EngineShape(1, 1, 8, 8, guesses))
+        Sample(counter(8), {}, EngineShape(1, 1, 8, 8, speculation=guesses))
 
 
 def test_models_that_cannot_speculate_are_refused():
-    shape = EngineShape(1, 1, 8, 8, 2)
+    shape = EngineShape(1, 1, 8, 8, speculation=2)
     model = counter(8)
     with pytest.raises(ValueError, match=r"is paged \(`Model.ragged`\)"):
         Sample(model._replace(ragged=True), {}, shape)

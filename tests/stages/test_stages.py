@@ -309,6 +309,18 @@ def test_a_stage_samples_from_its_own_distribution(config, task, model, collecto
     assert sampled.poll is poll
 
 
+@pytest.mark.parametrize("algorithm", [rlvr_lib.ALGORITHM, opsd_lib.ALGORITHM])
+def test_the_rollouts_of_a_stage_speculate(config, algorithm):
+    """The engine of the rollouts gets the option. The engines of memos do not."""
+    name = "rlvr" if algorithm is rlvr_lib.ALGORITHM else "opsd"
+    changes = {"contexts": ("memo",)} if name == "opsd" else {}
+    options = stage_options(config[name], speculation=4, **changes)
+    rollouts, *memos = algorithm.sampling(options)
+    assert rollouts.engine(dict)["speculation"] == 4
+    speculation = [memo.engine(dict)["speculation"] for memo in memos]
+    assert speculation == ([0, 0] if name == "opsd" else [])
+
+
 def test_resampled_problems_are_not_repeated_in_later_steps(config, task, model, collector):
     """A round has just enough problems to fill the batch if all of them are informative."""
     section = stage_options(
