@@ -16,8 +16,10 @@ excluded. The configurations are:
             (benchmarks/rollout_tail.py). It counts steps, so it depends on no clock. The run of the
             quickstart is trained in DIRECTORY if it is not there.
 
-Our engine has two variants: `static` gets one batch of `spread` at a time, and `double` has a cache
-for twice the tokens of A.
+Our engine has three variants: `static` gets one batch of `spread` at a time, `carried` ends each
+repetition of `spread` as soon as 256 of 320 rollouts have ended and continues the others in the
+next one, and `double` has a cache for twice the tokens of A. `idle_fraction` is the fraction of the
+slots' decoding steps that sampled nothing.
 
 Each engine runs in its own process; Tunix and transformers have virtual environments in DIRECTORY.
 All processes are pinned to one core and take turns, one repetition each. The first repetition
@@ -35,6 +37,7 @@ import sys
 import tempfile
 
 import numpy as np
+from rollout_protocol import ROWS
 
 SPREAD = np.ceil(np.random.default_rng(0).exponential(64, 256)).clip(1, 256).astype(int).tolist()
 CONFIGS = {
@@ -50,6 +53,7 @@ ENGINES = {  # name: (virtual environment, script)
 TAIL = "tail"
 VARIANTS = {  # of our engine: name: (configuration, further fields of the request)
     "static": ("spread", {"static": True}),
+    "carried": ("spread", {"carry_over": 64}),
     "double": ("A", {"capacity": 2 * (64 + 256)}),
 }
 # Name: (configuration, engine, others). The ratio is the engine's rate over the fastest other's.
@@ -57,6 +61,7 @@ RATIOS = {
     "A_over_best_peer": ("A", "ours", ("tunix", "hugging_face")),
     "B_over_best_peer": ("B", "ours", ("tunix", "hugging_face")),
     "spread_over_static": ("spread", "ours", ("static",)),
+    "spread_carry_over_speedup": ("spread", "carried", ("ours",)),
     "spread_over_tunix": ("spread", "ours", ("tunix",)),
     "double_capacity_step_ratio": ("A", "ours", ("double",)),
 }
@@ -91,8 +96,14 @@ class Child:
             text=True,
         )
 
-    def tokens_per_cpu_s(self, request: dict) -> float:
-        """Runs one repetition; returns the requested tokens per CPU-second of the process."""
+    def repetition(self, request: dict) -> tuple[float, float | None]:
+        """Runs one repetition.
+
+        Returns:
+          The tokens per CPU-second of the process: those that were sampled or, where an engine
+          samples more than the request asks for, those of the request. And the fraction of the
+          decoding steps of all slots that sampled nothing, if the engine says it.
+        """
         print(json.dumps(request), file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
         if not line:
@@ -106,7 +117,10 @@ class Child:
                 raise RuntimeError(
                     f"{self.process.args} sampled {made} tokens; expected at least {asked}."
                 )
-        return sum(request["lengths"]) / answer["cpu_s"]
+        if "steps" not in answer:
+            return sum(request["lengths"]) / answer["cpu_s"], None
+        sampled = answer["sampled"]
+        return sampled / answer["cpu_s"], 1 - sampled / (answer["steps"] * ROWS)
 
 
 def tail(workdir: pathlib.Path) -> dict:
@@ -159,14 +173,18 @@ def main() -> None:
         runs: dict = {name: [] for name in requests}
         for _ in range(1 + arguments.repetitions):
             for name, (engine, request) in requests.items():
-                runs[name].append(engine.tokens_per_cpu_s(request))
-        runs = {name: run[1:] for name, run in runs.items()}
+                runs[name].append(engine.repetition(request))
+        idle = {name: run[-1][1] for name, run in runs.items()}
+        runs = {name: [rate for rate, _ in run[1:]] for name, run in runs.items()}
         for name, run in runs.items():
             rate = statistics.median(run)
             print(
                 f"{config:>8} {name:>14} {rate:14.1f} {min(run):8.1f} {max(run):8.1f}", flush=True
             )
             result[f"{config}_tokens_per_cpu_s_{name}"] = round(rate, 1)
+            if config == "spread" and idle[name] is not None:
+                variant = {"ours": "", "carried": "carry_over_"}.get(name, f"{name}_")
+                result[f"spread_{variant}idle_fraction"] = round(idle[name], 3)
         for ratio, (base, ours, others) in RATIOS.items():
             if base == config and runs.keys() >= {ours, *others}:
                 best = map(max, zip(*(runs[name] for name in others), strict=True))

@@ -36,17 +36,19 @@ def batches(vocabulary: int, lengths: list[int]) -> list[tuple[list[list[int]], 
     return [(ids[i : i + ROWS], max(lengths[i : i + ROWS])) for i in starts]
 
 
-def serve(engine: Callable[..., Callable[[], list[int]]]) -> None:
+def serve(engine: Callable[..., Callable[[], dict]]) -> None:
     """Answers each request, a line of stdin, with a line of stdout, until stdin ends.
 
     Args:
       engine: `(**request) -> run`, called once for equal requests. `run()` samples a response to
-        each prompt and returns the number of tokens in each, at least the requested number.
+        each prompt and returns `{"tokens": ...}`, the number of tokens in each, at least the
+        requested number, and may add "sampled" and "steps": the number of tokens in all, and of
+        decoding steps.
     """
     prepared = functools.cache(lambda line: engine(**json.loads(line)))
     for line in sys.stdin:
         run = prepared(line)
         start = time.process_time()
-        tokens = run()
-        answer = {"cpu_s": time.process_time() - start, "tokens": tokens}
+        made = run()
+        answer = {"cpu_s": time.process_time() - start} | made
         print(json.dumps(answer), flush=True)

@@ -48,7 +48,7 @@ def engine(vocabulary: int, lengths: list[int]):
         for prompts, longest in requests:
             tokens = sample(qwen3, prompts, longest)
             made += [tokens.shape[1] - rollout_protocol.PROMPT] * len(tokens)
-        return made
+        return {"tokens": made}
 
     return run
 

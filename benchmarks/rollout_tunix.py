@@ -60,9 +60,12 @@ def engine(vocabulary: int, lengths: list[int]):
         )
 
     requests = rollout_protocol.batches(vocabulary, lengths)
-    return lambda: [
-        len(tokens) for prompts, longest in requests for tokens in sample(longest)(prompts).tokens
-    ]
+
+    def run():
+        sampled = (sample(longest)(prompts).tokens for prompts, longest in requests)
+        return {"tokens": [len(tokens) for batch in sampled for tokens in batch]}
+
+    return run
 
 
 if __name__ == "__main__":

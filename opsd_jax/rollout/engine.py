@@ -452,8 +452,11 @@ class _Batch:
         self._params = programs.prepare(params)
         key_data = jax.random.key_data(_threefry(key))
         self._key_data, self._sampling_params = self._put(key_data, sampling_params)
-        # Rollouts that continue, and prompts that are not prefilled.
-        self._begun = deque(r for group in groups for r in group if r.drawn)
+        # Rollouts that continue, and prompts that are not prefilled. Those that fit into the slots
+        # start by length, because the cache grows with the longest and so do their prefills.
+        begun = [r for group in groups for r in group if r.drawn]
+        slots = programs.shape.slots
+        self._begun = deque(sorted(begun[:slots], key=lambda r: r.position) + begun[slots:])
         new = ([r for r in group if not r.drawn] for group in groups)
         self._queue = deque(group for group in new if group)
         self._prefilled: deque[_Prefilled] = deque()
@@ -574,7 +577,7 @@ class _Batch:
             rows[:, i], prefixes[i] = rollout.row(), rollout.ids[:-1]
         if slot_m[0] == S:
             return False
-        self._resize(self._programs.steps_per_chunk)
+        self._resize(0)
         arguments = *left_pad(prefixes, self._cache_length, self._pad_id), slot_m, Rows(*rows)
         self._state = self._programs.proceed[self._cache_length](
             self._params,
