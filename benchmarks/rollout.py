@@ -1,6 +1,7 @@
 """Compares the sampling speed of opsd_jax, Tunix and Hugging Face on one CPU core.
 
     python benchmarks/rollout.py [--engines ours tunix ...] [--configs A ...] [--peers DIRECTORY]
+        [--quickstart DIRECTORY]
 
 The speed is in tokens per CPU-second. The model has Qwen3's shape in float32 with random weights
 (benchmarks/rollout_protocol.py). Prompts have 64 tokens, the temperature is 1, and no token is
@@ -11,6 +12,9 @@ excluded. The configurations are:
     spread  256 responses of exponentially distributed lengths (mean 64, at most 256), vocabulary of
             4,096; our engine has 32 slots, and the others run static batches of 32, each to its
             longest length. Only requested tokens count.
+    tail    our engine's decoding steps with and without speculation on the quickstart's text
+            (benchmarks/rollout_tail.py). It counts steps, so it depends on no clock. The run of the
+            quickstart is trained in DIRECTORY if it is not there.
 
 Our engine has two variants: `static` gets one batch of `spread` at a time, and `double` has a cache
 for twice the tokens of A.
@@ -43,6 +47,7 @@ ENGINES = {  # name: (virtual environment, script)
     "tunix": ("tunix", "rollout_tunix.py"),
     "hugging_face": ("torch", "rollout_torch.py"),
 }
+TAIL = "tail"
 VARIANTS = {  # of our engine: name: (configuration, further fields of the request)
     "static": ("spread", {"static": True}),
     "double": ("A", {"capacity": 2 * (64 + 256)}),
@@ -104,17 +109,38 @@ class Child:
         return sum(request["lengths"]) / answer["cpu_s"]
 
 
+def tail(workdir: pathlib.Path) -> dict:
+    """Returns the JSON line of rollout_tail.py for a run of the quickstart in `workdir`."""
+    script = pathlib.Path(__file__).with_name("rollout_tail.py")
+    done = subprocess.run(
+        [sys.executable, str(script), "--workdir", str(workdir)],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    *lines, last = done.stdout.splitlines()
+    print(*lines, sep="\n", flush=True)
+    return json.loads(last)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--engines", nargs="*", default=list(ENGINES), choices=ENGINES)
-    parser.add_argument("--configs", nargs="*", default=list(CONFIGS), choices=CONFIGS)
+    configs = [*CONFIGS, TAIL]
+    parser.add_argument("--configs", nargs="*", default=configs, choices=configs)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument(
         "--peers",
         type=pathlib.Path,
         default=pathlib.Path(tempfile.gettempdir(), "opsd-jax-rollout-peers"),
+    )
+    parser.add_argument(
+        "--quickstart",
+        type=pathlib.Path,
+        default=pathlib.Path(tempfile.gettempdir(), "opsd-jax-rollout-quickstart"),
     )
     arguments = parser.parse_args()
 
@@ -125,7 +151,7 @@ def main() -> None:
 
     result: dict = {}
     print(f"{'':>8} {'':>14} {'tokens/CPU-s':>14} {'lowest':>8} {'highest':>8}")
-    for config in arguments.configs:
+    for config in (name for name in arguments.configs if name in CONFIGS):
         requests = {name: (engine, CONFIGS[config]) for name, engine in children.items()}
         for variant, (base, more) in VARIANTS.items():
             if base == config and "ours" in children:
@@ -146,6 +172,8 @@ def main() -> None:
                 best = map(max, zip(*(runs[name] for name in others), strict=True))
                 each = [run / other for run, other in zip(runs[ours], best, strict=True)]
                 result[ratio] = round(statistics.median(each), 3)
+    if TAIL in arguments.configs and "ours" in children:
+        result |= tail(arguments.quickstart)
     print(json.dumps(result))
 
 

@@ -325,6 +325,11 @@ def _add_plan(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--out", type=pathlib.Path, help="also write memory, programs and times to this text file"
     )
+    sub.add_argument(
+        "--executables",
+        type=directory,
+        help="also save the compiled programs in this directory, for config.executables of a run",
+    )
 
 
 def _add_convert(sub: argparse.ArgumentParser) -> None:

@@ -24,6 +24,7 @@ def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         arguments.topology,
         slices=arguments.slices,
         length=arguments.length,
+        executables=arguments.executables,
     )
     if arguments.out:
         plan_file.write(arguments, overrides, made)

@@ -27,7 +27,7 @@ from opsd_jax.storage import hub
 # but not its results.
 FREE = (
     "mesh", "decode_mesh", "pool.", "checkpoints.", "max_without_signal", "model.max_positions",
-    "compilation_cache", "wandb_project",
+    "compilation_cache", "executables", "wandb_project",
 )  # fmt: skip
 
 # Fields that an earlier version lacks, with default values that mean what that version did.

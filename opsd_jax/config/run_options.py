@@ -99,6 +99,12 @@ class RunOptions:
         "directory if that is in a bucket or there are several processes.",
         added=True,
     )
+    executables: str = option(
+        "",
+        "Directory of programs that `opsd-jax plan --executables` compiled; '' for none. The run "
+        "loads those that fit and compiles the others. This executes code: name only your own.",
+        added=True,
+    )
     wandb_project: str = option(
         "", "Weights & Biases project; '' for none. Needs the extra `wandb`."
     )

@@ -144,8 +144,10 @@ def draw(
         if path.exists() and any((curves := files.read_json(path)).values()):
             drawn[f"divergence_{name}"] = plots.divergence(curves)
     for stage in stages:
-        if rows := metrics_lib.read(workdir / stage["name"]):
-            curves = algorithm_of(stage["algorithm"]).curves
+        rows = metrics_lib.read(workdir / stage["name"])
+        curves = algorithm_of(stage["algorithm"]).curves
+        # A step without training rows lacks some metrics, and some options add metrics.
+        if curves := [curve for curve in curves if any(curve.metric in row for row in rows)]:
             drawn[f"training_{stage['name']}"] = plots.training(rows, curves)
     return drawn
 

@@ -269,7 +269,7 @@ class Decoder(nnx.Module):
     def __call__(self, tokens_BxT, positions_BxT, cache=None):
         """Returns the hidden states [B, T, D] after the final norm, and the updated cache.
 
-        With splash attention, a call with a cache and more than one token per row must be the
+        With splash attention, a call with a cache and at least 128 tokens per row must be the
         first of its rows: the tokens attend to one another and not to the cache.
         """
         config, is_paged = self.config, isinstance(cache, policy_lib.PagedCache)
@@ -279,7 +279,7 @@ class Decoder(nnx.Module):
         table = rope.table(positions_BxT, config.head_dim, config.rope_theta, config.rope_scaling)
         if cache is None:
             x_BxTxD, _ = self._scan_layers(x_BxTxD, positions_BxT, table, prefill=False)
-        elif config.attention == "splash" and tokens_BxT.shape[1] > 1:
+        elif config.attention == "splash" and tokens_BxT.shape[1] >= attention.LANES:
             x_BxTxD, (k_LxBxTxKxC, v_LxBxTxKxC) = self._scan_layers(
                 x_BxTxD, positions_BxT, table, prefill=True
             )

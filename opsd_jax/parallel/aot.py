@@ -11,7 +11,8 @@ call of a jitted function. They lower each of their programs when they are creat
    and reads off its memory, operations and collectives. The plan therefore contains what a run
    compiles.
 
-A program that is compiled in any other way is missing from the plan.
+A program that is compiled in any other way is missing from the plan. Within `loading`, programs
+that were compiled before are read instead.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from opsd_jax.parallel.program import ProgramKey
 
 Compile = Callable[[ProgramKey, jax.stages.Lowered], Any]
 
+_load: contextvars.ContextVar[Compile | None] = contextvars.ContextVar("load", default=None)
 _compile: contextvars.ContextVar[Compile | None] = contextvars.ContextVar("compile", default=None)
 
 
 def compiled(key: ProgramKey, lowered: jax.stages.Lowered) -> Any:
-    """Compiles a lowered program or, within the context `planning`, passes it to the plan.
+    """Compiles a lowered program, reads it, or, within `planning`, passes it to the plan.
 
     Args:
       key: which program it is.
@@ -41,8 +43,24 @@ def compiled(key: ProgramKey, lowered: jax.stages.Lowered) -> Any:
       The `jax.stages.Compiled` program. Within `planning`, the result of the plan's function: the
       program, which can't be executed here, or None if it doesn't fit into the memory.
     """
-    plan = _compile.get()
-    return lowered.compile() if plan is None else plan(key, lowered)
+    if (plan := _compile.get()) is not None:
+        return plan(key, lowered)
+    load = _load.get()
+    return (load and load(key, lowered)) or lowered.compile()
+
+
+@contextlib.contextmanager
+def loading(load: Compile) -> Iterator[None]:
+    """Context manager in which programs are loaded where possible.
+
+    Args:
+      load: `(key, lowered) -> compiled`, or None for a program that has to be compiled.
+    """
+    token = _load.set(load)
+    try:
+        yield
+    finally:
+        _load.reset(token)
 
 
 @contextlib.contextmanager

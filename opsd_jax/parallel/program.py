@@ -26,6 +26,7 @@ class ProgramKind(enum.Enum):
     INSERT = "insert into"
     CONTINUE = "continue in"
     DECODE = "decode in"
+    SPECULATE = "speculate in"
     RESIZE = "resize"
     TRAIN_STEP = "train step"
     PROBE = "probe"
@@ -36,8 +37,8 @@ class ProgramKey(NamedTuple):
 
     Attributes:
       kind: what the program does.
-      cache_length: the cache's length in tokens, for INSERT, CONTINUE and DECODE; None for the
-        others.
+      cache_length: the cache's length in tokens, for INSERT, CONTINUE, DECODE and SPECULATE; None
+        for the others.
     """
 
     kind: ProgramKind

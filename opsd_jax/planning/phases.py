@@ -145,6 +145,7 @@ class Phases:
         self.config, self.compiler, self.chip, self.length = config, compiler, chip, length
         self.parameters = Parameters(config, pathlib.Path(), devices)
         checks.check_devices(config, self.parameters.mesh, self.parameters.decode_mesh)
+        checks.check_speculation(config, self.parameters.rollouts.model)
         checks.check_pools(
             config, self.parameters.rollouts.model.policy, self.parameters.decode_mesh
         )
@@ -272,6 +273,8 @@ class Phases:
         shape = sampling.engine(functools.partial(shape_for, shards=shards))
         responses = self._response_lengths(sampling.samples, sampling.response_tokens)
         steps = workload.decode_steps(responses, shape.slots)
+        if sampling.carries_over:  # no slot is idle
+            steps = math.ceil(responses.sum() / shape.slots)
         prompts = sampling.prompt_tokens - (1 - self.length) * sampling.response_in_prompt
         reads = workload.cache_tokens_read(prompts, responses) / steps
         engine, programs = self.engine(sampler, shape, filters_tokens, reads)
@@ -477,7 +480,8 @@ def _engine_executions(
 ) -> dict[ProgramKey, float]:
     """Returns how often a sampling phase executes each program of its engine.
 
-    The plan assumes that the cache always has its largest length and is never resized.
+    The plan assumes that the cache always has its largest length and is never resized, and that no
+    step is saved by speculation.
     """
     executions: dict[ProgramKey, float] = {ProgramKey(ProgramKind.RESIZE): 0}
     for length in engine.cache_lengths:
@@ -485,7 +489,13 @@ def _engine_executions(
         executions[ProgramKey(ProgramKind.DECODE, length)] = 0
         if engine.shape.continues:
             executions[ProgramKey(ProgramKind.CONTINUE, length)] = 0
+        if engine.shape.speculation:
+            executions[ProgramKey(ProgramKind.SPECULATE, length)] = 0
     longest = engine.cache_lengths[-1]
+    if engine.shape.continues:  # every slot begins with a rollout of the step before
+        executions[ProgramKey(ProgramKind.CONTINUE, longest)] = -(
+            -engine.shape.slots // engine.continued
+        )
     return executions | {
         ProgramKey(ProgramKind.START): 1,
         ProgramKey(ProgramKind.PREFILL): prefills,

@@ -17,6 +17,8 @@ from opsd_jax.parallel.program import DECODE_STEPS
 from opsd_jax.planning.chips import CHIPS, PlanError, hbm_bytes, topology_devices
 from opsd_jax.planning.phases import Phase, Phases
 from opsd_jax.planning.programs import Compiler, ProgramCosts
+from opsd_jax.storage.executables import Executables
+from opsd_jax.storage.files import Path
 
 
 class Plan(NamedTuple):
@@ -65,7 +67,14 @@ class Plan(NamedTuple):
         }
 
 
-def plan(config: RunOptions, topology: str, *, slices: int = 1, length: float = 0.5) -> Plan:
+def plan(
+    config: RunOptions,
+    topology: str,
+    *,
+    slices: int = 1,
+    length: float = 0.5,
+    executables: Path | None = None,
+) -> Plan:
     """Compiles a run for a TPU topology and returns its plan.
 
     Args:
@@ -73,6 +82,7 @@ def plan(config: RunOptions, topology: str, *, slices: int = 1, length: float = 
       topology: the chip and its arrangement, such as "v5p:2x2x4".
       slices: number of slices with that topology, connected by the data centre's network.
       length: assumed mean response length, as a fraction of the budget, in (0, 1].
+      executables: directory to save the compiled programs in; None to save none.
 
     Raises:
       PlanError: the topology is unknown, libtpu is missing, or a program cannot be compiled.
@@ -87,7 +97,7 @@ def plan(config: RunOptions, topology: str, *, slices: int = 1, length: float = 
             f"{known}."
         )
     chip, hbm = CHIPS[device.device_kind], hbm_bytes(device)
-    compiler = Compiler()
+    compiler = Compiler(Executables(executables, devices) if executables else None)
     with aot.planning(compiler):
         run = Phases(config, devices, compiler, chip, length)
         for name in config.stages:

@@ -20,6 +20,7 @@ from opsd_jax.parallel.program import DECODE_STEPS, ProgramKey, ProgramKind
 from opsd_jax.planning import costs, hlo, liveness
 from opsd_jax.planning.chips import GIB, Chip, PlanError
 from opsd_jax.planning.hlo import TripCounts
+from opsd_jax.storage.executables import Executables
 
 LISTED = 6  # number of a program's largest tensors in a plan
 # Matmuls in each kernel of splash attention.
@@ -55,12 +56,15 @@ class CompiledProgram(NamedTuple):
 class Compiler:
     """Compiles programs, and stores each program's HLO text and memory use in `built`.
 
+    With `saved`, it also writes the compiled programs there.
+
     Attributes:
       built: the programs in the order in which they were compiled.
       prefix: text before the key in the name of the next programs.
     """
 
-    def __init__(self):
+    def __init__(self, saved: Executables | None = None):
+        self._saved = saved
         self.built: list[CompiledProgram] = []
         self.prefix = ""
 
@@ -94,6 +98,8 @@ class Compiler:
                 temp_size=memory.temp_size_in_bytes,
             )
         )
+        if self._saved:
+            self._saved.save(key, lowered, compiled)
         return compiled
 
     def _keep(self, built: CompiledProgram) -> None:

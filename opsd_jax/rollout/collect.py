@@ -10,7 +10,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,7 +20,8 @@ from opsd_jax.parallel import hosts
 from opsd_jax.parallel.watchdog import waiting
 from opsd_jax.policy import Params
 from opsd_jax.problem import Problem
-from opsd_jax.rollout.engine import STOP_LENGTH, Engine, Response
+from opsd_jax.rollout.carry import Carried
+from opsd_jax.rollout.engine import NO_TOKENS, RUNNING, STOP_LENGTH, Engine, Response
 from opsd_jax.rollout.sampling import SamplingParams
 from opsd_jax.verify.outcomes import Outcomes, outcomes_of
 from opsd_jax.verify.pool import VerifierPool
@@ -58,6 +59,9 @@ class Rollouts:
       truncated: bool [N], whether the rollout reached its token budget.
       replies: each rollout's verdict, its future verdict, or None if another host verifies it.
       wait_seconds: how long the device was idle so far because the host waited for verdicts.
+      staleness: int [N], for how many steps each rollout has been carried over; None if rollouts
+        are not carried over.
+      carried: the rollouts that go on in the next step; None likewise.
     """
 
     problems: list[Problem]
@@ -67,6 +71,8 @@ class Rollouts:
     truncated: np.ndarray
     replies: list[Reply]
     wait_seconds: float = 0.0
+    staleness: np.ndarray | None = None
+    carried: Carried | None = None
 
     @property
     def lengths(self) -> np.ndarray:
@@ -109,8 +115,8 @@ class Rollouts:
 
 
 def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
-    """Concatenates one or more `Rollouts` in the given order."""
-    lists = {
+    """Concatenates one or more `Rollouts`, none of them carried over, in the given order."""
+    lists: dict[str, Any] = {
         field: [value for part in parts for value in getattr(part, field)]
         for field in ("problems", "responses", "sampling_logprobs", "model_logprobs", "replies")
     }
@@ -160,26 +166,104 @@ class Collector:
         Raises:
           DataError: a prompt is too long.
         """
-        G = self.group_size
+        groups = _Groups([()] * len(problems), self.group_size)
+        for i, rollouts in self._sample(
+            params,
+            problems,
+            groups,
+            key=key,
+            sampling_params=sampling_params,
+            numbers=numbers,
+            poll=poll,
+        ):
+            groups.forget(i)
+            yield i, rollouts
+
+    def some(
+        self,
+        params: Params,
+        problems: Sequence[Problem],
+        begun: Sequence[Sequence[Response]],
+        *,
+        wanted: int,
+        first: int,
+        key: jax.Array,
+        sampling_params: SamplingParams,
+        poll: Callable[[], None] = lambda: None,
+    ) -> tuple[dict[int, Rollouts], dict[int, list[Response]]]:
+        """Samples until enough groups have ended, and returns the responses of the others too.
+
+        Where more groups end at the same time, those with the lowest indices are returned.
+
+        Args:
+          params, key, sampling_params, poll: see `Engine.__call__`.
+          problems: any number of problems.
+          begun: for each problem, the G responses so far, some of which may be RUNNING; () for a
+            problem without any. The rollouts that have not ended continue.
+          wanted: the number of groups to return.
+          first: how many problems, from the first one on, have to be among them; at most `wanted`.
+
+        Returns:
+          `(ended, others)`: the rollouts of `wanted` problems whose groups have ended, and the
+          responses so far of all other problems, by the index of the problem.
+
+        Raises:
+          DataError: a prompt is too long.
+        """
+        groups = _Groups(begun, self.group_size, wanted, first)
+        ended = dict(
+            self._sample(
+                params, problems, groups, key=key, sampling_params=sampling_params, poll=poll
+            )
+        )
+        kept = {i: ended[i] for i in sorted(ended)[:wanted]}
+        return kept, {i: groups.responses(i) for i in range(len(problems)) if i not in kept}
+
+    def _sample(
+        self,
+        params: Params,
+        problems: Sequence[Problem],
+        groups: _Groups,
+        *,
+        key: jax.Array,
+        sampling_params: SamplingParams,
+        numbers: Sequence[int] | None = None,
+        poll: Callable[[], None],
+    ) -> Iterator[tuple[int, Rollouts]]:
+        """Samples the rollouts that are missing from `groups`, as in `by_problem`."""
+        G, wait_seconds = self.group_size, 0.0
         prompts = [
             check_fits(self._task.prompt(p), self._engine.shape.prompt_tokens, p, "prompt_tokens")
             for p in problems
         ]
         numbers = range(len(problems)) if numbers is None else numbers
-        ids = [range(number * G, (number + 1) * G) for number in numbers]
-        groups: list[dict[int, tuple[Response, Reply]]] = [{} for _ in problems]
-        wait_seconds = 0.0
+        for i, j in groups.ended():
+            groups.replies[i, j] = self._verify(problems[i], groups.found[i, j])
+        for i in filter(groups.is_complete, range(len(problems))):
+            yield i, groups.rollouts(i, problems[i], wait_seconds)
+        if groups.are_enough:
+            return
+        members, begun = groups.missing()
         for batch in self._engine(
-            params, prompts, ids, key=key, sampling_params=sampling_params, poll=poll
+            params,
+            prompts,
+            [[number * G + j for j in own] for number, own in zip(numbers, members, strict=True)],
+            key=key,
+            sampling_params=sampling_params,
+            begun=begun,
+            enough=groups.count,
+            poll=poll,
         ):
             for response in batch.responses:
-                i = response.prompt
+                i, j = response.prompt, members[response.prompt][response.member]
+                response = groups.found[i, j] = response._replace(member=j)
+                if response.stop == RUNNING:
+                    continue
                 began, is_idle = time.monotonic(), batch.device_is_idle()
-                groups[i][response.member] = response, self._verify(problems[i], response)
+                groups.replies[i, j] = self._verify(problems[i], response)
                 wait_seconds += (time.monotonic() - began) * is_idle
-                if len(groups[i]) == G:
-                    group = [groups[i].pop(j) for j in range(G)]
-                    yield i, _rollouts(problems[i], group, wait_seconds)
+                if groups.is_complete(i):
+                    yield i, groups.rollouts(i, problems[i], wait_seconds)
                     wait_seconds = 0.0
 
     def _verify(self, problem: Problem, response: Response) -> Reply:
@@ -218,17 +302,83 @@ class Collector:
         return concatenate([parts[i] for i in range(len(problems))])
 
 
-def _rollouts(
-    problem: Problem, group: Sequence[tuple[Response, Reply]], wait_seconds: float
-) -> Rollouts:
-    """Builds the `Rollouts` of one problem from a `(Response, Reply)` pair for each rollout."""
-    responses = [response for response, _ in group]
-    return Rollouts(
-        problems=[problem] * len(group),
-        responses=[r.tokens for r in responses],
-        sampling_logprobs=[r.sampling_logprobs for r in responses],
-        model_logprobs=[r.model_logprobs for r in responses],
-        truncated=np.array([r.stop == STOP_LENGTH for r in responses]),
-        replies=[reply for _, reply in group],
-        wait_seconds=wait_seconds,
-    )
+class _Groups:
+    """The responses and replies of groups of rollouts while the groups are sampled.
+
+    Attributes:
+      found: the response so far of rollout j of problem i, by (i, j).
+      replies: the reply to each response that has ended, by (i, j).
+    """
+
+    def __init__(
+        self,
+        begun: Sequence[Sequence[Response]],
+        group_size: int,
+        wanted: int | None = None,
+        first: int = 0,
+    ):
+        """Starts from the responses `begun`. `wanted` and `first`: see `Collector.some`."""
+        self._begun, self._group_size = begun, group_size
+        self._wanted, self._first = wanted, first
+        self.found = {(i, j): r for i, group in enumerate(begun) for j, r in enumerate(group)}
+        self.replies: dict[tuple[int, int], Reply] = {}
+        self._running = [group_size] * len(begun)
+        for i, _ in self.ended():
+            self._running[i] -= 1
+
+    def ended(self) -> list[tuple[int, int]]:
+        """Returns the places of the responses that have ended."""
+        return [place for place, response in self.found.items() if response.stop != RUNNING]
+
+    def missing(self) -> tuple[list[list[int]], dict[tuple[int, int], Response]]:
+        """Returns the rollouts that have not ended.
+
+        Returns:
+          `(members, begun)`: for each problem, the members of its group that have not ended, and
+          the responses so far of those, by problem and place in `members`.
+        """
+        G, ended = self._group_size, {*self.ended()}
+        members = [[j for j in range(G) if (i, j) not in ended] for i in range(len(self._begun))]
+        places = ((i, n, (i, j)) for i, own in enumerate(members) for n, j in enumerate(own))
+        return members, {(i, n): self.found[at] for i, n, at in places if at in self.found}
+
+    @property
+    def are_enough(self) -> bool:
+        """Whether enough groups have ended."""
+        if self._wanted is None:
+            return False
+        ended = [running == 0 for running in self._running]
+        return sum(ended) >= self._wanted and all(ended[: self._first])
+
+    def count(self, ended: Sequence[Response]) -> bool:
+        """Counts responses that have ended. Returns `are_enough`."""
+        for response in ended:
+            self._running[response.prompt] -= 1
+        return self.are_enough
+
+    def is_complete(self, i: int) -> bool:
+        """Returns whether all rollouts of problem i have a reply."""
+        return all((i, j) in self.replies for j in range(self._group_size))
+
+    def forget(self, i: int) -> None:
+        """Frees the memory of the rollouts of problem i."""
+        for j in range(self._group_size):
+            del self.found[i, j], self.replies[i, j]
+
+    def responses(self, i: int) -> list[Response]:
+        """Returns the responses so far of the rollouts of problem i."""
+        none = Response(i, 0, *NO_TOKENS, RUNNING)
+        return [self.found.get((i, j), none._replace(member=j)) for j in range(self._group_size)]
+
+    def rollouts(self, i: int, problem: Problem, wait_seconds: float) -> Rollouts:
+        """Returns the `Rollouts` of problem i, whose group is complete."""
+        responses = self.responses(i)
+        return Rollouts(
+            problems=[problem] * len(responses),
+            responses=[r.tokens for r in responses],
+            sampling_logprobs=[r.sampling_logprobs for r in responses],
+            model_logprobs=[r.model_logprobs for r in responses],
+            truncated=np.array([r.stop == STOP_LENGTH for r in responses]),
+            replies=[self.replies[i, j] for j in range(self._group_size)],
+            wait_seconds=wait_seconds,
+        )

@@ -35,7 +35,10 @@ from opsd_jax.rollout.programs import (
 from opsd_jax.rollout.slots import RUNNING, STOP_EOS, STOP_LENGTH, Chunk, Rows
 
 __all__ = [
+    "NOTHING_BEGUN",
+    "NO_TOKENS",
     "ROLLOUTS_PER_INSERT",
+    "RUNNING",
     "STEPS_PER_CHUNK",
     "STOP_EOS",
     "STOP_LENGTH",
@@ -50,7 +53,7 @@ __all__ = [
 
 SHORTEST_CACHE = 128  # tokens; a shorter cache would save little
 NOTHING_BEGUN: Mapping[tuple[int, int], Response] = types.MappingProxyType({})
-_NO_TOKENS = np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.float32)
+NO_TOKENS = np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.float32)
 
 
 class Response(NamedTuple):
@@ -84,10 +87,12 @@ class EndedRollouts(NamedTuple):
         rollouts that have not ended.
       device_is_idle: `() -> bool`, whether the device has nothing left to do, because the next
         chunk is finished or there is none.
+      steps: number of forward passes of decoding since the last batch, or since the beginning.
     """
 
     responses: list[Response]
     device_is_idle: Callable[[], bool]
+    steps: int
 
 
 def shape_for(
@@ -99,6 +104,7 @@ def shape_for(
     response_tokens: int,
     shards: int,
     continues: bool = False,
+    speculation: int = 0,
     pool_tokens: int = 0,
 ) -> EngineShape:
     """Computes the `EngineShape` for a given number and size of rollouts.
@@ -114,6 +120,7 @@ def shape_for(
       response_tokens: maximum length of a response, in tokens.
       shards: number of parts that the mesh splits rows into (`mesh.row_shards`).
       continues: whether rollouts can continue from tokens of an earlier call.
+      speculation: tokens that speculation guesses per forward pass; 0 turns it off.
       pool_tokens: number of tokens that a paged cache holds; see `EngineShape`.
     """
     rounded_up = lambda count: -(-count // shards) * shards
@@ -121,8 +128,15 @@ def shape_for(
     prompts = rounded_up(max(1, slots // (4 * group_size)))
     if pool_tokens >= slots * (prompt_tokens + response_tokens):
         pool_tokens = 0  # every slot has room for the longest rollout
-    continues = continues or pool_tokens > 0
-    return EngineShape(slots, prompts, prompt_tokens, response_tokens, continues, pool_tokens)
+    return EngineShape(
+        slots,
+        prompts,
+        prompt_tokens,
+        response_tokens,
+        continues=continues or pool_tokens > 0,
+        speculation=speculation,
+        pool_tokens=pool_tokens,
+    )
 
 
 def left_pad(
@@ -175,6 +189,7 @@ class Engine:
       cache_tokens: number of tokens in this cache, over all devices.
       pool_sizes: the sizes of its page pool.
       prefill_cache_bytes: bytes per device of the cache of one prefill.
+      continued: rollouts that continue in one execution of a program.
     """
 
     def __init__(
@@ -200,8 +215,9 @@ class Engine:
             the filled part of a cache, it is the largest length alone.
 
         Raises:
-          ValueError: `cache_lengths` do not ascend, or the last one is too short; or
-            `shape.pool_tokens` is too small for one rollout, or the model's cache has no pages.
+          ValueError: `cache_lengths` do not ascend, or the last one is too short. Or
+            `shape.speculation` is not 0, and the model does not support it. Or `shape.pool_tokens`
+            is too small for one rollout, or the model's cache has no pages.
         """
         longest = shape.prompt_tokens + shape.response_tokens
         if cache_lengths is None:
@@ -219,6 +235,7 @@ class Engine:
         self.cache_tokens = self._programs.cache_tokens
         self.pool_sizes = self._programs.pool_sizes
         self.prefill_cache_bytes = self._programs.prefill_cache_bytes
+        self.continued = self._programs.continued
 
     def __call__(
         self,
@@ -265,19 +282,20 @@ class Engine:
             return
         batch = _Batch(self._programs, groups, self._pad_id, params, key, sampling_params)
         ended: list[Response] = []
+        steps = 0
         while True:
             batch.fill_slots()
             chunk = batch.decode()
             if ended:
-                yield EndedRollouts(ended, functools.partial(_is_done, chunk))
+                yield EndedRollouts(ended, functools.partial(_is_done, chunk), steps)
+                steps = 0
             if chunk is None:
                 return
             poll()
-            with watchdog.waiting("decoding"):
-                fetched = jax.device_get(chunk)
-            ended = batch.record(fetched)
+            ended, passes = batch.record(chunk)
+            steps += passes
             if ended and enough(ended):
-                yield EndedRollouts(ended + batch.unfinished(), lambda: True)
+                yield EndedRollouts(ended + batch.unfinished(), lambda: True, steps)
                 return
 
     def _groups(
@@ -352,7 +370,7 @@ class _Rollout:
         self.prompt, self.member = prompt, member
         self.prompt_ids, self.rollout_id, self.budget = prompt_ids, rollout_id, budget
         self.position = len(prompt_ids) - 1  # position of the last token
-        self._pieces: list[tuple[np.ndarray, ...]] = [_NO_TOKENS]
+        self._pieces: list[tuple[np.ndarray, ...]] = [NO_TOKENS]
         if begun is not None:
             self._add(begun.tokens, begun.sampling_logprobs, begun.model_logprobs)
 
@@ -378,6 +396,12 @@ class _Rollout:
     def row(self) -> tuple[int, ...]:
         """Returns this rollout's values for the fields of `slots.Rows`, in order."""
         return self.ids[-1], self.position, self.rollout_id, self.drawn, self.budget
+
+    def history(self, length: int) -> np.ndarray:
+        """Returns the tokens of the prompt and the response so far, padded: int32 [length]."""
+        history_H = np.zeros(length, np.int32)
+        history_H[: self.position + 1] = self.ids
+        return history_H
 
     def append(self, chunk: Chunk, slot: int) -> None:
         """Appends this rollout's new tokens, which are in column `slot` of a fetched chunk."""
@@ -483,26 +507,37 @@ class _Batch:
         """Starts and returns the next chunk of decoding steps; None if every slot is empty."""
         if not any(self._active):
             return None
-        self._resize()
+        active, few = sum(rollout is not None for rollout in self._active), self._shape.few
+        if active <= few and not self._are_waiting:
+            self._resize(self._programs.tokens_per_speculation)
+            program, last = self._programs.speculate, self._history()
+        else:
+            # Where rollouts wait for slots, refill when a sixteenth of the slots is free. Otherwise
+            # go on until few rollouts are active, so that speculation begins, or none.
+            self._resize(self._programs.steps_per_chunk)
+            stop_after = max(1, self._shape.slots // 16) if self._are_waiting else active - few
+            program, last = self._programs.decode, np.asarray(stop_after, np.int32)
         self._state = self._programs.with_pages(self._state, self._pool.table)
-        # Where rollouts wait for slots, refill when a sixteenth of the slots is free.
-        S = self._shape.slots
-        stop_after = max(1, S // 16) if self._are_waiting else S + 1
-        self._state, chunk = self._programs.decode[self._cache_length](
-            self._params,
-            self._state,
-            self._key_data,
-            self._sampling_params,
-            *self._put(np.int32(stop_after)),
+        self._state, chunk = program[self._cache_length](
+            self._params, self._state, self._key_data, self._sampling_params, *self._put(last)
         )
         return chunk
 
-    def record(self, chunk: Chunk) -> list[Response]:
-        """Appends a chunk's tokens to the rollouts and frees the slots of the rollouts that ended.
+    def _history(self) -> np.ndarray:
+        """Returns the token at each position of the rollout in each slot, int32 [S, H]."""
+        H = self._shape.prompt_tokens + self._shape.response_tokens
+        empty_H = np.zeros(H, np.int32)
+        return np.stack([empty_H if r is None else r.history(H) for r in self._active])
+
+    def record(self, chunk: Chunk) -> tuple[list[Response], int]:
+        """Fetches a chunk's tokens, and frees the slots of the rollouts that ended.
 
         Returns:
-          The responses of the rollouts that ended.
+          `(ended, passes)`: the responses of the rollouts that ended, and the number of forward
+          passes.
         """
+        with watchdog.waiting("decoding"):
+            chunk = jax.device_get(chunk)
         ended = []
         for slot, rollout in enumerate(self._active):
             if rollout is None:
@@ -512,7 +547,7 @@ class _Batch:
                 ended.append(rollout.response(int(chunk.stop[slot])))
                 self._active[slot] = None
                 self._pool.free(slot)
-        return ended
+        return ended, chunk.forward_passes()
 
     def unfinished(self) -> list[Response]:
         """Returns the responses so far of the rollouts that have not ended, with stop RUNNING."""
@@ -542,7 +577,7 @@ class _Batch:
             slot_m[row], rows[:, row], prefixes[row] = slot, rollout.row(), rollout.ids[:-1]
         if not taken:
             return False
-        self._resize()
+        self._resize(self._programs.steps_per_chunk)
         arguments = *left_pad(prefixes, self._cache_length, self._pad_id), slot_m, Rows(*rows)
         self._state = self._programs.proceed[self._cache_length](
             self._params,
@@ -586,7 +621,7 @@ class _Batch:
             source_m[i], slot_m[i], rows[:, i] = source, slot, rollout.row()
         if slot_m[0] == self._shape.slots:
             return False
-        self._resize()
+        self._resize(self._programs.steps_per_chunk)
         self._state = self._programs.insert[self._cache_length](
             self._programs.with_pages(self._state, self._pool.table),
             cache,
@@ -618,9 +653,9 @@ class _Batch:
             self._active[slot] = rollout
         return slot
 
-    def _resize(self) -> None:
-        """Resizes the cache to the shortest available length that is enough for the next chunk."""
-        needed = max(self._needed(r) for r in self._active if r is not None)
+    def _resize(self, tokens: int) -> None:
+        """Resizes the cache to the shortest available length with room for `tokens` more tokens."""
+        needed = max(r.cache_length_after(tokens) for r in self._active if r is not None)
         goal = next(length for length in self._programs.cache_lengths if length >= needed)
         if goal != self._cache_length:
             self._state = self._programs.resize(self._state, self._cache_length, goal)

@@ -33,6 +33,7 @@ class Engines:
         prompt_tokens: int,
         response_tokens: int,
         continues: bool = False,
+        speculation: int = 0,
         pool_tokens: int = 0,
     ) -> Engine:
         """Returns an engine for the given sizes, and compiles the engine if it is not cached.
@@ -46,6 +47,7 @@ class Engines:
           prompt_tokens: maximum length of a prompt, in tokens.
           response_tokens: maximum length of a response, in tokens.
           continues: whether rollouts can continue from tokens of an earlier call.
+          speculation: tokens that speculation guesses per forward pass; 0 turns it off.
           pool_tokens: number of tokens that a paged cache holds; see `EngineShape`.
         """
         return self._engine(
@@ -57,6 +59,7 @@ class Engines:
                 response_tokens=response_tokens,
                 shards=mesh_lib.row_shards(self._sampler.layout.mesh),
                 continues=continues,
+                speculation=speculation,
                 pool_tokens=pool_tokens,
             )
         )

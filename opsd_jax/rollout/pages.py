@@ -57,6 +57,11 @@ class PoolSizes(NamedTuple):
         """Whether there are pages for the longest rollout in every slot."""
         return self.pages >= self.slots * self.width
 
+    @property
+    def tokens(self) -> int:
+        """The number of tokens for which there are pages."""
+        return self.pages * self.page
+
 
 def pool_sizes(
     policy: Policy, *, slots: int, length: int, shards: int, pool_tokens: int

@@ -15,7 +15,7 @@ from opsd_jax.parallel import aot
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel.program import ProgramKey, ProgramKind
 from opsd_jax.policy import Cache, Model, PagedCache, Params
-from opsd_jax.rollout import pages, sampling, slots
+from opsd_jax.rollout import pages, sampling, slots, speculation
 from opsd_jax.rollout.slots import Rows, Slots
 
 STEPS_PER_CHUNK = 64  # decoding steps between two fetches by the host
@@ -35,6 +35,7 @@ class EngineShape(NamedTuple):
       response_tokens: L, maximum length of a response, in tokens.
       continues: whether rollouts can continue from tokens that they have already: those of an
         earlier call, or those of this call if they lost their pages.
+      speculation: K, number of tokens that speculation guesses per forward pass; 0 turns it off.
       pool_tokens: number of tokens that a paged cache holds, over all devices. 0 gives every slot
         room for a rollout of full length. A smaller pool needs `continues`.
     """
@@ -44,7 +45,17 @@ class EngineShape(NamedTuple):
     prompt_tokens: int
     response_tokens: int
     continues: bool = False
+    speculation: int = 0
     pool_tokens: int = 0
+
+    @property
+    def few(self) -> int:
+        """The most active slots with which the engine speculates; 0 if it never does.
+
+        A forward pass then computes at most as many tokens of active rollouts as an ordinary
+        decoding step of full slots, or those of one rollout.
+        """
+        return max(1, self.slots // (self.speculation + 1)) if self.speculation else 0
 
 
 class Programs:
@@ -67,10 +78,14 @@ class Programs:
         into.
       decode: for each cache length, `(params, state, key_data, sampling_params, stop_after) ->
         (Slots, Chunk)`; see `slots.decode`. Donates the state.
+      speculate: for each cache length, `(params, state, key_data, sampling_params, history_SxH) ->
+        (Slots, Chunk)`; see `speculation.decode`. H is P + L. Donates the state. Empty if
+        `shape.speculation` is 0.
       pool_sizes: the sizes of the page pool of the slots' cache.
       replicated: the sharding of the key and the sampling parameters, of which every device holds a
         full copy.
       steps_per_chunk: maximum number of steps of `decode`.
+      tokens_per_speculation: the most tokens that `speculate` adds to a rollout.
       cache_bytes: bytes per device of the slots' cache at its longest.
       cache_tokens: number of tokens in this cache, over all devices.
       prefill_cache_bytes: bytes per device of the cache of one prefill.
@@ -94,9 +109,12 @@ class Programs:
           cache_lengths: the lengths that the slots' cache can take, in tokens, ascending.
 
         Raises:
-          ValueError: `shape.pool_tokens` is too small for one rollout, or needs a cache with pages
-            or `shape.continues`; or the cache is paged, and there are several cache lengths.
+          ValueError: `shape.speculation` is not 0, and `speculation.check` refuses it. Or
+            `shape.pool_tokens` is too small for one rollout, or needs a cache with pages or
+            `shape.continues`. Or the cache is paged, and there are several cache lengths.
         """
+        if shape.speculation:
+            speculation.check(model, shape.speculation)
         self.shape, self.cache_lengths = shape, cache_lengths
         self._model, self._mesh = model, mesh
         self.pool_sizes = pages.pool_sizes(
@@ -123,18 +141,20 @@ class Programs:
             lambda: model.policy.init_cache(shape.prompts, shape.prompt_tokens)
         )
         self.steps_per_chunk, self.continued = STEPS_PER_CHUNK, mesh_lib.row_shards(mesh)
+        self.tokens_per_speculation = STEPS_PER_CHUNK + shape.speculation
         self.cache_bytes = mesh_lib.shard_bytes(self._states[cache_lengths[-1]].cache)
-        pool_tokens = self.pool_sizes.pages * self.pool_sizes.page
-        self.cache_tokens = pool_tokens or shape.slots * cache_lengths[-1]
+        self.cache_tokens = self.pool_sizes.tokens or shape.slots * cache_lengths[-1]
         self.prefill_cache_bytes = mesh_lib.shard_bytes(self._prefilled)
         with jax.set_mesh(mesh):
             self.prepare, abstract_params = self._compile_prepare(abstract_params)
             self.start = self._compile_start(cache_lengths[0])
             self.prefill = self._compile_prefill(abstract_params)
             self.insert = {n: self._compile_insert(n) for n in cache_lengths}
-            continues = cache_lengths if shape.continues else ()
-            self.proceed = {n: self._compile_proceed(n, abstract_params) for n in continues}
             self.decode = {n: self._compile_decode(n, abstract_params) for n in cache_lengths}
+            lengths = cache_lengths if shape.continues else ()
+            self.proceed = {n: self._compile_proceed(n, abstract_params) for n in lengths}
+            lengths = cache_lengths if shape.speculation else ()
+            self.speculate = {n: self._compile_speculate(n, abstract_params) for n in lengths}
             self._resize = self._compile_resize()
 
     def resize(self, state: Slots, old: int, new: int) -> Slots:
@@ -290,15 +310,47 @@ class Programs:
                 policy, params, state, key, sampling_params, stop_after, steps=steps
             )
 
-        state = self._states[length]
+        return self._compile_sampling(
+            ProgramKey(ProgramKind.DECODE, length), decode, abstract_params, np.int32(0)
+        )
+
+    def _compile_speculate(
+        self, length: int, abstract_params: Params
+    ) -> Callable[..., tuple[Slots, slots.Chunk]]:
+        """Compiles the program that decodes with speculation, for one cache length."""
+        policy, shape, steps = self._model.policy, self.shape, self.steps_per_chunk
+
+        def speculate(params, state, key_data, sampling_params, history_SxH):
+            return speculation.decode(
+                policy,
+                params,
+                state,
+                jax.random.wrap_key_data(key_data, impl=PRNG),
+                sampling_params,
+                jax.lax.with_sharding_constraint(history_SxH, self._rows),
+                steps=steps,
+                guesses=shape.speculation,
+            )
+
+        history = np.zeros((shape.slots, shape.prompt_tokens + shape.response_tokens), np.int32)
+        return self._compile_sampling(
+            ProgramKey(ProgramKind.SPECULATE, length), speculate, abstract_params, history
+        )
+
+    def _compile_sampling(
+        self, key: ProgramKey, function: Callable, abstract_params: Params, last: Any
+    ) -> Callable[..., tuple[Slots, slots.Chunk]]:
+        """Compiles a program that decodes; `last` has the shape of its last argument."""
+        assert key.cache_length is not None
+        state = self._states[key.cache_length]
         key_data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=PRNG)))
         sampling_params = sampling.params(self._model.vocab_size, stop=())
         return _compile(
-            ProgramKey(ProgramKind.DECODE, length),
-            decode,
+            key,
+            function,
             abstract_params,
             state,
-            *self._abstract_arguments(key_data, sampling_params, np.int32(0)),
+            *self._abstract_arguments(key_data, sampling_params, last),
             out=(_shardings(state), self.replicated),
             donate=1,
         )

@@ -54,7 +54,7 @@ class Slots(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """The tokens sampled in each slot during up to T consecutive decoding steps.
+    """Up to T consecutive tokens sampled in each slot.
 
     The tokens of slot s are the first `drawn[s]` of column s; the rest of the column is undefined.
 
@@ -64,6 +64,8 @@ class Chunk(NamedTuple):
       sampling_logprobs: float32 [T, S], see `sampling.Drawn`.
       drawn: int32 [S], number of tokens sampled in each slot.
       stop: int32 [S], STOP_EOS, STOP_LENGTH or RUNNING. RUNNING for an empty slot.
+      steps: int32 scalar, number of forward passes. None if each pass sampled one token for each
+        rollout, so that it is the largest of `drawn`.
     """
 
     tokens: jax.Array
@@ -71,6 +73,11 @@ class Chunk(NamedTuple):
     sampling_logprobs: jax.Array
     drawn: jax.Array
     stop: jax.Array
+    steps: jax.Array | None = None
+
+    def forward_passes(self) -> int:
+        """Returns the number of forward passes of a fetched chunk."""
+        return int(self.drawn.max() if self.steps is None else self.steps)
 
 
 def empty_rows(slots: int) -> Rows:

@@ -53,6 +53,7 @@ def assemble(config: RunOptions, workdir: Path) -> Run:
     checks.check_devices(config, parameters.mesh, parameters.decode_mesh)
     checks.check_pools(config, parameters.rollouts.model.policy, parameters.decode_mesh)
     model = parameters.model
+    checks.check_speculation(config, parameters.rollouts.model)
     checks.check_positions(config, model.max_positions)
     task = make_task(config)
     seed = functools.partial(stage_seed, config)
@@ -125,4 +126,6 @@ def make_stage(this: Run, name: str, poll: Callable[[], None] = lambda: None) ->
         return stage
     # One conversion per step to the decode layout, whatever the step samples.
     convert = this.parameters.rollouts.layout.convert
-    return stage._replace(batches=lambda step, params: stage.batches(step, convert(params)))
+    return stage._replace(
+        batches=lambda step, params, *carried: stage.batches(step, convert(params), *carried)
+    )

@@ -15,8 +15,9 @@ from opsd_jax.data.task import Task
 from opsd_jax.models.options import TPU_ONLY
 from opsd_jax.options import ConfigError, fail
 from opsd_jax.parallel import mesh as mesh_lib
-from opsd_jax.policy import Policy
+from opsd_jax.policy import Model, Policy
 from opsd_jax.problem import Problem
+from opsd_jax.rollout import speculation
 from opsd_jax.rollout.pages import pool_sizes
 from opsd_jax.stages.algorithm import DataSample
 from opsd_jax.stages.options import RolloutOptions
@@ -75,6 +76,30 @@ def check_devices(
                 )
         for sampling in algorithm.sampling(options):
             check_divides(f"{name}.{sampling.slots_field}", sampling.slots, decode_mesh)
+
+
+def check_speculation(config: RunOptions, model: Model) -> None:
+    """Checks that the model can sample with speculation, if a stage does.
+
+    Args:
+      config: the options of the run.
+      model: the model that samples the rollouts of stages.
+
+    Raises:
+      ConfigError: names the fields of the stage and the model.
+    """
+    for name in config.stages:
+        options = config.sections[name]
+        if not isinstance(options, RolloutOptions) or not options.speculation:
+            continue
+        try:
+            speculation.check(model, options.speculation)
+        except ValueError as error:
+            field = f"config.{name}.speculation"
+            dense = " or, with config.model.cache = 'dense', any number" if model.ragged else ""
+            raise ConfigError(
+                f"{field} is {options.speculation}, but {error}; expected 0{dense}."
+            ) from error
 
 
 def check_pools(config: RunOptions, policy: Policy, decode_mesh: jax.sharding.Mesh) -> None:

@@ -1,15 +1,19 @@
-"""The directory in which compiled programs outlive a process."""
+"""Directories in which compiled programs outlive a process."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pathlib
 import platform
 
 import jax
+from etils import epath
 
-from opsd_jax.parallel import hosts
+from opsd_jax.options import fail
+from opsd_jax.parallel import aot, hosts
+from opsd_jax.storage.executables import Executables
 from opsd_jax.storage.files import Path, in_bucket
 
 AUTO = "auto"
@@ -34,6 +38,24 @@ def use_cache(option: str, workdir: Path) -> None:
         shared = hosts.count() > 1 or in_bucket(workdir)
         option = str(workdir.parent / NAME if shared else _of_this_machine())
     jax.config.update("jax_compilation_cache_dir", option or None)
+
+
+def saved_programs(directory: str) -> contextlib.AbstractContextManager[None]:
+    """Returns a context manager in which a run reads compiled programs.
+
+    Args:
+      directory: `config.executables`.
+
+    Raises:
+      ConfigError: there is no such directory.
+    """
+    if not directory:
+        return contextlib.nullcontext()
+    path = epath.Path(directory)
+    if not path.is_dir():
+        expected = "a directory that `opsd-jax plan --executables` wrote"
+        fail("executables", directory, expected)
+    return aot.loading(Executables(path, jax.devices()).load)
 
 
 def _of_this_machine() -> pathlib.Path:

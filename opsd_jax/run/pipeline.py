@@ -63,8 +63,10 @@ def run(config: RunOptions, workdir: Path, fork: lineage.Origin | None = None) -
       Interrupted: a signal arrived; a checkpoint was saved.
     """
     compilation.use_cache(config.compilation_cache, workdir)
+    saved = hosts.together(lambda: compilation.saved_programs(config.executables))
     this = hosts.together(lambda: assemble(config, workdir))
     with (
+        saved,
         workdir_lib.claimed(config, workdir, lambda: lineage.begin(config, workdir, fork)),
         this.pool,
         StopSignal() as stop,

@@ -32,25 +32,25 @@ from opsd_jax.stages import drift
 from opsd_jax.stages import privileged as privileged_lib
 from opsd_jax.stages import teacher as teacher_lib
 from opsd_jax.stages.algorithm import Algorithm, Curve, DataSample, Responses, RowFields
-from opsd_jax.stages.batch import Lengths, pack, response_head, useful_fraction
+from opsd_jax.stages.batch import Lengths, pack, response_head
 from opsd_jax.stages.memos import make_memos, memo_sampling
 from opsd_jax.stages.options import LENGTHS, StageOptions, ascending
 from opsd_jax.stages.parts import Parts, Sampling, TokenLimits
 from opsd_jax.stages.privileged import ContextFinder, PrivilegedOptions, inserted_tokens
 from opsd_jax.stages.rollouts import (
+    SAMPLER_CURVES,
     RollOut,
     check_prompts,
-    diagnosis,
-    group_records,
     make_roll_out,
-    rollout_metrics,
+    no_rollouts,
     rollout_sampling,
+    step_data,
     student_lengths,
     student_rows,
 )
 from opsd_jax.stages.teacher import TeacherOptions
 from opsd_jax.training.optimizer import OptimizerOptions
-from opsd_jax.training.stage import Stage, StepData
+from opsd_jax.training.stage import Stage
 from opsd_jax.verify.outcomes import Outcomes
 
 logger = logging.getLogger(__name__)
@@ -209,7 +209,7 @@ def stage(
       options: the options of the stage.
       task: the data.
       policy: the model.
-      roll_out: `(step, params) -> Rollouts` of the step, in whole groups.
+      roll_out: returns the rollouts of a step, in whole groups; see `RollOut`.
       privileged: finds the contexts of rollouts.
       keep: converts parameters to the form in which the teacher stores them.
     """
@@ -223,8 +223,8 @@ def stage(
         pad_id=task.tokenizer.pad_id,
     )
 
-    def batches(step, params):
-        rollouts = roll_out(step, params)
+    def batches(step, params, *carried):
+        rollouts = roll_out(step, params, *carried)
         students = student_rows(rollouts, task, options.group_size)
         outcomes = rollouts.judged.outcomes  # waits for the verifier
         wanted = np.flatnonzero(trains(options, outcomes)).tolist()
@@ -233,11 +233,8 @@ def stage(
             seen | students(i) | {name: mask[i] for name, mask in outcomes._asdict().items()}
             for i, seen in taught.rows.items()
         ]
-        batch = batch_of(rows)
-        metrics = rollout_metrics(rollouts, options.group_size) | taught.metrics
-        metrics |= {"active_rows": float(len(rows)), "useful_tokens": useful_fraction([batch])}
-        groups = group_records(rollouts, options.group_size)
-        return StepData([batch], metrics, groups, diagnosis(rollouts, task, options))
+        metrics = taught.metrics | {"active_rows": float(len(rows))}
+        return step_data(rollouts, task, options, [batch_of(rows)], metrics)
 
     return Stage(
         steps=options.steps,
@@ -254,6 +251,7 @@ def stage(
         ),
         teacher=teacher_lib.make_teacher(options.teacher, keep),
         summary=drift.summary,
+        carried=no_rollouts(options),
     )
 
 
@@ -321,6 +319,7 @@ ALGORITHM = Algorithm(
         Curve("token_divergence", "divergence a token, nats"),
         Curve("length", "mean length, tokens"),
         Curve("reward", "reward"),
+        *SAMPLER_CURVES,
     ),
     headline="length",
     before_and_after=True,

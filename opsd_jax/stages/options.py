@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from opsd_jax.options import fail, option
+from opsd_jax.rollout.speculation import MOST_GUESSES
 from opsd_jax.training.optimizer import OptimizerOptions
 
 EARLIER_STAGE = "'' or a stage before this one"
@@ -84,6 +85,19 @@ class RolloutOptions(StageOptions):
         "dynamic sampling).",
         at_least=0,
     )
+    carry_over: int = option(
+        0,
+        "Problems in flight beyond those of a step: it does not wait for all of their rollouts, "
+        "which go on in the next step. 0: every step waits for all of its rollouts.",
+        at_least=0,
+        added=True,
+    )
+    max_staleness: int = option(
+        4,
+        "With carry_over: a step waits for the rollouts that began this many steps ago.",
+        at_least=1,
+        added=True,
+    )
     temperature: float = option(
         1.0, "Sampling temperature; not 0, because a stage trains on random samples.", above=0
     )
@@ -92,10 +106,24 @@ class RolloutOptions(StageOptions):
         8192, "Token budget of a response; a response that fills it is truncated.", at_least=1
     )
 
+    speculation: int = option(
+        0,
+        "Tokens that are guessed from a rollout's earlier text and verified in one forward pass, "
+        "while few slots are active; 0 turns it off. It does not change the rollouts.",
+        at_least=0,
+        at_most=MOST_GUESSES,
+        added=True,
+    )
+
     @property
     def rollouts(self) -> int:
         """The number of rollouts per step, not counting resampled ones."""
         return self.prompts * self.group_size
+
+    @property
+    def in_flight(self) -> int:
+        """The number of problems whose rollouts are sampled at the same time."""
+        return self.prompts + self.carry_over
 
     def check(self, field: str) -> None:
         super().check(field)
@@ -103,3 +131,6 @@ class RolloutOptions(StageOptions):
         if self.buckets[-1] < longest:
             expected = f"a last length of at least {longest} = prompt_tokens + response_tokens - 1"
             fail(f"{field}.buckets", self.buckets, expected)
+        if self.carry_over and self.resample_rounds:
+            expected = f"0 together with {field}.resample_rounds = {self.resample_rounds}"
+            fail(f"{field}.carry_over", self.carry_over, expected)

@@ -43,6 +43,8 @@ class Sampling(NamedTuple):
         the longest rollout.
       continues: whether this sampling continues the responses of the entry before this one that
         filled their budget.
+      carries_over: whether a call of the engine continues rollouts of the call before it.
+      speculation: tokens that speculation guesses per forward pass; 0 turns it off.
     """
 
     name: str
@@ -57,6 +59,8 @@ class Sampling(NamedTuple):
     response_in_prompt: int = 0
     pool_tokens: int = 0
     continues: bool = False
+    carries_over: bool = False
+    speculation: int = 0
 
     def engine(self, engines: Callable[..., T]) -> T:
         """Builds the engine of this sampling, by calling `engines` with its sizes.
@@ -69,6 +73,8 @@ class Sampling(NamedTuple):
             rollouts=self.rollouts,
             prompt_tokens=self.prompt_tokens,
             response_tokens=self.response_tokens,
+            continues=self.carries_over,
+            speculation=self.speculation,
             pool_tokens=self.pool_tokens,
         )
 

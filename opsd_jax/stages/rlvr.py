@@ -19,23 +19,23 @@ from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
 from opsd_jax.stages import drift
 from opsd_jax.stages.algorithm import Algorithm, Curve, Responses, RowFields
-from opsd_jax.stages.batch import Lengths, pack, response_head, useful_fraction
+from opsd_jax.stages.batch import Lengths, pack, response_head
 from opsd_jax.stages.options import RolloutOptions, StageOptions
 from opsd_jax.stages.parts import Parts
 from opsd_jax.stages.rollouts import (
+    SAMPLER_CURVES,
     RollOut,
     check_prompts,
-    diagnosis,
-    group_records,
     make_roll_out,
-    rollout_metrics,
+    no_rollouts,
     rollout_sampling,
+    step_data,
     student_lengths,
     student_rows,
 )
 from opsd_jax.stages.teacher import Keep, frozen
 from opsd_jax.training.optimizer import OptimizerOptions
-from opsd_jax.training.stage import Stage, StepData
+from opsd_jax.training.stage import Stage
 from opsd_jax.verify.outcomes import Outcomes
 
 
@@ -182,7 +182,7 @@ def stage(
       options: the options of the stage.
       task: the data.
       policy: the model.
-      roll_out: `(step, params) -> Rollouts` of the step, in whole groups.
+      roll_out: returns the rollouts of a step, in whole groups; see `RollOut`.
       keep: converts parameters to the form in which the reference model is stored.
     """
     batch_of = functools.partial(
@@ -195,8 +195,8 @@ def stage(
         pad_id=task.tokenizer.pad_id,
     )
 
-    def batches(step, params):
-        rollouts = roll_out(step, params)
+    def batches(step, params, *carried):
+        rollouts = roll_out(step, params, *carried)
         rows = student_rows(rollouts, task, options.group_size)
         outcomes = rollouts.judged.outcomes  # waits for the verifier
         rewards = rewards_of(options, outcomes, rollouts.lengths)
@@ -208,13 +208,7 @@ def stage(
         ]
         parts = np.array_split(np.arange(len(kept_rows)), options.updates)
         made = [batch_of([kept_rows[i] for i in part]) for part in parts]
-        metrics = rollout_metrics(rollouts, options.group_size)
-        return StepData(
-            made,
-            metrics | {"useful_tokens": useful_fraction(made)},
-            group_records(rollouts, options.group_size),
-            diagnosis(rollouts, task, options),
-        )
+        return step_data(rollouts, task, options, made)
 
     return Stage(
         steps=options.steps,
@@ -226,6 +220,7 @@ def stage(
         ),
         teacher=frozen(keep) if options.objective.kl_coefficient > 0 else None,
         summary=drift.summary,
+        carried=no_rollouts(options),
     )
 
 
@@ -249,6 +244,6 @@ ALGORITHM = Algorithm(
     step_rows=_step_rows,
     row_fields=RowFields(("prompts", "group_size"), divisor="updates"),
     sampling=rollout_sampling,
-    curves=(Curve("reward", "reward"), Curve("length", "mean length, tokens")),
+    curves=(Curve("reward", "reward"), Curve("length", "mean length, tokens"), *SAMPLER_CURVES),
     headline="accuracy",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -12,17 +13,27 @@ import numpy as np
 
 from opsd_jax.data.task import Task
 from opsd_jax.policy import Params
-from opsd_jax.rollout import sampling
+from opsd_jax.rollout import carry, sampling
+from opsd_jax.rollout.carry import Carried
 from opsd_jax.rollout.collect import Collector, Rollouts, concatenate
 from opsd_jax.rollout.diagnosis import Diagnosis, diagnose
-from opsd_jax.stages.algorithm import DataSample, Responses
-from opsd_jax.stages.batch import Lengths
+from opsd_jax.stages.algorithm import Curve, DataSample, Responses
+from opsd_jax.stages.batch import Lengths, useful_fraction
 from opsd_jax.stages.options import RolloutOptions
 from opsd_jax.stages.parts import Parts, Sampling
+from opsd_jax.training.stage import Batch, StepData
 from opsd_jax.verify.outcomes import Outcomes
 from opsd_jax.verify.verdict import REASONS
 
-RollOut = Callable[[int, Params], Rollouts]  # (step, params) -> the rollouts of the step
+# (step, params) -> the rollouts of the step. With `options.carry_over`, the third argument has the
+# rollouts that go on from the step before, and the result those that go on in the next one.
+RollOut = Callable[..., Rollouts]
+
+# How far the sampler is from the policy: in 8 bits, and with rollouts that are carried over.
+SAMPLER_CURVES = (
+    Curve("sampler_drift", "sampler drift, nats a token"),
+    Curve("staleness", "staleness, steps"),
+)
 
 
 def rollout_sampling(options: RolloutOptions, task: Task | None = None) -> tuple[Sampling, ...]:
@@ -35,13 +46,22 @@ def rollout_sampling(options: RolloutOptions, task: Task | None = None) -> tuple
             response_tokens_field="response_tokens",
             slots=options.slots,
             group_size=options.group_size,
-            rollouts=options.rollouts,
+            rollouts=options.in_flight * options.group_size,
             prompt_tokens=options.prompt_tokens,
             response_tokens=options.response_tokens,
             samples=options.rollouts,
+            carries_over=options.carry_over > 0,
+            speculation=options.speculation,
             pool_tokens=options.pool_tokens,
         ),
     )
+
+
+def no_rollouts(options: RolloutOptions) -> Carried | None:
+    """Returns what the first step carries over: nothing. None if steps never carry over."""
+    if not options.carry_over:
+        return None
+    return carry.empty(options.carry_over, options.group_size, options.response_tokens)
 
 
 def check_prompts(options: RolloutOptions, name: str, data: DataSample) -> None:
@@ -85,15 +105,12 @@ def make_roll_out(
     """
     (rollouts,) = rollout_sampling(options)
     engine = rollouts.engine(parts.engines)
+    collector = Collector(engine, parts.task, parts.pool, options.group_size)
+    common: dict[str, Any] = {"vocab_size": parts.model.vocab_size, "poll": parts.poll}
+    if options.carry_over:
+        return carrying_rollouts(options, parts.task, collector, parts.seed, **common)
     return step_rollouts(
-        options,
-        parts.task,
-        Collector(engine, parts.task, parts.pool, options.group_size),
-        parts.seed,
-        vocab_size=parts.model.vocab_size,
-        capacity=capacity,
-        trains=trains,
-        poll=parts.poll,
+        options, parts.task, collector, parts.seed, capacity=capacity, trains=trains, **common
     )
 
 
@@ -127,21 +144,18 @@ def step_rollouts(
       poll: called while sampling; an exception that it raises ends the sampling.
     """
 
-    def stream(seed: int) -> grain.MapDataset:
-        return task.stream(seed) if task.stream else task.train.shuffle(seed=seed).repeat()
-
     other_seed = zlib.crc32(f"{seed}/resampled".encode()) >> 1
-    problems, others = stream(seed), stream(other_seed)
-    stop, temperature = task.tokenizer.eos_ids, options.temperature
-    sampling_params = sampling.params(vocab_size, stop=stop, temperature=temperature)
+    problems, others = _stream(task, seed), _stream(task, other_seed)
+    sampling_params = _sampling_params(options, task, vocab_size)
+
+    def sample(params: Params, chosen: list, seed: int, draw: int) -> Rollouts:
+        key = sampling.folded_key(seed, draw)
+        return collector(params, chosen, key=key, sampling_params=sampling_params, poll=poll)
 
     def roll_out(step: int, params: Params) -> Rollouts:
-        def sample(chosen: list, seed: int, draw: int) -> Rollouts:
-            key = sampling.folded_key(seed, draw)
-            return collector(params, chosen, key=key, sampling_params=sampling_params, poll=poll)
-
         first = step * options.prompts
-        rollouts = sample([problems[first + i] for i in range(options.prompts)], seed, step)
+        chosen = [problems[first + i] for i in range(options.prompts)]
+        rollouts = sample(params, chosen, seed, step)
         for again in range(options.resample_rounds):
             missing = capacity - int(trains(rollouts.judged.outcomes).sum())
             if missing <= 0:
@@ -153,8 +167,72 @@ def step_rollouts(
             fresh = [*{p.id: p for p in drawn if p.id not in there}.values()]
             if not fresh:
                 break
-            rollouts = concatenate([rollouts.settled(), sample(fresh, other_seed, draw)])
+            rollouts = concatenate([rollouts.settled(), sample(params, fresh, other_seed, draw)])
         return rollouts
+
+    return roll_out
+
+
+def _stream(task: Task, seed: int) -> grain.MapDataset:
+    """Returns the endless stream of training problems for a seed."""
+    return task.stream(seed) if task.stream else task.train.shuffle(seed=seed).repeat()
+
+
+def _sampling_params(
+    options: RolloutOptions, task: Task, vocab_size: int
+) -> sampling.SamplingParams:
+    """Returns the distribution that a stage samples its rollouts from."""
+    return sampling.params(vocab_size, stop=task.tokenizer.eos_ids, temperature=options.temperature)
+
+
+def carrying_rollouts(
+    options: RolloutOptions,
+    task: Task,
+    collector: Collector,
+    seed: int,
+    *,
+    vocab_size: int,
+    poll: Callable[[], None] = lambda: None,
+) -> RollOut:
+    """Returns a function that samples a step's rollouts, and carries unfinished ones over.
+
+    `options.prompts + options.carry_over` groups are in flight. The step ends once
+    `options.prompts` of them have ended, those that began `options.max_staleness` steps ago among
+    them. The others go on in the next step, with its parameters and its random numbers. Short
+    groups end first, so the first steps of a stage have shorter responses than the later ones.
+
+    The function is `(step, params, carried) -> Rollouts`. It depends on nothing but its arguments.
+
+    Args:
+      options, task, collector, seed, vocab_size, poll: as in `step_rollouts`.
+    """
+    problems = _stream(task, seed)
+    sampling_params = _sampling_params(options, task, vocab_size)
+
+    def roll_out(step: int, params: Params, carried: Carried) -> Rollouts:
+        groups = carry.unpack(carried)
+        first = step * options.prompts + (options.carry_over if groups else 0)
+        new = range(first, first + options.in_flight - len(groups))
+        groups += [carry.Group(place, step) for place in new]
+        chosen = [problems[group.place] for group in groups]
+        due = [g for g in groups if step - g.began >= options.max_staleness]
+        trained, others = collector.some(
+            params,
+            chosen,
+            [group.responses for group in groups],
+            wanted=options.prompts,
+            first=min(len(due), options.prompts),
+            key=sampling.folded_key(seed, step),
+            sampling_params=sampling_params,
+            poll=poll,
+        )
+        staleness = [step - groups[i].began for i in trained]
+        left = [groups[i]._replace(responses=others[i]) for i in sorted(others)]
+        return dataclasses.replace(
+            concatenate([*trained.values()]),
+            staleness=np.repeat(staleness, options.group_size),
+            carried=carry.pack(left, carried),
+        )
 
     return roll_out
 
@@ -196,7 +274,15 @@ def rollout_metrics(rollouts: Rollouts, group_size: int) -> dict[str, float]:
         "groups_all_correct": float(np.sum(by_problem == 1)),
         "groups_all_incorrect": float(np.sum(by_problem == 0)),
         "verifier_wait_seconds": wait_seconds,
+        **_staleness(rollouts.staleness),
     } | {f"verdict/{reason.replace(' ', '_')}": float(reasons[reason]) for reason in reasons}
+
+
+def _staleness(steps: np.ndarray | None) -> dict[str, float]:
+    """Returns metrics of the numbers of steps, int [N], for which rollouts were carried over."""
+    if steps is None:
+        return {}
+    return {"staleness": float(steps.mean()), "staleness_max": float(steps.max())}
 
 
 def diagnosis(
@@ -211,6 +297,25 @@ def diagnosis(
         section=name,
         response_tokens=options.response_tokens,
         unanswered=task.unanswered,
+    )
+
+
+def step_data(
+    rollouts: Rollouts,
+    task: Task,
+    options: RolloutOptions,
+    batches: list[Batch],
+    metrics: dict[str, float] | None = None,
+) -> StepData:
+    """Returns the data of a step with rollouts, whose metrics are theirs and `metrics`."""
+    return StepData(
+        batches,
+        rollout_metrics(rollouts, options.group_size)
+        | (metrics or {})
+        | {"useful_tokens": useful_fraction(batches)},
+        group_records(rollouts, options.group_size),
+        diagnosis(rollouts, task, options),
+        rollouts.carried,
     )
 
 

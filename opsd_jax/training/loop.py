@@ -31,6 +31,8 @@ from opsd_jax.training.step import batch_shardings, compile_train_step
 
 DIAGNOSED = 3  # first steps whose rollouts are described if few of them have an answer
 
+CARRIED = "carried"  # name of what a step carries over, in a checkpoint
+
 logger = logging.getLogger(__name__)
 
 
@@ -106,29 +108,36 @@ def run_stage(
     with contextlib.ExitStack() as stack:
         began = time.monotonic()
         checkpoints = stack.enter_context(Checkpoints(directory / CHECKPOINTS, *saved))
-        start, state = checkpoints.restore(abstract)
-        if state is None:
-            state = _initial_state(stage, optimizer, params(), abstract)
+        start, state, carried = _restored(checkpoints, abstract, stage.carried)
+        state = state or _initial_state(stage, optimizer, params(), abstract)
         writer = stack.enter_context(metrics_lib.writer(directory, start, options.wandb_project))
         if start >= stage.steps:
             return state["params"]
-        compiled = compile_train_step(stage, optimizer, abstract, mesh)
-        shardings = batch_shardings(stage.empty_batch, mesh)
+        train_step = _compiled(stage, optimizer, abstract, mesh)
         # An implicit transfer makes host and device wait for each other without any sign of it.
         with Watchdog(directory.name) as watchdog, jax.transfer_guard("disallow"):
-            state = _run_steps(
+            return _run_steps(
                 range(start, stage.steps),
                 stage,
-                lambda state, batch: compiled(state, mesh_lib.placed(batch, shardings)),
+                train_step,
                 state,
+                carried,
                 recorder=_Recorder(
                     checkpoints, writer, report, options, stage.summary, directory.name, began
                 ),
                 watchdog=watchdog,
                 stop=stop,
                 checkpoint_every=options.checkpoint_every,
-            )
-        return state["params"]
+            )["params"]
+
+
+def _compiled(
+    stage: Stage, optimizer: optax.GradientTransformation, abstract: State, mesh: jax.sharding.Mesh
+) -> Callable[[State, Batch], tuple[State, dict[str, Metric]]]:
+    """Compiles the train step of a stage, for batches in host memory."""
+    compiled = compile_train_step(stage, optimizer, abstract, mesh)
+    shardings = batch_shardings(stage.empty_batch, mesh)
+    return lambda state, batch: compiled(state, mesh_lib.placed(batch, shardings))
 
 
 def _run_steps(
@@ -136,6 +145,7 @@ def _run_steps(
     stage: Stage,
     train_step: Callable[[State, Batch], tuple[State, dict[str, Metric]]],
     state: State,
+    carried: Any,
     *,
     recorder: _Recorder,
     watchdog: Watchdog,
@@ -147,9 +157,10 @@ def _run_steps(
         watchdog.begin(step)
         began = time.monotonic()
         try:
-            data = stage.batches(step, state["params"])
+            given = () if carried is None else (carried,)
+            data = stage.batches(step, state["params"], *given)
         except Interrupted:  # the resumed run makes this step's batches again
-            recorder.save(step, state, ended=began)
+            recorder.save(step, state, carried, ended=began)
             raise
         totals = []
         for batch in data.batches:
@@ -158,12 +169,34 @@ def _run_steps(
         recorder.write_pending(ended=began)
         recorder.add(step, totals, data)
         signum = stop.received()
-        completed = step + 1
+        completed, carried = step + 1, data.carried
         if signum or completed % checkpoint_every == 0 or completed == stage.steps:
-            recorder.save(completed, state, ended=time.monotonic())
+            recorder.save(completed, state, carried, ended=time.monotonic())
         if signum:
             raise Interrupted(signum)
     return state
+
+
+def _restored(
+    checkpoints: Checkpoints, abstract: State, carried: Any
+) -> tuple[int, State | None, Any]:
+    """Restores the newest intact checkpoint.
+
+    Args:
+      checkpoints: the checkpoints of the stage.
+      abstract: shapes, dtypes and shardings of the training state.
+      carried: `Stage.carried`.
+
+    Returns:
+      The number of completed steps, the training state, and what the last step carried over;
+      0, None and `carried` if there is no checkpoint.
+    """
+    if carried is None:
+        return *checkpoints.restore(abstract), None
+    replicated = jax.tree.map(lambda _: abstract["step"].sharding, carried)
+    saved = abstract | {CARRIED: mesh_lib.abstract_of(carried, replicated)}
+    start, state = checkpoints.restore(saved)
+    return start, state, carried if state is None else jax.device_get(state.pop(CARRIED))
 
 
 def _initial_state(
@@ -256,15 +289,20 @@ class _Recorder:
             f"{self._options.max_without_signal} (0 for no limit).{seen}"
         )
 
-    def save(self, steps: int, state: State, ended: float) -> None:
+    def save(self, steps: int, state: State, carried: Any, ended: float) -> None:
         """Writes all pending metrics, then saves a checkpoint.
 
         Args:
           steps: number of completed steps; nothing is saved for 0.
           state: the state after them.
+          carried: what the last of them carried over; None if steps carry nothing over.
           ended: as in `write_pending`.
         """
         self.write_pending(ended)
         self._writer.flush()
-        if steps:
-            self._checkpoints.save(steps, state, self._latest)
+        if not steps:
+            return
+        if carried is not None:
+            replicated = jax.tree.map(lambda _: state["step"].sharding, carried)
+            state = state | {CARRIED: mesh_lib.placed(carried, replicated)}
+        self._checkpoints.save(steps, state, self._latest)

@@ -78,12 +78,15 @@ class StepData(NamedTuple):
         ones. They are written to `groups.jsonl`, from which a later run can select problems.
       diagnose: name of the stage -> a description of the step's rollouts. It is shown for the first
         steps, and if the run stops because no step has a gradient. None for a step without any.
+      carried: what `Stage.batches` gets in the next step, arrays with the shapes of
+        `Stage.carried`; None for a stage that carries nothing over.
     """
 
     batches: list[Batch]
     metrics: dict[str, float]
     groups: Sequence[dict[str, Any]] = ()
     diagnose: Callable[[str], Diagnosis] | None = None
+    carried: Any = None
 
 
 class Stage(NamedTuple):
@@ -108,6 +111,10 @@ class Stage(NamedTuple):
         devices, and divides once. An update of total weight 0 changes nothing.
         `metrics` maps names to `Metric`s; the train step adds `loss`, `grad_norm`, `empty` and
         `nonfinite`.
+      carried: what steps carry over to the next one, in host memory: a pytree of NumPy arrays of
+        fixed shapes, such as unfinished rollouts. This is its value before the first step. With it,
+        `batches` is `(step, params, carried) -> StepData`, and checkpoints contain it. None: steps
+        carry nothing over.
       summary: `means -> metrics`, computes the metrics that are written, all of them numbers, from
         the quotients of the step's `Metric`s. By default these are written.
       teacher: how to make and update the parameters that the loss gets as `teacher`; if None, the
@@ -116,7 +123,7 @@ class Stage(NamedTuple):
 
     steps: int
     updates: int
-    batches: Callable[[int, Params], StepData]
+    batches: Callable[..., StepData]
     empty_batch: Batch
     loss: Callable[
         [Params, Params | None, Microbatch],
@@ -124,3 +131,4 @@ class Stage(NamedTuple):
     ]
     teacher: Teacher | None = None
     summary: Callable[[dict[str, Any]], dict[str, float]] = lambda means: means
+    carried: Any = None

@@ -6,6 +6,7 @@ import pathlib
 import re
 import sys
 
+import jax.numpy as jnp
 import pages_on_cpu
 import pytest
 import tiny_config
@@ -15,6 +16,7 @@ from opsd_jax import config as config_lib
 from opsd_jax.cli import main
 from opsd_jax.config import fields, loading
 from opsd_jax.config.run_options import parse_run
+from opsd_jax.models import decoder
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.run import assembly, checks
 from opsd_jax.run.workdir import claimed
@@ -239,6 +241,28 @@ def test_tpu_kernels_are_refused_on_other_devices(tmp_path, field, form):
         assembly.assemble(config, tmp_path)
 
 
+def test_models_that_cannot_speculate_are_refused(shared_config):
+    """The error names the field of the stage, and the field of the model if that can help."""
+    section = shared_config.copy_and_resolve_references()
+    section.opsd.speculation = 4
+    config = parse_run(section)
+    model = decoder.from_config(config.model)
+    checks.check_speculation(config, model)
+    paged = re.escape("config.opsd.speculation is 4, but the cache of the model is paged")
+    dense = re.escape("expected 0 or, with config.model.cache = 'dense', any number.")
+    with pytest.raises(config_lib.ConfigError, match=f"{paged}.*{dense}"):
+        checks.check_speculation(config, model._replace(ragged=True))
+    recurrent = model.policy._replace(init_cache=lambda batch, length: jnp.zeros((batch, 4)))
+    message = r"config\.opsd\.speculation is 4, but .* recurrent state.*; expected 0\."
+    with pytest.raises(config_lib.ConfigError, match=message):
+        checks.check_speculation(config, model._replace(policy=recurrent))
+    section.opsd.speculation = 0
+    checks.check_speculation(parse_run(section), model._replace(ragged=True))
+    section.opsd.speculation = 32
+    with pytest.raises(config_lib.ConfigError, match=r"config\.opsd\.speculation is 32; expected"):
+        parse_run(section)
+
+
 @pytest.mark.parametrize(
     ("fields", "limit", "message"),
     [
@@ -407,6 +431,7 @@ def test_a_config_json_of_version_0_1_0_is_read():
     assert loading.ADDED == {
         "compilation_cache": "auto",
         "evaluation.divergence_responses": 1024,
+        "executables": "",
         "init_from": "",
         "max_without_signal": 50,
         "model.max_positions": 0,
@@ -414,9 +439,15 @@ def test_a_config_json_of_version_0_1_0_is_read():
         "rollout_quantisation.cache": "none",
         "rollout_quantisation.weights": "none",
     }
-    assert loading.ADDED_TO_STAGES == {"pool_tokens": 0}
-    added = loading.ADDED | {"rlvr.pool_tokens": 0, "opsd.pool_tokens": 0}
+    to_stages = {"carry_over": 0, "max_staleness": 4, "pool_tokens": 0, "speculation": 0}
+    assert to_stages == loading.ADDED_TO_STAGES
+    added = loading.ADDED | {
+        f"{stage}.{field}": value
+        for stage in ("rlvr", "opsd")
+        for field, value in to_stages.items()
+    }
     assert loading.flatten(config) == saved | added
+    assert loading.identity(config).keys() <= saved.keys()
     loading.check_same(config, loading.load("rlvr_hf", data=False, platform="tpu"), "workdir")
     saved["stages"] = ["rlvr", "opsd"]
     with pytest.raises(config_lib.ConfigError, match="teacher_buckets is"):

@@ -33,10 +33,11 @@ def test_the_loss_in_the_readme():
 
 
 def test_the_engine_in_the_docs_of_rollouts(capsys):
-    (block,) = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs" / "rollouts.md").read_text(), re.DOTALL
-    )
-    exec(block, {})
+    page = (ROOT / "docs" / "rollouts.md").read_text()
+    *options, engine = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    for block in options:
+        exec(block, {"config": loading.read("quickstart")})
+    exec(engine, {})
     rows = [
         line.split(maxsplit=3)[:2] for line in capsys.readouterr().out.splitlines() if "e [" in line
     ]

@@ -150,6 +150,22 @@ def test_splash_and_dense_prefill_fill_the_same_cache(sizes, params, cache):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
+def test_a_few_tokens_attend_to_a_cache_that_splash_attention_filled(sizes, params):
+    """Speculation continues rows by several tokens at once, from another position in each row."""
+    policy = decoder.model(dataclasses.replace(sizes, attention="splash", cache="dense")).policy
+    tokens = random_tokens(3, (B, 160))
+    everywhere = jnp.broadcast_to(jnp.arange(160), (B, 160))
+    begun = np.array([[129], [140], [150], [155]])
+    prefill = jax.jit(lambda p, *t: policy.forward(p, *t, policy.init_cache(B, 160)))
+    _, cache = prefill(params, tokens, jnp.where(everywhere < begun, everywhere, -1))
+    at = jnp.asarray(begun + np.arange(5)[None])
+    continued = jnp.take_along_axis(tokens, at, axis=1)
+    hidden, _ = jax.jit(policy.forward)(params, continued, at, cache)
+    full, _ = jax.jit(policy.forward)(params, tokens, everywhere)
+    expected = jnp.take_along_axis(full, at[..., None], axis=1)
+    np.testing.assert_allclose(hidden, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_auto_is_dense_without_a_tpu_and_invalid_options_are_errors():
     assert decoder.config_of(config_lib.preset("qwen3-8b")).attention == "dense"
     with pytest.raises(ValueError, match=r"attention is 'splash' with model.head_dim = 16"):

@@ -55,10 +55,23 @@ def wait_for(path, seconds=400):
 
 
 @pytest.fixture(scope="module")
-def alone(shared_config, tmp_path_factory):
+def carrying(shared_config):
+    """A config whose second stage carries rollouts over."""
+    config = shared_config.copy_and_resolve_references()
+    config.rlvr.carry_over = 4
+    return config
+
+
+@pytest.fixture
+def config(carrying):
+    return carrying.copy_and_resolve_references()
+
+
+@pytest.fixture(scope="module")
+def alone(carrying, tmp_path_factory):
     """The work directory of a run in one process with eight devices."""
     workdir = tmp_path_factory.mktemp("hosts") / "alone"
-    ((code, errors),) = Run(shared_config, workdir, processes=1, devices=8).ended()
+    ((code, errors),) = Run(carrying, workdir, processes=1, devices=8).ended()
     assert code == 0, errors[-3000:]
     return workdir
 

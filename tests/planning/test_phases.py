@@ -1,6 +1,7 @@
 """The phases of a plan: their memory equals what a run holds on a device."""
 
 import collections
+import dataclasses
 
 import jax
 import pytest
@@ -54,6 +55,26 @@ def small(config, monkeypatch):
     made = decoder.model  # on a CPU, sampling would hold the weights twice
     monkeypatch.setattr(decoder, "model", lambda sizes: made(sizes)._replace(unrolled=None))
     return parse_run(small)
+
+
+@pytest.mark.slow
+def test_a_plan_compiles_the_programs_that_speculate(small):
+    """It counts their temporaries. It assumes that they save no time."""
+    found = []
+    for guesses in (0, 3):
+        section = dataclasses.replace(small.sections["rlvr"], speculation=guesses)
+        compiler = Compiler()
+        with aot.planning(compiler):
+            config = dataclasses.replace(small, sections={**small.sections, "rlvr": section})
+            plan = Phases(config, jax.devices(), compiler, CHIPS["TPU v4"], 0.5)
+            plan.add_stage("rlvr")
+        key = PhaseKey("rlvr", PhaseKind.SAMPLING, "rollouts")
+        found.append(next(phase for phase in plan.phases if phase.key == key))
+    off, on = found
+    assert on.programs == [*off.programs, "rlvr rollouts: speculate in 128"]
+    assert on.seconds_at_best == off.seconds_at_best
+    assert on.parts[Part.TEMPORARIES] >= off.parts[Part.TEMPORARIES]
+    assert {**on.parts, Part.TEMPORARIES: 0} == {**off.parts, Part.TEMPORARIES: 0}
 
 
 @pytest.mark.slow

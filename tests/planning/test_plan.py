@@ -48,8 +48,28 @@ def planned(config, topology, *changes):
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    return planned(SUPPORT / "tiny_pod.py", "v5e:2x2")
+def executables(tmp_path_factory):
+    """The directory in which the plan `tiny` saves its programs."""
+    return tmp_path_factory.mktemp("executables")
+
+
+@pytest.fixture(scope="module")
+def tiny(executables):
+    saving = "--json", "--executables", str(executables)
+    text, code = printed(SUPPORT / "tiny_pod.py", "v5e:2x2", *saving)
+    return json.loads(text), code
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_plan_saves_every_program(tiny, executables):
+    names = {program["name"].rpartition(": ")[2] for program in tiny[0]["programs"]}
+    files = list(executables.iterdir())
+    assert {file.name.rpartition("-")[0].replace("_", " ") for file in files} == names
+    for file in files:
+        header, _, program = file.read_bytes().partition(b"\n")
+        assert json.loads(header)["device"] == tiny[0]["chip"]
+        assert len(program) > 10_000
 
 
 @needs_compiler

@@ -43,6 +43,8 @@ def test_a_shape_is_compiled_once(compiled, layout):
     assert len(compiled) == 1
     assert engines(**SIZES | {"response_tokens": 48}) is not first
     assert len(compiled) == 2
+    assert engines(**SIZES | {"speculation": 3}) is not first
+    assert compiled[2][3] == shape._replace(speculation=3)
 
 
 def test_the_layout_is_made_at_the_first_request(compiled, layout):

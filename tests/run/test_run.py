@@ -520,6 +520,7 @@ def test_a_user_s_own_model_trains(tiny, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_gives_the_same_results(config, tmp_path):
     """A run that is killed three times ends with the same results as one that is not."""
+    config.rlvr.carry_over = 4
     (tmp_path / "tiny.py").write_text(
         "from opsd_jax.config import loading\n"
         f"def get_config():\n    return loading.from_flat({loading.flatten(config)!r})\n"

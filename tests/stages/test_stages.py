@@ -269,7 +269,7 @@ def test_dynamic_sampling_replaces_problems_without_signal(config, task, model, 
     right = lambda problem, i: i == 0 if problem % every == 0 else problem % 2 == 0
     sampled = collector(right)
     stage = stage_with(rlvr_lib, section, task, model, sampled)
-    parts, metrics, records, _ = stage.batches(3, None)
+    parts, metrics, records, *_ = stage.batches(3, None)
     ids = [i for call in sampled.calls for i in call]
     assert len(set(ids)) == len(ids) == metrics["problems"] == len(records)
     informative = [i for i in ids if i % every == 0]
@@ -307,6 +307,18 @@ def test_a_stage_samples_from_its_own_distribution(config, task, model, collecto
     for got, want in zip(sampled.sampling_params, expected, strict=True):
         np.testing.assert_array_equal(got, want)
     assert sampled.poll is poll
+
+
+@pytest.mark.parametrize("algorithm", [rlvr_lib.ALGORITHM, opsd_lib.ALGORITHM])
+def test_the_rollouts_of_a_stage_speculate(config, algorithm):
+    """The engine of the rollouts gets the option. The engines of memos do not."""
+    name = "rlvr" if algorithm is rlvr_lib.ALGORITHM else "opsd"
+    changes = {"contexts": ("memo",)} if name == "opsd" else {}
+    options = stage_options(config[name], speculation=4, **changes)
+    rollouts, *memos = algorithm.sampling(options)
+    assert rollouts.engine(dict)["speculation"] == 4
+    speculation = [memo.engine(dict)["speculation"] for memo in memos]
+    assert speculation == ([0, 0] if name == "opsd" else [])
 
 
 def test_resampled_problems_are_not_repeated_in_later_steps(config, task, model, collector):

@@ -11,18 +11,18 @@ import numpy as np
 from opsd_jax.options import fail, option
 from opsd_jax.stages import sft
 from opsd_jax.stages.algorithm import Algorithm, Curve, RowFields
-from opsd_jax.stages.batch import pack, useful_fraction
+from opsd_jax.stages.batch import pack
 from opsd_jax.stages.options import RolloutOptions
 from opsd_jax.stages.rollouts import (
     check_prompts,
-    group_records,
     make_roll_out,
-    rollout_metrics,
+    no_rollouts,
     rollout_sampling,
+    step_data,
     student_lengths,
     student_rows,
 )
-from opsd_jax.training.stage import Stage, StepData
+from opsd_jax.training.stage import Stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,16 +53,14 @@ def make(options, parts):
         capacity=options.prompts, pad_id=parts.task.tokenizer.pad_id,
     )  # fmt: skip
 
-    def batches(step, params):
-        rollouts = roll_out(step, params)
+    def batches(step, params, *carried):
+        rollouts = roll_out(step, params, *carried)
         rows = student_rows(rollouts, parts.task, options.group_size)
         batch = batch_of([rows(i) for i in chosen(options, rollouts)])
-        metrics = rollout_metrics(rollouts, options.group_size)
-        metrics["useful_tokens"] = useful_fraction([batch])
-        return StepData([batch], metrics, group_records(rollouts, options.group_size))
+        return step_data(rollouts, parts.task, options, [batch])
 
     loss = functools.partial(sft.loss_fn, parts.model.policy, options.loss_chunk)
-    return Stage(options.steps, 1, batches, batch_of([]), loss)
+    return Stage(options.steps, 1, batches, batch_of([]), loss, carried=no_rollouts(options))
 
 
 ALGORITHM = Algorithm(

@@ -8,6 +8,7 @@ import pytest
 
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.rollout.diagnosis import Diagnosis
+from opsd_jax.storage.files import RecordError
 from opsd_jax.training import metrics as metrics_lib
 from opsd_jax.training.loop import LoopOptions, NoSignal, run_stage
 from opsd_jax.training.signals import StopSignal
@@ -76,6 +77,23 @@ def test_a_longer_stage_resumes_from_the_last_checkpoint(train):
 
     train(STAGE._replace(batches=recorded))
     assert steps == [6, 7, 8, 9]
+
+
+def test_what_a_step_carries_over_is_in_the_checkpoint(train, tmp_path):
+    """A step gets what the step before it carried over, also in a run that resumes."""
+    given = []
+
+    def carrying(step, params, carried):
+        given.append((step, int(carried["sum"])))
+        data = batches(step, params)
+        return data._replace(carried={"sum": carried["sum"] + np.int32(step)})
+
+    stage = STAGE._replace(batches=carrying, carried={"sum": np.zeros((), np.int32)})
+    train(stage._replace(steps=6))
+    train(stage)
+    assert given == [(step, sum(range(step))) for step in range(10)]
+    with pytest.raises(RecordError, match="has carried/sum, which this config does not use"):
+        train(STAGE._replace(steps=11))
 
 
 double = jax.jit(lambda x: 2 * x)
