@@ -81,6 +81,7 @@ class Policy(NamedTuple):
 
         Alternatively, the cache is a `PagedCache` whose table gives every row pages of its own for
         `length` tokens, in order. The engine may then make the pool smaller, and it sets the table.
+        The model then has `Model.ragged`.
     """
 
     forward: Callable[..., tuple[jax.Array, Cache]]

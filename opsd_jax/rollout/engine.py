@@ -569,13 +569,16 @@ class _Batch:
         rows = np.zeros((len(Rows._fields), m), np.int32)
         slot_m = np.full(m, S, np.int32)  # past the last slot: not inserted
         prefixes: list[list[int]] = [[] for _ in range(m)]
+        taken: list[int] = []
         for i in range(min(m, len(self._begun))):
-            slot = self._start(self._begun[0])
+            slot = self._start(self._begun[0], without=taken if self._pool.has_pages else ())
             if slot is None:
                 break
-            rollout, slot_m[i] = self._begun.popleft(), slot
-            rows[:, i], prefixes[i] = rollout.row(), rollout.ids[:-1]
-        if slot_m[0] == S:
+            rollout = self._begun.popleft()
+            row = self._pool.shard(slot) if self._pool.has_pages else i
+            taken.append(row)
+            slot_m[row], rows[:, row], prefixes[row] = slot, rollout.row(), rollout.ids[:-1]
+        if not taken:
             return False
         self._resize(0)
         arguments = *left_pad(prefixes, self._cache_length, self._pad_id), slot_m, Rows(*rows)
@@ -629,15 +632,26 @@ class _Batch:
         )
         return True
 
-    def _start(self, rollout: _Rollout, prompt: Hashable = None, shared: int = 0) -> int | None:
+    def _start(
+        self,
+        rollout: _Rollout,
+        prompt: Hashable = None,
+        shared: int = 0,
+        without: Sequence[int] = (),
+    ) -> int | None:
         """Gives a slot and pages to a rollout. Returns the slot; None if it has to wait.
 
         Args:
           rollout: the rollout.
-          prompt, shared: see `PagePool.start`.
+          prompt, shared, without: see `PagePool.start`.
         """
-        longest = rollout.cache_length_after(rollout.budget)
-        slot = self._pool.start(self._needed(rollout), longest, prompt=prompt, shared=shared)
+        slot = self._pool.start(
+            self._needed(rollout),
+            rollout.cache_length_after(rollout.budget),
+            prompt=prompt,
+            shared=shared,
+            without=without,
+        )
         if slot is not None:
             self._active[slot] = rollout
         return slot

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -206,7 +206,24 @@ class PagePool:
         """Whether any slot is free."""
         return any(shard.slots for shard in self._shards)
 
-    def start(self, length: int, longest: int, *, prompt: Hashable, shared: int) -> int | None:
+    @property
+    def has_pages(self) -> bool:
+        """Whether the cache has pages."""
+        return self._none > 0
+
+    def shard(self, slot: int) -> int:
+        """Returns the shard of a slot."""
+        return slot // self._per_shard
+
+    def start(
+        self,
+        length: int,
+        longest: int,
+        *,
+        prompt: Hashable,
+        shared: int,
+        without: Sequence[int] = (),
+    ) -> int | None:
         """Gives a slot and pages to a rollout. Returns the slot; None if the rollout has to wait.
 
         The rollout goes to a shard that has the pages of its prompt, or else to the shard with the
@@ -217,11 +234,12 @@ class PagePool:
           longest: cache length that it can need at most.
           prompt: identifies the prompt. Rollouts of equal prompts share pages.
           shared: number of tokens that the rollout has in common with the others of its prompt.
+          without: shards in which the rollout must not start.
         """
         count, best = self._count(length), None
         for i, shard in enumerate(self._shards):
             left = shard.left(count, prompt)
-            if shard.slots and left >= 0:
+            if shard.slots and left >= 0 and i not in without:
                 key = prompt in shard.prompts, left, -i
                 best = key if best is None else max(best, key)
         if best is None:
@@ -255,12 +273,8 @@ class PagePool:
 
     def free(self, slot: int) -> None:
         """Frees a slot, and the pages that no other slot uses."""
-        self._shard(slot).free(slot)
+        self._shards[self.shard(slot)].free(slot)
         self.table[slot] = self._none
-
-    def _shard(self, slot: int) -> _Shard:
-        """Returns the shard of a slot."""
-        return self._shards[slot // self._per_shard]
 
     def _count(self, length: int) -> int:
         """Returns the number of pages for `length` tokens; 0 for a cache without pages."""
@@ -268,5 +282,5 @@ class PagePool:
 
     def _set(self, slot: int) -> None:
         """Writes the pages of a slot to the table."""
-        pages = self._shard(slot).tenants[slot].pages
+        pages = self._shards[self.shard(slot)].tenants[slot].pages
         self.table[slot, : len(pages)] = pages

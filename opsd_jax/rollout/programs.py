@@ -71,8 +71,9 @@ class Programs:
       insert: for each cache length, `(state, prefilled, source_m, slot_m, rows) -> Slots`; see
         `slots.insert`. Donates the state.
       proceed: for each cache length C, `(params, state, tokens_mxC, positions_mxC, slot_m, rows)
-        -> Slots`, which prefills rollouts that have tokens already and inserts them. Donates the
-        state. Empty unless `shape.continues`.
+        -> Slots`, which prefills rollouts that have tokens already and inserts them. If the cache
+        is paged, rollout i has a slot in shard i of the rows. Donates the state. Empty unless
+        `shape.continues`.
       continued: m, rollouts per call of `proceed`: one for each part that the mesh splits rows
         into.
       decode: for each cache length, `(params, state, key_data, sampling_params, stop_after) ->
@@ -110,7 +111,7 @@ class Programs:
         Raises:
           ValueError: `shape.speculation` is not 0, and `speculation.check` refuses it. Or
             `shape.pool_tokens` is too small for one rollout, or needs a cache with pages or
-            `shape.continues`.
+            `shape.continues`. Or the cache is paged, and there are several cache lengths.
         """
         if shape.speculation:
             speculation.check(model, shape.speculation)
@@ -123,6 +124,11 @@ class Programs:
             shards=mesh_lib.row_shards(mesh),
             pool_tokens=shape.pool_tokens,
         )
+        if self.pool_sizes.pages and len(cache_lengths) > 1:
+            raise ValueError(
+                f"cache_lengths is {cache_lengths}; expected one length, because a paged cache is "
+                "never resized. A Model with a paged cache has `ragged=True`."
+            )
         if not (self.pool_sizes.is_full or shape.continues):
             raise ValueError(
                 f"pool_tokens is {shape.pool_tokens} and continues is False; expected True, "
@@ -269,10 +275,14 @@ class Programs:
         """Compiles the program that continues rollouts, for one cache length."""
 
         def proceed(params, state, tokens_mxC, positions_mxC, slot_m, rows):
+            policy = self._model.policy
             sharded = (
-                jax.lax.with_sharding_constraint(x, self._rows) for x in (tokens_mxC, positions_mxC)
+                jax.lax.with_sharding_constraint(tokens_mxC, self._rows),
+                jax.lax.with_sharding_constraint(positions_mxC, self._rows),
             )
-            prefilled = slots.prefill(self._model.policy, params, *sharded)
+            if isinstance(state.cache, PagedCache):
+                return slots.prefill_in_place(policy, params, state, *sharded, slot_m, rows)
+            prefilled = slots.prefill(policy, params, *sharded)
             return slots.insert(self._axes, state, prefilled, jnp.arange(m), slot_m, rows)
 
         state, m = self._states[length], self.continued

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
+from opsd_jax.parallel.mesh import ROWS, constrain
 from opsd_jax.parallel.program import DECODE_STEPS
 from opsd_jax.policy import Cache, PagedCache, Params, Policy
 from opsd_jax.rollout import sampling
@@ -188,6 +190,46 @@ def _insert_pages(
     return cache._replace(
         pages=jax.tree.map(copy_pages, cache.pages, prefilled.pages),
         rows=jax.tree.map(copy_rows, cache.rows, prefilled.rows),
+    )
+
+
+def prefill_in_place(
+    policy: Policy,
+    params: Params,
+    slots: Slots,
+    tokens_mxC: jax.Array,
+    positions_mxC: jax.Array,
+    slot_m: jax.Array,
+    rows: Rows,
+) -> Slots:
+    """Prefills m rollouts that have tokens already, and inserts them into slots.
+
+    The cache is a `PagedCache` whose table has the pages of these rollouts. Their keys and values
+    are written to the pages at once, so no device holds another cache or receives one.
+
+    Args:
+      policy, params: the model.
+      slots: the state.
+      tokens_mxC: int32, prompts and responses without their last tokens, padded to C columns. If
+        rows are sharded, each rollout is in the shard of its slot.
+      positions_mxC: int32, the position of each token; -1 for padding.
+      slot_m: int32, the slot of each rollout. A number past the last slot skips the rollout.
+      rows: the new rows, int32 [m] each.
+
+    Returns:
+      The new state.
+    """
+    cache = slots.cache
+    no_page = jax.tree.leaves(cache.pages)[0].shape[0]
+    table_mxN = constrain(cache.table.at[slot_m].get(mode="fill", fill_value=no_page), P(ROWS))
+    fresh = jax.tree.map(lambda x: jnp.zeros((len(slot_m), *x.shape[1:]), x.dtype), cache.rows)
+    _, filled = policy.forward(
+        params, tokens_mxC, positions_mxC, PagedCache(cache.pages, fresh, table_mxN)
+    )
+    set_rows = lambda leaf, new: leaf.at[slot_m].set(new, mode="drop")
+    return Slots(
+        jax.tree.map(set_rows, slots.rows, rows),
+        cache._replace(pages=filled.pages, rows=jax.tree.map(set_rows, cache.rows, filled.rows)),
     )
 
 

@@ -1,4 +1,4 @@
-"""Rollouts with a pool of pages equal those with a dense cache, whoever loses his pages."""
+"""Rollouts with a pool of pages equal those with a dense cache, also if they lose their pages."""
 
 import collections
 import json
@@ -50,7 +50,12 @@ def make():
             model, abstract_of(placed, jax.tree.map(lambda x: x.sharding, placed)), mesh
         )
         shape = EngineShape(
-            slots, mesh_lib.row_shards(mesh), PROMPT, BUDGET, pool_tokens > 0, pool_tokens
+            slots,
+            mesh_lib.row_shards(mesh),
+            PROMPT,
+            BUDGET,
+            continues=pool_tokens > 0,
+            pool_tokens=pool_tokens,
         )
 
         def compiled(key, lowered):
@@ -153,7 +158,7 @@ def test_a_pool_that_cannot_work_is_refused(cache, pool_tokens, continues, messa
     model, mesh = pages_on_cpu.model(cache), mesh_lib.make_mesh((2, 1, 1), jax.devices()[:2])
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     abstract = abstract_of(shapes, mesh_lib.tree_shardings(mesh, model.rules, shapes))
-    shape = EngineShape(4, 2, PROMPT, BUDGET, continues, pool_tokens)
+    shape = EngineShape(4, 2, PROMPT, BUDGET, continues=continues, pool_tokens=pool_tokens)
     with pytest.raises(ValueError, match=message):
         Engine(model, abstract, mesh, shape)
 
@@ -176,7 +181,8 @@ shapes = jax.eval_shape(model.init, jax.random.key(0))
 shardings = mesh_lib.tree_shardings(mesh, model.rules, shapes)
 params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
 layout = decode_layout(model, abstract_of(params, shardings), mesh)
-engine = Engine(model, layout.abstract, mesh, EngineShape(16, 4, 12, 20, True, 6 * 32))
+shape = EngineShape(16, 4, 12, 20, continues=True, pool_tokens=6 * 32)
+engine = Engine(model, layout.abstract, mesh, shape)
 prompts = [[3 + i, 4, 5, 6, 7, 8][: 1 + i % 6] for i in range(12)]
 ids = [[2 * i, 2 * i + 1] for i in range(12)]
 options = {"key": jax.random.key(3), "sampling_params": sampling.params(32, stop=(2,))}

@@ -70,10 +70,18 @@ def test_the_rollout_that_started_last_is_preempted():
 
 def test_rollouts_of_a_prompt_meet_in_one_shard_and_others_spread():
     this = pool(slots=8, shards=2, pages=32)
-    assert [start(this, 8, prompt=p, shared=4) // 4 for p in "abacbd"] == [0, 1, 0, 1, 1, 0]
+    assert [this.shard(start(this, 8, prompt=p, shared=4)) for p in "abacbd"] == [0, 1, 0, 1, 1, 0]
     for slot in range(4):  # each shard has its own pages
         assert all(page < 16 or page == 32 for page in this.table[slot])
         assert all(page >= 16 for page in this.table[4 + slot])
+
+
+def test_a_rollout_can_be_kept_out_of_shards():
+    this = pool(slots=8, shards=2, pages=32)
+    start_without = lambda *shards: this.start(8, 16, prompt="a", shared=4, without=shards)
+    assert this.shard(start_without(0)) == 1
+    assert this.shard(start_without(1)) == 0
+    assert start_without(0, 1) is None
 
 
 def test_a_cache_without_pages_has_room_in_every_slot():
