@@ -117,23 +117,7 @@ class Programs:
             speculation.check(model, shape.speculation)
         self.shape, self.cache_lengths = shape, cache_lengths
         self._model, self._mesh = model, mesh
-        self.pool_sizes = pages.pool_sizes(
-            model.policy,
-            slots=shape.slots,
-            length=cache_lengths[-1],
-            shards=mesh_lib.row_shards(mesh),
-            pool_tokens=shape.pool_tokens,
-        )
-        if self.pool_sizes.pages and len(cache_lengths) > 1:
-            raise ValueError(
-                f"cache_lengths is {cache_lengths}; expected one length, because a paged cache is "
-                "never resized. A Model with a paged cache has `ragged=True`."
-            )
-        if not (self.pool_sizes.is_full or shape.continues):
-            raise ValueError(
-                f"pool_tokens is {shape.pool_tokens} and continues is False; expected True, "
-                "because a rollout that loses its pages has to continue from its tokens."
-            )
+        self.pool_sizes = self._pool_sizes()
         self._rows, self.replicated = mesh_lib.rows(mesh), mesh_lib.replicated(mesh)
         self._axes = slots.length_axes(model.policy)
         self._states = {length: self._abstract_state(length) for length in cache_lengths}
@@ -156,6 +140,31 @@ class Programs:
             lengths = cache_lengths if shape.speculation else ()
             self.speculate = {n: self._compile_speculate(n, abstract_params) for n in lengths}
             self._resize = self._compile_resize()
+
+    def _pool_sizes(self) -> pages.PoolSizes:
+        """Returns the sizes of the page pool.
+
+        Raises:
+          ValueError: they need one cache length, or `shape.continues`.
+        """
+        sizes = pages.pool_sizes(
+            self._model.policy,
+            slots=self.shape.slots,
+            length=self.cache_lengths[-1],
+            shards=mesh_lib.row_shards(self._mesh),
+            pool_tokens=self.shape.pool_tokens,
+        )
+        if sizes.pages and len(self.cache_lengths) > 1:
+            raise ValueError(
+                f"cache_lengths is {self.cache_lengths}; expected one length, because a paged "
+                "cache is never resized. A Model with a paged cache has `ragged=True`."
+            )
+        if not (sizes.is_full or self.shape.continues):
+            raise ValueError(
+                f"pool_tokens is {self.shape.pool_tokens} and continues is False; expected True, "
+                "because a rollout that loses its pages has to continue from its tokens."
+            )
+        return sizes
 
     def resize(self, state: Slots, old: int, new: int) -> Slots:
         """Resizes the slots' cache from length `old` to length `new`, and returns the new state.
