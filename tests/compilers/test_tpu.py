@@ -254,7 +254,7 @@ def test_decoding_reads_the_weights_and_the_filled_part_of_the_cache(topology, m
 @pytest.mark.parametrize(("topology", "mesh"), [("v5p:2x2x1", "1x1x4"), ("v5e:2x4", "2x1x4")])
 def test_8_bits_halve_the_bytes_of_a_decode_step(topology, mesh):
     """A copy of the weights or of the cache in 16 bits would move more than before."""
-    arguments = ("compile_decode.py", topology, mesh, "paged", "--layers", "4")
+    arguments = ("compile_decode.py", topology, mesh, "paged")
     plain, int8 = compiled(*arguments), compiled(*arguments, "--int8", "weights", "cache")
     assert int8["moved"] <= 0.55 * plain["moved"]
     assert int8["argument"] <= 0.56 * plain["argument"]
