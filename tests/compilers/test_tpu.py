@@ -1,5 +1,6 @@
 """Programs that XLA:TPU compiles without a TPU; the slow tests need the extra `tpu`."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -183,6 +184,7 @@ ENTRY %main (p: bf16[4,8,16]) -> bf16[2,64,16] {
     assert [(a.read, a.written) for a in moved if not a.loops] == [(8, 0), (0, 8)]
 
 
+@functools.cache  # two tests read the same programs
 def compiled(script, *arguments):
     """Runs a script in this file's folder; returns the JSON on its last line."""
     if importlib.util.find_spec("libtpu") is None:
