@@ -11,6 +11,7 @@ import jax
 
 from opsd_jax.config.run_options import RunOptions, parse_run
 from opsd_jax.models import pretrained, weights
+from opsd_jax.models.quantised import QuantisationOptions
 from opsd_jax.options import ConfigError
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.run import workdir as workdir_lib
@@ -97,7 +98,12 @@ def _parameters(config: RunOptions, workdir: Path) -> Parameters:
     for mesh, devices in ((config.mesh, every), ((1, -1, 1), every), ((1, 1, 1), every[:1])):
         try:
             mesh_lib.make_mesh(mesh, devices)
-            here = dataclasses.replace(config, mesh=tuple(mesh), decode_mesh=())
+            here = dataclasses.replace(
+                config,
+                mesh=tuple(mesh),
+                decode_mesh=(),
+                rollout_quantisation=QuantisationOptions(),  # an exported model is exact
+            )
             return Parameters(here, workdir, devices)
         except ValueError as error:
             reason = error

@@ -80,7 +80,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     stage, config = hosts.together(lambda: config_of(arguments))
     workdir = arguments.workdir
-    compilation.use_cache(config.compilation_cache, workdir or arguments.out)
+    # The work directory may come from somebody else, and to load a program executes its code.
+    compilation.use_cache(compilation.AUTO, None)
     this = hosts.together(lambda: assembly.assemble(config, workdir or arguments.out))
     problems = this.evaluator.problems()
     if arguments.benchmark and arguments.problems:
@@ -145,6 +146,8 @@ def config_of(arguments: argparse.Namespace) -> tuple[str, RunOptions]:
     for name, form in TPU_ONLY.items():
         if config.model.get(name) == form:
             config.model[name] = "auto"  # the machine that evaluates may have no TPU
+    for name in config.rollout_quantisation:
+        config.rollout_quantisation[name] = "none"  # an evaluation samples from the exact model
     if arguments.mesh is not None:
         config.mesh, config.decode_mesh = arguments.mesh, ()
     if arguments.benchmark:

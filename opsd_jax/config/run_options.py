@@ -94,9 +94,10 @@ class RunOptions:
     )
     compilation_cache: str = option(
         "auto",
-        "Directory in which compiled programs outlive the process; '' for none. 'auto' is "
-        "JAX_COMPILATION_CACHE_DIR if set, or one in the user's cache, or one beside the work "
-        "directory if that is in a bucket or there are several processes.",
+        "Directory that keeps compiled programs, so that a restarted run does not compile again; "
+        "'' for none. 'auto': JAX_COMPILATION_CACHE_DIR if it is set; else `compiled/` next to the "
+        "work directory, if that is in a bucket or there are several processes; else a directory "
+        "in the user's cache. Loading a program executes code: name only your own.",
         added=True,
     )
     executables: str = option(

@@ -284,6 +284,7 @@ class Phases:
             prefills=-(-sampling.samples // (sampling.group_size * shape.prompts)),
             samples=sampling.samples,
             steps=steps,
+            continues_at=prompts + responses.mean() / 2 if sampling.carries_over else 0,
         )
         self.add_phase(
             key,
@@ -476,26 +477,27 @@ class Phases:
 
 
 def _engine_executions(
-    engine: Engine, *, prefills: int, samples: int, steps: int
+    engine: Engine, *, prefills: int, samples: int, steps: int, continues_at: float
 ) -> dict[ProgramKey, float]:
     """Returns how often a sampling phase executes each program of its engine.
 
-    The plan assumes that the cache always has its largest length and is never resized, and that no
-    step is saved by speculation.
+    The plan assumes that the cache always has its largest length and is never resized, that no step
+    is saved by speculation, and that no rollout loses its pages. With `continues_at`, every slot
+    begins with a rollout of the step before that has this many tokens.
     """
     executions: dict[ProgramKey, float] = {ProgramKey(ProgramKind.RESIZE): 0}
     for length in engine.cache_lengths:
         executions[ProgramKey(ProgramKind.INSERT, length)] = 0
         executions[ProgramKey(ProgramKind.DECODE, length)] = 0
-        if engine.shape.continues:
-            executions[ProgramKey(ProgramKind.CONTINUE, length)] = 0
         if engine.shape.speculation:
             executions[ProgramKey(ProgramKind.SPECULATE, length)] = 0
     longest = engine.cache_lengths[-1]
-    if engine.shape.continues:  # every slot begins with a rollout of the step before
-        executions[ProgramKey(ProgramKind.CONTINUE, longest)] = -(
-            -engine.shape.slots // engine.continued
-        )
+    for length in engine.continue_lengths:
+        executions[ProgramKey(ProgramKind.CONTINUE, length)] = 0
+    if continues_at:
+        length = next(n for n in engine.continue_lengths if n >= continues_at)
+        count = -(-engine.shape.slots // engine.continued)
+        executions[ProgramKey(ProgramKind.CONTINUE, length)] = count
     return executions | {
         ProgramKey(ProgramKind.START): 1,
         ProgramKey(ProgramKind.PREFILL): prefills,

@@ -302,8 +302,10 @@ class Batch:
         if not taken:
             return False
         self._resize(0)
-        arguments = *left_pad(prefixes, self._cache_length, self._pad_id), slot_m, Rows(*rows)
-        self._state = self._programs.proceed[self._cache_length](
+        longest = max(map(len, prefixes)) if self._pool.has_pages else self._cache_length
+        columns = next(n for n in self._programs.proceed if n >= longest)
+        arguments = *left_pad(prefixes, columns, self._pad_id), slot_m, Rows(*rows)
+        self._state = self._programs.proceed[columns](
             self._params,
             self._programs.with_pages(self._state, self._pool.table),
             *self._put(*arguments),

@@ -133,6 +133,7 @@ class Engine:
       pool_sizes: the sizes of its page pool.
       prefill_cache_bytes: bytes per device of the cache of one prefill.
       continued: rollouts that continue in one execution of a program.
+      continue_lengths: the numbers of columns of these programs, ascending.
     """
 
     def __init__(
@@ -178,7 +179,7 @@ class Engine:
         self.cache_tokens = self._programs.cache_tokens
         self.pool_sizes = self._programs.pool_sizes
         self.prefill_cache_bytes = self._programs.prefill_cache_bytes
-        self.continued = self._programs.continued
+        self.continued, self.continue_lengths = self._programs.continued, [*self._programs.proceed]
 
     def __call__(
         self,

@@ -70,9 +70,10 @@ class Programs:
       prefill: `(params, tokens_nxP, positions_nxP) -> Cache`; see `slots.prefill`.
       insert: for each cache length, `(state, prefilled, source_m, slot_m, rows) -> Slots`; see
         `slots.insert`. Donates the state.
-      proceed: for each cache length C, `(params, state, tokens_mxC, positions_mxC, slot_m, rows)
-        -> Slots`, which prefills rollouts that have tokens already and inserts them. If the cache
-        is paged, rollout i has a slot in shard i of the rows. Donates the state. Empty unless
+      proceed: for numbers of columns C, `(params, state, tokens_mxC, positions_mxC, slot_m, rows)
+        -> Slots`, which prefills rollouts that have tokens already and inserts them. Donates the
+        state. For a dense cache, C is the cache length. A paged cache has one length, and C is that
+        length, its half or its quarter. Row i of a paged cache's call is for shard i. Empty unless
         `shape.continues`.
       continued: m, rollouts per call of `proceed`: one for each part that the mesh splits rows
         into.
@@ -135,10 +136,10 @@ class Programs:
             self.prefill = self._compile_prefill(abstract_params)
             self.insert = {n: self._compile_insert(n) for n in cache_lengths}
             self.decode = {n: self._compile_decode(n, abstract_params) for n in cache_lengths}
-            lengths = cache_lengths if shape.continues else ()
+            lengths = self._continue_lengths()
             self.proceed = {n: self._compile_proceed(n, abstract_params) for n in lengths}
-            lengths = cache_lengths if shape.speculation else ()
-            self.speculate = {n: self._compile_speculate(n, abstract_params) for n in lengths}
+            speculative = cache_lengths if shape.speculation else ()
+            self.speculate = {n: self._compile_speculate(n, abstract_params) for n in speculative}
             self._resize = self._compile_resize()
 
     def _pool_sizes(self) -> pages.PoolSizes:
@@ -280,8 +281,16 @@ class Programs:
             donate=0,
         )
 
+    def _continue_lengths(self) -> list[int]:
+        """Returns the numbers of columns of the programs that continue rollouts, ascending."""
+        if not self.shape.continues:
+            return []
+        longest = self.cache_lengths[-1]
+        parts = [-(-longest // (128 * n)) * 128 for n in (4, 2)] if self.pool_sizes.pages else []
+        return sorted({*self.cache_lengths, *(part for part in parts if part < longest)})
+
     def _compile_proceed(self, length: int, abstract_params: Params) -> Callable[..., Slots]:
-        """Compiles the program that continues rollouts, for one cache length."""
+        """Compiles the program that continues rollouts, for one number of columns."""
 
         def proceed(params, state, tokens_mxC, positions_mxC, slot_m, rows):
             policy = self._model.policy
@@ -294,7 +303,8 @@ class Programs:
             prefilled = slots.prefill(policy, params, *sharded)
             return slots.insert(self._axes, state, prefilled, jnp.arange(m), slot_m, rows)
 
-        state, m = self._states[length], self.continued
+        state = self._states.get(length, self._states[self.cache_lengths[-1]])
+        m = self.continued
         prefix, values = np.zeros((m, length), np.int32), np.zeros(m, np.int32)
         rows = Rows(*(values,) * len(Rows._fields))
         return _compile(

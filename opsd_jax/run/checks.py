@@ -96,9 +96,9 @@ def check_speculation(config: RunOptions, model: Model) -> None:
             speculation.check(model, options.speculation)
         except ValueError as error:
             field = f"config.{name}.speculation"
-            dense = " or, with config.model.cache = 'dense', any number" if model.ragged else ""
+            dense = " Or set config.model.cache to 'dense'." if model.ragged else ""
             raise ConfigError(
-                f"{field} is {options.speculation}, but {error}; expected 0{dense}."
+                f"{field} is {options.speculation}, but {error}; expected 0.{dense}"
             ) from error
 
 

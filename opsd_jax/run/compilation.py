@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import pathlib
 import platform
@@ -16,11 +17,13 @@ from opsd_jax.parallel import aot, hosts
 from opsd_jax.storage.executables import Executables
 from opsd_jax.storage.files import Path, in_bucket
 
+logger = logging.getLogger(__name__)
+
 AUTO = "auto"
 NAME = "compiled"
 
 
-def use_cache(option: str, workdir: Path) -> None:
+def use_cache(option: str, workdir: Path | None) -> None:
     """Lets JAX save the programs that it compiles in a directory, and read them there.
 
     Call it before anything is compiled. What cannot be read or written is compiled as usual, with a
@@ -29,14 +32,15 @@ def use_cache(option: str, workdir: Path) -> None:
     Args:
       option: `config.compilation_cache`. With "auto", a directory that JAX has been given, as by
         the environment variable JAX_COMPILATION_CACHE_DIR, is kept.
-      workdir: the work directory of the run.
+      workdir: the work directory of the run; None for a command that shares no directory.
     """
     given = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined] # not in its stub
     if option == AUTO and given:
         return
     if option == AUTO:
-        shared = hosts.count() > 1 or in_bucket(workdir)
-        option = str(workdir.parent / NAME if shared else _of_this_machine())
+        shared = workdir is not None and (hosts.count() > 1 or in_bucket(workdir))
+        option = str(workdir.parent / NAME if workdir and shared else _of_this_machine())
+        logger.info("opsd-jax: keeping compiled programs in %s (config.compilation_cache)", option)
     jax.config.update("jax_compilation_cache_dir", option or None)
 
 

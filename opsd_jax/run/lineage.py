@@ -212,6 +212,7 @@ def _compare(
             f"fields of the stage {origin.stage} and of later stages may change. Expected the "
             "same values in the others."
         )
+    _check_carried(origin, there, now)
     for name in before:
         if not checkpoint.has_params(origin.workdir / name / PARAMS):
             raise ConfigError(
@@ -219,6 +220,26 @@ def _compare(
                 f"results of all stages before {origin.stage}."
             )
     return before, changes, there
+
+
+def _check_carried(origin: Origin, there: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises ConfigError if a checkpoint's unfinished rollouts do not fit the config of the fork.
+
+    Args:
+      origin: the checkpoint.
+      there, now: the identities of the two configs.
+    """
+    carry_over = f"{origin.stage}.carry_over"
+    if not (there.get(carry_over) or now.get(carry_over)):
+        return
+    for name in ("carry_over", "prompts", "group_size", "response_tokens"):
+        field = f"{origin.stage}.{name}"
+        if (old := there.get(field, 0)) != (new := now.get(field, 0)):
+            raise ConfigError(
+                f"--fork {origin}: config.{field} is {new}; expected {old}, its value there. With "
+                "carry_over, a checkpoint has unfinished rollouts. To change it, begin a stage "
+                "with the result of that run (config.init_from)."
+            )
 
 
 def _step(config: RunOptions, origin: Origin) -> int:

@@ -1,7 +1,8 @@
 """Metrics of the difference between the model that is trained and the one that samples rollouts.
 
-The two differ where rollouts are in 8 bits, and a little wherever kernels or the order of sums
-differ. In an RLVR stage with several updates a step, the earlier updates add to the difference.
+The two differ where rollouts are in 8 bits or were carried over from earlier steps, and a little
+wherever kernels or the order of sums differ. In an RLVR stage with several updates a step, the
+earlier updates add to the difference.
 """
 
 from __future__ import annotations

@@ -75,7 +75,8 @@ class RolloutOptions(StageOptions):
     pool_tokens: int = option(
         0,
         "Tokens that a paged cache holds while rollouts are sampled, over all devices; rollouts "
-        "take its pages as they grow. 0 for `slots` times prompt_tokens + response_tokens.",
+        "take its pages as they grow. 0 for `slots` times prompt_tokens + response_tokens. Needs a "
+        "paged cache, so a TPU.",
         at_least=0,
         added=True,
     )
@@ -87,14 +88,15 @@ class RolloutOptions(StageOptions):
     )
     carry_over: int = option(
         0,
-        "Problems in flight beyond those of a step: it does not wait for all of their rollouts, "
-        "which go on in the next step. 0: every step waits for all of its rollouts.",
+        "Problems that are sampled in addition to `prompts`, at most as many. A step ends when the "
+        "rollouts of `prompts` problems have ended, and the others continue in the next step. 0: "
+        "every step waits for all of its rollouts.",
         at_least=0,
         added=True,
     )
     max_staleness: int = option(
         4,
-        "With carry_over: a step waits for the rollouts that began this many steps ago.",
+        "With carry_over: a step does not end before the rollouts that began this many steps ago.",
         at_least=1,
         added=True,
     )
@@ -109,7 +111,8 @@ class RolloutOptions(StageOptions):
     speculation: int = option(
         0,
         "Tokens that are guessed from a rollout's earlier text and verified in one forward pass, "
-        "while few slots are active; 0 turns it off. It does not change the rollouts.",
+        "while few slots are active; 0 turns it off. Needs a dense cache. The rollouts stay the "
+        "same, up to rounding.",
         at_least=0,
         at_most=MOST_GUESSES,
         added=True,
@@ -131,6 +134,12 @@ class RolloutOptions(StageOptions):
         if self.buckets[-1] < longest:
             expected = f"a last length of at least {longest} = prompt_tokens + response_tokens - 1"
             fail(f"{field}.buckets", self.buckets, expected)
+        if self.carry_over > self.prompts:
+            expected = (
+                f"at most {field}.prompts = {self.prompts}, so that a step can train all rollouts "
+                "that are due"
+            )
+            fail(f"{field}.carry_over", self.carry_over, expected)
         if self.carry_over and self.resample_rounds:
             expected = f"0 together with {field}.resample_rounds = {self.resample_rounds}"
             fail(f"{field}.carry_over", self.carry_over, expected)

@@ -1,17 +1,16 @@
 """Compiled programs in a directory, which `opsd-jax plan` writes and a run reads.
 
 A file has one line of JSON, which says what the program was compiled with, and then the program.
-Its name contains a hash of the program before compilation, so a run reads exactly the programs that
-it would compile. Reading a file executes code, so read only your own.
+Its name contains a hash of that line and of the program before compilation, so a run reads exactly
+the programs that it would compile. Reading a file executes code, so read only your own.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import importlib.metadata
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jaxlib
@@ -37,8 +36,10 @@ class Executables:
         self._compiler = {
             "jax": jax.__version__,
             "jaxlib": jaxlib.__version__,
+            "libtpu": _version("libtpu"),
             "device": devices[0].device_kind,
             "devices": len(devices),
+            "places": " ".join(filter(None, map(_place, devices))),
         }
 
     def save(
@@ -63,18 +64,20 @@ class Executables:
     def load(self, key: ProgramKey, lowered: jax.stages.Lowered) -> jax.stages.Compiled | None:
         """Returns a program that `save` wrote, and logs whether there is one.
 
-        Returns None if the directory does not have the program, if it was compiled with other
-        versions of JAX or for other devices, or if it cannot be read.
+        Returns None if the directory does not have the program, compiled with the same versions for
+        the same devices, or if it cannot be read.
         """
         file = self._file(key, lowered)
         try:
-            header, _, payload = file.read_bytes().partition(b"\n")
-            self._check(json.loads(header))
+            _, _, payload = file.read_bytes().partition(b"\n")
             loaded = serialize_executable.deserialize_and_load(
                 payload, lowered.in_tree, lowered.out_tree, execution_devices=self._devices
             )
         except FileNotFoundError:
-            logger.info("%s: compiling it, because %s does not have it", key, self._directory)
+            mine = ", ".join(f"{name} {value}" for name, value in self._compiler.items() if value)
+            logger.info(
+                "%s: compiling it, because %s does not have it for %s", key, self._directory, mine
+            )
             return None
         except Exception as error:  # every backend has errors of its own
             logger.warning("%s: compiling it, because of %s: %s", key, file, reason(error))
@@ -84,13 +87,20 @@ class Executables:
 
     def _file(self, key: ProgramKey, lowered: jax.stages.Lowered) -> Path:
         """Returns the file of a program, whose name has a hash of the program."""
-        digest = hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16]
+        text = to_json(self._compiler) + lowered.as_text()
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         return self._directory / f"{str(key).replace(' ', '_')}-{digest}.xla"
 
-    def _check(self, compiler: dict[str, Any]) -> None:
-        """Raises ValueError if a program was compiled with other versions or for other devices."""
-        mine = self._compiler
-        different = [name for name in mine if compiler.get(name) != mine[name]]
-        if different:
-            changes = (f"{name} {compiler.get(name)}, not {mine[name]}" for name in different)
-            raise ValueError(f"it was compiled for {' and '.join(changes)}")
+
+def _place(device: jax.Device) -> str:
+    """Returns the coordinates of a TPU in its topology, and its slice; "" for another device."""
+    coords = getattr(device, "coords", None)
+    return "" if coords is None else f"{getattr(device, 'slice_index', 0)}:{tuple(coords)}"
+
+
+def _version(package: str) -> str:
+    """Returns the version of an installed package; "" if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

@@ -249,7 +249,7 @@ def test_models_that_cannot_speculate_are_refused(shared_config):
     model = decoder.from_config(config.model)
     checks.check_speculation(config, model)
     paged = re.escape("config.opsd.speculation is 4, but the cache of the model is paged")
-    dense = re.escape("expected 0 or, with config.model.cache = 'dense', any number.")
+    dense = re.escape("expected 0. Or set config.model.cache to 'dense'.")
     with pytest.raises(config_lib.ConfigError, match=f"{paged}.*{dense}"):
         checks.check_speculation(config, model._replace(ragged=True))
     recurrent = model.policy._replace(init_cache=lambda batch, length: jnp.zeros((batch, 4)))

@@ -1,5 +1,7 @@
 """Where compiled programs are cached."""
 
+import os
+
 import jax
 import pytest
 from etils import epath
@@ -45,3 +47,9 @@ def test_a_directory_or_none_replaces_it():
     jax.config.update("jax_compilation_cache_dir", "/mine")
     assert used("/other") == "/other"
     assert used("") is None
+
+
+def test_an_evaluation_uses_no_directory_of_the_run(monkeypatch):
+    """The work directory may come from somebody else."""
+    monkeypatch.setattr(hosts, "count", lambda: 4)
+    assert used("auto", None).startswith(f"{os.environ['XDG_CACHE_HOME']}/opsd_jax/compiled/")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -188,6 +189,20 @@ def test_a_fork_cannot_change_which_arrays_there_are(base, first, tmp_path):
     with pytest.raises(RecordError, match=message):
         pipeline.run(parse_run(config), tmp_path / "forked", Origin(first, "rlvr", 1))
     assert (tmp_path / "forked" / "rlvr" / "checkpoints" / "1").is_dir()  # nothing is set aside
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("carry_over", 4), ("carry_over", 0), ("prompts", 32)]
+)
+def test_a_fork_cannot_change_what_is_carried_over(field, value):
+    there = {"rlvr.carry_over": 8, "rlvr.prompts": 16, "rlvr.steps": 3}
+    now = there | {"rlvr.steps": 6}
+    origin = Origin(pathlib.Path("a"), "rlvr", 1)
+    lineage._check_carried(origin, there, now)
+    changed = {name: number for name, number in (now | {f"rlvr.{field}": value}).items() if number}
+    message = rf"config.rlvr.{field} is {value}; expected {there[f'rlvr.{field}']}, its value there"
+    with pytest.raises(ConfigError, match=message):
+        lineage._check_carried(origin, there, changed)
 
 
 def test_a_fork_needs_a_new_directory(base, first):

@@ -120,6 +120,12 @@ def test_a_step_depends_on_what_it_gets_alone(roll_out, steps):
             np.testing.assert_array_equal(array, steps[number].carried[name])
 
 
+def test_more_groups_than_a_step_trains_are_refused(shared_config):
+    """Otherwise, a step could not train all groups that are due."""
+    with pytest.raises(ConfigError, match=r"rlvr.carry_over is 17; .* rlvr.prompts = 16"):
+        stage_options(shared_config.rlvr, carry_over=17)
+
+
 def test_carry_over_and_resampling_exclude_each_other(shared_config):
     with pytest.raises(ConfigError, match=r"rlvr.carry_over is 4; .* rlvr.resample_rounds = 2"):
         stage_options(shared_config.rlvr, carry_over=4, resample_rounds=2)
