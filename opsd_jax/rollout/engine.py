@@ -63,7 +63,7 @@ class EndedRollouts(NamedTuple):
 
     responses: list[Response]
     device_is_idle: Callable[[], bool]
-    steps: int
+    steps: int = 0
 
 
 def shape_for(
