@@ -1,20 +1,22 @@
 """Compiled programs in a directory, which `opsd-jax plan` writes and a run reads.
 
 A file has one line of JSON, which says what the program was compiled with, and then the program.
-Its name contains a hash of that line and of the program before compilation, so a run reads exactly
-the programs that it would compile. Reading a file executes code, so read only your own.
+Its name contains a hash of the compiler, the devices and the program before compilation, so a run
+reads exactly the programs that it would compile. Reading a file executes code, so read only your own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import logging
 from collections.abc import Sequence
 
 import jax
 import jaxlib
 from jax.experimental import serialize_executable
+from jax.sharding import NamedSharding
 
 from opsd_jax.parallel.program import ProgramKey
 from opsd_jax.storage.files import Path, reason, to_json, writing
@@ -58,7 +60,7 @@ class Executables:
         payload, *_ = serialize_executable.serialize(compiled)
         with writing(self._directory):
             self._directory.mkdir(parents=True, exist_ok=True)
-            header = to_json(self._compiler).encode()
+            header = to_json(self._compiler | {"order": _order(compiled)}).encode()
             self._file(key, lowered).write_bytes(header + b"\n" + payload)
 
     def load(self, key: ProgramKey, lowered: jax.stages.Lowered) -> jax.stages.Compiled | None:
@@ -69,9 +71,13 @@ class Executables:
         """
         file = self._file(key, lowered)
         try:
-            _, _, payload = file.read_bytes().partition(b"\n")
+            header, _, payload = file.read_bytes().partition(b"\n")
+            by_id = {device.id: device for device in self._devices}
             loaded = serialize_executable.deserialize_and_load(
-                payload, lowered.in_tree, lowered.out_tree, execution_devices=self._devices
+                payload,
+                lowered.in_tree,
+                lowered.out_tree,
+                execution_devices=[by_id[number] for number in json.loads(header)["order"]],
             )
         except FileNotFoundError:
             mine = ", ".join(f"{name} {value}" for name, value in self._compiler.items() if value)
@@ -90,6 +96,13 @@ class Executables:
         text = to_json(self._compiler) + lowered.as_text()
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         return self._directory / f"{str(key).replace(' ', '_')}-{digest}.xla"
+
+
+def _order(compiled: jax.stages.Compiled) -> list[int]:
+    """Returns the ids of a program's devices, in the order of its mesh."""
+    shardings = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))
+    meshes = (s.mesh for s in shardings if isinstance(s, NamedSharding))
+    return [device.id for device in next(meshes).devices.flat]
 
 
 def _place(device: jax.Device) -> str:
