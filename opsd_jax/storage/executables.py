@@ -2,7 +2,8 @@
 
 A file has one line of JSON, which says what the program was compiled with, and then the program.
 Its name contains a hash of the compiler, the devices and the program before compilation, so a run
-reads exactly the programs that it would compile. Reading a file executes code, so read only your own.
+reads exactly the programs that it would compile. Reading a file executes code, so read only your
+own.
 """
 
 from __future__ import annotations
