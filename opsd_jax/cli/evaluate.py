@@ -12,6 +12,7 @@ An interrupted evaluation resumes when the same command runs again.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import logging
 import pathlib
@@ -27,6 +28,7 @@ from opsd_jax.config import sections
 from opsd_jax.config.run_options import RunOptions, parse_run
 from opsd_jax.evaluation import benchmarks, records, summary
 from opsd_jax.models.options import TPU_ONLY, default_dtype
+from opsd_jax.models.quantised import QuantisationOptions
 from opsd_jax.options import ConfigError, section
 from opsd_jax.parallel import hosts
 from opsd_jax.parallel import mesh as mesh_lib
@@ -146,8 +148,6 @@ def config_of(arguments: argparse.Namespace) -> tuple[str, RunOptions]:
     for name, form in TPU_ONLY.items():
         if config.model.get(name) == form:
             config.model[name] = "auto"  # the machine that evaluates may have no TPU
-    for name in config.rollout_quantisation:
-        config.rollout_quantisation[name] = "none"  # an evaluation samples from the exact model
     if arguments.mesh is not None:
         config.mesh, config.decode_mesh = arguments.mesh, ()
     if arguments.benchmark:
@@ -163,7 +163,8 @@ def config_of(arguments: argparse.Namespace) -> tuple[str, RunOptions]:
             config.data[name] = getattr(arguments, name)
     options = parse_run(config)
     options.data.check_sources("data")
-    return stage, options
+    # An evaluation samples from the exact model, and int8 can exclude meshes.
+    return stage, dataclasses.replace(options, rollout_quantisation=QuantisationOptions())
 
 
 def _of_run(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:

@@ -21,6 +21,7 @@ from opsd_jax.config.run_options import parse_run
 from opsd_jax.data import sources
 from opsd_jax.evaluation import benchmarks
 from opsd_jax.evaluation import records as records_lib
+from opsd_jax.models.quantised import QuantisationOptions
 from opsd_jax.problem import DataError
 from opsd_jax.rollout.collect import Collector, Rollouts
 from opsd_jax.run import pipeline
@@ -431,6 +432,20 @@ def test_kernels_of_a_tpu_run_become_auto(tmp_path):
     arguments = main.parser().parse_args(["evaluate", "--workdir", str(tmp_path)])
     _, evaluated = evaluate.config_of(arguments)
     assert (evaluated.model.cache, evaluated.model.attention) == ("auto", "auto")
+
+
+@pytest.mark.parametrize("saved", ["int8", None])
+def test_an_evaluation_samples_from_the_exact_model(workdir, tmp_path, saved):
+    """Whatever the run's rollouts are, and if the run is older than the option."""
+    config = json.loads((workdir / "config.json").read_text())
+    for part in ("weights", "cache"):
+        field = f"rollout_quantisation.{part}"
+        config = {name: value for name, value in config.items() if name != field}
+        config |= {field: saved} if saved else {}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = main.parser().parse_args(["evaluate", "--workdir", str(tmp_path)])
+    _, evaluated = evaluate.config_of(arguments)
+    assert evaluated.rollout_quantisation == QuantisationOptions()
 
 
 def test_a_model_needs_benchmarks_and_a_directory(capsys, tmp_path):
