@@ -31,6 +31,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Files that take minutes go first, so that two workers (pytest-xdist) end at about the same time.
 LONG = (
     "test_run",
+    "test_smollm2",
     "test_own_model",
     "test_evaluate",
     "test_pool",
