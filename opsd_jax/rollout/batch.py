@@ -173,8 +173,9 @@ class Batch:
         self._params = programs.prepare(params)
         key_data = jax.random.key_data(_threefry(key))
         self._key_data, self._sampling_params = self._put(key_data, sampling_params)
-        # Rollouts that continue, and prompts that are not prefilled. Those that fit into the slots
-        # start by length, because the cache grows with the longest and so do their prefills.
+        # Rollouts that continue, and prompts that are not prefilled. As many rollouts as there are
+        # slots start in the order of their lengths, because a prefill is as long as the cache, and
+        # the cache as long as the longest rollout.
         begun = [r for group in groups for r in group if r.drawn]
         slots = programs.shape.slots
         self._begun = deque(sorted(begun[:slots], key=lambda r: r.position) + begun[slots:])

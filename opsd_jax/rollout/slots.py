@@ -86,6 +86,13 @@ def empty_rows(slots: int) -> Rows:
     return Rows(zeros, zeros - 1, zeros, zeros, zeros)
 
 
+def empty_chunk(tokens: int, slots: int) -> Chunk:
+    """Returns a `Chunk` without tokens, with room for `tokens` in each slot."""
+    tokens_TxS, logprobs_TxS = jnp.zeros((tokens, slots), jnp.int32), jnp.zeros((tokens, slots))
+    zeros_S = jnp.zeros(slots, jnp.int32)
+    return Chunk(tokens_TxS, logprobs_TxS, logprobs_TxS, zeros_S, zeros_S + RUNNING)
+
+
 def prefill(
     policy: Policy, params: Params, tokens_nxP: jax.Array, positions_nxP: jax.Array
 ) -> Cache:
@@ -266,11 +273,8 @@ def decode(
       `(slots, chunk)`: the new state, in which slots whose rollout stopped are empty, and the
       sampled tokens.
     """
-    S = len(slots.rows.token)
     keys_S = jax.vmap(jax.random.fold_in, (None, 0))(key, slots.rows.rollout_id)
-    tokens_TxS, logprobs_TxS = jnp.zeros((steps, S), jnp.int32), jnp.zeros((steps, S))
-    zeros_S = jnp.zeros(S, jnp.int32)
-    empty = Chunk(tokens_TxS, logprobs_TxS, logprobs_TxS, zeros_S, zeros_S + RUNNING)
+    empty = empty_chunk(steps, len(slots.rows.token))
 
     def is_unfinished(carry):
         t, (rows, _), chunk = carry

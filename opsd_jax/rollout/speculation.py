@@ -31,12 +31,12 @@ from opsd_jax.policy import Cache, Model, Params, Policy
 from opsd_jax.rollout import sampling
 from opsd_jax.rollout.sampling import Array
 from opsd_jax.rollout.slots import (
-    RUNNING,
     STOP_EOS,
     STOP_LENGTH,
     Chunk,
     Rows,
     Slots,
+    empty_chunk,
     length_axes,
 )
 
@@ -133,11 +133,9 @@ def decode(
       `(slots, chunk)`: the new state, in which slots whose rollout stopped are empty, and the
       sampled tokens. T is `steps + guesses`, and `chunk.steps` is the number of forward passes.
     """
-    S, T = len(slots.rows.token), steps + guesses
+    S = len(slots.rows.token)
     keys_S = jax.vmap(jax.random.fold_in, (None, 0))(key, slots.rows.rollout_id)
-    zeros_S, logprobs_TxS = jnp.zeros(S, jnp.int32), jnp.zeros((T, S))
-    tokens_TxS = jnp.zeros((T, S), jnp.int32)
-    empty = Chunk(tokens_TxS, logprobs_TxS, logprobs_TxS, zeros_S, zeros_S + RUNNING)
+    empty = empty_chunk(steps + guesses, S)
 
     def is_unfinished(carry):
         _, (rows, _), _, chunk = carry
