@@ -11,6 +11,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_backend_optimization_level=0",  # tests spend their time on compilation
         "--xla_llvm_disable_expensive_passes=true",
         "--xla_cpu_use_fusion_emitters=false",  # they take half of the time of compilation
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false",  # takes a tenth of it
+        "--xla_cpu_parallel_codegen_split_count=1",  # the other core runs the other worker's tests
     ]
 )
 
@@ -49,12 +51,15 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """Caches compiled programs, so that tests, their processes and both workers share them."""
+    """Caches compiled programs, so that tests, their processes and both workers share them.
+
+    `.ci/run` names a directory, which its two parts share.
+    """
     workers = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         workers = workers.parent
     for name, value in {
-        "jax_compilation_cache_dir": str(workers / "compiled"),
+        "jax_compilation_cache_dir": os.environ.get("TESTS_COMPILED") or str(workers / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0.1,
     }.items():
         os.environ[name.upper()] = str(value)

@@ -144,8 +144,9 @@ class Crash(BaseException):
 def test_a_run_that_crashes_before_any_step_resumes_exactly(
     config, undisturbed, tmp_path, monkeypatch
 ):
-    """The run crashes once before each step of each stage, and once in each evaluation."""
-    pending = [(s, i) for s in config.stages for i in [*range(config[s].steps), "evaluation"]]
+    """The run crashes before the first and the last step and in the evaluation of each stage."""
+    points = {s: (0, config[s].steps - 1, "evaluation") for s in config.stages}
+    pending = [(s, i) for s in config.stages for i in points[s]]
     make_stage, evaluate = pipeline.make_stage, Evaluator.__call__
 
     def crash_at(point):
@@ -173,7 +174,7 @@ def test_a_run_that_crashes_before_any_step_resumes_exactly(
             run(config, tmp_path)
         crashes += 1
     run(config, tmp_path)
-    assert crashes == 6 + 3 + 3 + 3
+    assert crashes == 3 * 3
     assert_same(outcome(tmp_path), outcome(undisturbed))
 
 
@@ -338,7 +339,7 @@ def test_a_run_resumes_on_another_mesh(config, undisturbed, stopped):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
 def test_a_run_gives_the_same_results_on_any_mesh(config, undisturbed, tmp_path, monkeypatch, mesh):
     """Compares with `undisturbed`, on an (8, 1, 1) mesh: equal token ids in all rollouts and
     responses, and metrics that are equal but for rounding, which Adam amplifies.
