@@ -50,9 +50,9 @@ class Policy(NamedTuple):
 
     Positions tell attention all it needs. The position of a token is its index in its own sequence,
     counted from 0, and -1 for padding. A query at position q attends to exactly those keys of its
-    row whose position p satisfies 0 <= p <= q. This one rule covers padding on the left and on the
-    right, prefill and decoding. RoPE uses the same positions. Hidden states at padding may have any
-    finite value.
+    sequence whose position p satisfies 0 <= p <= q. This one rule covers padding on the left and on
+    the right, prefill and decoding. RoPE uses the same positions. Hidden states at padding may have
+    any finite value.
 
     Shapes: B rows, T tokens per row, D hidden size, V vocabulary size.
 
