@@ -1,4 +1,4 @@
-"""Measures what padding and dropped rows cost in the OPSD train step.
+"""Measures what padding, packing and dropped rows cost in the OPSD train step.
 
     python benchmarks/step.py [--repeats 5]
 
@@ -6,8 +6,10 @@ A step has 128 rollouts with exponentially distributed lengths (mean 128, at mos
 prompts of 16 to 64 tokens, and 32 to 128 more tokens of context for the teacher. The model has
 Qwen3's architecture with 4 layers of width 256, a vocabulary of 4,096 tokens and float32 weights.
 
-The `plain` cases run the same step with one padded length for all rows. They drop no rows, so rows
-with weight 0 are computed like the others. The cases run alternately. Times are medians of the
+Several responses share a row, of one of two padded lengths. In the `apart` case, each response has
+a row of its own, of one of eight padded lengths. The `plain` cases run the same step with one
+padded length for all rows. They drop no rows, so rows with weight 0 are computed like the others.
+The cases run alternately. Times are medians of the
 process's CPU seconds, which vary less than wall-clock time on a shared machine. The benchmark takes
 about ten minutes on two cores.
 """
@@ -31,15 +33,18 @@ from opsd_jax import losses
 from opsd_jax.models import decoder
 from opsd_jax.stages import batch as batch_lib
 from opsd_jax.stages import opsd
+from opsd_jax.stages.packing import Packing
 from opsd_jax.stages.teacher import TeacherOptions, frozen, make_head
 from opsd_jax.training.state import init_state
 from opsd_jax.training.step import make_train_step
 from opsd_jax.verify.outcomes import Outcomes
 
 ROWS, MICROBATCH, V = 128, 4, 4096
+FEW, LARGE_MICROBATCH = 32, 16  # responses and rows of `useful_token_fraction_32_rows`
 PROMPT, CONTEXT, RESPONSE = 64, 128, 512  # largest number of tokens
 WHOLE = [{"student": PROMPT + RESPONSE, "teacher": PROMPT + CONTEXT + RESPONSE}]
-BUCKETS = [
+SHARED = [{"student": 288, "teacher": 464}, *WHOLE]
+APART = [
     {"student": student, "teacher": student + CONTEXT - 48}
     for student in (96, 128, 160, 208, 264, 344, 448)
 ] + WHOLE
@@ -67,16 +72,17 @@ def rollouts(seed: int = 0) -> list[dict]:
     return rows
 
 
-def pack(rows: list[dict], buckets: list[dict]) -> batch_lib.Batch:
-    """Packs rows into microbatches of the buckets' shapes."""
+def pack(rows: list[dict], buckets: list[dict], microbatch: int = MICROBATCH) -> batch_lib.Batch:
+    """Packs responses into microbatches of the buckets' shapes. They share rows in SHARED."""
     return batch_lib.pack(
         rows,
         buckets=buckets,
-        microbatch=MICROBATCH,
+        microbatch=microbatch,
         capacity=ROWS,
         per_token=["behaviour_logprobs"],
         per_row=Outcomes._fields,
         pad_id=0,
+        packing=Packing() if buckets is SHARED else None,
     )
 
 
@@ -100,13 +106,14 @@ def main(repeats: int) -> None:
     kept = [row for i, row in enumerate(rows) if i in chosen]
     gated = [row | {"correct": i in chosen} for i, row in enumerate(rows)]
     cases = {
-        "all": pack(rows, BUCKETS),
-        "quarter": pack(kept, BUCKETS),
+        "all": pack(rows, SHARED),
+        "quarter": pack(kept, SHARED),
+        "apart": pack(rows, APART),
         "plain": pack(rows, WHOLE),
         "plain, quarter": pack(gated, WHOLE),
     }
     found = {name: jax.device_get(step(state, batch)[1]["loss"]) for name, batch in cases.items()}
-    for ours, plain in (("all", "plain"), ("quarter", "plain, quarter")):
+    for ours, plain in (("all", "plain"), ("apart", "plain"), ("quarter", "plain, quarter")):
         np.testing.assert_allclose(found[ours], found[plain], rtol=1e-4)
 
     seconds: dict[str, list[float]] = {name: [] for name in cases}
@@ -116,7 +123,11 @@ def main(repeats: int) -> None:
             jax.block_until_ready(step(state, batch))
             seconds[name].append(time.process_time() - began)
     median = {name: statistics.median(times) for name, times in seconds.items()}
-    useful = {name: batch_lib.useful_fraction([batch]) for name, batch in cases.items()}
+    few = {
+        "few": pack(rows[:FEW], SHARED, LARGE_MICROBATCH),
+        "few, apart": pack(rows[:FEW], APART, LARGE_MICROBATCH),
+    }
+    useful = {name: batch_lib.useful_fraction([b]) for name, b in (cases | few).items()}
     for name in cases:
         counts = [int(bucket["count"]) for bucket in cases[name]]
         print(
@@ -127,7 +138,11 @@ def main(repeats: int) -> None:
         json.dumps(
             {
                 "quarter_active_time_ratio": round(median["quarter"] / median["all"], 3),
+                "packed_time_ratio": round(median["all"] / median["apart"], 3),
                 "useful_token_fraction": round(useful["all"], 3),
+                "useful_token_fraction_apart": round(useful["apart"], 3),
+                "useful_token_fraction_32_rows": round(useful["few"], 3),
+                "useful_token_fraction_32_rows_apart": round(useful["few, apart"], 3),
                 "useful_token_fraction_padded": round(useful["plain"], 3),
                 "speedup_over_padded": round(median["plain"] / median["all"], 2),
                 "speedup_over_padded_quarter_active": round(

@@ -50,9 +50,9 @@ class Policy(NamedTuple):
 
     Positions tell attention all it needs. The position of a token is its index in its own sequence,
     counted from 0, and -1 for padding. A query at position q attends to exactly those keys of its
-    row whose position p satisfies 0 <= p <= q. This one rule covers padding on the left and on the
-    right, prefill and decoding. RoPE uses the same positions. Hidden states at padding may have any
-    finite value.
+    sequence whose position p satisfies 0 <= p <= q. This one rule covers padding on the left and on
+    the right, prefill and decoding. RoPE uses the same positions. Hidden states at padding may have
+    any finite value.
 
     Shapes: B rows, T tokens per row, D hidden size, V vocabulary size.
 
@@ -61,7 +61,10 @@ class Policy(NamedTuple):
         `positions` are int32 [B, T]. `hidden` is [B, T, D] in the data type of the activations: the
         input of `unembed`, so any final norm has been applied.
 
-        Without a cache, the tokens attend to one another, and the returned cache is None.
+        Without a cache, the tokens attend to one another, and the returned cache is None. A row may
+        then have several sequences, one after the other, if `Model.packs` is True: a token at
+        position 0 begins a new one, and tokens attend only to their own sequence. `segment_ids`
+        numbers the sequences. Along a row, the positions of a sequence ascend.
 
         With a cache, `forward` first stores the keys and values of `tokens` at their positions and
         nothing at padding, then lets each token attend to the cache of its row, and returns the
@@ -87,6 +90,20 @@ class Policy(NamedTuple):
     forward: Callable[..., tuple[jax.Array, Cache]]
     unembed: Callable[[Params, jax.Array], jax.Array]
     init_cache: Callable[[int, int], Cache]
+
+
+def segment_ids(positions: jax.Array) -> jax.Array:
+    """Numbers the sequences of each row, for rows with several sequences (see `Policy.forward`).
+
+    Args:
+      positions: int32 [B, T]. A token at position 0 begins a new sequence, and -1 is padding.
+
+    Returns:
+      int32 [B, T]: 1 for the tokens of the first sequence of a row, 2 for those of the second, and
+      so on; -1 for padding.
+    """
+    number_BxT = jnp.cumsum(positions == 0, axis=1, dtype=jnp.int32)
+    return jnp.where(positions < 0, -1, number_BxT)
 
 
 class Model(NamedTuple):
@@ -131,6 +148,9 @@ class Model(NamedTuple):
         `opsd_jax.models.quantised.QuantisationOptions`. Its `decode_params` take the parameters of
         this model, and may return others in number and shape. Stages sample rollouts with it; this
         model is trained, evaluated and saved. None refuses `config.rollout_quantisation`.
+      packs: Whether a row without a cache may have several sequences (see `Policy.forward`). The
+        stages then put several responses in a row, if `packing` is on. If False, they give every
+        response a row of its own.
       max_positions: The most tokens of a sequence that the model was made for. A run whose prompts
         and responses can be longer together is refused. 0 means any number.
     """
@@ -148,6 +168,7 @@ class Model(NamedTuple):
     save: Callable[..., None] | None = None
     quantised: Callable[..., Model] | None = None
     max_positions: int = 0
+    packs: bool = False
 
 
 def from_nnx(

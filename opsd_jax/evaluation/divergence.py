@@ -117,9 +117,11 @@ class DivergenceProbe:
             self._token_kl = aot.compiled(ProgramKey(ProgramKind.PROBE), lowered)
 
     def _collate(self, rows: Sequence[Mapping[str, Any]]) -> Any:
-        """Collates rows into one microbatch, adding padding rows if the microbatch is not full."""
+        """Collates responses into one microbatch, with a row each. Adds empty rows to fill it."""
         pad_id = self._task.tokenizer.pad_id
-        return collate(rows, self._lengths, microbatch=self._microbatch, pad_id=pad_id)
+        return collate(
+            [[row] for row in rows], self._lengths, microbatch=self._microbatch, pad_id=pad_id
+        )
 
     def __call__(
         self,

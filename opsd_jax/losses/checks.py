@@ -169,12 +169,6 @@ def check_mask(mask: Any) -> jax.Array:
     return mask
 
 
-def check_row_weight(row_weight: Any, mask: Any) -> None:
-    """Raises ValueError unless `row_weight` is a scalar or has one number per row of `mask`."""
-    if jnp.ndim(row_weight):
-        check_shape(mask.shape[:1], "one number for each row of mask", row_weight=row_weight)
-
-
 def debug_check(condition: jax.Array, message: str) -> None:
     """Like `checkify.debug_check`, but without effect within `without_debug_checks`.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -28,6 +30,7 @@ def joint(
     reference_logprobs: jax.Array | None = None,
     row_weight: jax.Array | float = 1.0,
     distillation_row_weight: jax.Array | float = 1.0,
+    starts: jax.Array | None = None,
     policy: PolicyGradient = PolicyGradient(),
     distillation: OPSD = OPSD(),
     policy_weight: float = 1.0,
@@ -61,6 +64,7 @@ def joint(
       row_weight: float [B], or one number for all rows; the row weight of the policy gradient only.
         A group of correct rollouts has no signal for the policy gradient, but OPSD can use it.
       distillation_row_weight: float [B], or one number for all rows; the row weight of OPSD only.
+      starts: int [B, K], for several responses in a row; see `opsd`. "[B]" is then [B, K].
       policy: options of the policy gradient.
       distillation: options of OPSD, with the same aggregation and length.
       policy_weight, distillation_weight: weights of the two parts; not negative. They may be
@@ -78,12 +82,13 @@ def joint(
         options need is missing, or the two aggregations differ.
     """
     _check_options(policy, distillation, policy_weight, distillation_weight)
-    weights, total = token_weights(
-        mask, row_weight, aggregation=policy.aggregation, length=policy.length
-    )
-    _, all_total = token_weights(mask, aggregation=policy.aggregation, length=policy.length)
-    opsd_weight, opsd_total = opsd_weights(mask, outcomes, distillation_row_weight, distillation)
-    rollouts = {"tokens": tokens, "mask": mask, "behaviour_logprobs": behaviour_logprobs}
+    aggregation: Any = {"aggregation": policy.aggregation, "length": policy.length}
+    of_policy = token_weights(mask, row_weight, **aggregation, starts=starts)
+    _, total = token_weights(mask, **aggregation, starts=starts)
+    of_opsd = opsd_weights(mask, outcomes, distillation_row_weight, distillation, starts)
+    rollouts = {"tokens": tokens, "mask": mask, "starts": starts}
+    rollouts["behaviour_logprobs"] = behaviour_logprobs
+    computed: Any = {"chunk": chunk, "partition": partition}
     inputs = {
         "policy": policy_inputs(
             **rollouts,
@@ -93,26 +98,24 @@ def joint(
             reference_logprobs=reference_logprobs,
             options=policy,
             temperature=temperature,
-            chunk=chunk,
-            partition=partition,
+            **computed,
         ),
         "opsd": opsd_inputs(**rollouts, outcomes=outcomes, options=distillation),
-        "weights": (weights, opsd_weight),
+        "weights": (of_policy[0], of_opsd[0]),
     }
-    active = ((weights != 0) | (opsd_weight != 0)).astype(jnp.float32)
+    active = ((of_policy[0] != 0) | (of_opsd[0] != 0)).astype(jnp.float32)
     value, diagnostics = weighted_loss(
         _joint_token_loss(policy, distillation, policy_weight, distillation_weight, temperature),
         active,
         inputs,
         student=student,
         teacher=teacher,
-        chunk=chunk,
-        partition=partition,
+        **computed,
     )
     return (
-        Loss(value, all_total, active, {"loss": diagnostics["loss"]}),
-        _part(diagnostics["policy"], weights, total),
-        _part(diagnostics["opsd"], opsd_weight, opsd_total),
+        Loss(value, total, active, {"loss": diagnostics["loss"]}),
+        _part(diagnostics["policy"], *of_policy),
+        _part(diagnostics["opsd"], *of_opsd),
     )
 
 

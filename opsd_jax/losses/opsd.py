@@ -1,6 +1,7 @@
 """The OPSD loss: a gated divergence between student and teacher on the student's own responses.
 
-Shape suffixes: B rows (responses), T tokens of a padded row, V vocabulary size.
+Shape suffixes: B rows, T tokens of a padded row, V vocabulary size, N the axes of responses: B, or
+B and K for rows with up to K responses each.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from opsd_jax.losses.checks import (
     check_mask,
     check_options,
     check_required,
-    check_row_weight,
     check_shape,
     check_tokens,
     debug_check,
@@ -33,13 +33,14 @@ from opsd_jax.losses.likelihood import at_temperature, importance_ratio, token_l
 from opsd_jax.losses.reduction import (
     AGGREGATIONS,
     POSITIONS,
-    position_in_row,
     position_weights,
     token_weights,
 )
+from opsd_jax.losses.responses import check_per_response, check_row_weight, of_tokens, positions
 from opsd_jax.losses.result import Loss
 
-Outcomes = tuple[jax.Array, jax.Array, jax.Array]  # masks correct, incorrect, truncated: bool [B]
+# Masks correct, incorrect and truncated: bool [B] each, or [B, K] with `starts`.
+Outcomes = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class OPSD(NamedTuple):
@@ -147,6 +148,7 @@ def opsd(
     tokens: jax.Array | None = None,
     behaviour_logprobs: jax.Array | None = None,
     row_weight: jax.Array | float = 1.0,
+    starts: jax.Array | None = None,
     options: OPSD = OPSD(),
     temperature: float = 1.0,
     chunk: int | None = None,
@@ -173,6 +175,8 @@ def opsd(
         `temperature`; needed for `importance_cap`.
       row_weight: float [B], or one number for all rows; not negative. It multiplies the weight of
         the gate. Use 0 for rows without a usable context, for example.
+      starts: int [B, K], for rows with up to K responses each: the columns at which they begin; see
+        `token_weights`. "[B]" above is then [B, K]. None: each row is one response.
       options: the divergence, the gate and the weights of tokens.
       temperature: divides the logits of both sides; use the temperature of the sampling.
       chunk: tokens that are computed at once with a `Head`. None chooses it; see `weighted_loss`.
@@ -191,12 +195,13 @@ def opsd(
     check_class("options", options, OPSD)
     if teacher is None:
         raise ValueError("teacher is None; expected logits or a Head.")
-    weights, total = opsd_weights(mask, outcomes, row_weight, options)
+    weights, total = opsd_weights(mask, outcomes, row_weight, options, starts)
     inputs = opsd_inputs(
         mask=mask,
         outcomes=outcomes,
         tokens=tokens,
         behaviour_logprobs=behaviour_logprobs,
+        starts=starts,
         options=options,
     )
     value, diagnostics = weighted_loss(
@@ -216,14 +221,14 @@ def opsd(
 
 
 def opsd_weights(
-    mask, outcomes: Outcomes, row_weight, options: OPSD
+    mask, outcomes: Outcomes, row_weight, options: OPSD, starts=None
 ) -> tuple[jax.Array, jax.Array]:
     """Computes the weight of each token in the OPSD loss, and the number to divide the loss by.
 
     The weights combine the gate, the row weights, the weights by position and the aggregation.
 
     Args:
-      mask, outcomes, row_weight, options: the arguments of `opsd`.
+      mask, outcomes, row_weight, options, starts: the arguments of `opsd`.
 
     Returns:
       `(weights, total)`: float32 [B, T] and a float32 scalar.
@@ -235,16 +240,16 @@ def opsd_weights(
         raise ValueError(
             f"outcomes has {len(outcomes)} masks; expected 3 (correct, incorrect, truncated)."
         )
-    check_row_weight(row_weight, mask)
+    check_row_weight(row_weight, mask, starts)
     named = dict(zip(("correct", "incorrect", "truncated"), outcomes, strict=True))
     check_required("[rows]", **named)
-    check_shape(mask.shape[:1], "one value for each row of mask", **named)
+    check_per_response(mask, starts, **named)
     debug_check(
         jnp.all(sum(jnp.asarray(outcome, jnp.int32) for outcome in outcomes) <= 1),
         "outcomes are not disjoint; expected each rollout to be at most one of correct, incorrect "
         "and truncated.",
     )
-    position_BxT = position_in_row(mask)
+    position_BxT = positions(mask, starts)
     window_BxT = mask & (position_BxT >= options.skip_first)
     if options.first_only:
         window_BxT &= position_BxT < options.first_only
@@ -256,6 +261,7 @@ def opsd_weights(
         floor=options.floor,
         centre=options.centre,
         width=options.width,
+        starts=starts,
     )
     return token_weights(
         window_BxT,
@@ -263,11 +269,12 @@ def opsd_weights(
         aggregation=options.aggregation,
         length=options.length,
         position_weights=by_position_BxT,
+        starts=starts,
     )
 
 
 def opsd_inputs(
-    *, mask, outcomes: Outcomes, tokens, behaviour_logprobs, options: OPSD
+    *, mask, outcomes: Outcomes, tokens, behaviour_logprobs, starts, options: OPSD
 ) -> dict[str, Any]:
     """Checks the per-token arrays of the OPSD loss, and returns the arrays that `options` needs.
 
@@ -278,8 +285,8 @@ def opsd_inputs(
     check_shape(mask.shape, "the shape of mask", behaviour_logprobs=behaviour_logprobs)
     inputs = {}
     if len(set(options.divergences)) > 1:
-        outcome_B = jnp.argmax(jnp.stack(outcomes), axis=0)
-        inputs["outcome"] = jnp.broadcast_to(outcome_B[:, None], mask.shape)
+        outcome_N = jnp.argmax(jnp.stack(outcomes), axis=0)
+        inputs["outcome"] = of_tokens(outcome_N, starts, mask.shape[1])
     if is_on(options.importance_cap) or options.needs_tokens:
         inputs["tokens"] = _required("tokens", tokens, options)
     if is_on(options.importance_cap):

@@ -1,6 +1,7 @@
 """The policy-gradient loss, and presets of its options for GRPO and other published algorithms.
 
-Shape suffixes: B rows (responses), T tokens of a padded row.
+Shape suffixes: B rows, T tokens of a padded row, N the axes of responses: B, or B and K for rows
+with up to K responses each.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from opsd_jax.losses.fused import TokenLoss, token_values, weighted_loss
 from opsd_jax.losses.head import LogitsOrHead, stop_gradient
 from opsd_jax.losses.likelihood import entropy, importance_ratio, k3, token_logprobs
 from opsd_jax.losses.reduction import AGGREGATIONS, token_weights
+from opsd_jax.losses.responses import check_per_response, of_tokens, sums
 from opsd_jax.losses.result import Loss
 
 
@@ -134,6 +136,7 @@ def policy_gradient(
     old_logprobs: jax.Array | None = None,
     reference_logprobs: jax.Array | None = None,
     row_weight: jax.Array | float = 1.0,
+    starts: jax.Array | None = None,
     options: PolicyGradient = PolicyGradient(),
     temperature: float = 1.0,
     chunk: int | None = None,
@@ -159,6 +162,8 @@ def policy_gradient(
         `kl_coefficient` is not 0.
       row_weight: float [B], or one number for all rows; not negative. `informative(...)` drops the
         rollouts of prompts whose rewards are all equal.
+      starts: int [B, K], for rows with up to K responses each: the columns at which they begin; see
+        `token_weights`. "[B]" above is then [B, K]. None: each row is one response.
       options: the algorithm; see `PRESETS`.
       temperature: divides the logits; use the temperature of the sampling.
       chunk: tokens that are computed at once with a `Head`. None chooses it; see `weighted_loss`.
@@ -181,13 +186,14 @@ def policy_gradient(
         behaviour_logprobs=behaviour_logprobs,
         old_logprobs=old_logprobs,
         reference_logprobs=reference_logprobs,
+        starts=starts,
         options=options,
         temperature=temperature,
         chunk=chunk,
         partition=partition,
     )
     weights, total = token_weights(
-        mask, row_weight, aggregation=options.aggregation, length=options.length
+        mask, row_weight, aggregation=options.aggregation, length=options.length, starts=starts
     )
     token_loss = policy_token_loss(options, temperature)
     value, diagnostics = weighted_loss(
@@ -246,16 +252,13 @@ def policy_inputs(
     behaviour_logprobs,
     old_logprobs,
     reference_logprobs,
+    starts,
     options: PolicyGradient,
     temperature,
     chunk,
     partition,
 ) -> dict[str, jax.Array]:
-    """Checks the arguments of the policy-gradient loss, and returns its per-token inputs.
-
-    The arguments are described in `policy_gradient`. The result is the argument `inputs` of
-    `policy_token_loss`.
-    """
+    """Checks arguments of `policy_gradient`, and returns the `inputs` of `policy_token_loss`."""
     check_class("options", options, PolicyGradient)
     options.check()
     mask = check_mask(mask)
@@ -268,7 +271,7 @@ def policy_inputs(
         old_logprobs=old_logprobs,
         reference_logprobs=reference_logprobs,
     )
-    advantages_BxT = _per_token(advantages, mask)
+    advantages_BxT = _per_token(advantages, mask, starts)
     if is_on(options.kl_coefficient) and reference_logprobs is None:
         raise ValueError(
             f"reference_logprobs is None with kl_coefficient {options.kl_coefficient}; expected "
@@ -295,17 +298,25 @@ def policy_inputs(
             partition=partition,
         )
         gap_BxT = jnp.where(mask, logprobs_BxT - inputs["old"], 0.0)
-        mean_B = jnp.sum(gap_BxT, axis=1) / jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.float32), 1)
-        inputs["sequence_log_ratio"] = jnp.broadcast_to(mean_B[:, None], mask.shape)
+        mean_N = sums(gap_BxT, starts) / jnp.maximum(sums(mask, starts), 1)
+        inputs["sequence_log_ratio"] = of_tokens(mean_N, starts, mask.shape[1])
     return inputs
 
 
-def _per_token(advantages, mask: jax.Array) -> jax.Array:
-    """Returns the advantages as [B, T]. An input of shape [B] is broadcast over the tokens."""
-    if jnp.ndim(advantages) == 1:
-        check_shape(mask.shape[:1], "one number for each row of mask", advantages=advantages)
-        advantages = jnp.broadcast_to(jnp.asarray(advantages)[:, None], mask.shape)
-    check_shape(mask.shape, "the shape of mask, or one number for each row", advantages=advantages)
+def _per_token(advantages, mask: jax.Array, starts) -> jax.Array:
+    """Returns the advantages as [B, T]. The number of a response is copied to its tokens.
+
+    With `starts`, an array [B, K] has one number per response, even if K is T.
+    """
+    if jnp.ndim(advantages) == 1 or (
+        starts is not None and jnp.shape(advantages) == jnp.shape(starts)
+    ):
+        check_per_response(mask, starts, advantages=advantages)
+        advantages = of_tokens(jnp.asarray(advantages), starts, mask.shape[1])
+    expected = "the shape of mask, or one number for each " + (
+        "row" if starts is None else "of its responses, the shape of starts"
+    )
+    check_shape(mask.shape, expected, advantages=advantages)
     return advantages
 
 

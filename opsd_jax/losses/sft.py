@@ -22,6 +22,7 @@ def sft(
     row_weight: jax.Array | float = 1.0,
     aggregation: str = "token",
     length: float = 1.0,
+    starts: jax.Array | None = None,
     chunk: int | None = None,
     partition: P | None = None,
 ) -> Loss:
@@ -34,9 +35,11 @@ def sft(
       mask: bool [B, T], the tokens to train on.
       row_weight: float [B], or one number for all rows; not negative.
       aggregation: how tokens are averaged: "token" (all tokens count the same), "sequence" (all
-        rows count the same) or "fixed" (each row's sum is divided by `length`). See
+        responses count the same) or "fixed" (each response's sum is divided by `length`). See
         `token_weights`.
       length: divisor for aggregation "fixed", in tokens.
+      starts: int [B, K], for rows with up to K responses each: the columns at which they begin; see
+        `token_weights`. "[B]" above is then [B, K]. None: each row is one response.
       chunk: tokens that are computed at once with a `Head`. None chooses it; see `weighted_loss`.
       partition: how [B, T] is split over the mesh in context; see `weighted_loss`.
 
@@ -47,7 +50,9 @@ def sft(
     Raises:
       ValueError: the shape of an argument is wrong, or an option is unknown.
     """
-    weights, total = token_weights(mask, row_weight, aggregation=aggregation, length=length)
+    weights, total = token_weights(
+        mask, row_weight, aggregation=aggregation, length=length, starts=starts
+    )
     check_tokens(tokens, mask)
 
     def token_loss(logits, _, tokens):

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from opsd_jax.models.quantised import Quantised
 from opsd_jax.parallel.mesh import ROWS, on_each_device
+from opsd_jax.policy import segment_ids
 
 # The name under which `jax.checkpoint` policies find the output of splash attention.
 CHECKPOINT_NAME = "attention"
@@ -24,6 +25,8 @@ LANES = 128  # The kernel needs numbers of tokens and head sizes that are multip
 # The number of queries and of keys in a block. The kernel's working set fits into the VMEM of a
 # v5e, and the kernel skips almost half of the blocks of a long row because of the causal mask.
 BLOCK = 512
+# Dense attention without a cache: the smallest number of queries in a block, and the most blocks.
+LEAST_QUERIES, MOST_BLOCKS = 128, 8
 
 
 def mask(key_positions_BxS: jax.Array, positions_BxT: jax.Array) -> jax.Array:
@@ -75,10 +78,43 @@ def _apart(x: jax.Array | Quantised, dtype: Any) -> tuple[jax.Array, jax.Array |
     return (x.values.astype(dtype), x.scale) if isinstance(x, Quantised) else (x, None)
 
 
+def causal(
+    q_BxTxHxC: jax.Array, k_BxTxKxC: jax.Array, v_BxTxKxC: jax.Array, positions_BxT: jax.Array
+) -> jax.Array:
+    """Computes causal attention with plain JAX operations, within each sequence of a row.
+
+    Blocks of queries attend to the keys up to their own end, so a long row has only little more
+    than half of the [T, T] scores.
+
+    Args:
+      q_BxTxHxC: Queries.
+      k_BxTxKxC: Keys.
+      v_BxTxKxC: Values.
+      positions_BxT: int32, -1 for padding; 0 begins a sequence. The positions of a sequence must
+        ascend along a row.
+
+    Returns:
+      The output [B, T, H, C]. It is finite but meaningless at padding.
+    """
+    T, segment_BxT = q_BxTxHxC.shape[1], segment_ids(positions_BxT)
+    k_BxKxCxT, v_BxKxTxC = k_BxTxKxC.transpose(0, 2, 3, 1), v_BxTxKxC.swapaxes(1, 2)
+    size = max(LEAST_QUERIES, -(-T // MOST_BLOCKS))
+
+    def block(start: int) -> jax.Array:
+        end = min(start + size, T)
+        mask_BxQxS = mask(positions_BxT[:, :end], positions_BxT[:, start:end])
+        mask_BxQxS &= segment_BxT[:, None, :end] == segment_BxT[:, start:end, None]
+        return dense(
+            q_BxTxHxC[:, start:end], k_BxKxCxT[..., :end], v_BxKxTxC[:, :, :end], mask_BxQxS
+        )
+
+    return jnp.concatenate([block(start) for start in range(0, T, size)], axis=1)
+
+
 def splash(
     q_BxTxHxC: jax.Array, k_BxTxKxC: jax.Array, v_BxTxKxC: jax.Array, positions_BxT: jax.Array
 ) -> jax.Array:
-    """Computes causal attention with the Pallas splash attention kernel, separately for each row.
+    """Computes causal attention with the Pallas splash attention kernel, within each sequence.
 
     The kernel never stores a [T, T] array, and it skips the blocks above the diagonal. With a mesh
     in context, rows are sharded over `data` and `fsdp` and heads over `tensor`, and each device
@@ -88,8 +124,8 @@ def splash(
       q_BxTxHxC: Queries.
       k_BxTxKxC: Keys.
       v_BxTxKxC: Values.
-      positions_BxT: int32, -1 for padding. The other positions must ascend along a row, because the
-        kernel masks by column.
+      positions_BxT: int32, -1 for padding; 0 begins a sequence. The positions of a sequence must
+        ascend along a row, because the kernel masks by column.
 
     Returns:
       The output [B, T, H, C]. It is finite but meaningless at padding.
@@ -114,9 +150,10 @@ def splash(
         q_BxHxTxC, k_BxKxTxC, v_BxKxTxC = map(
             heads_first, (q_BxTxHxC * (C**-0.5), k_BxTxKxC, v_BxTxKxC)
         )
-        # Segment 1 holds the tokens and segment 0 the padding. Neither attends to the other.
-        segment_BxT = jnp.pad(positions_BxT, ((0, 0), (0, padded - T)), constant_values=-1) >= 0
-        segment_BxT = segment_BxT.astype(jnp.int32)
+        # Neither the sequences nor the padding attend to one another.
+        segment_BxT = jnp.pad(
+            segment_ids(positions_BxT), ((0, 0), (0, padded - T)), constant_values=-1
+        )
         segments = splash_attention_kernel.SegmentIds(segment_BxT, segment_BxT)
         out_BxHxTxC = jax.vmap(kernel)(q_BxHxTxC, k_BxKxTxC, v_BxKxTxC, segments)
         return out_BxHxTxC.swapaxes(1, 2)[:, :T]

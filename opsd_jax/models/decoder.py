@@ -194,7 +194,7 @@ class Block(nnx.Module):
         return product(out_BxTxHxC.reshape(B, T, H * C), self._weight(self.o).reshape(H * C, -1))
 
     def attention(self, x_BxTxD, positions_BxT, table, cache):
-        """Computes causal self-attention over the input tokens, or over the cache if there is one.
+        """Computes causal self-attention within each sequence, or over the cache if there is one.
 
         Returns:
           `(output, cache)`: the output [B, T, D] and the updated cache. Without a cache, the second
@@ -202,12 +202,8 @@ class Block(nnx.Module):
         """
         q_BxTxHxC, k_BxTxKxC, v_BxTxKxC = self.queries_keys_values(x_BxTxD, table)
         if cache is None:
-            if self.config.attention == "splash":
-                out_BxTxHxC = attention.splash(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, positions_BxT)
-            else:
-                k_BxKxCxT, v_BxKxTxC = k_BxTxKxC.transpose(0, 2, 3, 1), v_BxTxKxC.swapaxes(1, 2)
-                mask_BxTxT = attention.mask(positions_BxT, positions_BxT)
-                out_BxTxHxC = attention.dense(q_BxTxHxC, k_BxKxCxT, v_BxKxTxC, mask_BxTxT)
+            attend = attention.splash if self.config.attention == "splash" else attention.causal
+            out_BxTxHxC = attend(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, positions_BxT)
             return self.project(out_BxTxHxC), (k_BxTxKxC, v_BxTxKxC)
         cache = write(cache, k_BxTxKxC, v_BxTxKxC, positions_BxT)
         if "pages" in cache and q_BxTxHxC.shape[1] == 1:
@@ -433,6 +429,7 @@ def model(config: DecoderConfig) -> policy_lib.Model:
         ragged=config.cache == "paged",
         save=save,
         quantised=quantised,
+        packs=True,
     )
 
 

@@ -41,10 +41,12 @@ from opsd_jax.run import checks
 from opsd_jax.run.parameters import Parameters
 from opsd_jax.stages.algorithm import Algorithm, RowFields
 from opsd_jax.stages.options import StageOptions
+from opsd_jax.stages.packing import Packing
 from opsd_jax.stages.parts import Sampling
 from opsd_jax.stages.privileged import PrivilegedOptions, privileged_options
 from opsd_jax.training import state as state_lib
 from opsd_jax.training.optimizer import make_optimizer
+from opsd_jax.training.stage import Batch
 from opsd_jax.training.step import compile_train_step
 
 # Problems of an evaluation whose size depends on the data: the size of MATH-500.
@@ -357,7 +359,9 @@ class Phases:
         algorithm = self.config.algorithm(name)
         rows = algorithm.row_fields
         self._check_fields(name, [*rows.factors, *[rows.divisor] * bool(rows.divisor)])
-        stage = algorithm.make(options, placeholders.parts(self.model))
+        stage = algorithm.make(
+            options, placeholders.parts(self.model, mesh_lib.row_shards(self.mesh))
+        )
         optimizer = make_optimizer(options.optimizer, stage.steps * stage.updates)
         abstract = state_lib.abstract_state(
             self.parameters.abstract, optimizer, stage.teacher, self.mesh
@@ -376,7 +380,7 @@ class Phases:
         self._add_samplings(name, samplings, resident, stage.steps)
         self.compiler.prefix = f"{name}: "
         compile_train_step(stage, optimizer, abstract, self.mesh)
-        trip_counts, useful = self._trip_counts(algorithm, options)
+        trip_counts, useful = self._trip_counts(algorithm, options, stage.empty_batch)
         (step,) = self.account(trip_counts)
         self.add_phase(
             PhaseKey(name, PhaseKind.STEP),
@@ -418,13 +422,19 @@ class Phases:
             2,
         )
 
-    def _trip_counts(self, algorithm: Algorithm, options: StageOptions) -> tuple[TripCounts, float]:
+    def _trip_counts(
+        self, algorithm: Algorithm, options: StageOptions, batch: Batch
+    ) -> tuple[TripCounts, float]:
         """Returns the loop trip counts of a train step, and the fraction of non-padding tokens.
 
         All rows are assumed to be active, and responses to have the assumed lengths.
         """
         targets, rows = algorithm.step_rows(options, self._response_lengths)
-        packed = workload.packed(rows, targets, algorithm.buckets(options), options.microbatch)
+        shares = any("starts" in bucket["rows"] for bucket in batch)
+        packing = Packing(mesh_lib.row_shards(self.mesh)) if shares else None
+        packed = workload.packed(
+            rows, targets, algorithm.buckets(options), options.microbatch, packing
+        )
         trip_counts: dict[tuple[str, ...], int] = {}
         for b, (count, tokens) in enumerate(zip(packed.counts, packed.targets, strict=True)):
             trip_counts[bucket_scope(b),] = count

@@ -41,7 +41,9 @@ def _no_engine(**sizes: int) -> Any:
     """Stands in for `Parts.engines`. Does nothing, because the plan compiles engines itself."""
 
 
-def parts(model: Model) -> Parts:
+def parts(model: Model, row_shards: int) -> Parts:
     """Returns `Parts` for a stage that never runs: a plan reads only its shapes and its loss."""
     pool = VerifierPool(TASK.verify)
-    return Parts(TASK, model, _no_engine, pool, seed=0, seed_of=lambda name: 0)
+    return Parts(
+        TASK, model, _no_engine, pool, seed=0, seed_of=lambda name: 0, row_shards=row_shards
+    )

@@ -11,15 +11,15 @@ import numpy as np
 
 from opsd_jax.rollout.engine import STEPS_PER_CHUNK
 from opsd_jax.rollout.pages import PoolSizes
-from opsd_jax.stages.batch import Lengths, arranged
+from opsd_jax.stages.packing import Lengths, Packing, arranged, shapes_of
 
 
 class Packed(NamedTuple):
     """How many microbatches one train step has, and how full they are.
 
     Attributes:
-      counts: the number of microbatches in each bucket.
-      targets: the mean number of response tokens in a microbatch of each bucket; 0 if it has none.
+      counts: the number of microbatches of each shape.
+      targets: the mean number of response tokens in a microbatch of each shape; 0 if it has none.
       useful: the fraction of all computed tokens that are not padding.
     """
 
@@ -136,20 +136,26 @@ def cache_tokens_read(prompt: float, responses: np.ndarray) -> float:
 
 
 def packed(
-    rows: Sequence[Lengths], targets: Sequence[int], buckets: Sequence[Lengths], microbatch: int
+    rows: Sequence[Lengths],
+    targets: Sequence[int],
+    buckets: Sequence[Lengths],
+    microbatch: int,
+    packing: Packing | None = None,
 ) -> Packed:
-    """Computes how `stages.batch.pack` packs the rows of one train step into microbatches.
+    """Computes how `stages.batch.pack` packs the responses of one train step into microbatches.
 
     Args:
-      rows: the number of computed tokens in each row's sequences.
-      targets: the number of response tokens in each row.
+      rows: the number of computed tokens in the sequences of each response.
+      targets: the number of tokens of each response.
       buckets: the padded lengths of each bucket, ascending.
       microbatch: rows in a microbatch.
+      packing: how responses share rows; None if each has a row of its own.
     """
-    parts = arranged(rows, buckets, microbatch)
+    parts = arranged(rows, buckets, microbatch, packing)
+    shapes = shapes_of(buckets, microbatch, packing)
     counts = [len(members) for members in parts]
-    totals = [sum(targets[i] for part in members for i in part) for members in parts]
-    computed = [n * microbatch * sum(b.values()) for n, b in zip(counts, buckets, strict=True)]
+    totals = [sum(targets[i] for part in members for row in part for i in row) for members in parts]
+    computed = [n * shape.rows * shape.tokens for n, shape in zip(counts, shapes, strict=True)]
     return Packed(
         counts,
         [total / max(1, n) for total, n in zip(totals, counts, strict=True)],

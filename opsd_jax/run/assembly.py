@@ -10,6 +10,7 @@ from opsd_jax.config.run_options import RunOptions
 from opsd_jax.data.task import Task
 from opsd_jax.evaluation.evaluator import Evaluator
 from opsd_jax.options import ConfigError, import_function
+from opsd_jax.parallel.mesh import row_shards
 from opsd_jax.problem import DataError
 from opsd_jax.rollout.engines import Engines
 from opsd_jax.run import checks
@@ -107,6 +108,7 @@ def stage_parts(this: Run, seed: int, poll: Callable[[], None]) -> Parts:
         pool=this.pool,
         seed=seed,
         seed_of=functools.partial(seed_of, this.config),
+        row_shards=row_shards(this.parameters.mesh),
         poll=poll,
     )
 

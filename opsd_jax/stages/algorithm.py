@@ -15,7 +15,7 @@ import numpy as np
 from opsd_jax.data.task import Task
 from opsd_jax.options import fail
 from opsd_jax.problem import Problem
-from opsd_jax.stages.batch import Lengths
+from opsd_jax.stages.packing import Lengths
 from opsd_jax.stages.parts import Parts, Sampling, TokenLimits
 from opsd_jax.stages.privileged import ContextFinder
 from opsd_jax.training.stage import Stage

@@ -1,12 +1,13 @@
-"""Packs rows of tokens into batches of a few fixed shapes, and computes the response logits.
+"""Packs responses into batches of a few fixed shapes, and computes the response logits.
 
 A batch is a tuple of buckets, one per shape: `{"count": n, "rows": arrays [M, m, ...]}`. The train
 step computes the first n of the bucket's M microbatches of m rows. Rows that a gate dropped
 therefore cost nothing, and every number of rows uses the same program.
 
-A row is a dict with the token ids of its `response` and of the prompts from which it is scored:
+A `Row` is a dict with the token ids of a `response` and of the prompts from which it is scored:
 `student` and, for some algorithms, `teacher`. A sequence is a prompt and the response. The first
-n - 1 of its n tokens are computed, since each token predicts the next one.
+n - 1 of its n tokens are computed, since each token predicts the next one. With `Packing`, a row of
+a microbatch has the sequences of several responses, one after the other.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ import numpy as np
 
 from opsd_jax.losses import Head
 from opsd_jax.policy import Params, Policy
+from opsd_jax.stages.packing import Lengths, Packing, arranged, shapes_of
 from opsd_jax.training.stage import Batch, Microbatch
 
 Row = Mapping[str, Any]
-Lengths = Mapping[str, int]  # tokens of a row's sequences: {"student": 2048, "teacher": 3072}
 Inserts = Sequence[tuple[int, Sequence[int]]]  # (index in the response, ids inserted before it)
 
 
@@ -37,79 +38,57 @@ def pack(
     per_token: Sequence[str] = (),
     per_row: Sequence[str] = (),
     pad_id: int,
+    packing: Packing | None = None,
 ) -> Batch:
-    """Packs rows into microbatches of a few fixed shapes, with as little padding as possible.
+    """Packs responses into microbatches of a few fixed shapes, with as little padding as possible.
 
-    Rows of similar length share a microbatch, which has the shape of its longest row. The
-    microbatch of the shortest rows is filled up with empty rows.
+    Without `packing`, each response has a row. Rows of similar length share a microbatch, which has
+    the shape of its longest row. The microbatch of the shortest rows is filled up with empty rows.
 
     Args:
-      rows: at most `capacity` rows.
-      buckets: the shapes, ascending: padded lengths of the sequences.
+      rows: at most `capacity` responses.
+      buckets: padded lengths of the sequences, ascending.
       microbatch: number of rows m in a microbatch.
-      capacity: largest number of rows in a batch. It fixes M = ceil(capacity / m).
+      capacity: largest number of responses in a batch. It fixes M = ceil(capacity / m).
       per_token, per_row, pad_id: as in `collate`.
+      packing: lets several responses share a row. None for a model that does not support it
+        (`Model.packs`), and for losses that expect one response in each row.
 
     Returns:
-      One bucket per shape, each with M microbatches: `count` (int32 []) of them have rows.
+      One bucket per shape of `shapes_of`, each with up to M microbatches: `count` (int32 []) of
+      them have rows.
 
     Raises:
-      ValueError: a row fits no bucket, its prompt is empty, or there are more rows than `capacity`.
+      ValueError: a response fits no bucket, its prompt is empty, or there are more responses than
+        `capacity`.
     """
     if len(rows) > capacity:
         raise ValueError(
             f"a batch has {len(rows)} rows; expected at most its capacity, {capacity}."
         )
     lengths = [{name: _computed(row, name) for name in buckets[0]} for row in rows]
+    shapes = shapes_of(buckets, microbatch, packing)
+    values: Any = {"per_token": per_token, "per_row": per_row, "pad_id": pad_id}
     batch = []
-    for bucket, parts in zip(buckets, arranged(lengths, buckets, microbatch), strict=True):
-        members = [[rows[i] for i in part] for part in parts]
-        empty: list[list[Row]] = [[]] * (-(-capacity // microbatch) - len(members))
+    for shape, parts in zip(shapes, arranged(lengths, buckets, microbatch, packing), strict=True):
+        whole = shape.rows == microbatch
+        # Microbatches of fewer rows have the rows that are left over from whole microbatches.
+        most = -(-capacity // microbatch) if whole else -(-microbatch // shape.rows) - 1
+        members = [[[rows[i] for i in row] for row in part] for part in parts]
+        empty: list[list[list[Row]]] = [[]] * (most - len(members))
         collated = [
             collate(
                 part,
-                bucket,
-                microbatch=microbatch,
-                per_token=per_token,
-                per_row=per_row,
-                pad_id=pad_id,
+                shape.lengths,
+                microbatch=shape.rows,
+                responses=shape.responses,
+                **values,
             )
             for part in members + empty
         ]
         stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *collated)
         batch.append({"count": np.int32(len(members)), "rows": stacked})
     return tuple(batch)
-
-
-def arranged(
-    lengths: Sequence[Lengths], buckets: Sequence[Lengths], microbatch: int
-) -> list[list[list[int]]]:
-    """Groups rows into microbatches. Returns, for each bucket, the row indices of its microbatches.
-
-    Args:
-      lengths: tokens of each row's sequences.
-      buckets: the shapes, ascending.
-      microbatch: largest number of rows in a microbatch.
-
-    Raises:
-      ValueError: a row fits no bucket.
-    """
-    chosen = [first_that_holds(buckets, needed) for needed in lengths]
-    order = sorted(range(len(lengths)), key=lambda i: (chosen[i], lengths[i]["student"]))
-    # From the longest row down, which gives the least padding.
-    parts = [order[max(0, end - microbatch) : end] for end in range(len(order), 0, -microbatch)]
-    return [[part for part in parts if chosen[part[-1]] == b] for b in range(len(buckets))]
-
-
-def first_that_holds(buckets: Sequence[Lengths], needed: Lengths) -> int:
-    """Returns the index of the first bucket that a row fits into, or raises ValueError."""
-    for b, bucket in enumerate(buckets):
-        if all(needed[name] <= size for name, size in bucket.items()):
-            return b
-    raise ValueError(
-        f"a row has the lengths {dict(needed)}, in tokens; expected at most {dict(buckets[-1])}, "
-        "the stage's largest bucket. Increase the last value of the stage's `buckets`."
-    )
 
 
 def _computed(row: Row, name: str) -> int:
@@ -138,10 +117,11 @@ def _sequence(row: Row, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def collate(
-    rows: Sequence[Row],
+    rows: Sequence[Sequence[Row]],
     lengths: Lengths,
     *,
     microbatch: int,
+    responses: int = 0,
     per_token: Sequence[str] = (),
     per_row: Sequence[str] = (),
     pad_id: int,
@@ -152,11 +132,12 @@ def collate(
     where the token's logits are.
 
     Args:
-      rows: up to m rows. "teacher/inserts" of a row holds `Inserts` into the teacher's copy of the
-        response, if there are any.
+      rows: the responses of each row, up to m rows. "teacher/inserts" of a response holds `Inserts`
+        into the teacher's copy of it, if there are any.
       lengths: padded lengths T of the sequences; "student" first.
-      per_token: names of the rows' values with one number per response token.
-      per_row: names of the rows' values with one number.
+      responses: the most responses K in a row; 0 for exactly one.
+      per_token: names of the responses' values with one number per token.
+      per_row: names of the responses' values with one number.
       pad_id: token id of padding.
 
     Returns:
@@ -164,14 +145,19 @@ def collate(
       other than the student's `columns`, int32 [m, T of the student]: the column of the sequence
       that predicts the same token as the student's column. `targets` int32 and `mask` bool [m, T]:
       the tokens of the response. The values as float32 [m, T] and [m], 0 where there is no token.
+      With `responses`, the latter are [m, K], and `starts`, int32 [m, K], are the columns at which
+      the student's sequences begin, as the losses take them.
     """
     shape = microbatch, lengths["student"]
+    per_response = (microbatch, responses) if responses else (microbatch,)
     arrays: Microbatch = {
         "targets": np.full(shape, pad_id, np.int32),
         "mask": np.zeros(shape, bool),
         **{name: np.zeros(shape, np.float32) for name in per_token},
-        **{name: np.zeros(microbatch, np.float32) for name in per_row},
+        **{name: np.zeros(per_response, np.float32) for name in per_row},
     }
+    if responses:
+        arrays["starts"] = np.full(per_response, lengths["student"], np.int32)
     for name, length in lengths.items():
         arrays[name] = {
             "tokens": np.full((microbatch, length), pad_id, np.int32),
@@ -179,22 +165,43 @@ def collate(
         }
         if name != "student":
             arrays[name]["columns"] = np.zeros(shape, np.int32)
-    for i, row in enumerate(rows):
-        sequences = {name: _sequence(row, name) for name in lengths}
-        _, predicting = sequences["student"]
-        for name, (tokens, columns) in sequences.items():
-            n = len(tokens) - 1
-            arrays[name]["tokens"][i, :n] = tokens[:-1]
-            arrays[name]["positions"][i, :n] = np.arange(n)
-            if name != "student":
-                arrays[name]["columns"][i, predicting] = columns
-        arrays["targets"][i, predicting] = row["response"]
-        arrays["mask"][i, predicting] = True
-        for name in per_token:
-            arrays[name][i, predicting] = row[name]
-        for name in per_row:
-            arrays[name][i] = row[name]
+    for i, sharing in enumerate(rows):
+        start = dict.fromkeys(lengths, 0)
+        for k, row in enumerate(sharing):
+            place = (i, k) if responses else i
+            if responses:
+                arrays["starts"][place] = start["student"]
+            for name in per_row:
+                arrays[name][place] = row[name]
+            _write(arrays, i, start, row, per_token)
     return arrays
+
+
+def _write(
+    arrays: Microbatch, i: int, start: dict[str, int], row: Row, per_token: Sequence[str]
+) -> None:
+    """Writes the tokens of a response into row i of a microbatch, and advances `start`.
+
+    Args:
+      arrays: the microbatch, which is changed.
+      i: the index of the row.
+      start: for each sequence, the column at which it begins; then the column after its end.
+      row: the response.
+      per_token: names of its values with one number per token.
+    """
+    sequences = {name: _sequence(row, name) for name in start}
+    predicting = start["student"] + sequences["student"][1]
+    for name, (tokens, columns) in sequences.items():
+        begin, n = start[name], len(tokens) - 1
+        arrays[name]["tokens"][i, begin : begin + n] = tokens[:-1]
+        arrays[name]["positions"][i, begin : begin + n] = np.arange(n)
+        if name != "student":
+            arrays[name]["columns"][i, predicting] = begin + columns
+        start[name] = begin + n
+    arrays["targets"][i, predicting] = row["response"]
+    arrays["mask"][i, predicting] = True
+    for name in per_token:
+        arrays[name][i, predicting] = row[name]
 
 
 def useful_fraction(batches: Sequence[Batch]) -> float:

@@ -32,9 +32,10 @@ from opsd_jax.stages import drift
 from opsd_jax.stages import privileged as privileged_lib
 from opsd_jax.stages import teacher as teacher_lib
 from opsd_jax.stages.algorithm import Algorithm, Curve, DataSample, Responses, RowFields
-from opsd_jax.stages.batch import Lengths, pack, response_head
+from opsd_jax.stages.batch import pack, response_head
 from opsd_jax.stages.memos import make_memos, memo_sampling
 from opsd_jax.stages.options import LENGTHS, StageOptions, ascending
+from opsd_jax.stages.packing import Lengths, Packing
 from opsd_jax.stages.parts import Parts, Sampling, TokenLimits
 from opsd_jax.stages.privileged import ContextFinder, PrivilegedOptions, inserted_tokens
 from opsd_jax.stages.rollouts import (
@@ -169,6 +170,7 @@ def loss_fn(
         outcomes=tuple(microbatch[outcome] > 0 for outcome in Outcomes._fields),
         tokens=microbatch["targets"],
         behaviour_logprobs=microbatch["behaviour_logprobs"],
+        starts=microbatch.get("starts"),
         options=options,
         temperature=temperature,
         chunk=chunk,
@@ -202,6 +204,7 @@ def stage(
     roll_out: RollOut,
     privileged: ContextFinder,
     keep: teacher_lib.Keep = lambda params: params,
+    packing: Packing | None = None,
 ) -> Stage:
     """Builds the `Stage` that trains with OPSD on the rollouts of `roll_out`.
 
@@ -212,6 +215,7 @@ def stage(
       roll_out: returns the rollouts of a step, in whole groups; see `RollOut`.
       privileged: finds the contexts of rollouts.
       keep: converts parameters to the form in which the teacher stores them.
+      packing: how responses share rows; None if each has a row of its own.
     """
     batch_of = functools.partial(
         pack,
@@ -221,6 +225,7 @@ def stage(
         per_token=["behaviour_logprobs"],
         per_row=Outcomes._fields,
         pad_id=task.tokenizer.pad_id,
+        packing=packing,
     )
 
     def batches(step, params, *carried):
@@ -236,18 +241,14 @@ def stage(
         metrics = taught.metrics | {"active_rows": float(len(rows))}
         return step_data(rollouts, task, options, [batch_of(rows)], metrics)
 
+    head = teacher_lib.make_head(policy, options.teacher)
     return Stage(
         steps=options.steps,
         updates=1,
         batches=batches,
         empty_batch=batch_of([]),
         loss=functools.partial(
-            loss_fn,
-            policy,
-            teacher_lib.make_head(policy, options.teacher),
-            options.loss_options(),
-            options.temperature,
-            options.loss_chunk,
+            loss_fn, policy, head, options.loss_options(), options.temperature, options.loss_chunk
         ),
         teacher=teacher_lib.make_teacher(options.teacher, keep),
         summary=drift.summary,
@@ -272,7 +273,15 @@ def _make(options: OPSDOptions, parts: Parts) -> Stage:
     seed = parts.seed_of(f"{parts.seed}/memos")
     privileged = _privileged(options, parts, options, options.group_size, seed)
     model = parts.model
-    return stage(options, parts.task, model.policy, roll_out, privileged, model.decode_params)
+    return stage(
+        options,
+        parts.task,
+        model.policy,
+        roll_out,
+        privileged,
+        model.decode_params,
+        parts.packing(options),
+    )
 
 
 def _check_data(options: OPSDOptions, name: str, data: DataSample) -> None:

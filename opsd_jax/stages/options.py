@@ -43,6 +43,12 @@ class StageOptions:
         expects=LENGTHS,
         check=ascending,
     )
+    packing: bool = option(
+        False,
+        "Whether several responses share a row, up to its padded length, where the model supports "
+        "it. The loss is the same; `buckets` may then be one or two lengths.",
+        added=True,
+    )
     loss_chunk: int = option(
         0,
         "Tokens per device whose logits exist at the same time; 0 chooses by memory.",

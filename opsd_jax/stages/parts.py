@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol, TypeVar
 from opsd_jax.data.task import Task
 from opsd_jax.policy import Model
 from opsd_jax.rollout.engine import Engine
+from opsd_jax.stages.options import StageOptions
+from opsd_jax.stages.packing import Packing
 from opsd_jax.verify.pool import VerifierPool
 
 T = TypeVar("T")
@@ -89,6 +91,7 @@ class Parts(NamedTuple):
       pool: worker processes that verify responses.
       seed: seed of the stage.
       seed_of: name -> the seed of a named part of the run.
+      row_shards: the number of shards over which the mesh splits the rows of a microbatch.
       poll: called while the stage samples; an exception that it raises ends the sampling.
     """
 
@@ -98,4 +101,9 @@ class Parts(NamedTuple):
     pool: VerifierPool
     seed: int
     seed_of: Callable[[str], int]
+    row_shards: int = 1
     poll: Callable[[], None] = lambda: None
+
+    def packing(self, options: StageOptions) -> Packing | None:
+        """Returns how responses share rows; None if the options or the model do not allow it."""
+        return Packing(self.row_shards) if options.packing and self.model.packs else None

@@ -19,8 +19,9 @@ from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
 from opsd_jax.stages import drift
 from opsd_jax.stages.algorithm import Algorithm, Curve, Responses, RowFields
-from opsd_jax.stages.batch import Lengths, pack, response_head
+from opsd_jax.stages.batch import pack, response_head
 from opsd_jax.stages.options import RolloutOptions, StageOptions
+from opsd_jax.stages.packing import Lengths, Packing
 from opsd_jax.stages.parts import Parts
 from opsd_jax.stages.rollouts import (
     SAMPLER_CURVES,
@@ -120,6 +121,7 @@ def loss_fn(
         mask=mask_mxT,
         advantages=microbatch["advantages"],
         behaviour_logprobs=microbatch["behaviour_logprobs"],
+        starts=microbatch.get("starts"),
         reference_logprobs=reference_mxT,
         options=objective,
         temperature=temperature,
@@ -175,6 +177,7 @@ def stage(
     policy: Policy,
     roll_out: RollOut,
     keep: Keep = lambda params: params,
+    packing: Packing | None = None,
 ) -> Stage:
     """Builds the `Stage` that trains with RLVR on the rollouts of `roll_out`.
 
@@ -184,6 +187,7 @@ def stage(
       policy: the model.
       roll_out: returns the rollouts of a step, in whole groups; see `RollOut`.
       keep: converts parameters to the form in which the reference model is stored.
+      packing: how responses share rows; None if each has a row of its own.
     """
     batch_of = functools.partial(
         pack,
@@ -193,6 +197,7 @@ def stage(
         per_token=["behaviour_logprobs"],
         per_row=["advantages"],
         pad_id=task.tokenizer.pad_id,
+        packing=packing,
     )
 
     def batches(step, params, *carried):
@@ -229,7 +234,8 @@ def _make(options: RLVROptions, parts: Parts) -> Stage:
         options, parts, capacity=options.capacity, trains=functools.partial(trains, options)
     )
     model = parts.model
-    return stage(options, parts.task, model.policy, roll_out, model.decode_params)
+    packing = parts.packing(options)
+    return stage(options, parts.task, model.policy, roll_out, model.decode_params, packing)
 
 
 def _step_rows(options: RLVROptions, responses: Responses) -> tuple[list[int], list[Lengths]]:

@@ -18,8 +18,9 @@ from opsd_jax.rollout.carry import Carried
 from opsd_jax.rollout.collect import Collector, Rollouts, concatenate
 from opsd_jax.rollout.diagnosis import Diagnosis, diagnose
 from opsd_jax.stages.algorithm import Curve, DataSample, Responses
-from opsd_jax.stages.batch import Lengths, useful_fraction
+from opsd_jax.stages.batch import useful_fraction
 from opsd_jax.stages.options import RolloutOptions
+from opsd_jax.stages.packing import Lengths
 from opsd_jax.stages.parts import Parts, Sampling
 from opsd_jax.training.stage import Batch, StepData
 from opsd_jax.verify.outcomes import Outcomes

@@ -15,8 +15,9 @@ from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
 from opsd_jax.problem import DataError
 from opsd_jax.stages.algorithm import Algorithm, Curve, DataSample, Responses, RowFields
-from opsd_jax.stages.batch import Lengths, pack, response_head, useful_fraction
+from opsd_jax.stages.batch import pack, response_head, useful_fraction
 from opsd_jax.stages.options import StageOptions
+from opsd_jax.stages.packing import Lengths, Packing
 from opsd_jax.stages.parts import Parts
 from opsd_jax.training.optimizer import OptimizerOptions
 from opsd_jax.training.stage import Stage, StepData
@@ -46,6 +47,7 @@ def loss_fn(policy: Policy, chunk: int, params, teacher, microbatch):
         student=response_head(policy, params, microbatch["student"]),
         tokens=microbatch["targets"],
         mask=microbatch["mask"],
+        starts=microbatch.get("starts"),
         chunk=chunk,
         partition=rows_in_context(),
     )
@@ -57,36 +59,51 @@ def buckets(options: SFTOptions) -> list[Lengths]:
     return [{"student": tokens} for tokens in options.buckets]
 
 
-def stage(options: SFTOptions, task: Task, policy: Policy, seed: int) -> Stage:
-    """Builds the `Stage` that trains on the task's demonstrations in random order."""
+def _length(options: SFTOptions, task: Task, row: Demonstration) -> int:
+    """Returns the number of tokens of a demonstration. Raises DataError if it fits no bucket."""
+    tokens = len(row.prompt) + len(row.response)
+    if tokens - 1 > options.buckets[-1]:
+        raise DataError(
+            f"the demonstration for {task.tokenizer.decode(row.prompt)[:60]!r} has {tokens} "
+            f"tokens; expected at most {options.buckets[-1] + 1}, one more than the largest "
+            "of the stage's `buckets`."
+        )
+    return tokens
+
+
+def stage(
+    options: SFTOptions, task: Task, policy: Policy, seed: int, packing: Packing | None = None
+) -> Stage:
+    """Builds the `Stage` that trains on the task's demonstrations in random order.
+
+    Args:
+      options: the options of the stage.
+      task: the data.
+      policy: the model.
+      seed: determines the order of the demonstrations.
+      packing: how demonstrations share rows; None if each has a row of its own.
+    """
     demonstrations = task.demonstrations(seed)
-
-    def length(row: Demonstration) -> int:
-        tokens = len(row.prompt) + len(row.response)
-        if tokens - 1 > options.buckets[-1]:
-            raise DataError(
-                f"the demonstration for {task.tokenizer.decode(row.prompt)[:60]!r} has {tokens} "
-                f"tokens; expected at most {options.buckets[-1] + 1}, one more than the largest "
-                "of the stage's `buckets`."
-            )
-        return tokens
-
+    length = functools.partial(_length, options, task)
     batch_of = functools.partial(
         pack,
         buckets=buckets(options),
         microbatch=options.microbatch,
         capacity=options.batch_size,
         pad_id=task.tokenizer.pad_id,
+        packing=packing,
     )
 
-    similar = math.gcd(options.batch_size, options.microbatch)
+    # Demonstrations that share rows need no others of similar length.
+    similar = 1 if packing else math.gcd(options.batch_size, options.microbatch)
 
     @functools.lru_cache(maxsize=1)
     def window(index: int) -> list[Demonstration]:
         """Returns the demonstrations of WINDOW steps, in an order that needs little padding.
 
-        The rows of a microbatch are of similar length. The microbatches of a step are not, because
-        length goes with style, and steps of one style each would pull the model to and fro.
+        Without packing, the rows of a microbatch are of similar length. The microbatches of a step
+        are not, because length goes with style, and steps of one style each would pull the model to
+        and fro.
         """
         size = options.batch_size * WINDOW
         rows = sorted((demonstrations[index * size + i] for i in range(size)), key=length)
@@ -115,7 +132,7 @@ def stage(options: SFTOptions, task: Task, policy: Policy, seed: int) -> Stage:
 
 
 def _make(options: SFTOptions, parts: Parts) -> Stage:
-    return stage(options, parts.task, parts.model.policy, parts.seed)
+    return stage(options, parts.task, parts.model.policy, parts.seed, parts.packing(options))
 
 
 def _check_data(options: SFTOptions, name: str, data: DataSample) -> None:

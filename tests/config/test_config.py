@@ -439,12 +439,17 @@ def test_a_config_json_of_version_0_1_0_is_read():
         "rollout_quantisation.cache": "none",
         "rollout_quantisation.weights": "none",
     }
-    to_stages = {"carry_over": 0, "max_staleness": 4, "pool_tokens": 0, "speculation": 0}
-    assert to_stages == loading.ADDED_TO_STAGES
+    to_every_stage = {"packing": False}
+    to_rollouts = {"carry_over": 0, "max_staleness": 4, "pool_tokens": 0, "speculation": 0}
+    assert to_every_stage | to_rollouts == loading.ADDED_TO_STAGES
     added = loading.ADDED | {
         f"{stage}.{field}": value
-        for stage in ("rlvr", "opsd")
-        for field, value in to_stages.items()
+        for stage, fields in (
+            ("sft", to_every_stage),
+            ("rlvr", to_every_stage | to_rollouts),
+            ("opsd", to_every_stage | to_rollouts),
+        )
+        for field, value in fields.items()
     }
     assert loading.flatten(config) == saved | added
     assert loading.identity(config).keys() <= saved.keys()

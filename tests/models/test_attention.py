@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from opsd_jax import config as config_lib
 from opsd_jax.models import attention, decoder
 from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.policy import segment_ids
 
 B, H, K, C = 4, 8, 4, 128
 
@@ -78,6 +79,32 @@ def test_splash_equals_dense_attention(T):
         for attend in (attention.splash, dense)
     }
     assert (np.array(errors[attention.splash]) <= 1.5 * np.array(errors[dense])).all()
+
+
+def shared_positions(T):
+    """Returns positions of rows with one to four sequences each, some with padding between them."""
+    positions = np.full((B, T), -1)
+    for row, lengths in enumerate([(T,), (T // 2, T - T // 2), (40, 1, 20, 50), (3, 90)]):
+        start = 0
+        for n in lengths:
+            positions[row, start : start + n] = np.arange(n)
+            start += n + (row == 3)
+    return jnp.asarray(positions)
+
+
+@pytest.mark.parametrize("attend", [attention.splash, attention.causal])
+def test_sequences_of_a_row_do_not_attend_to_one_another(attend):
+    """Compares with dense attention over each sequence on its own."""
+    positions, (q, k, v, _) = shared_positions(160), arrays(160, "float32")
+    got = jax.jit(attend)(q, k, v, positions)
+    segments = segment_ids(positions)
+    assert segments.max(1).tolist() == [1, 2, 4, 2]
+    for row in range(B):
+        for segment in range(1, int(segments[row].max()) + 1):
+            (at,) = np.nonzero(segments[row] == segment)
+            own = [x[row, at][None] for x in (q, k, v)]
+            expected = dense(*own, positions[row, at][None])
+            np.testing.assert_allclose(got[row, at], expected[0], atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 4), (1, 4, 2), (2, 2, 2)])

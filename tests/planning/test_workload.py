@@ -6,6 +6,7 @@ import pytest
 from opsd_jax.planning import workload
 from opsd_jax.rollout.pages import PagePool, PoolSizes
 from opsd_jax.stages import batch as batch_lib
+from opsd_jax.stages.packing import Packing
 
 
 @pytest.mark.parametrize("mean", [0.05, 0.3, 0.5, 0.8])
@@ -81,14 +82,17 @@ def test_more_slots_fit_into_the_same_memory_than_rollouts_of_full_length():
     assert workload.slots_that_fit(PoolSizes(256), 2048, lengths, 8) is None
 
 
+@pytest.mark.parametrize("packing", [None, Packing(1), Packing(4)])
 @pytest.mark.parametrize("buckets", [(64,), (16, 32, 64), (20, 30, 40, 64)])
-def test_microbatches_equal_those_of_a_packed_step(buckets):
+def test_microbatches_equal_those_of_a_packed_step(buckets, packing):
     targets = workload.response_lengths(30, 50, 0.5).tolist()
     rows = [{"student": [1] * 10, "response": [2] * n} for n in targets]
     shapes = [{"student": n} for n in buckets]
-    batch = batch_lib.pack(rows, buckets=shapes, microbatch=4, capacity=32, pad_id=0)
+    batch = batch_lib.pack(
+        rows, buckets=shapes, microbatch=4, capacity=32, pad_id=0, packing=packing
+    )
     lengths = [{"student": 9 + n} for n in targets]
-    packed = workload.packed(lengths, targets, shapes, 4)
+    packed = workload.packed(lengths, targets, shapes, 4, packing)
     assert packed.counts == [int(bucket["count"]) for bucket in batch]
     assert packed.useful == pytest.approx(batch_lib.useful_fraction([batch]))
     totals = [n * tokens for n, tokens in zip(packed.counts, packed.targets, strict=True)]

@@ -332,7 +332,7 @@ def test_rlvr_gradient_equals_grpo_computed_by_hand(model, params, task, score, 
             }
         )
     micro = batch_lib.collate(
-        rows,
+        [[row] for row in rows],
         {"student": 32},
         microbatch=8,
         per_token=["behaviour_logprobs"],
