@@ -131,6 +131,10 @@ class Model(NamedTuple):
         `opsd_jax.models.quantised.QuantisationOptions`. Its `decode_params` take the parameters of
         this model, and may return others in number and shape. Stages sample rollouts with it; this
         model is trained, evaluated and saved. None refuses `config.rollout_quantisation`.
+      flops: `(tokens, pairs, predicted) -> FLOPs` of a forward pass over sequences of `tokens`
+        tokens in all, with `pairs` pairs of a token and a token that it attends to (itself and
+        those before it), and with logits at `predicted` positions. A multiply-add counts as two.
+        The figures of a step's speed are computed from it. None leaves them out.
       max_positions: The most tokens of a sequence that the model was made for. A run whose prompts
         and responses can be longer together is refused. 0 means any number.
     """
@@ -148,6 +152,7 @@ class Model(NamedTuple):
     save: Callable[..., None] | None = None
     quantised: Callable[..., Model] | None = None
     max_positions: int = 0
+    flops: Callable[[float, float, float], float] | None = None
 
 
 def from_nnx(
