@@ -440,11 +440,17 @@ def test_a_config_json_of_version_0_1_0_is_read():
         "rollout_quantisation.weights": "none",
     }
     to_stages = {"carry_over": 0, "max_staleness": 4, "pool_tokens": 0, "speculation": 0}
-    assert to_stages == loading.ADDED_TO_STAGES
+    to_all_stages = {"optimizer.second_moment_dtype": "parameters"}
+    assert to_stages | to_all_stages == loading.ADDED_TO_STAGES
     added = loading.ADDED | {
         f"{stage}.{field}": value
         for stage in ("rlvr", "opsd")
         for field, value in to_stages.items()
+    }
+    added |= {
+        f"{stage}.{field}": value
+        for stage in ("sft", "rlvr", "opsd")
+        for field, value in to_all_stages.items()
     }
     assert loading.flatten(config) == saved | added
     assert loading.identity(config).keys() <= saved.keys()
