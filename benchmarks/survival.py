@@ -37,9 +37,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from opsd_jax.training.speed import without_times
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STAGES = ("sft", "rlvr", "opsd")
-TIMES = {"seconds", "verifier_wait_seconds"}
 FEWER = {
     "sft.steps": 150,
     "sft.checkpoint_every": 50,
@@ -219,7 +220,7 @@ def outcome(workdir: pathlib.Path) -> list:
             shapes = checkpointer.metadata(path).item_metadata.tree
             results.append(checkpointer.restore(path, jax.tree.map(abstract, shapes)))
         rows = map(json.loads, (workdir / name / "metrics.jsonl").read_text().splitlines())
-        results.append([{k: v for k, v in row.items() if k not in TIMES} for row in rows])
+        results.append([*map(without_times, rows)])
         for file in ("responses.jsonl", "groups.jsonl", "divergence.json"):
             path = workdir / name / file
             results.append(path.read_text() if path.exists() else None)
@@ -241,7 +242,7 @@ def largest_difference(a: pathlib.Path, b: pathlib.Path) -> float:
     for name in STAGES:
         texts = ((w / name / "metrics.jsonl").read_text().splitlines() for w in (a, b))
         for x, y in zip(*(map(json.loads, lines) for lines in texts), strict=True):
-            for metric in x.keys() - TIMES:
+            for metric in without_times(x):
                 difference = abs(x[metric] - y[metric]) / max(abs(x[metric]), 1e-3)
                 largest = max(largest, difference)
     return largest

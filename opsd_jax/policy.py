@@ -151,6 +151,10 @@ class Model(NamedTuple):
       packs: Whether a row without a cache may have several sequences (see `Policy.forward`). The
         stages then put several responses in a row, if `packing` is on. If False, they give every
         response a row of its own.
+      flops: `(tokens, pairs, predicted) -> FLOPs` of a forward pass over sequences of `tokens`
+        tokens in all, with `pairs` pairs of a token and a token that it attends to (itself and
+        those before it), and with logits at `predicted` positions. A multiply-add counts as two.
+        The figures of a step's speed are computed from it. None leaves them out.
       max_positions: The most tokens of a sequence that the model was made for. A run whose prompts
         and responses can be longer together is refused. 0 means any number.
     """
@@ -169,6 +173,7 @@ class Model(NamedTuple):
     quantised: Callable[..., Model] | None = None
     max_positions: int = 0
     packs: bool = False
+    flops: Callable[[float, float, float], float] | None = None
 
 
 def from_nnx(

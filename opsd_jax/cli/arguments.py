@@ -161,6 +161,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def step(text: str) -> int:
+    """Parses the number of a step, which must be at least 0."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative; expected a step, counted from 0")
+    return int(text)
+
+
 def fraction(text: str) -> float:
     """Parses a number that must be in (0, 1]."""
     if not 0 < float(text) <= 1:
@@ -253,6 +260,13 @@ def _add_train(sub: argparse.ArgumentParser) -> None:
         metavar="RUN/STAGE[@STEP]",
         help="go on from this checkpoint of another run, with other options of the stage, such as "
         "more steps; --workdir gets copies",
+    )
+    sub.add_argument(
+        "--profile",
+        type=step,
+        metavar="STEP",
+        help="write a trace of this step of each stage, counted from 0, to "
+        "WORKDIR/STAGE/profile/; XProf and TensorBoard show it",
     )
     _add_config(sub)
     _add_hosts(sub)

@@ -30,5 +30,5 @@ def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         return files.read_json(saved) if saved else {}
 
     config = hosts.together(lambda: loading.load(arguments.config, overrides, earlier))
-    pipeline.run(config, arguments.workdir, origin)
+    pipeline.run(config, arguments.workdir, origin, profile=arguments.profile)
     return report.write(config, arguments.workdir)

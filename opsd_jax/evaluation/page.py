@@ -101,6 +101,21 @@ def _verification(stage: dict[str, Any]) -> str:
     return text
 
 
+def _speed(stage: dict[str, Any]) -> str:
+    """Describes where a stage's time went and how fast it was. Returns "" if it is not known."""
+    if "time_shares" not in stage:
+        return ""
+    shares = sorted(stage["time_shares"].items(), key=lambda item: -item[1])
+    parts = ", ".join(f"{name.replace('_', ' ')} {share:.1%}" for name, share in shares if share)
+    figures = stage["speed"]
+    text = f"Time: {parts}. Median speed: {figures['tokens_per_device']:,.0f} tokens/s per device"
+    if "tflops_per_device" in figures:
+        text += f", and in the train step {figures['tflops_per_device']:.3g} TFLOP/s per device"
+        mfu = figures.get("mfu")
+        text += " (no MFU: unknown device)" if mfu is None else f", which is an MFU of {mfu:.1%}"
+    return text + "."
+
+
 def _training(results: dict[str, Any], plots: Mapping[str, str]) -> list[dict[str, str]]:
     """Returns the template values for the section on each stage's training."""
     return [
@@ -108,6 +123,7 @@ def _training(results: dict[str, Any], plots: Mapping[str, str]) -> list[dict[st
             "title": title(stage),
             "plot": plots[f"training_{stage['name']}"],
             "verification": _verification(stage),
+            "speed": _speed(stage),
         }
         for stage in results["stages"]
         if f"training_{stage['name']}" in plots

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from opsd_jax.storage import files
 from opsd_jax.storage.files import Path
 from opsd_jax.storage.names import REPORT, UNTRAINED
 from opsd_jax.training import metrics as metrics_lib
+from opsd_jax.training.speed import OTHER, PARTS, SPEED
 
 
 class Report(NamedTuple):
@@ -58,7 +60,8 @@ def gather(sections: Mapping[str, StageOptions], workdir: Path, note: str) -> Re
         reported = algorithm_of(options.algorithm).reported
         own |= {field: getattr(options, field) for field in reported}
         responses, summary = evaluations[name]
-        stages.append(own | summary | verification(metrics_lib.read(workdir / name)))
+        rows = metrics_lib.read(workdir / name)
+        stages.append(own | summary | verification(rows) | speed(rows, summary["seconds"]))
         before = options.init_from or UNTRAINED
         if before in evaluations:
             change = comparison.compare(evaluations[before][0], responses)
@@ -111,6 +114,38 @@ def verification(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
     return {
         "verifier_wait_share": waited / seconds if seconds else None,
         "verdicts": {name.removeprefix("verdict/"): count for name, count in verdicts.items()},
+    }
+
+
+def speed(rows: Sequence[dict[str, float]], seconds: float) -> dict[str, Any]:
+    """Returns where a stage's time went, and how fast its updates were.
+
+    Args:
+      rows: the metrics of the stage, one dictionary per step.
+      seconds: the time of the whole stage.
+
+    Returns:
+      `time_shares`: the fraction of the time that the host spent waiting for the train step, for
+      decoding and so on (`seconds/...` in the metrics), and on everything outside of steps:
+      "evaluation". They add up to 1. `speed`: medians of the figures `speed/...`, without the first
+      step; a figure is missing if it is unknown. Empty for a run of an earlier version.
+    """
+    if not rows or any(OTHER not in row for row in rows):
+        return {}
+    parts = {
+        name.removeprefix(PARTS): sum(row[name] for row in rows)
+        for name in rows[0]
+        if name.startswith(PARTS)
+    }
+    parts["evaluation"] = seconds - sum(parts.values())
+    later = rows[1:] or rows
+    names = sorted({name for row in rows for name in row if name.startswith(SPEED)})
+    return {
+        "time_shares": {name: part / seconds for name, part in parts.items()},
+        "speed": {
+            name.removeprefix(SPEED): statistics.median(row[name] for row in later if name in row)
+            for name in names
+        },
     }
 
 

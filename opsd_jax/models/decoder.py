@@ -417,6 +417,13 @@ def model(config: DecoderConfig) -> policy_lib.Model:
         weights, cache = options.weights == "int8", options.cache == "int8"
         return model(dataclasses.replace(config, int8_weights=weights, int8_cache=cache))
 
+    def flops(tokens: float, pairs: float, predicted: float) -> float:
+        D, F = config.hidden_size, config.intermediate_size
+        H, K, C = config.num_heads, config.num_kv_heads, config.head_dim
+        weights_of_layer = D * C * (H + 2 * K) + H * C * D + 3 * D * F
+        of_layer = weights_of_layer * tokens + 2 * H * C * pairs
+        return 2 * (config.num_layers * of_layer + D * config.vocab_size * predicted)
+
     return policy_lib.Model(
         stacked._replace(forward=forward),
         init,
@@ -430,6 +437,7 @@ def model(config: DecoderConfig) -> policy_lib.Model:
         save=save,
         quantised=quantised,
         packs=True,
+        flops=flops,
     )
 
 

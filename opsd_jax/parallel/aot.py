@@ -25,6 +25,7 @@ from typing import Any
 import jax
 
 from opsd_jax.parallel.program import ProgramKey
+from opsd_jax.parallel.watchdog import Wait, waiting
 
 Compile = Callable[[ProgramKey, jax.stages.Lowered], Any]
 
@@ -46,7 +47,8 @@ def compiled(key: ProgramKey, lowered: jax.stages.Lowered) -> Any:
     if (plan := _compile.get()) is not None:
         return plan(key, lowered)
     load = _load.get()
-    return (load and load(key, lowered)) or lowered.compile()
+    with waiting(Wait.COMPILING):
+        return (load and load(key, lowered)) or lowered.compile()
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from opsd_jax.parallel.watchdog import waiting
+from opsd_jax.parallel.watchdog import Wait, waiting
 
 T = TypeVar("T")
 
@@ -219,11 +219,11 @@ def _padded(data: bytes, length: int) -> np.ndarray:
 
 def _all_gathered(x: np.ndarray | np.generic) -> np.ndarray:
     """Gathers the arrays of all hosts and stacks them along a new first axis."""
-    with waiting("other hosts"), jax.transfer_guard("allow"):
+    with waiting(Wait.HOSTS), jax.transfer_guard("allow"):
         return multihost_utils.process_allgather(x)
 
 
 def _from_first(x: np.ndarray | np.generic) -> np.ndarray:
     """Broadcasts the first host's array to all hosts."""
-    with waiting("other hosts"), jax.transfer_guard("allow"):
+    with waiting(Wait.HOSTS), jax.transfer_guard("allow"):
         return multihost_utils.broadcast_one_to_all(x)

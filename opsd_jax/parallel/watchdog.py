@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import faulthandler
 import logging
 import statistics
@@ -11,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from typing import NamedTuple
 
 logger = logging.getLogger(__name__)
 
@@ -21,20 +23,61 @@ KNOWN = 3  # The number of finished steps that a median needs.
 LAST = 50  # The number of recent steps that the median covers.
 LOOK_SECONDS = 1.0  # The time between two checks.
 
+
+class Wait(enum.StrEnum):
+    """What the main thread of a run can wait for."""
+
+    TRAIN_STEP = "the train step"
+    DECODING = "decoding"
+    VERIFIER = "the verifier"
+    HOSTS = "other hosts"
+    CHECKPOINT = "a checkpoint"
+    COMPILING = "the compiler"
+
+
+class Moment(NamedTuple):
+    """A moment of a run, from which times are measured.
+
+    Attributes:
+      seconds: `time.monotonic()`.
+      waited: seconds of each kind of `Wait` up to now. Of nested waits, only the innermost counts.
+    """
+
+    seconds: float
+    waited: dict[Wait, float]
+
+
 # The nested waits of the main thread, outermost first: what it waits for, and since when.
-_waits: list[tuple[str, float]] = []
+_waits: list[tuple[Wait, float]] = []
+_waited = dict.fromkeys(Wait, 0.0)  # seconds of each wait up to `_counted`
+_counted = 0.0
+
+
+def now() -> Moment:
+    """Returns the current `Moment`."""
+    return Moment(_count(), {**_waited})
+
+
+def _count() -> float:
+    """Adds the time since the last call to the innermost wait. Returns the current time."""
+    global _counted
+    before, _counted = _counted, time.monotonic()
+    if _waits:
+        _waited[_waits[-1][0]] += _counted - before
+    return _counted
 
 
 @contextlib.contextmanager
-def waiting(what: str) -> Iterator[None]:
-    """Context manager that records what the run is waiting for, such as "the verifier".
+def waiting(what: Wait) -> Iterator[None]:
+    """Context manager that records what the run is waiting for.
 
     The contexts can be nested.
     """
-    _waits.append((what, time.monotonic()))
+    _waits.append((what, _count()))
     try:
         yield
     finally:
+        _count()
         _waits.pop()
 
 
@@ -76,7 +119,7 @@ class Watchdog:
     def _warn(self, taken: float) -> None:
         """Logs that the current step has taken `taken` seconds, and prints every thread's stack."""
         median = f"{statistics.median(self._seconds):.1f} s" if self._seconds else "not known yet"
-        waits = [*_waits] or [("its own Python code", self._began)]
+        waits: list[tuple[str, float]] = [*_waits] or [("its own Python code", self._began)]
         what, waited = " > ".join(name for name, _ in waits), time.monotonic() - waits[-1][1]
         logger.warning(
             "opsd-jax: step %d of %s has taken %.0f s. The median step time is %s. The step has "

@@ -1,11 +1,10 @@
-"""TPU chips that a plan can target: their peak rates, topologies and memory limits."""
+"""TPU topologies that a plan can target, and the memory limits of their chips."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import re
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,30 +17,6 @@ LIBTPU_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 GIB = 2**30
-
-
-class Chip(NamedTuple):
-    """Published peak rates of one TPU device: compute, HBM bandwidth and network bandwidth.
-
-    Attributes:
-      flops: bfloat16 operations per second.
-      hbm: bytes per second between the device and its HBM.
-      ici: bytes per second to the two neighbours on a ring, both directions together.
-    """
-
-    flops: float
-    hbm: float
-    ici: float
-
-
-# Keyed by `device_kind`. JAX shows a chip of v4 or TPU7x as two devices.
-CHIPS = {
-    "TPU v4": Chip(1.37e14, 6.1e11, 4.5e10),
-    "TPU v5 lite": Chip(1.97e14, 8.2e11, 9.0e10),
-    "TPU v5": Chip(4.59e14, 2.77e12, 1.8e11),
-    "TPU v6 lite": Chip(9.18e14, 1.64e12, 1.8e11),
-    "TPU7x": Chip(1.15e15, 3.69e12, 1.0e11),
-}
 
 
 class PlanError(Exception):

@@ -17,9 +17,10 @@ from opsd_jax.config.run_options import RunOptions
 from opsd_jax.evaluation import divergence
 from opsd_jax.losses.fused import LOSS_CHUNKS, chunk_tokens
 from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.parallel.chips import Chip
 from opsd_jax.parallel.program import DECODE_STEPS, ProgramKey, ProgramKind, bucket_scope
 from opsd_jax.planning import placeholders, workload
-from opsd_jax.planning.chips import Chip, PlanError
+from opsd_jax.planning.chips import PlanError
 from opsd_jax.planning.hlo import TripCounts
 from opsd_jax.planning.keys import Part, PhaseKey, PhaseKind
 from opsd_jax.planning.programs import (

@@ -13,8 +13,9 @@ from opsd_jax.config import loading
 from opsd_jax.config.run_options import RunOptions
 from opsd_jax.losses.fused import LOSS_CHUNKS
 from opsd_jax.parallel import aot
+from opsd_jax.parallel.chips import CHIPS
 from opsd_jax.parallel.program import DECODE_STEPS
-from opsd_jax.planning.chips import CHIPS, PlanError, hbm_bytes, topology_devices
+from opsd_jax.planning.chips import PlanError, hbm_bytes, topology_devices
 from opsd_jax.planning.phases import Phase, Phases
 from opsd_jax.planning.programs import Compiler, ProgramCosts
 from opsd_jax.storage.executables import Executables
@@ -91,7 +92,7 @@ def plan(
     devices = topology_devices(topology, slices)
     device = devices[0]
     if device.device_kind not in CHIPS:
-        known = ", ".join(CHIPS)
+        known = ", ".join(kind for kind in CHIPS if kind.startswith("TPU"))
         raise PlanError(
             f"--topology {topology} has devices of kind {device.device_kind}; expected one of "
             f"{known}."

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import jax
 
+from opsd_jax.parallel.chips import Chip
 from opsd_jax.parallel.program import DECODE_STEPS, ProgramKey, ProgramKind
 from opsd_jax.planning import costs, hlo, liveness
-from opsd_jax.planning.chips import GIB, Chip, PlanError
+from opsd_jax.planning.chips import GIB, PlanError
 from opsd_jax.planning.hlo import TripCounts
 from opsd_jax.storage.executables import Executables
 

@@ -14,6 +14,7 @@ from opsd_jax.planning.plan import Plan
 from opsd_jax.stages.parts import Sampling
 
 _LOOPS = {DECODE_STEPS: "the decode loop", LOSS_CHUNKS: "the loss loop"}
+MOMENTS = ("moment", "second_moment")
 _LARGER_TENSOR = "a decode_mesh with a larger `tensor`"
 
 
@@ -154,8 +155,10 @@ def _changes(plan: Plan, phase: Phase, largest: Part) -> list[str]:
             return [f"a smaller {smaller}{larger}", "fewer buckets"]
         case Part.BATCH:
             return [f"a smaller evaluation.response_tokens or {stage}.microbatch"]
-        case Part.OPTIMIZER if plan.config[f"{stage}.optimizer.moment_dtype"] != "bfloat16":
-            return [f"{stage}.optimizer.moment_dtype = 'bfloat16'", *more_devices]
+        case Part.OPTIMIZER:
+            moments = (f"{stage}.optimizer.{moment}_dtype" for moment in MOMENTS)
+            wide = [field for field in moments if plan.config[field] != "bfloat16"]
+            return [*(f"{field} = 'bfloat16'" for field in wide), *more_devices]
         case Part.TEMPORARIES if kind is PhaseKind.RESHARD:
             return [_LARGER_TENSOR, "more devices"]
         case Part.TEMPORARIES:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from opsd_jax.parallel import mesh as mesh_lib
-from opsd_jax.parallel import watchdog
+from opsd_jax.parallel.watchdog import Wait, waiting
 from opsd_jax.policy import Cache, Params
 from opsd_jax.rollout import sampling
 from opsd_jax.rollout.pages import PagePool
@@ -261,7 +261,7 @@ class Batch:
           `(ended, passes)`: the responses of the rollouts that ended, and the number of forward
           passes.
         """
-        with watchdog.waiting("decoding"):
+        with waiting(Wait.DECODING):
             chunk = jax.device_get(chunk)
         ended = []
         for slot, rollout in enumerate(self._active):

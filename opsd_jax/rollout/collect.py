@@ -17,7 +17,7 @@ import numpy as np
 
 from opsd_jax.data.task import Task, check_fits
 from opsd_jax.parallel import hosts
-from opsd_jax.parallel.watchdog import waiting
+from opsd_jax.parallel.watchdog import Wait, waiting
 from opsd_jax.policy import Params
 from opsd_jax.problem import Problem
 from opsd_jax.rollout.carry import Carried
@@ -94,7 +94,7 @@ class Rollouts:
         began = time.monotonic()
         known = {i: reply for i, reply in enumerate(self.replies) if isinstance(reply, Verdict)}
         if len(known) < len(self.replies):
-            with waiting("the verifier"):
+            with waiting(Wait.VERIFIER):
                 for of_host in hosts.each(self._await_own):
                     known |= of_host
         verdicts = [known[i] for i in range(len(self.replies))]
@@ -244,6 +244,8 @@ class Collector:
         if groups.are_enough:
             return
         members, begun = groups.missing()
+        with waiting(Wait.TRAIN_STEP):
+            jax.block_until_ready(params)
         for batch in self._engine(
             params,
             prompts,

@@ -29,6 +29,7 @@ from typing import Any
 from opsd_jax.config import loading
 from opsd_jax.config.run_options import RunOptions
 from opsd_jax.evaluation import records, report
+from opsd_jax.options import ConfigError
 from opsd_jax.parallel import hosts
 from opsd_jax.policy import Params
 from opsd_jax.problem import Problem
@@ -48,13 +49,20 @@ from opsd_jax.training.signals import StopSignal
 NOTE = "note.txt"  # the task's note for the reader of the report
 
 
-def run(config: RunOptions, workdir: Path, fork: lineage.Origin | None = None) -> None:
+def run(
+    config: RunOptions,
+    workdir: Path,
+    fork: lineage.Origin | None = None,
+    *,
+    profile: int | None = None,
+) -> None:
     """Trains and evaluates the stages of a config in order. Skips finished stages.
 
     Args:
       config: the options of the run.
       workdir: its work directory.
       fork: a checkpoint of another run, from which this run goes on; None for none.
+      profile: number of the step of which each stage writes a trace; None for none.
 
     Raises:
       ConfigError: the config cannot be run, or the work directory holds a run with a different
@@ -62,6 +70,12 @@ def run(config: RunOptions, workdir: Path, fork: lineage.Origin | None = None) -
       DataError: a source cannot be used.
       Interrupted: a signal arrived; a checkpoint was saved.
     """
+    most = max(config.sections[name].steps for name in config.stages)
+    if profile is not None and profile >= most:
+        raise ConfigError(
+            f"--profile is {profile}; expected a step from 0 to {most - 1}: no stage has more than "
+            f"{most} steps."
+        )
     compilation.use_cache(config.compilation_cache, workdir)
     saved = hosts.together(lambda: compilation.saved_programs(config.executables))
     this = hosts.together(lambda: assemble(config, workdir))
@@ -88,7 +102,7 @@ def run(config: RunOptions, workdir: Path, fork: lineage.Origin | None = None) -
             # Steps of an earlier process count with their own time.
             rows = hosts.from_first(functools.partial(metrics_lib.read, workdir / name))
             began = time.monotonic() - sum(row["seconds"] for row in rows)
-            params = train(this, name, progress, stop)
+            params = train(this, name, progress, stop, profile)
             checkpoint.save_params(workdir / name / PARAMS, params)
             evaluate_and_record(this, name, params, progress, stop, began)
             del params  # frees the memory before the next stage
@@ -100,7 +114,9 @@ def is_finished(workdir: Path, name: str) -> bool:
     return has_result and (workdir / name / records.SUMMARY).exists()
 
 
-def train(this: Run, name: str, progress: Progress, stop: StopSignal) -> Params:
+def train(
+    this: Run, name: str, progress: Progress, stop: StopSignal, profile: int | None
+) -> Params:
     """Builds a stage, trains it to its last step, and returns the final parameters."""
     config = this.config
     options = config.sections[name]
@@ -121,6 +137,7 @@ def train(this: Run, name: str, progress: Progress, stop: StopSignal) -> Params:
             identity=loading.identity(config),
             ancestors=hosts.from_first(lambda: lineage.identities(this.workdir)),
             wandb_project=config.wandb_project,
+            profile=profile,
         ),
         stop=stop,
         report=progress.step,

@@ -28,7 +28,7 @@ from opsd_jax.losses.gate import GATE_TEXTS
 from opsd_jax.options import fail, import_function, option, with_default
 from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
-from opsd_jax.stages import drift
+from opsd_jax.stages import drift, flops
 from opsd_jax.stages import privileged as privileged_lib
 from opsd_jax.stages import teacher as teacher_lib
 from opsd_jax.stages.algorithm import Algorithm, Curve, DataSample, Responses, RowFields
@@ -273,7 +273,7 @@ def _make(options: OPSDOptions, parts: Parts) -> Stage:
     seed = parts.seed_of(f"{parts.seed}/memos")
     privileged = _privileged(options, parts, options, options.group_size, seed)
     model = parts.model
-    return stage(
+    made = stage(
         options,
         parts.task,
         model.policy,
@@ -282,6 +282,8 @@ def _make(options: OPSDOptions, parts: Parts) -> Stage:
         model.decode_params,
         parts.packing(options),
     )
+    passes = {"student": flops.TRAINED, "teacher": 1}
+    return made._replace(flops=flops.of_update(model, passes))
 
 
 def _check_data(options: OPSDOptions, name: str, data: DataSample) -> None:

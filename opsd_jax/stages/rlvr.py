@@ -17,7 +17,7 @@ from opsd_jax.data.task import Task
 from opsd_jax.options import fail, option, with_default
 from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
-from opsd_jax.stages import drift
+from opsd_jax.stages import drift, flops
 from opsd_jax.stages.algorithm import Algorithm, Curve, Responses, RowFields
 from opsd_jax.stages.batch import pack, response_head
 from opsd_jax.stages.options import RolloutOptions, StageOptions
@@ -235,7 +235,9 @@ def _make(options: RLVROptions, parts: Parts) -> Stage:
     )
     model = parts.model
     packing = parts.packing(options)
-    return stage(options, parts.task, model.policy, roll_out, model.decode_params, packing)
+    made = stage(options, parts.task, model.policy, roll_out, model.decode_params, packing)
+    reference = int(options.objective.kl_coefficient > 0)
+    return made._replace(flops=flops.of_update(model, {"student": flops.TRAINED + reference}))
 
 
 def _step_rows(options: RLVROptions, responses: Responses) -> tuple[list[int], list[Lengths]]:

@@ -14,6 +14,7 @@ from opsd_jax.options import option, with_default
 from opsd_jax.parallel.mesh import rows_in_context
 from opsd_jax.policy import Policy
 from opsd_jax.problem import DataError
+from opsd_jax.stages import flops
 from opsd_jax.stages.algorithm import Algorithm, Curve, DataSample, Responses, RowFields
 from opsd_jax.stages.batch import pack, response_head, useful_fraction
 from opsd_jax.stages.options import StageOptions
@@ -132,7 +133,8 @@ def stage(
 
 
 def _make(options: SFTOptions, parts: Parts) -> Stage:
-    return stage(options, parts.task, parts.model.policy, parts.seed, parts.packing(options))
+    made = stage(options, parts.task, parts.model.policy, parts.seed, parts.packing(options))
+    return made._replace(flops=flops.of_update(parts.model, {"student": flops.TRAINED}))
 
 
 def _check_data(options: SFTOptions, name: str, data: DataSample) -> None:

@@ -18,7 +18,7 @@ from jax.errors import JaxRuntimeError
 
 from opsd_jax.options import option
 from opsd_jax.parallel import hosts
-from opsd_jax.parallel.watchdog import waiting
+from opsd_jax.parallel.watchdog import Wait, waiting
 from opsd_jax.policy import Params
 from opsd_jax.storage import files
 from opsd_jax.storage.files import Path, RecordError, writing
@@ -133,7 +133,7 @@ class Checkpoints:
         about = {"about": self._identity, "metrics": step, "checksums": checksums(state)}
         # Orbax copies the arrays by implicit transfers.
         allowed = jax.transfer_guard("allow")
-        with waiting("a checkpoint"), writing(self._manager.directory), allowed:
+        with waiting(Wait.CHECKPOINT), writing(self._manager.directory), allowed:
             self._manager.save(
                 step,
                 args=ocp.args.StandardSave(state),

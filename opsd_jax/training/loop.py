@@ -6,6 +6,7 @@ therefore ends like one that was never interrupted.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
 import logging
@@ -18,11 +19,14 @@ import optax
 
 from opsd_jax.parallel import hosts
 from opsd_jax.parallel import mesh as mesh_lib
-from opsd_jax.parallel.watchdog import Watchdog, waiting
+from opsd_jax.parallel import watchdog as watchdog_lib
+from opsd_jax.parallel.watchdog import Moment, Wait, Watchdog, waiting
 from opsd_jax.policy import Params
 from opsd_jax.storage.files import Path
 from opsd_jax.storage.names import CHECKPOINTS
 from opsd_jax.training import metrics as metrics_lib
+from opsd_jax.training import profile
+from opsd_jax.training import speed as speed_lib
 from opsd_jax.training.checkpoint import DEFAULT_OPTIONS, CheckpointOptions, Checkpoints
 from opsd_jax.training.signals import Interrupted, StopSignal
 from opsd_jax.training.stage import Batch, Metric, Stage, StepData
@@ -55,6 +59,7 @@ class LoopOptions(NamedTuple):
       identity: JSON-ready values that identify the run; checkpoints with others are refused.
       ancestors: identities of the runs that this run was forked from; theirs are accepted.
       wandb_project: Weights & Biases project; "" for none.
+      profile: number of the step of which to write a trace; None for none.
     """
 
     checkpoint_every: int
@@ -64,6 +69,7 @@ class LoopOptions(NamedTuple):
     identity: Mapping[str, Any] | None = None
     ancestors: Sequence[Mapping[str, Any]] = ()
     wandb_project: str = ""
+    profile: int | None = None
 
 
 Report = Callable[[int, dict[str, float]], None]  # called with a step and its metrics
@@ -106,7 +112,7 @@ def run_stage(
     abstract = abstract_state(abstract_params, optimizer, stage.teacher, mesh)
     saved = options.identity, options.checkpoints, options.ancestors
     with contextlib.ExitStack() as stack:
-        began = time.monotonic()
+        began = watchdog_lib.now()
         checkpoints = stack.enter_context(Checkpoints(directory / CHECKPOINTS, *saved))
         start, state, carried = _restored(checkpoints, abstract, stage.carried)
         state = state or _initial_state(stage, optimizer, params(), abstract)
@@ -123,7 +129,7 @@ def run_stage(
                 state,
                 carried,
                 recorder=_Recorder(
-                    checkpoints, writer, report, options, stage.summary, directory.name, began
+                    checkpoints, writer, report, options, stage, directory, mesh, began
                 ),
                 watchdog=watchdog,
                 stop=stop,
@@ -155,23 +161,25 @@ def _run_steps(
     """Runs the given training steps of a stage, and returns the final state."""
     for step in steps:
         watchdog.begin(step)
-        began = time.monotonic()
-        try:
-            given = () if carried is None else (carried,)
-            data = stage.batches(step, state["params"], *given)
-        except Interrupted:  # the resumed run makes this step's batches again
-            recorder.save(step, state, carried, ended=began)
-            raise
-        totals = []
-        for batch in data.batches:
-            state, metrics = train_step(state, batch)
-            totals.append(metrics)
+        began = watchdog_lib.now()
+        with recorder.traced(step):
+            try:
+                given = () if carried is None else (carried,)
+                data = stage.batches(step, state["params"], *given)
+            except Interrupted:  # the resumed run makes this step's batches again
+                recorder.save(step, state, carried, ended=began)
+                raise
+            dispatched, totals = time.monotonic(), []
+            with waiting(Wait.TRAIN_STEP):  # on CPUs, the call may compute the update
+                for batch in data.batches:
+                    state, metrics = train_step(state, batch)
+                    totals.append(metrics)
         recorder.write_pending(ended=began)
-        recorder.add(step, totals, data)
+        recorder.add(step, totals, data, dispatched)
         signum = stop.received()
         completed, carried = step + 1, data.carried
         if signum or completed % checkpoint_every == 0 or completed == stage.steps:
-            recorder.save(completed, state, carried, ended=time.monotonic())
+            recorder.save(completed, state, carried, ended=watchdog_lib.now())
         if signum:
             raise Interrupted(signum)
     return state
@@ -208,6 +216,30 @@ def _initial_state(
     return jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
 
 
+class _Dispatched(NamedTuple):
+    """A step whose metrics have not been written.
+
+    Attributes:
+      step: its number.
+      totals: the metrics of each update, on the devices.
+      data: its data.
+      dispatched: the `time.monotonic()` before its updates were dispatched.
+      updated: the `time.monotonic()` at which the devices had computed them.
+    """
+
+    step: int
+    totals: list[Any]
+    data: StepData
+    dispatched: float
+    updated: concurrent.futures.Future[float]
+
+
+def _time_of(arrays: Any) -> float:
+    """Waits until the devices have computed arrays. Returns the `time.monotonic()`."""
+    jax.block_until_ready(arrays)
+    return time.monotonic()
+
+
 class _Recorder:
     """Writes the metrics of each step, one step late, and saves checkpoints.
 
@@ -221,30 +253,42 @@ class _Recorder:
         writer: metrics_lib.MetricsWriter | metrics_lib.NoWriter,
         report: Report,
         options: LoopOptions,
-        summary: Callable[[dict[str, Any]], dict[str, float]],
-        name: str,
-        began: float,
+        stage: Stage,
+        directory: Path,
+        mesh: jax.sharding.Mesh,
+        began: Moment,
     ):
-        """Creates a recorder of the stage `name`, whose `Stage.summary` is `summary`.
+        """Creates a recorder of `stage`, whose directory has the name of its config section.
 
-        The time of the first step is measured from `began`, a value of `time.monotonic()`.
+        The time of the first step is measured from `began`.
         """
         self._checkpoints, self._writer, self._report = checkpoints, writer, report
-        self._options, self._summary, self._name = options, summary, name
+        self._options, self._stage, self._directory = options, stage, directory
         self._nonfinite, self._without_signal = 0, 0  # steps in a row
-        self._pending: tuple[int, list[Any], StepData] | None = None
+        self._pending: _Dispatched | None = None
         self._latest: dict[str, float] = {}  # metrics of the last step that was written
-        self._ended = began  # time at which that step ended
+        self._ended = began  # the moment at which that step ended
+        self._speed = speed_lib.Speed(mesh)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "updates")
+        self._updated = began.seconds  # time at which the devices had computed its updates
 
-    def add(self, step: int, totals: list[Any], data: StepData) -> None:
-        """Stores the metrics of a dispatched step until `write_pending` writes them."""
-        self._pending = step, totals, data
+    def traced(self, step: int) -> contextlib.AbstractContextManager[None]:
+        """Returns a context manager that writes a trace of `step` if the options ask for it."""
+        return profile.trace(self._directory, step, self._options.profile)
 
-    def write_pending(self, ended: float) -> None:
+    def add(self, step: int, totals: list[Any], data: StepData, dispatched: float) -> None:
+        """Stores the metrics of a step until `write_pending` writes them.
+
+        `dispatched` is the `time.monotonic()` before its updates were dispatched.
+        """
+        updated = self._thread.submit(_time_of, totals)
+        self._pending = _Dispatched(step, totals, data, dispatched, updated)
+
+    def write_pending(self, ended: Moment) -> None:
         """Fetches and writes the metrics that `add` stored. Does nothing if there are none.
 
         Args:
-          ended: the `time.monotonic()` at which the step ended and the next one began.
+          ended: the moment at which the step ended and the next one began.
 
         Raises:
           Diverged: too many steps in a row had no finite gradient.
@@ -252,11 +296,15 @@ class _Recorder:
         """
         if self._pending is None:
             return
-        (step, totals, data), self._pending = self._pending, None
-        with waiting("the train step"):
+        (step, totals, data, dispatched, updated), self._pending = self._pending, None
+        with waiting(Wait.TRAIN_STEP):
             means = metrics_lib.means(jax.device_get(totals))
-        values = self._summary(means) | data.metrics
-        values["seconds"], self._ended = ended - self._ended, ended
+            before, self._updated = self._updated, updated.result()
+        values = self._stage.summary(means) | data.metrics
+        values |= speed_lib.seconds(self._ended, ended)
+        flops = self._stage.flops and sum(map(self._stage.flops, data.batches))
+        values |= self._speed(values, flops, self._updated - max(before, dispatched))
+        self._ended = ended
         self._latest = values
         self._writer.write(step, values, data.groups)
         self._report(step, values)
@@ -274,22 +322,23 @@ class _Recorder:
     def _check_signal(self, step: int, values: dict[str, float], data: StepData) -> None:
         """Describes the rollouts of the first steps. Raises NoSignal if no step has a gradient."""
         if step < DIAGNOSED and data.diagnose is not None and hosts.is_first():
-            diagnosis = data.diagnose(self._name)
+            diagnosis = data.diagnose(self._directory.name)
             if diagnosis.details or step == 0:
-                logger.info("%s, step %d: %s", self._name, step, diagnosis)
+                logger.info("%s, step %d: %s", self._directory.name, step, diagnosis)
         # An update without rows has no metric `grad_norm`.
         learns = values.get("grad_norm", 0.0) != 0
         self._without_signal = 0 if learns else self._without_signal + 1
         if self._without_signal != self._options.max_without_signal or learns:
             return
-        seen = f" In this step, {data.diagnose(self._name)}" if data.diagnose else ""
+        seen = f" In this step, {data.diagnose(self._directory.name)}" if data.diagnose else ""
         raise NoSignal(
-            f"{self._name} learns nothing: no update had a gradient for {self._without_signal} "
-            f"steps in a row, up to step {step}; expected fewer than config.max_without_signal = "
-            f"{self._options.max_without_signal} (0 for no limit).{seen}"
+            f"{self._directory.name} learns nothing: no update had a gradient for "
+            f"{self._without_signal} steps in a row, up to step {step}; expected fewer than "
+            f"config.max_without_signal = {self._options.max_without_signal} (0 for no "
+            f"limit).{seen}"
         )
 
-    def save(self, steps: int, state: State, carried: Any, ended: float) -> None:
+    def save(self, steps: int, state: State, carried: Any, ended: Moment) -> None:
         """Writes all pending metrics, then saves a checkpoint.
 
         Args:

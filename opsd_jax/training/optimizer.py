@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from opsd_jax.options import option
@@ -28,11 +30,15 @@ class OptimizerOptions:
     b1: float = option(0.9, "Decay rate of Adam's first moment.", at_least=0, below=1)
     b2: float = option(0.98, "Decay rate of Adam's second moment.", at_least=0, below=1)
     weight_decay: float = option(0.0, "Decoupled weight decay of AdamW.", at_least=0)
-    # In bfloat16, the second moment would lose its relative changes of 1 - b2.
     moment_dtype: str = option(
-        "float32",
-        "Dtype of Adam's first moment; the second has the dtype of the parameters.",
-        choices=("float32", "bfloat16"),
+        "float32", "Dtype of Adam's first moment.", choices=("float32", "bfloat16")
+    )
+    second_moment_dtype: str = option(
+        "parameters",
+        "Dtype of Adam's second moment: 'parameters' for that of the parameters, or 'bfloat16', "
+        "rounded at random so that it is right on average.",
+        choices=("parameters", "bfloat16"),
+        added=True,
     )
     clip_norm: float = option(1.0, "Gradients are scaled down to this global norm.", above=0)
 
@@ -56,13 +62,55 @@ def make_optimizer(options: OptimizerOptions, updates: int) -> optax.GradientTra
         rate = optax.linear_schedule(0.0, options.learning_rate, options.warmup)
     else:  # linear_schedule with 0 steps would keep the learning rate at 0
         rate = optax.constant_schedule(options.learning_rate)
+    adam = optax.scale_by_adam(options.b1, options.b2, mu_dtype=options.moment_dtype)
+    if options.second_moment_dtype == "bfloat16":
+        adam = with_rounded_second_moment(adam)
     return optax.chain(
         optax.clip_by_global_norm(options.clip_norm),
-        optax.adamw(
-            rate,
-            options.b1,
-            options.b2,
-            mu_dtype=options.moment_dtype,
-            weight_decay=options.weight_decay,
+        optax.chain(  # as optax.adamw
+            adam,
+            optax.add_decayed_weights(options.weight_decay),
+            optax.scale_by_learning_rate(rate),
         ),
     )
+
+
+def with_rounded_second_moment(adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Makes `optax.scale_by_adam` store its second moment in bfloat16, by stochastic rounding.
+
+    Rounding to the nearest bfloat16, which has 8 bits, would lose relative changes below 2^-9, and
+    a step changes the moment by 1 - b2, often 2^-10. Rounding up or down at random, with the
+    probabilities that make the expected value exact, keeps them on average. The random bits depend
+    on the number of the update only. An update uses the moment before it is rounded.
+
+    Args:
+      adam: a `scale_by_adam`, whose state has `count` and `nu`.
+    """
+
+    def init(params):
+        state = adam.init(params)
+        return state._replace(nu=jax.tree.map(lambda nu: nu.astype(jnp.bfloat16), state.nu))
+
+    def update(gradients, state, params=None):
+        exact = jax.tree.map(lambda nu, g: nu.astype(g.dtype), state.nu, gradients)
+        updates, new = adam.update(gradients, state._replace(nu=exact), params)
+        leaves, structure = jax.tree.flatten(new.nu)
+        key = jax.random.fold_in(jax.random.key(0), new.count)
+        rounded = [
+            stochastically_rounded(nu, jax.random.fold_in(key, i)) for i, nu in enumerate(leaves)
+        ]
+        return updates, new._replace(nu=jax.tree.unflatten(structure, rounded))
+
+    return optax.GradientTransformation(init, update)
+
+
+def stochastically_rounded(x: jax.Array, key: jax.Array) -> jax.Array:
+    """Rounds to one of the two nearest bfloat16 numbers, with the expected value `x`.
+
+    Args:
+      x: finite numbers, of any shape, at least 0.
+      key: selects the random bits.
+    """
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    bits += jax.random.bits(key, x.shape, jnp.uint16)  # carries into the bits that are kept
+    return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)

@@ -75,6 +75,8 @@ class Progress:
         if "verifier_wait_seconds" in values:
             shown.append(f"verifier {values['verifier_wait_seconds'] / values['seconds']:.1%}")
         shown.append(f"{values['tokens'] / values['seconds']:,.0f} tokens/s")
+        if "speed/mfu" in values:
+            shown.append(f"MFU {values['speed/mfu']:.1%}")
         if self._bar.n == 0 and step:
             # The run resumed at this step: the bar's rate must not count the earlier ones.
             self._bar.initial = self._bar.n = step

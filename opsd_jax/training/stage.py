@@ -111,6 +111,8 @@ class Stage(NamedTuple):
         devices, and divides once. An update of total weight 0 changes nothing.
         `metrics` maps names to `Metric`s; the train step adds `loss`, `grad_norm`, `empty` and
         `nonfinite`.
+      flops: `batch -> FLOPs`, the operations that the models need for an update with this batch, in
+        host memory: what the figures of a step's speed count. None: unknown.
       carried: what steps carry over to the next one, in host memory: a pytree of NumPy arrays of
         fixed shapes, such as unfinished rollouts. This is its value before the first step. With it,
         `batches` is `(step, params, carried) -> StepData`, and checkpoints contain it. None: steps
@@ -132,3 +134,4 @@ class Stage(NamedTuple):
     teacher: Teacher | None = None
     summary: Callable[[dict[str, Any]], dict[str, float]] = lambda means: means
     carried: Any = None
+    flops: Callable[[Batch], float] | None = None

@@ -439,7 +439,7 @@ def test_a_config_json_of_version_0_1_0_is_read():
         "rollout_quantisation.cache": "none",
         "rollout_quantisation.weights": "none",
     }
-    to_every_stage = {"packing": False}
+    to_every_stage = {"optimizer.second_moment_dtype": "parameters", "packing": False}
     to_rollouts = {"carry_over": 0, "max_staleness": 4, "pool_tokens": 0, "speculation": 0}
     assert to_every_stage | to_rollouts == loading.ADDED_TO_STAGES
     added = loading.ADDED | {

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from opsd_jax.parallel import watchdog
-from opsd_jax.parallel.watchdog import Watchdog, waiting
+from opsd_jax.parallel.watchdog import Wait, Watchdog, waiting
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def take(dog, seconds):
 def test_a_long_step_is_reported_with_what_it_waits_for(dog, caplog, capfd):
     take(dog, [0.01] * 5)
     dog.begin(5)
-    with waiting("the verifier"), waiting("other hosts"):
+    with waiting(Wait.VERIFIER), waiting(Wait.HOSTS):
         time.sleep(0.5)
     (warning,) = caplog.messages
     assert warning.startswith("opsd-jax: step 5 of rlvr has taken 0 s. The median step time is 0.0")

@@ -10,8 +10,9 @@ from opsd_jax.config import loading
 from opsd_jax.config.run_options import parse_run
 from opsd_jax.options import section
 from opsd_jax.parallel import aot
+from opsd_jax.parallel.chips import CHIPS
 from opsd_jax.planning import table
-from opsd_jax.planning.chips import CHIPS, GIB, PlanError
+from opsd_jax.planning.chips import GIB, PlanError
 from opsd_jax.planning.keys import Part
 from opsd_jax.planning.phases import Phases
 from opsd_jax.planning.plan import Plan

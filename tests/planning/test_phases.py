@@ -9,8 +9,8 @@ import pytest
 from opsd_jax.config.run_options import parse_run
 from opsd_jax.models import decoder
 from opsd_jax.parallel import aot
+from opsd_jax.parallel.chips import CHIPS
 from opsd_jax.parallel.program import ProgramKey, ProgramKind
-from opsd_jax.planning.chips import CHIPS
 from opsd_jax.planning.keys import Part, PhaseKey, PhaseKind
 from opsd_jax.planning.phases import Phases
 from opsd_jax.planning.programs import Compiler

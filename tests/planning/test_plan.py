@@ -355,7 +355,8 @@ def test_the_table_has_every_phase_and_the_loops_of_collectives():
         (
             "rl step",
             "optimizer",
-            "rl.optimizer.moment_dtype = 'bfloat16'; a mesh with more devices",
+            "rl.optimizer.moment_dtype = 'bfloat16'; "
+            "rl.optimizer.second_moment_dtype = 'bfloat16'; a mesh with more devices",
         ),
         ("rl step", "teacher", "a mesh with more devices along `fsdp`"),
         ("rl probe memos", "cache", "a smaller rl.memo.slots or rl.memo.tokens"),
@@ -399,7 +400,10 @@ def test_advice_depends_on_the_largest_part(phase, part, advice):
         (
             "optimizer",
             "rl step",
-            {"rl.optimizer.moment_dtype": "bfloat16"},
+            {
+                "rl.optimizer.moment_dtype": "bfloat16",
+                "rl.optimizer.second_moment_dtype": "bfloat16",
+            },
             "a mesh with more devices along `fsdp`; more devices",
         ),
     ],

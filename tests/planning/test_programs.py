@@ -2,9 +2,10 @@
 
 import pytest
 
+from opsd_jax.parallel.chips import CHIPS
 from opsd_jax.parallel.program import DECODE_STEPS, ProgramKey, ProgramKind
 from opsd_jax.planning import programs
-from opsd_jax.planning.chips import CHIPS, PlanError
+from opsd_jax.planning.chips import PlanError
 from opsd_jax.planning.keys import PhaseKey, PhaseKind
 
 LOOP = """HloModule jit_decode

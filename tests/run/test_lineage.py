@@ -16,6 +16,7 @@ from opsd_jax.run.lineage import Origin
 from opsd_jax.run.parameters import Parameters
 from opsd_jax.storage.files import RecordError
 from opsd_jax.training import metrics as metrics_lib
+from opsd_jax.training.speed import without_times
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +55,7 @@ def digest(directory):
 
 
 def rows(workdir, stage):
-    times = ("seconds", "verifier_wait_seconds")
-    found = metrics_lib.read(workdir / stage)
-    return [{name: row[name] for name in row if name not in times} for row in found]
+    return [without_times(row) for row in metrics_lib.read(workdir / stage)]
 
 
 def params(config, workdir, stage):

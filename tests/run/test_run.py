@@ -30,8 +30,7 @@ from opsd_jax.storage.files import RecordError
 from opsd_jax.training import loop
 from opsd_jax.training import metrics as metrics_lib
 from opsd_jax.training.signals import Interrupted
-
-TIMES = {"seconds", "verifier_wait_seconds"}
+from opsd_jax.training.speed import without_times
 
 
 def run(config, workdir):
@@ -45,7 +44,7 @@ def outcome(workdir, stages=("sft", "rlvr", "opsd")):
         params = {s: checkpointer.restore((workdir / s / "params").absolute()) for s in stages}
     metrics = {
         s: [
-            {k: v for k, v in json.loads(line).items() if k not in TIMES}
+            without_times(json.loads(line))
             for line in (workdir / s / "metrics.jsonl").read_text().splitlines()
         ]
         for s in stages
@@ -98,6 +97,13 @@ def test_a_run_writes_its_records_and_its_report(config, undisturbed):
         lines = (undisturbed / stage["name"] / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
         assert [row["step"] for row in rows] == list(range(config[stage["name"]].steps))
+        for row in rows:
+            parts = [value for name, value in row.items() if name.startswith("seconds/")]
+            assert sum(parts) == pytest.approx(row["seconds"])
+        assert sum(stage["time_shares"].values()) == pytest.approx(1)
+        assert min(stage["time_shares"].values()) >= 0
+        assert stage["speed"]["tflops_per_device"] > 0
+        assert "mfu" not in stage["speed"]
         assert list((undisturbed / stage["name"]).glob("events.out.tfevents.*"))
     for stage in report["stages"][1:]:
         rows = metrics_lib.read(undisturbed / stage["name"])
@@ -115,6 +121,28 @@ def test_a_run_writes_its_records_and_its_report(config, undisturbed):
     assert page.count("<svg") == 6
     assert not re.findall(r"(?:src|href)=.https?://(?!www\.w3\.org|purl|creativecommons)", page)
     assert (undisturbed / "report" / "report.md").read_text().count("±") >= 11
+
+
+def test_the_speed_of_an_update_computed_by_hand(config, undisturbed):
+    this = assembly.assemble(parse_run(config), undisturbed)
+    (batch,) = assembly.make_stage(this, "sft", lambda: None).batches(5, None).batches
+    m, flops = config.model, 0
+    D, F, H, K, C = m.hidden_size, m.intermediate_size, m.num_heads, m.num_kv_heads, m.head_dim
+    for bucket in batch:
+        rows = bucket["rows"]
+        for positions, mask in zip(
+            rows["student"]["positions"].reshape(-1, rows["mask"].shape[-1]),
+            rows["mask"].reshape(-1, rows["mask"].shape[-1]),
+            strict=True,
+        ):
+            n = int(sum(positions >= 0))
+            layer = n * (D * H * C + 2 * D * K * C + H * C * D + 3 * D * F)  # the weights
+            layer += sum(2 * H * C * (p + 1) for p in range(n))  # q · k and p · v
+            flops += 3 * 2 * (m.num_layers * layer + D * m.vocab_size * int(mask.sum()))
+    (row,) = metrics_lib.read(undisturbed / "sft")[5:]
+    found = row["speed/tflops_per_device"] * 1e12 * 8 * row["update_seconds"]
+    assert found == pytest.approx(flops, rel=1e-9)
+    assert row["update_seconds"] <= sum(r["seconds"] for r in metrics_lib.read(undisturbed / "sft"))
 
 
 def test_repeating_a_finished_run_changes_nothing(config, undisturbed, monkeypatch):

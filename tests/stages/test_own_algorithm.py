@@ -14,7 +14,7 @@ from paths import SUPPORT
 from opsd_jax.config.run_options import parse_run
 from opsd_jax.options import ConfigError, section
 from opsd_jax.parallel import aot
-from opsd_jax.planning.chips import CHIPS
+from opsd_jax.parallel.chips import CHIPS
 from opsd_jax.planning.keys import PhaseKey, PhaseKind
 from opsd_jax.planning.phases import Phases
 from opsd_jax.planning.programs import Compiler

@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from paths import CONFIGS
 
 from opsd_jax.config import loading
+from opsd_jax.training.speed import without_times
 
 QUICKSTART = CONFIGS / "quickstart.py"
 
@@ -118,7 +119,7 @@ def assert_equal_runs(a, b):
                 assert (a / stage / file).read_text() == (b / stage / file).read_text()
         for x, y in zip(*(rows(w / stage / "metrics.jsonl") for w in (a, b)), strict=True):
             assert x.keys() == y.keys()
-            names = [name for name in x if "seconds" not in name]
+            names = without_times(x)
             np.testing.assert_allclose(
                 [x[n] for n in names], [y[n] for n in names], rtol=1e-5, atol=1e-6
             )

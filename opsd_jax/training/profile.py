@@ -1,0 +1,57 @@
+"""Traces of a training step, for XProf and TensorBoard."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import tempfile
+from collections.abc import Iterator
+
+import jax
+
+from opsd_jax.storage.files import Path, writing
+
+DIRECTORY = "profile"
+
+
+@contextlib.contextmanager
+def trace(directory: Path, step: int, wanted: int | None) -> Iterator[None]:
+    """Context manager that writes a trace of what it contains, if `step` is the wanted one.
+
+    The trace begins and ends with idle devices, so it has all of the step's work and no other.
+    `xprof --logdir DIRECTORY` shows it, with the named scopes of the library. Every host writes
+    its own file.
+
+    Args:
+      directory: the directory of the stage; the trace is written to `profile/` in it.
+      step: number of the step.
+      wanted: number of the step to trace; None for none.
+    """
+    if step != wanted:
+        yield
+        return
+    target = directory / DIRECTORY
+    with tempfile.TemporaryDirectory() as local:
+        _wait_for_devices()
+        jax.profiler.start_trace(local)
+        try:
+            yield
+            _wait_for_devices()
+        finally:
+            jax.profiler.stop_trace()
+            _copy(pathlib.Path(local), target)
+
+
+def _wait_for_devices() -> None:
+    """Waits until this host's devices have computed everything that was dispatched."""
+    jax.block_until_ready([array for array in jax.live_arrays() if not array.is_deleted()])
+
+
+def _copy(source: pathlib.Path, target: Path) -> None:
+    """Copies the files below `source` to `target`, which may be in a bucket."""
+    with writing(target):
+        for path in source.rglob("*"):
+            if path.is_file():
+                to = target / path.relative_to(source)
+                to.parent.mkdir(parents=True, exist_ok=True)
+                to.write_bytes(path.read_bytes())
