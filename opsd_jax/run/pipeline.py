@@ -70,11 +70,11 @@ def run(
       DataError: a source cannot be used.
       Interrupted: a signal arrived; a checkpoint was saved.
     """
-    most = max(config.sections[name].steps for name in config.stages)
+    most = max((config.sections[name].steps for name in config.stages), default=0)
     if profile is not None and profile >= most:
         raise ConfigError(
-            f"--profile is {profile}; expected a step from 0 to {most - 1}: no stage has more than "
-            f"{most} steps."
+            f"--profile is {profile}; expected less than {most}, the largest number of steps of a "
+            "stage. Steps are counted from 0."
         )
     compilation.use_cache(config.compilation_cache, workdir)
     saved = hosts.together(lambda: compilation.saved_programs(config.executables))

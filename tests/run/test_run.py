@@ -475,6 +475,12 @@ def test_steps_without_active_rows_are_counted_and_change_nothing(config, undist
             np.testing.assert_array_equal(a, b)
 
 
+def test_a_step_to_trace_that_no_stage_has(config, tmp_path):
+    with pytest.raises(config_lib.ConfigError, match="--profile is 6; expected less than 6, the"):
+        pipeline.run(parse_run(config), tmp_path / "run", profile=6)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_that_diverges_stops_with_an_error(config, tmp_path):
     wild = config.copy_and_resolve_references()
     with wild.unlocked():

@@ -121,6 +121,13 @@ def test_an_implicit_transfer_raises(train, transfer):
     transfer({"slope": jnp.zeros(())})  # the guard ends with the loop
 
 
+def test_a_trace_of_one_step(train, tmp_path):
+    train(STAGE, profile=3)
+    (trace,) = tmp_path.glob("profile/**/*.xplane.pb")
+    assert b"train_step" in trace.read_bytes()
+    assert len(metrics_lib.read(tmp_path)) == 10
+
+
 def test_explicit_transfers_are_allowed(train):
     def transferring(step, params):
         assert jax.device_get(double(jax.device_put(np.ones(8, np.float32)))).sum() == 16
