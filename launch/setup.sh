@@ -2,18 +2,24 @@
 #
 # `setup [EXTRA]` creates .venv (or $OPSD_JAX_VENV), installs the package and the extra into it, and
 # puts it on PATH. It skips what is installed already.
+# `newer_python` prints the path of a Python 3.12 or 3.13, if one runs here.
 # shellcheck shell=bash
 
 setup() {
-  local extra=${1:-} venv=${OPSD_JAX_VENV:-.venv} python=${PYTHON:-python3} mark wanted
+  local extra=${1:-} venv=${OPSD_JAX_VENV:-.venv} python=${PYTHON:-python3} constraints mark wanted
   if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     echo "'$python' is not Python 3.11 or newer. Set PYTHON to the path of one." >&2
     return 2
   fi
+  # Python 3.11 and newer ones have different versions of JAX.
+  constraints=constraints/python3.12.txt
+  if "$python" -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then
+    constraints=constraints/python3.11.txt
+  fi
   # The mark records what was installed, from where, and for which Python version. A checkout that
   # was moved or changed is installed again.
   wanted=$({
-    cat pyproject.toml constraints.txt
+    cat pyproject.toml "$constraints"
     grep __version__ opsd_jax/__init__.py
     pwd
     "$python" --version
@@ -36,11 +42,23 @@ setup() {
       set -- "$python" -m pip --python "$venv/bin/python"
     fi
     "$@" --disable-pip-version-check install --quiet \
-      --constraint constraints.txt --editable ".${extra:+[$extra]}" || return 1
+      --constraint "$constraints" --editable ".${extra:+[$extra]}" || return 1
     rm "$venv/installing"
     echo "$wanted" > "$mark"
   fi
   PATH=$(cd "$venv" && pwd)/bin:$PATH
+}
+
+newer_python() {
+  local version
+  for version in 3.12 3.13; do
+    # Without PYENV_VERSION, pyenv's command may exist but fail.
+    if PYENV_VERSION=$version "python$version" -c 'import sys; print(sys.executable)' 2>/dev/null; then
+      return
+    fi
+  done
+  echo "No Python 3.12 or 3.13 is on PATH." >&2
+  return 2
 }
 
 # Runs on the CPU unless JAX_PLATFORMS says otherwise. XLA:CPU allocates its temporary arrays again

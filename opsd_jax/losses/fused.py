@@ -412,7 +412,7 @@ def _chunk_order(weights_N: jax.Array, size: int, axes: tuple[str, ...]):
     n = weights_N.size
     # The last chunk is filled up with indices past the end. They read a weight of 0 and write
     # nothing.
-    order_M = jnp.concatenate([jnp.argsort(weights_N == 0), jnp.arange(n, -(-n // size) * size)])
+    order_M = jnp.argsort(jnp.pad(weights_N == 0, (0, -n % size), constant_values=True))
     active = jnp.sum(weights_N != 0)
     trip_count = -(-active // size)
     if axes:

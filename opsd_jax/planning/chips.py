@@ -70,5 +70,5 @@ def hbm_bytes(device: jax.Device) -> float:
     raise PlanError(
         f"Cannot find the HBM size of {device.device_kind}: the compiler accepted an array of "
         "256 GiB; expected an out-of-memory error that states the HBM size. Install the version "
-        "of libtpu that constraints.txt pins."
+        "of libtpu that this Python's file in constraints/ pins."
     )

@@ -162,7 +162,7 @@ def main(arguments) -> None:
     print(json.dumps(seen))
 
 
-if __name__ == "__main__":
+def arguments():
     parser = argparse.ArgumentParser()
     parser.add_argument("topology")
     parser.add_argument("mesh")
@@ -170,4 +170,8 @@ if __name__ == "__main__":
     parser.add_argument("--program", choices=PROGRAMS, default="chunk")
     parser.add_argument("--layers", type=int, default=36)
     parser.add_argument("--int8", nargs="*", choices=("weights", "cache"))
-    main(parser.parse_args())
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main(arguments())

@@ -83,5 +83,7 @@ def test_the_workflow_runs_the_commands_of_ci():
     job = workflow["jobs"]["test"]
     assert job["strategy"]["matrix"]["command"] == re.findall(r"^\./launch/.*", ci, re.MULTILINE)
     assert "${{ matrix.command }}" in [step.get("run") for step in job["steps"]]
-    (python,) = [step["with"]["python-version"] for step in job["steps"] if "with" in step]
-    assert PYPROJECT["project"]["requires-python"] == f">={python}"
+    (pythons,) = [step["with"]["python-version"].split() for step in job["steps"] if "with" in step]
+    assert PYPROJECT["project"]["requires-python"] == f">={pythons[-1]}"  # the default
+    files = {path.name for path in (ROOT / "constraints").iterdir()}
+    assert {f"python{python}.txt" for python in pythons} == files
