@@ -10,7 +10,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",  # tests spend their time on compilation
         "--xla_llvm_disable_expensive_passes=true",
-        # They take half of the time of compilation, and jax 0.11 has no flag for them.
+        # The fusion emitters take half of the time of compilation. jax 0.11 has no flag of its own.
         "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true",
         "--xla_cpu_enable_concurrency_optimized_scheduler=false",  # takes a tenth of it
         "--xla_cpu_parallel_codegen_split_count=1",  # the other core runs the other worker's tests

@@ -126,9 +126,9 @@ def speed(rows: Sequence[dict[str, float]], seconds: float) -> dict[str, Any]:
 
     Returns:
       `time_shares`: the fraction of the time that the host spent waiting for the train step, for
-      decoding and so on (`seconds/...` in the metrics), and on everything outside of steps:
-      "evaluation". They add up to 1. `speed`: medians of the figures `speed/...`, without the first
-      step; a figure is missing if it is unknown. Empty for a run of an earlier version.
+      decoding and so on (`seconds/...` in the metrics), and on everything outside of steps, mostly
+      the evaluation. They add up to 1. `speed`: medians of the figures `speed/...`, without the
+      first step; a figure is missing if it is unknown. Empty for a run of an earlier version.
     """
     if not rows or any(OTHER not in row for row in rows):
         return {}
@@ -137,9 +137,9 @@ def speed(rows: Sequence[dict[str, float]], seconds: float) -> dict[str, Any]:
         for name in rows[0]
         if name.startswith(PARTS)
     }
-    parts["evaluation"] = seconds - sum(parts.values())
+    parts["outside_of_steps"] = seconds - sum(parts.values())
     later = rows[1:] or rows
-    names = sorted({name for row in rows for name in row if name.startswith(SPEED)})
+    names = sorted({name for row in later for name in row if name.startswith(SPEED)})
     return {
         "time_shares": {name: part / seconds for name, part in parts.items()},
         "speed": {

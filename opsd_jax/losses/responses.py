@@ -2,7 +2,8 @@
 
 `starts`, int32 [B, K], describes rows with up to K responses each: response k of row b begins at
 column starts[b, k], and ends where the next one begins. The starts of a row ascend. The starts of
-absent responses come last and are T. Without it (None), each row is one response.
+absent responses come last, at columns behind the last token, such as T. Without `starts` (None),
+each row is one response.
 
 Numbers of responses have the shape [B], or [B, K] with `starts`.
 
@@ -17,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from opsd_jax.losses.checks import check_shape
+from opsd_jax.losses.checks import check_shape, debug_check
 
 
 def shape_of_responses(mask: jax.Array, starts: Any) -> tuple[tuple[int, ...], str]:
@@ -38,6 +39,10 @@ def shape_of_responses(mask: jax.Array, starts: Any) -> tuple[tuple[int, ...], s
             f"starts has dtype {dtype} and shape {list(shape)}; expected integers "
             f"[{len(mask)}, responses of a row], the column at which each response begins."
         )
+    debug_check(
+        jnp.all(jnp.diff(starts, prepend=0, append=mask.shape[1], axis=1) >= 0),
+        "the starts of a row do not ascend; expected columns from 0 to the length of the row.",
+    )
     return shape, "the shape of starts"
 
 

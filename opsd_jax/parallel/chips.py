@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
+
 
 class Chip(NamedTuple):
     """Published peak rates of one device: compute, memory bandwidth and network bandwidth.
@@ -19,7 +21,7 @@ class Chip(NamedTuple):
     ici: float
 
 
-# Keyed by `jax.Device.device_kind`. JAX shows a chip of v4 or TPU7x as two devices.
+# Keyed by `jax.Device.device_kind`. A chip of v4 or TPU7x is two devices of a topology.
 CHIPS = {
     "TPU v4": Chip(1.37e14, 6.1e11, 4.5e10),
     "TPU v5 lite": Chip(1.97e14, 8.2e11, 9.0e10),
@@ -31,3 +33,14 @@ CHIPS = {
     "NVIDIA H100 80GB HBM3": Chip(9.89e14, 3.35e12, 9.0e11),
     "NVIDIA H200": Chip(9.89e14, 4.80e12, 9.0e11),
 }
+# Other names of the same devices.
+SAME = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Returns the peak rate of a device of a run, in FLOP/s; None if it is unknown."""
+    kind = SAME.get(device.device_kind, device.device_kind)
+    if kind not in CHIPS:
+        return None
+    # The two cores of an attached v4 are one device ("megacore").
+    return CHIPS[kind].flops * (2 if kind == "TPU v4" else 1)

@@ -62,7 +62,7 @@ def run(
       config: the options of the run.
       workdir: its work directory.
       fork: a checkpoint of another run, from which this run goes on; None for none.
-      profile: number of the step of which each stage writes a trace; None for none.
+      profile: number of the step that each stage traces; None for none.
 
     Raises:
       ConfigError: the config cannot be run, or the work directory holds a run with a different

@@ -46,7 +46,8 @@ class StageOptions:
     packing: bool = option(
         False,
         "Whether several responses share a row, up to its padded length, where the model supports "
-        "it. The loss is the same; `buckets` may then be one or two lengths.",
+        "it. The same responses have the same loss; SFT also reads its demonstrations in another "
+        "order. `buckets` may then be one or two lengths.",
         added=True,
     )
     loss_chunk: int = option(

@@ -59,7 +59,7 @@ class LoopOptions(NamedTuple):
       identity: JSON-ready values that identify the run; checkpoints with others are refused.
       ancestors: identities of the runs that this run was forked from; theirs are accepted.
       wandb_project: Weights & Biases project; "" for none.
-      profile: number of the step of which to write a trace; None for none.
+      profile: number of the step to trace; None for none.
     """
 
     checkpoint_every: int
@@ -159,6 +159,7 @@ def _run_steps(
     checkpoint_every: int,
 ) -> State:
     """Runs the given training steps of a stage, and returns the final state."""
+    recorder.check_profile(steps)
     for step in steps:
         watchdog.begin(step)
         began = watchdog_lib.now()
@@ -271,6 +272,18 @@ class _Recorder:
         self._speed = speed_lib.Speed(mesh)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "updates")
         self._updated = began.seconds  # time at which the devices had computed its updates
+
+    def check_profile(self, steps: range) -> None:
+        """Logs a warning if the options ask for a trace of a step that is not among `steps`."""
+        wanted = self._options.profile
+        if wanted is not None and wanted not in steps:
+            logger.warning(
+                "--profile %d: %s writes no trace; it runs the steps %d to %d",
+                wanted,
+                self._directory.name,
+                steps[0],
+                steps[-1],
+            )
 
     def traced(self, step: int) -> contextlib.AbstractContextManager[None]:
         """Returns a context manager that writes a trace of `step` if the options ask for it."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import jax
 
+from opsd_jax.parallel.watchdog import Wait, waiting
 from opsd_jax.storage.files import Path, writing
 
 DIRECTORY = "profile"
@@ -44,7 +45,8 @@ def trace(directory: Path, step: int, wanted: int | None) -> Iterator[None]:
 
 def _wait_for_devices() -> None:
     """Waits until this host's devices have computed everything that was dispatched."""
-    jax.block_until_ready([array for array in jax.live_arrays() if not array.is_deleted()])
+    with waiting(Wait.TRAIN_STEP):
+        jax.block_until_ready([array for array in jax.live_arrays() if not array.is_deleted()])
 
 
 def _copy(source: pathlib.Path, target: Path) -> None:

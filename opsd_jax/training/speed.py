@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from opsd_jax.parallel.chips import CHIPS
+from opsd_jax.parallel.chips import peak_flops
 from opsd_jax.parallel.watchdog import Moment, Wait
 
 logger = logging.getLogger(__name__)
@@ -42,8 +42,8 @@ class Speed:
     def __init__(self, mesh: jax.sharding.Mesh):
         """Logs a line if no peak rate of the accelerators is known: there will be no MFU."""
         device = mesh.devices.flat[0]
-        self._devices, self._chip = mesh.devices.size, CHIPS.get(device.device_kind)
-        if self._chip is None and device.platform != "cpu":
+        self._devices, self._peak = mesh.devices.size, peak_flops(device)
+        if self._peak is None and device.platform != "cpu":
             logger.info("no MFU: the peak rate of %r devices is unknown", device.device_kind)
 
     def __call__(
@@ -53,7 +53,8 @@ class Speed:
 
         Args:
           metrics: the metrics of the step, with `tokens` and `seconds`.
-          flops: model FLOPs of its updates (`Stage.flops`); None if they are unknown.
+          flops: model FLOPs of its updates (`Stage.flops`), 0 without active rows; None if they are
+            unknown.
           update_seconds: how long the devices computed them.
 
         Returns:
@@ -65,9 +66,9 @@ class Speed:
             "update_seconds": update_seconds,
             SPEED + "tokens_per_device": metrics["tokens"] / metrics["seconds"] / self._devices,
         }
-        if flops is not None and update_seconds > 0:
+        if flops and update_seconds > 0:
             rate = flops / update_seconds / self._devices
             values[SPEED + "tflops_per_device"] = rate / 1e12
-            if self._chip is not None:
-                values[SPEED + "mfu"] = rate / self._chip.flops
+            if self._peak is not None:
+                values[SPEED + "mfu"] = rate / self._peak
         return values

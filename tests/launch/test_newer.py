@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 
 import environments
 import pytest
@@ -21,6 +22,7 @@ TESTS = (
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="these tests run with the newer JAX")
 def test_losses_models_rollouts_and_train_steps_with_the_newer_versions():
     python = environments.find_python("3.12") or environments.find_python("3.13")
     if python is None:

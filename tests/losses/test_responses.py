@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 
 from opsd_jax import losses
 from opsd_jax.losses import responses
@@ -224,3 +225,12 @@ def test_arguments_of_the_wrong_shape_are_named(arrays):
             behaviour_logprobs=arrays["behaviour"],
             starts=STARTS,
         )
+
+
+def test_checkify_finds_starts_that_do_not_ascend(arrays):
+    given = {"student": arrays["student"], "tokens": arrays["tokens"], "mask": MASK}
+    checked = checkify.checkify(jax.jit(lambda starts: losses.sft(**given, starts=starts).sum))
+    checked(jnp.asarray(STARTS))[0].throw()
+    for wrong in (STARTS[:, ::-1], STARTS + MASK.shape[1], STARTS - MASK.shape[1]):
+        with pytest.raises(checkify.JaxRuntimeError, match="starts of a row do not ascend; expect"):
+            checked(jnp.asarray(wrong))[0].throw()

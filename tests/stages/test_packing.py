@@ -146,7 +146,7 @@ def test_batches_of_any_number_of_responses_have_the_same_shapes():
         pack([rows_of(1)[0] | {"response": [1] * 100}])
 
 
-def test_demonstrations_share_rows_and_keep_their_step(config, task, model):
+def test_the_demonstrations_of_a_window_are_the_same_with_less_padding(config, task, model):
     config.sft.update({"batch_size": 16, "microbatch": 4, "steps": sft.WINDOW, "packing": True})
     options = parse_run(config).sections["sft"]
     packed = sft.stage(options, task, model.policy, 0, Packing())

@@ -128,6 +128,11 @@ def test_a_trace_of_one_step(train, tmp_path):
     assert len(metrics_lib.read(tmp_path)) == 10
 
 
+def test_a_step_to_trace_that_does_not_run_is_named(train, tmp_path, caplog):
+    train(STAGE, profile=10)
+    assert f"--profile 10: {tmp_path.name} writes no trace; it runs the steps 0 to 9" in caplog.text
+
+
 def test_explicit_transfers_are_allowed(train):
     def transferring(step, params):
         assert jax.device_get(double(jax.device_put(np.ones(8, np.float32)))).sum() == 16

@@ -71,7 +71,8 @@ def test_speed_of_known_and_of_unknown_devices(monkeypatch, caplog):
 
     monkeypatch.setitem(chips.CHIPS, "cpu", chips.Chip(2e12, 1e9, 1e9))
     assert speed.Speed(mesh)(metrics, 8e12, 2.0)["speed/mfu"] == 0.25
-    assert "speed/mfu" not in speed.Speed(mesh)(metrics, None, 2.0)  # the model counts no FLOPs
+    for unknown in (None, 0.0):  # the model counts no FLOPs; no row was active
+        assert "speed/mfu" not in speed.Speed(mesh)(metrics, unknown, 2.0)
 
 
 def test_the_trace_of_one_step(tmp_path):
