@@ -2,7 +2,7 @@
 #
 # `setup [EXTRA]` creates .venv (or $OPSD_JAX_VENV), installs the package and the extra into it, and
 # puts it on PATH. It skips what is installed already.
-# `newer_python` prints the path of a Python 3.12 or 3.13, if one runs here.
+# `newer_python` prints the path of a Python 3.13 or 3.12, if one runs here.
 # shellcheck shell=bash
 
 setup() {
@@ -51,13 +51,13 @@ setup() {
 
 newer_python() {
   local version
-  for version in 3.12 3.13; do
+  for version in 3.13 3.12; do
     # Without PYENV_VERSION, pyenv's command may exist but fail.
     if PYENV_VERSION=$version "python$version" -c 'import sys; print(sys.executable)' 2>/dev/null; then
       return
     fi
   done
-  echo "No Python 3.12 or 3.13 is on PATH." >&2
+  echo "Neither Python 3.13 nor 3.12 is on PATH." >&2
   return 2
 }
 

@@ -24,7 +24,7 @@ TESTS = (
 @pytest.mark.slow
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="these tests run with the newer JAX")
 def test_losses_models_rollouts_and_train_steps_with_the_newer_versions():
-    python = environments.find_python("3.12") or environments.find_python("3.13")
+    python = environments.find_python("3.13") or environments.find_python("3.12")
     if python is None:
         pytest.skip("neither Python 3.12 nor 3.13 is installed")
     outside = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "JAX_", "XLA_"))}
