@@ -2,20 +2,19 @@
 #
 # `setup [EXTRA]` creates .venv (or $OPSD_JAX_VENV), installs the package and the extra into it, and
 # puts it on PATH. It skips what is installed already.
+# `is_python PATH MINOR` succeeds if PATH is Python 3.MINOR or newer.
 # `newer_python` prints the path of a Python 3.13 or 3.12, if one runs here.
 # shellcheck shell=bash
 
 setup() {
   local extra=${1:-} venv=${OPSD_JAX_VENV:-.venv} python=${PYTHON:-python3} constraints mark wanted
-  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+  if ! is_python "$python" 11; then
     echo "'$python' is not Python 3.11 or newer. Set PYTHON to the path of one." >&2
     return 2
   fi
   # Python 3.11 and newer ones have different versions of JAX.
-  constraints=constraints/python3.12.txt
-  if "$python" -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then
-    constraints=constraints/python3.11.txt
-  fi
+  constraints=constraints/python3.11.txt
+  if is_python "$python" 12; then constraints=constraints/python3.12.txt; fi
   # The mark records what was installed, from where, and for which Python version. A checkout that
   # was moved or changed is installed again.
   wanted=$({
@@ -47,6 +46,10 @@ setup() {
     echo "$wanted" > "$mark"
   fi
   PATH=$(cd "$venv" && pwd)/bin:$PATH
+}
+
+is_python() {
+  "$1" -c "import sys; sys.exit(sys.version_info < (3, $2))" 2>/dev/null
 }
 
 newer_python() {

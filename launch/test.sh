@@ -16,7 +16,7 @@ cd "$(dirname "$0")/.."
 
 if [ "${1:-}" = --newer ]; then
   PYTHON=${PYTHON:-$(newer_python)}
-  if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then
+  if ! is_python "$PYTHON" 12; then
     echo "--newer: '$PYTHON' is not Python 3.12 or newer. Set PYTHON to the path of one." >&2
     exit 2
   fi

@@ -133,6 +133,21 @@ def writing(path: Any) -> Iterator[None]:
         ) from error
 
 
+def copy_into(source: pathlib.Path, directory: Path) -> None:
+    """Copies a local directory's files and subdirectories into one that may be in a bucket.
+
+    Raises:
+      RecordError: a file cannot be written.
+    """
+    for path in source.rglob("*"):
+        if path.is_file():
+            with writing(directory):
+                to = directory / path.relative_to(source)
+                if to.parent != directory:
+                    to.parent.mkdir(parents=True, exist_ok=True)
+                to.write_bytes(path.read_bytes())
+
+
 def to_json(value: Any, **options: Any) -> str:
     """Returns a value as strict JSON, with null for NaN and infinity.
 

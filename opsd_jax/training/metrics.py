@@ -14,7 +14,7 @@ import numpy as np
 import tensorboardX
 
 from opsd_jax.parallel import hosts
-from opsd_jax.storage.files import Lines, Path, absolute, in_bucket, read_json_lines, writing
+from opsd_jax.storage.files import Lines, Path, absolute, copy_into, in_bucket, read_json_lines
 
 FILE = "metrics.jsonl"  # one row per step
 GROUPS = "groups.jsonl"  # one row per problem of a step: how many of its rollouts were correct
@@ -134,9 +134,7 @@ class MetricsWriter:
         self._rows.sync()
         self._events.flush()
         if self._local:
-            for path in pathlib.Path(self._local.name).iterdir():
-                with writing(self._directory):
-                    (self._directory / path.name).write_bytes(path.read_bytes())
+            copy_into(pathlib.Path(self._local.name), self._directory)
 
     def __enter__(self) -> MetricsWriter:
         return self

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import jax
 
 from opsd_jax.parallel.watchdog import Wait, waiting
-from opsd_jax.storage.files import Path, writing
+from opsd_jax.storage.files import Path, copy_into
 
 DIRECTORY = "profile"
 
@@ -31,7 +31,6 @@ def trace(directory: Path, step: int, wanted: int | None) -> Iterator[None]:
     if step != wanted:
         yield
         return
-    target = directory / DIRECTORY
     with tempfile.TemporaryDirectory() as local:
         _wait_for_devices()
         jax.profiler.start_trace(local)
@@ -40,20 +39,10 @@ def trace(directory: Path, step: int, wanted: int | None) -> Iterator[None]:
             _wait_for_devices()
         finally:
             jax.profiler.stop_trace()
-            _copy(pathlib.Path(local), target)
+            copy_into(pathlib.Path(local), directory / DIRECTORY)
 
 
 def _wait_for_devices() -> None:
     """Waits until this host's devices have computed everything that was dispatched."""
     with waiting(Wait.TRAIN_STEP):
         jax.block_until_ready([array for array in jax.live_arrays() if not array.is_deleted()])
-
-
-def _copy(source: pathlib.Path, target: Path) -> None:
-    """Copies the files below `source` to `target`, which may be in a bucket."""
-    with writing(target):
-        for path in source.rglob("*"):
-            if path.is_file():
-                to = target / path.relative_to(source)
-                to.parent.mkdir(parents=True, exist_ok=True)
-                to.write_bytes(path.read_bytes())

@@ -8,6 +8,7 @@ from typing import Any
 import tqdm
 
 from opsd_jax.parallel import hosts
+from opsd_jax.training.speed import MFU
 
 # Metric -> how the bar shows it.
 SHOWN = {
@@ -75,8 +76,8 @@ class Progress:
         if "verifier_wait_seconds" in values:
             shown.append(f"verifier {values['verifier_wait_seconds'] / values['seconds']:.1%}")
         shown.append(f"{values['tokens'] / values['seconds']:,.0f} tokens/s")
-        if "speed/mfu" in values:
-            shown.append(f"MFU {values['speed/mfu']:.1%}")
+        if MFU in values:
+            shown.append(f"MFU {values[MFU]:.1%}")
         if self._bar.n == 0 and step:
             # The run resumed at this step: the bar's rate must not count the earlier ones.
             self._bar.initial = self._bar.n = step

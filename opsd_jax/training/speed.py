@@ -14,6 +14,7 @@ from opsd_jax.parallel.watchdog import Moment, Wait
 logger = logging.getLogger(__name__)
 
 SPEED = "speed/"
+MFU = SPEED + "mfu"
 PARTS = "seconds/"  # the parts of a step's `seconds`, which add up to it
 OTHER = PARTS + "other"  # the host's own work: data, packing, dispatching
 
@@ -70,5 +71,5 @@ class Speed:
             rate = flops / update_seconds / self._devices
             values[SPEED + "tflops_per_device"] = rate / 1e12
             if self._peak is not None:
-                values[SPEED + "mfu"] = rate / self._peak
+                values[MFU] = rate / self._peak
         return values
