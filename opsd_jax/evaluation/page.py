@@ -111,9 +111,18 @@ def _speed(stage: dict[str, Any]) -> str:
     text = f"Time: {parts}. Median speed: {figures['tokens_per_device']:,.0f} tokens/s per device"
     if "tflops_per_device" in figures:
         text += f", and in the train step {figures['tflops_per_device']:.3g} TFLOP/s per device"
-        mfu = figures.get("mfu")
-        text += " (no MFU: unknown device)" if mfu is None else f", which is an MFU of {mfu:.1%}"
+        text += _of_peak(figures, "mfu")
+    if "decode_gb_per_device" in figures:
+        text += f". Decoding reads {figures['decode_gb_per_device']:.3g} GB/s per device"
+        text += _of_peak(figures, "mbu")
     return text + "."
+
+
+def _of_peak(figures: Mapping[str, float], name: str) -> str:
+    """Describes a speed as a fraction of the device's peak rate: "mfu" or "mbu"."""
+    if name not in figures:
+        return f" (no {name.upper()}: unknown device)"
+    return f", which is an {name.upper()} of {figures[name]:.1%}"
 
 
 def _training(results: dict[str, Any], plots: Mapping[str, str]) -> list[dict[str, str]]:

@@ -108,11 +108,18 @@ def make_roll_out(
     engine = rollouts.engine(parts.engines)
     collector = Collector(engine, parts.task, parts.pool, options.group_size)
     common: dict[str, Any] = {"vocab_size": parts.model.vocab_size, "poll": parts.poll}
+    sampled = (options, parts.task, collector, parts.seed)
     if options.carry_over:
-        return carrying_rollouts(options, parts.task, collector, parts.seed, **common)
-    return step_rollouts(
-        options, parts.task, collector, parts.seed, capacity=capacity, trains=trains, **common
-    )
+        roll_out = carrying_rollouts(*sampled, **common)
+    else:
+        roll_out = step_rollouts(*sampled, capacity=capacity, trains=trains, **common)
+
+    def measured(*arguments: Any) -> Rollouts:
+        before = engine.decoding
+        rollouts = roll_out(*arguments)
+        return dataclasses.replace(rollouts, decoding=engine.decoding.since(before))
+
+    return measured
 
 
 def step_rollouts(
@@ -317,6 +324,7 @@ def step_data(
         group_records(rollouts, options.group_size),
         diagnosis(rollouts, task, options),
         rollouts.carried,
+        rollouts.decoding,
     )
 
 

@@ -103,10 +103,12 @@ def test_a_run_writes_its_records_and_its_report(config, undisturbed):
         assert sum(stage["time_shares"].values()) == pytest.approx(1)
         assert min(stage["time_shares"].values()) >= 0
         assert stage["speed"]["tflops_per_device"] > 0
-        assert "mfu" not in stage["speed"]
+        assert not {"mfu", "mbu"} & stage["speed"].keys()
         assert list((undisturbed / stage["name"]).glob("events.out.tfevents.*"))
     for stage in report["stages"][1:]:
         rows = metrics_lib.read(undisturbed / stage["name"])
+        assert stage["speed"]["decode_gb_per_device"] > 0
+        assert all(0 < row["rollout_seconds"] < row["seconds"] for row in rows)
         # The arithmetic task judges at once, but a busy machine may pause during one verification.
         assert min(row["verifier_wait_seconds"] / row["seconds"] for row in rows[1:]) < 0.01
         assert 0 <= stage["verifier_wait_share"] < 1
@@ -119,6 +121,7 @@ def test_a_run_writes_its_records_and_its_report(config, undisturbed):
         assert sum(g["correct"] for g in groups) == stage["verdicts"]["match"]
     page = (undisturbed / "report" / "index.html").read_text()
     assert page.count("<svg") == 6
+    assert (page.count("no MFU: unknown device"), page.count("no MBU: unknown device")) == (3, 2)
     assert not re.findall(r"(?:src|href)=.https?://(?!www\.w3\.org|purl|creativecommons)", page)
     assert (undisturbed / "report" / "report.md").read_text().count("±") >= 11
 
