@@ -118,6 +118,30 @@ def _speed(stage: dict[str, Any]) -> str:
     return text + "."
 
 
+# Metric -> how the page names it, and its format.
+_PLANNED = {
+    "seconds": ("step", "{:.1f} s"),
+    "rollout_seconds": ("rollouts", "{:.1f} s"),
+    "update_seconds": ("update", "{:.1f} s"),
+    "useful_tokens": ("useful tokens", "{:.0%}"),
+}
+
+
+def _plan(stage: dict[str, Any]) -> str:
+    """Describes a stage's speed beside its plan. Returns "" for a run without a plan."""
+    if "plan" not in stage:
+        return ""
+    plan = stage["plan"]
+    if "differs" in plan:
+        return f"Not compared with the plan {plan['file']}: {plan['differs']}."
+    parts = []
+    for name, figures in plan["metrics"].items():
+        label, form = _PLANNED[name]
+        limits = " to ".join(dict.fromkeys(map(form.format, figures["planned"])))
+        parts.append(f"{label} {form.format(figures['measured'])}, planned {limits}")
+    return f"Median beside the plan {plan['file']}: {'; '.join(parts)}."
+
+
 def _of_peak(figures: Mapping[str, float], name: str) -> str:
     """Describes a speed as a fraction of the device's peak rate: "mfu" or "mbu"."""
     if name not in figures:
@@ -132,7 +156,7 @@ def _training(results: dict[str, Any], plots: Mapping[str, str]) -> list[dict[st
             "title": title(stage),
             "plot": plots[f"training_{stage['name']}"],
             "verification": _verification(stage),
-            "speed": _speed(stage),
+            "speed": f"{_speed(stage)} {_plan(stage)}".strip(),
         }
         for stage in results["stages"]
         if f"training_{stage['name']}" in plots

@@ -26,6 +26,8 @@ from opsd_jax.training.stage import Batch, StepData
 from opsd_jax.verify.outcomes import Outcomes
 from opsd_jax.verify.verdict import REASONS
 
+ROLLOUTS = "rollouts"  # name of their `Sampling`, which a plan file has too
+
 # (step, params) -> the rollouts of the step. With `options.carry_over`, the third argument has the
 # rollouts that go on from the step before, and the result those that go on in the next one.
 RollOut = Callable[..., Rollouts]
@@ -42,7 +44,7 @@ def rollout_sampling(options: RolloutOptions, task: Task | None = None) -> tuple
     del task  # the lengths come from the options
     return (
         Sampling(
-            name="rollouts",
+            name=ROLLOUTS,
             slots_field="slots",
             response_tokens_field="response_tokens",
             slots=options.slots,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +38,41 @@ def seconds(began: Moment, ended: Moment) -> dict[str, float]:
 def without_times(row: Mapping[str, float]) -> dict[str, float]:
     """Returns the metrics of a step that do not depend on the machine's speed."""
     return {k: v for k, v in row.items() if "seconds" not in k and not k.startswith(SPEED)}
+
+
+def median(rows: Sequence[Mapping[str, float]], name: str) -> float | None:
+    """Returns the median of a metric over the steps after the first; None if no step has it.
+
+    If there is only one step, returns its value.
+
+    Args:
+      rows: the metrics of the steps of a stage, in order.
+      name: the metric.
+    """
+    values = [row[name] for row in (rows[1:] or rows) if name in row]
+    return statistics.median(values) if values else None
+
+
+def beside(planned: Mapping[str, Any], rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Returns what a plan predicts for a stage, beside what its steps measured.
+
+    Args:
+      planned: an entry of `opsd_jax.planning.plan_file.predictions`.
+      rows: the metrics of the steps of the stage, in order.
+
+    Returns:
+      `planned`, where each metric in `metrics` has {"planned": [low, high], "measured": `median`}.
+      A metric that no step has is left out.
+    """
+    if "metrics" not in planned:
+        return {**planned}
+    measured = {name: median(rows, name) for name in planned["metrics"]}
+    metrics = {
+        name: {"planned": [*planned["metrics"][name]], "measured": value}
+        for name, value in measured.items()
+        if value is not None
+    }
+    return {**planned, "metrics": metrics}
 
 
 class Speed:

@@ -13,6 +13,7 @@ from opsd_jax.parallel import chips, watchdog
 from opsd_jax.parallel.watchdog import Wait, waiting
 from opsd_jax.rollout.decoding import Decoding
 from opsd_jax.training import profile, speed
+from opsd_jax.training.progress import Progress
 
 
 @pytest.fixture
@@ -78,6 +79,26 @@ def test_speed_of_known_and_of_unknown_devices(monkeypatch, caplog):
     assert "speed/mbu" not in speed.Speed(mesh)(metrics, 8e12, 2.0)  # no rollouts
     for unknown in (None, 0.0):  # the model counts no FLOPs; no row was active
         assert "speed/mfu" not in speed.Speed(mesh)(metrics, unknown, 2.0)
+
+
+def test_the_progress_bar_shows_the_utilisations(capsys):
+    values = {"tokens": 1600.0, "seconds": 10.0, speed.MFU: 0.25, speed.MBU: 0.5}
+    with Progress() as bar:
+        bar.start("opsd", 1, "step")
+        bar.step(0, values)
+        bar.finish()
+    assert "160 tokens/s, MFU 25.0%, MBU 50.0%" in capsys.readouterr().err
+
+
+def test_the_steps_of_a_stage_beside_its_plan():
+    planned = {"file": "p.txt", "metrics": {"seconds": (2.0, 3.0), "useful_tokens": (0.5, 0.5)}}
+    rows = [{"seconds": s} for s in (90.0, 4.0, 5.0, 7.0)]  # the first step compiles
+    assert speed.beside(planned, rows) == {
+        "file": "p.txt", "metrics": {"seconds": {"planned": [2.0, 3.0], "measured": 5.0}}
+    }  # fmt: skip
+    assert speed.beside(planned, rows[:1])["metrics"]["seconds"]["measured"] == 90
+    other = {"file": "p.txt", "differs": "it is for another config"}
+    assert speed.beside(other, rows) == other
 
 
 def test_a_v4_of_a_run_is_two_devices_of_a_topology():
