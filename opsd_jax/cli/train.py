@@ -7,9 +7,12 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from opsd_jax.cli import report
 from opsd_jax.config import loading
 from opsd_jax.parallel import hosts
+from opsd_jax.planning import plan_file
 from opsd_jax.run import lineage, pipeline
 from opsd_jax.run.workdir import CONFIG
 from opsd_jax.storage import files
@@ -30,5 +33,8 @@ def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         return files.read_json(saved) if saved else {}
 
     config = hosts.together(lambda: loading.load(arguments.config, overrides, earlier))
-    pipeline.run(config, arguments.workdir, origin, profile=arguments.profile)
+    planned = hosts.together(
+        lambda: plan_file.predictions(arguments.config, overrides, config, jax.devices())
+    )
+    pipeline.run(config, arguments.workdir, origin, profile=arguments.profile, planned=planned)
     return report.write(config, arguments.workdir)

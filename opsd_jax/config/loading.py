@@ -116,6 +116,12 @@ def _pin(config: ConfigDict, earlier: Callable[[], Mapping[str, Any]]) -> None:
             pin(source, "path", hub.DATASET, f"data.{sources}.{name}")
 
 
+def path_of(name: str | pathlib.Path) -> pathlib.Path:
+    """Returns the path of a config file: `name`, or the packaged config of that name."""
+    path = pathlib.Path(name)
+    return path if path.is_file() else packaged().get(str(name), path)
+
+
 def read(name: str | pathlib.Path) -> ConfigDict:
     """Calls `get_config()` of a Python file, and returns the config, locked but not yet checked.
 
@@ -125,9 +131,7 @@ def read(name: str | pathlib.Path) -> ConfigDict:
     Raises:
       ConfigError: there is no such file, or it does not return a config.
     """
-    path = pathlib.Path(name)
-    if not path.is_file():
-        path = packaged().get(str(name), path)
+    path = path_of(name)
     spec = importlib.util.spec_from_file_location("opsd_jax_user_config", path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise ConfigError(

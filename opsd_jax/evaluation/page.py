@@ -111,9 +111,42 @@ def _speed(stage: dict[str, Any]) -> str:
     text = f"Time: {parts}. Median speed: {figures['tokens_per_device']:,.0f} tokens/s per device"
     if "tflops_per_device" in figures:
         text += f", and in the train step {figures['tflops_per_device']:.3g} TFLOP/s per device"
-        mfu = figures.get("mfu")
-        text += " (no MFU: unknown device)" if mfu is None else f", which is an MFU of {mfu:.1%}"
+        text += _of_peak(figures, "mfu")
+    if "decode_gb_per_device" in figures:
+        text += f". Decoding reads {figures['decode_gb_per_device']:.3g} GB/s per device"
+        text += _of_peak(figures, "mbu")
     return text + "."
+
+
+# Metric -> how the page names it, and its format.
+_PLANNED = {
+    "seconds": ("step", "{:.1f} s"),
+    "rollout_seconds": ("rollouts", "{:.1f} s"),
+    "update_seconds": ("update", "{:.1f} s"),
+    "useful_tokens": ("useful tokens", "{:.0%}"),
+}
+
+
+def _plan(stage: dict[str, Any]) -> str:
+    """Describes a stage's speed beside its plan. Returns "" for a run without a plan."""
+    if "plan" not in stage:
+        return ""
+    plan = stage["plan"]
+    if "differs" in plan:
+        return f"Not compared with the plan {plan['file']}: {plan['differs']}."
+    parts = []
+    for name, figures in plan["metrics"].items():
+        label, form = _PLANNED[name]
+        limits = " to ".join(dict.fromkeys(map(form.format, figures["planned"])))
+        parts.append(f"{label} {form.format(figures['measured'])}, planned {limits}")
+    return f"Median beside the plan {plan['file']}: {'; '.join(parts)}."
+
+
+def _of_peak(figures: Mapping[str, float], name: str) -> str:
+    """Describes a speed as a fraction of the device's peak rate: "mfu" or "mbu"."""
+    if name not in figures:
+        return f" (no {name.upper()}: unknown device)"
+    return f", which is an {name.upper()} of {figures[name]:.1%}"
 
 
 def _training(results: dict[str, Any], plots: Mapping[str, str]) -> list[dict[str, str]]:
@@ -123,7 +156,7 @@ def _training(results: dict[str, Any], plots: Mapping[str, str]) -> list[dict[st
             "title": title(stage),
             "plot": plots[f"training_{stage['name']}"],
             "verification": _verification(stage),
-            "speed": _speed(stage),
+            "speed": f"{_speed(stage)} {_plan(stage)}".strip(),
         }
         for stage in results["stages"]
         if f"training_{stage['name']}" in plots

@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
-import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from opsd_jax.storage import files
 from opsd_jax.storage.files import Path
 from opsd_jax.storage.names import REPORT, UNTRAINED
 from opsd_jax.training import metrics as metrics_lib
-from opsd_jax.training.speed import OTHER, PARTS, SPEED
+from opsd_jax.training.speed import OTHER, PARTS, SPEED, median
 
 
 class Report(NamedTuple):
@@ -142,10 +141,7 @@ def speed(rows: Sequence[dict[str, float]], seconds: float) -> dict[str, Any]:
     names = sorted({name for row in later for name in row if name.startswith(SPEED)})
     return {
         "time_shares": {name: part / seconds for name, part in parts.items()},
-        "speed": {
-            name.removeprefix(SPEED): statistics.median(row[name] for row in later if name in row)
-            for name in names
-        },
+        "speed": {name.removeprefix(SPEED): median(rows, name) for name in names},
     }
 
 

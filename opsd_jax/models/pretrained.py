@@ -62,10 +62,7 @@ def from_config(options: PretrainedOptions | Mapping[str, Any]) -> Model:
     if options.dtype == "auto":
         fields["dtype"] = default_dtype("tpu" if aot.on_tpu() else jax.default_backend())
     if options.preset and not options.path and planned:
-        sizes = {**PRESETS[options.preset]}
-        if "rope_scaling" in sizes:
-            sizes["rope_scaling"] = RopeScaling(**sizes["rope_scaling"])
-        return decoder.model(DecoderConfig(**sizes, **fields))
+        return decoder.model(_preset(options.preset, **fields))
     if not options.path:
         raise ConfigError(
             "config.model.path is ''; expected a directory with a Hugging Face config.json and "
@@ -82,6 +79,26 @@ def from_config(options: PretrainedOptions | Mapping[str, Any]) -> Model:
         )
     model = (_without_weights if planned else open_model)(directory, **fields)
     return model._replace(max_positions=options.max_positions or model.max_positions)
+
+
+def _preset(name: str, **options: Any) -> DecoderConfig:
+    """Returns the `DecoderConfig` of a preset. `options` are the fields that it does not set."""
+    sizes = {**PRESETS[name]}
+    if "rope_scaling" in sizes:
+        sizes["rope_scaling"] = RopeScaling(**sizes["rope_scaling"])
+    return DecoderConfig(**sizes, **options)
+
+
+def is_preset(options: PretrainedOptions) -> bool:
+    """Returns whether the model in `options.path` is the preset that a plan uses without a path.
+
+    Raises:
+      ConfigError: the directory has no valid `config.json`.
+    """
+    if not (options.path and options.preset):
+        return False
+    directory = hub.local(options.path, hub.SIZES, "config.model.path")
+    return architecture.from_json(directory / CONFIG) == _preset(options.preset)
 
 
 def open_model(directory: pathlib.Path, **options: Any) -> Model:

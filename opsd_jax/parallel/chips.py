@@ -37,10 +37,15 @@ CHIPS = {
 SAME = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
 
 
-def peak_flops(device: jax.Device) -> float | None:
-    """Returns the peak rate of a device of a run, in FLOP/s; None if it is unknown."""
-    kind = SAME.get(device.device_kind, device.device_kind)
-    if kind not in CHIPS:
-        return None
+def kind_of(device: jax.Device) -> str:
+    """Returns the kind of a device, by its name in `CHIPS` if it is known."""
+    return SAME.get(device.device_kind, device.device_kind)
+
+
+def chip_of(device: jax.Device) -> Chip | None:
+    """Returns the peak rates of a device of a run; None if they are unknown."""
+    kind = kind_of(device)
+    if kind != "TPU v4":
+        return CHIPS.get(kind)
     # The two cores of an attached v4 are one device ("megacore").
-    return CHIPS[kind].flops * (2 if kind == "TPU v4" else 1)
+    return Chip(*(2 * rate for rate in CHIPS[kind]))

@@ -254,12 +254,12 @@ class Batch:
         empty_H = np.zeros(H, np.int32)
         return np.stack([empty_H if r is None else r.history(H) for r in self._active])
 
-    def record(self, chunk: Chunk) -> tuple[list[Response], int]:
+    def record(self, chunk: Chunk) -> tuple[list[Response], int, int]:
         """Fetches a chunk's tokens, and frees the slots of the rollouts that ended.
 
         Returns:
-          `(ended, passes)`: the responses of the rollouts that ended, and the number of forward
-          passes.
+          `(ended, passes, read)`: the responses of the rollouts that ended, the number of forward
+          passes, and the number of cached tokens that they read.
         """
         with waiting(Wait.DECODING):
             chunk = jax.device_get(chunk)
@@ -272,7 +272,7 @@ class Batch:
                 ended.append(rollout.response(int(chunk.stop[slot])))
                 self._active[slot] = None
                 self._pool.free(slot)
-        return ended, chunk.forward_passes()
+        return ended, chunk.forward_passes(), int(chunk.read.sum())
 
     def unfinished(self) -> list[Response]:
         """Returns the responses so far of the rollouts that have not ended, with stop RUNNING."""

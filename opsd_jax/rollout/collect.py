@@ -21,6 +21,7 @@ from opsd_jax.parallel.watchdog import Wait, waiting
 from opsd_jax.policy import Params
 from opsd_jax.problem import Problem
 from opsd_jax.rollout.carry import Carried
+from opsd_jax.rollout.decoding import Decoding
 from opsd_jax.rollout.engine import NO_TOKENS, RUNNING, STOP_LENGTH, Engine, Response
 from opsd_jax.rollout.sampling import SamplingParams
 from opsd_jax.verify.outcomes import Outcomes, outcomes_of
@@ -62,6 +63,8 @@ class Rollouts:
       staleness: int [N], for how many steps each rollout has been carried over; None if rollouts
         are not carried over.
       carried: the rollouts that go on in the next step; None likewise.
+      decoding: the memory traffic and the time of the calls of the engine that sampled them; None
+        if it is unknown.
     """
 
     problems: list[Problem]
@@ -73,6 +76,7 @@ class Rollouts:
     wait_seconds: float = 0.0
     staleness: np.ndarray | None = None
     carried: Carried | None = None
+    decoding: Decoding | None = None
 
     @property
     def lengths(self) -> np.ndarray:

@@ -12,15 +12,18 @@ depend only on these tokens and on the arguments, so every host makes the same d
 from __future__ import annotations
 
 import functools
+import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 
+from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.policy import Model, Params
 from opsd_jax.rollout import sampling
 from opsd_jax.rollout.batch import NO_TOKENS, Batch, Response, Rollout, left_pad
+from opsd_jax.rollout.decoding import Decoding
 from opsd_jax.rollout.programs import (
     ROLLOUTS_PER_INSERT,
     STEPS_PER_CHUNK,
@@ -134,6 +137,7 @@ class Engine:
       prefill_cache_bytes: bytes per device of the cache of one prefill.
       continued: rollouts that continue in one execution of a program.
       continue_lengths: the numbers of columns of these programs, ascending.
+      decoding: the memory traffic and the time of all calls so far.
     """
 
     def __init__(
@@ -180,6 +184,8 @@ class Engine:
         self.pool_sizes = self._programs.pool_sizes
         self.prefill_cache_bytes = self._programs.prefill_cache_bytes
         self.continued, self.continue_lengths = self._programs.continued, [*self._programs.proceed]
+        self._weight_bytes = mesh_lib.shard_bytes(abstract_params)
+        self.decoding = Decoding()
 
     def __call__(
         self,
@@ -224,6 +230,7 @@ class Engine:
         groups = self._groups(prompts, ids, budgets, begun)
         if not groups:
             return
+        began = time.monotonic()
         batch = Batch(self._programs, groups, self._pad_id, params, key, sampling_params)
         ended: list[Response] = []
         steps = 0
@@ -236,11 +243,19 @@ class Engine:
             if chunk is None:
                 return
             poll()
-            ended, passes = batch.record(chunk)
+            ended, passes, read = batch.record(chunk)
             steps += passes
+            began = self._count(passes, read, began)
             if ended and enough(ended):
                 yield EndedRollouts(ended + batch.unfinished(), lambda: True, steps)
                 return
+
+    def _count(self, passes: int, read: int, began: float) -> float:
+        """Adds a chunk, and the time since `began`, to `decoding`. Returns the current time."""
+        now = time.monotonic()
+        traffic = passes * self._weight_bytes + read * self.cache_bytes / self.cache_tokens
+        self.decoding = Decoding(self.decoding.bytes + traffic, self.decoding.seconds + now - began)
+        return now
 
     def _groups(
         self,

@@ -64,6 +64,8 @@ class Chunk(NamedTuple):
       sampling_logprobs: float32 [T, S], see `sampling.Drawn`.
       drawn: int32 [S], number of tokens sampled in each slot.
       stop: int32 [S], STOP_EOS, STOP_LENGTH or RUNNING. RUNNING for an empty slot.
+      read: int32 [S], number of cached tokens that each slot's rollout attended to, summed over the
+        forward passes. Tokens that a pass stores itself do not count.
       steps: int32 scalar, number of forward passes. None if each pass sampled one token for each
         rollout, so that it is the largest of `drawn`.
     """
@@ -73,6 +75,7 @@ class Chunk(NamedTuple):
     sampling_logprobs: jax.Array
     drawn: jax.Array
     stop: jax.Array
+    read: jax.Array
     steps: jax.Array | None = None
 
     def forward_passes(self) -> int:
@@ -90,7 +93,7 @@ def empty_chunk(tokens: int, slots: int) -> Chunk:
     """Returns a `Chunk` without tokens, with room for `tokens` in each slot."""
     tokens_TxS, logprobs_TxS = jnp.zeros((tokens, slots), jnp.int32), jnp.zeros((tokens, slots))
     zeros_S = jnp.zeros(slots, jnp.int32)
-    return Chunk(tokens_TxS, logprobs_TxS, logprobs_TxS, zeros_S, zeros_S + RUNNING)
+    return Chunk(tokens_TxS, logprobs_TxS, logprobs_TxS, zeros_S, zeros_S + RUNNING, zeros_S)
 
 
 def prefill(
@@ -317,6 +320,7 @@ def _record(
         chunk.sampling_logprobs.at[t].set(sampled.sampling_logprob),
         chunk.drawn + active_S,
         jnp.where(eos_S, STOP_EOS, jnp.where(full_S, STOP_LENGTH, chunk.stop)),
+        chunk.read + jnp.maximum(rows.position, 0),
     )
     position_S = jnp.where(active_S & ~eos_S & ~full_S, rows.position + 1, -1)
     return rows._replace(token=sampled.token, position=position_S, drawn=drawn_S), chunk

@@ -230,6 +230,7 @@ def _record(
         put(chunk.sampling_logprobs, sampled.sampling_logprob),
         chunk.drawn + kept_S,
         jnp.where(eos_S, STOP_EOS, jnp.where(full_S, STOP_LENGTH, chunk.stop)),
+        chunk.read + jnp.maximum(rows.position, 0),
     )
     last_S = jnp.take_along_axis(sampled.token, jnp.maximum(kept_S - 1, 0)[:, None], axis=1)[:, 0]
     goes_on_S = (rows.position >= 0) & ~eos_S & ~full_S

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from opsd_jax.config.run_options import RunOptions
 from opsd_jax.data.task import Task
@@ -20,6 +21,8 @@ from opsd_jax.storage.files import Path
 from opsd_jax.training.stage import Stage
 from opsd_jax.verify.pool import VerifierPool
 
+NO_PLAN: Mapping[str, Mapping[str, Any]] = types.MappingProxyType({})
+
 
 class Run(NamedTuple):
     """The objects that the stages and evaluations of a run share.
@@ -32,6 +35,8 @@ class Run(NamedTuple):
       pool: worker processes that judge responses.
       engines: compiles engines that sample for the stages.
       evaluator: evaluates parameters on held-out problems.
+      planned: stage -> what the run's plan predicts for it
+        (`opsd_jax.planning.plan_file.predictions`); empty without a plan.
     """
 
     config: RunOptions
@@ -41,6 +46,7 @@ class Run(NamedTuple):
     pool: VerifierPool
     engines: Engines
     evaluator: Evaluator
+    planned: Mapping[str, Mapping[str, Any]] = NO_PLAN
 
 
 def assemble(config: RunOptions, workdir: Path) -> Run:

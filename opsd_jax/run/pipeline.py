@@ -23,7 +23,7 @@ import functools
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opsd_jax.config import loading
@@ -35,11 +35,11 @@ from opsd_jax.policy import Params
 from opsd_jax.problem import Problem
 from opsd_jax.run import compilation, lineage, probe
 from opsd_jax.run import workdir as workdir_lib
-from opsd_jax.run.assembly import Run, assemble, make_stage
+from opsd_jax.run.assembly import NO_PLAN, Run, assemble, make_stage
 from opsd_jax.storage import files
 from opsd_jax.storage.files import Path
 from opsd_jax.storage.names import PARAMS, UNTRAINED
-from opsd_jax.training import checkpoint
+from opsd_jax.training import checkpoint, speed
 from opsd_jax.training import metrics as metrics_lib
 from opsd_jax.training.loop import LoopOptions, run_stage
 from opsd_jax.training.optimizer import make_optimizer
@@ -55,6 +55,7 @@ def run(
     fork: lineage.Origin | None = None,
     *,
     profile: int | None = None,
+    planned: Mapping[str, Mapping[str, Any]] = NO_PLAN,
 ) -> None:
     """Trains and evaluates the stages of a config in order. Skips finished stages.
 
@@ -63,6 +64,7 @@ def run(
       workdir: its work directory.
       fork: a checkpoint of another run, from which this run goes on; None for none.
       profile: number of the step that each stage traces; None for none.
+      planned: stage -> what a plan predicts for it (`opsd_jax.planning.plan_file.predictions`).
 
     Raises:
       ConfigError: the config cannot be run, or the work directory holds a run with a different
@@ -78,7 +80,7 @@ def run(
         )
     compilation.use_cache(config.compilation_cache, workdir)
     saved = hosts.together(lambda: compilation.saved_programs(config.executables))
-    this = hosts.together(lambda: assemble(config, workdir))
+    this = hosts.together(lambda: assemble(config, workdir))._replace(planned=planned)
     with (
         saved,
         workdir_lib.claimed(config, workdir, lambda: lineage.begin(config, workdir, fork)),
@@ -184,6 +186,9 @@ def evaluate_and_record(
     options = this.config.sections.get(name)
     if options is not None:
         probe.measure(this, name, params, responses, progress, stop)
+    if name in this.planned:
+        rows = hosts.from_first(functools.partial(metrics_lib.read, directory))
+        summary["plan"] = speed.beside(this.planned[name], rows)
     summary["steps"] = 0 if options is None else options.steps
     summary["seconds"] = time.monotonic() - began
     # ru_maxrss is in KiB on Linux and in bytes on macOS.

@@ -26,6 +26,8 @@ from opsd_jax.training.stage import Batch, StepData
 from opsd_jax.verify.outcomes import Outcomes
 from opsd_jax.verify.verdict import REASONS
 
+ROLLOUTS = "rollouts"  # name of their `Sampling`, which a plan file has too
+
 # (step, params) -> the rollouts of the step. With `options.carry_over`, the third argument has the
 # rollouts that go on from the step before, and the result those that go on in the next one.
 RollOut = Callable[..., Rollouts]
@@ -42,7 +44,7 @@ def rollout_sampling(options: RolloutOptions, task: Task | None = None) -> tuple
     del task  # the lengths come from the options
     return (
         Sampling(
-            name="rollouts",
+            name=ROLLOUTS,
             slots_field="slots",
             response_tokens_field="response_tokens",
             slots=options.slots,
@@ -108,11 +110,18 @@ def make_roll_out(
     engine = rollouts.engine(parts.engines)
     collector = Collector(engine, parts.task, parts.pool, options.group_size)
     common: dict[str, Any] = {"vocab_size": parts.model.vocab_size, "poll": parts.poll}
+    sampled = (options, parts.task, collector, parts.seed)
     if options.carry_over:
-        return carrying_rollouts(options, parts.task, collector, parts.seed, **common)
-    return step_rollouts(
-        options, parts.task, collector, parts.seed, capacity=capacity, trains=trains, **common
-    )
+        roll_out = carrying_rollouts(*sampled, **common)
+    else:
+        roll_out = step_rollouts(*sampled, capacity=capacity, trains=trains, **common)
+
+    def measured(*arguments: Any) -> Rollouts:
+        before = engine.decoding
+        rollouts = roll_out(*arguments)
+        return dataclasses.replace(rollouts, decoding=engine.decoding.since(before))
+
+    return measured
 
 
 def step_rollouts(
@@ -317,6 +326,7 @@ def step_data(
         group_records(rollouts, options.group_size),
         diagnosis(rollouts, task, options),
         rollouts.carried,
+        rollouts.decoding,
     )
 
 

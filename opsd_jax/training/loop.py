@@ -316,7 +316,8 @@ class _Recorder:
         values = self._stage.summary(means) | data.metrics
         values |= speed_lib.seconds(self._ended, ended)
         flops = self._stage.flops and sum(map(self._stage.flops, data.batches))
-        values |= self._speed(values, flops, self._updated - max(before, dispatched))
+        update_seconds = self._updated - max(before, dispatched)
+        values |= self._speed(values, flops, update_seconds, data.decoding)
         self._ended = ended
         self._latest = values
         self._writer.write(step, values, data.groups)

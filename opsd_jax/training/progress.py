@@ -8,7 +8,7 @@ from typing import Any
 import tqdm
 
 from opsd_jax.parallel import hosts
-from opsd_jax.training.speed import MFU
+from opsd_jax.training.speed import MBU, MFU
 
 # Metric -> how the bar shows it.
 SHOWN = {
@@ -21,6 +21,7 @@ SHOWN = {
     "empty": "empty",
     "nonfinite": "not finite",
 }
+UTILISATIONS = {"MFU": MFU, "MBU": MBU}  # of the devices, as the bar names them
 FLAGS = ("empty", "nonfinite")  # metrics that are shown only if they are not 0
 
 
@@ -76,8 +77,7 @@ class Progress:
         if "verifier_wait_seconds" in values:
             shown.append(f"verifier {values['verifier_wait_seconds'] / values['seconds']:.1%}")
         shown.append(f"{values['tokens'] / values['seconds']:,.0f} tokens/s")
-        if MFU in values:
-            shown.append(f"MFU {values[MFU]:.1%}")
+        shown += [f"{name} {values[of]:.1%}" for name, of in UTILISATIONS.items() if of in values]
         if self._bar.n == 0 and step:
             # The run resumed at this step: the bar's rate must not count the earlier ones.
             self._bar.initial = self._bar.n = step

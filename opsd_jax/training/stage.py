@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import jax
 
 from opsd_jax.policy import Params
+from opsd_jax.rollout.decoding import Decoding
 from opsd_jax.rollout.diagnosis import Diagnosis
 
 # The rows of one optimizer update, as a tuple of buckets. A bucket holds up to M microbatches of m
@@ -80,6 +81,7 @@ class StepData(NamedTuple):
         steps, and if the run stops because no step has a gradient. None for a step without any.
       carried: what `Stage.batches` gets in the next step, arrays with the shapes of
         `Stage.carried`; None for a stage that carries nothing over.
+      decoding: the memory traffic and the time of the step's rollouts; None for a step without any.
     """
 
     batches: list[Batch]
@@ -87,6 +89,7 @@ class StepData(NamedTuple):
     groups: Sequence[dict[str, Any]] = ()
     diagnose: Callable[[str], Diagnosis] | None = None
     carried: Any = None
+    decoding: Decoding | None = None
 
 
 class Stage(NamedTuple):

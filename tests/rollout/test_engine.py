@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import re
+import time
 from unittest import mock
 
 import jax
@@ -172,6 +173,24 @@ def test_a_response_ends_with_its_eos_or_its_budget(rollouts):
         assert (r.model_logprobs < 0).all()
         assert (r.tokens[n - 1] == EOS) == (r.stop == STOP_EOS)
         assert n == BUDGET or r.stop == STOP_EOS
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_the_bytes_that_decoding_reads_computed_by_hand(make, shared_config, tensor):
+    sample, m = make(1, (1, 1, tensor)), shared_config.model
+    before, began = sample.engine.decoding, time.monotonic()
+    responses = sample()
+    found, seconds = sample.engine.decoding.since(before), time.monotonic() - began
+    weights = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(sample.params))
+    token = m.num_layers * 2 * m.num_kv_heads * m.head_dim * 4 / tensor
+    # With one slot, each token takes a forward pass, which reads the tokens before its input.
+    read = sum(
+        weights + token * (len(PROMPTS[r.prompt]) - 1 + i)
+        for r in responses
+        for i in range(len(r.tokens))
+    )
+    assert found.bytes == pytest.approx(read, rel=1e-9)
+    assert 0.5 * seconds < found.seconds <= seconds
 
 
 @pytest.mark.parametrize("count", [1, 3, pytest.param(64, marks=pytest.mark.slow)])

@@ -250,6 +250,8 @@ def test_right_guesses_save_forward_passes():
     assert response.stop == STOP_LENGTH
     np.testing.assert_allclose(response.model_logprobs, 0, atol=1e-6)
     assert sample.calls == [(ProgramKind.SPECULATE, 1, 5)]  # 4 passes of 5 tokens, and the last
+    # A token takes 4 bytes of the cache, and the model has no weights.
+    assert sample.engine.decoding.bytes == 4 * (8 + 13 + 18 + 23 + 28)
 
 
 @pytest.mark.parametrize("at", range(1, 8))

@@ -32,9 +32,18 @@ from opsd_jax.training import metrics as metrics_lib
 from opsd_jax.training.signals import Interrupted
 from opsd_jax.training.speed import without_times
 
+# What a plan predicts for two of the stages.
+PLANNED = {
+    "rlvr": {
+        "file": "plans/tiny.txt",
+        "metrics": {"rollout_seconds": [0.1, 0.2], "useful_tokens": [0.75, 0.75]},
+    },
+    "opsd": {"file": "plans/tiny.txt", "differs": "it is for another config"},
+}
 
-def run(config, workdir):
-    pipeline.run(parse_run(config), workdir)
+
+def run(config, workdir, **options):
+    pipeline.run(parse_run(config), workdir, **options)
     return pipeline.write_report(parse_run(config), workdir)
 
 
@@ -70,7 +79,7 @@ def assert_same(a, b):
 @pytest.fixture(scope="module")
 def undisturbed(shared_config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
-    run(shared_config, workdir)
+    run(shared_config, workdir, planned=PLANNED)
     return workdir
 
 
@@ -103,10 +112,12 @@ def test_a_run_writes_its_records_and_its_report(config, undisturbed):
         assert sum(stage["time_shares"].values()) == pytest.approx(1)
         assert min(stage["time_shares"].values()) >= 0
         assert stage["speed"]["tflops_per_device"] > 0
-        assert "mfu" not in stage["speed"]
+        assert not {"mfu", "mbu"} & stage["speed"].keys()
         assert list((undisturbed / stage["name"]).glob("events.out.tfevents.*"))
     for stage in report["stages"][1:]:
         rows = metrics_lib.read(undisturbed / stage["name"])
+        assert stage["speed"]["decode_gb_per_device"] > 0
+        assert all(0 < row["rollout_seconds"] < row["seconds"] for row in rows)
         # The arithmetic task judges at once, but a busy machine may pause during one verification.
         assert min(row["verifier_wait_seconds"] / row["seconds"] for row in rows[1:]) < 0.01
         assert 0 <= stage["verifier_wait_share"] < 1
@@ -119,8 +130,30 @@ def test_a_run_writes_its_records_and_its_report(config, undisturbed):
         assert sum(g["correct"] for g in groups) == stage["verdicts"]["match"]
     page = (undisturbed / "report" / "index.html").read_text()
     assert page.count("<svg") == 6
+    assert (page.count("no MFU: unknown device"), page.count("no MBU: unknown device")) == (3, 2)
     assert not re.findall(r"(?:src|href)=.https?://(?!www\.w3\.org|purl|creativecommons)", page)
     assert (undisturbed / "report" / "report.md").read_text().count("±") >= 11
+
+
+def test_a_stage_is_shown_beside_its_plan(undisturbed):
+    report = json.loads((undisturbed / "report" / "report.json").read_text())
+    sft, rlvr, opsd = report["stages"]
+    assert "plan" not in sft
+    assert opsd["plan"] == PLANNED["opsd"]
+    recorded = json.loads((undisturbed / "rlvr" / "evaluation.json").read_text())
+    assert recorded["plan"] == rlvr["plan"]
+    rows = metrics_lib.read(undisturbed / "rlvr")[1:]
+    assert rlvr["plan"]["metrics"] == {
+        name: {"planned": limits, "measured": np.median([row[name] for row in rows])}
+        for name, limits in PLANNED["rlvr"]["metrics"].items()
+    }
+    page = (undisturbed / "report" / "index.html").read_text()
+    rollouts, useful = (m["measured"] for m in rlvr["plan"]["metrics"].values())
+    assert (
+        f"Median beside the plan plans/tiny.txt: rollouts {rollouts:.1f} s, planned 0.1 s to "
+        f"0.2 s; useful tokens {useful:.0%}, planned 75%." in page
+    )
+    assert "Not compared with the plan plans/tiny.txt: it is for another config." in page
 
 
 def test_the_speed_of_an_update_computed_by_hand(config, undisturbed):

@@ -150,7 +150,7 @@ def test_train_uses_the_commits_of_its_work_directory(cache, tmp_path, monkeypat
     """The command itself, but for the training."""
     seen = []
 
-    def run(config, workdir, fork, profile):
+    def run(config, workdir, fork, **options):
         with workdir_lib.claimed(config, workdir):
             seen.append(config.model.path)
 

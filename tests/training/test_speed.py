@@ -11,7 +11,9 @@ import pytest
 
 from opsd_jax.parallel import chips, watchdog
 from opsd_jax.parallel.watchdog import Wait, waiting
+from opsd_jax.rollout.decoding import Decoding
 from opsd_jax.training import profile, speed
+from opsd_jax.training.progress import Progress
 
 
 @pytest.fixture
@@ -60,19 +62,50 @@ def test_speed_of_known_and_of_unknown_devices(monkeypatch, caplog):
     caplog.set_level(logging.INFO, "opsd_jax")
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"))
     metrics = {"tokens": 1600.0, "seconds": 10.0}
-    found = speed.Speed(mesh)(metrics, 8e12, 2.0)
+    found = speed.Speed(mesh)(metrics, 8e12, 2.0, Decoding(bytes=6e9, seconds=4.0))
     assert found == {
-        "update_seconds": 2.0, "speed/tokens_per_device": 20.0, "speed/tflops_per_device": 0.5
+        "update_seconds": 2.0, "speed/tokens_per_device": 20.0, "speed/tflops_per_device": 0.5,
+        "rollout_seconds": 4.0, "speed/decode_gb_per_device": 1.5,
     }  # fmt: skip
     assert not caplog.text  # nobody expects an MFU on a CPU
     unknown = types.SimpleNamespace(device_kind="TPU v9", platform="tpu")
     speed.Speed(types.SimpleNamespace(devices=np.array([unknown])))
-    assert "no MFU: the peak rate of 'TPU v9' devices is unknown" in caplog.text
+    assert "no MFU and no MBU: the peak rates of 'TPU v9' devices are unknown" in caplog.text
 
-    monkeypatch.setitem(chips.CHIPS, "cpu", chips.Chip(2e12, 1e9, 1e9))
-    assert speed.Speed(mesh)(metrics, 8e12, 2.0)["speed/mfu"] == 0.25
+    monkeypatch.setitem(chips.CHIPS, "cpu", chips.Chip(flops=2e12, hbm=6e9, ici=1e9))
+    found = speed.Speed(mesh)(metrics, 8e12, 2.0, Decoding(bytes=6e9, seconds=4.0))
+    assert found["speed/mfu"] == 0.25
+    assert found["speed/mbu"] == 0.25
+    assert "speed/mbu" not in speed.Speed(mesh)(metrics, 8e12, 2.0)  # no rollouts
     for unknown in (None, 0.0):  # the model counts no FLOPs; no row was active
         assert "speed/mfu" not in speed.Speed(mesh)(metrics, unknown, 2.0)
+
+
+def test_the_progress_bar_shows_the_utilisations(capsys):
+    values = {"tokens": 1600.0, "seconds": 10.0, speed.MFU: 0.25, speed.MBU: 0.5}
+    with Progress() as bar:
+        bar.start("opsd", 1, "step")
+        bar.step(0, values)
+        bar.finish()
+    assert "160 tokens/s, MFU 25.0%, MBU 50.0%" in capsys.readouterr().err
+
+
+def test_the_steps_of_a_stage_beside_its_plan():
+    planned = {"file": "p.txt", "metrics": {"seconds": (2.0, 3.0), "useful_tokens": (0.5, 0.5)}}
+    rows = [{"seconds": s} for s in (90.0, 4.0, 5.0, 7.0)]  # the first step compiles
+    assert speed.beside(planned, rows) == {
+        "file": "p.txt", "metrics": {"seconds": {"planned": [2.0, 3.0], "measured": 5.0}}
+    }  # fmt: skip
+    assert speed.beside(planned, rows[:1])["metrics"]["seconds"]["measured"] == 90
+    other = {"file": "p.txt", "differs": "it is for another config"}
+    assert speed.beside(other, rows) == other
+
+
+def test_a_v4_of_a_run_is_two_devices_of_a_topology():
+    device = types.SimpleNamespace(device_kind="TPU v4")
+    assert chips.chip_of(device) == chips.Chip(2.74e14, 1.22e12, 9.0e10)
+    device.device_kind = "TPU v5e"
+    assert chips.chip_of(device) == chips.CHIPS["TPU v5 lite"]
 
 
 def test_the_trace_of_one_step(tmp_path):
