@@ -66,6 +66,10 @@ class Policy(NamedTuple):
         position 0 begins a new one, and tokens attend only to their own sequence. `segment_ids`
         numbers the sequences. Along a row, the positions of a sequence ascend.
 
+        A train step calls `forward` for the rows of one part of the mesh axis `data`. Sharding
+        constraints may then name the axes "fsdp" and "tensor" only. `opsd_jax.parallel.mesh`'s
+        `constrain` leaves out "data" where it must.
+
         With a cache, `forward` first stores the keys and values of `tokens` at their positions and
         nothing at padding, then lets each token attend to the cache of its row, and returns the
         updated cache. The caller makes sure that all positions up to a query's position have been

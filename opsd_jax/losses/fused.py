@@ -295,9 +295,12 @@ def _prepare(
     both = logits_CxV, None if teacher is None else logits_CxV
     manual = dict.fromkeys(axes, jax.sharding.AxisType.Manual)  # as within the shard_map
     mesh = jax.sharding.get_abstract_mesh()
+    of_head, of_fixed, of_params = jax.tree.map(  # without a type that names a shard_map's axes
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (head, student_fixed, teacher_params)
+    )
     with jax.sharding.use_abstract_mesh(mesh.update_axis_types(manual) if axes else mesh):
-        student_logits, of_student = hoist(student_logits, head, student_fixed, hidden_C)
-        teacher_logits, of_teacher = hoist(teacher_logits, teacher_params, teacher_C)
+        student_logits, of_student = hoist(student_logits, of_head, of_fixed, hidden_C)
+        teacher_logits, of_teacher = hoist(teacher_logits, of_params, teacher_C)
         loss, of_loss = hoist(loss, *both, inputs_C)
     differentiable = {i for i, x in of_student.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
     trained_closed = {i: of_student.pop(i) for i in differentiable}

@@ -132,7 +132,7 @@ def from_json(path: pathlib.Path, **options: Any) -> DecoderConfig:
     Args:
       path: The file.
       options: Fields of `DecoderConfig` that the file doesn't decide: dtype, param_dtype, remat,
-        sequence_parallel, attention, scan_unroll and cache.
+        sequence_parallel, context_parallel, attention, scan_unroll and cache.
 
     Raises:
       ConfigError: The file can't be read, a field is missing, or the decoder doesn't support the

@@ -5,14 +5,17 @@ Shapes: B rows, T queries, S keys, H query heads, K key-value heads, G = H / K, 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel,
     splash_attention_mask,
 )
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from opsd_jax.models.quantised import Quantised
@@ -112,13 +115,23 @@ def causal(
 
 
 def splash(
-    q_BxTxHxC: jax.Array, k_BxTxKxC: jax.Array, v_BxTxKxC: jax.Array, positions_BxT: jax.Array
+    q_BxTxHxC: jax.Array,
+    k_BxTxKxC: jax.Array,
+    v_BxTxKxC: jax.Array,
+    positions_BxT: jax.Array,
+    *,
+    split_tokens: bool = False,
 ) -> jax.Array:
     """Computes causal attention with the Pallas splash attention kernel, within each sequence.
 
     The kernel never stores a [T, T] array, and it skips the blocks above the diagonal. With a mesh
-    in context, rows are sharded over `data` and `fsdp` and heads over `tensor`, and each device
+    in context, rows are sharded over `data` and `fsdp`, and heads over `tensor`. Each device
     computes its own part.
+
+    With `split_tokens`, the tokens of a row are sharded over `tensor` instead of the heads (context
+    parallelism, as in section 3.3.2 of the Llama 3 report, arXiv 2407.21783). Each device gathers
+    the keys and values of its rows. The later queries of a row attend to more keys, so the devices
+    first exchange queries: of 2n chunks of a row, device i of n computes chunks i and 2n - 1 - i.
 
     Args:
       q_BxTxHxC: Queries.
@@ -126,38 +139,107 @@ def splash(
       v_BxTxKxC: Values.
       positions_BxT: int32, -1 for padding; 0 begins a sequence. The positions of a sequence must
         ascend along a row, because the kernel masks by column.
+      split_tokens: Whether `tensor` shards tokens. Its size must divide T.
 
     Returns:
       The output [B, T, H, C]. It is finite but meaningless at padding.
     """
+    T, H = q_BxTxHxC.shape[1:3]
+    mesh = jax.sharding.get_abstract_mesh()
+    tensor = mesh.shape.get("tensor", 1)
+    parts = tensor if split_tokens else 1
+    chunks = 2 * parts if parts > 1 else 1
+    size = -(-T // (chunks * LANES)) * LANES  # of a chunk, with padding at each device's end
+    make_kernel = functools.partial(_kernel, H // (tensor // parts), size, parts)
+    heads = P(ROWS, "tensor") if parts > 1 else P(ROWS, None, "tensor")
+    specs = (heads, heads, heads, P(ROWS))
+    arrays = (q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, positions_BxT)
+    if parts == 1:
+        alone = lambda *arrays: _splash_on_device(1, size, make_kernel(), *arrays)
+        return on_each_device(alone, specs, heads)(*arrays)
+    kernel = make_kernel()
+    of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, "tensor")))
+    together = functools.partial(_splash_on_device, parts, size)
+    return on_each_device(together, (of_kernel, *specs), heads)(kernel, *arrays)
 
-    def local(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, positions_BxT):
-        T, H, C = q_BxTxHxC.shape[1:]
-        padded = -(-T // LANES) * LANES
-        block = max(size for size in range(LANES, BLOCK + 1, LANES) if padded % size == 0)
-        sizes = splash_attention_kernel.BlockSizes(*(block,) * 8)
-        causal = splash_attention_mask.CausalMask((padded, padded))
-        kernel = splash_attention_kernel.make_splash_mha_single_device(
-            splash_attention_mask.MultiHeadMask([causal] * H),
-            block_sizes=sizes,
-            residual_checkpoint_name=CHECKPOINT_NAME,
-        )
 
-        def heads_first(x_BxTxHxC):
-            x_BxTxHxC = jnp.pad(x_BxTxHxC, ((0, 0), (0, padded - T), (0, 0), (0, 0)))
-            return x_BxTxHxC.swapaxes(1, 2)
+def _splash_on_device(
+    parts: int,
+    size: int,
+    kernel: splash_attention_kernel.SplashAttentionKernel,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions_BxT: jax.Array,
+) -> jax.Array:
+    """Computes the attention of a device's queries [B, T / parts, heads, C]; see `splash`.
 
-        q_BxHxTxC, k_BxKxTxC, v_BxKxTxC = map(
-            heads_first, (q_BxTxHxC * (C**-0.5), k_BxTxKxC, v_BxTxKxC)
-        )
-        # Neither the sequences nor the padding attend to one another.
-        segment_BxT = jnp.pad(
-            segment_ids(positions_BxT), ((0, 0), (0, padded - T)), constant_values=-1
-        )
-        segments = splash_attention_kernel.SegmentIds(segment_BxT, segment_BxT)
-        out_BxHxTxC = jax.vmap(kernel)(q_BxHxTxC, k_BxKxTxC, v_BxKxTxC, segments)
-        return out_BxHxTxC.swapaxes(1, 2)[:, :T]
+    Args:
+      parts: devices that split the tokens of a row.
+      size: tokens of a chunk; a device has two, or one if `parts` is 1.
+      kernel: the device's part of the kernel.
+      q, k, v: the queries, keys and values of the device.
+      positions_BxT: the positions of whole rows.
+    """
+    tokens = q.shape[1]
+    chunks = 2 * parts if parts > 1 else 1
 
-    heads = P(ROWS, None, "tensor")
-    local = on_each_device(local, (heads, heads, heads, P(ROWS)), heads)
-    return local(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, positions_BxT)
+    def pad(x_Bxt, value=0):
+        padding = (0, chunks * size // parts - tokens)
+        axes = ((0, 0), padding, *[(0, 0)] * (x_Bxt.ndim - 2))
+        return jnp.pad(x_Bxt, axes, constant_values=value)
+
+    q, k, v = pad(q * (q.shape[-1] ** -0.5)), pad(k), pad(v)
+    # Neither the sequences nor the padding attend to one another.
+    of_parts = jnp.split(segment_ids(positions_BxT), parts, axis=1)
+    of_queries = of_keys = jnp.concatenate([pad(x, -1) for x in of_parts], axis=1)
+    if parts > 1:
+        q, part = _balance(q, parts), jax.lax.axis_index("tensor")
+        k, v = (jax.lax.all_gather(x, "tensor", axis=1, tiled=True) for x in (k, v))
+        of_chunks = of_keys.reshape(-1, chunks, size)[:, jnp.stack([part, chunks - 1 - part])]
+        of_queries = of_chunks.reshape(len(q), -1)
+    segments = splash_attention_kernel.SegmentIds(of_queries, of_keys)
+    out: Any = jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (q, k, v)), segments)
+    out = out.swapaxes(1, 2)
+    return (_balance(out, parts, back=True) if parts > 1 else out)[:, :tokens]
+
+
+def _kernel(heads: int, size: int, parts: int) -> splash_attention_kernel.SplashAttentionKernel:
+    """Returns the kernel of causal attention, for the queries that `_balance` gives each device.
+
+    Args:
+      heads: query heads of a device.
+      size: tokens of a chunk; a row has two chunks for each device, or one if `parts` is 1.
+      parts: devices that split the queries of a row.
+    """
+    block = max(tokens for tokens in range(LANES, BLOCK + 1, LANES) if size % tokens == 0)
+    tokens = size * (2 * parts if parts > 1 else 1)
+    causal = splash_attention_mask.CausalMask((tokens, tokens))
+    if parts > 1:
+        chunks = np.arange(tokens, dtype=np.int32).reshape(2 * parts, size)
+        causal.q_sequence = np.stack([chunks[:parts], chunks[: parts - 1 : -1]], axis=1).reshape(-1)
+    return splash_attention_kernel.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([causal] * heads),
+        block_sizes=splash_attention_kernel.BlockSizes(*(block,) * 8),
+        head_shards=1,
+        q_seq_shards=parts,
+        residual_checkpoint_name=CHECKPOINT_NAME,
+    )
+
+
+def _balance(x_Bxt: jax.Array, parts: int, *, back: bool = False) -> jax.Array:
+    """Exchanges queries over `tensor`, so that those of all devices have equally many keys.
+
+    Of the 2 * parts chunks of a row, device i has chunks 2 i and 2 i + 1 before the exchange, and
+    chunks i and 2 * parts - 1 - i after it. With `back`, it is the other way round.
+    """
+    is_even = jax.lax.axis_index("tensor") % 2 == 0
+    low, high = jnp.split(x_Bxt, 2, axis=1)
+    swapped = lambda a, b: (jnp.where(is_even, a, b), jnp.where(is_even, b, a))
+    moved = []
+    for parity, half in enumerate(swapped(low, high) if back else (low, high)):
+        chunks = range(parity, 2 * parts, 2)
+        pairs = [(i, min(chunk, 2 * parts - 1 - chunk)) for i, chunk in enumerate(chunks)]
+        pairs = [(to, i) for i, to in pairs] if back else pairs
+        moved.append(jax.lax.ppermute(half, "tensor", pairs))
+    return jnp.concatenate(moved if back else swapped(*moved), axis=1)

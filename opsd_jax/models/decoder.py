@@ -14,6 +14,7 @@ G = H / K, C head size, F MLP size, V vocabulary size, L layers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -49,6 +50,15 @@ DECODE_RULES = (
         (rf"{name}(/values|/scale)?", P(*(None if axis == "fsdp" else axis for axis in spec)))
         for name, spec in DECODER_RULES
     ),
+)
+# With `context_parallel`, every layer gathers its weights, so they are split along one dimension.
+CONTEXT_RULES = (
+    *(
+        (name, P(*(("fsdp", "tensor") if axis == "fsdp" else None for axis in spec)))
+        for name, spec in DECODER_RULES
+        if name.startswith("layers/")
+    ),
+    *DECODER_RULES,
 )
 # The axes that matmuls contract. These weights are the ones that `config.int8_weights` quantises,
 # and `head` or, with tied embeddings, `embedding`.
@@ -193,8 +203,10 @@ class Block(nnx.Module):
         B, T, H, C = out_BxTxHxC.shape
         return product(out_BxTxHxC.reshape(B, T, H * C), self._weight(self.o).reshape(H * C, -1))
 
-    def attention(self, x_BxTxD, positions_BxT, table, cache):
+    def attention(self, x_BxTxD, positions_BxT, table, cache, split_tokens):
         """Computes causal self-attention within each sequence, or over the cache if there is one.
+
+        With `split_tokens`, `tensor` shards the tokens instead of the heads.
 
         Returns:
           `(output, cache)`: the output [B, T, D] and the updated cache. Without a cache, the second
@@ -202,7 +214,9 @@ class Block(nnx.Module):
         """
         q_BxTxHxC, k_BxTxKxC, v_BxTxKxC = self.queries_keys_values(x_BxTxD, table)
         if cache is None:
-            attend = attention.splash if self.config.attention == "splash" else attention.causal
+            attend: Any = attention.causal  # for which the compiler gathers the keys and values
+            if self.config.attention == "splash":
+                attend = functools.partial(attention.splash, split_tokens=split_tokens)
             out_BxTxHxC = attend(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, positions_BxT)
             return self.project(out_BxTxHxC), (k_BxTxKxC, v_BxTxKxC)
         cache = write(cache, k_BxTxKxC, v_BxTxKxC, positions_BxT)
@@ -223,7 +237,7 @@ class Block(nnx.Module):
         gate_BxTxF, up_BxTxF = product(x_BxTxD, w(self.gate)), product(x_BxTxD, w(self.up))
         return product(jax.nn.silu(gate_BxTxF) * up_BxTxF, w(self.down))
 
-    def __call__(self, x_BxTxD, positions_BxT, table, cache=None):
+    def __call__(self, x_BxTxD, positions_BxT, table, cache=None, split_tokens=False):
         """Applies the layer to the residual stream [B, T, D].
 
         Returns:
@@ -232,7 +246,11 @@ class Block(nnx.Module):
         eps = self.config.rms_norm_eps
         with jax.named_scope("attention"):
             y, cache = self.attention(
-                rms_norm(x_BxTxD, self.attention_norm[...], eps), positions_BxT, table, cache
+                rms_norm(x_BxTxD, self.attention_norm[...], eps),
+                positions_BxT,
+                table,
+                cache,
+                split_tokens,
             )
             x_BxTxD += y
         with jax.named_scope("mlp"):
@@ -314,17 +332,31 @@ class Decoder(nnx.Module):
         """
         config = self.config
         graphdef, stacked = nnx.split(self.layers)
-        stream = P(ROWS, "tensor" if config.sequence_parallel and not prefill else None)
+        split_tokens = config.context_parallel and not prefill
+        split_stream = split_tokens or (config.sequence_parallel and not prefill)
+        stream = P(ROWS, "tensor" if split_stream else None)
         x_BxTxD = constrain(x_BxTxD, stream)
 
         def layer(x_BxTxD, weights):
-            x_BxTxD, kv = nnx.merge(graphdef, weights)(x_BxTxD, positions_BxT, table)
+            if split_tokens:
+                weights = jax.tree.map(self._gathered, weights)
+            block = nnx.merge(graphdef, weights)
+            x_BxTxD, kv = block(x_BxTxD, positions_BxT, table, split_tokens=split_tokens)
             return constrain(x_BxTxD, stream), kv if prefill else None
 
         if config.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
         with jax.named_scope("layers"):
             return jax.lax.scan(layer, x_BxTxD, stacked, unroll=config.scan_unroll)
+
+    def _gathered(self, weight):
+        """Gathers a weight of a layer on all devices, in the dtype of the matmuls.
+
+        Its gradient is not gathered. A constraint on the weight would gather that as well.
+        """
+        gather = jax.custom_vjp(lambda w: constrain(w, P()))
+        gather.defvjp(lambda w: (constrain(w, P()), None), lambda _, gradient: (gradient,))
+        return gather(weight if weight.ndim == 1 else weight.astype(self.config.dtype))
 
     def _unrolled_layers(self, x_BxTxD, positions_BxT, table, cache):
         """Applies all layers in an unrolled loop. Returns hidden states and the updated caches."""
@@ -427,7 +459,7 @@ def model(config: DecoderConfig) -> policy_lib.Model:
     return policy_lib.Model(
         stacked._replace(forward=forward),
         init,
-        DECODER_RULES,
+        CONTEXT_RULES if config.context_parallel else DECODER_RULES,
         config.vocab_size,
         decode_rules=DECODE_RULES,
         decode_params=decode_params,

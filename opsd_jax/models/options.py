@@ -35,6 +35,12 @@ class ModelOptions:
     sequence_parallel: bool = option(
         False, "Shard the activations between layers over `tensor`, along the tokens."
     )
+    context_parallel: bool = option(
+        False,
+        "Shard the tokens of a row over `tensor` within layers too, instead of the heads, while "
+        "training: for rows too long for a device. Each layer then gathers its weights.",
+        added=True,
+    )
     attention: str = option(
         "auto",
         "Attention over whole rows: 'dense', 'splash' (a TPU kernel that never stores the [T, T] "

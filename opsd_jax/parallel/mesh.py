@@ -239,7 +239,42 @@ def rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
 
 def rows_in_context() -> P | None:
     """Returns the PartitionSpec that shards a batch by row; None if no mesh is in context."""
-    return None if jax.sharding.get_abstract_mesh().empty else P(ROWS)
+    return None if jax.sharding.get_abstract_mesh().empty else _automatic(P(ROWS))
+
+
+def _automatic(spec: P) -> P:
+    """Leaves out the axes over which the surrounding `jax.shard_map` has split all arrays."""
+    manual = {*jax.sharding.get_abstract_mesh().manual_axes}
+    return P(*(tuple(a for a in _axes(entry) if a not in manual) or None for entry in spec))
+
+
+def over_data(function: Callable, batch: Any) -> Callable:
+    """Splits a batch over the mesh axis `data`, and sums the results of `function` over its parts.
+
+    The sum is taken once, after all of `function`. Left to the compiler, it would be taken where
+    the results first depend on the rows, such as in every iteration of a loop over microbatches.
+    Within `function`, `data` is not an axis that a PartitionSpec may name; `constrain` and
+    `on_each_device` leave it out.
+
+    Args:
+      function: `(replicated, batch) -> results`, whose float32 results are sums over rows.
+      batch: the structure of its second argument. Its arrays [M, m, ...] have rows along the second
+        axis; its scalars are the same for all rows.
+
+    Returns:
+      `(replicated, batch) -> results`; `function` itself if `data` has one part, or no mesh is in
+      context.
+    """
+    if jax.sharding.get_abstract_mesh().shape.get("data", 1) == 1:
+        return function
+    specs = jax.tree.map(lambda x: P(None, "data") if np.ndim(x) else P(), batch)
+    return jax.shard_map(
+        lambda *arguments: jax.lax.psum(function(*arguments), "data"),
+        in_specs=(P(), specs),
+        out_specs=P(),
+        axis_names={"data"},
+        check_vma=False,
+    )
 
 
 def on_each_device(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
@@ -252,16 +287,25 @@ def on_each_device(function: Callable, in_specs: Any, out_specs: Any) -> Callabl
       function: A function of arrays.
       in_specs, out_specs: The PartitionSpecs of its arguments and results.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return function
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    is_spec = lambda x: isinstance(x, P)
+    in_specs, out_specs = jax.tree.map(_automatic, (in_specs, out_specs), is_leaf=is_spec)
+    return jax.shard_map(
+        function,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names={*mesh.axis_names} - {*mesh.manual_axes},
+        check_vma=False,
+    )
 
 
 def constrain(x: jax.Array, spec: P) -> jax.Array:
     """Constrains an array within jit to the sharding `spec`, if a mesh is in context."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec)
+    return jax.lax.with_sharding_constraint(x, _automatic(spec))
 
 
 def row_shards(mesh: Mesh) -> int:

@@ -387,7 +387,10 @@ def _splash_flops(program: hlo.Program, computation: str, i: hlo.Instruction) ->
         return 0
     instructions = program.instructions(computation)
     shapes = [instructions[name].shape for name in i.operands]
-    # The first floating-point operand is the queries: [..., T, C].
+    # The first floating-point operands are the queries [..., T, C] and the keys [..., S, C]. T is
+    # less than S if devices split a row's queries, which then have (S + 1) / 2 keys on average.
     found = (re.match(r"(?:bf16|f32)\[([\d,]+)\]", shape) for shape in shapes)
-    *rows, T, C = next([int(n) for n in match[1].split(",")] for match in found if match)
-    return _SPLASH_MATMULS[kernel[1]] * 2 * math.prod(rows) * T * (T + 1) // 2 * C
+    (*rows, T, C), (*_, S, _) = [[int(n) for n in match[1].split(",")] for match in found if match][
+        :2
+    ]
+    return _SPLASH_MATMULS[kernel[1]] * 2 * math.prod(rows) * T * (S + 1) // 2 * C

@@ -190,4 +190,5 @@ def _activation_changes(plan: Plan, key: PhaseKey) -> list[str]:
         *["model.remat = 'full'"] * (config.get("model.remat") != "full"),
         *["model.sequence_parallel = True"] * (config.get("model.sequence_parallel") is False),
         "a mesh with a larger `tensor`",
+        *["model.context_parallel = True"] * (config.get("model.context_parallel") is False),
     ]

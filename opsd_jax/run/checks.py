@@ -66,7 +66,8 @@ def check_devices(
         options = config.sections[name]
         algorithm = config.algorithm(name)
         check_divides(f"{name}.microbatch", options.microbatch, mesh)
-        if getattr(config.model, "sequence_parallel", False):
+        splits = ("sequence_parallel", "context_parallel")
+        if any(getattr(config.model, option, False) for option in splits):
             shapes = algorithm.buckets(options)
             lengths = sorted({length for shape in shapes for length in shape.values()})
             if any(length % tensor for length in lengths):

@@ -45,10 +45,13 @@ def make_train_step(
 
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, Any]]:
         params = state["params"]
-        totals = _sum_over_microbatches(
-            functools.partial(gradient, params, state["teacher"]), batch
+        accumulate = mesh_lib.over_data(
+            lambda models, batch: _sum_over_microbatches(
+                functools.partial(gradient, *models), batch
+            ),
+            batch,
         )
-        (total, (weight, metrics)), grads = totals
+        (total, (weight, metrics)), grads = accumulate((params, state["teacher"]), batch)
 
         with jax.named_scope("update"):
             empty = weight == 0

@@ -230,6 +230,17 @@ def test_a_plain_scan_over_chunks_has_a_collective_of_the_heads_size():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("topology", "slices"), [("v5p:2x2x4", 1), ("v5p:2x2x2", 2)])
+def test_gradients_are_summed_over_data_once_a_step(topology, slices):
+    """After the loop over microbatches, and no more than the gradients themselves."""
+    found = compiled("compile_step.py", topology, str(slices), "2x8x1")
+    moved = [*found["across"], *found["transfers"]]
+    assert found["transfers" if slices > 1 else "across"]
+    assert not any(in_loop for _, in_loop in moved)
+    assert sum(size for size, _ in moved) == pytest.approx(found["gradients"], rel=0.01)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 def test_weights_are_written_into_the_parameters_in_place(param_dtype):
     found = compiled("compile_weights.py", "v5p:2x2x1", "1x2x2", param_dtype)

@@ -207,8 +207,9 @@ def test_fields_that_do_not_fit_together_are_refused_before_compiling(
         ),
     ],
 )
-def test_padded_lengths_must_divide_evenly_over_tensor(tmp_path, fields, message):
-    fields |= {"mesh": "(4, 1, 2)", "model.sequence_parallel": "True"}
+@pytest.mark.parametrize("option", ["sequence_parallel", "context_parallel"])
+def test_padded_lengths_must_divide_evenly_over_tensor(tmp_path, fields, message, option):
+    fields = fields | {"mesh": "(4, 1, 2)", f"model.{option}": "True"}
     config = loading.load(QUICKSTART, fields)
     with pytest.raises(config_lib.ConfigError, match=message):
         assembly.assemble(config, tmp_path)
@@ -434,6 +435,7 @@ def test_a_config_json_of_version_0_1_0_is_read():
         "executables": "",
         "init_from": "",
         "max_without_signal": 50,
+        "model.context_parallel": False,
         "model.max_positions": 0,
         "pool.failures": 0.5,
         "rollout_quantisation.cache": "none",

@@ -162,6 +162,18 @@ def test_sequence_parallelism_does_not_change_gradients(sizes, params):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
 
 
+@pytest.mark.parametrize(("form", "shape"), [("dense", (2, 2, 2)), ("splash", (1, 2, 4))])
+def test_context_parallelism_does_not_change_gradients(sizes, params, form, shape):
+    positions = padded_positions(160)
+    positions = positions.at[0].set(jnp.arange(160) % 97)  # two sequences
+    expected = gradient(sizes, params, positions)
+    split = dataclasses.replace(sizes, context_parallel=True, remat="full", attention=form)
+    with jax.set_mesh(mesh_lib.make_mesh(shape)):
+        got = gradient(split, params, positions)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
+
+
 @pytest.mark.parametrize("cache", ["dense", "paged"])
 def test_splash_and_dense_prefill_fill_the_same_cache(sizes, params, cache):
     positions = padded_positions(160)

@@ -74,12 +74,13 @@ def test_minus_one_takes_the_remaining_devices():
     assert dict(mesh_lib.make_mesh((-1, 2, 1)).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("option", ["", "sequence_parallel", "context_parallel"])
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (4, 2, 1), (4, 1, 2)])
-def test_the_partitioner_can_reshard_every_layout(config, shape, sequence_parallel, capfd):
+def test_the_partitioner_can_reshard_every_layout(config, shape, option, capfd):
     """If it cannot, it replicates an array on all devices, and XLA prints a warning."""
     section = config.model.copy_and_resolve_references()
-    section.sequence_parallel = sequence_parallel
+    if option:
+        section[option] = True
     mesh, model = mesh_lib.make_mesh(shape), decoder.from_config(section)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     params = mesh_lib.abstract_of(shapes, mesh_lib.tree_shardings(mesh, model.rules, shapes))
