@@ -204,6 +204,20 @@ def _splash_on_device(
     return (_balance(out, parts, back=True) if parts > 1 else out)[:, :tokens]
 
 
+class _CausalMask(splash_attention_mask.CausalMask):
+    """A causal mask that compares columns only in blocks that the diagonal crosses.
+
+    The kernel's constructor asks of each block whether it is full or empty. For 131,072 tokens,
+    comparing all columns would take minutes.
+    """
+
+    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+        rows, columns = self.q_sequence[index[0]], index[1]
+        if rows.min() >= columns.stop - 1 or rows.max() < columns.start:
+            return np.full((1, 1), rows[0] >= columns.start)  # stands for all of the block
+        return super().__getitem__(index)
+
+
 def _kernel(heads: int, size: int, parts: int) -> splash_attention_kernel.SplashAttentionKernel:
     """Returns the kernel of causal attention, for the queries that `_balance` gives each device.
 
@@ -214,7 +228,7 @@ def _kernel(heads: int, size: int, parts: int) -> splash_attention_kernel.Splash
     """
     block = max(tokens for tokens in range(LANES, BLOCK + 1, LANES) if size % tokens == 0)
     tokens = size * (2 * parts if parts > 1 else 1)
-    causal = splash_attention_mask.CausalMask((tokens, tokens))
+    causal = _CausalMask((tokens, tokens))
     if parts > 1:
         chunks = np.arange(tokens, dtype=np.int32).reshape(2 * parts, size)
         causal.q_sequence = np.stack([chunks[:parts], chunks[: parts - 1 : -1]], axis=1).reshape(-1)
