@@ -295,9 +295,7 @@ def _prepare(
     both = logits_CxV, None if teacher is None else logits_CxV
     manual = dict.fromkeys(axes, jax.sharding.AxisType.Manual)  # as within the shard_map
     mesh = jax.sharding.get_abstract_mesh()
-    of_head, of_fixed, of_params = jax.tree.map(  # without a type that names a shard_map's axes
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (head, student_fixed, teacher_params)
-    )
+    of_head, of_fixed, of_params = jax.tree.map(_shape_of, (head, student_fixed, teacher_params))
     with jax.sharding.use_abstract_mesh(mesh.update_axis_types(manual) if axes else mesh):
         student_logits, of_student = hoist(student_logits, of_head, of_fixed, hidden_C)
         teacher_logits, of_teacher = hoist(teacher_logits, of_params, teacher_C)
@@ -309,6 +307,11 @@ def _prepare(
     closed = stop_gradient((of_student, of_teacher, of_loss))
     fixed = (closed, student_fixed, teacher_params), (teacher_BxT, inputs)
     return _Loop(loss, student_logits, teacher_logits, size, axes, partition), trained, fixed
+
+
+def _shape_of(x: jax.Array) -> jax.ShapeDtypeStruct:
+    """Returns shape and dtype, without the type's mesh, which a shard_map may change."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def _run(loop: _Loop, trained, fixed, weights_BxT, *, differentiated: bool):

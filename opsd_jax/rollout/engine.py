@@ -230,10 +230,8 @@ class Engine:
         groups = self._groups(prompts, ids, budgets, begun)
         if not groups:
             return
-        began = time.monotonic()
+        steps, ended, began = 0, list[Response](), time.monotonic()
         batch = Batch(self._programs, groups, self._pad_id, params, key, sampling_params)
-        ended: list[Response] = []
-        steps = 0
         while True:
             batch.fill_slots()
             chunk = batch.decode()
