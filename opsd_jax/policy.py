@@ -67,8 +67,9 @@ class Policy(NamedTuple):
         numbers the sequences. Along a row, the positions of a sequence ascend.
 
         A train step calls `forward` for the rows of one part of the mesh axis `data`. Sharding
-        constraints may then name the axes "fsdp" and "tensor" only. `opsd_jax.parallel.mesh`'s
-        `constrain` leaves out "data" where it must.
+        constraints and `jax.shard_map` may then name the axes "fsdp" and "tensor" only.
+        `constrain` and `on_each_device` of `opsd_jax.parallel.mesh` leave out "data" where they
+        must.
 
         With a cache, `forward` first stores the keys and values of `tokens` at their positions and
         nothing at padding, then lets each token attend to the cache of its row, and returns the

@@ -488,7 +488,8 @@ def _mesh_axes(partition: P | None, shape: tuple[int, ...]) -> tuple[str, ...]:
       shape: the sizes [B, T].
 
     Raises:
-      ValueError: the mesh does not have a named axis, or a size is not divisible.
+      ValueError: the mesh does not have a named axis, the axis is Manual, or a size is not
+        divisible.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes: list[str] = []
@@ -503,6 +504,12 @@ def _mesh_axes(partition: P | None, shape: tuple[int, ...]) -> tuple[str, ...]:
                     else "expected a mesh with this axis. Call the loss inside jax.set_mesh(mesh)"
                 )
                 raise ValueError(f"partition {partition} names the axis {name!r}; {expected}.")
+            if name in mesh.manual_axes:
+                raise ValueError(
+                    f"partition {partition} names the axis {name!r}, over which a surrounding "
+                    "jax.shard_map has split the rows already. Leave it out. In the loss of a "
+                    "train step, use opsd_jax.parallel.mesh.rows_in_context()."
+                )
             parts *= mesh.shape[name]
         if size % parts:
             raise ValueError(

@@ -113,11 +113,16 @@ class DecoderConfig(DecoderOptions):
             )
 
     def _check_sizes(self) -> None:
-        """Checks that num_kv_heads divides num_heads and scan_unroll divides num_layers."""
+        """Checks that num_kv_heads divides num_heads, and that other fields fit together."""
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"model.num_heads is {self.num_heads}; expected a multiple of model.num_kv_heads = "
                 f"{self.num_kv_heads}."
+            )
+        if self.context_parallel and self.remat == "none":
+            raise ConfigError(
+                "model.context_parallel is True with model.remat = 'none', which would store the "
+                "gathered weights of all layers. Set model.remat to 'full' or 'attention'."
             )
         if self.num_layers % self.scan_unroll:
             raise ConfigError(

@@ -15,7 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel,
     splash_attention_mask,
 )
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from opsd_jax.models.quantised import Quantised
@@ -148,19 +148,24 @@ def splash(
     mesh = jax.sharding.get_abstract_mesh()
     tensor = mesh.shape.get("tensor", 1)
     parts = tensor if split_tokens else 1
-    chunks = 2 * parts if parts > 1 else 1
-    size = -(-T // (chunks * LANES)) * LANES  # of a chunk, with padding at each device's end
+    size = -(-T // (_chunks(parts) * LANES)) * LANES  # with padding at each device's end
     make_kernel = functools.partial(_kernel, H // (tensor // parts), size, parts)
-    heads = P(ROWS, "tensor") if parts > 1 else P(ROWS, None, "tensor")
-    specs = (heads, heads, heads, P(ROWS))
+    spec = P(ROWS, "tensor") if parts > 1 else P(ROWS, None, "tensor")
+    specs = (spec, spec, spec, P(ROWS))
     arrays = (q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, positions_BxT)
     if parts == 1:
         alone = lambda *arrays: _splash_on_device(1, size, make_kernel(), *arrays)
-        return on_each_device(alone, specs, heads)(*arrays)
+        return on_each_device(alone, specs, spec)(*arrays)
     kernel = make_kernel()
-    of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, "tensor")))
+    automatic = mesh.update_axis_types(dict.fromkeys(mesh.manual_axes, AxisType.Auto))
+    of_kernel = kernel.manual_sharding_spec(NamedSharding(automatic, P(None, "tensor")))
     together = functools.partial(_splash_on_device, parts, size)
-    return on_each_device(together, (of_kernel, *specs), heads)(kernel, *arrays)
+    return on_each_device(together, (of_kernel, *specs), spec)(kernel, *arrays)
+
+
+def _chunks(parts: int) -> int:
+    """Returns the number of chunks of a row: two for each device, or one for a single device."""
+    return 2 * parts if parts > 1 else 1
 
 
 def _splash_on_device(
@@ -181,8 +186,7 @@ def _splash_on_device(
       q, k, v: the queries, keys and values of the device.
       positions_BxT: the positions of whole rows.
     """
-    tokens = q.shape[1]
-    chunks = 2 * parts if parts > 1 else 1
+    tokens, chunks = q.shape[1], _chunks(parts)
 
     def pad(x_Bxt, value=0):
         padding = (0, chunks * size // parts - tokens)
@@ -192,13 +196,13 @@ def _splash_on_device(
     q, k, v = pad(q * (q.shape[-1] ** -0.5)), pad(k), pad(v)
     # Neither the sequences nor the padding attend to one another.
     of_parts = jnp.split(segment_ids(positions_BxT), parts, axis=1)
-    of_queries = of_keys = jnp.concatenate([pad(x, -1) for x in of_parts], axis=1)
+    q_segments = kv_segments = jnp.concatenate([pad(x, -1) for x in of_parts], axis=1)
     if parts > 1:
         q, part = _balance(q, parts), jax.lax.axis_index("tensor")
         k, v = (jax.lax.all_gather(x, "tensor", axis=1, tiled=True) for x in (k, v))
-        of_chunks = of_keys.reshape(-1, chunks, size)[:, jnp.stack([part, chunks - 1 - part])]
-        of_queries = of_chunks.reshape(len(q), -1)
-    segments = splash_attention_kernel.SegmentIds(of_queries, of_keys)
+        own = jnp.stack([part, chunks - 1 - part])
+        q_segments = kv_segments.reshape(-1, chunks, size)[:, own].reshape(len(q), -1)
+    segments = splash_attention_kernel.SegmentIds(q_segments, kv_segments)
     out: Any = jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (q, k, v)), segments)
     out = out.swapaxes(1, 2)
     return (_balance(out, parts, back=True) if parts > 1 else out)[:, :tokens]
@@ -226,14 +230,14 @@ def _kernel(heads: int, size: int, parts: int) -> splash_attention_kernel.Splash
       size: tokens of a chunk; a row has two chunks for each device, or one if `parts` is 1.
       parts: devices that split the queries of a row.
     """
-    block = max(tokens for tokens in range(LANES, BLOCK + 1, LANES) if size % tokens == 0)
-    tokens = size * (2 * parts if parts > 1 else 1)
-    causal = _CausalMask((tokens, tokens))
+    block = max(block for block in range(LANES, BLOCK + 1, LANES) if size % block == 0)
+    tokens = size * _chunks(parts)
+    mask = _CausalMask((tokens, tokens))
     if parts > 1:
         chunks = np.arange(tokens, dtype=np.int32).reshape(2 * parts, size)
-        causal.q_sequence = np.stack([chunks[:parts], chunks[: parts - 1 : -1]], axis=1).reshape(-1)
+        mask.q_sequence = np.stack([chunks[:parts], chunks[: parts - 1 : -1]], axis=1).reshape(-1)
     return splash_attention_kernel.make_splash_mha(
-        splash_attention_mask.MultiHeadMask([causal] * heads),
+        splash_attention_mask.MultiHeadMask([mask] * heads),
         block_sizes=splash_attention_kernel.BlockSizes(*(block,) * 8),
         head_shards=1,
         q_seq_shards=parts,

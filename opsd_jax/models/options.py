@@ -38,7 +38,8 @@ class ModelOptions:
     context_parallel: bool = option(
         False,
         "Shard the tokens of a row over `tensor` within layers too, instead of the heads, while "
-        "training: for rows too long for a device. Each layer then gathers its weights.",
+        "training: for rows too long for a device, with `tensor` above 1. Each layer then gathers "
+        "its weights.",
         added=True,
     )
     attention: str = option(

@@ -245,7 +245,10 @@ def rows_in_context() -> P | None:
 def _automatic(spec: P) -> P:
     """Leaves out the axes over which the surrounding `jax.shard_map` has split all arrays."""
     manual = {*jax.sharding.get_abstract_mesh().manual_axes}
-    return P(*(tuple(a for a in _axes(entry) if a not in manual) or None for entry in spec))
+    if not manual:
+        return spec
+    automatic = lambda entry: tuple(a for a in _axes(entry) if a not in manual) or None
+    return P(*(entry if entry is P.UNCONSTRAINED else automatic(entry) for entry in spec))
 
 
 def over_data(function: Callable, batch: Any) -> Callable:

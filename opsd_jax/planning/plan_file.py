@@ -79,7 +79,8 @@ def config_hash(config: Mapping[str, Any]) -> str:
     # number of held-out problems determines the size of the evaluation. Nothing else changes a
     # plan: not seeds, other data, sections of stages that do not run, the pool or checkpoints.
     sections = ("model", "evaluation", *config["stages"])
-    prefixes = ("stages", "mesh", "decode_mesh", "data.heldout", *(f"{s}." for s in sections))
+    fields_of_run = ("stages", "mesh", "decode_mesh", "data.heldout", "rollout_quantisation")
+    prefixes = (*fields_of_run, *(f"{section}." for section in sections))
     fields = {
         field: value
         for field, value in loading.as_before(config).items()

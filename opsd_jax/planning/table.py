@@ -183,6 +183,7 @@ def _activation_changes(plan: Plan, key: PhaseKey) -> list[str]:
     """Returns config changes that would reduce the temporaries of a train step or a probe."""
     config, mesh = plan.config, plan.mesh
     microbatch = f"{key.section}.microbatch"
+    can_split_tokens = mesh["tensor"] > 1 and config.get("model.context_parallel") is False
     can_shrink = config[microbatch] > mesh["data"] * mesh["fsdp"]
     return [
         *["a smaller evaluation.response_tokens"] * (key.kind == PhaseKind.PROBE),
@@ -190,5 +191,5 @@ def _activation_changes(plan: Plan, key: PhaseKey) -> list[str]:
         *["model.remat = 'full'"] * (config.get("model.remat") != "full"),
         *["model.sequence_parallel = True"] * (config.get("model.sequence_parallel") is False),
         "a mesh with a larger `tensor`",
-        *["model.context_parallel = True"] * (config.get("model.context_parallel") is False),
+        *["model.context_parallel = True"] * can_split_tokens,
     ]

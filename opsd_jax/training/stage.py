@@ -111,7 +111,11 @@ class Stage(NamedTuple):
       loss: `(params, teacher, microbatch) -> (sum, (weight, metrics))`. Pure; it runs inside jit,
         under the training mesh. `sum` (float32 []) is the sum of the losses of the microbatch, and
         `weight` (float32 []) is its divisor: the train step adds up both over all microbatches and
-        devices, and divides once. An update of total weight 0 changes nothing.
+        devices, and divides once. An update of total weight 0 changes nothing. The microbatch has
+        the rows of one part of the mesh axis `data`, so all results must be sums over its rows: a
+        term that does not depend on the rows is multiplied by their number. Specs in the loss do
+        not name "data"; `opsd_jax.parallel.mesh` has `rows_in_context` for a `partition`, and
+        `constrain` and `on_each_device`, which leave it out.
         `metrics` maps names to `Metric`s; the train step adds `loss`, `grad_norm`, `empty` and
         `nonfinite`.
       flops: `batch -> FLOPs`, the operations that the models need for an update with this batch, in

@@ -209,7 +209,7 @@ def test_fields_that_do_not_fit_together_are_refused_before_compiling(
 )
 @pytest.mark.parametrize("option", ["sequence_parallel", "context_parallel"])
 def test_padded_lengths_must_divide_evenly_over_tensor(tmp_path, fields, message, option):
-    fields = fields | {"mesh": "(4, 1, 2)", f"model.{option}": "True"}
+    fields = fields | {"mesh": "(4, 1, 2)", f"model.{option}": "True", "model.remat": "full"}
     config = loading.load(QUICKSTART, fields)
     with pytest.raises(config_lib.ConfigError, match=message):
         assembly.assemble(config, tmp_path)

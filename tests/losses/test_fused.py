@@ -492,7 +492,12 @@ def test_a_mesh_that_cannot_be_used(data):
         loss = losses.sft(student=student, tokens=tokens, mask=mask, chunk=3)
         return jax.lax.psum(loss.sum, "data")
 
-    def mapped(check):
+    def names_the_same_axis(hidden, tokens, mask):
+        student = losses.Head(HEADS["plain"], data["params"], hidden)
+        loss = losses.sft(student=student, tokens=tokens, mask=mask, partition=P("data"))
+        return loss.sum
+
+    def mapped(check, each=each):
         return jax.shard_map(
             each,
             mesh=mesh,
@@ -505,6 +510,11 @@ def test_a_mesh_that_cannot_be_used(data):
         ValueError, match="student is a Head inside a shard_map with check_vma=True"
     ):
         mapped(True)
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(ValueError, match="'data', over which a surrounding"),
+    ):
+        mapped(False, names_the_same_axis)
     assert_near(mapped(False), losses.sft(student=head, **arguments).sum)
 
 

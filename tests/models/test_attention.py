@@ -9,6 +9,7 @@ import pytest
 import tiny_config
 from conftest import random_tokens
 from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 
 from opsd_jax import config as config_lib
 from opsd_jax.models import attention, decoder
@@ -131,15 +132,24 @@ def params(sizes):
 
 
 def gradient(sizes, params, positions):
-    tokens = random_tokens(3, positions.shape)
+    """Computes a sum over hidden states and its gradient, with rows split as in a train step."""
     policy = decoder.model(sizes).policy
+    rows = {
+        "tokens": random_tokens(3, positions.shape),
+        "positions": positions,
+        "weights": jax.random.normal(jax.random.key(2), (*positions.shape, sizes.hidden_size)),
+    }
 
-    def loss(params):
-        hidden, _ = policy.forward(params, tokens, positions)
-        weights = jax.random.normal(jax.random.key(2), hidden.shape)
-        return jnp.sum(jnp.where((positions >= 0)[..., None], hidden * weights, 0))
+    def loss(params, rows):
+        hidden, _ = policy.forward(params, rows["tokens"], rows["positions"])
+        active = (rows["positions"] >= 0)[..., None]
+        return jnp.sum(jnp.where(active, hidden * rows["weights"], 0))
 
-    return jax.jit(jax.value_and_grad(loss))(params)
+    of_first = lambda params, batch: jax.value_and_grad(loss)(
+        params, jax.tree.map(lambda x: x[0], batch)
+    )
+    batch = jax.tree.map(lambda x: x[None], rows)
+    return jax.jit(mesh_lib.over_data(of_first, batch))(params, batch)
 
 
 @pytest.mark.parametrize("remat", ["none", "full", "attention", "products"])
@@ -162,7 +172,7 @@ def test_sequence_parallelism_does_not_change_gradients(sizes, params):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
 
 
-@pytest.mark.parametrize(("form", "shape"), [("dense", (2, 2, 2)), ("splash", (1, 2, 4))])
+@pytest.mark.parametrize(("form", "shape"), [("dense", (2, 2, 2)), ("splash", (2, 1, 4))])
 def test_context_parallelism_does_not_change_gradients(sizes, params, form, shape):
     positions = padded_positions(160)
     positions = positions.at[0].set(jnp.arange(160) % 97)  # two sequences
@@ -172,6 +182,15 @@ def test_context_parallelism_does_not_change_gradients(sizes, params, form, shap
         got = gradient(split, params, positions)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_only_columns_along_the_diagonal_are_compared(monkeypatch, parts):
+    made = attention._kernel(4, 256, parts)
+    monkeypatch.setattr(attention, "_CausalMask", splash_attention_mask.CausalMask)
+    expected = attention._kernel(4, 256, parts)
+    for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("cache", ["dense", "paged"])

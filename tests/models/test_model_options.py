@@ -33,6 +33,7 @@ def test_a_pretrained_section_parses_to_its_options():
         ("remat", "some", r"config\.model\.remat is 'some'; expected one of 'none', 'full'"),
         ("cache", "ragged", r"config\.model\.cache is 'ragged'; expected one of 'auto', 'dense'"),
         ("rope_theta", 0.0, r"config\.model\.rope_theta is 0\.0; expected a number above 0"),
+        ("context_parallel", True, r"model\.context_parallel is True with model\.remat = 'none'"),
     ],
 )
 def test_an_invalid_field_of_the_decoder_is_named(field, value, message):

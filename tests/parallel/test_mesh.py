@@ -74,13 +74,32 @@ def test_minus_one_takes_the_remaining_devices():
     assert dict(mesh_lib.make_mesh((-1, 2, 1)).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
 
 
+def test_a_batch_is_split_over_data_and_the_results_are_summed():
+    """Specs leave out `data` within, and keep dimensions that they do not constrain."""
+    batch = {"count": np.int32(3), "rows": np.arange(32.0, dtype=np.float32).reshape(1, 8, 4)}
+    seen = []
+
+    def total(weight, batch):
+        seen.append(batch["rows"].shape)
+        rows = mesh_lib.constrain(batch["rows"][0], P(mesh_lib.ROWS))
+        rows = mesh_lib.constrain(rows, P(P.UNCONSTRAINED, "tensor"))
+        double = mesh_lib.on_each_device(lambda x: 2 * x, P(mesh_lib.ROWS), P(mesh_lib.ROWS))
+        return (weight * double(rows)).sum(), batch["count"] * rows.shape[0]
+
+    for shape, rows in [((2, 2, 2), 4), ((1, 4, 2), 8), ((8, 1, 1), 1)]:
+        with jax.set_mesh(mesh_lib.make_mesh(shape)):
+            got = jax.jit(mesh_lib.over_data(total, batch))(np.float32(0.5), batch)
+        assert seen.pop() == (1, rows, 4)
+        assert [float(x) for x in got] == [batch["rows"].sum(), 3 * 8]
+
+
 @pytest.mark.parametrize("option", ["", "sequence_parallel", "context_parallel"])
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (4, 2, 1), (4, 1, 2)])
 def test_the_partitioner_can_reshard_every_layout(config, shape, option, capfd):
     """If it cannot, it replicates an array on all devices, and XLA prints a warning."""
     section = config.model.copy_and_resolve_references()
     if option:
-        section[option] = True
+        section.update({option: True, "remat": "full"})
     mesh, model = mesh_lib.make_mesh(shape), decoder.from_config(section)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     params = mesh_lib.abstract_of(shapes, mesh_lib.tree_shardings(mesh, model.rules, shapes))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from opsd_jax import losses
 from opsd_jax.data import arithmetic
@@ -309,6 +310,24 @@ def test_eight_devices_compute_the_same_step_as_one(model, loss_fn, start, rows,
         results.append(jax.device_get((state, metrics)))
     # Adam divides by sqrt(v), which magnifies the rounding of small gradients to 1e-4 of a step.
     assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_summed_over_data_after_all_microbatches(loss_fn, start, rows):
+    """Within a shard_map over `data`, the compiler adds no sums over it."""
+
+    def sums_over_data(jaxpr, in_loop):
+        for equation in jaxpr.eqns:
+            if "psum" in equation.primitive.name and "data" in equation.params["axes"]:
+                yield in_loop
+            for inner in jaxprs_in_params(equation.params):
+                yield from sums_over_data(inner, in_loop or equation.primitive.name == "while")
+
+    with jax.set_mesh(mesh_lib.make_mesh((2, 2, 2))):
+        step = step_lib.make_train_step(loss_fn, OPTIMIZER)
+        program = jax.make_jaxpr(step)(start, pack(rows, microbatch=8))
+    found = [*sums_over_data(program.jaxpr, False)]
+    assert found
+    assert not any(found)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
