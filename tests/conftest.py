@@ -43,6 +43,10 @@ LONG = (
 )
 
 
+# Meshes of eight devices. The last one splits over all axes; the others are slow tests.
+MESHES = (*(pytest.param(m, marks=pytest.mark.slow) for m in ((8, 1, 1), (1, 8, 1))), (2, 2, 2))
+
+
 def pytest_collection_modifyitems(items):
     names = [item.path.stem for item in items]
     order = {name: i for i, name in enumerate(LONG)}

@@ -239,7 +239,9 @@ def test_a_run_that_crashes_before_any_step_resumes_exactly(
     assert_same(outcome(tmp_path), outcome(undisturbed))
 
 
-@pytest.mark.parametrize(("stage", "saved"), [("sft", "2"), ("opsd", "1")])
+@pytest.mark.parametrize(
+    ("stage", "saved"), [pytest.param("sft", "2", marks=pytest.mark.slow), ("opsd", "1")]
+)
 def test_a_signal_saves_a_checkpoint_and_the_run_resumes(
     config, undisturbed, tmp_path, monkeypatch, stage, saved
 ):
@@ -288,7 +290,9 @@ def stopped(config, undisturbed, tmp_path):
     return workdir
 
 
-@pytest.mark.parametrize("damage", [halve_files, lose_a_shard])
+@pytest.mark.parametrize(
+    "damage", [halve_files, pytest.param(lose_a_shard, marks=pytest.mark.slow)]
+)
 def test_a_damaged_checkpoint_is_moved_aside(config, undisturbed, stopped, damage, caplog):
     damage(stopped / "sft" / "checkpoints" / "6")
     run(config, stopped)
@@ -386,6 +390,7 @@ sys.exit(main.main(["train", "--config", "-", "--workdir", {str(workdir)!r}]))
     assert_same(outcome(workdir), outcome(undisturbed))
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_another_mesh(config, undisturbed, stopped):
     """The restored parameters are equal; later steps differ by rounding."""
     other = config.copy_and_resolve_references()

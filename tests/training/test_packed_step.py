@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import MESHES
 
 from opsd_jax import losses
 from opsd_jax.data import arithmetic
@@ -101,7 +102,9 @@ def assert_equal_up_to_rounding(got, expected):
         )
 
 
-@pytest.mark.parametrize("name", ["opsd", "sft", "grpo", "gspo"])
+@pytest.mark.parametrize(
+    "name", ["opsd", "sft", "grpo", pytest.param("gspo", marks=pytest.mark.slow)]
+)
 def test_packed_rows_equal_rows_of_their_own(name, model, shared_config, start, rows):
     """Together, one at a time and in reverse order; with all rows, some or none active."""
     loss = make_loss(name, model, shared_config)
@@ -118,7 +121,7 @@ def test_packed_rows_equal_rows_of_their_own(name, model, shared_config, start, 
     assert nothing[:2] == (0, 0)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shape", MESHES)
 def test_eight_devices_compute_packed_rows_as_one_does(model, shared_config, start, rows, shape):
     loss = make_loss("opsd", model, shared_config)
     expected = results(jax.jit(step_lib.make_train_step(loss, GRADIENT)), start, pack(rows))

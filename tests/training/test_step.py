@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import MESHES
 from jax.extend.core import jaxprs_in_params
 
 from opsd_jax import losses
@@ -284,7 +285,7 @@ def test_bfloat16_parameters_keep_their_dtype_over_steps(loss_fn, start, rows):
     assert np.isfinite(float(metrics["loss"][0]))
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shape", MESHES)
 def test_eight_devices_compute_the_same_step_as_one(model, loss_fn, start, rows, shape):
     """The state is sharded and donated, as in the training loop."""
     results = []
