@@ -321,6 +321,10 @@ class Decoder(nnx.Module):
         # all-to-all then gives each device its rows. Without these constraints, if the rows are
         # sharded over `data` as well, the partitioner gathers the gradient of all rows everywhere.
         layout = P("data", None, "fsdp")
+        if jax.sharding.get_abstract_mesh().manual_axes:
+            # Within a shard_map over `data`, XLA of jax 0.11 aborts on the lookup in a vocabulary
+            # that is sharded over `tensor`.
+            embedding_VxD = constrain(embedding_VxD, P(None, "fsdp"))
         return constrain(embedding_VxD[constrain(tokens_BxT, P("data"))], layout)
 
     def _scan_layers(self, x_BxTxD, positions_BxT, table, *, prefill: bool):
