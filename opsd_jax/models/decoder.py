@@ -337,8 +337,8 @@ class Decoder(nnx.Module):
         config = self.config
         graphdef, stacked = nnx.split(self.layers)
         split_tokens = config.context_parallel and not prefill
-        split_stream = split_tokens or (config.sequence_parallel and not prefill)
-        stream = P(ROWS, "tensor" if split_stream else None)
+        split_stream = config.context_parallel or config.sequence_parallel
+        stream = P(ROWS, "tensor" if split_stream and not prefill else None)
         x_BxTxD = constrain(x_BxTxD, stream)
 
         def layer(x_BxTxD, weights):
