@@ -27,6 +27,7 @@ from opsd_jax.config.run_options import parse_run
 from opsd_jax.data import arithmetic
 from opsd_jax.models import decoder
 from opsd_jax.parallel import mesh as mesh_lib
+from opsd_jax.verify.outcomes import Outcomes
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -159,3 +160,14 @@ def one_device():
 
 def random_tokens(seed, shape, vocab_size=32):
     return jax.random.randint(jax.random.key(seed), shape, 0, vocab_size, jnp.int32)
+
+
+def opsd_row(task, i, rng):
+    """Returns a row of an OPSD step: problem i, a random response to it, and its outcome."""
+    problem = task.train[i]
+    return {
+        "student": task.prompt(problem),
+        "teacher": arithmetic.informed_prompt(problem, problem.solution),
+        "response": rng.integers(1, 32, rng.integers(1, 40)).tolist(),
+        **{outcome: i % 3 == j for j, outcome in enumerate(Outcomes._fields)},
+    }

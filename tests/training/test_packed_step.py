@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import MESHES
+from conftest import MESHES, opsd_row
 
 from opsd_jax import losses
-from opsd_jax.data import arithmetic
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.stages import batch as batch_lib
 from opsd_jax.stages import opsd, rlvr, sft
@@ -36,17 +35,14 @@ def rows(task):
     rng = np.random.default_rng(0)
     rows = []
     for i in range(12):
-        problem = task.train[i]
-        response = rng.integers(1, 32, rng.integers(1, 40)).tolist()
+        row = opsd_row(task, i, rng)
+        length = len(row["response"])
         rows.append(
-            {
-                "student": task.prompt(problem),
-                "teacher": arithmetic.informed_prompt(problem, problem.solution),
-                "teacher/inserts": [(len(response) // 2, [5, 6, 7])] if len(response) > 3 else [],
-                "response": response,
-                "behaviour_logprobs": rng.uniform(-4, -2, len(response)).tolist(),
+            row
+            | {
+                "teacher/inserts": [(length // 2, [5, 6, 7])] if length > 3 else [],
+                "behaviour_logprobs": rng.uniform(-4, -2, length).tolist(),
                 "advantages": rng.normal(),
-                **{outcome: i % 3 == j for j, outcome in enumerate(Outcomes._fields)},
             }
         )
     return rows

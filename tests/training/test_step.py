@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import MESHES
+from conftest import MESHES, opsd_row
 from jax.extend.core import jaxprs_in_params
 
 from opsd_jax import losses
-from opsd_jax.data import arithmetic
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.stages import batch as batch_lib
 from opsd_jax.stages import opsd, rlvr, sft
@@ -31,16 +30,10 @@ def rows(task):
     rng = np.random.default_rng(0)
     rows = []
     for i in range(12):
-        problem = task.train[i]
+        row = opsd_row(task, i, rng)
+        # The weight is the one that the gate gives its outcome.
         rows.append(
-            {
-                "student": task.prompt(problem),
-                "teacher": arithmetic.informed_prompt(problem, problem.solution),
-                "response": (response := rng.integers(1, 32, rng.integers(1, 40)).tolist()),
-                "behaviour_logprobs": [-1.0] * len(response),
-                "weight": GATE[i % 3],  # the weight that the gate gives its outcome
-                **{outcome: i % 3 == j for j, outcome in enumerate(Outcomes._fields)},
-            }
+            row | {"behaviour_logprobs": [-1.0] * len(row["response"]), "weight": GATE[i % 3]}
         )
     return rows
 
