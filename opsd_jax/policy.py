@@ -111,6 +111,35 @@ def segment_ids(positions: jax.Array) -> jax.Array:
     return jnp.where(positions < 0, -1, number_BxT)
 
 
+class Matrix(NamedTuple):
+    """How the axes of a parameter form a matrix, or a stack of matrices, for a low-rank adapter.
+
+    The axes are `stacked` axes that count the matrices, then `inputs` axes that a matmul contracts,
+    then the axes of its output. Attention weights [L, D, H, C] that map a width of D to H heads of
+    size C, in L layers, are `Matrix(stacked=1, inputs=1)`.
+    """
+
+    stacked: int = 0
+    inputs: int = 1
+
+
+class AdapterFiles(NamedTuple):
+    """How a model reads and writes adapters in the format of Hugging Face PEFT.
+
+    Attributes:
+      about: `directory -> opsd_jax.models.peft.About`, what the adapter in a directory is.
+      load: `(abstract_adapter, directory) -> adapter`, for shapes, dtypes and shardings of an
+        adapter (see `opsd_jax.models.lora`). Every host calls it.
+      save: `(adapter, directory, about, checksums) -> None`. `about` has fields of
+        `adapter_config.json`, and `checksums` identifies the arrays of the base model. Every host
+        calls it.
+    """
+
+    about: Callable[..., Any]
+    load: Callable[..., Params]
+    save: Callable[..., None]
+
+
 class Model(NamedTuple):
     """A policy and everything else that a run needs to know about a model.
 
@@ -160,6 +189,14 @@ class Model(NamedTuple):
         tokens in all, with `pairs` pairs of a token and a token that it attends to (itself and
         those before it), and with logits at `predicted` positions. A multiply-add counts as two.
         The figures of a step's speed are computed from it. None leaves them out.
+      matrices: The parameters that are matrices, or stacks of matrices, as pairs of a regular
+        expression and a `Matrix`. `config.adapter` adapts these. If a model lists none, then it
+        adapts parameters with two axes, [inputs, outputs], that its `targets` match.
+      low_rank: Whether `policy` takes an `opsd_jax.models.lora.LowRank` in place of each parameter
+        in `matrices`. If False, a train step adds each adapter to its matrix before it calls
+        `policy`, which takes more memory and allows no dropout.
+      adapter_files: The functions that read and write adapters. None means that adapters can't be
+        exported or loaded.
       max_positions: The most tokens of a sequence that the model was made for. A run whose prompts
         and responses can be longer together is refused. 0 means any number.
     """
@@ -176,6 +213,9 @@ class Model(NamedTuple):
     load: Callable[[Params], Params] | None = None
     save: Callable[..., None] | None = None
     quantised: Callable[..., Model] | None = None
+    matrices: Sequence[tuple[str, Matrix]] = ()
+    low_rank: bool = False
+    adapter_files: AdapterFiles | None = None
     max_positions: int = 0
     packs: bool = False
     flops: Callable[[float, float, float], float] | None = None

@@ -228,9 +228,9 @@ def _add_hosts(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--process", type=int, help="number of this process, from 0, unless auto")
 
 
-def _add_model(sub: argparse.ArgumentParser) -> None:
+def _add_model(sub: argparse.ArgumentParser, required: bool = True) -> None:
     """Adds the arguments that select a model: a stage of a run, or a model directory."""
-    which = sub.add_mutually_exclusive_group(required=True)
+    which = sub.add_mutually_exclusive_group(required=required)
     _add_workdir(which, required=False)
     which.add_argument(
         "--model",
@@ -273,9 +273,16 @@ def _add_train(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_evaluate(sub: argparse.ArgumentParser) -> None:
-    _add_model(sub)
+    _add_model(sub, required=False)  # --adapter names its model
     _add_hosts(sub)
     add = sub.add_argument
+    add(
+        "--adapter",
+        type=local,
+        metavar="DIR",
+        help="evaluate a model with the adapter in this directory, which is in the format of "
+        "Hugging Face PEFT (default of --model: the model that its config names)",
+    )
     add(
         "--benchmark",
         action="append",
@@ -352,5 +359,11 @@ def _add_convert(sub: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="dtype of the weights (default: the dtype that they have in the source)",
+    )
+    sub.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write the stage's adapter in the format of Hugging Face PEFT (default: the model, to "
+        "which the adapter has been added)",
     )
     sub.add_argument("--out", required=True, type=local, help="directory to write; new or empty")

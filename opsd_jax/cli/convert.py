@@ -1,4 +1,4 @@
-"""The command `convert`: writes a model directory for Hugging Face transformers."""
+"""The command `convert`: writes a directory for Hugging Face transformers, or for PEFT."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from opsd_jax.run import workdir as workdir_lib
 from opsd_jax.run.parameters import Parameters, chosen_stage
 from opsd_jax.storage import hub
 from opsd_jax.storage.files import Path
+from opsd_jax.storage.names import UNTRAINED
 
 
 def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
@@ -32,10 +33,12 @@ def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         if arguments.workdir is not None:
             with workdir_lib.trusting(arguments.workdir, arguments.trust):
                 config = parse_run(workdir_lib.config_of(arguments.workdir))
-                convert_stage(config, arguments.workdir, arguments.stage, arguments.out, dtype)
-        elif arguments.stage is not None:
+                convert = export_adapter if arguments.adapter else convert_stage
+                convert(config, arguments.workdir, arguments.stage, arguments.out, dtype)
+        elif arguments.stage is not None or arguments.adapter:
+            given = "--adapter" if arguments.stage is None else "--stage"
             raise ConfigError(
-                "--stage applies to a run; expected --workdir in place of --model, or no --stage."
+                f"{given} applies to a run; expected --workdir in place of --model, or no {given}."
             )
         else:
             source = hub.local(arguments.model, hub.MODEL, "--model")
@@ -44,7 +47,7 @@ def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    print(f"model: {arguments.out}")
+    print(f"{'adapter' if arguments.adapter else 'model'}: {arguments.out}")
     return 0
 
 
@@ -72,6 +75,62 @@ def convert_stage(
       ConfigError: there is no such stage, it is not finished, or its model has no `save`.
       WeightsError: the directory has files in it, or cannot be written.
     """
+    stage, parameters = _opened(config, workdir, stage, directory)
+    if parameters.model.save is None:
+        raise ConfigError(
+            f"config.model.make is {config.model.make!r}, which returns a Model without `save`; "
+            "expected a function that returns a Model with `save`, such as "
+            "opsd_jax.models.decoder:from_config."
+        )
+    parameters.model.save(parameters.merged(stage), directory, dtype)
+
+
+def export_adapter(
+    config: RunOptions,
+    workdir: Path,
+    stage: str | None,
+    directory: pathlib.Path,
+    dtype: str = "",
+) -> None:
+    """Writes a stage's adapter as a directory that Hugging Face PEFT can load, in float32.
+
+    The other arguments and errors are those of `convert_stage`.
+
+    Raises:
+      ConfigError: the stage trained no adapter, or its model cannot export it.
+    """
+    if dtype not in ("", "float32"):
+        raise ConfigError(f"--dtype is {dtype}; expected no --dtype, because adapters are float32.")
+    stage, parameters = _opened(config, workdir, stage, directory)
+    if stage == UNTRAINED or not config.adapter.trains(stage):
+        raise ConfigError(
+            f"--adapter: the stage {stage!r} trained no adapter; expected a stage that did, or no "
+            "--adapter."
+        )
+    if parameters.model.adapter_files is None:
+        raise ConfigError(
+            f"--adapter: config.model.make is {config.model.make!r}, which returns a Model without "
+            "`adapter_files`; expected no --adapter, which writes the model with the adapter added."
+        )
+    adapter, base = parameters.trained_adapter(stage)
+    about = {
+        "r": config.adapter.rank,
+        "lora_alpha": config.adapter.alpha,
+        "lora_dropout": config.adapter.dropout,
+        "base_model_name_or_path": parameters.base_path(stage),
+    }
+    parameters.model.adapter_files.save(adapter, directory, about, base.checksums)
+
+
+def _opened(
+    config: RunOptions, workdir: Path, stage: str | None, directory: pathlib.Path
+) -> tuple[str, Parameters]:
+    """Returns the name of the stage to write, and the parameters of the run.
+
+    Raises:
+      ConfigError: no stage of the run has finished.
+      WeightsError: `directory` has files in it.
+    """
     weights.check_new(directory)
     stage = chosen_stage(config.stages, workdir, stage)
     if stage is None:
@@ -79,14 +138,7 @@ def convert_stage(
             f"--workdir {workdir}: no stage of the run has finished. "
             "To write the initial parameters, pass --stage untrained."
         )
-    parameters = _parameters(config, workdir)
-    if parameters.model.save is None:
-        raise ConfigError(
-            f"config.model.make is {config.model.make!r}, which returns a Model without `save`; "
-            "expected a function that returns a Model with `save`, such as "
-            "opsd_jax.models.decoder:from_config."
-        )
-    parameters.model.save(parameters.of(stage), directory, dtype)
+    return stage, _parameters(config, workdir)
 
 
 def _parameters(config: RunOptions, workdir: Path) -> Parameters:

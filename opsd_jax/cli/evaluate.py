@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from opsd_jax.config import sections
 from opsd_jax.config.run_options import RunOptions, parse_run
 from opsd_jax.evaluation import benchmarks, records, summary
+from opsd_jax.models import peft
 from opsd_jax.models.options import TPU_ONLY, default_dtype
 from opsd_jax.models.quantised import QuantisationOptions
 from opsd_jax.options import ConfigError, section
@@ -92,6 +93,9 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     weights = workdir / stage / PARAMS if workdir else hub.local(model, hub.MODEL, "--model")
     fingerprint = hosts.together(lambda: records.fingerprint(weights))
     settings = pipeline.evaluation_settings(this, model, fingerprint, problems)
+    if arguments.adapter:
+        fingerprint = hosts.together(lambda: records.fingerprint(arguments.adapter))
+        settings["adapter"] = [str(arguments.adapter), fingerprint]
     if arguments.trust:
         settings["trusted"] = sorted({*arguments.trust})
     workdir_lib.check_equal(settings, "settings")
@@ -143,7 +147,7 @@ def config_of(arguments: argparse.Namespace) -> tuple[str, RunOptions]:
             f"--problems is {arguments.problems}; expected a positive number, or 0 for all "
             "problems."
         )
-    stage, config = _of_run(arguments) if arguments.model is None else _of_model(arguments)
+    stage, config = _of_model(arguments) if arguments.workdir is None else _of_run(arguments)
     config.stages = ()
     for name, form in TPU_ONLY.items():
         if config.model.get(name) == form:
@@ -169,6 +173,11 @@ def config_of(arguments: argparse.Namespace) -> tuple[str, RunOptions]:
 
 def _of_run(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
     """Returns the name of the stage to evaluate, and the unlocked config of its run."""
+    if arguments.adapter:
+        raise ConfigError(
+            "--adapter applies to a model directory; expected --model in place of --workdir, or no "
+            "--adapter. The adapter of a stage is evaluated with the stage."
+        )
     config = workdir_lib.config_of(arguments.workdir)
     stage = chosen_stage(config.stages, arguments.workdir, arguments.stage) or UNTRAINED
     if arguments.benchmark and config.task != TEXT_TASK:
@@ -181,6 +190,8 @@ def _of_run(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
 
 def _of_model(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
     """Returns UNTRAINED and an unlocked config for evaluating a model directory."""
+    if arguments.model is None and arguments.adapter is None:
+        raise ConfigError("there is no model; expected --workdir, --model or --adapter.")
     if not arguments.benchmark or arguments.out is None or arguments.stage is not None:
         raise ConfigError(
             "--model evaluates a model outside a run, without stages or held-out problems; "
@@ -189,10 +200,32 @@ def _of_model(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
     config = sections.default().unlock()
     # Nothing is trained, so the weights can have the dtype of the matmuls.
     dtype = default_dtype(jax.default_backend())
-    path = hub.pinned(arguments.model, hub.MODEL, "--model")
-    config.model = sections.pretrained(path, dtype=dtype, param_dtype=dtype).unlock()
+    named = arguments.model
+    if arguments.adapter:
+        named, config.adapter = _adapter(arguments.adapter, named)
+    path = hub.pinned(named, hub.MODEL, "--model")
+    # An adapter is added in float32.
+    param_dtype = "float32" if arguments.adapter else dtype
+    config.model = sections.pretrained(path, dtype=dtype, param_dtype=param_dtype).unlock()
     config.task, config.data.tokenizer = TEXT_TASK, path
     return UNTRAINED, config
+
+
+def _adapter(directory: pathlib.Path, model: str | None) -> tuple[str, ConfigDict]:
+    """Returns the model of an adapter, and the config section `adapter` for it.
+
+    Args:
+      directory: the directory of the adapter.
+      model: the value of --model; None for the model that the adapter names.
+    """
+    try:
+        about = peft.about(directory)
+    except ValueError as error:
+        raise ConfigError(f"--adapter: {error}") from error
+    if not (model or about.base):
+        raise ConfigError(f"--adapter {directory} does not name its model; expected --model too.")
+    options = {"rank": about.rank, "alpha": about.alpha, "targets": about.paths}
+    return model or about.base, sections.lora(path=str(directory), **options)
 
 
 def _take_benchmarks(config: ConfigDict, named: list[str]) -> None:

@@ -196,8 +196,9 @@ def override(config: ConfigDict, field: str, text: str) -> None:
     try:
         section[name] = _parse(text, type(old))
     except (ValueError, SyntaxError):
+        example = "(1, 2) or ('a', 'b')" if old == () else repr(old)
         raise ConfigError(
-            f"--config.{field} is {text!r}; expected {type(old).__name__}, such as {old!r}."
+            f"--config.{field} is {text!r}; expected {type(old).__name__}, such as {example}."
         ) from None
 
 

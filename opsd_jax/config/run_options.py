@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from opsd_jax.data.options import DataOptions
 from opsd_jax.evaluation.options import EvaluationOptions
+from opsd_jax.models.lora import LoRAOptions
 from opsd_jax.models.options import DecoderOptions, PretrainedOptions, default_dtype
 from opsd_jax.models.quantised import QuantisationOptions
 from opsd_jax.options import ConfigError, fail, fields_of, lock, option, parse, section
@@ -65,6 +66,9 @@ class RunOptions:
         QuantisationOptions(),
         "Rollouts of the stages in 8 bits. Training and evaluations are not affected.",
         added=True,
+    )
+    adapter: LoRAOptions = option(
+        LoRAOptions(), "A low-rank adapter, which the stages train in place of all parameters."
     )
     task: str = option(
         "opsd_jax.data.text:task",
@@ -133,6 +137,9 @@ class RunOptions:
             before = self.sections[name].init_from
             if before and before not in self.stages[:i]:
                 fail(f"{name}.init_from", before, EARLIER_STAGE)
+        if unknown := [name for name in self.adapter.stages if name not in self.sections]:
+            expected = f"names of stages ({', '.join(self.sections)}), but {unknown[0]!r} is none"
+            fail("adapter.stages", self.adapter.stages, expected)
         if self.wandb_project and importlib.util.find_spec("wandb") is None:
             expected = "'', because wandb is not installed (pip install 'opsd-jax[wandb]')"
             fail("wandb_project", self.wandb_project, expected)

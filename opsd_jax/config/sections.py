@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from opsd_jax import losses
 from opsd_jax.config.run_options import RunOptions, run_section
 from opsd_jax.data.options import SourceOptions
+from opsd_jax.models.lora import LoRAOptions
 from opsd_jax.models.options import DecoderOptions, PretrainedOptions
 from opsd_jax.models.presets import PRESETS
 from opsd_jax.models.rope import RopeScaling
@@ -161,6 +162,14 @@ def pretrained(path: str | pathlib.Path = "", preset: str = "", **changes: Any) 
       changes: the other fields -> values.
     """
     return _changed(PretrainedOptions(path=os.fspath(path), preset=preset), changes)
+
+
+def lora(**changes: Any) -> ConfigDict:
+    """Returns the section `adapter` for low-rank adapters: the defaults with your changes.
+
+    An example is `lora(rank=32, alpha=64.0, targets=("layers/(q|v)",), dropout=0.05)`.
+    """
+    return _changed(LoRAOptions(kind="lora"), changes)
 
 
 def rope_scaling(**changes: Any) -> ConfigDict:

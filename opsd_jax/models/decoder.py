@@ -25,8 +25,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from opsd_jax import policy as policy_lib
-from opsd_jax.models import architecture, attention, paged, rope, safetensors, weights
+from opsd_jax.models import architecture, attention, paged, peft, rope, safetensors, weights
 from opsd_jax.models.architecture import DecoderConfig
+from opsd_jax.models.lora import LowRank
 from opsd_jax.models.options import DecoderOptions, parse_model
 from opsd_jax.models.quantised import QuantisationOptions, Quantised, quantise
 from opsd_jax.parallel.mesh import ROWS, constrain, path_name
@@ -105,13 +106,15 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (x32 * scale).astype(x.dtype)
 
 
-def product(x: jax.Array, weight: jax.Array | Quantised) -> jax.Array:
+def product(x: jax.Array, weight: jax.Array | Quantised | LowRank) -> jax.Array:
     """Multiplies x [B, T, D] by a weight [D, ...].
 
     On one device, all tokens become one dimension. Otherwise the gradient of the weight would sum
     over two dimensions, for which XLA:CPU transposes and copies an operand. On several devices B
     and T may be sharded over different axes, so they stay apart.
     """
+    if isinstance(weight, LowRank):
+        return product(x, weight.weight) + product(product(weight.dropped(x), weight.a), weight.b)
     if isinstance(weight, Quantised):
         return weight.scaled(product(x, weight.values.astype(x.dtype))).astype(x.dtype)
     if jax.sharding.get_abstract_mesh().size > 1:
@@ -360,7 +363,7 @@ class Decoder(nnx.Module):
         """
         gather = jax.custom_vjp(lambda w: constrain(w, P()))
         gather.defvjp(lambda w: (constrain(w, P()), None), lambda _, gradient: (gradient,))
-        return gather(weight if weight.ndim == 1 else weight.astype(self.config.dtype))
+        return gather(weight if weight.ndim < 2 else weight.astype(self.config.dtype))
 
     def _unrolled_layers(self, x_BxTxD, positions_BxT, table, cache):
         """Applies all layers in an unrolled loop. Returns hidden states and the updated caches."""
@@ -472,6 +475,12 @@ def model(config: DecoderConfig) -> policy_lib.Model:
         ragged=config.cache == "paged",
         save=save,
         quantised=quantised,
+        matrices=tuple(
+            (name, policy_lib.Matrix(stacked=1, inputs=len(axes)))
+            for name, axes in CONTRACTED.items()
+        ),
+        low_rank=True,
+        adapter_files=peft.FILES,
         packs=True,
         flops=flops,
     )

@@ -121,7 +121,7 @@ def tensors_of(directory: pathlib.Path) -> dict[str, StoredTensor]:
         )
     tensors: dict[str, StoredTensor] = {}
     for file in files:
-        for name, stored in _read_header(file).items():
+        for name, stored in tensors_in(file).items():
             if name in tensors:
                 raise WeightsError(
                     f"{tensors[name].file} and {file} both contain the tensor {name}; expected it "
@@ -147,8 +147,8 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
         ) from error
 
 
-def _read_header(file: pathlib.Path) -> dict[str, StoredTensor]:
-    """Reads the header of a safetensors file and checks it against the file size.
+def tensors_in(file: pathlib.Path) -> dict[str, StoredTensor]:
+    """Locates the tensors of a safetensors file by reading its header.
 
     Raises:
       WeightsError: The file cannot be read, or is damaged or cut off. The message names it.
@@ -231,7 +231,7 @@ Put = Callable[[str, int, np.ndarray], None]
 
 @contextlib.contextmanager
 def writer(
-    directory: pathlib.Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    directory: pathlib.Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], single: str = FILE
 ) -> Iterator[Put]:
     """Context manager that creates safetensors files and yields a function to write tensors.
 
@@ -240,6 +240,7 @@ def writer(
     Args:
       directory: An existing directory.
       tensors: Name -> (dtype code, shape) of every tensor.
+      single: The name of the file of a model that is not split.
 
     Yields:
       `put(name, start, values)`, which writes `values` to the flattened tensor, from element
@@ -252,7 +253,7 @@ def writer(
     with contextlib.ExitStack() as stack:
         for number, names in enumerate(shards, 1):
             part = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            path = directory / (part if len(shards) > 1 else FILE)
+            path = directory / (part if len(shards) > 1 else single)
             file = stack.enter_context(path.open("wb"))
             # transformers requires this metadata.
             header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

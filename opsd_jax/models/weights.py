@@ -16,7 +16,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -93,6 +93,19 @@ def layouts_of(path: str, shape: tuple[int, ...]) -> list[TensorLayout]:
         suffix, stored, ours = LAYER_LAYOUT[path.removeprefix("layers/")]
         names = {i: f"model.layers.{i}.{suffix}" for i in range(shape[0])}
         shape = shape[1:]
+    return layouts_from(names, stored, ours, shape)
+
+
+def layouts_from(
+    names: Mapping[int | None, str], stored: tuple[str, ...], ours: str, shape: tuple[int, ...]
+) -> list[TensorLayout]:
+    """Returns the `TensorLayout`s of stored tensors.
+
+    Args:
+      names: The layer, or None -> the name of the tensor.
+      stored, ours: The dimensions of the stored tensor and of the parameter, as in LAYOUT.
+      shape: The shape of the parameter, or of one layer of it.
+    """
     size = dict(zip(ours, shape, strict=True))
     letters = "".join(stored)
     return [
@@ -107,7 +120,10 @@ def layouts_of(path: str, shape: tuple[int, ...]) -> list[TensorLayout]:
     ]
 
 
-def all_layouts(params: Params) -> dict[str, TensorLayout]:
+Layouts = Callable[[str, tuple[int, ...]], list[TensorLayout]]  # such as `layouts_of`
+
+
+def all_layouts(params: Params, layouts: Layouts = layouts_of) -> dict[str, TensorLayout]:
     """Returns the layout of every tensor that a saved model contains, by tensor name.
 
     `params` can be a tree of shapes.
@@ -115,7 +131,7 @@ def all_layouts(params: Params) -> dict[str, TensorLayout]:
     return {
         layout.name: layout
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        for layout in layouts_of(path_name(path), leaf.shape)
+        for layout in layouts(path_name(path), leaf.shape)
     }
 
 
@@ -229,13 +245,16 @@ def take_piece(array, layer, start, *, order, mesh, specs, rows, dtype):
     )
 
 
-def load(stored: Mapping[str, StoredTensor], abstract: Params) -> Params:
+def load(
+    stored: Mapping[str, StoredTensor], abstract: Params, layouts: Layouts = layouts_of
+) -> Params:
     """Reads the parameters of a decoder from safetensors files into sharded arrays.
 
     Args:
       stored: The tensors of a directory, by name. Their shapes must have been checked.
       abstract: The shape, dtype and sharding of each parameter. A sharding is a NamedSharding, or
         places the whole array on one device.
+      layouts: The tensors in which a parameter is stored.
 
     Returns:
       The parameters, in the structure of `abstract`.
@@ -247,7 +266,7 @@ def load(stored: Mapping[str, StoredTensor], abstract: Params) -> Params:
     def read(path, leaf):
         zeros = functools.partial(jnp.zeros, leaf.shape, leaf.dtype)
         array = jax.jit(zeros, out_shardings=leaf.sharding)()
-        for layout in layouts_of(path_name(path), leaf.shape):
+        for layout in layouts(path_name(path), leaf.shape):
             array = _read(array, layout, stored[layout.name])
         return array
 
@@ -291,7 +310,12 @@ def _read(array: jax.Array, layout: TensorLayout, stored: StoredTensor) -> jax.A
 
 
 def save(
-    params: Params, directory: pathlib.Path, codes: Mapping[str, str], files: Mapping[str, Any]
+    params: Params,
+    directory: pathlib.Path,
+    codes: Mapping[str, str],
+    files: Mapping[str, Any],
+    layouts: Layouts = layouts_of,
+    file: str = safetensors.FILE,
 ) -> None:
     """Writes the parameters of a decoder to a new Hugging Face directory, atomically.
 
@@ -300,17 +324,20 @@ def save(
       directory: The directory to write. It must be new or empty.
       codes: The name of each stored tensor -> the code of the dtype in which it is stored.
       files: Path in the directory -> a regular file to copy, or a value to write as JSON.
+      layouts: The tensors in which a parameter is stored.
+      file: The name of the safetensors file.
 
     Raises:
       WeightsError: The directory is not empty, or cannot be written.
     """
     writes = jax.process_index() == 0
     with new_directory(directory) if writes else contextlib.nullcontext(directory) as partial:
-        table = {name: (codes[name], t.shape) for name, t in all_layouts(params).items()}
+        expected = all_layouts(params, layouts)
+        table = {name: (codes[name], layout.shape) for name, layout in expected.items()}
         nothing = contextlib.nullcontext(lambda name, start, values: None)
-        with safetensors.writer(partial, table) if writes else nothing as put:
+        with safetensors.writer(partial, table, file) if writes else nothing as put:
             for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-                for layout in layouts_of(path_name(path), leaf.shape):
+                for layout in layouts(path_name(path), leaf.shape):
                     for start, values in _ranges(leaf, layout, codes[layout.name]):
                         put(layout.name, start, values)
         if writes:

@@ -280,6 +280,12 @@ def over_data(function: Callable, batch: Any) -> Callable:
     )
 
 
+def part_of_data() -> jax.Array | int:
+    """Returns the number of the part of the batch that `over_data` gave to the function."""
+    split = "data" in jax.sharding.get_abstract_mesh().manual_axes
+    return jax.lax.axis_index("data") if split else 0
+
+
 def on_each_device(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
     """Wraps a function so that each device applies it to its own shard of the arguments.
 

@@ -16,6 +16,7 @@ from opsd_jax.config import loading
 from opsd_jax.config.run_options import RunOptions
 from opsd_jax.evaluation import divergence
 from opsd_jax.losses.fused import LOSS_CHUNKS, chunk_tokens
+from opsd_jax.models.lora import Weights
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel.chips import Chip
 from opsd_jax.parallel.program import DECODE_STEPS, ProgramKey, ProgramKind, bucket_scope
@@ -133,7 +134,7 @@ class Phases:
         chip: Chip,
         length: float,
     ):
-        """Builds the model and compiles the program that reshards its weights for sampling.
+        """Builds the model and the meshes. Compiles nothing.
 
         Args:
           config: the config of the run.
@@ -148,19 +149,26 @@ class Phases:
         self.config, self.compiler, self.chip, self.length = config, compiler, chip, length
         self.parameters = Parameters(config, pathlib.Path(), devices)
         checks.check_devices(config, self.parameters.mesh, self.parameters.decode_mesh)
-        checks.check_speculation(config, self.parameters.rollouts.model)
-        checks.check_pools(
-            config, self.parameters.rollouts.model.policy, self.parameters.decode_mesh
-        )
+        sampler = self.parameters.form.rollouts
+        checks.check_speculation(config, sampler.model)
+        checks.check_pools(config, sampler.model.policy, self.parameters.decode_mesh)
         checks.check_positions(config, self.parameters.model.max_positions)
         self.model, self.mesh = self.parameters.model, self.parameters.mesh
-        self.weights = mesh_lib.shard_bytes(self.parameters.abstract)
         self.programs: list[ProgramCosts] = []
+        self.reshards: dict[Sampler, list[ProgramCosts]] = {}
         self.engines: dict[EngineKey, tuple[Engine, list[ProgramCosts]]] = {}
         self.phases: list[Phase] = []
-        # Empty if training and sampling use the same layout.
-        self.moved_bytes = self.parameters.rollouts.layout.moved_bytes
-        self.reshard = self.account({})
+
+    def reshard(self, sampler: Sampler) -> list[ProgramCosts]:
+        """Returns the program that converts parameters for sampling. Compiles it on first use.
+
+        There is none if training and sampling use the same layout.
+        """
+        if sampler not in self.reshards:
+            self.compiler.prefix = ""
+            assert sampler.layout  # compiles it
+            self.reshards[sampler] = self.account({})
+        return self.reshards[sampler]
 
     def smallest_weight(self) -> int:
         """Returns the number of elements in the smallest weight of one layer.
@@ -232,8 +240,8 @@ class Phases:
           reads: cached tokens that a decoding step reads, if it reads only the filled part.
         """
         if (sampler, shape, filters_tokens) not in self.engines:
+            self.reshard(sampler)
             layout = sampler.layout
-            self.account({})  # Its program runs once in each evaluation, so it has no phase.
             engine = Engine(sampler.model, layout.abstract, layout.mesh, shape)
             programs = self.account(
                 {(DECODE_STEPS,): STEPS_PER_CHUNK},
@@ -336,7 +344,9 @@ class Phases:
             if sampling.continues:
                 sampling = sampling._replace(samples=max(1, filled))
             key = PhaseKey(stage, kind, sampling.name)
-            self.add_sampling(key, resident, sampling, self.parameters.rollouts, times=times)
+            self.add_sampling(
+                key, resident, sampling, self.parameters.form_in(stage).rollouts, times=times
+            )
             lengths = self._response_lengths(sampling.samples, sampling.response_tokens)
             filled = int((lengths == sampling.response_tokens).sum())
 
@@ -360,27 +370,31 @@ class Phases:
         algorithm = self.config.algorithm(name)
         rows = algorithm.row_fields
         self._check_fields(name, [*rows.factors, *[rows.divisor] * bool(rows.divisor)])
+        parameters = self.parameters
         stage = algorithm.make(
-            options, placeholders.parts(self.model, mesh_lib.row_shards(self.mesh))
+            options, placeholders.parts(parameters.trained(name), mesh_lib.row_shards(self.mesh))
         )
+        stage = parameters.adapt(stage, name)
         optimizer = make_optimizer(options.optimizer, stage.steps * stage.updates)
         abstract = state_lib.abstract_state(
-            self.parameters.abstract, optimizer, stage.teacher, self.mesh
+            parameters.trained_form(name), optimizer, stage.teacher, self.mesh
         )
+        form = parameters.form_in(name)
         resident: dict[Part, float] = {
-            Part.PARAMETERS: self.weights,
+            Part.PARAMETERS: mesh_lib.shard_bytes(form.abstract),
             Part.OPTIMIZER: mesh_lib.shard_bytes(abstract["opt_state"]),
             Part.TEACHER: mesh_lib.shard_bytes(abstract["teacher"]),
         }
         samplings = algorithm.sampling(options)
-        if samplings and self.reshard:
-            moved = {Part.SAMPLING_WEIGHTS: self.moved_bytes}
-            reshard = matched_executions(self.reshard, {ProgramKey(ProgramKind.RESHARD): 1})
+        if samplings and (programs := self.reshard(form.rollouts)):
+            moved = {Part.SAMPLING_WEIGHTS: form.rollouts.layout.moved_bytes}
+            reshard = matched_executions(programs, {ProgramKey(ProgramKind.RESHARD): 1})
             key = PhaseKey(name, PhaseKind.RESHARD)
             self.add_phase(key, resident | moved, reshard, stage.steps)
         self._add_samplings(name, samplings, resident, stage.steps)
         self.compiler.prefix = f"{name}: "
-        compile_train_step(stage, optimizer, abstract, self.mesh)
+        base = form.abstract.base if isinstance(form.abstract, Weights) else None
+        compile_train_step(stage, optimizer, abstract, self.mesh, base)
         trip_counts, useful = self._trip_counts(algorithm, options, stage.empty_batch)
         (step,) = self.account(trip_counts)
         self.add_phase(
@@ -401,20 +415,24 @@ class Phases:
         """
         evaluation = self.config.evaluation
         count = divergence.probed(evaluation, self._evaluated()) * evaluation.samples
+        weights = self.parameters.form_in(name).abstract
+        trained = self.parameters.trained_form(name)
         resident: dict[Part, float] = {
-            Part.PARAMETERS: self.weights,
-            Part.PROBE_TEACHER: self.weights,
+            Part.PARAMETERS: mesh_lib.shard_bytes(weights),
+            Part.PROBE_TEACHER: mesh_lib.shard_bytes(trained),
         }
         samplings = algorithm.privileged_sampling(options, evaluation, count)
         self._add_samplings(name, samplings, resident, 2, PhaseKind.PROBE_SAMPLING)
         self.compiler.prefix = f"{name}: "
-        weights = self.parameters.abstract
+        policy = self.parameters.policy(name)
         divergence.DivergenceProbe(
-            options, evaluation, placeholders.TASK, self.model.policy, self.mesh, weights
+            options, evaluation, placeholders.TASK, policy, self.mesh, weights
         )
         tokens = self.length * evaluation.response_tokens * options.microbatch
         (probe,) = self.account({(LOSS_CHUNKS,): self._chunks(options, tokens)})
-        batch: dict[Part, float] = {Part.BATCH: probe.arguments - sum(resident.values())}
+        # Student and teacher with an adapter are two arguments with the same base model.
+        models = 2 * mesh_lib.shard_bytes(weights)
+        batch: dict[Part, float] = {Part.BATCH: probe.arguments - models}
         microbatches = -(-count // options.microbatch)
         self.add_phase(
             PhaseKey(name, PhaseKind.PROBE),
@@ -465,11 +483,14 @@ class Phases:
 
     def add_evaluation(self) -> None:
         """Adds one phase for the evaluations before the first stage and after each stage."""
-        options = self.config.evaluation
+        options, form = self.config.evaluation, self.parameters.form
+        # A run with an adapter also evaluates all parameters, before its first stage.
+        forms = form, self.parameters.whole
+        weights = max(mesh_lib.shard_bytes(each.abstract) for each in forms)
         responses = self._evaluated() * options.samples
         self.add_sampling(
             PhaseKey("evaluation", PhaseKind.EVALUATION),
-            {Part.PARAMETERS: self.weights},
+            {Part.PARAMETERS: weights},
             Sampling(
                 name="evaluation",
                 slots_field="slots",
@@ -481,7 +502,7 @@ class Phases:
                 response_tokens=options.response_tokens,
                 samples=responses,
             ),
-            self.parameters.evaluated,
+            form.evaluated,
             times=1 + len(self.config.stages),
             filters_tokens=options.top_k > 0 or options.top_p < 1 or options.min_p > 0,
         )

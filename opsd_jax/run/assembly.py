@@ -58,25 +58,25 @@ def assemble(config: RunOptions, workdir: Path) -> Run:
     """
     parameters = Parameters(config, workdir)
     checks.check_devices(config, parameters.mesh, parameters.decode_mesh)
-    checks.check_pools(config, parameters.rollouts.model.policy, parameters.decode_mesh)
-    model = parameters.model
-    checks.check_speculation(config, parameters.rollouts.model)
+    model, form = parameters.model, parameters.form
+    checks.check_pools(config, form.rollouts.model.policy, parameters.decode_mesh)
+    checks.check_speculation(config, form.rollouts.model)
     checks.check_positions(config, model.max_positions)
     task = make_task(config)
     seed = functools.partial(stage_seed, config)
     checks.check_data(config, task, model.vocab_size, seed, model.max_positions)
     pool = VerifierPool(task.verify, config.pool)
-    engines = Engines(parameters.rollouts, task.tokenizer.pad_id)
+    engines = Engines(form.rollouts, task.tokenizer.pad_id)
     exact = engines
-    if parameters.rollouts is not parameters.evaluated:
-        exact = Engines(parameters.evaluated, task.tokenizer.pad_id)
+    if form.rollouts is not form.evaluated:
+        exact = Engines(form.evaluated, task.tokenizer.pad_id)
     evaluator = Evaluator(
         config.evaluation,
         task,
         model.vocab_size,
         exact,
         pool,
-        lambda params: parameters.evaluated.layout.convert(params),
+        lambda params: parameters.form_of(params).evaluated.layout.convert(params),
     )
     return Run(config, workdir, parameters, task, pool, engines, evaluator)
 
@@ -99,17 +99,18 @@ def make_task(config: RunOptions) -> Task:
         raise ConfigError(f"config.task is {config.task!r}: {error}") from error
 
 
-def stage_parts(this: Run, seed: int, poll: Callable[[], None]) -> Parts:
+def stage_parts(this: Run, name: str, seed: int, poll: Callable[[], None]) -> Parts:
     """Returns the `Parts` from which a stage of the run is built.
 
     Args:
       this: the run.
+      name: the name of the stage.
       seed: the seed of the stage.
       poll: called while the stage samples; an exception that it raises ends the sampling.
     """
     return Parts(
         task=this.task,
-        model=this.parameters.model,
+        model=this.parameters.trained(name),
         engines=this.engines,
         pool=this.pool,
         seed=seed,
@@ -129,11 +130,13 @@ def make_stage(this: Run, name: str, poll: Callable[[], None] = lambda: None) ->
     """
     options = this.config.sections[name]
     algorithm = this.config.algorithm(name)
-    stage = algorithm.make(options, stage_parts(this, stage_seed(this.config, name), poll))
+    seed = stage_seed(this.config, name)
+    stage = algorithm.make(options, stage_parts(this, name, seed, poll))
+    stage = this.parameters.adapt(stage, name)
     if not algorithm.sampling(options):
         return stage
     # One conversion per step to the decode layout, whatever the step samples.
-    convert = this.parameters.rollouts.layout.convert
+    convert = this.parameters.form_in(name).rollouts.layout.convert
     return stage._replace(
         batches=lambda step, params, *carried: stage.batches(step, convert(params), *carried)
     )

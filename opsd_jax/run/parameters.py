@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
 
 from opsd_jax.config.run_options import RunOptions
+from opsd_jax.models.lora import LoRA, Weights
 from opsd_jax.models.quantised import QuantisationOptions
 from opsd_jax.models.safetensors import WeightsError
-from opsd_jax.options import ConfigError, import_function
+from opsd_jax.options import ConfigError, fail, import_function
 from opsd_jax.parallel import mesh as mesh_lib
-from opsd_jax.policy import Model, Params
+from opsd_jax.policy import Model, Params, Policy
 from opsd_jax.rollout import layout as layout_lib
 from opsd_jax.storage import files
 from opsd_jax.storage.files import Path, RecordError
 from opsd_jax.storage.names import PARAMS, UNTRAINED
 from opsd_jax.training import checkpoint
+from opsd_jax.training.base_model import BaseModel, identify
+from opsd_jax.training.stage import Stage
 
 
 def seed_of(config: RunOptions, name: str) -> int:
@@ -83,14 +87,36 @@ def meshes(
         raise ConfigError(f"config.{field}: {error}") from error
 
 
+class Form(NamedTuple):
+    """A form in which a run has parameters: all of the model's, or `Weights` with an adapter.
+
+    Attributes:
+      abstract: shapes, dtypes and shardings in this form.
+      evaluated: the model as evaluations sample from it.
+      rollouts: the model as stages sample from it: `evaluated`, or another if it is quantised.
+    """
+
+    abstract: Any
+    evaluated: layout_lib.Sampler
+    rollouts: layout_lib.Sampler
+
+
+class Base(NamedTuple):
+    """The base model of an adapter: its parameters, and what identifies it."""
+
+    params: Params
+    model: BaseModel
+
+
 class Parameters:
     """The model and meshes of a run, with methods that return the parameters of each stage.
 
     The constructor compiles nothing and reads neither weights nor data.
 
     Attributes:
-      evaluated: the model as evaluations sample from it.
-      rollouts: the model as stages sample from it: `evaluated`, or another if it is quantised.
+      lora: the adapter of the run; None if it has none.
+      whole: the form of all parameters of the model.
+      adapted: the form of a base model with an adapter; None for a run without an adapter.
     """
 
     def __init__(
@@ -107,7 +133,8 @@ class Parameters:
           devices: the devices to use; all devices by default.
 
         Raises:
-          ConfigError: the model, its sharding rules and the meshes do not fit together.
+          ConfigError: the model, its sharding rules, its adapter and the meshes do not fit
+            together.
         """
         self.config, self.workdir = config, workdir
         make_model = import_function(config.model.make, "model.make")
@@ -127,10 +154,23 @@ class Parameters:
         except ValueError as error:
             raise ConfigError(f"config.decode_mesh: {error}") from error
         self.abstract = mesh_lib.abstract_of(shapes, shardings)
-        self.evaluated = layout_lib.Sampler(self.model, self.abstract, self.decode_mesh)
-        self.rollouts = self.evaluated
-        if rollouts is not self.model:
-            self.rollouts = layout_lib.Sampler(rollouts, self.abstract, self.decode_mesh)
+        self.whole = self._form(self.abstract, rollouts, lambda params: params)
+        self.lora: LoRA | None = None
+        self.adapted: Form | None = None
+        if config.adapter.kind == "none" and self._continues_adapter:
+            raise ConfigError(
+                f"config.init_from is {config.init_from!r}, the result of a stage that trained an "
+                "adapter; expected config.adapter = lora(...) with the same options, or the result "
+                "of a stage that trained all parameters."
+            )
+        if config.adapter.kind != "none":
+            self.lora = LoRA(config.adapter, self.model, shapes, config.model.make)
+            # The base model is never trained, so it has the dtypes of the matmuls.
+            held = jax.eval_shape(self.model.decode_params, shapes)
+            base = mesh_lib.abstract_of(held, shardings)
+            abstract = Weights(base, self.lora.abstract(base))
+            self.adapted = self._form(abstract, rollouts, self.lora.merged)
+            self._check_given()
 
     def _quantised(self) -> Model:
         """Returns the model that samples the rollouts of stages.
@@ -149,23 +189,40 @@ class Parameters:
             )
         return self.model.quantised(options)
 
+    def _form(self, abstract: Any, rollouts: Model, merged: Callable[[Any], Params]) -> Form:
+        """Returns a form of the parameters, from which `merged` makes all of the model's."""
+
+        def sampler(model: Model) -> layout_lib.Sampler:
+            prepare = model.decode_params
+            model = model._replace(decode_params=lambda params: prepare(merged(params)))
+            return layout_lib.Sampler(model, abstract, self.decode_mesh)
+
+        evaluated = sampler(self.model)
+        return Form(abstract, evaluated, evaluated if rollouts is self.model else sampler(rollouts))
+
+    @property
+    def form(self) -> Form:
+        """The form of the parameters that the run samples from, for compiling engines."""
+        return self.adapted or self.whole
+
+    def form_of(self, params: Any) -> Form:
+        """Returns the form that parameters have."""
+        adapted = self.adapted if isinstance(params, Weights) else None
+        return adapted or self.whole
+
+    def form_in(self, stage: str) -> Form:
+        """Returns the form of the parameters in a stage."""
+        return self.form if self.config.adapter.trains(stage) else self.whole
+
     def initial(self) -> Params:
-        """Returns the initial parameters of the run: of another run, loaded, or random.
+        """Returns the initial parameters of the model: of another run, loaded, or random.
 
         Raises:
           ConfigError: the weights cannot be read.
         """
-        if self.config.init_from:
+        if self.config.init_from and not self._continues_adapter:
             path = epath.Path(self.config.init_from) / PARAMS
-            try:
-                return checkpoint.restore_params(path, self.abstract)
-            except RecordError as error:
-                cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-                raise ConfigError(
-                    f"config.init_from is {self.config.init_from!r}, whose parameters cannot be "
-                    f"restored ({files.reason(cause)}); expected the result of a run with the same "
-                    "config.model."
-                ) from error
+            return self._of_another_run(lambda: checkpoint.restore_params(path, self.abstract))
         if self.model.load is not None:
             try:
                 return self.model.load(self.abstract)
@@ -175,18 +232,244 @@ class Parameters:
         init = jax.jit(self.model.init, out_shardings=shardings)
         return init(jax.random.key(seed_of(self.config, "init")))
 
-    def of(self, stage: str) -> Params:
+    def _of_another_run(self, restore: Callable[[], Params]) -> Params:
+        """Restores the result in `config.init_from`. Raises ConfigError if that fails."""
+        try:
+            return restore()
+        except RecordError as error:
+            cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+            raise ConfigError(
+                f"config.init_from is {self.config.init_from!r}, whose parameters cannot be "
+                f"restored ({files.reason(cause)}); expected the result of a run with the same "
+                "config.model and config.adapter."
+            ) from error
+
+    def of(self, stage: str) -> Any:
         """Returns the parameters of a finished stage, or initial parameters for "" and UNTRAINED.
+
+        The result is a `Weights` if the stage trained an adapter, or if the run begins with one.
+
+        Raises:
+          ConfigError: the stage has no result yet.
+          RecordError: its adapter is of another base model.
+        """
+        initial = stage in ("", UNTRAINED)
+        if self._has_given if initial else self.config.adapter.trains(stage):
+            base = self.base("" if initial else stage)
+            return Weights(base.params, self._adapter("" if initial else stage, base.model))
+        return self.initial() if initial else self._result(stage, self.abstract)
+
+    def merged(self, stage: str) -> Params:
+        """Returns all parameters of a finished stage, to which its adapter has been added.
+
+        Arguments and errors are those of `of`.
+        """
+        initial = stage in ("", UNTRAINED)
+        if self.lora is None or not (
+            self._has_given if initial else self.config.adapter.trains(stage)
+        ):
+            return self.of(stage)
+        params, model = self._base("" if initial else stage)
+        adapter = self._adapter("" if initial else stage, model)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        merge = jax.jit(self.lora.merged, out_shardings=shardings, donate_argnums=0)
+        return merge(Weights(params, adapter))
+
+    def base(self, stage: str) -> Base:
+        """Returns the base model of the adapter that a stage trains, or of the initial adapter.
+
+        Its parameters have the dtypes of the matmuls.
+        """
+        assert self.adapted is not None
+        params, model = self._base(stage)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.adapted.abstract.base)
+        hold = jax.jit(self.model.decode_params, out_shardings=shardings)
+        return Base(hold(params), model)
+
+    def _base(self, stage: str) -> Base:
+        """Returns the base model of an adapter with the dtypes of its parameters."""
+        if source := self._source(stage):
+            params, name = self._result(source, self.abstract), f"the result of the stage {source}"
+        else:
+            params, name = self.initial(), self._origin
+        return Base(params, identify(params, name))
+
+    def trained_adapter(self, stage: str) -> tuple[Params, BaseModel]:
+        """Returns the adapter of a finished stage and what identifies its base model.
+
+        The base model is not read.
+        """
+        assert self.adapted is not None
+        adapter = self._result(stage, self.adapted.abstract.adapter)
+        return adapter, self._saved_base(stage)
+
+    def base_path(self, stage: str) -> str:
+        """Returns the directory or the name of the base model of a stage's adapter.
+
+        It is "" if the base model is the result of a stage, or has random parameters.
+        """
+        given = self._source(stage) or (self.config.init_from and not self._continues_adapter)
+        return "" if given else getattr(self.config.model, "path", "")
+
+    def _saved_base(self, stage: str) -> BaseModel:
+        path = checkpoint.base_of(self.workdir / stage / PARAMS)
+        return BaseModel(**files.read_json(path))
+
+    def _source(self, stage: str) -> str:
+        """Returns the stage whose result is the base model of a stage's adapter, or ""."""
+        while stage and self.config.adapter.trains(stage):
+            stage = self.config.sections[stage].init_from
+        return stage
+
+    @property
+    def _origin(self) -> str:
+        """Says where the initial parameters of the model come from."""
+        if self.config.init_from and not self._continues_adapter:
+            return f"config.init_from = {self.config.init_from!r}"
+        path = getattr(self.config.model, "path", "")
+        made = f"the model of {self.config.model.make}, seed {self.config.seed}"
+        return f"config.model.path = {path!r}" if path else made
+
+    def trained_form(self, stage: str) -> Params:
+        """Returns shapes, dtypes and shardings of the parameters that a stage trains."""
+        abstract = self.form_in(stage).abstract
+        return abstract.adapter if isinstance(abstract, Weights) else abstract
+
+    def first_trained(self, stage: str, base: BaseModel | None) -> Params:
+        """Returns what a stage trains as it is at the beginning: all parameters, or an adapter.
+
+        Args:
+          stage: the stage.
+          base: the base model of a stage that trains an adapter; None for any other stage.
+
+        Raises:
+          ConfigError: the parameters cannot be read.
+          RecordError: an adapter is of another base model.
+        """
+        before = self.config.sections[stage].init_from
+        if base is None:
+            return self.merged(before)
+        return self._new_adapter() if self.is_new(stage) else self._adapter(before, base)
+
+    def first(self, stage: str, params: Any) -> Any:
+        """Returns the parameters from before a stage, in the form that the stage has.
+
+        Args:
+          stage: the stage.
+          params: its result, whose base model is used again.
+        """
+        if not isinstance(params, Weights):
+            return self.merged(self.config.sections[stage].init_from)
+        return Weights(params.base, self.first_trained(stage, self._saved_base(stage)))
+
+    def is_new(self, stage: str) -> bool:
+        """Returns whether a stage begins with a new adapter, which does not change its base."""
+        before = self.config.sections[stage].init_from
+        return not (self.config.adapter.trains(before) if before else self._has_given)
+
+    def trained(self, stage: str) -> Model:
+        """Returns the model in the form that a stage trains."""
+        if not self.config.adapter.trains(stage):
+            return self.model
+        return self.model._replace(decode_params=lambda adapter: adapter)
+
+    def policy(self, stage: str) -> Policy:
+        """Returns the policy for the parameters in the form that they have in a stage."""
+        if self.lora is None or not self.config.adapter.trains(stage):
+            return self.model.policy
+        return self.lora.policy
+
+    def adapt(self, made: Stage, stage: str) -> Stage:
+        """Returns a stage that trains the adapter, if the config says so; otherwise `made`.
+
+        Args:
+          made: the stage, as its algorithm made it.
+          stage: its name.
+        """
+        if self.lora is None or not self.config.adapter.trains(stage):
+            return made
+        teacher = made.teacher
+        if self.is_new(stage) and teacher is not None and teacher.update is None:
+            teacher = None  # it never changes, and a new adapter is the base model alone
+        return made._replace(joined=self.lora.applied, teacher=teacher)
+
+    def _new_adapter(self) -> Params:
+        assert self.lora is not None
+        assert self.adapted is not None
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.adapted.abstract.adapter)
+        init = jax.jit(self.lora.init, out_shardings=shardings)
+        return init(jax.random.key(seed_of(self.config, "adapter")))
+
+    def _adapter(self, stage: str, base: BaseModel) -> Params:
+        """Returns the adapter that a stage has trained or, for "", with which the run begins."""
+        assert self.adapted is not None
+        abstract = self.adapted.abstract.adapter
+        if stage:
+            return self._result(stage, abstract, base)
+        if self._continues_adapter:
+            path = epath.Path(self.config.init_from) / PARAMS
+            return self._of_another_run(lambda: checkpoint.restore_params(path, abstract, base))
+        adapter_files, path = self.model.adapter_files, epath.Path(self.config.adapter.path)
+        assert adapter_files is not None
+        try:
+            if saved := adapter_files.about(path).checksums:
+                base.check({"name": "its base model", "checksums": saved}, path)
+            return adapter_files.load(abstract, path)
+        except (WeightsError, RecordError) as error:
+            raise ConfigError(f"config.adapter.path: {error}") from error
+
+    @property
+    def _continues_adapter(self) -> bool:
+        """Whether `config.init_from` is the result of a stage that trained an adapter."""
+        return bool(self.config.init_from) and checkpoint.is_adapter(
+            epath.Path(self.config.init_from) / PARAMS
+        )
+
+    @property
+    def _has_given(self) -> bool:
+        """Whether the run begins with an adapter of another run or in a directory."""
+        return bool(self.config.adapter.path) or self._continues_adapter
+
+    def _check_given(self) -> None:
+        """Checks that the adapter in `config.adapter.path` has the form that the config describes.
+
+        Raises:
+          ConfigError: it has another rank, alpha or other matrices, or it cannot be read.
+        """
+        options = self.config.adapter
+        if not options.path:
+            return
+        if self.model.adapter_files is None:
+            expected = "'', because the model has no `Model.adapter_files`"
+            fail("adapter.path", options.path, expected)
+        if self._continues_adapter:
+            expected = "'', because config.init_from begins with an adapter as well"
+            fail("adapter.path", options.path, expected)
+        try:
+            about = self.model.adapter_files.about(epath.Path(options.path))
+        except WeightsError as error:
+            raise ConfigError(f"config.adapter.path: {error}") from error
+        for name, value, there in (
+            ("rank", options.rank, about.rank),
+            ("alpha", options.alpha, about.alpha),
+        ):
+            if value != there:
+                fail(f"adapter.{name}", value, f"{there}, as in {options.path}")
+        assert self.lora is not None
+        if {*about.paths} != {*self.lora.matrices}:
+            expected = f"{about.paths}, the matrices that the adapter in {options.path} adapts"
+            fail("adapter.targets", options.targets, expected)
+
+    def _result(self, stage: str, abstract: Params, base: BaseModel | None = None) -> Params:
+        """Restores what a finished stage has trained.
 
         Raises:
           ConfigError: the stage has no result yet.
         """
-        if stage in ("", UNTRAINED):
-            return self.initial()
         path = self.workdir / stage / PARAMS
         if not checkpoint.has_params(path):
             raise ConfigError(
                 f"the stage {stage!r} has not finished: {path} does not exist. Expected a finished "
                 "stage."
             )
-        return checkpoint.restore_params(path, self.abstract)
+        return checkpoint.restore_params(path, abstract, base)

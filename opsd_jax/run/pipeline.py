@@ -29,6 +29,7 @@ from typing import Any
 from opsd_jax.config import loading
 from opsd_jax.config.run_options import RunOptions
 from opsd_jax.evaluation import records, report
+from opsd_jax.models.lora import Weights
 from opsd_jax.options import ConfigError
 from opsd_jax.parallel import hosts
 from opsd_jax.policy import Params
@@ -105,7 +106,6 @@ def run(
             rows = hosts.from_first(functools.partial(metrics_lib.read, workdir / name))
             began = time.monotonic() - sum(row["seconds"] for row in rows)
             params = train(this, name, progress, stop, profile)
-            checkpoint.save_params(workdir / name / PARAMS, params)
             evaluate_and_record(this, name, params, progress, stop, began)
             del params  # frees the memory before the next stage
 
@@ -119,16 +119,18 @@ def is_finished(workdir: Path, name: str) -> bool:
 def train(
     this: Run, name: str, progress: Progress, stop: StopSignal, profile: int | None
 ) -> Params:
-    """Builds a stage, trains it to its last step, and returns the final parameters."""
+    """Builds a stage, trains it to its last step, saves its result and returns the parameters."""
     config = this.config
     options = config.sections[name]
     progress.start(name, options.steps, unit="step")
     stage = make_stage(this, name, stop.check)
+    adapts = config.adapter.trains(name)
+    base = this.parameters.base(name) if adapts else None
     params = run_stage(
         stage,
         make_optimizer(options.optimizer, stage.steps * stage.updates),
-        functools.partial(this.parameters.of, options.init_from),
-        abstract_params=this.parameters.abstract,
+        functools.partial(this.parameters.first_trained, name, base and base.model),
+        abstract_params=this.parameters.trained_form(name),
         mesh=this.parameters.mesh,
         directory=this.workdir / name,
         options=LoopOptions(
@@ -138,14 +140,17 @@ def train(
             checkpoints=config.checkpoints,
             identity=loading.identity(config),
             ancestors=hosts.from_first(lambda: lineage.identities(this.workdir)),
+            base=base and base.model,
             wandb_project=config.wandb_project,
             profile=profile,
         ),
         stop=stop,
         report=progress.step,
+        base=base and base.params,
     )
     progress.finish()
-    return params
+    checkpoint.save_params(this.workdir / name / PARAMS, params, base and base.model)
+    return Weights(base.params, params) if base else params
 
 
 def evaluation_settings(

@@ -44,18 +44,19 @@ def measure(
         return
     options = privileged_options(this.config.sections[name])
     seed = seed_of(this.config, "probe")
-    parts = stage_parts(this, seed, stop.check)
+    parts = stage_parts(this, name, seed, stop.check)
     privileged = algorithm.privileged(options, parts, evaluation, evaluation.samples, seed)
     # Only memos need parameters, in the decode layout.
     samples = algorithm.privileged_sampling(options, evaluation, 0)
-    convert = this.parameters.rollouts.layout.convert if samples else lambda params: params
-    teacher = this.parameters.of(options.init_from)
+    form = this.parameters.form_in(name)
+    convert = form.rollouts.layout.convert if samples else lambda params: params
+    teacher = this.parameters.first(name, params)
     started_from = this.workdir / (options.init_from or UNTRAINED)
     before, _ = hosts.from_first(lambda: records.read(started_from))
     count = divergence.probed(evaluation, len(before) // evaluation.samples)
     problems = [this.task.heldout[i] for i in range(count)]
     progress.start(f"divergence {name}", 2 * count * evaluation.samples, unit="response")
-    probe = _probe(this, options)
+    probe = _probe(this, name, options)
 
     def advance(number: int) -> None:
         stop.check()
@@ -76,14 +77,14 @@ def measure(
         files.write_atomically(path, files.to_json(curves) + "\n")
 
 
-def _probe(this: Run, options: PrivilegedOptions) -> divergence.DivergenceProbe:
-    """Compiles the probe of a stage with the given options."""
+def _probe(this: Run, name: str, options: PrivilegedOptions) -> divergence.DivergenceProbe:
+    """Compiles the probe of the stage `name`, which has the given options."""
     parameters = this.parameters
     return divergence.DivergenceProbe(
         options,
         this.config.evaluation,
         this.task,
-        parameters.model.policy,
+        parameters.policy(name),
         parameters.mesh,
-        parameters.abstract,
+        parameters.form_in(name).abstract,
     )

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from opsd_jax.losses import Head
+from opsd_jax.models.lora import without_dropout
 from opsd_jax.options import look_up, option
 from opsd_jax.policy import Params, Policy
 from opsd_jax.stages.batch import response_head
@@ -188,11 +189,12 @@ def make_head(policy: Policy, options: TeacherOptions) -> Callable[[Params, Para
     """Returns a function `(params, teacher, sequences) -> Head` for the teacher's logits.
 
     Its arguments are the student's parameters, the teacher in the training state (or None), and the
-    teacher's sequences of a microbatch. No gradient flows through the student's parameters.
+    teacher's sequences of a microbatch. No gradient flows through the student's parameters, and the
+    teacher has no dropout.
     """
     head = _kind_of(options).head(policy, options)
     return lambda params, teacher, sequences: head(
-        jax.lax.stop_gradient(params), teacher, sequences
+        jax.lax.stop_gradient(without_dropout(params)), teacher, sequences
     )
 
 

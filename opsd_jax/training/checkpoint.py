@@ -23,6 +23,7 @@ from opsd_jax.policy import Params
 from opsd_jax.storage import files
 from opsd_jax.storage.files import Path, RecordError, writing
 from opsd_jax.storage.foreign import listed
+from opsd_jax.training.base_model import BaseModel
 from opsd_jax.training.checksum import changed, checksums, paths
 from opsd_jax.training.state import State
 
@@ -88,6 +89,7 @@ class Checkpoints:
         identity: Mapping[str, Any] | None = None,
         options: CheckpointOptions = DEFAULT_OPTIONS,
         ancestors: Sequence[Mapping[str, Any]] = (),
+        base: BaseModel | None = None,
     ):
         """Opens the checkpoint directory, and creates it if it is missing.
 
@@ -97,7 +99,10 @@ class Checkpoints:
             each checkpoint, and `restore` refuses a checkpoint with other values.
           options: which checkpoints to keep.
           ancestors: identities of other runs whose checkpoints are accepted too.
+          base: the base model of the adapter in the checkpoints; it is saved with each checkpoint,
+            and `restore` refuses a checkpoint with an adapter of another model.
         """
+        self._base = base
         self._ancestors = [json.loads(files.to_json(ancestor)) for ancestor in ancestors]
         self._identity, self._best_metric = files.to_json(identity or {}), options.best_metric
         preservation_policy, best_fn = options.policy()
@@ -131,6 +136,8 @@ class Checkpoints:
             return
         value = (metrics or {}).get(self._best_metric)
         about = {"about": self._identity, "metrics": step, "checksums": checksums(state)}
+        if self._base is not None:
+            about["base"] = self._base._asdict()
         # Orbax copies the arrays by implicit transfers.
         allowed = jax.transfer_guard("allow")
         with waiting(Wait.CHECKPOINT), writing(self._manager.directory), allowed:
@@ -204,6 +211,8 @@ class Checkpoints:
                 f"{path} is a checkpoint of another run, with different values:\n{listed}\n"
                 "Expected the checkpoint's values. Use them, or choose another --workdir."
             )
+        if self._base is not None and "base" in metadata:
+            self._base.check(metadata["base"], path)
         return metadata.get("checksums", {})
 
     def __enter__(self) -> Checkpoints:
@@ -338,17 +347,36 @@ def checksums_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.checksums.json")
 
 
-def save_params(path: Path, params: Params) -> None:
+def base_of(path: Path) -> Path:
+    """Returns the file that identifies the base model of an adapter in `path`."""
+    return path.with_name(f"{path.name}.base.json")
+
+
+def is_adapter(path: Path) -> bool:
+    """Returns whether the parameters in `path` are an adapter."""
+    return base_of(path).exists()
+
+
+def save_params(path: Path, params: Params, base: BaseModel | None = None) -> None:
     """Saves the final parameters of a stage in the directory `path`, and their checksums beside it.
+
+    Args:
+      path: the directory.
+      params: the parameters, or an adapter.
+      base: the base model of an adapter, which is saved in a file beside the directory.
 
     Raises:
       RecordError: the directory cannot be written.
     """
-    sums = files.to_json(checksums(params), indent=1) + "\n"
+    sums = checksums(params)
 
     def write() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_atomically(checksums_of(path), sums)
+        beside = {checksums_of(path): sums}
+        if base is not None:
+            beside[base_of(path)] = base._asdict()
+        for file, content in beside.items():
+            files.write_atomically(file, files.to_json(content, indent=1) + "\n")
 
     with writing(path):
         hosts.from_first(write)
@@ -369,18 +397,22 @@ def is_complete(path: Path) -> bool:
     return bool(ocp.utils.is_checkpoint_finalized(files.absolute(path)))
 
 
-def restore_params(path: Path, abstract: Params) -> Params:
+def restore_params(path: Path, abstract: Params, base: BaseModel | None = None) -> Params:
     """Restores the parameters that `save_params` saved in `path`.
 
     Args:
       path: the directory.
       abstract: shapes, dtypes and shardings of the parameters.
+      base: the base model, if the parameters are an adapter.
 
     Raises:
-      RecordError: the directory cannot be read, or is damaged. Names it.
+      RecordError: the directory cannot be read or is damaged, or its adapter is of another base
+        model. Names it.
     """
 
     def read() -> tuple[Params, dict[str, str]]:
+        if base is not None:
+            base.check(files.read_json(base_of(path)), path)
         with _restoring(path, _MADE_AGAIN):
             beside = checksums_of(path)
             saved = files.read_json(beside) if beside.exists() else {}  # none in version 0.1.0

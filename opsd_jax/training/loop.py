@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from opsd_jax.models.lora import Weights
 from opsd_jax.parallel import hosts
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.parallel import watchdog as watchdog_lib
@@ -27,6 +28,7 @@ from opsd_jax.storage.names import CHECKPOINTS
 from opsd_jax.training import metrics as metrics_lib
 from opsd_jax.training import profile
 from opsd_jax.training import speed as speed_lib
+from opsd_jax.training.base_model import BaseModel
 from opsd_jax.training.checkpoint import DEFAULT_OPTIONS, CheckpointOptions, Checkpoints
 from opsd_jax.training.signals import Interrupted, StopSignal
 from opsd_jax.training.stage import Batch, Metric, Stage, StepData
@@ -58,6 +60,7 @@ class LoopOptions(NamedTuple):
       checkpoints: which checkpoints to keep.
       identity: JSON-ready values that identify the run; checkpoints with others are refused.
       ancestors: identities of the runs that this run was forked from; theirs are accepted.
+      base: what identifies the base model of an adapter; checkpoints of another are refused.
       wandb_project: Weights & Biases project; "" for none.
       profile: number of the step to trace; None for none.
     """
@@ -68,6 +71,7 @@ class LoopOptions(NamedTuple):
     checkpoints: CheckpointOptions = DEFAULT_OPTIONS
     identity: Mapping[str, Any] | None = None
     ancestors: Sequence[Mapping[str, Any]] = ()
+    base: BaseModel | None = None
     wandb_project: str = ""
     profile: int | None = None
 
@@ -86,6 +90,7 @@ def run_stage(
     options: LoopOptions,
     stop: StopSignal,
     report: Report = lambda step, values: None,
+    base: Params | None = None,
 ) -> Params:
     """Trains a stage to its last step. Resumes from the newest checkpoint if there is one.
 
@@ -100,6 +105,8 @@ def run_stage(
       options: checkpoints and limits.
       stop: asks the run to stop; checked after every step. A stage that samples checks it too.
       report: called with the number and the metrics of each step, one step late.
+      base: the parameters of the base model, for a stage that trains an adapter (`Stage.joined`).
+        All other parameters are then those of the adapter, and `Stage.batches` gets `Weights`.
 
     Returns:
       The final parameters.
@@ -110,7 +117,7 @@ def run_stage(
       NoSignal: `options.max_without_signal` steps in a row had no gradient.
     """
     abstract = abstract_state(abstract_params, optimizer, stage.teacher, mesh)
-    saved = options.identity, options.checkpoints, options.ancestors
+    saved = options.identity, options.checkpoints, options.ancestors, options.base
     with contextlib.ExitStack() as stack:
         began = watchdog_lib.now()
         checkpoints = stack.enter_context(Checkpoints(directory / CHECKPOINTS, *saved))
@@ -119,7 +126,7 @@ def run_stage(
         writer = stack.enter_context(metrics_lib.writer(directory, start, options.wandb_project))
         if start >= stage.steps:
             return state["params"]
-        train_step = _compiled(stage, optimizer, abstract, mesh)
+        train_step = _compiled(stage, optimizer, abstract, mesh, base)
         # An implicit transfer makes host and device wait for each other without any sign of it.
         with Watchdog(directory.name) as watchdog, jax.transfer_guard("disallow"):
             return _run_steps(
@@ -134,16 +141,23 @@ def run_stage(
                 watchdog=watchdog,
                 stop=stop,
                 checkpoint_every=options.checkpoint_every,
+                base=base,
             )["params"]
 
 
 def _compiled(
-    stage: Stage, optimizer: optax.GradientTransformation, abstract: State, mesh: jax.sharding.Mesh
+    stage: Stage,
+    optimizer: optax.GradientTransformation,
+    abstract: State,
+    mesh: jax.sharding.Mesh,
+    base: Params | None,
 ) -> Callable[[State, Batch], tuple[State, dict[str, Metric]]]:
     """Compiles the train step of a stage, for batches in host memory."""
-    compiled = compile_train_step(stage, optimizer, abstract, mesh)
+    fixed = () if base is None else (base,)
+    abstract_base = base and mesh_lib.abstract_of(base, jax.tree.map(lambda x: x.sharding, base))
+    compiled = compile_train_step(stage, optimizer, abstract, mesh, abstract_base)
     shardings = batch_shardings(stage.empty_batch, mesh)
-    return lambda state, batch: compiled(state, mesh_lib.placed(batch, shardings))
+    return lambda state, batch: compiled(state, mesh_lib.placed(batch, shardings), *fixed)
 
 
 def _run_steps(
@@ -157,6 +171,7 @@ def _run_steps(
     watchdog: Watchdog,
     stop: StopSignal,
     checkpoint_every: int,
+    base: Params | None = None,
 ) -> State:
     """Runs the given training steps of a stage, and returns the final state."""
     recorder.check_profile(steps)
@@ -166,7 +181,8 @@ def _run_steps(
         with recorder.traced(step):
             try:
                 given = () if carried is None else (carried,)
-                data = stage.batches(step, state["params"], *given)
+                params = state["params"] if base is None else Weights(base, state["params"])
+                data = stage.batches(step, params, *given)
             except Interrupted:  # the resumed run makes this step's batches again
                 recorder.save(step, state, carried, ended=began)
                 raise

@@ -128,6 +128,11 @@ class Stage(NamedTuple):
         the quotients of the step's `Metric`s. By default these are written.
       teacher: how to make and update the parameters that the loss gets as `teacher`; if None, the
         loss gets None.
+      joined: `(base, adapter, draw=None) -> params`, for a stage that trains an adapter: the
+        parameters of the state and of the teacher are adapters of a base model, and the loss gets
+        `params` in place of each. The adapter is None for a stage without teacher parameters: its
+        teacher is the base model. `draw` has integers that select what dropout sets to zero; it is
+        None for the teacher. None: the loss gets the parameters of the state.
     """
 
     steps: int
@@ -139,6 +144,7 @@ class Stage(NamedTuple):
         tuple[jax.Array, tuple[jax.Array, dict[str, Metric]]],
     ]
     teacher: Teacher | None = None
+    joined: Callable[..., Params] | None = None
     summary: Callable[[dict[str, Any]], dict[str, float]] = lambda means: means
     carried: Any = None
     flops: Callable[[Batch], float] | None = None

@@ -23,27 +23,36 @@ def make_train_step(
     loss: Callable[..., Any],
     optimizer: optax.GradientTransformation,
     teacher: Teacher | None = None,
-) -> Callable[[State, Batch], tuple[State, dict[str, Any]]]:
-    """Makes the train step, a pure function `(state, batch) -> (state, metrics)`.
+    joined: Callable[..., Any] | None = None,
+) -> Callable[..., tuple[State, dict[str, Any]]]:
+    """Makes the train step, a pure function `(state, batch, base=None) -> (state, metrics)`.
 
-    Jit it with the state donated. It computes only the first `count` microbatches of each bucket.
-    The loss is sum / weight over all microbatches of all devices. If no row has weight, or the
-    gradient is not finite, the parameters, the optimizer's moments and the teacher keep their exact
-    values.
+    `base` has the parameters of the base model, if the stage trains an adapter. Jit the step with
+    the state donated. It computes only the first `count` microbatches of each bucket. The loss is
+    sum / weight over all microbatches of all devices. If no row has weight, or the gradient is not
+    finite, the parameters, the optimizer's moments and the teacher keep their exact values.
 
     Args:
       loss: as `Stage.loss`.
       optimizer: the optimizer that made `state["opt_state"]`.
       teacher: how `state["teacher"]` is updated; None if it never changes.
+      joined: as `Stage.joined`.
 
     Returns:
       The train step. Its metrics are `(sum, weight)` pairs, float32 []: those of the loss, and
       `loss`, `grad_norm` (before clipping), `empty` (1 if no row had weight) and `nonfinite` (1 if
       the update was skipped because of its gradient).
     """
-    gradient = jax.value_and_grad(loss, has_aux=True)
 
-    def train_step(state: State, batch: Batch) -> tuple[State, dict[str, Any]]:
+    def loss_of(params, teacher, base, step, number, microbatch):
+        if joined is not None:
+            draw = (step, number, mesh_lib.part_of_data())
+            params, teacher = joined(base, params, draw), joined(base, teacher)
+        return loss(params, teacher, microbatch)
+
+    gradient = jax.value_and_grad(loss_of, has_aux=True)
+
+    def train_step(state: State, batch: Batch, base: Any = None) -> tuple[State, dict[str, Any]]:
         params = state["params"]
         accumulate = mesh_lib.over_data(
             lambda models, batch: _sum_over_microbatches(
@@ -51,7 +60,8 @@ def make_train_step(
             ),
             batch,
         )
-        (total, (weight, metrics)), grads = accumulate((params, state["teacher"]), batch)
+        models = params, state["teacher"], base, state["step"]
+        (total, (weight, metrics)), grads = accumulate(models, batch)
 
         with jax.named_scope("update"):
             empty = weight == 0
@@ -80,25 +90,29 @@ def make_train_step(
     return train_step
 
 
-def _sum_over_microbatches(gradient: Callable[[Microbatch], Any], batch: Batch) -> Any:
-    """Sums `gradient(microbatch)` in float32 over the first `count` microbatches of each bucket."""
+def _sum_over_microbatches(gradient: Callable[[Any, Microbatch], Any], batch: Batch) -> Any:
+    """Sums `gradient(number, microbatch)` in float32 over the microbatches that are in use.
 
-    def add_bucket(totals, bucket):
+    These are the first `count` microbatches of each bucket. Each microbatch has its own number.
+    """
+
+    def add_bucket(totals, bucket, first):
         def add(i, totals):
             microbatch = jax.tree.map(lambda x_Mxm: x_Mxm[i], bucket["rows"])
             # Ties the microbatch to i. With M = 1, the loop's body would not depend on i, so XLA
             # would move it out of the loop and compute it even if `count` is 0.
             microbatch, _ = jax.lax.optimization_barrier((microbatch, i))
-            return jax.tree.map(jnp.add, totals, gradient(microbatch))
+            return jax.tree.map(jnp.add, totals, gradient(first + i, microbatch))
 
         return jax.lax.fori_loop(0, bucket["count"], add, totals)
 
-    first = jax.tree.map(lambda x_Mxm: x_Mxm[0], batch[0]["rows"])
-    shapes = jax.eval_shape(gradient, first)
-    totals = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+    one = jax.tree.map(lambda x_Mxm: x_Mxm[0], batch[0]["rows"])
+    shapes = jax.eval_shape(gradient, 0, one)
+    totals, first = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes), 0
     for b, bucket in enumerate(batch):
         with jax.named_scope(bucket_scope(b)):
-            totals = add_bucket(totals, bucket)
+            totals = add_bucket(totals, bucket, first)
+        first += len(jax.tree.leaves(bucket["rows"])[0])
     return totals
 
 
@@ -117,7 +131,8 @@ def compile_train_step(
     optimizer: optax.GradientTransformation,
     abstract_state: State,
     mesh: jax.sharding.Mesh,
-) -> Callable[[State, Batch], tuple[State, dict[str, Any]]]:
+    abstract_base: Any = None,
+) -> Callable[..., tuple[State, dict[str, Any]]]:
     """Compiles the train step for the shapes of `stage.empty_batch`. The step donates its state.
 
     Args:
@@ -125,20 +140,26 @@ def compile_train_step(
       optimizer: the stage's optimizer.
       abstract_state: shapes, dtypes and shardings of the state.
       mesh: the mesh of the state.
+      abstract_base: shapes, dtypes and shardings of the parameters of the base model; None for a
+        stage that trains no adapter.
 
     Returns:
-      The compiled `(state, batch) -> (state, metrics)` of `make_train_step`.
+      The compiled `(state, batch, base=None) -> (state, metrics)` of `make_train_step`. `base` is
+      left out if `abstract_base` is None.
     """
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     shardings = batch_shardings(stage.empty_batch, mesh)
+    abstract: Any = (abstract_state, mesh_lib.abstract_of(stage.empty_batch, shardings))
+    if abstract_base is not None:
+        abstract = (*abstract, abstract_base)
     step = jax.jit(
-        make_train_step(stage.loss, optimizer, stage.teacher),
+        make_train_step(stage.loss, optimizer, stage.teacher, stage.joined),
         donate_argnums=0,
-        in_shardings=(state_shardings, shardings),
+        in_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
         out_shardings=(state_shardings, None),
     )
     with jax.set_mesh(mesh), without_debug_checks():
         return aot.compiled(
             ProgramKey(ProgramKind.TRAIN_STEP),
-            step.lower(abstract_state, mesh_lib.abstract_of(stage.empty_batch, shardings)),
+            step.lower(*abstract),
         )
