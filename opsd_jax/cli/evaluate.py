@@ -90,15 +90,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.benchmark and arguments.problems:
         problems = _first_of_each(problems, arguments.problems)
     model = str(workdir / stage) if workdir else config.model.path
-    weights = workdir / stage / PARAMS if workdir else hub.local(model, hub.MODEL, "--model")
-    fingerprint = hosts.together(lambda: records.fingerprint(weights))
-    settings = pipeline.evaluation_settings(this, model, fingerprint, problems)
-    if arguments.adapter:
-        fingerprint = hosts.together(lambda: records.fingerprint(arguments.adapter))
-        settings["adapter"] = [str(arguments.adapter), fingerprint]
-    if arguments.trust:
-        settings["trusted"] = sorted({*arguments.trust})
-    workdir_lib.check_equal(settings, "settings")
+    settings = _settings(arguments, this, stage, model, problems)
     directory = arguments.out or (
         workdir / EVALUATIONS / stage / _name(list(config.data.heldout), settings)
     )
@@ -132,6 +124,34 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     if changes and (warning := summary.warning(changes)) and hosts.is_first():
         logger.warning("opsd-jax: %s", warning)
     return statistics | {"directory": str(directory), "comparison": changes}
+
+
+def _settings(
+    arguments: argparse.Namespace,
+    this: assembly.Run,
+    stage: str,
+    model: str,
+    problems: list[Problem],
+) -> dict[str, Any]:
+    """Returns the settings of the evaluation, with fingerprints of the weights.
+
+    Args:
+      arguments: the command-line arguments.
+      this: the run.
+      stage: the stage to evaluate.
+      model: the name or the directory of the model.
+      problems: the problems to evaluate it on.
+    """
+    weights = arguments.workdir and arguments.workdir / stage / PARAMS
+    weights = weights or hub.local(model, hub.MODEL, "--model")
+    fingerprint = lambda path: hosts.together(lambda: records.fingerprint(path))
+    settings = pipeline.evaluation_settings(this, model, fingerprint(weights), problems)
+    if arguments.adapter:
+        settings["adapter"] = [str(arguments.adapter), fingerprint(arguments.adapter)]
+    if arguments.trust:
+        settings["trusted"] = sorted({*arguments.trust})
+    workdir_lib.check_equal(settings, "settings")
+    return settings
 
 
 def config_of(arguments: argparse.Namespace) -> tuple[str, RunOptions]:

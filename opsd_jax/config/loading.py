@@ -32,7 +32,7 @@ FREE = (
 
 # Fields that an earlier version lacks, with default values that mean what that version did.
 ADDED = {
-    field.name: field.default
+    field.name: [*field.default] if isinstance(field.default, tuple) else field.default
     for field in (*describe(RunOptions), *describe(PretrainedOptions, "model"))
     if field.added
 }

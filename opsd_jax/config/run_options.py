@@ -68,7 +68,9 @@ class RunOptions:
         added=True,
     )
     adapter: LoRAOptions = option(
-        LoRAOptions(), "A low-rank adapter, which the stages train in place of all parameters."
+        LoRAOptions(),
+        "A low-rank adapter, which the stages train in place of all parameters.",
+        added=True,
     )
     task: str = option(
         "opsd_jax.data.text:task",

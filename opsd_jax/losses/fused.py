@@ -17,8 +17,6 @@ A pytree has the suffix of the axes that its arrays share.
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 import functools
 import math
 from collections.abc import Callable
@@ -107,16 +105,16 @@ def weighted_loss(
 
     @jax.custom_vjp
     def run(trained, fixed, weights):
-        return _run(loop, trained, fixed, weights, wanted=Wanted.NOTHING)[0]
+        return _run(loop, trained, fixed, weights, differentiated=False)[0]
 
-    def forward(*arguments):
-        return _run(loop, *_primals(arguments), wanted=_wanted(arguments))
+    def forward(trained, fixed, weights):
+        return _run(loop, trained, fixed, weights, differentiated=True)
 
     def backward(gradients, cotangents):
         scaled = jax.tree.map(lambda g: (cotangents[0] * g).astype(g.dtype), gradients)
         return scaled, None, None
 
-    run.defvjp(forward, backward, symbolic_zeros=True)
+    run.defvjp(forward, backward)
     total, diagnostics = run(trained, fixed, weights)
     return total, jax.lax.stop_gradient(diagnostics)
 
@@ -166,20 +164,19 @@ def token_values(
     @jax.custom_vjp
     def run(trained, fixed, mask):
         weights = mask.astype(jnp.float32)
-        (_, diagnostics), _ = _run(loop, trained, fixed, weights, wanted=Wanted.NOTHING)
+        (_, diagnostics), _ = _run(loop, trained, fixed, weights, differentiated=False)
         return diagnostics["loss"]
 
-    def forward(*arguments):
-        values = _primals(arguments)
-        return run(*values), (values, Static(_wanted(arguments)))
+    def forward(trained, fixed, mask):
+        return run(trained, fixed, mask), (trained, fixed, mask)
 
-    def backward(saved, cotangent):
-        (trained, fixed, mask), wanted = saved
+    def backward(arguments, cotangent):
+        trained, fixed, mask = arguments
         weights = jnp.where(mask, cotangent, 0.0)
-        _, gradients = _run(loop, trained, fixed, weights, wanted=wanted.value)
+        _, gradients = _run(loop, trained, fixed, weights, differentiated=True)
         return gradients, None, None
 
-    run.defvjp(forward, backward, symbolic_zeros=True)
+    run.defvjp(forward, backward)
     return run(trained, fixed, mask)
 
 
@@ -317,50 +314,18 @@ def _shape_of(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-class Wanted(enum.Enum):
-    """The gradients that a loop computes: none, those of hidden states, or also the head's."""
-
-    NOTHING = enum.auto()
-    HIDDEN = enum.auto()
-    HEAD = enum.auto()
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["value"])
-@dataclasses.dataclass(frozen=True)
-class Static:
-    """A pytree without leaves, which carries a static value."""
-
-    value: Any
-
-
-def _primals(arguments: Any) -> Any:
-    """Returns the values of the arguments that a rule with `symbolic_zeros` gets."""
-    is_primal = lambda x: isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
-    return jax.tree.map(lambda x: x.value, arguments, is_leaf=is_primal)
-
-
-def _wanted(arguments: Any) -> Wanted:
-    """Returns which gradients a rule with `symbolic_zeros` has to compute.
-
-    The head has none if the model's own parameters are not trained, as with an adapter.
-    """
-    (head, _), *_ = arguments
-    return Wanted.HEAD if any(x.perturbed for x in jax.tree.leaves(head)) else Wanted.HIDDEN
-
-
-def _run(loop: _Loop, trained, fixed, weights_BxT, *, wanted: Wanted):
+def _run(loop: _Loop, trained, fixed, weights_BxT, *, differentiated: bool):
     """Runs the loop over chunks on every device of the mesh. Each device processes its own tokens.
 
     Args:
       loop, trained, fixed: from `_prepare`.
       weights_BxT: weights of the tokens.
-      wanted: the gradients to compute.
+      differentiated: whether to compute gradients.
 
     Returns:
-      `((sum, diagnostics), gradients)`. The gradients have the structure of `trained`, with None in
-      place of those that are not wanted.
+      `((sum, diagnostics), gradients)`. The gradients have the structure of `trained`, or are None.
     """
-    body = functools.partial(_run_on_device, loop, wanted=wanted)
+    body = functools.partial(_run_on_device, loop, differentiated=differentiated)
     if not loop.axes:
         return body(trained, fixed, weights_BxT)
 
@@ -368,8 +333,7 @@ def _run(loop: _Loop, trained, fixed, weights_BxT, *, wanted: Wanted):
     # the devices is taken outside of the shard_map. There the compiler can leave each device only
     # its part of the sum if the parameters are sharded.
     partition = loop.partition
-    of_head = P(loop.axes) if wanted is Wanted.HEAD else None
-    gradient_specs = None if wanted is Wanted.NOTHING else (of_head, partition)
+    gradient_specs = (P(loop.axes), partition) if differentiated else None
     mapped: Callable[..., Any] = jax.shard_map(
         body,
         in_specs=((P(), partition), (P(), partition), partition),
@@ -380,8 +344,8 @@ def _run(loop: _Loop, trained, fixed, weights_BxT, *, wanted: Wanted):
     if is_known(weights_BxT):  # outside jit, a shard_map must name all axes of the mesh
         mapped = jax.jit(mapped)
     value, gradients = mapped(trained, fixed, weights_BxT)
-    if wanted is not Wanted.HEAD:
-        return value, gradients
+    if not differentiated:
+        return value, None
     head_gradient, hidden_gradient = gradients
     head_gradient = jax.tree.map(lambda g, x: g.sum(0).astype(x.dtype), head_gradient, trained[0])
     # The barrier makes the sum happen before the backward pass of the rest of the model. Without
@@ -390,7 +354,7 @@ def _run(loop: _Loop, trained, fixed, weights_BxT, *, wanted: Wanted):
     return value, jax.lax.optimization_barrier((head_gradient, hidden_gradient))
 
 
-def _run_on_device(loop: _Loop, trained, fixed, weights_BxT, *, wanted: Wanted):
+def _run_on_device(loop: _Loop, trained, fixed, weights_BxT, *, differentiated: bool):
     """Runs the loop over chunks for the tokens of one device. The arguments are as in `_run`."""
     (head, hidden_BxTxD), (params, arrays_BxT) = trained, fixed
     shape, n = weights_BxT.shape, weights_BxT.size
@@ -407,38 +371,33 @@ def _run_on_device(loop: _Loop, trained, fixed, weights_BxT, *, wanted: Wanted):
         weights_C, (hidden_CxD, arrays_C) = _take_chunk(
             index_C, weights_N, (hidden_NxD, arrays_N), order_M=order_M, active=active
         )
-        arguments = head, hidden_CxD, weights_C, arrays_C
-        if wanted is Wanted.NOTHING:
-            value, diagnostics_C = chunk_loss(*arguments)
-        else:
-            argnums = (1, 0) if wanted is Wanted.HEAD else (1,)
-            (value, diagnostics_C), (hidden_gradient_CxD, *head_gradient) = jax.value_and_grad(
-                chunk_loss, argnums=argnums, has_aux=True
-            )(*arguments)
+        if differentiated:
+            (value, diagnostics_C), (head_gradient, hidden_gradient_CxD) = jax.value_and_grad(
+                chunk_loss, argnums=(0, 1), has_aux=True
+            )(head, hidden_CxD, weights_C, arrays_C)
             add = lambda total, g: total + g.astype(jnp.float32)
-            gradients = (
-                jax.tree.map(add, gradients[0], *head_gradient),
-                write(gradients[1], hidden_gradient_CxD),
-            )
+            head_gradient = jax.tree.map(add, gradients[0], head_gradient)
+            gradients = head_gradient, write(gradients[1], hidden_gradient_CxD)
+        else:
+            value, diagnostics_C = chunk_loss(head, hidden_CxD, weights_C, arrays_C)
         return total + value, jax.tree.map(write, diagnostics_N, diagnostics_C), gradients
 
     first_chunk = jax.tree.map(lambda x: x[:size], (hidden_NxD, weights_N, arrays_N))
     _, diagnostics_C = jax.eval_shape(chunk_loss, head, *first_chunk)
     gradients = None
-    if wanted is not Wanted.NOTHING:
+    if differentiated:
         float32 = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head)
-        gradients = float32 if wanted is Wanted.HEAD else None, jnp.zeros_like(hidden_NxD)
+        gradients = float32, jnp.zeros_like(hidden_NxD)
     diagnostics_N = jax.tree.map(lambda x: jnp.zeros((n, *x.shape[1:]), x.dtype), diagnostics_C)
     with jax.named_scope(LOSS_CHUNKS):
         carry = jnp.zeros((), jnp.float32), diagnostics_N, gradients
         total, diagnostics_N, gradients = jax.lax.fori_loop(0, trip_count, step, carry)
 
     unflatten = lambda x: x.reshape(*shape, *x.shape[1:])
-    if wanted is not Wanted.NOTHING:
+    if differentiated:
         head_gradient, hidden_gradient_NxD = gradients
-        if wanted is Wanted.HEAD:
-            finish = (lambda g, x: g[None]) if loop.axes else (lambda g, x: g.astype(x.dtype))
-            head_gradient = jax.tree.map(finish, head_gradient, head)
+        finish = (lambda g, x: g[None]) if loop.axes else (lambda g, x: g.astype(x.dtype))
+        head_gradient = jax.tree.map(finish, head_gradient, head)
         gradients = head_gradient, unflatten(hidden_gradient_NxD)
     total = jax.lax.psum(total, loop.axes) if loop.axes else total
     return (total, jax.tree.map(unflatten, diagnostics_N)), gradients

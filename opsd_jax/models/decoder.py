@@ -421,6 +421,15 @@ def config_of(options: DecoderOptions | Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(**vars(parse_model(DecoderOptions, options)))
 
 
+def flops(config: DecoderConfig, tokens: float, pairs: float, predicted: float) -> float:
+    """Implements `Model.flops`."""
+    D, F = config.hidden_size, config.intermediate_size
+    H, K, C = config.num_heads, config.num_kv_heads, config.head_dim
+    weights_of_layer = D * C * (H + 2 * K) + H * C * D + 3 * D * F
+    of_layer = weights_of_layer * tokens + 2 * H * C * pairs
+    return 2 * (config.num_layers * of_layer + D * config.vocab_size * predicted)
+
+
 def model(config: DecoderConfig) -> policy_lib.Model:
     """Builds a decoder as a `Model` that initialises its parameters randomly."""
     stacked, init = policy_lib.from_nnx(lambda rngs: Decoder(config, rngs=rngs))
@@ -456,13 +465,6 @@ def model(config: DecoderConfig) -> policy_lib.Model:
         weights, cache = options.weights == "int8", options.cache == "int8"
         return model(dataclasses.replace(config, int8_weights=weights, int8_cache=cache))
 
-    def flops(tokens: float, pairs: float, predicted: float) -> float:
-        D, F = config.hidden_size, config.intermediate_size
-        H, K, C = config.num_heads, config.num_kv_heads, config.head_dim
-        weights_of_layer = D * C * (H + 2 * K) + H * C * D + 3 * D * F
-        of_layer = weights_of_layer * tokens + 2 * H * C * pairs
-        return 2 * (config.num_layers * of_layer + D * config.vocab_size * predicted)
-
     return policy_lib.Model(
         stacked._replace(forward=forward),
         init,
@@ -482,7 +484,7 @@ def model(config: DecoderConfig) -> policy_lib.Model:
         low_rank=True,
         adapter_files=peft.FILES,
         packs=True,
-        flops=flops,
+        flops=functools.partial(flops, config),
     )
 
 

@@ -16,6 +16,7 @@ from opsd_jax.problem import DataError
 from opsd_jax.rollout.engines import Engines
 from opsd_jax.run import checks
 from opsd_jax.run.parameters import Parameters, seed_of, stage_seed
+from opsd_jax.stages import flops
 from opsd_jax.stages.parts import Parts
 from opsd_jax.storage.files import Path
 from opsd_jax.training.stage import Stage
@@ -117,6 +118,7 @@ def stage_parts(this: Run, name: str, seed: int, poll: Callable[[], None]) -> Pa
         seed_of=functools.partial(seed_of, this.config),
         row_shards=row_shards(this.parameters.mesh),
         poll=poll,
+        trained=flops.ADAPTED if this.config.adapter.trains(name) else flops.TRAINED,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from opsd_jax.models.lora import LoRA, Weights
 from opsd_jax.models.quantised import QuantisationOptions
 from opsd_jax.models.safetensors import WeightsError
 from opsd_jax.options import ConfigError, fail, import_function
+from opsd_jax.parallel import aot
 from opsd_jax.parallel import mesh as mesh_lib
 from opsd_jax.policy import Model, Params, Policy
 from opsd_jax.rollout import layout as layout_lib
@@ -21,7 +23,7 @@ from opsd_jax.storage import files
 from opsd_jax.storage.files import Path, RecordError
 from opsd_jax.storage.names import PARAMS, UNTRAINED
 from opsd_jax.training import checkpoint
-from opsd_jax.training.base_model import BaseModel, identify
+from opsd_jax.training.base_model import Base, BaseModel, identify
 from opsd_jax.training.stage import Stage
 
 
@@ -99,13 +101,6 @@ class Form(NamedTuple):
     abstract: Any
     evaluated: layout_lib.Sampler
     rollouts: layout_lib.Sampler
-
-
-class Base(NamedTuple):
-    """The base model of an adapter: its parameters, and what identifies it."""
-
-    params: Params
-    model: BaseModel
 
 
 class Parameters:
@@ -437,7 +432,7 @@ class Parameters:
           ConfigError: it has another rank, alpha or other matrices, or it cannot be read.
         """
         options = self.config.adapter
-        if not options.path:
+        if not options.path or aot.is_planned():
             return
         if self.model.adapter_files is None:
             expected = "'', because the model has no `Model.adapter_files`"
@@ -453,7 +448,7 @@ class Parameters:
             ("rank", options.rank, about.rank),
             ("alpha", options.alpha, about.alpha),
         ):
-            if value != there:
+            if not math.isclose(value, there):
                 fail(f"adapter.{name}", value, f"{there}, as in {options.path}")
         assert self.lora is not None
         if {*about.paths} != {*self.lora.matrices}:

@@ -140,13 +140,12 @@ def train(
             checkpoints=config.checkpoints,
             identity=loading.identity(config),
             ancestors=hosts.from_first(lambda: lineage.identities(this.workdir)),
-            base=base and base.model,
             wandb_project=config.wandb_project,
             profile=profile,
         ),
         stop=stop,
         report=progress.step,
-        base=base and base.params,
+        base=base,
     )
     progress.finish()
     checkpoint.save_params(this.workdir / name / PARAMS, params, base and base.model)

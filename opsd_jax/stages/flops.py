@@ -10,6 +10,8 @@ from opsd_jax.policy import Model
 from opsd_jax.training.stage import Batch
 
 TRAINED = 3  # forward passes that take as long as a forward and a backward pass
+# The same without the gradients of weights, which an adapter leaves out. Its own are few.
+ADAPTED = 2
 
 
 def of_update(model: Model, passes: Mapping[str, int]) -> Callable[[Batch], float] | None:
@@ -21,7 +23,7 @@ def of_update(model: Model, passes: Mapping[str, int]) -> Callable[[Batch], floa
     Args:
       model: the model.
       passes: for each sequence of the batch's rows, such as "teacher", the number of forward passes
-        over it. A backward pass counts as two (`TRAINED` - 1).
+        over it, such as `Parts.trained`, in which a backward pass is included.
 
     Returns:
       The function; None if the model does not count FLOPs.

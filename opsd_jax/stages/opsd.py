@@ -282,7 +282,7 @@ def _make(options: OPSDOptions, parts: Parts) -> Stage:
         model.decode_params,
         parts.packing(options),
     )
-    passes = {"student": flops.TRAINED, "teacher": 1}
+    passes = {"student": parts.trained, "teacher": 1}
     return made._replace(flops=flops.of_update(model, passes))
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol, TypeVar
 from opsd_jax.data.task import Task
 from opsd_jax.policy import Model
 from opsd_jax.rollout.engine import Engine
+from opsd_jax.stages import flops
 from opsd_jax.stages.options import StageOptions
 from opsd_jax.stages.packing import Packing
 from opsd_jax.verify.pool import VerifierPool
@@ -93,6 +94,7 @@ class Parts(NamedTuple):
       seed_of: name -> the seed of a named part of the run.
       row_shards: the number of shards over which the mesh splits the rows of a microbatch.
       poll: called while the stage samples; an exception that it raises ends the sampling.
+      trained: forward passes that take as long as a forward and a backward pass of the model.
     """
 
     task: Task
@@ -103,6 +105,7 @@ class Parts(NamedTuple):
     seed_of: Callable[[str], int]
     row_shards: int = 1
     poll: Callable[[], None] = lambda: None
+    trained: int = flops.TRAINED
 
     def packing(self, options: StageOptions) -> Packing | None:
         """Returns how responses share rows; None if the options or the model do not allow it."""

@@ -237,7 +237,7 @@ def _make(options: RLVROptions, parts: Parts) -> Stage:
     packing = parts.packing(options)
     made = stage(options, parts.task, model.policy, roll_out, model.decode_params, packing)
     reference = int(options.objective.kl_coefficient > 0)
-    return made._replace(flops=flops.of_update(model, {"student": flops.TRAINED + reference}))
+    return made._replace(flops=flops.of_update(model, {"student": parts.trained + reference}))
 
 
 def _step_rows(options: RLVROptions, responses: Responses) -> tuple[list[int], list[Lengths]]:

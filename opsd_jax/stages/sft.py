@@ -134,7 +134,7 @@ def stage(
 
 def _make(options: SFTOptions, parts: Parts) -> Stage:
     made = stage(options, parts.task, parts.model.policy, parts.seed, parts.packing(options))
-    return made._replace(flops=flops.of_update(parts.model, {"student": flops.TRAINED}))
+    return made._replace(flops=flops.of_update(parts.model, {"student": parts.trained}))
 
 
 def _check_data(options: SFTOptions, name: str, data: DataSample) -> None:

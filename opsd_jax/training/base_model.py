@@ -14,6 +14,13 @@ from opsd_jax.storage.foreign import listed
 from opsd_jax.training.checksum import checksums, paths
 
 
+class Base(NamedTuple):
+    """The base model of an adapter: its parameters, and what identifies it."""
+
+    params: Params
+    model: BaseModel
+
+
 class BaseModel(NamedTuple):
     """What identifies a base model. It is saved with adapters of the model.
 

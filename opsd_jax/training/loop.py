@@ -28,7 +28,7 @@ from opsd_jax.storage.names import CHECKPOINTS
 from opsd_jax.training import metrics as metrics_lib
 from opsd_jax.training import profile
 from opsd_jax.training import speed as speed_lib
-from opsd_jax.training.base_model import BaseModel
+from opsd_jax.training.base_model import Base
 from opsd_jax.training.checkpoint import DEFAULT_OPTIONS, CheckpointOptions, Checkpoints
 from opsd_jax.training.signals import Interrupted, StopSignal
 from opsd_jax.training.stage import Batch, Metric, Stage, StepData
@@ -60,7 +60,6 @@ class LoopOptions(NamedTuple):
       checkpoints: which checkpoints to keep.
       identity: JSON-ready values that identify the run; checkpoints with others are refused.
       ancestors: identities of the runs that this run was forked from; theirs are accepted.
-      base: what identifies the base model of an adapter; checkpoints of another are refused.
       wandb_project: Weights & Biases project; "" for none.
       profile: number of the step to trace; None for none.
     """
@@ -71,7 +70,6 @@ class LoopOptions(NamedTuple):
     checkpoints: CheckpointOptions = DEFAULT_OPTIONS
     identity: Mapping[str, Any] | None = None
     ancestors: Sequence[Mapping[str, Any]] = ()
-    base: BaseModel | None = None
     wandb_project: str = ""
     profile: int | None = None
 
@@ -90,7 +88,7 @@ def run_stage(
     options: LoopOptions,
     stop: StopSignal,
     report: Report = lambda step, values: None,
-    base: Params | None = None,
+    base: Base | None = None,
 ) -> Params:
     """Trains a stage to its last step. Resumes from the newest checkpoint if there is one.
 
@@ -105,8 +103,8 @@ def run_stage(
       options: checkpoints and limits.
       stop: asks the run to stop; checked after every step. A stage that samples checks it too.
       report: called with the number and the metrics of each step, one step late.
-      base: the parameters of the base model, for a stage that trains an adapter (`Stage.joined`).
-        All other parameters are then those of the adapter, and `Stage.batches` gets `Weights`.
+      base: the base model, for a stage that trains an adapter: the parameters above are then the
+        adapter's. Checkpoints with an adapter of another model are refused.
 
     Returns:
       The final parameters.
@@ -117,7 +115,7 @@ def run_stage(
       NoSignal: `options.max_without_signal` steps in a row had no gradient.
     """
     abstract = abstract_state(abstract_params, optimizer, stage.teacher, mesh)
-    saved = options.identity, options.checkpoints, options.ancestors, options.base
+    saved = options.identity, options.checkpoints, options.ancestors, base and base.model
     with contextlib.ExitStack() as stack:
         began = watchdog_lib.now()
         checkpoints = stack.enter_context(Checkpoints(directory / CHECKPOINTS, *saved))
@@ -126,23 +124,13 @@ def run_stage(
         writer = stack.enter_context(metrics_lib.writer(directory, start, options.wandb_project))
         if start >= stage.steps:
             return state["params"]
-        train_step = _compiled(stage, optimizer, abstract, mesh, base)
+        train_step = _compiled(stage, optimizer, abstract, mesh, base and base.params)
+        recorder = _Recorder(checkpoints, writer, report, options, stage, directory, mesh, began)
         # An implicit transfer makes host and device wait for each other without any sign of it.
         with Watchdog(directory.name) as watchdog, jax.transfer_guard("disallow"):
-            return _run_steps(
-                range(start, stage.steps),
-                stage,
-                train_step,
-                state,
-                carried,
-                recorder=_Recorder(
-                    checkpoints, writer, report, options, stage, directory, mesh, began
-                ),
-                watchdog=watchdog,
-                stop=stop,
-                checkpoint_every=options.checkpoint_every,
-                base=base,
-            )["params"]
+            steps, params_of_base = range(start, stage.steps), base and base.params
+            given = steps, stage, train_step, state, carried, params_of_base
+            return _run_steps(*given, recorder=recorder, watchdog=watchdog, stop=stop)["params"]
 
 
 def _compiled(
@@ -166,12 +154,11 @@ def _run_steps(
     train_step: Callable[[State, Batch], tuple[State, dict[str, Metric]]],
     state: State,
     carried: Any,
+    base: Params | None,
     *,
     recorder: _Recorder,
     watchdog: Watchdog,
     stop: StopSignal,
-    checkpoint_every: int,
-    base: Params | None = None,
 ) -> State:
     """Runs the given training steps of a stage, and returns the final state."""
     recorder.check_profile(steps)
@@ -195,7 +182,7 @@ def _run_steps(
         recorder.add(step, totals, data, dispatched)
         signum = stop.received()
         completed, carried = step + 1, data.carried
-        if signum or completed % checkpoint_every == 0 or completed == stage.steps:
+        if signum or recorder.is_due(completed):
             recorder.save(completed, state, carried, ended=watchdog_lib.now())
         if signum:
             raise Interrupted(signum)
@@ -367,6 +354,10 @@ class _Recorder:
             f"config.max_without_signal = {self._options.max_without_signal} (0 for no "
             f"limit).{seen}"
         )
+
+    def is_due(self, steps: int) -> bool:
+        """Returns whether a checkpoint is due after this number of completed steps."""
+        return steps % self._options.checkpoint_every == 0 or steps == self._stage.steps
 
     def save(self, steps: int, state: State, carried: Any, ended: Moment) -> None:
         """Writes all pending metrics, then saves a checkpoint.

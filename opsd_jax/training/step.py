@@ -43,34 +43,24 @@ def make_train_step(
       `loss`, `grad_norm` (before clipping), `empty` (1 if no row had weight) and `nonfinite` (1 if
       the update was skipped because of its gradient).
     """
-
-    def loss_of(params, teacher, base, step, number, microbatch):
-        if joined is not None:
-            draw = (step, number, mesh_lib.part_of_data())
-            params, teacher = joined(base, params, draw), joined(base, teacher)
-        return loss(params, teacher, microbatch)
-
-    gradient = jax.value_and_grad(loss_of, has_aux=True)
+    gradient = jax.value_and_grad(_with_base(loss, joined), has_aux=True)
 
     def train_step(state: State, batch: Batch, base: Any = None) -> tuple[State, dict[str, Any]]:
-        params = state["params"]
-        accumulate = mesh_lib.over_data(
-            lambda models, batch: _sum_over_microbatches(
-                functools.partial(gradient, *models), batch
-            ),
-            batch,
+        models = state["params"], state["teacher"], base, state["step"]
+        accumulate = lambda models, batch: _sum_over_microbatches(
+            functools.partial(gradient, *models), batch
         )
-        models = params, state["teacher"], base, state["step"]
-        (total, (weight, metrics)), grads = accumulate(models, batch)
+        (total, (weight, metrics)), grads = mesh_lib.over_data(accumulate, batch)(models, batch)
 
         with jax.named_scope("update"):
             empty = weight == 0
             grads = jax.tree.map(lambda g: g / jnp.where(empty, 1.0, weight), grads)
             norm = optax.tree.norm(grads)
             finite = jnp.isfinite(norm)
-            updates, opt_state = optimizer.update(grads, state["opt_state"], params)
-            new = {"params": optax.apply_updates(params, updates), "opt_state": opt_state}
-            old = {"params": params, "opt_state": state["opt_state"]}
+            updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+            params = optax.apply_updates(state["params"], updates)
+            new = {"params": params, "opt_state": opt_state}
+            old = {name: state[name] for name in new}
             applied = finite & ~empty
             updated = jax.tree.map(lambda n, o: jnp.where(applied, n, o).astype(o.dtype), new, old)
             if teacher is not None and teacher.update is not None:
@@ -88,6 +78,22 @@ def make_train_step(
         return state | updated | {"step": state["step"] + 1}, metrics
 
     return train_step
+
+
+def _with_base(loss: Callable[..., Any], joined: Callable[..., Any] | None) -> Callable[..., Any]:
+    """Returns `Stage.loss` as a function of a state, a base model and the number of a microbatch.
+
+    Its arguments are params, teacher, base, the step, the number and the microbatch. `joined` is
+    `Stage.joined`.
+    """
+    if joined is None:
+        return lambda params, teacher, base, step, number, rows: loss(params, teacher, rows)
+
+    def loss_of(adapter, teacher, base, step, number, rows):
+        draw = step, number, mesh_lib.part_of_data()
+        return loss(joined(base, adapter, draw), joined(base, teacher), rows)
+
+    return loss_of
 
 
 def _sum_over_microbatches(gradient: Callable[[Any, Microbatch], Any], batch: Batch) -> Any:

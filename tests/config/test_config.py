@@ -430,6 +430,13 @@ def test_a_config_json_of_version_0_1_0_is_read():
     saved = json.loads((pathlib.Path(__file__).parent / "rlvr_hf_0_1_0.json").read_text())
     config = parse_run(loading.from_flat(saved))
     assert loading.ADDED == {
+        "adapter.alpha": 128.0,
+        "adapter.dropout": 0.0,
+        "adapter.kind": "none",
+        "adapter.path": "",
+        "adapter.rank": 64,
+        "adapter.stages": [],
+        "adapter.targets": [],
         "compilation_cache": "auto",
         "evaluation.divergence_responses": 1024,
         "executables": "",

@@ -98,6 +98,7 @@ def test_a_config_quotes_the_memory_and_time_of_its_plan(planned):
         ({"model.num_layers": 99}, False),
         ({"mesh": [1, 2, 3]}, False),
         ({"rollout_quantisation.weights": "int8"}, False),
+        ({"adapter.kind": "lora"}, False),
         ({"data.heldout_problems": 99}, False),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

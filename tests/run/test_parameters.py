@@ -26,19 +26,19 @@ def parameters(quantisation, **model):
 
 def test_only_the_rollouts_of_stages_are_in_8_bits():
     plain, quantised = parameters(QuantisationOptions()), parameters(INT8)
-    assert plain.rollouts is plain.evaluated
-    assert quantised.evaluated.model is quantised.model
-    rollouts, evaluated = quantised.rollouts.layout, quantised.evaluated.layout
+    assert plain.form.rollouts is plain.form.evaluated
+    assert quantised.form.evaluated.model.policy is quantised.model.policy
+    rollouts, evaluated = (s.layout for s in (quantised.form.rollouts, quantised.form.evaluated))
     dtypes = lambda tree: {str(leaf.dtype) for leaf in jax.tree.leaves(tree)}
     assert dtypes(evaluated.abstract) == {"float32"}
     assert dtypes(rollouts.abstract) == {"float32", "int8"}
-    cache = jax.eval_shape(lambda: quantised.rollouts.model.policy.init_cache(1, 8))
+    cache = jax.eval_shape(lambda: quantised.form.rollouts.model.policy.init_cache(1, 8))
     assert dtypes(cache) == {"float32", "int8"}
 
 
 def test_a_model_that_cannot_be_quantised_is_refused():
     own = {"make": "tiny_model:make", "vocab_size": 8, "hidden_size": 4}
-    assert parameters(QuantisationOptions(), **own).rollouts.model.quantised is None
+    assert parameters(QuantisationOptions(), **own).form.rollouts.model.quantised is None
     with pytest.raises(ConfigError, match=r"has weights = 'int8'.*`quantised`"):
         parameters(INT8, **own)
 
