@@ -183,7 +183,13 @@ def parse_run(config: ConfigDict, platform: str = "") -> RunOptions:
     elif not isinstance(model, ConfigDict) or "make" not in model:
         expected = "a section with the field `make`, 'package.module:function'"
         fail("model", model, expected)
-    whole = dataclasses.replace(options, model=model, sections=types.MappingProxyType(sections))
+    adapter = options.adapter
+    if (adapter.kind, adapter.base) == ("lora", "auto"):
+        int8 = options.rollout_quantisation.weights == "int8"
+        adapter = dataclasses.replace(adapter, base="int8" if int8 else "exact")
+    whole = dataclasses.replace(
+        options, model=model, adapter=adapter, sections=types.MappingProxyType(sections)
+    )
     whole.check_stages()
     return whole
 

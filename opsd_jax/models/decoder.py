@@ -346,7 +346,8 @@ class Decoder(nnx.Module):
 
         def layer(x_BxTxD, weights):
             if split_tokens:
-                weights = jax.tree.map(self._gathered, weights)
+                is_leaf = lambda x: isinstance(x, Quantised)
+                weights = jax.tree.map(self._gathered, weights, is_leaf=is_leaf)
             block = nnx.merge(graphdef, weights)
             x_BxTxD, kv = block(x_BxTxD, positions_BxT, table, split_tokens=split_tokens)
             return constrain(x_BxTxD, stream), kv if prefill else None
@@ -363,6 +364,8 @@ class Decoder(nnx.Module):
         """
         gather = jax.custom_vjp(lambda w: constrain(w, P()))
         gather.defvjp(lambda w: (constrain(w, P()), None), lambda _, gradient: (gradient,))
+        if isinstance(weight, Quantised):
+            return jax.tree.map(lambda x: constrain(x, P()), weight)
         return gather(weight if weight.ndim < 2 else weight.astype(self.config.dtype))
 
     def _unrolled_layers(self, x_BxTxD, positions_BxT, table, cache):

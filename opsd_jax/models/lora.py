@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from opsd_jax.models.quantised import Quantised
+from opsd_jax.models.quantised import Quantised, quantise
 from opsd_jax.options import ConfigError, fail, option
 from opsd_jax.parallel.mesh import path_name
 from opsd_jax.policy import Matrix, Model, Params, Policy
@@ -71,6 +71,13 @@ class LoRAOptions:
         "Probability with which each input of A is set to zero while training.",
         at_least=0,
         below=1,
+        added=True,
+    )
+    base: str = option(
+        "auto",
+        "Matrices of the base model while an adapter trains: 'exact' in `model.dtype`, 'int8' with "
+        "a scale for each output, or 'auto': 'int8' if `rollout_quantisation.weights` is.",
+        choices=("auto", "exact", "int8"),
         added=True,
     )
     stages: tuple[str, ...] = option(
@@ -150,7 +157,13 @@ class LoRA:
       scale: alpha / rank.
     """
 
-    def __init__(self, options: LoRAOptions, model: Model, shapes: Params, make: str = ""):
+    def __init__(
+        self,
+        options: LoRAOptions,
+        model: Model,
+        shapes: Params,
+        make: str = "",
+    ):
         """Finds the parameters that the options adapt. Compiles nothing.
 
         Args:
@@ -161,7 +174,7 @@ class LoRA:
 
         Raises:
           ConfigError: a target matches no matrix, the rank is larger than a matrix allows, or the
-            model does not support dropout.
+            model does not support dropout or a base in 8 bits.
         """
         self._options, self._model = options, model
         self.scale = options.alpha / options.rank
@@ -177,6 +190,7 @@ class LoRA:
             fail(f"{FIELD}.targets", (), expected)
         self.matrices = _matched(options.targets, self._shapes, declared or plain)
         self._native = bool(declared) and model.low_rank
+        self._int8 = declared if options.base == "int8" else {}
         for name, matrix in self.matrices.items():
             _, inputs, outputs = _split(self._shapes[name], matrix)
             side = min(math.prod(inputs), math.prod(outputs))
@@ -184,12 +198,14 @@ class LoRA:
                 shape = " x ".join(map(str, self._shapes[name]))
                 expected = f"at most {side}, the smaller side of the matrix {name} [{shape}]"
                 fail(f"{FIELD}.rank", options.rank, expected)
-        if options.dropout and not self._native:
-            expected = (
-                "0, because the model does not apply adapters itself (`Model.low_rank`), so each "
-                "adapter is added to its matrix"
-            )
-            fail(f"{FIELD}.dropout", options.dropout, expected)
+        for name, only in (("dropout", 0.0), ("base", "exact")):
+            value = getattr(options, name)
+            if value not in (only, "auto") and not self._native:
+                expected = (
+                    f"{only!r}, because the model does not apply adapters itself "
+                    "(`Model.low_rank`), so each adapter is added to its matrix"
+                )
+                fail(f"{FIELD}.{name}", value, expected)
 
     def init(self, key: jax.Array) -> Params:
         """Returns a new adapter. A has values in (-1, 1) / sqrt(inputs), as in PEFT; B is 0.
@@ -207,16 +223,50 @@ class LoRA:
             adapter[name] = {"a": a, "b": jnp.zeros((*stacked, rank, *outputs), jnp.float32)}
         return adapter
 
-    def abstract(self, base: Params) -> Params:
+    def held(self, params: Params) -> Params:
+        """Returns the parameters of the base model in the form in which stages hold them.
+
+        They have the dtypes of the matmuls, or 8 bits.
+        """
+        if not self._int8:
+            return self._model.decode_params(params)
+
+        def leaf(path, exact, prepared):
+            matrix = self._int8.get(path_name(path))
+            if matrix is None:
+                return prepared
+            return quantise(exact, tuple(range(matrix.stacked, matrix.stacked + matrix.inputs)))
+
+        return jax.tree_util.tree_map_with_path(leaf, params, self._model.decode_params(params))
+
+    def abstract_base(self, params: Params) -> Params:
+        """Returns the shapes, dtypes and shardings of `held(params)`, for those of `params`."""
+
+        def placed(shape: Any, given: jax.ShapeDtypeStruct) -> Any:
+            spec = (*given.sharding.spec, *(None,) * len(given.shape))
+            place = lambda x: jax.ShapeDtypeStruct(
+                x.shape,
+                x.dtype,
+                # The axes that a matmul contracts have size 1 in a scale.
+                sharding=NamedSharding(
+                    given.sharding.mesh,
+                    P(*(spec[i] if x.shape[i] == n else None for i, n in enumerate(given.shape))),
+                ),
+            )
+            return jax.tree.map(place, shape)
+
+        return jax.tree.map(placed, jax.eval_shape(self.held, params), params, is_leaf=_is_int8)
+
+    def abstract(self, params: Params) -> Params:
         """Returns the shapes, dtypes and shardings of an adapter.
 
         A is sharded like the inputs of its matrix, and B like the outputs. If the other side of the
         matrix is sharded over `fsdp`, the rank is, so that no device holds a whole factor.
 
         Args:
-          base: shapes and shardings of the parameters of the base model.
+          params: shapes and shardings of the model's own parameters.
         """
-        leaves = {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(base)}
+        leaves = {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(params)}
         shapes = jax.eval_shape(self.init, jax.random.key(0))
 
         def placed(name: str, factor: str, shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -239,9 +289,12 @@ class LoRA:
     def merged(self, weights: Weights) -> Params:
         """Returns parameters without an adapter, which compute the same as `weights`.
 
-        The sums are computed in float32 and cast to the dtypes of the base model.
+        The sums are computed in float32 and cast to the dtypes of the base model. Matrices in
+        8 bits become float32.
         """
-        return self._mapped(weights.base, weights.adapter, self._sum)
+        summed = self._mapped(weights.base, weights.adapter, self._sum)
+        exact = lambda leaf: leaf.values * leaf.scale if _is_int8(leaf) else leaf
+        return jax.tree.map(exact, summed, is_leaf=_is_int8)
 
     def applied(
         self, base: Params, adapter: Params | None, draw: Sequence[jax.Array] | None = None
@@ -302,8 +355,11 @@ class LoRA:
             name = path_name(path)
             return join(name, weight, adapter[name]) if name in adapter else weight
 
-        is_leaf = lambda x: isinstance(x, Quantised)
-        return jax.tree_util.tree_map_with_path(leaf, base, is_leaf=is_leaf)
+        return jax.tree_util.tree_map_with_path(leaf, base, is_leaf=_is_int8)
+
+
+def _is_int8(leaf: Any) -> bool:
+    return isinstance(leaf, Quantised)
 
 
 def _declared(model: Model, name: str) -> Matrix | None:

@@ -160,10 +160,8 @@ class Parameters:
             )
         if config.adapter.kind != "none":
             self.lora = LoRA(config.adapter, self.model, shapes, config.model.make)
-            # The base model is never trained, so it has the dtypes of the matmuls.
-            held = jax.eval_shape(self.model.decode_params, shapes)
-            base = mesh_lib.abstract_of(held, shardings)
-            abstract = Weights(base, self.lora.abstract(base))
+            base = self.lora.abstract_base(self.abstract)
+            abstract = Weights(base, self.lora.abstract(self.abstract))
             self.adapted = self._form(abstract, rollouts, self.lora.merged)
             self._check_given()
 
@@ -267,18 +265,27 @@ class Parameters:
         params, model = self._base("" if initial else stage)
         adapter = self._adapter("" if initial else stage, model)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-        merge = jax.jit(self.lora.merged, out_shardings=shardings, donate_argnums=0)
-        return merge(Weights(params, adapter))
+
+        lora, int8 = self.lora, self.config.adapter.base == "int8"
+
+        def merge(params, adapter):
+            base = lora.held(params) if int8 else params  # in 8 bits, as the stage has trained it
+            merged = lora.merged(Weights(base, adapter))
+            return jax.tree.map(lambda x, y: x.astype(y.dtype), merged, params)
+
+        merge = jax.jit(merge, out_shardings=shardings, donate_argnums=0)
+        return merge(params, adapter)
 
     def base(self, stage: str) -> Base:
         """Returns the base model of the adapter that a stage trains, or of the initial adapter.
 
-        Its parameters have the dtypes of the matmuls.
+        Its parameters have the dtypes of the matmuls, or 8 bits.
         """
         assert self.adapted is not None
+        assert self.lora is not None
         params, model = self._base(stage)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.adapted.abstract.base)
-        hold = jax.jit(self.model.decode_params, out_shardings=shardings)
+        hold = jax.jit(self.lora.held, out_shardings=shardings)
         return Base(hold(params), model)
 
     def _base(self, stage: str) -> Base:

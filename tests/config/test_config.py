@@ -431,6 +431,7 @@ def test_a_config_json_of_version_0_1_0_is_read():
     config = parse_run(loading.from_flat(saved))
     assert loading.ADDED == {
         "adapter.alpha": 128.0,
+        "adapter.base": "auto",
         "adapter.dropout": 0.0,
         "adapter.kind": "none",
         "adapter.path": "",

@@ -23,6 +23,8 @@ from opsd_jax.policy import Matrix
 from opsd_jax.training import state as state_lib
 from opsd_jax.training.step import make_train_step
 
+# The longest sums have 176 terms, each rounded to float32, and are added in another order.
+ROUNDING = 176 * 2.0**-24
 EVERY = ("down", "gate", "k", "o", "q", "up", "v")
 
 
@@ -75,8 +77,7 @@ def test_factors_and_their_sum_with_the_matrix_compute_the_same(small, base, tok
     apart = jax.value_and_grad(lambda f: loss(adapter.applied(base, f)))(factors)
     summed = jax.value_and_grad(lambda f: loss(adapter.merged(Weights(base, f))))(factors)
     for x, y in zip(jax.tree.leaves(apart), jax.tree.leaves(summed), strict=True):
-        scale = float(jnp.abs(y).max())
-        np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-6 * scale)
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=ROUNDING * float(jnp.abs(y).max()))
     assert abs(apart[0] - loss(base)) > 1e-3
     through = functools.partial(loss_of, adapter.policy, tokens)
     assert through(Weights(base, factors)) == pytest.approx(float(apart[0]), rel=1e-6)
@@ -199,6 +200,38 @@ def test_a_checkpointed_layer_draws_the_same_inputs_again(base, tokens):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
+def test_a_base_in_8_bits_is_rounded_once(small, base, tokens):
+    """The loss and its gradient are those of the rounded matrices in float32."""
+    exact, rounded = (bound(small, rank=4, base=form) for form in ("exact", "int8"))
+    held = jax.jit(rounded.held)(base)
+    assert held["layers"]["q"].values.dtype == jnp.int8
+    assert held["layers"]["o"].scale.shape == (2, 1, 1, 64)
+    assert held["head"].dtype == jnp.float32
+    new = rounded.init(jax.random.key(0))
+    plain = rounded.merged(Weights(held, new))
+    error = jnp.abs(plain["layers"]["q"] - base["layers"]["q"]) / held["layers"]["q"].scale
+    assert 0.4 < float(error.max()) <= 0.5 + 1e-4
+    factors = random_adapter(rounded)
+    loss = functools.partial(loss_of, small.policy, tokens)
+    got = jax.value_and_grad(lambda f: loss(rounded.applied(held, f)))(factors)
+    expected = jax.value_and_grad(lambda f: loss(exact.applied(plain, f)))(factors)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=ROUNDING * float(jnp.abs(y).max()))
+    summed = rounded.merged(Weights(held, factors))
+    assert loss(summed) == pytest.approx(float(got[0]), rel=1e-5)
+
+    mesh = mesh_lib.make_mesh((2, 2, 2))
+    shapes = jax.eval_shape(small.init, jax.random.key(0))
+    abstract = mesh_lib.abstract_of(shapes, mesh_lib.tree_shardings(mesh, small.rules, shapes))
+    placed = rounded.abstract_base(abstract)
+    q, o = placed["layers"]["q"], placed["layers"]["o"]
+    assert (q.values.dtype, q.scale.dtype) == (jnp.int8, jnp.float32)
+    assert q.values.sharding.spec == P(None, "fsdp", "tensor", None)
+    assert q.scale.sharding.spec == P(None, None, "tensor", None)
+    assert o.scale.sharding.spec == P(None, None, None, "fsdp")
+    assert placed["embedding"].sharding.spec == P("tensor", "fsdp")
+
+
 def test_factors_are_sharded_like_their_matrix(small):
     mesh = mesh_lib.make_mesh((2, 2, 2))
     shapes = jax.eval_shape(small.init, jax.random.key(0))
@@ -272,7 +305,9 @@ def test_adapters_that_do_not_fit_the_model_are_refused(small, options, message)
 def test_adapters_that_do_not_fit_a_model_of_ones_own_are_refused():
     with pytest.raises(ConfigError, match=r"targets is \(\); .*such as out, table, .*'a:make'"):
         bound(own(), rank=2)
-    with pytest.raises(ConfigError, match=r"dropout is 0\.5; expected 0, because .*low_rank"):
+    with pytest.raises(ConfigError, match=r"dropout is 0\.5; expected 0\.0, because .*low_rank"):
         bound(own(), rank=2, targets=("out",), dropout=0.5)
+    with pytest.raises(ConfigError, match=r"base is 'int8'; expected 'exact', because .*low_rank"):
+        bound(own(), rank=2, targets=("out",), base="int8")
     with pytest.raises(ConfigError, match=r"'bias' matches nothing"):
         bound(own(), rank=2, targets=("bias",))

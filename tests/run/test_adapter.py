@@ -258,6 +258,22 @@ def test_every_teacher_works_with_an_adapter(config, whole, tmp_path, kind):
         assert not np.array_equal(b[1], b[2])
 
 
+def test_rollouts_in_8_bits_hold_the_base_in_8_bits(config, whole, tmp_path):
+    """The run evaluates and exports the matrices that it trained: rounded, plus the adapter."""
+    config.rollout_quantisation.weights = "int8"
+    adapted(config)
+    assert parse_run(config).adapter.base == "int8"
+    for name in ("untrained", "sft"):
+        shutil.copytree(whole / name, tmp_path / "run" / name)
+    run(config, tmp_path / "run")
+    rows = metrics_lib.read(tmp_path / "run" / "rlvr")
+    assert all(0 < abs(row["sampler_drift"]) < 0.05 for row in rows)
+    out = tmp_path / "again"
+    assert main.main(["evaluate", "--workdir", str(tmp_path / "run"), "--out", str(out)]) == 0
+    name = "responses.jsonl"
+    assert (out / name).read_text() == (tmp_path / "run" / "opsd" / name).read_text()
+
+
 def test_a_user_s_own_model_trains_an_adapter(config, tmp_path, monkeypatch):
     """All three stages train an adapter of the plain-dict model on eight devices."""
     monkeypatch.syspath_prepend(SUPPORT)
