@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pathlib
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -411,7 +412,7 @@ class Parameters:
         if self._continues_adapter:
             path = epath.Path(self.config.init_from) / PARAMS
             return self._of_another_run(lambda: checkpoint.restore_params(path, abstract, base))
-        adapter_files, path = self.model.adapter_files, epath.Path(self.config.adapter.path)
+        adapter_files, path = self.model.adapter_files, pathlib.Path(self.config.adapter.path)
         assert adapter_files is not None
         try:
             if saved := adapter_files.about(path).checksums:
@@ -448,7 +449,7 @@ class Parameters:
             expected = "'', because config.init_from begins with an adapter as well"
             fail("adapter.path", options.path, expected)
         try:
-            about = self.model.adapter_files.about(epath.Path(options.path))
+            about = self.model.adapter_files.about(pathlib.Path(options.path))
         except WeightsError as error:
             raise ConfigError(f"config.adapter.path: {error}") from error
         for name, value, there in (

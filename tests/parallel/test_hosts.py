@@ -9,6 +9,7 @@ import processes
 import pytest
 from processes import QUICKSTART, Run, assert_equal_runs
 
+from opsd_jax import config as config_lib
 from opsd_jax.cli import main
 from opsd_jax.parallel import hosts
 
@@ -56,9 +57,10 @@ def wait_for(path, seconds=400):
 
 @pytest.fixture(scope="module")
 def carrying(shared_config):
-    """A config whose second stage carries rollouts over."""
+    """A config whose second stage carries rollouts over, and whose last one trains an adapter."""
     config = shared_config.copy_and_resolve_references()
     config.rlvr.carry_over = 4
+    config.adapter = config_lib.lora(rank=4, alpha=8.0, stages=("opsd",))
     return config
 
 

@@ -336,15 +336,11 @@ def test_an_adapter_takes_a_fraction_of_the_memory():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
-def test_an_adapter_gives_the_same_results_on_any_mesh(config, whole, tmp_path, monkeypatch, mesh):
+def test_an_adapter_gives_the_same_results_on_another_mesh(config, whole, tmp_path):
     """Equal token ids in all responses, and metrics that are equal but for rounding."""
     other = adapted(config)
-    other.mesh = mesh
-    devices = jax.devices()[: int(np.prod(mesh))]
-    with monkeypatch.context() as patched:
-        patched.setattr(jax, "devices", lambda: devices)
-        run(other, tmp_path)
+    other.mesh = (2, 2, 2)
+    run(other, tmp_path)
     (_, expected, sampled), (_, metrics, responses) = outcome(whole), outcome(tmp_path)
     assert responses[:-1] == sampled[:-1]
     for stage, rows in expected.items():

@@ -156,6 +156,59 @@ def test_from_rlvr_to_opsd(files, tmp_path):
     assert (tmp_path / "opsd" / "report" / "index.html").is_file()
 
 
+LORA = {"adapter.kind": "lora", "adapter.rank": "4", "adapter.alpha": "8"}
+
+
+def test_an_adapter_moves_between_runs_as_files(files, tmp_path, capsys):
+    """RLVR trains an adapter, which is exported, evaluated, and trained further with OPSD."""
+    run, adapter, merged = (tmp_path / name for name in ("rlvr", "adapter", "merged"))
+    train(files, "rlvr", run, **LORA)
+    convert = ["convert", "--workdir", str(run)]
+    assert main.main([*convert, "--adapter", "--out", str(adapter)]) == 0
+    assert main.main([*convert, "--out", str(merged)]) == 0
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(files / "model")
+
+    benchmark = ["--benchmark", f"own={files / 'problems.jsonl'}", "--problems", "6"]
+    limits = ["--prompt-tokens", "200", "--response-tokens", "16", "--slots", "8"]
+    evaluate = ["evaluate", *benchmark, *limits, "--samples", "2", "--temperature", "0"]
+    chosen = {
+        "adapter": ["--adapter", str(adapter)],  # its config names the model
+        "merged": ["--model", str(merged)],
+        "base": ["--model", str(files / "model")],
+    }
+    tokens = {}
+    for name, arguments in chosen.items():
+        assert main.main([*evaluate, *arguments, "--out", str(tmp_path / "of" / name)]) == 0
+        lines = (tmp_path / "of" / name / "responses.jsonl").read_text().splitlines()
+        tokens[name] = [json.loads(line)["tokens"] for line in lines]
+    assert tokens["adapter"] == tokens["merged"]
+    assert tokens["adapter"] != tokens["base"]
+
+    given = LORA | {"adapter.path": str(adapter)}
+    rows = train(files, "opsd", tmp_path / "opsd", **given)
+    assert len(rows) == 2
+    before = (run / "rlvr" / "responses.jsonl").read_text()
+    assert (tmp_path / "opsd" / "untrained" / "responses.jsonl").read_text() == before
+    capsys.readouterr()
+
+    refused = [
+        (["--adapter", str(adapter), "--model", str(merged)], "an adapter of another base model"),
+        (["--adapter", str(merged)], "has no adapter_config.json"),
+        (["--adapter", str(adapter), "--workdir", str(run)], "expected --model in place of"),
+        ([], "expected --workdir, --model or --adapter"),
+    ]
+    for arguments, message in refused:
+        assert main.main([*evaluate, *arguments, "--out", str(tmp_path / "refused")]) == 2
+        assert message in capsys.readouterr().err
+    arguments = ["train", "--config", str(CONFIGS / "opsd_hf.py")]
+    arguments += ["--workdir", str(tmp_path / "other")]
+    wrong = overrides(files, "opsd", **given) | {"adapter.rank": "8"}
+    arguments += [f"--config.{k}={v}" for k, v in wrong.items()]
+    assert main.main(arguments) == 2
+    assert f"config.adapter.rank is 8; expected 4, as in {adapter}" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", CONTEXTS)
 def test_each_kind_of_context(files, tmp_path, kind):

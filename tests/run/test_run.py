@@ -595,8 +595,12 @@ def test_a_user_s_own_model_trains(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_gives_the_same_results(config, tmp_path):
-    """A run that is killed three times ends with the same results as one that is not."""
+    """A run that is killed three times ends with the same results as one that is not.
+
+    RLVR carries rollouts over, and OPSD trains an adapter.
+    """
     config.rlvr.carry_over = 4
+    config.adapter = config_lib.lora(rank=4, alpha=8.0, stages=("opsd",))
     (tmp_path / "tiny.py").write_text(
         "from opsd_jax.config import loading\n"
         f"def get_config():\n    return loading.from_flat({loading.flatten(config)!r})\n"
