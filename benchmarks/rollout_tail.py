@@ -69,7 +69,7 @@ def main() -> None:
     parameters = parameters_of(parser.parse_args().workdir)
     options = parameters.config.sections["rlvr"]
     task = make_task(parameters.config)
-    layout = parameters.rollouts.layout
+    layout = parameters.form.rollouts.layout
     params = layout.convert(parameters.of("sft"))
     shape = EngineShape(SLOTS, SLOTS // 4, options.prompt_tokens, options.response_tokens)
     few = shape._replace(speculation=GUESSES).few
