@@ -152,6 +152,7 @@ def _parameters(config: RunOptions, workdir: Path) -> Parameters:
             mesh_lib.make_mesh(mesh, devices)
             here = dataclasses.replace(
                 config,
+                stages=(),  # nothing is trained
                 mesh=tuple(mesh),
                 decode_mesh=(),
                 rollout_quantisation=QuantisationOptions(),  # an exported model is exact

@@ -62,6 +62,7 @@ def assemble(config: RunOptions, workdir: Path) -> Run:
     model, form = parameters.model, parameters.form
     checks.check_pools(config, form.rollouts.model.policy, parameters.decode_mesh)
     checks.check_speculation(config, form.rollouts.model)
+    checks.check_adapter(config, model)
     checks.check_positions(config, model.max_positions)
     task = make_task(config)
     seed = functools.partial(stage_seed, config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import heapq
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from opsd_jax.rollout.pages import pool_sizes
 from opsd_jax.stages.algorithm import DataSample
 from opsd_jax.stages.options import RolloutOptions
 from opsd_jax.stages.privileged import PrivilegedOptions, inserted_tokens
+
+logger = logging.getLogger(__name__)
 
 # The rows of a dataset that are tokenized before a run begins:
 WHOLE = 50_000  # all rows, if there are at most this many;
@@ -77,6 +80,25 @@ def check_devices(
                 )
         for sampling in algorithm.sampling(options):
             check_divides(f"{name}.{sampling.slots_field}", sampling.slots, decode_mesh)
+
+
+def check_adapter(config: RunOptions, model: Model) -> None:
+    """Logs a warning if a stage adapts a model with random parameters, which stay as they are.
+
+    Args:
+      config: the options of the run.
+      model: its model.
+    """
+    for name in config.stages:
+        first = config.sections[name].init_from == ""
+        random = not (config.init_from or config.adapter.path or model.load)
+        if first and random and config.adapter.trains(name):
+            logger.warning(
+                "%s trains an adapter of a model with random parameters, which stay random. Train "
+                "all parameters first: config.adapter.stages names the stages that train the "
+                "adapter.",
+                name,
+            )
 
 
 def check_speculation(config: RunOptions, model: Model) -> None:

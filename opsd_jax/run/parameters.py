@@ -247,26 +247,23 @@ class Parameters:
           ConfigError: the stage has no result yet.
           RecordError: its adapter is of another base model.
         """
-        initial = stage in ("", UNTRAINED)
-        if self._has_given if initial else self.config.adapter.trains(stage):
-            base = self.base("" if initial else stage)
-            return Weights(base.params, self._adapter("" if initial else stage, base.model))
-        return self.initial() if initial else self._result(stage, self.abstract)
+        stage = "" if stage == UNTRAINED else stage
+        if self._has_adapter(stage):
+            base = self.base(stage)
+            return Weights(base.params, self._adapter(stage, base.model))
+        return self._result(stage, self.abstract) if stage else self.initial()
 
     def merged(self, stage: str) -> Params:
         """Returns all parameters of a finished stage, to which its adapter has been added.
 
         Arguments and errors are those of `of`.
         """
-        initial = stage in ("", UNTRAINED)
-        if self.lora is None or not (
-            self._has_given if initial else self.config.adapter.trains(stage)
-        ):
+        stage = "" if stage == UNTRAINED else stage
+        if self.lora is None or not self._has_adapter(stage):
             return self.of(stage)
-        params, model = self._base("" if initial else stage)
-        adapter = self._adapter("" if initial else stage, model)
+        params, model = self._base(stage)
+        adapter = self._adapter(stage, model)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-
         lora, int8 = self.lora, self.config.adapter.base == "int8"
 
         def merge(params, adapter):
@@ -367,8 +364,7 @@ class Parameters:
 
     def is_new(self, stage: str) -> bool:
         """Returns whether a stage begins with a new adapter, which does not change its base."""
-        before = self.config.sections[stage].init_from
-        return not (self.config.adapter.trains(before) if before else self._has_given)
+        return not self._has_adapter(self.config.sections[stage].init_from)
 
     def trained(self, stage: str) -> Model:
         """Returns the model in the form that a stage trains."""
@@ -421,6 +417,10 @@ class Parameters:
         except (WeightsError, RecordError) as error:
             raise ConfigError(f"config.adapter.path: {error}") from error
 
+    def _has_adapter(self, stage: str) -> bool:
+        """Returns whether a stage trains an adapter or, for "", whether the run begins with one."""
+        return self.config.adapter.trains(stage) if stage else self._has_given
+
     @property
     def _continues_adapter(self) -> bool:
         """Whether `config.init_from` is the result of a stage that trained an adapter."""
@@ -440,8 +440,8 @@ class Parameters:
           ConfigError: it has another rank, alpha or other matrices, or it cannot be read.
         """
         options = self.config.adapter
-        if not options.path or aot.is_planned():
-            return
+        if not options.path or not self.config.stages or aot.is_planned():
+            return  # nothing that this process does depends on it
         if self.model.adapter_files is None:
             expected = "'', because the model has no `Model.adapter_files`"
             fail("adapter.path", options.path, expected)

@@ -274,7 +274,7 @@ def test_rollouts_in_8_bits_hold_the_base_in_8_bits(config, whole, tmp_path):
     assert (out / name).read_text() == (tmp_path / "run" / "opsd" / name).read_text()
 
 
-def test_a_user_s_own_model_trains_an_adapter(config, tmp_path, monkeypatch):
+def test_a_user_s_own_model_trains_an_adapter(config, tmp_path, monkeypatch, caplog):
     """All three stages train an adapter of the plain-dict model on eight devices."""
     monkeypatch.syspath_prepend(SUPPORT)
     with config.unlocked():
@@ -287,6 +287,7 @@ def test_a_user_s_own_model_trains_an_adapter(config, tmp_path, monkeypatch):
     rows = metrics_lib.read(tmp_path / "sft")
     assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
     assert restored(tmp_path / "opsd" / "params").keys() == {"out"}
+    assert "sft trains an adapter of a model with random parameters" in caplog.text
 
 
 def arguments_of_a_step(adapter, before=""):
