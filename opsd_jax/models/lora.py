@@ -242,19 +242,15 @@ class LoRA:
     def abstract_base(self, params: Params) -> Params:
         """Returns the shapes, dtypes and shardings of `held(params)`, for those of `params`."""
 
-        def placed(shape: Any, given: jax.ShapeDtypeStruct) -> Any:
-            spec = (*given.sharding.spec, *(None,) * len(given.shape))
-            place = lambda x: jax.ShapeDtypeStruct(
-                x.shape,
-                x.dtype,
-                # The axes that a matmul contracts have size 1 in a scale.
-                sharding=NamedSharding(
-                    given.sharding.mesh,
-                    P(*(spec[i] if x.shape[i] == n else None for i, n in enumerate(given.shape))),
-                ),
-            )
-            return jax.tree.map(place, shape)
+        def sharded(x: jax.ShapeDtypeStruct, given: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            sharding = given.sharding
+            if x.shape != given.shape:  # a scale, whose contracted axes have size 1
+                spec = (*sharding.spec, *(None,) * len(x.shape))
+                kept = (spec[i] if x.shape[i] == n else None for i, n in enumerate(given.shape))
+                sharding = NamedSharding(sharding.mesh, P(*kept))
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
+        placed = lambda held, given: jax.tree.map(lambda x: sharded(x, given), held)
         return jax.tree.map(placed, jax.eval_shape(self.held, params), params, is_leaf=_is_int8)
 
     def abstract(self, params: Params) -> Params:

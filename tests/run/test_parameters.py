@@ -8,6 +8,7 @@ import pytest
 import tiny_config
 from ml_collections import ConfigDict
 
+from opsd_jax import config as config_lib
 from opsd_jax.config.run_options import parse_run
 from opsd_jax.models.quantised import QuantisationOptions
 from opsd_jax.options import ConfigError
@@ -48,3 +49,16 @@ def test_a_kernel_that_does_not_take_8_bits_is_refused():
     assert parameters(QuantisationOptions(weights="int8"), **model)
     with pytest.raises(ConfigError, match=r"cache is 'int8', but each device has 1"):
         parameters(INT8, **model)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sampling_with_an_adapter_has_the_same_programs(dtype):
+    """The weights for sampling have the same shapes, dtypes and shardings as without an adapter."""
+    config = tiny_config.quickstart()
+    config.adapter = config_lib.lora(rank=4)
+    config.model.dtype, config.mesh, config.decode_mesh = dtype, (1, 4, 2), (2, 2, 2)
+    found = Parameters(parse_run(config), pathlib.Path(), jax.devices())
+    whole, adapted = (form.rollouts.layout.abstract for form in (found.whole, found.adapted))
+    assert jax.tree.structure(whole) == jax.tree.structure(adapted)
+    for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(adapted), strict=True):
+        assert (x.shape, x.dtype, x.sharding) == (y.shape, y.dtype, y.sharding)
