@@ -33,7 +33,11 @@ FREE = (
 # Fields that an earlier version lacks, with default values that mean what that version did.
 ADDED = {
     field.name: [*field.default] if isinstance(field.default, tuple) else field.default
-    for field in (*describe(RunOptions), *describe(PretrainedOptions, "model"))
+    for field in (
+        *describe(RunOptions),
+        *describe(PretrainedOptions, "model"),
+        *describe(DecoderOptions, "model"),
+    )
     if field.added
 }
 # The same for fields of a stage.

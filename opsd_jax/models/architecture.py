@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from opsd_jax.models import attention, paged
-from opsd_jax.models.options import DecoderOptions
+from opsd_jax.models import attention, paged, weights
+from opsd_jax.models.options import FULL, SLIDING, DecoderOptions
 from opsd_jax.models.rope import TYPES, RopeScaling
 from opsd_jax.options import ConfigError, check_bounds
 from opsd_jax.parallel.aot import on_tpu
@@ -16,24 +17,79 @@ from opsd_jax.storage.foreign import read_object
 
 
 class Architecture(NamedTuple):
-    """Decoder options that the name of a Hugging Face architecture determines.
+    """What the name of a Hugging Face architecture determines.
 
     Attributes:
-      qk_norm: Whether the queries and keys of each head are normalised.
-      attention_bias: Whether queries, keys and values have biases.
+      model_type: The field of this name in `config.json`.
+      options: Fields of `DecoderOptions` with the values that all its models have. All others have
+        their default values, or come from `config.json`.
       head_dim: The head size if `config.json` has no head_dim; None for hidden_size / num_heads.
+      defaults: Default values of other fields of `config.json`.
+      only: Fields of `config.json` -> the only values that the decoder supports.
+      windows: Whether layers may have sliding windows.
+      names: Parameters of a layer -> the names of their tensors, where they differ from
+        `weights.LAYER_LAYOUT`.
     """
 
-    qk_norm: bool
-    attention_bias: bool
+    model_type: str
+    options: Mapping[str, Any]
     head_dim: int | None = None
+    defaults: Mapping[str, Any] = {}
+    only: Mapping[str, Any] = {}
+    windows: bool = False
+    names: Mapping[str, str] = {}
 
 
+_SILU = {"hidden_act": "silu"}
 # The supported values of the field `architectures`. A new family of decoders is one more entry.
 ARCHITECTURES = {
-    "Qwen3ForCausalLM": Architecture(qk_norm=True, attention_bias=False, head_dim=128),
-    "Qwen2ForCausalLM": Architecture(qk_norm=False, attention_bias=True),
-    "LlamaForCausalLM": Architecture(qk_norm=False, attention_bias=False),
+    "Qwen3ForCausalLM": Architecture(
+        "qwen3",
+        {"qk_norm": True, "attention_bias": False},
+        head_dim=128,
+        only=_SILU,
+        windows=True,
+    ),
+    "Qwen2ForCausalLM": Architecture(
+        "qwen2", {"qk_norm": False, "attention_bias": True}, only=_SILU, windows=True
+    ),
+    "LlamaForCausalLM": Architecture(
+        "llama", {"qk_norm": False, "attention_bias": False}, only=_SILU
+    ),
+    "MistralForCausalLM": Architecture(
+        "mistral", {"qk_norm": False, "attention_bias": False}, only=_SILU, windows=True
+    ),
+    "Gemma3ForCausalLM": Architecture(
+        "gemma3_text",
+        {
+            "qk_norm": True,
+            "attention_bias": False,
+            "activation": "gelu",
+            "norm_offset": True,
+            "post_norms": True,
+            "scale_embeddings": True,
+        },
+        head_dim=256,
+        defaults={
+            "tie_word_embeddings": True,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "query_pre_attn_scalar": 256,
+            "sliding_window_pattern": 6,
+        },
+        only={
+            "hidden_activation": "gelu_pytorch_tanh",
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "use_bidirectional_attention": False,
+        },
+        windows=True,
+        names={
+            "attention_post_norm": "post_attention_layernorm.weight",
+            "mlp_norm": "pre_feedforward_layernorm.weight",
+            "mlp_post_norm": "post_feedforward_layernorm.weight",
+        },
+    ),
 }
 # The fields of `rope_scaling` that each `rope_type` uses.
 ROPE_FIELDS: dict[str, tuple[str, ...]] = {
@@ -87,6 +143,12 @@ class DecoderConfig(DecoderOptions):
     int8_weights: bool = False
     int8_cache: bool = False
 
+    @property
+    def slides(self) -> tuple[bool, ...]:
+        """Whether each layer has sliding attention."""
+        types = self.layer_types or (FULL,) * self.num_layers
+        return tuple(kind == SLIDING for kind in types)
+
     def __post_init__(self):
         """Validates the fields and replaces each "auto" by a specific implementation."""
         check_bounds(self, "model")
@@ -118,6 +180,22 @@ class DecoderConfig(DecoderOptions):
             raise ConfigError(
                 f"model.num_heads is {self.num_heads}; expected a multiple of model.num_kv_heads = "
                 f"{self.num_kv_heads}."
+            )
+        if len(self.layer_types) not in (0, self.num_layers):
+            raise ConfigError(
+                f"model.layer_types has {len(self.layer_types)} entries; expected one for each of "
+                f"model.num_layers = {self.num_layers}, or ()."
+            )
+        if any(self.slides) != bool(self.sliding_window):
+            has = "has" if any(self.slides) else "has no"
+            raise ConfigError(
+                f"model.sliding_window is {self.sliding_window}, but model.layer_types {has} "
+                f"{SLIDING!r}; expected a number above 0 exactly if a layer has a sliding window."
+            )
+        if self.context_parallel and self.sliding_window:
+            raise ConfigError(
+                "model.context_parallel is True with model.sliding_window = "
+                f"{self.sliding_window}; expected False, because it supports no sliding windows."
             )
         if self.context_parallel and self.remat == "none":
             raise ConfigError(
@@ -169,7 +247,9 @@ def max_positions(path: pathlib.Path) -> int:
         if name not in fields:
             return 0
         positions = _integer(fields, name)
-        scaling = _rope_scaling(_rope(fields), positions)
+        architecture = ARCHITECTURES.get(str(fields.get("architectures", [""])[0]))
+        defaults = architecture.defaults if architecture else {}
+        scaling = _rope_scaling(_rope({**defaults, **fields})[0], positions)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     if scaling.rope_type == "linear":
@@ -186,21 +266,22 @@ def _from_fields(fields: dict[str, Any], options: dict[str, Any]) -> DecoderConf
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise _unexpected("architectures", names, f"one of {', '.join(ARCHITECTURES)}")
     architecture = ARCHITECTURES[name]
-    for field, value in (
-        ("hidden_act", "silu"),
-        ("attention_bias", architecture.attention_bias),
-        ("mlp_bias", False),
-        ("partial_rotary_factor", 1.0),
-        ("quantization_config", None),
-    ):
+    fields = {**architecture.defaults, **fields}
+    only = {
+        "attention_bias": architecture.options["attention_bias"],
+        "mlp_bias": False,
+        "partial_rotary_factor": 1.0,
+        "quantization_config": None,
+        **architecture.only,
+    }
+    for field, value in only.items():
         if fields.get(field, value) != value:
             raise _unexpected(field, fields[field], _only(value))
     sizes: dict[str, Any] = {ours: _integer(fields, theirs) for ours, theirs in SIZE_FIELDS.items()}
-    _check_window(fields, sizes["num_layers"])
     head_dim = architecture.head_dim or sizes["hidden_size"] // sizes["num_heads"]
     if fields.get("head_dim") is not None:
         head_dim = _integer(fields, "head_dim")
-    rope = _rope(fields)
+    rope, local_theta = _rope(fields)
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise _unexpected("partial_rotary_factor", rope["partial_rotary_factor"], _only(1.0))
     tied = fields.get("tie_word_embeddings", False)
@@ -214,23 +295,41 @@ def _from_fields(fields: dict[str, Any], options: dict[str, Any]) -> DecoderConf
         head_dim=head_dim,
         rope_theta=theta,
         rope_scaling=_rope_scaling(rope, fields.get("max_position_embeddings")),
+        rope_local_theta=local_theta,
         rms_norm_eps=_number({"rms_norm_eps": 1e-6, **fields}, "rms_norm_eps"),
-        qk_norm=architecture.qk_norm,
-        attention_bias=architecture.attention_bias,
+        query_scalar=(
+            _number(fields, "query_pre_attn_scalar") if "query_pre_attn_scalar" in fields else 0.0
+        ),
+        **_windows(fields, architecture, sizes["num_layers"]),
+        **architecture.options,
         tie_word_embeddings=tied,
         **options,
     )
 
 
-def _rope(fields: dict[str, Any]) -> dict[str, Any]:
-    """Returns `rope_scaling` or `rope_parameters` of a `config.json`, or {} if it has neither.
+def _rope(fields: dict[str, Any]) -> tuple[dict[str, Any], float]:
+    """Returns the rotary embeddings that a `config.json` describes.
 
-    Older files have rope_theta and rope_scaling. Newer files have both in rope_parameters.
+    Older files have rope_theta and rope_scaling. Newer files have both in rope_parameters, in two
+    objects if sliding attention has other embeddings. Older files then have rope_local_base_freq.
+
+    Returns:
+      `rope_scaling` or `rope_parameters`, {} if the file has neither; and the base in layers with
+      sliding attention, 0 if it is that of the others.
     """
     rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    local = {name: fields[name] for name in ("rope_local_base_freq",) if name in fields}
+    if isinstance(rope, dict) and local and {*rope} & {FULL, SLIDING}:
+        kinds = [rope.get(kind) or {} for kind in (FULL, SLIDING)]
+        if not all(isinstance(kind, dict) for kind in kinds):
+            raise _unexpected("rope_parameters", rope, "an object for each kind of layers")
+        rope, sliding = kinds
+        if sliding.get("rope_type", "default") != "default":
+            raise _unexpected(f"rope_parameters.{SLIDING}", sliding, 'the rope_type "default"')
+        local["rope_local_base_freq"] = sliding.get("rope_theta", local["rope_local_base_freq"])
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise _unexpected("rope_scaling", rope, "a single object that applies to all layers")
-    return rope
+    return rope, _number(local, "rope_local_base_freq") if local else 0.0
 
 
 def _unexpected(field: str, value: Any, expected: str) -> ValueError:
@@ -264,23 +363,44 @@ def _number(fields: dict[str, Any], name: str) -> float:
     return float(value)
 
 
-def _check_window(fields: dict[str, Any], num_layers: int) -> None:
-    """Raises ValueError if any layer in a `config.json` uses sliding-window attention."""
-    types = fields.get("layer_types")
-    if types is not None:
-        other = (
-            [kind for kind in types if kind != "full_attention"]
-            if isinstance(types, list)
-            else types
-        )
-        if other or not types:
-            raise _unexpected("layer_types", other, 'a list with only "full_attention"')
-    elif fields.get("use_sliding_window") and fields.get("sliding_window") is not None:
+def _windows(fields: dict[str, Any], architecture: Architecture, num_layers: int) -> dict[str, Any]:
+    """Returns the options `layer_types` and `sliding_window` that a `config.json` describes."""
+    types, window = fields.get("layer_types"), fields.get("sliding_window")
+    if types is None:
+        types = [FULL] * num_layers
+        if architecture.windows and window is not None:
+            types = _window_pattern(fields, num_layers)
+    expected = f"a list with {num_layers} entries {FULL!r} or {SLIDING!r}"
+    if not architecture.windows:
+        expected = f'a list with only "{FULL}"'
+    allowed = {FULL, SLIDING} if architecture.windows else {FULL}
+    if not isinstance(types, list) or not all(
+        isinstance(kind, str) and kind in allowed for kind in types
+    ):
+        raise _unexpected("layer_types", types, expected)
+    if SLIDING not in types:
+        return {}
+    if len(types) != num_layers:
+        raise _unexpected("layer_types", types, expected)
+    return {"layer_types": tuple(types), "sliding_window": _integer(fields, "sliding_window")}
+
+
+def _window_pattern(fields: dict[str, Any], num_layers: int) -> list[str]:
+    """Returns the kind of each layer of a `config.json` that does not list them.
+
+    Gemma 3 has full attention in every sixth layer, Qwen in the first `max_window_layers` if it has
+    windows at all, and Mistral in none.
+    """
+    if "sliding_window_pattern" in fields:
+        period = _integer(fields, "sliding_window_pattern")
+        return [SLIDING if (i + 1) % period else FULL for i in range(num_layers)]
+    first = 0
+    if fields.get("model_type", "").startswith("qwen"):
         first = fields.get("max_window_layers", 28)
         if not isinstance(first, int):
             raise _unexpected("max_window_layers", first, "an integer")
-        if first < num_layers:
-            raise _unexpected("use_sliding_window", True, _only(False))
+        first = first if fields.get("use_sliding_window") else num_layers
+    return [SLIDING if i >= first else FULL for i in range(num_layers)]
 
 
 def _rope_scaling(rope: dict[str, Any], max_position_embeddings: int | None) -> RopeScaling:
@@ -306,6 +426,24 @@ def _rope_scaling(rope: dict[str, Any], max_position_embeddings: int | None) -> 
     return RopeScaling(rope_type, **fields)
 
 
+def of(config: DecoderConfig) -> str | None:
+    """Returns the name of the architecture with the options of a decoder; None if none has them."""
+    default = {name: field.default for name, field in DecoderOptions.__dataclass_fields__.items()}
+    fixed = {name for has in ARCHITECTURES.values() for name in has.options}
+    for name, has in ARCHITECTURES.items():
+        options = {field: has.options.get(field, default[field]) for field in fixed}
+        windows = has.windows or not config.sliding_window
+        if windows and all(getattr(config, field) == value for field, value in options.items()):
+            return name
+    return None
+
+
+def layouts(config: DecoderConfig) -> weights.Layouts:
+    """Returns the function that maps the parameters of a decoder to stored tensors."""
+    name = of(config)
+    return weights.renamed(ARCHITECTURES[name].names if name else {})
+
+
 def to_json(config: DecoderConfig, dtype: str) -> dict[str, Any]:
     """Converts a `DecoderConfig` to the fields of a Hugging Face `config.json`.
 
@@ -314,35 +452,40 @@ def to_json(config: DecoderConfig, dtype: str) -> dict[str, Any]:
       dtype: Name of the data type in which the weights are stored.
 
     Raises:
-      ValueError: No architecture has both qk_norm and attention_bias.
+      ValueError: No architecture has the options of the decoder.
     """
-    name = next(
-        (
-            name
-            for name, has in ARCHITECTURES.items()
-            if (has.qk_norm, has.attention_bias) == (config.qk_norm, config.attention_bias)
-        ),
-        None,
-    )
+    name = of(config)
     if name is None:
         raise ValueError(
             f"model.qk_norm is {config.qk_norm} and model.attention_bias is "
-            f"{config.attention_bias}; expected at most one of them to be True, because no "
-            f"architecture that can be exported ({', '.join(ARCHITECTURES)}) has both."
+            f"{config.attention_bias}, with sliding_window = {config.sliding_window}; expected the "
+            f"options of an architecture that can be exported ({', '.join(ARCHITECTURES)})."
         )
-    scaling = config.rope_scaling
+    architecture, scaling = ARCHITECTURES[name], config.rope_scaling
     rope = {name: getattr(scaling, name) for name in ROPE_FIELDS[scaling.rope_type]}
     if not rope.get("attention_factor"):
         rope.pop("attention_factor", None)  # Readers derive an absent one from the factor.
+    windows: dict[str, Any] = {"sliding_window": None}
+    if config.sliding_window:
+        windows = {
+            "sliding_window": config.sliding_window,
+            "use_sliding_window": True,
+            "layer_types": list(config.layer_types),
+        }
+    if config.rope_local_theta:
+        windows["rope_local_base_freq"] = config.rope_local_theta
+    if config.query_scalar:
+        windows["query_pre_attn_scalar"] = config.query_scalar
     return {
         "architectures": [name],
-        "model_type": name.removesuffix("ForCausalLM").lower(),
+        "model_type": architecture.model_type,
         **{theirs: getattr(config, ours) for ours, theirs in SIZE_FIELDS.items()},
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
+        **architecture.only,
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
         "rope_scaling": {"rope_type": scaling.rope_type, **rope} if rope else None,
+        **windows,
         # Not a property of the model, but some readers allocate memory for this many tokens.
         "max_position_embeddings": int(
             max(32_768, scaling.factor * scaling.original_max_position_embeddings)

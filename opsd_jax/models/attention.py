@@ -32,11 +32,14 @@ BLOCK = 512
 LEAST_QUERIES, MOST_BLOCKS = 128, 8
 
 
-def mask(key_positions_BxS: jax.Array, positions_BxT: jax.Array) -> jax.Array:
-    """Returns the causal mask, bool [B, T, S]: True if 0 <= key position <= query position."""
-    return (key_positions_BxS[:, None] >= 0) & (
-        key_positions_BxS[:, None] <= positions_BxT[..., None]
-    )
+def mask(key_positions_BxS: jax.Array, positions_BxT: jax.Array, window: Any = None) -> jax.Array:
+    """Returns the causal mask, bool [B, T, S]: True if 0 <= key position <= query position.
+
+    With a `window`, int or int32 [], the key position must also be above query position - window.
+    """
+    key_Bx1xS, query_BxTx1 = key_positions_BxS[:, None], positions_BxT[..., None]
+    causal = (key_Bx1xS >= 0) & (key_Bx1xS <= query_BxTx1)
+    return causal if window is None else causal & (query_BxTx1 - key_Bx1xS < window)
 
 
 def dense(
@@ -44,6 +47,7 @@ def dense(
     k_BxKxCxS: jax.Array | Quantised,
     v_BxKxSxC: jax.Array | Quantised,
     mask_BxTxS: jax.Array,
+    scale: float | None = None,
 ) -> jax.Array:
     """Computes masked attention with plain JAX operations and a float32 softmax.
 
@@ -52,6 +56,7 @@ def dense(
       k_BxKxCxS: Keys, of the same dtype as the queries or with a scale for each key.
       v_BxKxSxC: Values, likewise.
       mask_BxTxS: bool, which keys each query attends to.
+      scale: Factor of the scores; None for C^-1/2.
 
     Returns:
       The output [B, T, H, C]. It is finite but meaningless for a query without any key.
@@ -62,7 +67,8 @@ def dense(
     K = k_BxKxCxS.shape[1]
     # All queries that share a key-value head become one dimension. XLA:CPU runs the resulting
     # batched matmul far faster than an einsum that keeps heads and queries apart.
-    q_BxKxGxTxC = q_BxTxHxC.reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4) * (C**-0.5)
+    q_BxKxGxTxC = q_BxTxHxC.reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)
+    q_BxKxGxTxC *= scale or C**-0.5
     q_BxKxQxC = q_BxKxGxTxC.reshape(B, K, -1, C)
     scores = jnp.einsum("bkqc,bkcs->bkqs", q_BxKxQxC, k_BxKxCxS, preferred_element_type=jnp.float32)
     if k_scale is not None:
@@ -82,7 +88,13 @@ def _apart(x: jax.Array | Quantised, dtype: Any) -> tuple[jax.Array, jax.Array |
 
 
 def causal(
-    q_BxTxHxC: jax.Array, k_BxTxKxC: jax.Array, v_BxTxKxC: jax.Array, positions_BxT: jax.Array
+    q_BxTxHxC: jax.Array,
+    k_BxTxKxC: jax.Array,
+    v_BxTxKxC: jax.Array,
+    positions_BxT: jax.Array,
+    *,
+    window: Any = None,
+    scale: float | None = None,
 ) -> jax.Array:
     """Computes causal attention with plain JAX operations, within each sequence of a row.
 
@@ -95,6 +107,8 @@ def causal(
       v_BxTxKxC: Values.
       positions_BxT: int32, -1 for padding; 0 begins a sequence. The positions of a sequence must
         ascend along a row.
+      window: Number of tokens that a token attends to, int or int32 []; None for all before it.
+      scale: Factor of the scores; None for C^-1/2.
 
     Returns:
       The output [B, T, H, C]. It is finite but meaningless at padding.
@@ -105,10 +119,14 @@ def causal(
 
     def block(start: int) -> jax.Array:
         end = min(start + size, T)
-        mask_BxQxS = mask(positions_BxT[:, :end], positions_BxT[:, start:end])
+        mask_BxQxS = mask(positions_BxT[:, :end], positions_BxT[:, start:end], window)
         mask_BxQxS &= segment_BxT[:, None, :end] == segment_BxT[:, start:end, None]
         return dense(
-            q_BxTxHxC[:, start:end], k_BxKxCxT[..., :end], v_BxKxTxC[:, :, :end], mask_BxQxS
+            q_BxTxHxC[:, start:end],
+            k_BxKxCxT[..., :end],
+            v_BxKxTxC[:, :, :end],
+            mask_BxQxS,
+            scale,
         )
 
     return jnp.concatenate([block(start) for start in range(0, T, size)], axis=1)
@@ -121,6 +139,8 @@ def splash(
     positions_BxT: jax.Array,
     *,
     split_tokens: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
 ) -> jax.Array:
     """Computes causal attention with the Pallas splash attention kernel, within each sequence.
 
@@ -140,6 +160,9 @@ def splash(
       positions_BxT: int32, -1 for padding; 0 begins a sequence. The positions of a sequence must
         ascend along a row, because the kernel masks by column.
       split_tokens: Whether `tensor` shards tokens. Its size must divide T.
+      window: Number of tokens that a token attends to; None for all before it. The kernel skips the
+        blocks before the window. It excludes `split_tokens`.
+      scale: Factor of the scores; None for C^-1/2.
 
     Returns:
       The output [B, T, H, C]. It is finite but meaningless at padding.
@@ -149,7 +172,9 @@ def splash(
     tensor = mesh.shape.get("tensor", 1)
     parts = tensor if split_tokens else 1
     size = -(-T // (_chunks(parts) * LANES)) * LANES  # with padding at each device's end
-    make_kernel = functools.partial(_kernel, H // (tensor // parts), size, parts)
+    make_kernel = functools.partial(_kernel, H // (tensor // parts), size, parts, window)
+    # The kernel does not scale the scores.
+    q_BxTxHxC = (q_BxTxHxC * (scale or q_BxTxHxC.shape[-1] ** -0.5)).astype(q_BxTxHxC.dtype)
     spec = P(ROWS, "tensor") if parts > 1 else P(ROWS, None, "tensor")
     specs = (spec, spec, spec, P(ROWS))
     arrays = (q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, positions_BxT)
@@ -193,7 +218,7 @@ def _splash_on_device(
         axes = ((0, 0), padding, *[(0, 0)] * (x_Bxt.ndim - 2))
         return jnp.pad(x_Bxt, axes, constant_values=value)
 
-    q, k, v = pad(q * (q.shape[-1] ** -0.5)), pad(k), pad(v)
+    q, k, v = pad(q), pad(k), pad(v)
     # Neither the sequences nor the padding attend to one another.
     of_parts = jnp.split(segment_ids(positions_BxT), parts, axis=1)
     q_segments = kv_segments = jnp.concatenate([pad(x, -1) for x in of_parts], axis=1)
@@ -222,17 +247,35 @@ class _CausalMask(splash_attention_mask.CausalMask):
         return super().__getitem__(index)
 
 
-def _kernel(heads: int, size: int, parts: int) -> splash_attention_kernel.SplashAttentionKernel:
+class _WindowMask(splash_attention_mask.LocalMask):
+    """A mask of a sliding window that compares columns only in blocks that an edge crosses."""
+
+    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+        rows, columns = self.q_sequence[index[0]], index[1]
+        (left, _), first, last = self.window_size, rows.min(), rows.max()
+        if columns.start > last or columns.stop - 1 < first - left:
+            return np.zeros((1, 1), bool)  # stands for all of the block
+        if columns.stop - 1 <= first and columns.start >= last - left:
+            return np.ones((1, 1), bool)
+        return super().__getitem__(index)
+
+
+def _kernel(
+    heads: int, size: int, parts: int, window: int | None = None
+) -> splash_attention_kernel.SplashAttentionKernel:
     """Returns the kernel of causal attention, for the queries that `_balance` gives each device.
 
     Args:
       heads: query heads of a device.
       size: tokens of a chunk; a row has two chunks for each device, or one if `parts` is 1.
       parts: devices that split the queries of a row.
+      window: as for `splash`.
     """
     block = max(block for block in range(LANES, BLOCK + 1, LANES) if size % block == 0)
     tokens = size * _chunks(parts)
-    mask = _CausalMask((tokens, tokens))
+    mask: Any = _CausalMask((tokens, tokens))
+    if window is not None:
+        mask = _WindowMask((tokens, tokens), (window - 1, 0), 0)
     if parts > 1:
         chunks = np.arange(tokens, dtype=np.int32).reshape(2 * parts, size)
         mask.q_sequence = np.stack([chunks[:parts], chunks[: parts - 1 : -1]], axis=1).reshape(-1)

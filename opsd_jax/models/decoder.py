@@ -1,7 +1,8 @@
-"""The reference decoder in Flax NNX: Qwen3, Qwen2.5 and Llama 3 at any size.
+"""The reference decoder in Flax NNX: Qwen3, Qwen2.5, Llama 3 and Gemma 3 at any size.
 
-Every layer has grouped-query attention with rotary embeddings and a SwiGLU MLP, each after an
-RMSNorm. Options add the normalised queries and keys of Qwen3 and the biases of Qwen2.5.
+Every layer has grouped-query attention with rotary embeddings and a gated MLP, each after an
+RMSNorm. Options add the normalised queries and keys of Qwen3, the biases of Qwen2.5, and the
+sliding windows and the norms after attention and MLP of Gemma 3.
 
 The parameters of all layers are stacked along a leading axis, [L, ...]. Without a cache, a scan
 runs the layers, so the size of the program doesn't depend on the depth. Decoding with a cache
@@ -86,16 +87,22 @@ REMAT_POLICIES = {
     ),
 }
 
+ACTIVATIONS: dict[str, Any] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),
+}
+
 LayerCache = dict[str, Any]
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: bool = False) -> jax.Array:
     """Applies RMSNorm over the last axis (Zhang and Sennrich, arXiv 1910.07467).
 
     Args:
       x: Input [..., D] of any float dtype.
       scale: Scale [D].
       eps: Constant that is added to the mean square.
+      offset: Whether 1 is added to the scale.
 
     Returns:
       `x / rms(x) * scale`, computed in float32 and returned in the dtype of `x`.
@@ -103,6 +110,8 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     x32 *= jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+    if offset:
+        scale += 1
     return (x32 * scale).astype(x.dtype)
 
 
@@ -163,18 +172,20 @@ class Block(nnx.Module):
             init = jax.random.normal(rngs.params(), shape, jnp.float32) * (scale * fan_in**-0.5)
             return nnx.Param(init.astype(config.param_dtype))
 
-        def ones(size):
-            return nnx.Param(jnp.ones(size, config.param_dtype))
-
         def zeros(*shape):
             return nnx.Param(jnp.zeros(shape, config.param_dtype))
 
-        self.attention_norm, self.mlp_norm = ones(D), ones(D)
+        def norm(size):
+            return nnx.Param(jnp.full(size, not config.norm_offset, config.param_dtype))
+
+        self.attention_norm, self.mlp_norm = norm(D), norm(D)
+        if config.post_norms:
+            self.attention_post_norm, self.mlp_post_norm = norm(D), norm(D)
         self.q, self.k, self.v = weight(D, D, H, C), weight(D, D, K, C), weight(D, D, K, C)
         if config.attention_bias:
             self.q_bias, self.k_bias, self.v_bias = zeros(H, C), zeros(K, C), zeros(K, C)
         if config.qk_norm:
-            self.q_norm, self.k_norm = ones(C), ones(C)
+            self.q_norm, self.k_norm = norm(C), norm(C)
         self.o = weight(H * C, H, C, D, scale=depth)
         self.gate, self.up = weight(D, D, F), weight(D, D, F)
         self.down = weight(F, F, D, scale=depth)
@@ -183,6 +194,9 @@ class Block(nnx.Module):
         """Casts a parameter to `config.dtype`, the dtype of the matmuls, unless it is quantised."""
         weight = param.get_value()
         return weight if isinstance(weight, Quantised) else weight.astype(self.config.dtype)
+
+    def _norm(self, x: jax.Array, scale: nnx.Param) -> jax.Array:
+        return rms_norm(x, scale[...], self.config.rms_norm_eps, self.config.norm_offset)
 
     def queries_keys_values(self, x_BxTxD, table):
         """Computes queries, keys and values [B, T, heads, C]. Applies RoPE to queries and keys."""
@@ -195,8 +209,8 @@ class Block(nnx.Module):
             k_BxTxKxC += w(self.k_bias)[None, None]
             v_BxTxKxC += w(self.v_bias)[None, None]
         if config.qk_norm:
-            q_BxTxHxC = rms_norm(q_BxTxHxC, self.q_norm[...], config.rms_norm_eps)
-            k_BxTxKxC = rms_norm(k_BxTxKxC, self.k_norm[...], config.rms_norm_eps)
+            q_BxTxHxC = self._norm(q_BxTxHxC, self.q_norm)
+            k_BxTxKxC = self._norm(k_BxTxKxC, self.k_norm)
         return rope.rotate(q_BxTxHxC, table), rope.rotate(k_BxTxKxC, table), v_BxTxKxC
 
     def project(self, out_BxTxHxC):
@@ -206,58 +220,76 @@ class Block(nnx.Module):
         B, T, H, C = out_BxTxHxC.shape
         return product(out_BxTxHxC.reshape(B, T, H * C), self._weight(self.o).reshape(H * C, -1))
 
-    def attention(self, x_BxTxD, positions_BxT, table, cache, split_tokens):
+    def attention(self, x_BxTxD, positions_BxT, table, cache, split_tokens, slides):
         """Computes causal self-attention within each sequence, or over the cache if there is one.
 
-        With `split_tokens`, `tensor` shards the tokens instead of the heads.
+        With `split_tokens`, `tensor` shards the tokens instead of the heads. `slides` says whether
+        the layer has a sliding window: bool [] without a cache, and a Python bool with one.
 
         Returns:
           `(output, cache)`: the output [B, T, D] and the updated cache. Without a cache, the second
           element is the pair of keys and values, [B, T, K, C] each.
         """
+        config = self.config
         q_BxTxHxC, k_BxTxKxC, v_BxTxKxC = self.queries_keys_values(x_BxTxD, table)
+        scale = config.query_scalar**-0.5 if config.query_scalar else None
         if cache is None:
-            attend: Any = attention.causal  # for which the compiler gathers the keys and values
-            if self.config.attention == "splash":
-                attend = functools.partial(attention.splash, split_tokens=split_tokens)
-            out_BxTxHxC = attend(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, positions_BxT)
+            given = q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, positions_BxT
+            out_BxTxHxC = self._attend(given, split_tokens, slides, scale)
             return self.project(out_BxTxHxC), (k_BxTxKxC, v_BxTxKxC)
         cache = write(cache, k_BxTxKxC, v_BxTxKxC, positions_BxT)
+        window = config.sliding_window if slides else None
         if "pages" in cache and q_BxTxHxC.shape[1] == 1:
-            return self.project(paged.attend(q_BxTxHxC, cache, positions_BxT)), cache
+            out_BxTxHxC = paged.attend(q_BxTxHxC, cache, positions_BxT, window=window, scale=scale)
+            return self.project(out_BxTxHxC), cache
         if "pages" in cache:
             k_BxKxCxS, v_BxKxSxC = paged.dense(cache, q_BxTxHxC.dtype)
         else:
             k_BxKxCxS, v_BxKxSxC = cache["k"], cache["v"]
         length = jax.tree.leaves(k_BxKxCxS)[0].shape[-1]
-        mask_BxTxS = attention.mask(jnp.arange(length)[None], positions_BxT)
-        out_BxTxHxC = attention.dense(q_BxTxHxC, k_BxKxCxS, v_BxKxSxC, mask_BxTxS)
+        mask_BxTxS = attention.mask(jnp.arange(length)[None], positions_BxT, window)
+        out_BxTxHxC = attention.dense(q_BxTxHxC, k_BxKxCxS, v_BxKxSxC, mask_BxTxS, scale)
         return self.project(out_BxTxHxC), cache
 
+    def _attend(self, given, split_tokens, slides, scale):
+        """Computes attention without a cache. `given` has queries, keys, values and positions."""
+        config = self.config
+        if config.attention == "dense":  # the compiler gathers the keys and values
+            window = None
+            if config.sliding_window:
+                window = jnp.where(slides, config.sliding_window, jnp.iinfo(jnp.int32).max)
+            return attention.causal(*given, window=window, scale=scale)
+        whole = functools.partial(attention.splash, split_tokens=split_tokens, scale=scale)
+        if not config.sliding_window:
+            return whole(*given)
+        sliding = functools.partial(attention.splash, window=config.sliding_window, scale=scale)
+        return jax.lax.cond(slides, sliding, whole, *given)
+
     def mlp(self, x_BxTxD):
-        """Applies the SwiGLU MLP (Shazeer, arXiv 2002.05202)."""
+        """Applies the gated MLP (Shazeer, arXiv 2002.05202)."""
         w = self._weight
         gate_BxTxF, up_BxTxF = product(x_BxTxD, w(self.gate)), product(x_BxTxD, w(self.up))
-        return product(jax.nn.silu(gate_BxTxF) * up_BxTxF, w(self.down))
+        return product(ACTIVATIONS[self.config.activation](gate_BxTxF) * up_BxTxF, w(self.down))
 
-    def __call__(self, x_BxTxD, positions_BxT, table, cache=None, split_tokens=False):
+    def __call__(self, x_BxTxD, positions_BxT, table, cache=None, split_tokens=False, slides=False):
         """Applies the layer to the residual stream [B, T, D].
 
         Returns:
           `(stream, cache)`: the new residual stream, and the second result of `attention`.
         """
-        eps = self.config.rms_norm_eps
         with jax.named_scope("attention"):
             y, cache = self.attention(
-                rms_norm(x_BxTxD, self.attention_norm[...], eps),
+                self._norm(x_BxTxD, self.attention_norm),
                 positions_BxT,
                 table,
                 cache,
                 split_tokens,
+                slides,
             )
-            x_BxTxD += y
+            x_BxTxD += self._norm(y, self.attention_post_norm) if self.config.post_norms else y
         with jax.named_scope("mlp"):
-            x_BxTxD += self.mlp(rms_norm(x_BxTxD, self.mlp_norm[...], eps))
+            y = self.mlp(self._norm(x_BxTxD, self.mlp_norm))
+            x_BxTxD += self._norm(y, self.mlp_post_norm) if self.config.post_norms else y
         return x_BxTxD, cache
 
 
@@ -279,7 +311,7 @@ class Decoder(nnx.Module):
             return Block(config, rngs=rngs)
 
         self.layers = stack(rngs)
-        self.norm = nnx.Param(jnp.ones(D, config.param_dtype))
+        self.norm = nnx.Param(jnp.full(D, not config.norm_offset, config.param_dtype))
         if not config.tie_word_embeddings:
             self.head = nnx.Param((normal(D, V) * D**-0.5).astype(config.param_dtype))
 
@@ -293,7 +325,7 @@ class Decoder(nnx.Module):
         x_BxTxD = self._embed(tokens_BxT, shard=cache is None)
         if is_paged:
             cache = paged.split(cache)
-        table = rope.table(positions_BxT, config.head_dim, config.rope_theta, config.rope_scaling)
+        table = self._rope(positions_BxT)
         if cache is None:
             x_BxTxD, _ = self._scan_layers(x_BxTxD, positions_BxT, table, prefill=False)
         elif config.attention == "splash" and tokens_BxT.shape[1] >= attention.LANES:
@@ -308,10 +340,26 @@ class Decoder(nnx.Module):
             x_BxTxD, cache = self._unrolled_layers(x_BxTxD, positions_BxT, table, cache)
         if is_paged:
             cache = paged.join(cache)
-        return rms_norm(x_BxTxD, self.norm[...], config.rms_norm_eps), cache
+        return rms_norm(x_BxTxD, self.norm[...], config.rms_norm_eps, config.norm_offset), cache
+
+    def _rope(self, positions_BxT):
+        """Returns the tables of the rotary embeddings: of full and of sliding attention."""
+        config = self.config
+        whole = rope.table(positions_BxT, config.head_dim, config.rope_theta, config.rope_scaling)
+        if not config.rope_local_theta:
+            return whole, whole
+        theta = config.rope_local_theta
+        return whole, rope.table(positions_BxT, config.head_dim, theta, rope.RopeScaling())
 
     def _embed(self, tokens_BxT, *, shard: bool):
         """Looks up token embeddings [B, T, D]. If `shard` is True, constrains their sharding."""
+        rows = self._embedded(tokens_BxT, shard)
+        if self.config.scale_embeddings:
+            rows *= jnp.asarray(self.config.hidden_size**0.5, rows.dtype)
+        return rows
+
+    def _embedded(self, tokens_BxT, shard):
+        """Looks up token embeddings, without the factor of Gemma."""
         embedding_VxD = self.embedding.get_value()
         if isinstance(embedding_VxD, Quantised):
             rows = embedding_VxD[tokens_BxT]
@@ -344,18 +392,27 @@ class Decoder(nnx.Module):
         stream = P(ROWS, "tensor" if split_stream and not prefill else None)
         x_BxTxD = constrain(x_BxTxD, stream)
 
-        def layer(x_BxTxD, weights):
+        slides_L, tables = jnp.array(config.slides), config.rope_local_theta > 0
+
+        def layer(x_BxTxD, given):
+            weights, slides = given
             if split_tokens:
                 is_leaf = lambda x: isinstance(x, Quantised)
                 weights = jax.tree.map(self._gathered, weights, is_leaf=is_leaf)
             block = nnx.merge(graphdef, weights)
-            x_BxTxD, kv = block(x_BxTxD, positions_BxT, table, split_tokens=split_tokens)
+            x_BxTxD, kv = block(
+                x_BxTxD,
+                positions_BxT,
+                jax.tree.map(lambda a, b: jnp.where(slides, b, a), *table) if tables else table[0],
+                split_tokens=split_tokens,
+                slides=slides,
+            )
             return constrain(x_BxTxD, stream), kv if prefill else None
 
         if config.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
         with jax.named_scope("layers"):
-            return jax.lax.scan(layer, x_BxTxD, stacked, unroll=config.scan_unroll)
+            return jax.lax.scan(layer, x_BxTxD, (stacked, slides_L), unroll=config.scan_unroll)
 
     def _gathered(self, weight):
         """Gathers a weight of a layer on all devices, in the dtype of the matmuls.
@@ -374,7 +431,10 @@ class Decoder(nnx.Module):
         updated = []
         for i, layer_cache in enumerate(cache):
             block = nnx.merge(graphdef, jax.tree.map(lambda w, i=i: w[i], stacked))
-            x_BxTxD, layer_cache = block(x_BxTxD, positions_BxT, table, layer_cache)
+            slides = self.config.slides[i]
+            x_BxTxD, layer_cache = block(
+                x_BxTxD, positions_BxT, table[slides], layer_cache, slides=slides
+            )
             updated.append(layer_cache)
         return x_BxTxD, tuple(updated)
 
@@ -435,6 +495,7 @@ def flops(config: DecoderConfig, tokens: float, pairs: float, predicted: float) 
 
 def model(config: DecoderConfig) -> policy_lib.Model:
     """Builds a decoder as a `Model` that initialises its parameters randomly."""
+    layouts = architecture.layouts(config)
     stacked, init = policy_lib.from_nnx(lambda rngs: Decoder(config, rngs=rngs))
     is_unrolled = lambda leaf: isinstance(leaf, tuple)
     head = {"embedding": (1,)} if config.tie_word_embeddings else {"head": (0,)}
@@ -450,9 +511,9 @@ def model(config: DecoderConfig) -> policy_lib.Model:
 
     def save(params: policy_lib.Params, directory: pathlib.Path, dtype: str = "") -> None:
         dtype = dtype or config.param_dtype
-        codes = dict.fromkeys(weights.all_layouts(params), safetensors.CODES[dtype])
+        codes = dict.fromkeys(weights.all_layouts(params, layouts), safetensors.CODES[dtype])
         files = {"config.json": architecture.to_json(config, dtype)}
-        weights.save(params, directory, codes, files)
+        weights.save(params, directory, codes, files, layouts)
 
     def decode_params(params: policy_lib.Params) -> policy_lib.Params:
         # The forward pass casts all parameters but the norms to this dtype in any case.

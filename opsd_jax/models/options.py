@@ -10,6 +10,7 @@ from opsd_jax.models.rope import RopeScaling
 from opsd_jax.options import option, parse, required, with_default
 
 DTYPES = ("float32", "bfloat16")
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers
 TPU_ONLY = {"cache": "paged", "attention": "splash"}  # field -> its form that only TPUs run
 
 
@@ -85,6 +86,49 @@ class DecoderOptions(ModelOptions):
     qk_norm: bool = option(True, "Normalise the queries and keys of each head, as Qwen3 does.")
     attention_bias: bool = option(False, "Add biases to queries, keys and values, as Qwen2.5 does.")
     tie_word_embeddings: bool = option(False, "Use the token embedding as the output head.")
+    layer_types: tuple[str, ...] = option(
+        (),
+        "Attention of each layer: 'full_attention' or 'sliding_attention'; () for full attention "
+        "in all layers.",
+        expects="() or, for each layer, 'full_attention' or 'sliding_attention'",
+        check=lambda types: {*types} <= {FULL, SLIDING},
+        added=True,
+    )
+    sliding_window: int = option(
+        0,
+        "Tokens that a token attends to in a layer with sliding attention, itself included; 0 if "
+        "there is no such layer.",
+        at_least=0,
+        added=True,
+    )
+    rope_local_theta: float = option(
+        0.0,
+        "Base of the rotary embeddings in layers with sliding attention, which are not scaled; 0 "
+        "for those of the other layers.",
+        at_least=0,
+        added=True,
+    )
+    query_scalar: float = option(
+        0.0,
+        "Attention scores are divided by the square root of this number; 0 for head_dim.",
+        at_least=0,
+        added=True,
+    )
+    activation: str = option(
+        "silu",
+        "Activation of the MLP: 'silu' or 'gelu', in the approximation with tanh.",
+        choices=("silu", "gelu"),
+        added=True,
+    )
+    norm_offset: bool = option(
+        False, "RMSNorm multiplies by 1 plus its scale, as Gemma does.", added=True
+    )
+    post_norms: bool = option(
+        False, "Normalise the outputs of attention and MLP as well, as Gemma does.", added=True
+    )
+    scale_embeddings: bool = option(
+        False, "Multiply embeddings by the square root of hidden_size, as Gemma does.", added=True
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

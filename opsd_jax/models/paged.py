@@ -196,7 +196,12 @@ def dense(cache: dict[str, jax.Array], dtype: Any) -> tuple[jax.Array, jax.Array
 
 
 def attend(
-    q_Bx1xHxC: jax.Array, cache: dict[str, jax.Array], positions_Bx1: jax.Array
+    q_Bx1xHxC: jax.Array,
+    cache: dict[str, jax.Array],
+    positions_Bx1: jax.Array,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
 ) -> jax.Array:
     """Computes causal attention over a paged cache, with one query token per row.
 
@@ -204,6 +209,8 @@ def attend(
       q_Bx1xHxC: Queries.
       cache: The cache of a layer, in which the keys and values of the queries are stored already.
       positions_Bx1: int32. A row at -1 is inactive: its output is 0, and the kernel skips it.
+      window: Number of tokens that a token attends to; None for all before it.
+      scale: Factor of the scores; None for C^-1/2.
 
     Returns:
       The output [B, 1, H, C].
@@ -235,7 +242,8 @@ def attend(
             page_indices=cache["table"][order_B] % N,
             cu_q_lens=jnp.arange(B + 1, dtype=jnp.int32),
             num_seqs=jnp.maximum(active, 1)[None],
-            sm_scale=C**-0.5,
+            sm_scale=scale or C**-0.5,
+            sliding_window=window,
             num_kv_pages_per_block=pages_per_block(pages, M),
             num_queries_per_block=min(QUERIES, B),
             # With scales of 1, the kernel converts the pages to the queries' dtype.

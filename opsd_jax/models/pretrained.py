@@ -114,18 +114,19 @@ def open_model(directory: pathlib.Path, **options: Any) -> Model:
         of the wrong shape. The message lists them.
     """
     model = _without_weights(directory, **options)
+    layouts = architecture.layouts(architecture.from_json(directory / CONFIG))
     stored = safetensors.tensors_of(directory)
-    expected = weights.all_layouts(jax.eval_shape(model.init, jax.random.key(0)))
+    expected = weights.all_layouts(jax.eval_shape(model.init, jax.random.key(0)), layouts)
     check_tensors(stored, expected, directory)
 
     def load(abstract: Params) -> Params:
         weights.check_sums(directory)
         check_tied(stored, expected, directory)
-        return weights.load(stored, abstract)
+        return weights.load(stored, abstract, layouts)
 
     return model._replace(
         load=load,
-        save=functools.partial(_save, directory, stored),
+        save=functools.partial(_save, directory, stored, layouts),
     )
 
 
@@ -252,6 +253,7 @@ def _companions(directory: pathlib.Path) -> dict[str, pathlib.Path]:
 def _save(
     source: pathlib.Path,
     stored: Mapping[str, StoredTensor],
+    layouts: weights.Layouts,
     params: Params,
     directory: pathlib.Path,
     dtype: str = "",
@@ -261,12 +263,13 @@ def _save(
     Args:
       source: The directory that the model was loaded from.
       stored: The tensors in `source`, by name.
+      layouts: The tensors of each parameter.
       params: The parameters to write.
       directory: The directory to write. It must be new or empty.
       dtype: The dtype to store; "" keeps the dtype of each tensor.
     """
     codes = {name: CODES[dtype] if dtype else tensor.code for name, tensor in stored.items()}
-    weights.save(params, directory, codes, _files(source, dtype))
+    weights.save(params, directory, codes, _files(source, dtype), layouts)
 
 
 def rewrite(source: pathlib.Path, directory: pathlib.Path, dtype: str = "") -> None:
@@ -284,9 +287,10 @@ def rewrite(source: pathlib.Path, directory: pathlib.Path, dtype: str = "") -> N
       WeightsError: A safetensors file is missing or damaged, a tensor does not match `config.json`,
         or `directory` is not empty or cannot be written.
     """
-    model = decoder.model(architecture.from_json(source / CONFIG))
-    stored = safetensors.tensors_of(source)
-    expected = weights.all_layouts(jax.eval_shape(model.init, jax.random.key(0)))
+    config = architecture.from_json(source / CONFIG)
+    stored, layouts = safetensors.tensors_of(source), architecture.layouts(config)
+    shapes = jax.eval_shape(decoder.model(config).init, jax.random.key(0))
+    expected = weights.all_layouts(shapes, layouts)
     check_tensors(stored, expected, source)
     weights.check_sums(source)
     check_tied(stored, expected, source)

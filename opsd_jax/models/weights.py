@@ -16,6 +16,7 @@ import math
 import os
 import pathlib
 import shutil
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ LAYOUT = {
 # The same for the parameters of layers, without "layers/" and "model.layers.N." in front.
 LAYER_LAYOUT = {
     "attention_norm": ("input_layernorm.weight", ("d",), "d"),
+    "attention_post_norm": ("", ("d",), "d"),  # named by the architectures that have it
     "q": ("self_attn.q_proj.weight", ("hc", "d"), "dhc"),
     "k": ("self_attn.k_proj.weight", ("hc", "d"), "dhc"),
     "v": ("self_attn.v_proj.weight", ("hc", "d"), "dhc"),
@@ -55,10 +57,14 @@ LAYER_LAYOUT = {
     "k_norm": ("self_attn.k_norm.weight", ("c",), "c"),
     "o": ("self_attn.o_proj.weight", ("d", "hc"), "hcd"),
     "mlp_norm": ("post_attention_layernorm.weight", ("d",), "d"),
+    "mlp_post_norm": ("", ("d",), "d"),
     "gate": ("mlp.gate_proj.weight", ("f", "d"), "df"),
     "up": ("mlp.up_proj.weight", ("f", "d"), "df"),
     "down": ("mlp.down_proj.weight", ("d", "f"), "fd"),
 }
+
+
+NO_NAMES: Mapping[str, str] = types.MappingProxyType({})
 
 
 class TensorLayout(NamedTuple):
@@ -79,18 +85,23 @@ class TensorLayout(NamedTuple):
     layer: int | None
 
 
-def layouts_of(path: str, shape: tuple[int, ...]) -> list[TensorLayout]:
+def layouts_of(
+    path: str, shape: tuple[int, ...], renamed: Mapping[str, str] = NO_NAMES
+) -> list[TensorLayout]:
     """Returns the `TensorLayout`s of a parameter: one per layer for a stacked parameter.
 
     Args:
       path: The path of the parameter, such as "layers/q".
       shape: The shape of the parameter.
+      renamed: Names of the tensors of a layer that differ from those in LAYER_LAYOUT.
     """
     if path in LAYOUT:
         name, stored, ours = LAYOUT[path]
         names: dict[int | None, str] = {None: name}
     else:
-        suffix, stored, ours = LAYER_LAYOUT[path.removeprefix("layers/")]
+        name = path.removeprefix("layers/")
+        suffix, stored, ours = LAYER_LAYOUT[name]
+        suffix = renamed.get(name, suffix)
         names = {i: f"model.layers.{i}.{suffix}" for i in range(shape[0])}
         shape = shape[1:]
     return layouts_from(names, stored, ours, shape)
@@ -118,6 +129,11 @@ def layouts_from(
         )
         for layer, name in names.items()
     ]
+
+
+def renamed(names: Mapping[str, str]) -> Layouts:
+    """Returns `layouts_of` for other names of tensors."""
+    return functools.partial(layouts_of, renamed=names) if names else layouts_of
 
 
 Layouts = Callable[[str, tuple[int, ...]], list[TensorLayout]]  # such as `layouts_of`

@@ -46,6 +46,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 1024,
 }
+GEMMA = {"sliding_window": 11, "sliding_window_pattern": 3, "tie_word_embeddings": True}
 CASES = {  # name -> (class prefix, rotary embedding, other changes)
     "qwen3": ("Qwen3", {"rope_theta": 5e5}, {}),
     "qwen3-tied": ("Qwen3", {"rope_theta": 1e6}, {"tie_word_embeddings": True}),
@@ -59,6 +60,20 @@ CASES = {  # name -> (class prefix, rotary embedding, other changes)
         "Llama",
         {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0},
         {"head_dim": 64},
+    ),
+    # Rows of 40 tokens are longer than two windows.
+    "qwen2-window": (
+        "Qwen2",
+        {"rope_theta": 1e6},
+        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    ),
+    "mistral-window": ("Mistral", {"rope_theta": 1e4}, {"sliding_window": 13}),
+    "mistral": ("Mistral", {"rope_theta": 1e4}, {"sliding_window": None, "head_dim": 8}),
+    "gemma3": ("Gemma3", {}, {"query_pre_attn_scalar": 10, **GEMMA}),
+    "gemma3-linear": (
+        "Gemma3",
+        {"rope_type": "linear", "factor": 8.0},
+        {"num_hidden_layers": 7, "num_key_value_heads": 1, "head_dim": 24, **GEMMA},
     ),
 }
 
@@ -76,7 +91,14 @@ def random_hf(case: str) -> "transformers.PreTrainedModel":
     """Returns a model with random norms, biases and weights, of standard deviation 0.2."""
     family, rope, changes = CASES[case]
     rope = {"rope_type": "default", **rope}
-    config = getattr(transformers, f"{family}Config")(**SIZES | changes, rope_parameters=rope)
+    if family == "Gemma3":
+        rope = {
+            "full_attention": {"rope_theta": 1e6, **rope},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        }
+    text = "Text" if family == "Gemma3" else ""
+    make = getattr(transformers, f"{family}{text}Config")
+    config = make(**SIZES | changes, rope_parameters=rope)
     torch.manual_seed(0)
     hf = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
@@ -122,14 +144,19 @@ def hf_logits(hf, tokens, positions):
         ).logits.numpy()
 
 
-def padded_positions(kind):
-    """Returns positions [2, 40], with -1 for padding."""
+def padded_positions(kind, windows=False):
+    """Returns positions [2, 40], with -1 for padding.
+
+    With `windows`, far positions have no gaps, because transformers counts tokens in a window.
+    """
     counted = np.broadcast_to(np.arange(40), (2, 40)).copy()
     if kind == "left":
         counted -= np.array([[5], [11]])
         return np.maximum(counted, -1)
     if kind == "right":
         return np.where(counted < np.array([[33], [27]]), counted, -1)
+    if kind == "far" and windows:
+        return counted + 8152
     if kind == "far":  # random positions below 8,192
         chosen = np.random.default_rng(0).permuted(np.tile(np.arange(8191), (2, 1)), axis=1)
         return np.concatenate([np.sort(chosen[:, :39]), [[8191], [8191]]], axis=1)
@@ -138,7 +165,8 @@ def padded_positions(kind):
 
 @pytest.mark.parametrize("kind", ["whole", "left", "right", "far"])
 def test_logits_equal_those_of_transformers(pair, kind):
-    tokens, positions = np.array(random_tokens(3, (2, 40))), padded_positions(kind)
+    windows = bool(getattr(pair.hf.config, "sliding_window", None))
+    tokens, positions = np.array(random_tokens(3, (2, 40))), padded_positions(kind, windows)
     expected = hf_logits(pair.hf, tokens, positions)
     logits = logits_of(pair.model, pair.params, tokens, positions)
     real = positions >= 0
