@@ -108,6 +108,24 @@ def test_sequences_of_a_row_do_not_attend_to_one_another(attend):
             np.testing.assert_allclose(got[row, at], expected[0], atol=1e-4)
 
 
+@pytest.mark.parametrize("attend", [attention.splash, attention.causal])
+@pytest.mark.parametrize("window", [1, 50, 128, 1000])
+def test_a_window_hides_the_tokens_before_it(attend, window):
+    """Compares outputs and gradients with dense attention, in rows of several sequences."""
+    positions, given = shared_positions(300), arrays(300, "float32")
+    segments = segment_ids(positions)
+
+    def expected(q, k, v, positions):
+        near = positions[..., None] - positions[:, None] < window
+        mask = (positions[:, None] >= 0) & (positions[:, None] <= positions[..., None]) & near
+        mask &= segments[:, None] == segments[..., None]
+        return attention.dense(q, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), mask, 0.1)
+
+    got = with_gradients(lambda *given: attend(*given, window=window, scale=0.1), positions, *given)
+    for a, b in zip(got, with_gradients(expected, positions, *given), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 4), (1, 4, 2), (2, 2, 2)])
 def test_splash_on_a_mesh_equals_dense_attention(shape):
     positions, given = padded_positions(128), arrays(128, "float32")
@@ -191,6 +209,29 @@ def test_only_columns_along_the_diagonal_are_compared(monkeypatch, parts):
     expected = attention._kernel(4, 256, parts)
     for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("window", [1, 100, 600, 2000])
+def test_only_columns_along_the_edges_of_a_window_are_compared(monkeypatch, window):
+    made = attention._kernel(4, 2048, 1, window)
+    monkeypatch.setattr(attention, "_WindowMask", splash_attention_mask.LocalMask)
+    expected = attention._kernel(4, 2048, 1, window)
+    for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_layers_with_windows_have_the_same_gradients_in_both_forms(sizes, params, remat):
+    changes = {"layer_types": ("sliding_attention", "full_attention"), "sliding_window": 9}
+    windows = dataclasses.replace(sizes, rope_local_theta=50.0, query_scalar=30.0, **changes)
+    positions = padded_positions(160)
+    expected = gradient(windows, params, positions)
+    splash = dataclasses.replace(windows, attention="splash", remat=remat)
+    got = gradient(splash, params, positions)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
+    other, q = gradient(sizes, params, positions)["layers"]["q"], expected["layers"]["q"]
+    assert np.abs(other - q).max() > 0.1 * np.abs(q).max()
 
 
 @pytest.mark.parametrize("cache", ["dense", "paged"])

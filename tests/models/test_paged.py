@@ -1,6 +1,7 @@
 """The paged cache equals the dense one. Its TPU kernel runs in the Pallas interpreter."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,18 @@ def test_the_kernel_equals_dense_attention(dtype, tolerance, shape):
         np.float32(out)[active], expected[active], rtol=tolerance, atol=tolerance
     )
     assert (np.float32(out)[~active] == 0).all()
+
+
+@pytest.mark.parametrize("window", [1, 7, 300])
+def test_the_kernel_with_a_window_equals_dense_attention(window):
+    q, k, v, at = filled("float32")
+    cache = paged.write(paged.init(B, S, K, C, "float32"), k, v, at)
+    attend = jax.jit(functools.partial(paged.attend, window=window, scale=0.1))
+    out = attend(q, cache, jnp.asarray(POSITIONS))
+    mask = attention.mask(jnp.arange(S)[None], jnp.asarray(POSITIONS), window)
+    expected = attention.dense(q, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), mask, 0.1)
+    active = POSITIONS[:, 0] >= 0
+    np.testing.assert_allclose(out[active], expected[active], rtol=1e-5, atol=1e-5)
 
 
 def test_without_an_active_row_the_output_is_zero():
@@ -184,10 +197,15 @@ def sizes(shared_config):
     return decoder.config_of(section)
 
 
-@pytest.mark.parametrize("shape", [None, (1, 2, 2)])
-def test_prefill_and_decoding_equal_the_full_forward(sizes, shape):
+WINDOWS = {"layer_types": ("sliding_attention", "full_attention"), "sliding_window": 3}
+
+
+@pytest.mark.parametrize(
+    ("shape", "windows"), [(None, {}), ((1, 2, 2), {}), (None, WINDOWS), ((1, 2, 2), WINDOWS)]
+)
+def test_prefill_and_decoding_equal_the_full_forward(sizes, shape, windows):
     """Prefills left-padded prompts of unequal length, then decodes; two rows end early."""
-    model = decoder.model(sizes)
+    model = decoder.model(dataclasses.replace(sizes, **windows))
     params = jax.jit(model.init)(jax.random.key(1))
     forward = jax.jit(model.policy.forward)
     tokens = random_tokens(0, (4, 9))

@@ -11,10 +11,10 @@ SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_layers": 2, "scan_unro
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 128}
 
 
-def attend(q_Bx1xHxC, cache, positions_Bx1):
+def attend(q_Bx1xHxC, cache, positions_Bx1, *, window=None, scale=None):
     k_BxKxCxS, v_BxKxSxC = paged.dense(cache, q_Bx1xHxC.dtype)
-    mask = attention.mask(jnp.arange(k_BxKxCxS.shape[-1])[None], positions_Bx1)
-    return attention.dense(q_Bx1xHxC, k_BxKxCxS, v_BxKxSxC, mask)
+    mask = attention.mask(jnp.arange(k_BxKxCxS.shape[-1])[None], positions_Bx1, window)
+    return attention.dense(q_Bx1xHxC, k_BxKxCxS, v_BxKxSxC, mask, scale)
 
 
 def small_pages(tokens=4):
