@@ -71,7 +71,15 @@ ARCHITECTURES = {
         },
         head_dim=256,
         defaults={
+            "vocab_size": 262_208,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 131_072,
             "tie_word_embeddings": True,
+            "sliding_window": 4096,
             "rope_theta": 1e6,
             "rope_local_base_freq": 1e4,
             "query_pre_attn_scalar": 256,
@@ -91,6 +99,9 @@ ARCHITECTURES = {
         },
     ),
 }
+# A model of text and images -> its text model, which alone is read. Its config is `text_config`.
+TEXT_MODELS = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
+SHARED_FIELDS = ("torch_dtype", "dtype", "eos_token_id", "bos_token_id", "pad_token_id")
 # The fields of `rope_scaling` that each `rope_type` uses.
 ROPE_FIELDS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -221,14 +232,42 @@ def from_json(path: pathlib.Path, **options: Any) -> DecoderConfig:
       ConfigError: The file can't be read, a field is missing, or the decoder doesn't support the
         value of a field. The message names the file, the field, its value and what was expected.
     """
-    # A field that is null counts as absent.
-    fields = {name: value for name, value in read_object(path).items() if value is not None}
-    if "num_attention_heads" in fields:
-        fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
+    fields = _fields(path)
     try:
         return _from_fields(fields, options)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def _fields(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the fields of a `config.json` that are not null, which counts as absent."""
+    return {
+        name: value for name, value in text_fields(read_object(path)).items() if value is not None
+    }
+
+
+def text_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of the text model of a `config.json`, which may have others beside it."""
+    names = fields.get("architectures")
+    name = TEXT_MODELS.get(names[0]) if isinstance(names, list) and names else None
+    text = fields.get("text_config")
+    if name is None or not isinstance(text, dict):
+        return fields
+    rest = {field: fields[field] for field in SHARED_FIELDS if field in fields}
+    return {**rest, **text, "architectures": [name]}
+
+
+def _architecture(fields: dict[str, Any]) -> tuple[Architecture, dict[str, Any]]:
+    """Returns the architecture of a `config.json`, and its fields with default values."""
+    names = fields.get("architectures")
+    name = names[0] if isinstance(names, list) and len(names) == 1 else None
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        known = ", ".join((*ARCHITECTURES, *TEXT_MODELS))
+        raise _unexpected("architectures", names, f"one of {known}")
+    fields = {**ARCHITECTURES[name].defaults, **fields}
+    if "num_attention_heads" in fields:
+        fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
+    return ARCHITECTURES[name], fields
 
 
 def max_positions(path: pathlib.Path) -> int:
@@ -241,15 +280,13 @@ def max_positions(path: pathlib.Path) -> int:
     Raises:
       ConfigError: The file can't be read, or the value of a field is not a possible size.
     """
-    fields = {name: value for name, value in read_object(path).items() if value is not None}
+    fields = _fields(path)
     name = "max_position_embeddings"
     try:
         if name not in fields:
             return 0
         positions = _integer(fields, name)
-        architecture = ARCHITECTURES.get(str(fields.get("architectures", [""])[0]))
-        defaults = architecture.defaults if architecture else {}
-        scaling = _rope_scaling(_rope({**defaults, **fields})[0], positions)
+        scaling = _rope_scaling(_rope(_architecture(fields)[1])[0], positions)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     if scaling.rope_type == "linear":
@@ -261,12 +298,7 @@ def max_positions(path: pathlib.Path) -> int:
 
 def _from_fields(fields: dict[str, Any], options: dict[str, Any]) -> DecoderConfig:
     """Converts the fields of a `config.json` to a `DecoderConfig`, or raises ValueError."""
-    names = fields.get("architectures")
-    name = names[0] if isinstance(names, list) and len(names) == 1 else None
-    if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise _unexpected("architectures", names, f"one of {', '.join(ARCHITECTURES)}")
-    architecture = ARCHITECTURES[name]
-    fields = {**architecture.defaults, **fields}
+    architecture, fields = _architecture(fields)
     only = {
         "attention_bias": architecture.options["attention_bias"],
         "mlp_bias": False,

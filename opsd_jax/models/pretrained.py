@@ -115,7 +115,7 @@ def open_model(directory: pathlib.Path, **options: Any) -> Model:
     """
     model = _without_weights(directory, **options)
     layouts = architecture.layouts(architecture.from_json(directory / CONFIG))
-    stored = safetensors.tensors_of(directory)
+    stored = _text_tensors(directory)
     expected = weights.all_layouts(jax.eval_shape(model.init, jax.random.key(0)), layouts)
     check_tensors(stored, expected, directory)
 
@@ -135,6 +135,24 @@ def _without_weights(directory: pathlib.Path, **options: Any) -> Model:
     path = directory / CONFIG
     model = decoder.model(architecture.from_json(path, **options))
     return model._replace(max_positions=architecture.max_positions(path))
+
+
+def _text_tensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
+    """Returns the tensors of the text model in a directory, by the names that it has alone.
+
+    The other tensors of a model of text and images are left out.
+    """
+    stored = safetensors.tensors_of(directory)
+    for prefix in ("language_model.model.", "model.language_model."):
+        text = {
+            f"model.{name.removeprefix(prefix)}": tensor
+            for name, tensor in stored.items()
+            if name.startswith(prefix)
+        }
+        head = stored.get(HEAD) or stored.get(f"language_model.{HEAD}")
+        if text:
+            return text | ({HEAD: head} if head else {})
+    return stored
 
 
 def check_tensors(
@@ -208,7 +226,7 @@ def _files(directory: pathlib.Path, dtype: str) -> dict[str, Any]:
     Returns:
       Path in the export -> the file to copy, or the value to write as JSON.
     """
-    config = read_object(directory / CONFIG)
+    config = architecture.text_fields(read_object(directory / CONFIG))
     if dtype:
         config["dtype" if "dtype" in config else "torch_dtype"] = dtype
     return {**_companions(directory), CONFIG: config}
@@ -288,7 +306,7 @@ def rewrite(source: pathlib.Path, directory: pathlib.Path, dtype: str = "") -> N
         or `directory` is not empty or cannot be written.
     """
     config = architecture.from_json(source / CONFIG)
-    stored, layouts = safetensors.tensors_of(source), architecture.layouts(config)
+    stored, layouts = _text_tensors(source), architecture.layouts(config)
     shapes = jax.eval_shape(decoder.model(config).init, jax.random.key(0))
     expected = weights.all_layouts(shapes, layouts)
     check_tensors(stored, expected, source)

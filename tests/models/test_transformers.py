@@ -26,6 +26,8 @@ from opsd_jax.run.parameters import Parameters
 torch = pytest.importorskip("torch", reason="needs the extra `parity`")
 transformers = pytest.importorskip("transformers", reason="needs the extra `parity`")
 
+safetensors_torch = pytest.importorskip("safetensors.torch", reason="needs the extra `parity`")
+
 pytestmark = pytest.mark.slow
 
 SIZES = dict(
@@ -264,3 +266,47 @@ def test_the_result_of_a_run_loads_in_transformers(config, tmp_path):
     tokens, positions = np.array(random_tokens(8, (2, 40))), padded_positions("whole")
     logits = logits_of(this.model, this.of("sft"), tokens, positions)
     np.testing.assert_allclose(logits, hf_logits(hf, tokens, positions), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_model_of_a_model_of_images_is_read(tmp_path, prefix):
+    """Released Gemma 3 models of 4B and more have their text model beside a vision tower."""
+    text = random_hf("gemma3").config
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    hf = transformers.Gemma3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, weight in hf.named_parameters():
+            weight.normal_(0.0, 0.2)
+    hf.save_pretrained(tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = safetensors_torch.load_file(file)
+    found = next(
+        p
+        for p in ("language_model.model.", "model.language_model.")
+        if any(name.startswith(p) for name in tensors)
+    )
+    named = {name.replace(found, prefix): tensor for name, tensor in tensors.items()}
+    safetensors_torch.save_file(named, file, metadata={"format": "pt"})
+
+    model = decoder_from(tmp_path / "hf")
+    params = model.load(abstract(model))
+    tokens, positions = np.array(random_tokens(3, (2, 40))), padded_positions("left")
+    with torch.no_grad():
+        expected = hf(
+            torch.tensor(tokens),
+            attention_mask=torch.tensor(positions >= 0).long(),
+            position_ids=torch.tensor(positions).clamp(min=0),
+        ).logits.numpy()
+    logits = logits_of(model, params, tokens, positions)
+    real = positions >= 0
+    np.testing.assert_allclose(logits[real], expected[real], atol=1e-4, rtol=1e-4)
+
+    model.save(params, tmp_path / "text")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text").float().eval()
+    assert type(again).__name__ == "Gemma3ForCausalLM"
+    np.testing.assert_allclose(
+        hf_logits(again, tokens, positions)[real], expected[real], atol=1e-4, rtol=1e-4
+    )
