@@ -249,7 +249,8 @@ def _fields(path: pathlib.Path) -> dict[str, Any]:
 def text_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields of the text model of a `config.json`, which may have others beside it."""
     names = fields.get("architectures")
-    name = TEXT_MODELS.get(names[0]) if isinstance(names, list) and names else None
+    only = names[0] if isinstance(names, list) and len(names) == 1 else None
+    name = TEXT_MODELS.get(only) if isinstance(only, str) else None
     text = fields.get("text_config")
     if name is None or not isinstance(text, dict):
         return fields
@@ -401,7 +402,7 @@ def _windows(fields: dict[str, Any], architecture: Architecture, num_layers: int
     if types is None:
         types = [FULL] * num_layers
         if architecture.windows and window is not None:
-            types = _window_pattern(fields, num_layers)
+            types = _window_pattern(fields, architecture, num_layers)
     expected = f"a list with {num_layers} entries {FULL!r} or {SLIDING!r}"
     if not architecture.windows:
         expected = f'a list with only "{FULL}"'
@@ -410,14 +411,16 @@ def _windows(fields: dict[str, Any], architecture: Architecture, num_layers: int
         isinstance(kind, str) and kind in allowed for kind in types
     ):
         raise _unexpected("layer_types", types, expected)
-    if SLIDING not in types:
-        return {}
     if len(types) != num_layers:
         raise _unexpected("layer_types", types, expected)
+    if SLIDING not in types:
+        return {}
     return {"layer_types": tuple(types), "sliding_window": _integer(fields, "sliding_window")}
 
 
-def _window_pattern(fields: dict[str, Any], num_layers: int) -> list[str]:
+def _window_pattern(
+    fields: dict[str, Any], architecture: Architecture, num_layers: int
+) -> list[str]:
     """Returns the kind of each layer of a `config.json` that does not list them.
 
     Gemma 3 has full attention in every sixth layer, Qwen in the first `max_window_layers` if it has
@@ -427,7 +430,7 @@ def _window_pattern(fields: dict[str, Any], num_layers: int) -> list[str]:
         period = _integer(fields, "sliding_window_pattern")
         return [SLIDING if (i + 1) % period else FULL for i in range(num_layers)]
     first = 0
-    if fields.get("model_type", "").startswith("qwen"):
+    if architecture.model_type.startswith("qwen"):
         first = fields.get("max_window_layers", 28)
         if not isinstance(first, int):
             raise _unexpected("max_window_layers", first, "an integer")

@@ -489,8 +489,13 @@ def flops(config: DecoderConfig, tokens: float, pairs: float, predicted: float) 
     D, F = config.hidden_size, config.intermediate_size
     H, K, C = config.num_heads, config.num_kv_heads, config.head_dim
     weights_of_layer = D * C * (H + 2 * K) + H * C * D + 3 * D * F
-    of_layer = weights_of_layer * tokens + 2 * H * C * pairs
-    return 2 * (config.num_layers * of_layer + D * config.vocab_size * predicted)
+    # A token attends to at most `sliding_window` tokens in some layers. The pairs of all sequences
+    # together have this bound only on average, so the figure is an upper bound.
+    near = min(pairs, tokens * config.sliding_window)
+    attended = sum(near if slides else pairs for slides in config.slides)
+    attention_flops = 2 * H * C * attended
+    of_layers = config.num_layers * weights_of_layer * tokens + attention_flops
+    return 2 * (of_layers + D * config.vocab_size * predicted)
 
 
 def model(config: DecoderConfig) -> policy_lib.Model:

@@ -31,6 +31,12 @@ MILLIONS = {
     "r1-distill-qwen-14b": 14770.03,
     "acereason-nemotron-7b": 7615.62,
     "acereason-nemotron-14b": 14770.03,
+    # Text models; the larger ones are released with a vision tower.
+    "gemma-3-270m": 268.10,
+    "gemma-3-1b": 999.89,
+    "gemma-3-4b": 3880.26,
+    "gemma-3-12b": 11766.03,
+    "gemma-3-27b": 27009.35,
     "llama-3.1-8b": 8030.26,
     "llama-3.2-1b": 1235.81,
     "llama-3.2-3b": 3212.75,
@@ -45,6 +51,9 @@ CONFIG = {
     "num_key_value_heads": 2,
     "hidden_act": "silu",
 }
+
+
+SLIDING = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)
@@ -149,7 +158,7 @@ def test_normalised_queries_with_biases_cannot_be_exported():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["MistralForCausalLM"]}, r"architectures is \[\"MistralForCausalLM\"\]"),
+        ({"architectures": ["PhiForCausalLM"]}, r"architectures is \[\"PhiForCausalLM\"\]"),
         (
             {"rope_parameters": {"full_attention": {"rope_theta": 5e5}}},
             "rope_scaling is .*; expected a single object that applies to all layers",
@@ -168,8 +177,12 @@ def test_normalised_queries_with_biases_cannot_be_exported():
         ),
         ({"attention_bias": False}, "attention_bias is false; expected true"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is .*bits"),
-        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "use_sliding"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is .*sliding"),
+        (
+            {"architectures": ["LlamaForCausalLM"], "attention_bias": False, **SLIDING},
+            "layer_types is .*; expected a list with only",
+        ),
+        (SLIDING | {"sliding_window": 0}, "sliding_window is 0; expected an integer above 0"),
+        ({"layer_types": ["full_attention"] * 3, "sliding_window": 8}, "layer_types is .*; expec"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, 'rope_type is "dynamic"; expected'),
         ({"rope_scaling": {"type": "linear"}}, "factor is null; expected a number above 0"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor is 0.5; expected at least 1"),
@@ -181,7 +194,7 @@ def test_normalised_queries_with_biases_cannot_be_exported():
         ({"rope_theta": 10**400}, r"rope_theta is 1000\d+\.\.\.; expected a number above 0"),
         ({"rope_theta": 1}, "rope_theta is 1.0; expected a number above 1"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is NaN; expected a number"),
-        ({"layer_types": [["full_attention"]]}, "layer_types is .*; expected a list with only"),
+        ({"layer_types": [["full_attention"]]}, "layer_types is .*; expected a list with 2"),
         ({"layer_types": 3}, "layer_types is 3; expected a list"),
         ({"architectures": [["LlamaForCausalLM"]]}, "architectures is .*; expected one of"),
         ({"tie_word_embeddings": "false"}, 'tie_word_embeddings is "false"; expected true or'),

@@ -278,7 +278,7 @@ def test_the_text_model_of_a_model_of_images_is_read(tmp_path, prefix):
     torch.manual_seed(0)
     hf = transformers.Gemma3ForConditionalGeneration(config).eval()
     with torch.no_grad():
-        for name, weight in hf.named_parameters():
+        for weight in hf.parameters():
             weight.normal_(0.0, 0.2)
     hf.save_pretrained(tmp_path / "hf")
     file = tmp_path / "hf" / "model.safetensors"
