@@ -429,7 +429,17 @@ def test_a_config_json_of_version_0_1_0_is_read():
     """Stages that do not run may contradict themselves. Fields added later have default values."""
     saved = json.loads((pathlib.Path(__file__).parent / "rlvr_hf_0_1_0.json").read_text())
     config = parse_run(loading.from_flat(saved))
-    assert loading.ADDED == {
+    to_decoders = {
+        "model.activation": "silu",
+        "model.layer_types": [],
+        "model.norm_offset": False,
+        "model.post_norms": False,
+        "model.query_scalar": 0.0,
+        "model.rope_local_theta": 0.0,
+        "model.scale_embeddings": False,
+        "model.sliding_window": 0,
+    }
+    to_runs = {
         "adapter.alpha": 128.0,
         "adapter.base": "auto",
         "adapter.dropout": 0.0,
@@ -443,24 +453,17 @@ def test_a_config_json_of_version_0_1_0_is_read():
         "executables": "",
         "init_from": "",
         "max_without_signal": 50,
-        "model.activation": "silu",
         "model.context_parallel": False,
-        "model.layer_types": [],
         "model.max_positions": 0,
-        "model.norm_offset": False,
-        "model.post_norms": False,
-        "model.query_scalar": 0.0,
-        "model.rope_local_theta": 0.0,
-        "model.scale_embeddings": False,
-        "model.sliding_window": 0,
         "pool.failures": 0.5,
         "rollout_quantisation.cache": "none",
         "rollout_quantisation.weights": "none",
     }
+    assert to_runs | to_decoders == loading.ADDED
     to_every_stage = {"optimizer.second_moment_dtype": "parameters", "packing": False}
     to_rollouts = {"carry_over": 0, "max_staleness": 4, "pool_tokens": 0, "speculation": 0}
     assert to_every_stage | to_rollouts == loading.ADDED_TO_STAGES
-    added = loading.ADDED | {
+    added = to_runs | {
         f"{stage}.{field}": value
         for stage, fields in (
             ("sft", to_every_stage),
