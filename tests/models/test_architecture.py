@@ -228,6 +228,71 @@ def test_an_unreadable_config_json_is_named(tmp_path, text):
         architecture.from_json(path)
 
 
+FULL, SLIDES = "full_attention", "sliding_attention"
+GEMMA = {"architectures": ["Gemma3ForCausalLM"], "hidden_act": None, "num_hidden_layers": 7}
+
+
+@pytest.mark.parametrize(
+    ("changes", "types"),
+    [
+        (GEMMA, (SLIDES,) * 5 + (FULL, SLIDES)),
+        ({**GEMMA, "sliding_window_pattern": 2}, (SLIDES, FULL) * 3 + (SLIDES,)),
+        ({**SLIDING}, (FULL, SLIDES)),
+        (
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+            (FULL, SLIDES),
+        ),
+        (
+            {"architectures": ["MistralForCausalLM"], "attention_bias": False, "sliding_window": 8},
+            (SLIDES, SLIDES),
+        ),
+    ],
+)
+def test_the_layers_with_a_sliding_window_are_read(written, changes, types):
+    config = architecture.from_json(written(**changes))
+    assert config.layer_types == types
+    assert config.slides == tuple(kind == SLIDES for kind in types)
+    assert config.sliding_window == changes.get("sliding_window", 4096)
+
+
+def test_the_rotary_embeddings_of_gemma_are_read_from_old_and_new_files(written):
+    """Older files have two bases, and newer ones an object for each kind of layers."""
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    old = written(**GEMMA, rope_theta=5e5, rope_local_base_freq=2e4, rope_scaling=scaling)
+    expected = architecture.from_json(old)
+    assert (expected.rope_theta, expected.rope_local_theta) == (5e5, 2e4)
+    assert expected.rope_scaling.factor == 8
+    kinds = {FULL: {"rope_theta": 5e5, **scaling}, SLIDES: {"rope_theta": 2e4}}
+    assert architecture.from_json(written(**GEMMA, rope_parameters=kinds)) == expected
+    assert architecture.to_json(expected, "float32")["rope_local_base_freq"] == 2e4
+    other = {FULL: {}, SLIDES: scaling}
+    with pytest.raises(ValueError, match=r"sliding_attention is .*; expected the rope_type"):
+        architecture.from_json(written(**GEMMA, rope_parameters=other))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_types": (FULL,)}, r"layer_types has 1 entries; expected one for each of .* = 3"),
+        ({"layer_types": ("local",) * 3}, r"layer_types is .*; expected \(\) or, for each layer"),
+        ({"sliding_window": 8}, r"sliding_window is 8, but model\.layer_types has no 'sliding"),
+        ({"layer_types": (SLIDES,) * 3}, r"sliding_window is 0, but model\.layer_types has 'slid"),
+        (
+            {
+                "layer_types": (SLIDES,) * 3,
+                "sliding_window": 8,
+                "context_parallel": True,
+                "remat": "full",
+            },
+            r"context_parallel is True with model\.sliding_window = 8; expected False",
+        ),
+    ],
+)
+def test_windows_that_do_not_fit_the_layers_are_refused(changes, message):
+    with pytest.raises(config_lib.ConfigError, match=message):
+        decoder.config_of(tiny_config.decoder(**changes))
+
+
 def test_a_sliding_window_that_no_layer_uses_is_allowed(written):
     """Released models have the fields of a window that is not in use."""
     changes = {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 1}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from opsd_jax.run import assembly
 from opsd_jax.stages import teacher as teacher_lib
 from opsd_jax.training import metrics as metrics_lib
 from opsd_jax.training.optimizer import make_optimizer
+from opsd_jax.training.speed import without_times
 from opsd_jax.training.state import abstract_state, init_state
 from opsd_jax.training.step import batch_shardings, compile_train_step
 
@@ -154,6 +156,52 @@ def test_from_rlvr_to_opsd(files, tmp_path):
     get = lambda lines: [json.loads(line)["tokens"] for line in lines]
     assert get(before) == get(same)  # the exported model is the trained one
     assert (tmp_path / "opsd" / "report" / "index.html").is_file()
+
+
+@pytest.mark.slow
+def test_from_rlvr_to_opsd_with_gemma(files, tmp_path):
+    """A small random Gemma 3, whose prompts are longer than its windows; OPSD resumes."""
+    sizes = tiny_config.decoder(
+        vocab_size=640,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        scan_unroll=1,
+        tie_word_embeddings=True,
+        layer_types=("sliding_attention", "full_attention", "sliding_attention"),
+        sliding_window=20,
+        rope_local_theta=1e4,
+        query_scalar=12.0,
+        activation="gelu",
+        norm_offset=True,
+        post_norms=True,
+        scale_embeddings=True,
+    )
+    model = decoder.from_config(sizes)
+    model.save(jax.jit(model.init)(jax.random.key(0)), tmp_path / "gemma")
+    config = json.loads((tmp_path / "gemma" / "config.json").read_text())
+    assert config["architectures"] == ["Gemma3ForCausalLM"]
+    for path in (files / "model").iterdir():
+        if not (tmp_path / "gemma" / path.name).exists():
+            shutil.copy(path, tmp_path / "gemma")
+    train(files, "rlvr", tmp_path / "rlvr", model=tmp_path / "gemma")
+    exported = tmp_path / "model"
+    assert main.main(["convert", "--workdir", str(tmp_path / "rlvr"), "--out", str(exported)]) == 0
+    rows = train(files, "opsd", tmp_path / "opsd", model=exported, **{"opsd.steps": "1"})
+    assert len(rows) == 1
+    before = (tmp_path / "rlvr" / "rlvr" / "responses.jsonl").read_text()
+    assert (tmp_path / "opsd" / "untrained" / "responses.jsonl").read_text() == before
+    whole = train(files, "opsd", tmp_path / "whole", model=exported)
+    assert len(whole) == 2
+    fork = ["train", "--config", str(CONFIGS / "opsd_hf.py"), "--workdir", str(tmp_path / "fork")]
+    fork += ["--fork", f"{tmp_path / 'opsd' / 'opsd'}@1"]
+    fork += [f"--config.{k}={v}" for k, v in overrides(files, "opsd", exported).items()]
+    assert main.main(fork) == 0
+    resumed = metrics_lib.read(tmp_path / "fork" / "opsd")
+    assert [without_times(row) for row in resumed] == [without_times(row) for row in whole]
 
 
 LORA = {"adapter.kind": "lora", "adapter.rank": "4", "adapter.alpha": "8"}
