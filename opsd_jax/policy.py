@@ -130,8 +130,7 @@ class AdapterFiles(NamedTuple):
       about: `directory -> opsd_jax.models.peft.About`, what the adapter in a directory is.
       load: `(abstract_adapter, directory) -> adapter`, for shapes, dtypes and shardings of an
         adapter (see `opsd_jax.models.lora`). Every host calls it.
-      save: `(adapter, directory, about, checksums) -> None`. `about` has fields of
-        `adapter_config.json`, and `checksums` identifies the arrays of the base model. Every host
+      save: `(adapter, directory, about, dropout=0.0) -> None`, for such an `About`. Every host
         calls it.
     """
 

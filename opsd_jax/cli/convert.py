@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Mapping
 
 import jax
 
 from opsd_jax.config.run_options import RunOptions, parse_run
-from opsd_jax.models import pretrained, weights
+from opsd_jax.models import peft, pretrained, weights
 from opsd_jax.models.quantised import QuantisationOptions
 from opsd_jax.options import ConfigError
 from opsd_jax.parallel import mesh as mesh_lib
@@ -19,6 +20,8 @@ from opsd_jax.run.parameters import Parameters, chosen_stage
 from opsd_jax.storage import hub
 from opsd_jax.storage.files import Path
 from opsd_jax.storage.names import UNTRAINED
+
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
@@ -113,13 +116,22 @@ def export_adapter(
             "`adapter_files`; expected no --adapter, which writes the model with the adapter added."
         )
     adapter, base = parameters.trained_adapter(stage)
-    about = {
-        "r": config.adapter.rank,
-        "lora_alpha": config.adapter.alpha,
-        "lora_dropout": config.adapter.dropout,
-        "base_model_name_or_path": parameters.base_path(stage),
-    }
-    parameters.model.adapter_files.save(adapter, directory, about, base.checksums)
+    about = peft.About(
+        config.adapter.rank,
+        config.adapter.alpha,
+        tuple(sorted(adapter)),
+        base.path,
+        base.checksums,
+        getattr(config.model, "param_dtype", "float32"),
+        config.adapter.base,
+    )
+    parameters.model.adapter_files.save(adapter, directory, about, config.adapter.dropout)
+    if not base.path:
+        logger.warning(
+            "the base model is %s, which PEFT needs too: write it with --stage, --dtype float32 "
+            "and another --out, and without --adapter.",
+            base.name,
+        )
 
 
 def _opened(

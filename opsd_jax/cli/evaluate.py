@@ -110,7 +110,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         hosts.from_first(lambda: records.check_settings(directory, settings))
         if not hosts.from_first((directory / records.SUMMARY).exists):
             _, statistics = this.evaluator(
-                stage if workdir else pathlib.PurePath(model).name,
+                stage if workdir else _label(arguments, model),
                 this.parameters.of(stage),
                 progress,
                 stop,
@@ -147,7 +147,7 @@ def _settings(
     fingerprint = lambda path: hosts.together(lambda: records.fingerprint(path))
     settings = pipeline.evaluation_settings(this, model, fingerprint(weights), problems)
     if arguments.adapter:
-        settings["adapter"] = [str(arguments.adapter), fingerprint(arguments.adapter)]
+        settings["adapter"] = fingerprint(arguments.adapter)
     if arguments.trust:
         settings["trusted"] = sorted({*arguments.trust})
     workdir_lib.check_equal(settings, "settings")
@@ -210,42 +210,55 @@ def _of_run(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
 
 def _of_model(arguments: argparse.Namespace) -> tuple[str, ConfigDict]:
     """Returns UNTRAINED and an unlocked config for evaluating a model directory."""
-    if arguments.model is None and arguments.adapter is None:
-        raise ConfigError("there is no model; expected --workdir, --model or --adapter.")
     if not arguments.benchmark or arguments.out is None or arguments.stage is not None:
+        given = "--adapter" if arguments.adapter else "--model"
         raise ConfigError(
-            "--model evaluates a model outside a run, without stages or held-out problems; "
+            f"{given} evaluates a model outside a run, without stages or held-out problems; "
             "expected --benchmark and --out, and no --stage."
         )
     config = sections.default().unlock()
     # Nothing is trained, so the weights can have the dtype of the matmuls.
     dtype = default_dtype(jax.default_backend())
-    named = arguments.model
+    named, field, param_dtype = arguments.model, "--model", dtype
     if arguments.adapter:
-        named, config.adapter = _adapter(arguments.adapter, named)
-    path = hub.pinned(named, hub.MODEL, "--model")
-    # An adapter is added in float32.
-    param_dtype = "float32" if arguments.adapter else dtype
+        about = _adapter(arguments.adapter, named)
+        # The checksums of the base model are of its parameters in this dtype.
+        named, param_dtype = named or about.base, about.param_dtype
+        if not arguments.model:
+            field = f"base_model_name_or_path in {arguments.adapter / peft.CONFIG}"
+            _check_base(named, field)
+        options = {"rank": about.rank, "alpha": about.alpha, "targets": about.paths}
+        config.adapter = sections.lora(path=str(arguments.adapter), base=about.form, **options)
+    path = hub.pinned(named, hub.MODEL, field)
     config.model = sections.pretrained(path, dtype=dtype, param_dtype=param_dtype).unlock()
     config.task, config.data.tokenizer = TEXT_TASK, path
     return UNTRAINED, config
 
 
-def _adapter(directory: pathlib.Path, model: str | None) -> tuple[str, ConfigDict]:
-    """Returns the model of an adapter, and the config section `adapter` for it.
+def _label(arguments: argparse.Namespace, model: str) -> str:
+    """Returns a name for the evaluation of a model directory, perhaps with an adapter."""
+    names = [pathlib.PurePath(path).name for path in (model, arguments.adapter) if path]
+    return " + ".join(names)
 
-    Args:
-      directory: the directory of the adapter.
-      model: the value of --model; None for the model that the adapter names.
-    """
+
+def _adapter(directory: pathlib.Path, model: str | None) -> peft.About:
+    """Reads what the adapter in a directory is. `model` is the value of --model, or None."""
     try:
         about = peft.about(directory)
     except ValueError as error:
         raise ConfigError(f"--adapter: {error}") from error
     if not (model or about.base):
         raise ConfigError(f"--adapter {directory} does not name its model; expected --model too.")
-    options = {"rank": about.rank, "alpha": about.alpha, "targets": about.paths}
-    return model or about.base, sections.lora(path=str(directory), **options)
+    return about
+
+
+def _check_base(model: str, field: str) -> None:
+    """Raises ConfigError if the model that an adapter names is neither here nor on the Hub."""
+    if not pathlib.Path(model).is_dir() and not hub.is_name(model, hub.MODEL):
+        raise ConfigError(
+            f"{field} is {model!r}, which is no directory on this machine; expected --model with "
+            "the directory of the adapter's model."
+        )
 
 
 def _take_benchmarks(config: ConfigDict, named: list[str]) -> None:

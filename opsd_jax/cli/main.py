@@ -33,6 +33,10 @@ def _main(argv: Sequence[str] | None) -> int:
         parser().error(
             f"{arguments.command} uses the saved config of a run; expected no {OVERRIDE}FIELD"
         )
+    if arguments.command == "evaluate" and not (
+        arguments.workdir or arguments.model or arguments.adapter
+    ):
+        parser().error("evaluate has no model; expected --workdir, --model or --adapter")
     _log_to_stderr()
 
     # Imported here, because --help and usage errors need no JAX.

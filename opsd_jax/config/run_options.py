@@ -142,6 +142,14 @@ class RunOptions:
         if unknown := [name for name in self.adapter.stages if name not in self.sections]:
             expected = f"names of stages ({', '.join(self.sections)}), but {unknown[0]!r} is none"
             fail("adapter.stages", self.adapter.stages, expected)
+        first = next((name for name in self.stages if not self.sections[name].init_from), "")
+        if self.stages and self.adapter.kind == "lora":
+            if not any(map(self.adapter.trains, self.stages)):
+                expected = f"() or one of config.stages = {self.stages}, so that a stage trains it"
+                fail("adapter.stages", self.adapter.stages, expected)
+            if self.adapter.path and not self.adapter.trains(first):
+                expected = f"'', because the first stage, {first!r}, does not train the adapter"
+                fail("adapter.path", self.adapter.path, expected)
         if self.wandb_project and importlib.util.find_spec("wandb") is None:
             expected = "'', because wandb is not installed (pip install 'opsd-jax[wandb]')"
             fail("wandb_project", self.wandb_project, expected)
@@ -185,7 +193,8 @@ def parse_run(config: ConfigDict, platform: str = "") -> RunOptions:
         fail("model", model, expected)
     adapter = options.adapter
     if (adapter.kind, adapter.base) == ("lora", "auto"):
-        int8 = options.rollout_quantisation.weights == "int8"
+        # A model of one's own may not support it.
+        int8 = kind is not None and options.rollout_quantisation.weights == "int8"
         adapter = dataclasses.replace(adapter, base="int8" if int8 else "exact")
     whole = dataclasses.replace(
         options, model=model, adapter=adapter, sections=types.MappingProxyType(sections)

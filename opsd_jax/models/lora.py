@@ -36,9 +36,11 @@ FIELD = "adapter"  # the config section
 
 def _are_expressions(texts: tuple[str, ...]) -> bool:
     try:
-        return bool([re.compile(text) for text in texts] or not texts)
+        for text in texts:
+            re.compile(text)
     except re.error:
         return False
+    return True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,10 +87,23 @@ class LoRAOptions:
     )
     path: str = option(
         "",
-        "Directory of an adapter in the format of Hugging Face PEFT, with which the first of these "
-        "stages begins; '' for a new adapter.",
+        "Local directory of an adapter in the format of Hugging Face PEFT, with which the run "
+        "begins; '' for a new adapter. The first stage has to train the adapter.",
         added=True,
     )
+
+    def check(self, field: str) -> None:
+        """Raises ConfigError if other fields are set, but `kind` does not turn the adapter on."""
+        for name, about in self.__dataclass_fields__.items():
+            value = getattr(self, name)
+            if self.kind == "none" and name != "kind" and value != about.default:
+                expected = (
+                    f"{about.default!r}, its default value, because config.{field}.kind is 'none'. "
+                    f"To train an adapter, set config.{field}.kind to 'lora'"
+                )
+                fail(f"{field}.{name}", value, expected)
+        if "://" in self.path:
+            fail(f"{field}.path", self.path, "a directory on this machine")
 
     def trains(self, stage: str) -> bool:
         """Returns whether a stage trains the adapter."""
@@ -130,7 +145,10 @@ class LowRank:
         )
 
     def reshape(self, size: int, *sizes: int) -> LowRank:
-        """Reshapes a weight whose inputs come first, and become one axis of `size`."""
+        """Reshapes a weight whose inputs come first, and become one axis of `size`.
+
+        The axes of the outputs, in `b`, stay as they are.
+        """
         weight, a = self.weight.reshape(size, *sizes), self.a.reshape(size, -1)
         return dataclasses.replace(self, weight=weight, a=a)
 
@@ -155,6 +173,7 @@ class LoRA:
     Attributes:
       matrices: the path of each adapted parameter -> how its axes form a matrix.
       scale: alpha / rank.
+      native: whether the model computes with factors, and their sum is not formed.
     """
 
     def __init__(
@@ -189,7 +208,7 @@ class LoRA:
             )
             fail(f"{FIELD}.targets", (), expected)
         self.matrices = _matched(options.targets, self._shapes, declared or plain)
-        self._native = bool(declared) and model.low_rank
+        self.native = bool(declared) and model.low_rank
         self._int8 = declared if options.base == "int8" else {}
         for name, matrix in self.matrices.items():
             _, inputs, outputs = _split(self._shapes[name], matrix)
@@ -200,12 +219,18 @@ class LoRA:
                 fail(f"{FIELD}.rank", options.rank, expected)
         for name, only in (("dropout", 0.0), ("base", "exact")):
             value = getattr(options, name)
-            if value not in (only, "auto") and not self._native:
+            if value not in (only, "auto") and not self.native:
                 expected = (
                     f"{only!r}, because the model does not apply adapters itself "
                     "(`Model.low_rank`), so each adapter is added to its matrix"
                 )
                 fail(f"{FIELD}.{name}", value, expected)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What an adapter's values mean: they are useless with other options. JSON-ready."""
+        options = self._options
+        return {"rank": options.rank, "alpha": options.alpha, "targets": sorted(self.matrices)}
 
     def init(self, key: jax.Array) -> Params:
         """Returns a new adapter. A has values in (-1, 1) / sqrt(inputs), as in PEFT; B is 0.
@@ -293,7 +318,12 @@ class LoRA:
         return jax.tree.map(exact, summed, is_leaf=_is_int8)
 
     def applied(
-        self, base: Params, adapter: Params | None, draw: Sequence[jax.Array] | None = None
+        self,
+        base: Params,
+        adapter: Params | None,
+        draw: Sequence[jax.Array] | None = None,
+        *,
+        seed: int = 0,
     ) -> Params:
         """Returns parameters that `policy` takes, for a train step.
 
@@ -301,17 +331,18 @@ class LoRA:
           base: the parameters of the base model.
           adapter: the adapter; None for the base model alone.
           draw: integers that select the inputs to drop; None for no dropout.
+          seed: another one of these integers.
         """
         if adapter is None:
             return base
         key = None
         if draw is not None and self._options.dropout:
-            key = jax.random.key(0)
+            key = jax.random.key(seed)
             for number in draw:
                 key = jax.random.fold_in(key, number)
 
         def join(name: str, weight: Any, factors: Mapping[str, jax.Array]) -> Any:
-            if not self._native:
+            if not self.native:
                 return self._sum(name, weight, factors)
             own = None
             if key is not None:

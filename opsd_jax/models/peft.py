@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import pathlib
 import re
+import types
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -18,12 +19,13 @@ from opsd_jax.models import safetensors, weights
 from opsd_jax.models.safetensors import WeightsError
 from opsd_jax.models.weights import LAYER_LAYOUT, TensorLayout
 from opsd_jax.policy import AdapterFiles, Params
+from opsd_jax.storage import hub
 from opsd_jax.storage.foreign import listed, read_object, shown
 
 CONFIG = "adapter_config.json"
 FILE = "adapter_model.safetensors"
 FACTORS = {"a": "lora_A", "b": "lora_B"}
-BASE = "base.json"  # in an export of opsd_jax: the checksums of the arrays of the base model
+BASE = "base.json"  # in an export of opsd_jax: the last three fields of `About`
 _NAME = re.compile(r"base_model\.model\.model\.layers\.\d+\.([\w.]+)\.lora_[AB]\.weight")
 # Name of a module in a layer, such as "self_attn.q_proj" -> the path of its parameter.
 MODULES = {
@@ -31,19 +33,17 @@ MODULES = {
     for name, (suffix, stored, _) in LAYER_LAYOUT.items()
     if len(stored) == 2
 }
-# Fields of `adapter_config.json` -> the values that are supported.
-SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "use_dora": (False,),
-    "lora_bias": (False,),
-    "fan_in_fan_out": (False,),
-    "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "trainable_token_indices": (None, []),
-    "target_parameters": (None, []),
-}
+# Fields of `adapter_config.json` that `about` reads, or that do not change what is computed.
+READ = (
+    "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "inference_mode",
+    "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
+    "megatron_core", "peft_version", "qalora_group_size", "r", "revision", "runtime_config",
+    "target_modules", "task_type", "use_rslora",
+)  # fmt: skip
+# The values of other fields that mean plain LoRA.
+PLAIN = {"peft_type": "LORA", "bias": "none"}
+# Initial values that leave the base model as it is. PiSSA, OLoRA and others change it.
+INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 class About(NamedTuple):
@@ -54,15 +54,19 @@ class About(NamedTuple):
       alpha: its product is multiplied by alpha / rank.
       paths: the parameters that it adapts.
       base: name or directory of its base model; "" if the file does not say.
-      checksums: path -> checksum of the arrays of its base model, which an export of opsd_jax
-        contains; {} if there are none.
+      checksums: path -> checksum of the arrays of its base model. An export of opsd_jax contains
+        them; {} if there are none.
+      param_dtype: `model.param_dtype` of the run that trained it, with which they were computed.
+      form: `adapter.base` of that run: "exact" or "int8".
     """
 
     rank: int
     alpha: float
     paths: tuple[str, ...]
     base: str
-    checksums: dict[str, str]
+    checksums: Mapping[str, str] = types.MappingProxyType({})
+    param_dtype: str = "float32"
+    form: str = "exact"
 
 
 def layouts_of(path: str, shape: tuple[int, ...]) -> list[TensorLayout]:
@@ -97,29 +101,54 @@ def about(directory: pathlib.Path) -> About:
                 f"PEFT, with {CONFIG} and {FILE}."
             )
     config = read_object(directory / CONFIG)
-    for field, supported in SUPPORTED.items():
-        value = config.get(field, supported[0])
-        if value not in supported:
+    for field, value in config.items():
+        plain = PLAIN.get(field)
+        if field not in READ and value != plain and (plain or value not in (None, False, [], {})):
             raise WeightsError(
-                f"{directory / CONFIG}: {field} is {shown(value)}; expected {supported[0]!r}, the "
-                "only kind of adapter that is supported."
+                f"{directory / CONFIG}: {field} is {shown(value)}; expected {plain!r}. Only plain "
+                "LoRA and rsLoRA are supported."
             )
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float) or not alpha > 0:
+    init = config.get("init_lora_weights")
+    if init not in INITS:
+        raise WeightsError(
+            f"{directory / CONFIG}: init_lora_weights is {shown(init)}, which changes the base "
+            "model; expected an adapter that PEFT converted to plain LoRA."
+        )
+    rank: Any = config.get("r")
+    alpha: Any = config.get("lora_alpha")
+    numbers = type(rank) is int and type(alpha) in (int, float)
+    if not (numbers and rank > 0 and alpha > 0):
         raise WeightsError(
             f"{directory / CONFIG}: r is {shown(rank)} and lora_alpha {shown(alpha)}; expected "
             "numbers above 0."
         )
     if config.get("use_rslora"):
         alpha *= math.sqrt(rank)  # rsLoRA divides by the square root of the rank
-    base = config.get("base_model_name_or_path")
-    return About(
-        rank,
-        float(alpha),
-        _paths(directory / FILE),
-        base if isinstance(base, str) else "",
-        read_object(directory / BASE) if (directory / BASE).exists() else {},
-    )
+    base, revision = config.get("base_model_name_or_path") or "", config.get("revision")
+    if not isinstance(base, str):
+        raise WeightsError(
+            f"{directory / CONFIG}: base_model_name_or_path is {shown(base)}; expected text."
+        )
+    if revision and hub.is_name(base, hub.MODEL):
+        base = f"{base}@{revision}"
+    return About(rank, float(alpha), _paths(directory / FILE), base, *_ours(directory / BASE))
+
+
+def _ours(file: pathlib.Path) -> tuple[Any, ...]:
+    """Returns the last three fields of `About`, from a file that may be absent."""
+    if not file.exists():
+        return ()
+    ours = read_object(file)
+    known = {"float32", "bfloat16"}, {"exact", "int8"}
+    found = ours.get("checksums"), ours.get("param_dtype"), ours.get("form")
+    if not isinstance(found[0], dict) or not all(
+        isinstance(x, str) and x in names for x, names in zip(found[1:], known, strict=True)
+    ):
+        raise WeightsError(
+            f"{file} is damaged; expected checksums, param_dtype and form. Export the adapter "
+            "again."
+        )
+    return found
 
 
 def _paths(file: pathlib.Path) -> tuple[str, ...]:
@@ -161,12 +190,7 @@ def load(abstract: Params, directory: pathlib.Path) -> Params:
     return weights.load(stored, abstract, layouts_of)
 
 
-def save(
-    adapter: Params,
-    directory: pathlib.Path,
-    about: Mapping[str, Any],
-    checksums: Mapping[str, str],
-) -> None:
+def save(adapter: Params, directory: pathlib.Path, about: About, dropout: float = 0.0) -> None:
     """Implements `AdapterFiles.save` for the reference decoder. Writes float32.
 
     Raises:
@@ -179,10 +203,21 @@ def save(
         "bias": "none",
         "inference_mode": True,
         "target_modules": sorted(module[path].rpartition(".")[2] for path in adapter),
-        **about,
+        "r": about.rank,
+        "lora_alpha": about.alpha,
+        "lora_dropout": dropout,
+        "base_model_name_or_path": about.base,
+    }
+    if hub.is_name(about.base, hub.MODEL):
+        name, _, revision = about.base.partition("@")
+        config |= {"base_model_name_or_path": name, "revision": revision or None}
+    base = {
+        "checksums": dict(about.checksums),
+        "param_dtype": about.param_dtype,
+        "form": about.form,
     }
     codes = dict.fromkeys(weights.all_layouts(adapter, layouts_of), "F32")
-    files = {CONFIG: config, BASE: dict(checksums)}
+    files = {CONFIG: config, BASE: base}
     weights.save(adapter, directory, codes, files, layouts_of, FILE)
 
 

@@ -119,7 +119,7 @@ def stage_parts(this: Run, name: str, seed: int, poll: Callable[[], None]) -> Pa
         seed_of=functools.partial(seed_of, this.config),
         row_shards=row_shards(this.parameters.mesh),
         poll=poll,
-        trained=flops.ADAPTED if this.config.adapter.trains(name) else flops.TRAINED,
+        trained=flops.ADAPTED if this.parameters.computes_with_factors(name) else flops.TRAINED,
     )
 
 

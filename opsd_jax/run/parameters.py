@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import pathlib
 import zlib
@@ -23,7 +24,7 @@ from opsd_jax.rollout import layout as layout_lib
 from opsd_jax.storage import files
 from opsd_jax.storage.files import Path, RecordError
 from opsd_jax.storage.names import PARAMS, UNTRAINED
-from opsd_jax.training import checkpoint
+from opsd_jax.training import base_model, checkpoint
 from opsd_jax.training.base_model import Base, BaseModel, identify
 from opsd_jax.training.stage import Stage
 
@@ -292,7 +293,8 @@ class Parameters:
             params, name = self._result(source, self.abstract), f"the result of the stage {source}"
         else:
             params, name = self.initial(), self._origin
-        return Base(params, identify(params, name))
+        assert self.lora is not None
+        return Base(params, identify(params, name, self._base_path(source), self.lora.about))
 
     def trained_adapter(self, stage: str) -> tuple[Params, BaseModel]:
         """Returns the adapter of a finished stage and what identifies its base model.
@@ -303,17 +305,21 @@ class Parameters:
         adapter = self._result(stage, self.adapted.abstract.adapter)
         return adapter, self._saved_base(stage)
 
-    def base_path(self, stage: str) -> str:
-        """Returns the directory or the name of the base model of a stage's adapter.
+    def _base_path(self, source: str) -> str:
+        """Returns the directory or the name of the base model of an adapter.
 
         It is "" if the base model is the result of a stage, or has random parameters.
+
+        Args:
+          source: the stage whose result the base model is; "" for none.
         """
-        given = self._source(stage) or (self.config.init_from and not self._continues_adapter)
-        return "" if given else getattr(self.config.model, "path", "")
+        if source or (self.config.init_from and not self._continues_adapter):
+            return ""
+        path = str(getattr(self.config.model, "path", ""))
+        return str(pathlib.Path(path).absolute()) if pathlib.Path(path).is_dir() else path
 
     def _saved_base(self, stage: str) -> BaseModel:
-        path = checkpoint.base_of(self.workdir / stage / PARAMS)
-        return BaseModel(**files.read_json(path))
+        return base_model.read(checkpoint.base_of(self.workdir / stage / PARAMS))
 
     def _source(self, stage: str) -> str:
         """Returns the stage whose result is the base model of a stage's adapter, or ""."""
@@ -372,6 +378,11 @@ class Parameters:
             return self.model
         return self.model._replace(decode_params=lambda adapter: adapter)
 
+    def computes_with_factors(self, stage: str) -> bool:
+        """Returns whether a stage needs no gradients of matrices, only those of its adapter."""
+        trains = self.config.adapter.trains(stage)
+        return trains and self.lora is not None and self.lora.native
+
     def policy(self, stage: str) -> Policy:
         """Returns the policy for the parameters in the form that they have in a stage."""
         if self.lora is None or not self.config.adapter.trains(stage):
@@ -390,7 +401,10 @@ class Parameters:
         teacher = made.teacher
         if self.is_new(stage) and teacher is not None and teacher.update is None:
             teacher = None  # it never changes, and a new adapter is the base model alone
-        return made._replace(joined=self.lora.applied, teacher=teacher)
+        seed = seed_of(self.config, f"dropout/{stage}")
+        return made._replace(
+            joined=functools.partial(self.lora.applied, seed=seed), teacher=teacher
+        )
 
     def _new_adapter(self) -> Params:
         assert self.lora is not None
@@ -434,34 +448,34 @@ class Parameters:
         return bool(self.config.adapter.path) or self._continues_adapter
 
     def _check_given(self) -> None:
-        """Checks that the adapter in `config.adapter.path` has the form that the config describes.
+        """Checks that the adapter with which the run begins is one that the config describes.
 
         Raises:
           ConfigError: it has another rank, alpha or other matrices, or it cannot be read.
         """
-        options = self.config.adapter
-        if not options.path or not self.config.stages or aot.is_planned():
+        options, given = self.config.adapter, self.config.adapter.path
+        if not self._has_given or not self.config.stages or aot.is_planned():
             return  # nothing that this process does depends on it
-        if self.model.adapter_files is None:
-            expected = "'', because the model has no `Model.adapter_files`"
-            fail("adapter.path", options.path, expected)
-        if self._continues_adapter:
-            expected = "'', because config.init_from begins with an adapter as well"
-            fail("adapter.path", options.path, expected)
-        try:
-            about = self.model.adapter_files.about(pathlib.Path(options.path))
-        except WeightsError as error:
-            raise ConfigError(f"config.adapter.path: {error}") from error
-        for name, value, there in (
-            ("rank", options.rank, about.rank),
-            ("alpha", options.alpha, about.alpha),
-        ):
-            if not math.isclose(value, there):
-                fail(f"adapter.{name}", value, f"{there}, as in {options.path}")
+        if not given:
+            place = self.config.init_from
+            there = base_model.read(checkpoint.base_of(epath.Path(place) / PARAMS)).adapter
+        elif self._continues_adapter:
+            fail("adapter.path", given, "'', because config.init_from begins with an adapter too")
+        elif self.model.adapter_files is None:
+            fail("adapter.path", given, "'', because the model has no `Model.adapter_files`")
+        else:
+            place = given
+            try:
+                about = self.model.adapter_files.about(pathlib.Path(given))
+            except ValueError as error:
+                raise ConfigError(f"config.adapter.path: {error}") from error
+            there = {"rank": about.rank, "alpha": about.alpha, "targets": sorted(about.paths)}
         assert self.lora is not None
-        if {*about.paths} != {*self.lora.matrices}:
-            expected = f"{about.paths}, the matrices that the adapter in {options.path} adapts"
-            fail("adapter.targets", options.targets, expected)
+        for name, value in self.lora.about.items():
+            same = math.isclose(value, there[name]) if name != "targets" else value == there[name]
+            if not same:
+                expected = f"{there[name]}, as the adapter in {place} has"
+                fail(f"adapter.{name}", getattr(options, name), expected)
 
     def _result(self, stage: str, abstract: Params, base: BaseModel | None = None) -> Params:
         """Restores what a finished stage has trained.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,9 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from opsd_jax.policy import Params
-from opsd_jax.storage.files import RecordError
+from opsd_jax.storage import files
+from opsd_jax.storage.files import Path, RecordError
 from opsd_jax.storage.foreign import listed
 from opsd_jax.training.checksum import checksums, paths
+
+NOTHING: Mapping[str, Any] = types.MappingProxyType({})
 
 
 class Base(NamedTuple):
@@ -27,10 +31,14 @@ class BaseModel(NamedTuple):
     Attributes:
       name: where its parameters come from, for messages.
       checksums: path -> checksum of each parameter, as float32.
+      path: its directory or its name on the Hub; "" if it has none.
+      adapter: what the adapter's values mean (`LoRA.about`).
     """
 
     name: str
     checksums: dict[str, str]
+    path: str = ""
+    adapter: Mapping[str, Any] = NOTHING
 
     def check(self, saved: Mapping[str, Any], place: Any) -> None:
         """Checks that an adapter was trained for this model.
@@ -53,7 +61,17 @@ class BaseModel(NamedTuple):
             )
 
 
-def identify(params: Params, name: str) -> BaseModel:
+def read(file: Path) -> BaseModel:
+    """Reads the `BaseModel` that was saved in a file."""
+    return BaseModel(**files.read_json(file))
+
+
+def identify(
+    params: Params,
+    name: str,
+    path: str = "",
+    adapter: Mapping[str, Any] = types.MappingProxyType({}),
+) -> BaseModel:
     """Returns what identifies a model. All processes of a run must call it together.
 
     The values count, not the dtype that holds them: bfloat16 and float32 arrays of equal values
@@ -61,9 +79,10 @@ def identify(params: Params, name: str) -> BaseModel:
 
     Args:
       params: its parameters.
-      name: where they come from, for messages.
+      name, path, adapter: as in `BaseModel`.
     """
-    found = {}
-    for path, leaf in zip(paths(params), jax.tree.leaves(params), strict=True):
-        (found[path],) = checksums({path: leaf.astype(jnp.float32)}).values()
-    return BaseModel(name, found)
+    found: dict[str, str] = {}
+    # One array at a time, so that only one is held in float32 as well.
+    for name_of, leaf in zip(paths(params), jax.tree.leaves(params), strict=True):
+        found |= checksums({name_of: leaf.astype(jnp.float32)})
+    return BaseModel(name, found, path, dict(adapter))

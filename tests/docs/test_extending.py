@@ -132,9 +132,9 @@ def test_a_model_family(example, tmp_path):
         "num_attention_heads": 2, "num_key_value_heads": 1,
     }  # fmt: skip
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({"architectures": ["MistralForCausalLM"], **sizes}))
+    path.write_text(json.dumps({"architectures": ["AquilaForCausalLM"], **sizes}))
     assert architecture.from_json(path).head_dim == 8
-    assert presets.PRESETS["mistral-tiny"]["hidden_size"] == 1024
+    assert presets.PRESETS["aquila-tiny"]["hidden_size"] == 1024
 
 
 def test_a_benchmark(example):

@@ -15,8 +15,15 @@ from opsd_jax.models.lora import LoRA, LoRAOptions, Weights
 from opsd_jax.models.safetensors import WeightsError
 from opsd_jax.parallel import mesh as mesh_lib
 
-ABOUT = {"r": 4, "lora_alpha": 6.0, "base_model_name_or_path": "models/tiny"}
-SUMS = {"embedding": "float32:0123abcd"}
+ABOUT = peft.About(
+    4,
+    6.0,
+    ("layers/down", "layers/o", "layers/q"),
+    "models/tiny",
+    {"embedding": "float32:0123abcd"},
+    "bfloat16",
+    "int8",
+)
 
 
 def bound(model, mesh=None, **options):
@@ -47,20 +54,21 @@ def saved(small, tmp_path_factory):
     mesh = mesh_lib.make_mesh((2, 2, 2))
     _, abstract = bound(small, mesh, targets=(r"layers/(q|o|down)",))
     adapter = random_values(abstract)
-    small.adapter_files.save(adapter, directory, ABOUT, SUMS)
+    small.adapter_files.save(adapter, directory, ABOUT, dropout=0.1)
     return adapter, directory
 
 
 def test_a_saved_adapter_is_read_again(small, saved):
     adapter, directory = saved
     about = peft.about(directory)
-    assert about == peft.About(4, 6.0, ("layers/down", "layers/o", "layers/q"), "models/tiny", SUMS)
+    assert about == ABOUT
     _, abstract = bound(small, targets=about.paths)
     loaded = small.adapter_files.load(abstract, directory)
     for x, y in zip(jax.tree.leaves(loaded), jax.tree.leaves(adapter), strict=True):
         np.testing.assert_array_equal(x, y)
     config = json.loads((directory / peft.CONFIG).read_text())
     assert config["target_modules"] == ["down_proj", "o_proj", "q_proj"]
+    assert config["lora_dropout"] == 0.1
     assert {path.name for path in directory.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -71,11 +79,16 @@ def test_a_saved_adapter_is_read_again(small, saved):
 
 CHANGES = {
     "peft_type": ("IA3", "peft_type is 'IA3'; expected 'LORA'"),
-    "use_dora": (True, "use_dora is True; expected False"),
+    "use_dora": (True, "use_dora is True; expected None"),
     "modules_to_save": (["lm_head"], r"modules_to_save is \['lm_head'\]; expected None"),
     "rank_pattern": ({"q_proj": 8}, "rank_pattern is {'q_proj': 8}"),
+    "bias": ("all", "bias is 'all'; expected 'none'"),
+    "alora_invocation_tokens": ([1, 2], r"alora_invocation_tokens is \[1, 2\]; expected None"),
+    "some_future_variant": ({"a": 1}, "some_future_variant is {'a': 1}; expected None"),
+    "init_lora_weights": ("pissa", "init_lora_weights is 'pissa', which changes the base model"),
+    "base_model_name_or_path": (3, "base_model_name_or_path is 3; expected text"),
     "r": (0, r"r is 0 and lora_alpha 6\.0; expected numbers above 0"),
-    "lora_alpha": ("high", "lora_alpha 'high'"),
+    "lora_alpha": (True, "lora_alpha True"),
 }
 
 
@@ -100,6 +113,18 @@ def changed(saved, directory, change):
 def test_rslora_divides_by_the_square_root_of_the_rank(saved, tmp_path):
     directory = changed(saved, tmp_path, lambda config: config | {"use_rslora": True})
     assert peft.about(directory).alpha == 12  # 12 / 4 = 6 / sqrt(4)
+
+
+def test_a_model_of_the_hub_keeps_its_revision(small, saved, tmp_path):
+    """PEFT has the revision in a field of its own."""
+    adapter, _ = saved
+    peft.save(adapter, tmp_path / "hub", ABOUT._replace(base="Owner/Name@0123abcd"))
+    config = json.loads((tmp_path / "hub" / peft.CONFIG).read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("Owner/Name", "0123abcd")
+    assert peft.about(tmp_path / "hub").base == "Owner/Name@0123abcd"
+    (tmp_path / "hub" / "base.json").write_text("{}")
+    with pytest.raises(WeightsError, match=r"base\.json is damaged; expected checksums"):
+        peft.about(tmp_path / "hub")
 
 
 def test_an_adapter_that_does_not_fit_is_refused(small, saved, tmp_path):
@@ -191,7 +216,7 @@ def test_logits_gradients_and_merged_weights_equal_those_of_peft(tmp_path, optio
     tokens = random_tokens(3, (2, 24))
     theirs, ours = losses_and_gradients(torch, wrapped, model, base, adapter, factors, tokens)
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5, atol=1e-5)
-    peft.save(ours[1], tmp_path / "gradients", {}, {})
+    peft.save(ours[1], tmp_path / "gradients", about)
     stored = peft.safetensors.tensors_in(tmp_path / "gradients" / peft.FILE)
     assert stored.keys() == theirs[1].keys()
     for name, tensor in stored.items():
@@ -214,8 +239,7 @@ def test_peft_loads_what_is_saved_here(tmp_path):
     adapter, abstract = bound(model, targets=(r"layers/(q|v|down)",))
     factors = random_values(abstract)
     factors = jax.tree.map(lambda x: 0.1 * x, factors)
-    about = ABOUT | {"base_model_name_or_path": str(tmp_path / "base")}
-    peft.save(factors, tmp_path / "ours", about, SUMS)
+    peft.save(factors, tmp_path / "ours", ABOUT._replace(base=str(tmp_path / "base")))
     again = hf_peft.PeftModel.from_pretrained(wrapped.unload(), tmp_path / "ours").eval()
     tokens = random_tokens(4, (2, 24))
     with torch.no_grad():

@@ -224,12 +224,25 @@ def test_another_run_goes_on_with_an_adapter(config, whole, tmp_path, monkeypatc
     ]
     assert names[0].read_text() == names[1].read_text()
 
+    for name, value, message in (
+        ("alpha", 16.0, r"adapter\.alpha is 16\.0; expected 8\.0, as the adapter in .*rlvr has"),
+        ("rank", 2, r"adapter\.rank is 2; expected 4, as the adapter in"),
+        (
+            "targets",
+            ("layers/q",),
+            r"adapter\.targets is \('layers/q',\); expected \['layers/down'",
+        ),
+    ):
+        other = result.copy_and_resolve_references()
+        other.adapter[name] = value
+        with pytest.raises(ConfigError, match=message):
+            run(other, tmp_path / "other")
     other = result.copy_and_resolve_references()
     other.seed = 1
     with pytest.raises(ConfigError, match=r"(?s)config\.init_from is .*another base model"):
         run(other, tmp_path / "third")
     other = result.copy_and_resolve_references()
-    other.adapter.kind = "none"
+    other.adapter = config_lib.default().adapter
     with pytest.raises(ConfigError, match=r"init_from is .* an adapter; expected config\.adapter"):
         run(other, tmp_path / "fourth")
 
@@ -354,7 +367,25 @@ def test_an_adapter_gives_the_same_results_on_another_mesh(config, whole, tmp_pa
 def test_stages_that_do_not_exist_are_refused(config):
     with pytest.raises(ConfigError, match=r"adapter\.stages is \('rl',\); .*but 'rl' is none"):
         parse_run(adapted(config, stages=("rl",)))
+    without_opsd = adapted(config.copy_and_resolve_references(), stages=("opsd",))
+    without_opsd.stages = ("sft", "rlvr")
+    with pytest.raises(ConfigError, match=r"adapter\.stages is \('opsd',\); expected \(\) or one"):
+        parse_run(without_opsd)
+    with pytest.raises(
+        ConfigError, match=r"path is 'a'; expected '', because the first stage, 'sft"
+    ):
+        parse_run(adapted(config, path="a"))
+    with pytest.raises(
+        ConfigError, match=r"path is 'gs://a'; expected a directory on this machine"
+    ):
+        parse_run(adapted(config, path="gs://a"))
     for field, value, message in (
+        (
+            "rank",
+            "8",
+            r"rank is 8; expected 64, its default value, because config\.adapter\.kind is",
+        ),
+        ("path", "a", r"path is 'a'; expected '', its default value, because"),
         ("rank", "0", r"config\.adapter\.rank is 0; expected at least 1"),
         ("alpha", "0", r"config\.adapter\.alpha is 0\.0; expected a number above 0"),
         ("dropout", "1", r"config\.adapter\.dropout is 1\.0; expected a number in \[0, 1\)"),

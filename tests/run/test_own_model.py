@@ -216,6 +216,11 @@ def test_an_adapter_moves_between_runs_as_files(files, tmp_path, capsys):
     assert main.main([*convert, "--out", str(merged)]) == 0
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(files / "model")
+    moved = tmp_path / "moved"
+    shutil.copytree(adapter, moved)
+    (moved / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": "/no/such/model"})
+    )
 
     benchmark = ["--benchmark", f"own={files / 'problems.jsonl'}", "--problems", "6"]
     limits = ["--prompt-tokens", "200", "--response-tokens", "16", "--slots", "8"]
@@ -243,8 +248,9 @@ def test_an_adapter_moves_between_runs_as_files(files, tmp_path, capsys):
     refused = [
         (["--adapter", str(adapter), "--model", str(merged)], "an adapter of another base model"),
         (["--adapter", str(merged)], "has no adapter_config.json"),
+        (["--adapter", str(adapter), "--stage", "rlvr"], "--adapter evaluates a model outside a"),
+        (["--adapter", str(moved)], "base_model_name_or_path in"),
         (["--adapter", str(adapter), "--workdir", str(run)], "expected --model in place of"),
-        ([], "expected --workdir, --model or --adapter"),
     ]
     for arguments, message in refused:
         assert main.main([*evaluate, *arguments, "--out", str(tmp_path / "refused")]) == 2
@@ -254,7 +260,10 @@ def test_an_adapter_moves_between_runs_as_files(files, tmp_path, capsys):
     wrong = overrides(files, "opsd", **given) | {"adapter.rank": "8"}
     arguments += [f"--config.{k}={v}" for k, v in wrong.items()]
     assert main.main(arguments) == 2
-    assert f"config.adapter.rank is 8; expected 4, as in {adapter}" in capsys.readouterr().err
+    assert (
+        f"config.adapter.rank is 8; expected 4, as the adapter in {adapter} has"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow
