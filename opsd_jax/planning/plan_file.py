@@ -75,10 +75,11 @@ def config_hash(config: Mapping[str, Any]) -> str:
     Args:
       config: all fields, as `opsd_jax.config.loading.flatten` returns them.
     """
-    # The model, the meshes, the evaluation and the stages that run determine the programs, and the
-    # number of held-out problems determines the size of the evaluation. Nothing else changes a
-    # plan: not seeds, other data, sections of stages that do not run, the pool or checkpoints.
-    sections = ("model", "evaluation", *config["stages"])
+    # The model, the adapter, the meshes, the evaluation and the stages that run determine the
+    # programs, and the number of held-out problems determines the size of the evaluation. Nothing
+    # else changes a plan: not seeds, other data, sections of stages that do not run, the pool or
+    # checkpoints.
+    sections = ("model", "adapter", "evaluation", *config["stages"])
     fields_of_run = ("stages", "mesh", "decode_mesh", "data.heldout", "rollout_quantisation")
     prefixes = (*fields_of_run, *(f"{section}." for section in sections))
     fields = {
