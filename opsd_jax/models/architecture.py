@@ -248,23 +248,26 @@ def _fields(path: pathlib.Path) -> dict[str, Any]:
 
 def text_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields of the text model of a `config.json`, which may have others beside it."""
-    names = fields.get("architectures")
-    only = names[0] if isinstance(names, list) and len(names) == 1 else None
-    name = TEXT_MODELS.get(only) if isinstance(only, str) else None
-    text = fields.get("text_config")
+    name, text = TEXT_MODELS.get(_name(fields)), fields.get("text_config")
     if name is None or not isinstance(text, dict):
         return fields
     rest = {field: fields[field] for field in SHARED_FIELDS if field in fields}
     return {**rest, **text, "architectures": [name]}
 
 
-def _architecture(fields: dict[str, Any]) -> tuple[Architecture, dict[str, Any]]:
-    """Returns the architecture of a `config.json`, and its fields with default values."""
+def _name(fields: dict[str, Any]) -> str:
+    """Returns the only name in `architectures`; "" if there is not exactly one."""
     names = fields.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
-    if not isinstance(name, str) or name not in ARCHITECTURES:
+    return name if isinstance(name, str) else ""
+
+
+def _architecture(fields: dict[str, Any]) -> tuple[Architecture, dict[str, Any]]:
+    """Returns the architecture of a `config.json`, and its fields with default values."""
+    name = _name(fields)
+    if name not in ARCHITECTURES:
         known = ", ".join((*ARCHITECTURES, *TEXT_MODELS))
-        raise _unexpected("architectures", names, f"one of {known}")
+        raise _unexpected("architectures", fields.get("architectures"), f"one of {known}")
     fields = {**ARCHITECTURES[name].defaults, **fields}
     if "num_attention_heads" in fields:
         fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
@@ -407,11 +410,10 @@ def _windows(fields: dict[str, Any], architecture: Architecture, num_layers: int
     if not architecture.windows:
         expected = f'a list with only "{FULL}"'
     allowed = {FULL, SLIDING} if architecture.windows else {FULL}
-    if not isinstance(types, list) or not all(
+    known = isinstance(types, list) and all(
         isinstance(kind, str) and kind in allowed for kind in types
-    ):
-        raise _unexpected("layer_types", types, expected)
-    if len(types) != num_layers:
+    )
+    if not known or len(types) != num_layers:
         raise _unexpected("layer_types", types, expected)
     if SLIDING not in types:
         return {}

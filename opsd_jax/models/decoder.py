@@ -30,7 +30,7 @@ from opsd_jax.models import architecture, attention, paged, peft, rope, safetens
 from opsd_jax.models.architecture import DecoderConfig
 from opsd_jax.models.lora import LowRank
 from opsd_jax.models.options import DecoderOptions, parse_model
-from opsd_jax.models.quantised import QuantisationOptions, Quantised, quantise
+from opsd_jax.models.quantised import QuantisationOptions, Quantised, is_quantised, quantise
 from opsd_jax.parallel.mesh import ROWS, constrain, path_name
 
 # The sharding of the parameters (`Model.rules`). The first dimension of "layers/..." is the layer.
@@ -397,8 +397,7 @@ class Decoder(nnx.Module):
         def layer(x_BxTxD, given):
             weights, slides = given
             if split_tokens:
-                is_leaf = lambda x: isinstance(x, Quantised)
-                weights = jax.tree.map(self._gathered, weights, is_leaf=is_leaf)
+                weights = jax.tree.map(self._gathered, weights, is_leaf=is_quantised)
             block = nnx.merge(graphdef, weights)
             x_BxTxD, kv = block(
                 x_BxTxD,

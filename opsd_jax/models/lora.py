@@ -25,9 +25,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from opsd_jax.models.quantised import Quantised, quantise
+from opsd_jax.models.quantised import Quantised, is_quantised, quantise
 from opsd_jax.options import ConfigError, fail, option
-from opsd_jax.parallel.mesh import path_name
+from opsd_jax.parallel.mesh import axes_of, path_name, shards
 from opsd_jax.policy import Matrix, Model, Params, Policy
 from opsd_jax.storage.foreign import listed
 
@@ -176,13 +176,7 @@ class LoRA:
       native: whether the model computes with factors, and their sum is not formed.
     """
 
-    def __init__(
-        self,
-        options: LoRAOptions,
-        model: Model,
-        shapes: Params,
-        make: str = "",
-    ):
+    def __init__(self, options: LoRAOptions, model: Model, shapes: Params, make: str = ""):
         """Finds the parameters that the options adapt. Compiles nothing.
 
         Args:
@@ -276,7 +270,7 @@ class LoRA:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
         placed = lambda held, given: jax.tree.map(lambda x: sharded(x, given), held)
-        return jax.tree.map(placed, jax.eval_shape(self.held, params), params, is_leaf=_is_int8)
+        return jax.tree.map(placed, jax.eval_shape(self.held, params), params, is_leaf=is_quantised)
 
     def abstract(self, params: Params) -> Params:
         """Returns the shapes, dtypes and shardings of an adapter.
@@ -295,8 +289,8 @@ class LoRA:
             spec = (*sharding.spec, *(None,) * count)[:count]
             stacked, inputs, outputs = _split(spec, self.matrices[name])
             others = outputs if factor == "a" else inputs
-            rank = next((entry for entry in others if "fsdp" in (entry or ())), None)
-            if rank is not None and self._options.rank % _size(sharding.mesh, rank):
+            rank = next((entry for entry in others if "fsdp" in axes_of(entry)), None)
+            if self._options.rank % shards(sharding.mesh, rank):
                 rank = None
             axes = (*inputs, rank) if factor == "a" else (rank, *outputs)
             placed = NamedSharding(sharding.mesh, P(*stacked, *axes))
@@ -314,8 +308,8 @@ class LoRA:
         8 bits become float32.
         """
         summed = self._mapped(weights.base, weights.adapter, self._sum)
-        exact = lambda leaf: leaf.values * leaf.scale if _is_int8(leaf) else leaf
-        return jax.tree.map(exact, summed, is_leaf=_is_int8)
+        exact = lambda leaf: leaf.values * leaf.scale if is_quantised(leaf) else leaf
+        return jax.tree.map(exact, summed, is_leaf=is_quantised)
 
     def applied(
         self,
@@ -382,11 +376,7 @@ class LoRA:
             name = path_name(path)
             return join(name, weight, adapter[name]) if name in adapter else weight
 
-        return jax.tree_util.tree_map_with_path(leaf, base, is_leaf=_is_int8)
-
-
-def _is_int8(leaf: Any) -> bool:
-    return isinstance(leaf, Quantised)
+        return jax.tree_util.tree_map_with_path(leaf, base, is_leaf=is_quantised)
 
 
 def _declared(model: Model, name: str) -> Matrix | None:
@@ -398,11 +388,6 @@ def _split(axes: Sequence[Any], matrix: Matrix) -> tuple[Any, Any, Any]:
     """Splits what belongs to the axes of a parameter into stacked axes, inputs and outputs."""
     first = matrix.stacked + matrix.inputs
     return axes[: matrix.stacked], axes[matrix.stacked : first], axes[first:]
-
-
-def _size(mesh: Any, entry: Any) -> int:
-    """Returns the number of shards that an entry of a PartitionSpec makes."""
-    return math.prod(mesh.shape[axis] for axis in ([entry] if isinstance(entry, str) else entry))
 
 
 def _fold(key: jax.Array, name: str) -> jax.Array:

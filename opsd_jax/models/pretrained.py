@@ -113,8 +113,8 @@ def open_model(directory: pathlib.Path, **options: Any) -> Model:
       WeightsError: A safetensors file is missing or damaged, or tensors are missing, unexpected or
         of the wrong shape. The message lists them.
     """
-    model = _without_weights(directory, **options)
-    layouts = architecture.layouts(architecture.from_json(directory / CONFIG))
+    config = architecture.from_json(directory / CONFIG, **options)
+    model, layouts = _model_of(config, directory), architecture.layouts(config)
     stored = _text_tensors(directory)
     expected = weights.all_layouts(jax.eval_shape(model.init, jax.random.key(0)), layouts)
     check_tensors(stored, expected, directory)
@@ -132,9 +132,13 @@ def open_model(directory: pathlib.Path, **options: Any) -> Model:
 
 def _without_weights(directory: pathlib.Path, **options: Any) -> Model:
     """Builds the model that `config.json` describes. Arguments and errors as for `open_model`."""
-    path = directory / CONFIG
-    model = decoder.model(architecture.from_json(path, **options))
-    return model._replace(max_positions=architecture.max_positions(path))
+    return _model_of(architecture.from_json(directory / CONFIG, **options), directory)
+
+
+def _model_of(config: DecoderConfig, directory: pathlib.Path) -> Model:
+    """Builds the model with the given sizes, which `config.json` in the directory describes."""
+    positions = architecture.max_positions(directory / CONFIG)
+    return decoder.model(config)._replace(max_positions=positions)
 
 
 def _text_tensors(directory: pathlib.Path) -> dict[str, StoredTensor]:

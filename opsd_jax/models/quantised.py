@@ -70,6 +70,11 @@ class Quantised:
         return Quantised(self.values.T, self.scale.T)
 
 
+def is_quantised(leaf: Any) -> bool:
+    """Returns whether a leaf of parameters is quantised, for `is_leaf` of `jax.tree.map`."""
+    return isinstance(leaf, Quantised)
+
+
 def to_int8(x: jax.Array, scale: jax.Array) -> jax.Array:
     """Divides by a scale and rounds to int8. Clips to LARGEST; 0 where the scale is 0."""
     values = jnp.round(x.astype(jnp.float32) / jnp.where(scale > 0, scale, jnp.inf))

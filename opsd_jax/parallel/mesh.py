@@ -21,6 +21,9 @@ SHAPE = (
 )
 
 
+Entry = str | tuple[str, ...] | None  # of a PartitionSpec
+
+
 def is_shape(shape: Sequence[int]) -> bool:
     """Returns whether `shape` is a valid mesh shape, as described by `SHAPE`."""
     positive = all(size > 0 or size == -1 for size in shape)
@@ -152,7 +155,7 @@ def _check_spec(spec: P, shape: Sequence[int], mesh: Mesh, leaf: str) -> None:
       mesh: The mesh.
       leaf: The name of the array, for the error message.
     """
-    used = [axis for entry in spec for axis in _axes(entry)]
+    used = [axis for entry in spec for axis in axes_of(entry)]
     if len(spec) > len(shape):
         raise ValueError(
             f"{leaf} has {len(shape)} dimensions, but its sharding rule {spec} has {len(spec)} "
@@ -169,16 +172,21 @@ def _check_spec(spec: P, shape: Sequence[int], mesh: Mesh, leaf: str) -> None:
             "axis at most once."
         )
     for size, entry in zip(shape, spec, strict=False):
-        parts = math.prod(mesh.shape[axis] for axis in _axes(entry))
+        parts = shards(mesh, entry)
         if size % parts:
-            axes = " x ".join(map(repr, _axes(entry)))
+            axes = " x ".join(map(repr, axes_of(entry)))
             raise ValueError(
                 f"{leaf} has a dimension of size {size}, split over the mesh axis {axes} of size "
                 f"{parts}, which does not divide {size}. Change the mesh or the sharding rule."
             )
 
 
-def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def shards(mesh: Mesh, entry: Entry) -> int:
+    """Returns the number of shards into which one entry of a PartitionSpec splits a dimension."""
+    return math.prod(mesh.shape[axis] for axis in axes_of(entry))
+
+
+def axes_of(entry: Entry) -> tuple[str, ...]:
     """Returns the mesh axes in one entry of a PartitionSpec, as a tuple."""
     return (entry,) if isinstance(entry, str) else entry or ()
 
@@ -247,7 +255,7 @@ def _automatic(spec: P) -> P:
     manual = {*jax.sharding.get_abstract_mesh().manual_axes}
     if not manual:
         return spec
-    automatic = lambda entry: tuple(a for a in _axes(entry) if a not in manual) or None
+    automatic = lambda entry: tuple(a for a in axes_of(entry) if a not in manual) or None
     return P(*(entry if entry is P.UNCONSTRAINED else automatic(entry) for entry in spec))
 
 

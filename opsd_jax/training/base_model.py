@@ -70,7 +70,7 @@ def identify(
     params: Params,
     name: str,
     path: str = "",
-    adapter: Mapping[str, Any] = types.MappingProxyType({}),
+    adapter: Mapping[str, Any] = NOTHING,
 ) -> BaseModel:
     """Returns what identifies a model. All processes of a run must call it together.
 

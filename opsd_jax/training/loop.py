@@ -128,9 +128,19 @@ def run_stage(
         recorder = _Recorder(checkpoints, writer, report, options, stage, directory, mesh, began)
         # An implicit transfer makes host and device wait for each other without any sign of it.
         with Watchdog(directory.name) as watchdog, jax.transfer_guard("disallow"):
-            steps, params_of_base = range(start, stage.steps), base and base.params
-            given = steps, stage, train_step, state, carried, params_of_base
-            return _run_steps(*given, recorder=recorder, watchdog=watchdog, stop=stop)["params"]
+            steps, stage = range(start, stage.steps), _with_weights(stage, base)
+            state = _run_steps(steps, stage, train_step, state, carried, recorder, watchdog, stop)
+            return state["params"]
+
+
+def _with_weights(stage: Stage, base: Base | None) -> Stage:
+    """Returns a stage whose `batches` gets the base model too, if the state has an adapter."""
+    if base is None:
+        return stage
+    batches = lambda step, adapter, *carried: stage.batches(
+        step, Weights(base.params, adapter), *carried
+    )
+    return stage._replace(batches=batches)
 
 
 def _compiled(
@@ -154,8 +164,6 @@ def _run_steps(
     train_step: Callable[[State, Batch], tuple[State, dict[str, Metric]]],
     state: State,
     carried: Any,
-    base: Params | None,
-    *,
     recorder: _Recorder,
     watchdog: Watchdog,
     stop: StopSignal,
@@ -168,8 +176,7 @@ def _run_steps(
         with recorder.traced(step):
             try:
                 given = () if carried is None else (carried,)
-                params = state["params"] if base is None else Weights(base, state["params"])
-                data = stage.batches(step, params, *given)
+                data = stage.batches(step, state["params"], *given)
             except Interrupted:  # the resumed run makes this step's batches again
                 recorder.save(step, state, carried, ended=began)
                 raise
